@@ -1,0 +1,1 @@
+"""Environments: they ask, run and judge. Nothing here imports jax."""

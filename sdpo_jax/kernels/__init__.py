@@ -1,0 +1,1 @@
+"""Fused kernels, each with a plain reference and a function that chooses."""

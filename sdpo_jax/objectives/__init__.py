@@ -1,0 +1,1 @@
+"""The parts a method is made of, and the table of methods."""

@@ -1,0 +1,84 @@
+"""The records that files hand to each other. Imports no jax: environments and judges use it too.
+
+Axis letters, used as name suffixes wherever the order of axes matters:
+
+  B  rows of a batch (one row = one response)     N, K, H  query heads, key-value heads, head size
+  T  tokens of a padded row                       F        feed-forward width
+  R  response positions                           V, M     vocabulary, kept part of it (top M)
+  S  key positions of a cache                     L        layers
+  D  model width (E: the teacher's, if different) X        any leading axes, flattened
+  Q, G  questions, responses per question (B = Q x G, question first)
+
+Log-probabilities and divergences are in nats.
+"""
+
+import dataclasses
+import enum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Status(enum.Enum):
+  SCORED = "scored"          # judged, right or wrong
+  TIMEOUT = "timeout"        # the response's own program ran out of time: judged wrong
+  ENV_FAILED = "env_failed"  # our fault, not the model's: dropped and counted, never trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """One question. `id` is unique within its dataset; `split` names the split it belongs to."""
+  id: str
+  prompt: str                      # what the user says
+  system: str | None = None        # system message, if the task has one
+  solution: str | None = None      # a reference response; only methods that ask for it may read it
+  split: str = "train"
+  data: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the judge needs: tests, answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Feedback:
+  """What an environment says back about one response."""
+  reward: float   # in [0, 1]
+  text: str       # what the teacher may read; "" when there is nothing to say
+  status: Status = Status.SCORED
+
+
+@dataclasses.dataclass
+class Rollout:
+  """One sampled response and everything known about it. Host side."""
+  task: Task
+  prompt_tokens: list[int]
+  tokens: list[int]        # the response, with its stop token if it produced one
+  logp: list[float]        # nats, as the sampler reported them, one per token
+  finish_reason: str       # "stop" | "length"
+  text: str                # the response as text, without the stop token
+  feedback: Feedback
+
+
+class TrainBatch(NamedTuple):
+  """What one training step reads. A NamedTuple is already a pytree, so this file needs no jax.
+
+  Responses stand at the same column r in every *_BR array; rows are padded on the right.
+  """
+  student_BT: np.ndarray       # int32: prompt then response
+  teacher_BT: np.ndarray       # int32: prompt with feedback, then the SAME response (its T may differ)
+  student_pos_BR: np.ndarray   # int32: column of student_BT whose logits predict response token r
+  teacher_pos_BR: np.ndarray   # int32: likewise for teacher_BT
+  response_BR: np.ndarray      # int32: the tokens being scored
+  weight_BR: np.ndarray        # float32 >= 0: 0 marks padding, tool output and dropped rows
+  advantage_B: np.ndarray      # float32
+  distill_B: np.ndarray        # float32: 0 where the teacher has nothing to show
+  logp_rollout_BR: np.ndarray  # float32, nats: as the sampler reported it
+  logp_old_BR: np.ndarray      # float32, nats: the trainer's, before this batch's updates
+
+
+class Ratio(NamedTuple):
+  """A metric as a pair, so that micro-batches and hosts add up exactly and nobody averages averages."""
+  total: Any
+  count: Any
+
+  @property
+  def mean(self) -> float | None:
+    """None where nothing was counted: a missing value is left out, never NaN."""
+    return float(self.total) / float(self.count) if float(self.count) else None
