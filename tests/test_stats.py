@@ -1,0 +1,145 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from sdpo_jax import stats
+
+
+def test_pass_at_k_counts_every_choice_of_k_responses():
+  for n in range(1, 7):
+    for c in range(n + 1):
+      right = [True] * c + [False] * (n - c)
+      for k in range(1, n + 1):
+        choices = [any(choice) for choice in itertools.combinations(right, k)]
+        assert stats.pass_at_k(n, c, k) == np.mean(choices)
+
+
+def test_pass_at_k_is_unbiased():
+  p, n, k = 0.15, 12, 4   # the expectation over c of the estimate is the true 1 - (1-p)^k
+  expectation = sum(math.comb(n, c) * p**c * (1 - p)**(n - c) * stats.pass_at_k(n, c, k) for c in range(n + 1))
+  assert expectation == pytest.approx(1 - (1 - p)**k, abs=1e-14)
+
+
+def test_pass_at_k_large_broadcast_and_wrong():
+  assert stats.pass_at_k(100_000, 1, 1) == 1e-5
+  assert stats.pass_at_k(5000, 1, 2750) == 0.55
+  np.testing.assert_array_equal(stats.pass_at_k([4, 4, 8], [0, 4, 2], 1), [0, 1, 0.25])
+  for n, c, k in [(4, 1, 5), (4, 5, 1), (4, -1, 1), (4, 1, 0)]:
+    with pytest.raises(ValueError, match="pass@k needs"):
+      stats.pass_at_k(n, c, k)
+
+
+def test_discovery_counts_runs_that_never_succeed():
+  first = [[1, 3, None], [7, math.inf, 3]]
+  assert stats.discovery_at_k(first, 2) == 1 / 6
+  np.testing.assert_array_equal(stats.discovery_at_k(first, [1, 3, 6, 7, 10**6]), np.array([1, 3, 3, 4, 4]) / 6)
+  assert stats.discovery_at_k([None, None], 100) == 0
+  with pytest.raises(ValueError, match="counted from 1"):
+    stats.discovery_at_k([0, 1], 3)
+  with pytest.raises(ValueError, match="no runs"):
+    stats.discovery_at_k([], 3)
+
+
+def test_discovery_of_independent_attempts_is_pass_at_k():
+  rng = np.random.default_rng(0)
+  p, k = 0.1, 8
+  first = rng.geometric(p, size=20_000)
+  assert stats.discovery_at_k(first, k) == pytest.approx(1 - (1 - p)**k, abs=4 * 0.5 / math.sqrt(len(first)))
+
+
+def test_avg_at_k_averages_questions_not_responses():
+  result = stats.avg_at_k([[1, 1, 1, 1], [0, 0], [1, 0]])
+  assert result.mean == pytest.approx(0.5)
+  assert 0 <= result.low < result.mean < result.high <= 1
+
+
+def test_interval_is_exact_on_two_questions():
+  # Draws of the mean of {0, 1} are 0, 1/2, 1 with probability 1/4, 1/2, 1/4; one degree of freedom widens any usual level to all of them.
+  assert stats.mean_interval([0.0, 1.0], level=0.95) == stats.Interval(0.5, 0.0, 1.0)
+  assert stats.mean_interval([0.0, 1.0], level=0.1) == stats.Interval(0.5, 0.5, 0.5)
+
+
+def test_single_and_equal_scores():
+  assert stats.mean_interval([0.25]) == stats.Interval(0.25, None, None)
+  assert stats.mean_interval([0.3] * 7) == stats.Interval(pytest.approx(0.3), pytest.approx(0.3), pytest.approx(0.3))
+  assert stats.paired_bootstrap([[1.0]], [[0.0]]) == stats.Difference(1.0, None, None, None)
+  same = stats.paired_bootstrap([[0.1, 0.3], [0.2, 1]], [[0.1, 0.3], [0.2, 1]])
+  assert same == stats.Difference(0.0, 0.0, 0.0, 1.0)
+  # Two equal differences are weak evidence, many are strong.
+  assert stats.paired_bootstrap([1, 1], [0, 0]).p_value > 0.1
+  assert stats.paired_bootstrap([1] * 30, [0] * 30).p_value < 0.01
+
+
+def test_bad_scores_are_refused():
+  for scores in ([], [[0.0, 1.0]], [0.5, math.nan]):
+    with pytest.raises(ValueError, match="scores must be"):
+      stats.mean_interval(scores)
+  with pytest.raises(ValueError, match=r"\(2, 1\) and \(1, 2\)"):
+    stats.paired_bootstrap([[1], [2]], [[1, 2]])
+  with pytest.raises(ValueError, match="level=95"):
+    stats.mean_interval([0, 1], level=95)
+
+
+def test_same_seed_same_bits_and_order_of_questions_hardly_matters():
+  score_Q = np.random.default_rng(0).random(40)
+  assert stats.mean_interval(score_Q, seed=3) == stats.mean_interval(score_Q, seed=3)
+  there, back = stats.mean_interval(score_Q), stats.mean_interval(score_Q[::-1])
+  assert there.low == pytest.approx(back.low, abs=0.01) and there.high == pytest.approx(back.high, abs=0.01)
+
+
+def test_interval_covers_the_true_mean(monkeypatch):
+  monkeypatch.setattr(stats, "DRAWS", 2000)
+  rng, trials = np.random.default_rng(1), 600
+  for Q, p in [(12, 0.5), (60, 0.3)]:
+    hits = 0
+    for trial in range(trials):
+      score_Q = rng.binomial(4, rng.beta(2 * p, 2 * (1 - p), size=Q)) / 4    # four responses a question, questions of all difficulties
+      result = stats.mean_interval(score_Q, seed=trial)
+      hits += result.low <= p <= result.high
+    assert 0.925 <= hits / trials <= 0.98, (Q, p, hits / trials)
+
+
+def paired_scores(rng, Q, S, gap, run_sd, cell_sd):
+  """Differences in which training runs share luck over all questions (run_sd) and cells have noise of their own."""
+  b_QS = rng.normal(0.5, 0.3, (Q, 1)) + rng.normal(0, run_sd, (1, S)) + rng.normal(0, cell_sd, (Q, S))
+  a_QS = b_QS + gap + rng.normal(0, 0.2, (Q, 1)) + rng.normal(0, run_sd, (1, S)) + rng.normal(0, cell_sd, (Q, S))
+  return a_QS, b_QS
+
+
+@pytest.mark.parametrize("Q,S,run_sd,cell_sd,least,most", [
+    (40, 1, 0.0, 0.1, 0.92, 0.98),    # one seed: questions alone
+    (40, 5, 0.0, 0.1, 0.92, 0.99),    # noise of single cells, counted twice: a little wide
+    (200, 5, 0.1, 0.1, 0.90, 0.99),   # the luck of five training runs dominates
+])
+def test_paired_bootstrap_covers_and_does_not_cry_wolf(monkeypatch, Q, S, run_sd, cell_sd, least, most):
+  monkeypatch.setattr(stats, "DRAWS", 1000)
+  rng, trials, gap = np.random.default_rng(2), 400, 0.07
+  covered = false_alarms = 0
+  for trial in range(trials):
+    a_QS, b_QS = paired_scores(rng, Q, S, gap, run_sd, cell_sd)
+    result = stats.paired_bootstrap(a_QS, b_QS, seed=trial)
+    covered += result.low <= gap <= result.high
+    false_alarms += stats.paired_bootstrap(a_QS - gap, b_QS, seed=trial).p_value < 0.05
+  assert least <= covered / trials <= most
+  assert 1 - most <= false_alarms / trials <= 1 - least
+
+
+def test_pairing_sees_what_separate_intervals_cannot():
+  rng = np.random.default_rng(3)
+  b_QS = rng.random((50, 3))
+  a_QS = b_QS + 0.02 + rng.normal(0, 0.02, b_QS.shape)
+  result = stats.paired_bootstrap(a_QS, b_QS)
+  assert result.low > 0 and result.p_value < 0.01
+  separate = stats.mean_interval(a_QS.mean(1)).low, stats.mean_interval(b_QS.mean(1)).high
+  assert separate[0] < separate[1]
+
+
+def test_p_value_and_interval_agree():
+  rng = np.random.default_rng(4)
+  for _ in range(40):
+    a_QS, b_QS = paired_scores(rng, 20, 3, 0.1, 0.02, 0.1)
+    result = stats.paired_bootstrap(a_QS, b_QS)
+    if abs(result.p_value - 0.05) > 0.003:
+      assert (result.p_value < 0.05) == (result.low > 0 or result.high < 0)
