@@ -1,21 +1,21 @@
 """What the reported numbers are: avg@k, pass@k, discovery@k, and how sure of them we are.
 
-Scores are in [0, 1] unless a caller says otherwise; questions are the unit of resampling, since responses to one question are alike.
+Questions are the unit of resampling, since responses to one question are alike. The same inputs and seed give the same bits.
 
-Intervals are percentile bootstrap intervals of 10,000 draws, with the "expanded" quantiles of Hesterberg 2014 (arXiv:1411.5279, 4.3.3):
-plain percentile intervals are too narrow by sqrt((n-1)/n) and by normal instead of Student tails, which matters for 5 seeds. They never leave
-the range of the data. Where all scores are equal the width is zero: zero of 20 solved shows [0, 0], which is not proof of zero.
-The same inputs and seed give the same bits.
+Intervals are percentile bootstrap intervals of 10,000 draws whose deviations from the mean are widened by sqrt(n/(n-1)) and by the ratio of
+Student's to the normal quantile: plain ones are too narrow by just these factors (Hesterberg 2014, arXiv:1411.5279, 4.3.3), which matters
+for 5 seeds. He moves the quantile instead; with few values that stops at the extreme draw and covers too little. Where all scores are
+equal the width is zero: none of 20 solved shows [0, 0], which does not prove that none can be.
 
-Errors: ValueError for empty or non-finite scores, k outside 1..n, c outside 0..n. None stands for a bound or p-value that one sample cannot give.
-NumPy and SciPy only.
+Errors: ValueError for scores that are empty, not finite or (where an interval is cut to it) outside [0, 1], for k outside 1..n and c
+outside 0..n. None stands for a bound or a p-value that one sample cannot give.
 """
 
 import math
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy.special
 
 DRAWS = 10_000
 _CHUNK = 500    # draws held in memory at once
@@ -35,9 +35,12 @@ class Difference(NamedTuple):
 
 
 def mean_interval(score_Q, *, level=0.95, seed=0) -> Interval:
-  """Mean over questions, with a bootstrap interval that resamples questions. score_Q[q] may itself be a mean over responses."""
-  mean, low, high, _ = _bootstrap(_finite(score_Q, ndim=1), [0], level, seed)
-  return Interval(mean, low, high)
+  """Mean over questions, with an interval (cut to [0, 1]) that resamples questions. score_Q[q] may itself be a mean over responses."""
+  score_Q = _finite(score_Q, ndim=1)
+  if score_Q.min() < 0 or score_Q.max() > 1:
+    raise ValueError(f"scores must lie in [0, 1]; got {score_Q.min()} to {score_Q.max()}")
+  mean, low, high, _ = _bootstrap(score_Q, [0], level, seed)
+  return Interval(mean, None if low is None else max(low, 0.0), None if high is None else min(high, 1.0))
 
 
 def avg_at_k(score_QG, *, level=0.95, seed=0) -> Interval:
@@ -82,8 +85,8 @@ def paired_bootstrap(a_QS, b_QS, *, level=0.95, seed=0) -> Difference:
   the questions, and the seeds with them: the per-question means and the per-seed means of a - b are drawn independently and their deviations added.
   That is right when a seed is one training run scored on every question (its luck is shared by all of them, and drawing seeds anew in
   each question would miss it), and errs on the wide side when each question has seeds of its own: the noise of single cells is then counted twice.
-  Tails are Student's with Satterthwaite's degrees of freedom, so that five seeds are not taken for many. p < 1 - level exactly when the
-  interval leaves out 0, up to the resolution of the draws.
+  Student's quantile has Satterthwaite's degrees of freedom, so that five seeds are not taken for many. The p-value is the level at which the
+  interval just touches 0, and never below 2/10,001; where all differences are equal it is the sign test's, 2^(1-n).
   """
   a_QS, b_QS = _finite(a_QS), _finite(b_QS)
   if a_QS.shape != b_QS.shape or a_QS.ndim not in (1, 2):
@@ -99,7 +102,7 @@ def _finite(score, ndim=None):
 
 
 def _bootstrap(x, axes, level, seed):
-  """(mean, low, high, p) of the mean of x, resampling each of `axes` (the means along it) independently of the others."""
+  """(mean, low, high, p) of the mean of x, resampling the means along each of `axes` independently of the others."""
   if not 0 < level < 1:
     raise ValueError(f"level={level} must lie between 0 and 1")
   mean = float(x.mean())
@@ -107,21 +110,25 @@ def _bootstrap(x, axes, level, seed):
   parts = [part for part in parts if len(part) > 1]
   if not parts:
     return mean, None, None, None
-  rng = np.random.default_rng(seed)
-  draws = mean + sum(np.concatenate([part[rng.integers(len(part), size=(_CHUNK, len(part)))].mean(axis=1) - part.mean()
-                                     for _ in range(DRAWS // _CHUNK)]) for part in parts)
-
   variance = [part.var(ddof=1) / len(part) for part in parts]
   total = sum(variance)
-  # Equal scores have no variance to weigh: rounding must not pass for spread.
-  if total <= (1e-12 * max(1.0, abs(mean))) ** 2:
-    freedom, stretch = sum(len(part) - 1 for part in parts), 1.0
-    draws = np.full(DRAWS, mean)
-  else:
-    freedom = total**2 / sum(v**2 / (len(part) - 1) for v, part in zip(variance, parts))
-    stretch = math.sqrt(total / sum(v * (len(part) - 1) / len(part) for v, part in zip(variance, parts)))
-  tail = scipy.stats.norm.cdf(stretch * scipy.stats.t.ppf((1 - level) / 2, freedom))
-  low, high = np.quantile(draws, [tail, 1 - tail])
-  side = (1 + min(np.sum(draws <= 0), np.sum(draws >= 0))) / (1 + DRAWS)
-  p_value = min(1.0, 2 * scipy.stats.t.sf(scipy.stats.norm.isf(side) / stretch, freedom))
-  return mean, float(low), float(high), float(p_value)
+  if math.sqrt(total) <= 1e-12 * max(1.0, abs(mean)):    # all equal up to rounding: only the signs speak
+    return mean, mean, mean, 1.0 if mean == 0 else 2.0 ** (1 - max(len(part) for part in parts))
+  freedom = total**2 / sum(v**2 / (len(part) - 1) for v, part in zip(variance, parts))
+  stretch = math.sqrt(total / sum(v * (len(part) - 1) / len(part) for v, part in zip(variance, parts)))
+
+  rng = np.random.default_rng(seed)
+  deviation = sum(np.concatenate([part[rng.integers(len(part), size=(_CHUNK, len(part)))].mean(axis=1)
+                                  for _ in range(DRAWS // _CHUNK)]) - part.mean() for part in parts)
+
+  def interval(outside):
+    widen = stretch * scipy.special.stdtrit(freedom, outside / 2) / scipy.special.ndtri(outside / 2)
+    return mean + widen * np.quantile(deviation, [outside / 2, 1 - outside / 2])
+
+  low, high = interval(1 - level)
+  p_value, most = 2 / (1 + DRAWS), 1.0    # the least that the draws can resolve; halve towards the interval that just touches 0
+  for _ in range(20):
+    middle = (p_value + most) / 2
+    low_m, high_m = interval(middle)
+    p_value, most = (middle, most) if low_m <= 0 <= high_m else (p_value, middle)
+  return mean, float(low), float(high), most
