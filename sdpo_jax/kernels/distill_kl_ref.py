@@ -1,0 +1,58 @@
+"""Divergence between teacher and policy from hidden states and output matrices: the specification.
+
+For each token x, with policy logits s = h_s W_s / T and teacher logits t = h_t W_t / T over V entries,
+pi = softmax(s) and q = softmax(t):
+
+  alpha = 0        KL(q || pi)                                  (forward)
+  alpha = 1        KL(pi || q)                                  (reverse)
+  0 < alpha < 1    (1 - alpha) KL(pi || m) + alpha KL(q || m),  m = (1 - alpha) pi + alpha q
+
+The mixture form tends to 0, not to a KL, as alpha tends to 0 or 1: the two ends are cases of their own,
+as in the method's released code (arXiv 2601.20802; generalised Jensen-Shannon divergence, 2306.13649).
+
+Shapes: hidden states [X, D] and [X, E], output matrices [D, V] and [E, V], target [X]; results [X], nats.
+Numerics: float32, or float64 when an input is float64; products at the highest precision.
+Gradient: plain differentiation; the teacher is stopped. Holds several X x V arrays.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+
+
+class DistillKL(NamedTuple):
+  """Per-token results, in nats, at the given temperature."""
+  divergence_X: jax.Array
+  logp_X: jax.Array          # ln pi(target)
+  logp_teacher_X: jax.Array  # ln q(target); carries no gradient
+  entropy_X: jax.Array       # of pi
+
+
+def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, alpha, temperature):
+  dtype = jnp.promote_types(jnp.result_type(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV),
+                            jnp.float32)
+
+  def log_softmax(hidden, head):
+    logits_XV = jnp.matmul(hidden.astype(dtype), head.astype(dtype), precision="highest") / temperature
+    return logits_XV - logsumexp(logits_XV, axis=1, keepdims=True)
+
+  policy_XV = log_softmax(student_hidden_XD, student_head_DV)
+  teacher_XV = jax.lax.stop_gradient(log_softmax(teacher_hidden_XE, teacher_head_EV))
+  if alpha == 0:
+    divergence_X = _kl(teacher_XV, policy_XV)
+  elif alpha == 1:
+    divergence_X = _kl(policy_XV, teacher_XV)
+  else:
+    mixture_XV = jnp.logaddexp(math.log1p(-alpha) + policy_XV, math.log(alpha) + teacher_XV)
+    divergence_X = (1 - alpha) * _kl(policy_XV, mixture_XV) + alpha * _kl(teacher_XV, mixture_XV)
+  at_target = lambda logp_XV: jnp.take_along_axis(logp_XV, target_X[:, None], axis=1)[:, 0]
+  entropy_X = -jnp.sum(jnp.exp(policy_XV) * policy_XV, axis=1)
+  return DistillKL(divergence_X, at_target(policy_XV), at_target(teacher_XV), entropy_X)
+
+
+def _kl(a_XV, b_XV):
+  """KL(a || b) of two arrays of log-probabilities."""
+  return jnp.sum(jnp.exp(a_XV) * (a_XV - b_XV), axis=1)
