@@ -1,0 +1,305 @@
+"""The host's side of one jailed worker: how it is started, spoken to and ended.
+
+A `Worker` is the process of `jail.py` behind a socket. What comes back over that socket or through the memory files is
+untrusted: a struct of numbers and bytes up to a cap. Every wait has a deadline. A worker that dies, falls silent or
+answers nonsense raises `WorkerLost` and must be replaced.
+"""
+
+import array
+import dataclasses
+import functools
+import glob
+import importlib.util
+import json
+import math
+import mmap
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import sysconfig
+import tempfile
+
+from sdpo_jax.envs import jail_filter
+from sdpo_jax.envs.verdict import Limits, Outcome
+
+STDIN, FUNCTION, EXPRESSION = 0, 1, 2   # jail.py has the same three, and the same two structs
+JOB = struct.Struct("=ddQQB")
+DONE = struct.Struct("=iBddQ")
+
+STACK_KB = 256 << 10       # C stack of a program: recursion through C functions is common in contest code
+START_S = 20.0             # for a worker to come up
+GRACE_S = 1.0              # for a worker to answer after the test's own deadline
+FIRST_UID, UIDS = 61000, 4000
+SPARE_PROCESSES = 512      # allowed on top of those a shared uid has at the start
+_JAIL = pathlib.Path(__file__).with_name("jail.py")
+_UNNEEDED = ("test", "site-packages", "dist-packages", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip")
+
+
+class WorkerLost(Exception):
+  """The worker died, fell silent or answered nonsense."""
+
+  def __init__(self, reason: str, silent: bool = False):
+    super().__init__(reason)
+    self.silent = silent  # as opposed to having died
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Where the interpreter and the packages lie on the host."""
+  executable: str
+  prefix: str
+  stdlib: str
+  loader: str                     # the dynamic linker that the executable names
+  libraries: tuple[str, ...]      # directories of shared libraries outside the prefix
+  packages: tuple[str, ...]       # directories to import third-party packages from, each one package
+
+
+@functools.cache
+def find_layout(packages: tuple[str, ...]) -> Layout:
+  executable = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+  with open(executable, "rb") as f:
+    loader = re.search(rb"(/[\w./-]*/ld-[\w.-]*so[\w.]*)\0", f.read(1 << 16))
+  libraries = set()
+  with open("/proc/self/maps") as f:
+    for line in f:
+      if re.search(r"/(libc|libm|libpython[\w.]*|libffi|libz|libstdc\+\+)[-.\w]*so", line):
+        directory = os.path.dirname(os.path.realpath(line.split(maxsplit=5)[5].strip()))
+        if "-packages" not in directory and not directory.startswith(sys.base_prefix + "/lib/python"):
+          libraries.add(directory)
+  found = []
+  for name in packages:
+    spec = importlib.util.find_spec(name)
+    if spec is not None:
+      home = spec.submodule_search_locations[0]
+      found += [home] + glob.glob(os.path.join(os.path.dirname(home), name + ".libs"))
+  return Layout(executable, sys.base_prefix, os.path.dirname(os.path.realpath(os.__file__)),
+                loader[1].decode() if loader else "", tuple(sorted(libraries)), tuple(found))
+
+
+def installed(name: str) -> bool:
+  return importlib.util.find_spec(name) is not None
+
+
+def worker_uid(index: int) -> int:
+  """A uid of its own for each worker when root can give it one, else 0: stay who we are."""
+  return FIRST_UID + (os.getpid() * 61 + index) % UIDS if os.geteuid() == 0 else 0
+
+
+def stage(layout: Layout, directory: str) -> Layout:
+  """The layout with copies of what an unprivileged uid could not reach, e.g. a Python below /root."""
+  ignore = shutil.ignore_patterns(*_UNNEEDED, "config-*", "*.a")
+  os.chmod(directory, 0o755)
+
+  def reachable(path):
+    target = pathlib.Path(path)
+    return all(p.stat().st_mode & stat.S_IXOTH for p in (target, *target.parents)) and target.stat().st_mode & stat.S_IROTH
+
+  def copied(path, name):
+    if reachable(path):
+      return path
+    target = os.path.join(directory, name)
+    shutil.copytree(path, target, ignore=ignore)
+    return target
+
+  # The executable needs no copy: it is started before the uid changes.
+  return dataclasses.replace(
+      layout, stdlib=copied(layout.stdlib, os.path.basename(layout.stdlib)),
+      packages=tuple(copied(p, os.path.join("packages", os.path.basename(p))) for p in layout.packages))
+
+
+def _import_path(stdlib: str, packages) -> list[str]:
+  return [stdlib, os.path.join(stdlib, "lib-dynload")] + sorted({os.path.dirname(p) for p in packages})
+
+
+def _readable(stdlib: str, packages, libraries) -> dict[str, list[str]]:
+  """Paths for Landlock. Directories to list: importing needs it; below them only what is named may be read."""
+  below = [e.path for e in os.scandir(stdlib) if e.name not in _UNNEEDED]
+  others = [p for p in (*packages, *libraries, "/etc/ld.so.cache", "/dev/null", "/dev/urandom") if os.path.exists(p)]
+  return {"read": below + others, "list": [stdlib]}
+
+
+def _bubblewrap_command(layout: Layout, uid: int, with_proc: bool) -> tuple[list[str], str, list[str], list[str]]:
+  """-> command up to the interpreter, and the stdlib, packages and libraries as the jail sees them."""
+  platlib, version = sys.platlibdir, os.path.basename(layout.stdlib)
+  stdlib = f"/py/{platlib}/{version}"
+  command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--as-pid-1",
+             "--hostname", "sandbox", "--cap-drop", "ALL"]
+  command[1:1] = [] if uid else ["--unshare-user"]
+  if uid:
+    command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+  for directory in ("/py", "/py/bin", "/packages"):  # made here, else they take the mode of what is bound below, maybe 0700
+    command += ["--perms", "0755", "--dir", directory]
+  command += ["--ro-bind", layout.executable, "/py/bin/python"]
+  if layout.prefix == "/usr":
+    command += ["--ro-bind", layout.stdlib, stdlib]
+  else:  # shared libraries of a self-contained Python lie beside its standard library
+    command += ["--ro-bind", os.path.join(layout.prefix, platlib), f"/py/{platlib}"]
+  for name in ("site-packages", "dist-packages"):
+    if os.path.isdir(os.path.join(layout.stdlib, name)):
+      command += ["--tmpfs", f"{stdlib}/{name}"]
+  if layout.loader:
+    command += ["--ro-bind", layout.loader, layout.loader]
+  libraries = [d for d in layout.libraries if layout.prefix == "/usr" or not d.startswith(layout.prefix + "/")]
+  for directory in libraries:
+    command += ["--ro-bind", directory, directory]
+  packages = []
+  for package in layout.packages:
+    packages.append("/packages/" + os.path.basename(package))
+    command += ["--ro-bind", package, packages[-1]]
+  command += ["--ro-bind", str(_JAIL), "/jail.py", "--tmpfs", "/dev", "--dev-bind", "/dev/null", "/dev/null",
+              "--dev-bind", "/dev/urandom", "/dev/urandom"]
+  for number, name in enumerate(("stdin", "stdout", "stderr")):
+    command += ["--symlink", f"/proc/self/fd/{number}", f"/dev/{name}"]
+  if with_proc:
+    command += ["--proc", "/proc"]
+  command += ["--perms", "1777", "--size", str(1 << 20), "--tmpfs", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/",
+              "--chdir", "/"]
+  return command, stdlib, packages, [f"/py/{platlib}", *libraries]
+
+
+def _own_processes() -> int:
+  """Threads of all processes of this user: what RLIMIT_NPROC counts."""
+  count = 0
+  for path in glob.glob("/proc/[0-9]*"):
+    try:
+      if os.stat(path).st_uid == os.geteuid():
+        count += len(os.listdir(path + "/task"))
+    except OSError:  # it ended
+      pass
+  return count
+
+
+class Worker:
+  """One warm jailed process."""
+
+  def __init__(self, isolation: str, layout: Layout, packages: tuple[str, ...], uid: int, with_proc: bool):
+    self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    self._pidfd = None
+    self._errors = os.memfd_create("errors")
+    layout = layout if packages else dataclasses.replace(layout, packages=())
+    environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TZ": "UTC", "HOME": "/", "MALLOC_ARENA_MAX": "1",
+                   "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    if isolation == "bubblewrap":
+      command, stdlib, packages_there, libraries = _bubblewrap_command(layout, uid, with_proc)
+      command += ["--setenv", "LD_LIBRARY_PATH", ":".join(libraries), "/py/bin/python"]
+      script = "/jail.py"
+    else:
+      command, stdlib, packages_there, libraries = [layout.executable], layout.stdlib, layout.packages, layout.libraries
+      script = str(_JAIL)
+    # The shell sets what must hold from the first instruction on: the C stack, and who dies first when memory runs out.
+    # PYTHONHASHSEED is not read under -I, hence -E's absence: -s and -P keep the user's files out as -I would.
+    command += ["-s", "-P", "-S", "-B", "-X", "utf8", script, str(theirs.fileno())]
+    shell = (f'ulimit -s {STACK_KB} 2>/dev/null || ulimit -s "$(ulimit -H -s)"; '
+             'echo 1000 2>/dev/null > /proc/self/oom_score_adj; exec "$@"')
+    self._process = subprocess.Popen(
+        ["/bin/sh", "-c", shell, "sh", *command], env=environment | {"PYTHONHASHSEED": "0"}, cwd="/", pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors, start_new_session=True)
+    theirs.close()
+    inside = isolation == "bubblewrap"
+    config = {"path": _import_path(stdlib, packages_there), "packages": list(packages), "uid": uid,
+              "processes": _own_processes() + SPARE_PROCESSES if not uid else 0,
+              "filter": "" if isolation == "unsafe" else jail_filter.build().hex(),
+              "landlock": None}
+    if isolation in ("bubblewrap", "landlock"):
+      rules = _readable(layout.stdlib, packages_there if not inside else (), libraries if not inside else ())
+      if inside:
+        rules = {"read": [p.replace(layout.stdlib, stdlib, 1) for p in rules["read"] if p.startswith(layout.stdlib)]
+                 + packages_there + libraries[1:] + ["/dev/null", "/dev/urandom"], "list": [stdlib]}
+      config["landlock"] = rules
+    try:
+      self._sock.settimeout(START_S)
+      self._sock.send(json.dumps(config).encode())
+    except OSError as e:
+      raise WorkerLost(f"{e}: {self._stderr()}") from e
+
+  def hello(self) -> dict:
+    """Waits until the worker is locked down. -> what it reached"""
+    try:
+      message, ancillary, _, _ = self._sock.recvmsg(1 << 16, socket.CMSG_SPACE(12))
+    except OSError as e:
+      raise WorkerLost(f"did not start: {e} {self._stderr()}") from e
+    for _, kind, data in ancillary:
+      if kind == socket.SCM_CREDENTIALS and message:
+        self._pidfd = os.pidfd_open(struct.unpack("=iII", data)[0])
+    try:
+      state = json.loads(message)
+    except ValueError:
+      state = {"failed": self._stderr() or "the worker ended"}
+    if "failed" in state:
+      raise WorkerLost(state["failed"])
+    self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+    return state
+
+  def run(self, program_fd: int, given: str, mode: int, fn_name: str, limits: Limits) -> Outcome:
+    cap = limits.output_kb << 10
+    fds = []
+    try:
+      fds.append(memory_file(given))
+      for name in ("stdout", "stderr", "result"):
+        fds.append(os.memfd_create(name))
+      job = JOB.pack(limits.time_s, limits.wall_s, limits.memory_mb << 20, cap, mode) + fn_name.encode()
+      self._sock.settimeout(limits.wall_s + GRACE_S)
+      try:
+        socket.send_fds(self._sock, [job], [program_fd, *fds])
+        answer = self._sock.recv(DONE.size + 1)
+      except TimeoutError as e:
+        raise WorkerLost("silent", silent=True) from e
+      except OSError as e:
+        raise WorkerLost(str(e)) from e
+      if len(answer) != DONE.size:
+        raise WorkerLost(f"an answer of {len(answer)} bytes")
+      status, killed, cpu_s, wall_s, max_rss_kb = DONE.unpack(answer)
+      if not (math.isfinite(cpu_s) and math.isfinite(wall_s)):
+        raise WorkerLost("an answer that is not a number")
+      return Outcome(status=status, killed=bool(killed), cpu_s=cpu_s, wall_s=wall_s, max_rss_kb=max_rss_kb,
+                     stdout=os.pread(fds[1], cap, 0), result=os.pread(fds[3], cap, 0),
+                     capped=any(os.fstat(fd).st_size >= cap for fd in fds[1:]))
+    finally:
+      for fd in fds:
+        os.close(fd)
+
+  def kill(self):
+    """Ends the worker and everything it started. Its process namespace, or the parent-death signal, takes the test along."""
+    if self._sock.fileno() < 0:
+      return
+    if self._pidfd is not None:
+      try:
+        signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+      except ProcessLookupError:
+        pass
+      os.close(self._pidfd)
+      self._pidfd = None
+    else:  # it never said who it is
+      self._process.kill()
+    self._sock.close()
+    os.close(self._errors)
+    self._process.wait(timeout=START_S)
+
+  @property
+  def alive(self) -> bool:
+    return self._sock.fileno() >= 0 and self._process.poll() is None
+
+  def _stderr(self) -> str:
+    return os.pread(self._errors, 2000, 0).decode("utf-8", "replace").strip()
+
+
+def memory_file(text: str) -> int:
+  """A file without a name, holding the text, at its start. The caller closes it."""
+  data = text.encode("utf-8", "replace")
+  fd = os.memfd_create("text")
+  try:
+    done = 0
+    while done < len(data):
+      done += os.pwrite(fd, data[done:], done)
+  except OSError:
+    os.close(fd)
+    raise
+  return fd

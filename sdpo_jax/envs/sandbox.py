@@ -1,0 +1,254 @@
+"""Runs untrusted programs against tests: a warm pool of jailed workers, a fresh process for every test.
+
+  caller's thread --socket--> worker (jail.py: warm, jailed) --fork--> one process per test
+
+The host creates every file a test touches as an anonymous memory file, sends the descriptors, and afterwards reads at most
+the cap from each. Expected outputs, other tests and reference solutions stay here. The worker starts by vfork and exec, so
+that a large parent (a trainer with its arrays) is never forked.
+
+What is protected, by isolation (`Sandbox.isolation` tells which one is in use):
+  bubblewrap  Own namespaces (processes, network, IPC, host name; users unless root), a file system of the standard library
+              alone, and everything below.
+  landlock    No namespaces. Landlock allows reading the standard library and nothing else; seccomp forbids other processes,
+              sockets and writes; limits on CPU, wall time, memory, threads, files and output. Not protected: path metadata
+              (whether a file exists, its size) and the process numbers of the host are visible.
+  seccomp     Without Landlock: every file that the worker's user may read can be read. By name only.
+  unsafe      Limits alone: no protection from hostile programs. By name only, for trusted programs.
+None of them is a barrier against a hole in the kernel. As root each worker runs under a uid of its own (61000 to 64999), as
+an ordinary user under the user's. Nothing can be written anywhere: /tmp is there, and empty.
+
+Errors: `ValueError` for a bad argument; `RuntimeError` where the isolation asked for does not work here, with the
+reason. A verdict of kind `sandbox_failed` says that we could not judge: it is never a reward.
+"""
+
+import functools
+import logging
+import os
+import queue
+import tempfile
+
+from sdpo_jax.envs.jail_worker import (EXPRESSION, FUNCTION, STDIN, Worker, WorkerLost, find_layout, installed, memory_file, stage,
+                                       worker_uid)
+from sdpo_jax.envs.verdict import Limits, Outcome, ProgramError, TestCase, TestResult, Verdict, judge_test, make_verdict
+
+__all__ = ["Limits", "ProgramError", "Sandbox", "TestCase", "TestResult", "Verdict"]
+
+ISOLATIONS = ("bubblewrap", "landlock", "seccomp", "unsafe")  # strongest first
+PACKAGES = ("numpy",)  # what a program may import besides the standard library, where it is installed
+_log = logging.getLogger(__name__)
+
+# Tries what must not be possible and prints what was.
+_CANARY = '''
+import ctypes, os, socket
+def fork():
+  if os.fork() == 0: os._exit(0)
+def ptrace():
+  if ctypes.CDLL(None).ptrace(0, 0, 0, 0) < 0: raise OSError
+tries = {"fork": fork, "ptrace": ptrace, "exec": lambda: os.execv("/bin/true", ["true"]), "socket": socket.socket,
+         "kill": lambda: os.kill(os.getppid(), 0), "write": lambda: open("/tmp/canary", "w"), "mkdir": lambda: os.mkdir("/tmp/canary"),
+         "memfd": lambda: os.memfd_create("canary"), "limits": lambda: __import__("resource").prlimit(os.getppid(), 7),
+         "read": lambda: open("/etc/passwd"), "list": lambda: os.listdir("/"), "see": lambda: os.stat("/etc/passwd")}
+done = []
+for name in tries:
+  try:
+    tries[name]()
+    done.append(name)
+  except OSError:
+    pass
+print(*done)
+'''
+_VISIBLE = {"bubblewrap": set(), "landlock": {"see"}, "seccomp": {"see", "read", "list"}}
+
+
+class Sandbox:
+  """A pool of jailed workers. `run` may be called from any number of threads; each call takes one worker."""
+
+  def __init__(self, workers: int | None = None, isolation: str = "auto"):
+    if isolation != "auto" and isolation not in ISOLATIONS:
+      raise ValueError(f"isolation={isolation!r} is unknown; choose from {('auto',) + ISOLATIONS}")
+    if workers is not None and workers < 1:
+      raise ValueError(f"workers={workers} must be at least 1")
+    self._staged = None
+    self._slots = []
+    self._idle = queue.LifoQueue()  # the worker used last has the warmest caches
+    self._closed = False
+    self.isolation = self._choose(ISOLATIONS[:2] if isolation == "auto" else (isolation,))
+    self._slots += [_Slot(self._start, k) for k in range(1, workers or len(os.sched_getaffinity(0)))]
+    started = [slot.begin() for slot in self._slots[1:]]
+    for worker in started:
+      worker.hello()
+    for slot in self._slots:
+      self._idle.put(slot)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def close(self):
+    """Ends all workers. A `run` in progress ends with `sandbox_failed`."""
+    self._closed = True
+    for slot in self._slots:
+      slot.discard()
+    if self._staged is not None:
+      self._staged.cleanup()
+      self._staged = None
+
+  def run(self, program: str, tests: list[TestCase], fn_name: str | None = None, limits: Limits = Limits(), *,
+          max_failures: int = 2) -> Verdict:
+    """Runs the tests in order until one ends in an error or `max_failures` of them gave a wrong answer.
+
+    fn_name  None: a program that reads standard input; else the function, or method of class Solution, to call
+    """
+    if self._closed:
+      raise RuntimeError("the sandbox is closed")
+    tests = list(tests)
+    slot = self._idle.get()
+    try:
+      return slot.judge(program, tests, fn_name, limits, max_failures)
+    finally:
+      self._idle.put(slot)
+
+  def _choose(self, candidates) -> str:
+    """The first isolation that works here: started for real, and tried from inside."""
+    reasons = []
+    for isolation in candidates:
+      for with_proc in (True, False) if isolation == "bubblewrap" else (False,):
+        self._settings = isolation, with_proc
+        slot = _Slot(self._start, 0)
+        try:
+          self._layout = self._place(isolation)
+          worker = slot.begin()
+          worker.hello()
+          _try_canaries(worker, isolation)
+        except (WorkerLost, OSError) as e:
+          slot.discard()
+          reasons.append(f"{isolation}: {e}")
+          continue
+        self._slots.append(slot)
+        if isolation != "bubblewrap":
+          _warn(isolation, "; ".join(reasons) or "asked for by name")
+        return isolation
+    self.close()
+    raise RuntimeError(f"no sandbox works here: {'; '.join(reasons)}. Install bubblewrap or use a kernel with Landlock and seccomp; "
+                       "weaker isolation must be asked for by name")
+
+  def _place(self, isolation):
+    layout = find_layout(PACKAGES)
+    if isolation == "bubblewrap" or not worker_uid(0):
+      return layout
+    if self._staged is None:
+      self._staged = tempfile.TemporaryDirectory(prefix="sandbox-")
+    return stage(layout, self._staged.name)
+
+  def _start(self, index: int, packages: tuple[str, ...]) -> Worker:
+    isolation, with_proc = self._settings
+    if self._closed:
+      raise WorkerLost("the sandbox is closed")
+    return Worker(isolation, self._layout, packages, worker_uid(index), with_proc)
+
+
+def _try_canaries(worker: Worker, isolation: str):
+  if isolation == "unsafe":
+    return
+  program = memory_file(_CANARY)
+  try:
+    outcome = worker.run(program, "", STDIN, "", Limits(time_s=2.0, memory_mb=256, output_kb=64))
+  finally:
+    os.close(program)
+  if outcome.status != 0:
+    raise WorkerLost(f"a trivial program failed: status {outcome.status} {outcome.result[:500]!r}")
+  if possible := set(outcome.stdout.decode().split()) - _VISIBLE[isolation]:
+    raise WorkerLost(f"a program could {', '.join(sorted(possible))}")
+
+
+@functools.cache
+def _warn(isolation, reasons):
+  """Once a process and reason."""
+  lost = {"landlock": "no private process table, and path metadata (which files exist) is visible to programs",
+          "seccomp": "programs can read every file that this user can read",
+          "unsafe": "programs can do whatever this user can do"}[isolation]
+  _log.warning("SANDBOX WEAKER THAN BUBBLEWRAP, isolation %r: %s (%s)", isolation, lost, reasons)
+
+
+class _Slot:
+  """A place of the pool: at most one lean worker and one with third-party packages, never both at work."""
+
+  def __init__(self, start, index):
+    self._start = start
+    self._index = index
+    self._workers = {}
+
+  def begin(self, packages: tuple[str, ...] = ()) -> Worker:
+    self._workers[packages] = worker = self._start(self._index, packages)
+    return worker
+
+  def discard(self):
+    for worker in list(self._workers.values()):
+      worker.kill()
+    self._workers.clear()
+
+  def _worker(self, packages) -> Worker:
+    worker = self._workers.get(packages)
+    if worker is not None and worker.alive:
+      return worker
+    if worker is not None:
+      worker.kill()
+    worker = self.begin(packages)
+    worker.hello()
+    return worker
+
+  def judge(self, program, tests, fn_name, limits, max_failures) -> Verdict:
+    # Whoever mentions a package pays for a worker that has it; the others are smaller and faster.
+    packages = tuple(p for p in PACKAGES if p in program and installed(p))
+    results, wrong = [], 0
+    try:
+      program_fd = memory_file(program)
+    except OSError as e:
+      return make_verdict([_failed(tests[0] if tests else TestCase(), "sandbox_failed", str(e))], len(tests), limits)
+    try:
+      for test in tests:
+        result = self._judge_test(packages, program, program_fd, test, fn_name, limits)
+        results.append(result)
+        wrong += result.kind == "wrong_answer"
+        if result.kind not in ("passed", "wrong_answer") or wrong >= max_failures:
+          break
+    finally:
+      os.close(program_fd)
+    return make_verdict(results, len(tests), limits)
+
+  def _judge_test(self, packages, program, program_fd, test, fn_name, limits) -> TestResult:
+    if test.expression is not None:
+      given, mode = test.expression, EXPRESSION
+    else:
+      given, mode = test.input, STDIN if fn_name is None else FUNCTION
+    try:
+      for last in (False, True):
+        worker = self._worker(packages)
+        try:
+          outcome = worker.run(program_fd, given, mode, fn_name or "", limits)
+          return judge_test(outcome, test, program, fn_name, limits)
+        except WorkerLost as lost:
+          worker.kill()
+          if last or lost.silent:
+            break  # a worker that only died may have been killed from outside: the program gets a second one
+      # Twice, or silent: the program's doing if a trivial program passes on a fresh worker, else ours.
+      trivial = self._trivial(packages)
+    except (WorkerLost, OSError) as e:
+      self.discard()
+      return _failed(test, "sandbox_failed", str(e))
+    return _failed(test, "contained" if trivial else "sandbox_failed", "")
+
+  def _trivial(self, packages) -> bool:
+    program_fd = memory_file("print(input())")
+    try:
+      outcome = self._worker(packages).run(program_fd, "1", STDIN, "", Limits(time_s=2.0, memory_mb=256, output_kb=64))
+    finally:
+      os.close(program_fd)
+    return outcome.status == 0 and outcome.stdout == b"1\n"
+
+
+def _failed(test: TestCase, kind: str, why: str) -> TestResult:
+  return TestResult(input=test.input if test.expression is None else test.expression, output="", expected=test.output, kind=kind,
+                    detail=why, hidden=test.hidden)
