@@ -1,0 +1,375 @@
+"""The decoder: weights with their axes, hidden states, logits, and the cached step that sampling uses.
+
+One causal transformer (RMSNorm, rotary positions, grouped-query attention, SwiGLU) serves training, teacher scoring and
+sampling; families differ by fields of `ModelConfig`. `params` is a nested dict whose `layers` are stacked along a leading
+axis L and scanned, so that compile time does not grow with depth.
+
+Positions and masks: a token attends to tokens of its own segment at the same or an earlier column; segment 0 is padding.
+Without `segment_ids_BT` the row is one segment; without `positions_BT` positions count from 0 within each segment.
+A sliding layer sees the last `sliding_window` columns, its own included.
+What stands at padding is finite but meaningless.
+Numerics: matrix products in `config.dtype`; norms, rotary angles, softmax and logits in float32.
+Errors: AssertionError with both shapes, while tracing, where inputs disagree.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdpo_jax import sharding
+from sdpo_jax.model.config import ModelConfig, Rope
+
+Initializer = jax.nn.initializers.Initializer
+
+
+class Weight(NamedTuple):
+  axes: str        # axis letters of records.py, one a dimension
+  init: Initializer
+
+
+def _attention_weights(c: ModelConfig) -> dict[str, Weight]:
+  inwards = nn.initializers.normal(c.width ** -0.5)
+  weights = {
+      "q": Weight("DNH", inwards),
+      "k": Weight("DKH", inwards),
+      "v": Weight("DKH", inwards),
+      "o": Weight("NHD", nn.initializers.normal((2 * c.layers * c.heads * c.head_dim) ** -0.5)),
+  }
+  if c.qkv_bias:
+    zeros = nn.initializers.zeros
+    weights |= {"q_bias": Weight("NH", zeros), "k_bias": Weight("KH", zeros), "v_bias": Weight("KH", zeros)}
+  if c.qk_norm != "none":
+    ones, whole = nn.initializers.ones, c.qk_norm == "all"
+    weights |= {"q_norm": Weight("NH" if whole else "H", ones), "k_norm": Weight("KH" if whole else "H", ones)}
+  return weights
+
+
+def _mlp_weights(c: ModelConfig) -> dict[str, Weight]:
+  inwards = nn.initializers.normal(c.width ** -0.5)
+  return {
+      "gate": Weight("DF", inwards),
+      "up": Weight("DF", inwards),
+      "down": Weight("FD", nn.initializers.normal((2 * c.layers * c.ff_width) ** -0.5)),
+  }
+
+
+def _norm_weights(c: ModelConfig) -> dict[str, Weight]:
+  return {"attn_norm": Weight("D", nn.initializers.ones), "mlp_norm": Weight("D", nn.initializers.ones)}
+
+
+def _outer_weights(c: ModelConfig) -> dict[str, Weight]:
+  weights = {
+      "embed": Weight("VD", nn.initializers.normal(0.02)),
+      "norm": Weight("D", nn.initializers.ones),
+  }
+  if not c.tied:
+    weights["head"] = Weight("DV", nn.initializers.normal(0.02))
+  return weights
+
+
+def weights(config: ModelConfig) -> dict:
+  """Every weight, declared once: the tree of `params` with a Weight at each leaf. Those under "layers" are one layer's."""
+  block = {"attn": _attention_weights(config), "mlp": _mlp_weights(config), **_norm_weights(config)}
+  return {"layers": block, **_outer_weights(config)}
+
+
+def _shape(config: ModelConfig, letters: str) -> tuple[int, ...]:
+  size = dict(L=config.layers, D=config.width, N=config.heads, K=config.kv_heads, H=config.head_dim,
+              F=config.ff_width, V=config.vocab)
+  return tuple(size[a] for a in letters)
+
+
+def _declare(module: nn.Module, declared: dict[str, Weight], config: ModelConfig) -> dict[str, jax.Array]:
+  """Binds a table of weights to a Linen module and gives them out in the compute dtype."""
+  values = {name: module.param(name, w.init, _shape(config, w.axes), config.param_dtype) for name, w in declared.items()}
+  return {name: value.astype(config.dtype) for name, value in values.items()}
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """Over the trailing axes that `scale` has; float32 inside."""
+  x32 = x.astype(jnp.float32)
+  axes = tuple(range(x.ndim - scale.ndim, x.ndim))
+  x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + eps)
+  return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+  """Radians per position of each of the H/2 pairs, float32, after the scaling that `rope` asks for."""
+  freq = 1.0 / np.float64(rope.theta) ** (np.arange(0, head_dim, 2) / head_dim)
+  if rope.kind == "llama3":       # long wavelengths are stretched by factor, short ones kept, those between blended
+    turns = rope.original_positions * freq / (2 * math.pi)
+    keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+    freq = (1 - keep) * freq / rope.factor + keep * freq
+  elif rope.kind == "yarn":       # the same idea with a ramp over the index of the pair (arXiv:2309.00071 section 3.2)
+    def pair_with(turns):
+      return head_dim * math.log(rope.original_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+    low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
+    if rope.truncate:
+      low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    high += 0.001 * (low == high)
+    stretch = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
+    freq = stretch * freq / rope.factor + (1 - stretch) * freq
+  return freq.astype(np.float32)
+
+
+def _rotation(rope: Rope, head_dim: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """cos and sin of shape [B, T, 1, H/2], float32."""
+  angle = positions_BT[..., None, None].astype(jnp.float32) * frequencies(rope, head_dim)
+  return jnp.cos(angle) * rope.attention_factor, jnp.sin(angle) * rope.attention_factor
+
+
+def _rotate(x_BTNH: jax.Array, rotation) -> jax.Array:
+  """Rotates pair (h, h + H/2) by its angle."""
+  cos, sin = rotation
+  a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+  """Grouped-query attention; softmax in float32. A row with nothing to see averages everything, so it stays finite."""
+  return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
+
+
+class Attention(nn.Module):
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, rotation, attend):
+    c = self.config
+    w = _declare(self, _attention_weights(c), c)
+    q, k, v = (jnp.einsum("BTD,DNH->BTNH", x_BTD, w[name]) for name in "qkv")
+    if c.qkv_bias:
+      q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
+    if c.qk_norm != "none":
+      q, k = rms_norm(q, w["q_norm"], c.norm_eps), rms_norm(k, w["k_norm"], c.norm_eps)
+    out_BTNH, memory = attend(_rotate(q, rotation), _rotate(k, rotation), v)
+    return jnp.einsum("BTNH,NHD->BTD", out_BTNH, w["o"]), memory
+
+
+class Mlp(nn.Module):
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD):
+    w = _declare(self, _mlp_weights(self.config), self.config)
+    return (nn.silu(x_BTD @ w["gate"]) * (x_BTD @ w["up"])) @ w["down"]
+
+
+class Block(nn.Module):
+  """One layer. `attend(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH, memory` decides what is visible; memory is handed through."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, rotation, attend):
+    c = self.config
+    w = _declare(self, _norm_weights(c), c)
+    norm = lambda x, name: rms_norm(x, w[name], c.norm_eps)
+    attn, mlp = Attention(c, name="attn"), Mlp(c, name="mlp")
+    if c.norm_placement == "pre":
+      out, memory = attn(norm(x_BTD, "attn_norm"), rotation, attend)
+      x_BTD = x_BTD + out
+      x_BTD = x_BTD + mlp(norm(x_BTD, "mlp_norm"))
+    else:
+      out, memory = attn(x_BTD, rotation, attend)
+      x_BTD = x_BTD + norm(out, "attn_norm")
+      x_BTD = x_BTD + norm(mlp(x_BTD), "mlp_norm")
+    return sharding.constrain(x_BTD, "BTD"), memory
+
+
+def init(config: ModelConfig, key: jax.Array) -> dict:
+  """Random weights in `config.param_dtype`."""
+  outer_key, layers_key = jax.random.split(key)
+  x_BTD = jnp.zeros((1, 1, config.width), config.dtype)
+  rotation = _rotation(config.rope, config.head_dim, jnp.zeros((1, 1), jnp.int32))
+  attend = lambda q, k, v: (q, None)
+  layer = lambda k: Block(config).init(k, x_BTD, rotation, attend)["params"]
+  params = {"layers": jax.vmap(layer)(jax.random.split(layers_key, config.layers))}
+  for i, (name, w) in enumerate(_outer_weights(config).items()):
+    params[name] = w.init(jax.random.fold_in(outer_key, i), _shape(config, w.axes), config.param_dtype)
+  return params
+
+
+def _is_weight(x) -> bool:
+  return isinstance(x, Weight)
+
+
+def axes(config: ModelConfig) -> dict:
+  """The tree of `params` with a string of axis letters at each leaf."""
+  tree = jax.tree.map(lambda w: w.axes, weights(config), is_leaf=_is_weight)
+  return {**tree, "layers": jax.tree.map(lambda a: "L" + a, tree["layers"])}
+
+
+def shapes(config: ModelConfig) -> dict:
+  """The tree of `params` with a jax.ShapeDtypeStruct at each leaf."""
+  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(_shape(config, a), config.param_dtype), axes(config))
+
+
+class _Stream(NamedTuple):
+  """What a batch of rows brings along to every layer."""
+  x_BTD: jax.Array
+  rotation: tuple             # of the full layers
+  sliding_rotation: tuple
+  mask_BTS: jax.Array
+  sliding_mask_BTS: jax.Array
+
+
+def _stream(params: dict, config: ModelConfig, tokens_BT, positions_BT, mask_BTS, column_T, column_S) -> _Stream:
+  x_BTD = sharding.constrain(params["embed"].astype(config.dtype)[tokens_BT], "BTD")
+  rotation = sliding_rotation = _rotation(config.rope, config.head_dim, positions_BT)
+  if config.sliding_rope is not None:
+    sliding_rotation = _rotation(config.sliding_rope, config.head_dim, positions_BT)
+  sliding_mask_BTS = mask_BTS
+  if config.sliding:
+    near_TS = column_T[:, None] - column_S[None, :] < config.sliding_window
+    sliding_mask_BTS = mask_BTS & near_TS
+  return _Stream(x_BTD, rotation, sliding_rotation, mask_BTS, sliding_mask_BTS)
+
+
+def _pick(stream: _Stream, config: ModelConfig, slides: jax.Array) -> tuple:
+  """(rotation, mask) of one layer. Selected by value: layers of both kinds run through one scanned body."""
+  if not config.sliding:
+    return stream.rotation, stream.mask_BTS
+  full, sliding = (stream.rotation, stream.mask_BTS), (stream.sliding_rotation, stream.sliding_mask_BTS)
+  return jax.tree.map(lambda s, f: jnp.where(slides, s, f), sliding, full)
+
+
+def _slides(config: ModelConfig) -> jax.Array:
+  return jnp.array(config.sliding or (False,) * config.layers)
+
+
+def _rows(params: dict, config: ModelConfig, tokens_BT, positions_BT, segment_ids_BT) -> _Stream:
+  """The stream of whole rows, as training and scoring see them."""
+  B, T = tokens_BT.shape
+  column_T = jnp.arange(T)
+  mask_BTS = jnp.broadcast_to(column_T[:, None] >= column_T[None, :], (B, T, T))
+  if segment_ids_BT is not None:
+    assert segment_ids_BT.shape == (B, T), (segment_ids_BT.shape, tokens_BT.shape)
+    mask_BTS &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    mask_BTS &= segment_ids_BT[:, None, :] != 0
+  if positions_BT is None:
+    positions_BT = jnp.broadcast_to(column_T, (B, T))
+    if segment_ids_BT is not None:
+      starts_BT = jnp.diff(segment_ids_BT, axis=1, prepend=0) != 0
+      positions_BT -= jax.lax.cummax(jnp.where(starts_BT, positions_BT, 0), axis=1)
+  assert positions_BT.shape == (B, T), (positions_BT.shape, tokens_BT.shape)
+  return _stream(params, config, tokens_BT, positions_BT, mask_BTS, column_T, column_T)
+
+
+def _layer(config: ModelConfig, stream: _Stream, x_BTD, layer: dict, slides) -> jax.Array:
+  rotation, mask_BTS = _pick(stream, config, slides)
+  attend = lambda q, k, v: (attention(q, k, v, mask_BTS), None)
+  return Block(config).apply({"params": layer}, x_BTD, rotation, attend)[0]
+
+
+def _layer_fn(config: ModelConfig, stream: _Stream, remat: str):
+  """(x_BTD, layer, slides) -> x_BTD. remat "block" keeps only each layer's input for the backward pass."""
+  layer = functools.partial(_layer, config, stream)
+  if remat not in ("none", "block"):
+    raise ValueError(f"model.remat={remat!r}: choose from ['none', 'block']")
+  return jax.checkpoint(layer, prevent_cse=False) if remat == "block" else layer
+
+
+def _final(params: dict, config: ModelConfig, x_BTD) -> jax.Array:
+  return rms_norm(x_BTD, params["norm"], config.norm_eps)
+
+
+def hidden(params: dict, config: ModelConfig, tokens_BT, *, positions_BT=None, segment_ids_BT=None,
+           remat: str = "none") -> jax.Array:
+  """Tokens -> hidden_BTD after the final norm, in `config.dtype`."""
+  stream = _rows(params, config, tokens_BT, positions_BT, segment_ids_BT)
+  layer_fn = _layer_fn(config, stream, remat)
+  body = lambda x_BTD, layer: (layer_fn(x_BTD, *layer), None)
+  x_BTD, _ = jax.lax.scan(body, stream.x_BTD, (params["layers"], _slides(config)))
+  return _final(params, config, x_BTD)
+
+
+def hidden_pair(params: dict, teacher_params: dict | None, config: ModelConfig, student: tuple, teacher: tuple, *,
+                remat: str = "none") -> tuple[jax.Array, jax.Array]:
+  """Policy and teacher through one scan: each layer's weights are read once and only the policy is differentiated.
+
+  `student` and `teacher` are (tokens_BT, positions_BT or None, segment_ids_BT or None); their B and T may differ.
+  `teacher_params` None: the live weights teach, under stop_gradient. Returns (policy_hidden_BTD, teacher_hidden_BTD).
+  """
+  live = teacher_params is None
+  teacher_params = jax.lax.stop_gradient(params if live else teacher_params)
+  policy, teaching = _rows(params, config, *student), _rows(teacher_params, config, *teacher)
+  policy_fn, teacher_fn = _layer_fn(config, policy, remat), _layer_fn(config, teaching, "none")
+
+  def body(carry, xs):
+    policy_BTD, teacher_BTD = carry
+    layer, teacher_layer, slides = xs
+    teacher_layer = jax.lax.stop_gradient(layer if live else teacher_layer)
+    policy_BTD = policy_fn(policy_BTD, layer, slides)
+    teacher_BTD = jax.lax.stop_gradient(teacher_fn(teacher_BTD, teacher_layer, slides))
+    return (policy_BTD, teacher_BTD), None
+
+  xs = (params["layers"], None if live else teacher_params["layers"], _slides(config))
+  (policy_BTD, teacher_BTD), _ = jax.lax.scan(body, (policy.x_BTD, teaching.x_BTD), xs)
+  return _final(params, config, policy_BTD), jax.lax.stop_gradient(_final(teacher_params, config, teacher_BTD))
+
+
+def head(params: dict, config: ModelConfig) -> jax.Array:
+  """The output matrix [D, V], in `config.param_dtype`."""
+  return params["embed"].T if config.tied else params["head"]
+
+
+def logits(params: dict, config: ModelConfig, tokens_BT, *, positions_BT=None, segment_ids_BT=None) -> jax.Array:
+  """Tokens -> logits_BTV, float32."""
+  hidden_BTD = hidden(params, config, tokens_BT, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT)
+  return project(hidden_BTD, head(params, config))
+
+
+def project(hidden_XD, head_DV) -> jax.Array:
+  """Hidden states times output matrix, summed in float32."""
+  return jnp.matmul(hidden_XD, head_DV.astype(hidden_XD.dtype), preferred_element_type=jnp.float32)
+
+
+class Cache(NamedTuple):
+  """Keys and values of the columns written so far. Columns not written, and padding, are not valid."""
+  k_LBSKH: jax.Array
+  v_LBSKH: jax.Array
+  valid_BS: jax.Array   # bool
+
+
+def init_cache(config: ModelConfig, rows: int, length: int) -> Cache:
+  shape = (config.layers, rows, length, config.kv_heads, config.head_dim)
+  return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.zeros((rows, length), bool))
+
+
+def extend(params: dict, config: ModelConfig, tokens_BT, cache: Cache, *, start, positions_BT, valid_BT
+           ) -> tuple[jax.Array, Cache]:
+  """Writes T columns at column `start` (one number for all rows) and returns their hidden_BTD after the final norm.
+
+  A column sees the valid columns up to its own. T is the prompt's length in prefill and 1 in decoding.
+  The caller keeps start + T within the cache: a write beyond its end would be shifted back silently.
+  """
+  (B, T), S = tokens_BT.shape, cache.valid_BS.shape[1]
+  assert positions_BT.shape == valid_BT.shape == (B, T), (positions_BT.shape, valid_BT.shape, tokens_BT.shape)
+  assert cache.valid_BS.shape[0] == B and T <= S, (cache.valid_BS.shape, tokens_BT.shape)
+  valid_BS = jax.lax.dynamic_update_slice(cache.valid_BS, valid_BT.astype(bool), (0, start))
+  column_T, column_S = start + jnp.arange(T), jnp.arange(S)
+  mask_BTS = valid_BS[:, None, :] & (column_S[None, :] <= column_T[:, None])
+  stream = _stream(params, config, tokens_BT, positions_BT, mask_BTS, column_T, column_S)
+
+  def body(carry, xs):   # the whole cache is carried, so that XLA updates it in place instead of restacking it
+    x_BTD, k_LBSKH, v_LBSKH = carry
+    layer, slides, i = xs
+    rotation, mask_BTS = _pick(stream, config, slides)
+
+    def attend(q, k, v):
+      k_all = jax.lax.dynamic_update_slice(k_LBSKH, k[None], (i, 0, start, 0, 0))
+      v_all = jax.lax.dynamic_update_slice(v_LBSKH, v[None], (i, 0, start, 0, 0))
+      return attention(q, k_all[i], v_all[i], mask_BTS), (k_all, v_all)
+
+    x_BTD, (k_LBSKH, v_LBSKH) = Block(config).apply({"params": layer}, x_BTD, rotation, attend)
+    return (x_BTD, k_LBSKH, v_LBSKH), None
+
+  carry = (stream.x_BTD, cache.k_LBSKH, cache.v_LBSKH)
+  (x_BTD, k, v), _ = jax.lax.scan(body, carry, (params["layers"], _slides(config), jnp.arange(config.layers)))
+  return _final(params, config, x_BTD), Cache(k, v, valid_BS)

@@ -1,0 +1,34 @@
+"""The one file that knows the mesh: its axes, and which logical axis of a tensor lies on which of them.
+
+Mesh axes: "data" (rows; weights copied), "fsdp" (rows and weights split), "tensor" (heads, feed-forward, vocabulary split).
+Logical axes are the letters of `records`. Errors: ValueError where two dimensions of one tensor would share a mesh axis.
+"""
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+WEIGHTS = {"L": None, "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F": "tensor", "V": "tensor"}
+ACTIVATIONS = {"B": ("data", "fsdp"), "T": None, "R": None, "S": None, "L": None, "D": None, "N": "tensor", "K": "tensor",
+               "H": None, "F": "tensor", "V": "tensor"}
+
+
+def spec(axes: str, rules: dict) -> PartitionSpec:
+  """spec("DNH", WEIGHTS) -> PartitionSpec("fsdp", "tensor", None)."""
+  entries = [rules[a] for a in axes]
+  used = jax.tree.leaves(entries)
+  if len(used) != len(set(used)):
+    raise ValueError(f"axes {axes!r} put two dimensions on one mesh axis: {entries}")
+  return PartitionSpec(*entries)
+
+
+def named(mesh: jax.sharding.Mesh, axes, rules: dict = WEIGHTS):
+  """A tree of axis letters -> the same tree of shardings on this mesh."""
+  return jax.tree.map(lambda a: NamedSharding(mesh, spec(a, rules)), axes)
+
+
+def constrain(x: jax.Array, axes: str) -> jax.Array:
+  """Places an activation by its letters where a mesh is set (`jax.set_mesh`); without one, x unchanged."""
+  assert x.ndim == len(axes), (x.shape, axes)
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(axes, ACTIVATIONS))
