@@ -1,0 +1,37 @@
+"""The loss benchmark: it measures, it prints both implementations, and it refuses nonsense."""
+
+import json
+
+import pytest
+
+from sdpo_jax.bench import __main__ as bench
+from sdpo_jax.bench import loss
+
+
+def test_measures_both_in_children(tmp_path, capfd):
+  path = tmp_path / "loss.json"
+  assert bench.main(["loss", "--shapes=16x128x300", "--implementations=reference,xla", "--repeats=1", f"--json={path}"]) == 0
+  rows = json.loads(path.read_text())
+  assert [row["implementation"] for row in rows] == ["reference", "xla"]
+  for row in rows:
+    assert row["time_s"] > 0 and row["us_per_token"] == pytest.approx(row["time_s"] / 16 * 1e6)
+    assert row["floor_us_per_token"] == pytest.approx(8 * 128 * 300 / row["matrix_tflops"] / 1e6)
+    assert row["peak_mb"] > 0 and row["temporaries_mb"] >= 0
+  assert "| 16x128x300 | float32 | 0.5 | xla |" in capfd.readouterr().out
+
+
+def test_failed_measurement_is_told_and_fails(capfd):
+  assert bench.main(["loss", "--shapes=4x128x200", "--implementations=fast", "--repeats=1"]) == 1
+  assert "implementation='fast' is unknown" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("argv", (["los"], []))
+def test_unknown_measurement(argv, capsys):
+  assert bench.main(argv) == 2
+  assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_malformed_shape(capsys):
+  with pytest.raises(SystemExit) as stop:
+    loss.main(["--shapes=16x128"])
+  assert stop.value.code == 2 and "16x128" in capsys.readouterr().err
