@@ -62,7 +62,8 @@ def main(argv):
                      repeats=args.repeats)
       child = subprocess.run([sys.executable, "-m", "sdpo_jax.bench", "loss", "--child", json.dumps(request)],
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False,
-                             env=os.environ | {"JAX_PLATFORMS": {"gpu": "cuda"}.get(args.device, args.device)})
+                             env=os.environ | {"JAX_PLATFORMS": {"gpu": "cuda"}.get(args.device, args.device),
+                                               "JAX_TRACEBACK_FILTERING": "off"})  # the last line is then the error
       if child.returncode:
         why = (child.stderr.strip().splitlines() or ["no output"])[-1]
         result = request | {"error": f"exit {child.returncode}: {why}"}
