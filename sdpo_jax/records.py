@@ -71,6 +71,29 @@ class TrainBatch(NamedTuple):
   distill_B: np.ndarray        # float32: 0 where the teacher has nothing to show
   logp_rollout_BR: np.ndarray  # float32, nats: as the sampler reported it
   logp_old_BR: np.ndarray      # float32, nats: the trainer's, before this batch's updates
+  # Packed rows only: several texts in one row, told apart by segment id (1, 2, ...; 0 is padding), positions counted from each start.
+  student_segment_BT: np.ndarray | None = None
+  student_position_BT: np.ndarray | None = None
+  teacher_segment_BT: np.ndarray | None = None
+  teacher_position_BT: np.ndarray | None = None
+
+
+class Completion(NamedTuple):
+  """What an engine returns for one sample: tokens (the stop token included) and their log-probabilities in nats."""
+  prompt_index: int
+  sample_index: int
+  tokens: list[int]
+  logp: list[float]
+  finish_reason: str   # "stop" | "length"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How to sample. temperature 0 is greedy; log-probabilities are those at the temperature, before top_p cuts."""
+  max_new_tokens: int
+  temperature: float = 1.0
+  top_p: float = 1.0
+  stop_tokens: tuple[int, ...] = ()
 
 
 class Ratio(NamedTuple):

@@ -1,0 +1,34 @@
+r"""The tiny base model: TinyCode programs, with and without hindsight.
+
+Run:    python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py --workdir=runs/pretrain_tiny --out=sdpo_jax/assets/tiny
+Smoke:  python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py:local --workdir=runs/smoke
+"""
+
+import dataclasses
+
+import ml_collections
+
+from sdpo_jax.config import parse_arg
+from sdpo_jax.data.corpus import Mixture
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+  a = parse_arg(arg, seed=0, local=False)
+  c = ml_collections.ConfigDict()
+  c.seed = a.seed
+  c.total_steps = 7_000
+  c.log_every_steps = 50
+  c.checkpoint_every_steps = 500
+  c.model = dict(width=128, layers=4, heads=4, kv_heads=2, head_dim=32, ff_width=256, rope_theta=10_000.0, max_positions=1024)
+  c.corpus = dataclasses.asdict(Mixture())
+  c.batch = dict(rows=32, length=112, responses=48, texts=62)
+  c.optimizer = dict(name="adamw", lr=2e-3, warmup_steps=200, decay_steps=c.total_steps, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.98,
+                     state_dtype=None)
+  c.eval = dict(every_steps=500, questions=256, max_new_tokens=28)
+  if a.local:
+    c.total_steps, c.log_every_steps, c.checkpoint_every_steps = 4, 1, 2
+    c.model.update(width=32, layers=2, heads=2, kv_heads=1, head_dim=16, ff_width=64)
+    c.batch.update(rows=8, texts=16)
+    c.eval.update(every_steps=2, questions=8)
+    c.optimizer.update(warmup_steps=1, decay_steps=4)
+  return c

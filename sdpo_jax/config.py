@@ -1,0 +1,137 @@
+"""Every setting of a run: its name, default and unit, in one function; and the checks that stop a wrong one.
+
+A configuration file is a docstring and a handful of changes to `base()`. A setting that `base()` does not have, a method part
+that does not exist and a combination that cannot run are a ValueError naming the field, the value and the choices, before
+anything compiles.
+"""
+
+import difflib
+import os
+import types
+
+import ml_collections
+
+from sdpo_jax.objectives import methods
+
+MODELS = {  # name: Hugging Face hub id; "tiny" ships with the package
+    "tiny": os.path.join(os.path.dirname(__file__), "assets", "tiny"),
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "olmo3-7b-instruct": "allenai/Olmo-3-7B-Instruct",
+}
+
+
+def base() -> ml_collections.ConfigDict:
+  c = ml_collections.ConfigDict()
+  c.seed = 0
+  c.total_steps = 120                        # generation batches
+  c.method = methods.row("sdpo")             # each cell can be overridden by itself
+  c.model = dict(
+      path="tiny",                           # a name of MODELS, a Hugging Face directory or a hub id
+      dtype="float32",                       # activations and matrix products
+      param_dtype="float32",                 # weights
+      remat="none",                          # none | block: what the backward pass recomputes
+      thinking=False,                        # passed to chat templates that know it
+  )
+  c.env = dict(name="tinycode", level="default", words_seed=0)
+  c.sandbox = dict(workers=2, isolation="auto")
+  c.data = dict(
+      max_prompt_tokens=256,                 # a longer question stops the run
+      max_teacher_tokens=512,                # a longer teacher prompt has its feedback and solution shortened
+      length_multiple=32,                    # padded lengths are rounded up to it: bounds the number of compilations
+  )
+  c.rollout = dict(
+      questions=8, group=8,                  # responses per generation batch = questions x group
+      max_new_tokens=24, temperature=1.0, top_p=1.0,
+      rows=64,                               # sequences decoded together
+      chunk=8,                               # tokens between two looks at which responses are done
+      judge_threads=4, judge_timeout_s=60.0,
+  )
+  c.optimizer = dict(name="adamw", lr=1e-3, warmup_steps=10, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
+  c.train = dict(
+      updates_per_batch=1,                   # optimiser updates per generation batch
+      micro_batches=1,                       # gradient accumulation within an update
+      max_skipped_in_a_row=5,                # non-finite updates in a row that stop the run
+      max_env_failures_in_a_row=3,           # generation batches without one judged response that stop the run
+      loss_implementation="auto",            # of kernels/distill_kl: auto | reference | xla | ...
+  )
+  c.eval = dict(
+      every_steps=20, splits=("heldout",), final_splits=("heldout", "unseen", "adversarial"),
+      questions=64, samples=4,               # per split; avg@samples
+      temperature=0.6, top_p=0.95,
+  )
+  c.checkpoint = dict(every_steps=20, keep=2)
+  c.log = dict(rollouts_every_steps=10, rollouts_kept=16)   # rollout files: how often, how many rows
+  return c
+
+
+def parse_arg(arg: str, **defaults) -> types.SimpleNamespace:
+  """"method=grpo,local" -> a namespace with the types of the defaults; a bare word sets a flag. ValueError names the choices."""
+  values = dict(defaults)
+  for item in filter(None, arg.split(",")):
+    key, given, text = item.partition("=")
+    if key not in defaults:
+      raise ValueError(f"argument {key!r} of the config file is unknown; choose from {sorted(defaults)}")
+    kind = type(defaults[key])
+    if kind is bool:
+      if given and text not in ("true", "false"):
+        raise ValueError(f"argument {key}={text!r} must be true or false")
+      values[key] = not given or text == "true"
+    elif not given:
+      raise ValueError(f"argument {key!r} of the config file needs a value: {key}=...")
+    else:
+      try:
+        values[key] = kind(text)
+      except ValueError:
+        raise ValueError(f"argument {key}={text!r} must be of type {kind.__name__}") from None
+  return types.SimpleNamespace(**values)
+
+
+def _same_keys(given: ml_collections.ConfigDict, known: ml_collections.ConfigDict, path: str) -> None:
+  for key in given:
+    name = f"{path}.{key}"
+    if key not in known:
+      close = difflib.get_close_matches(key, list(known), n=1)
+      raise ValueError(f"{name} is not a setting{f'; did you mean {path}.{close[0]}' if close else ''}; choose from {sorted(known)}")
+    if isinstance(known[key], ml_collections.ConfigDict) and name != "config.method":
+      _same_keys(given[key], known[key], name)
+  for key in known:
+    if key not in given:
+      raise ValueError(f"{path}.{key} is missing; start from sdpo_jax.config.base()")
+
+
+def validate(c: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for a setting that is unknown, out of range or at odds with another one."""
+  _same_keys(c, base(), "config")
+  known_method = {*methods.AXES, "name", "policy_share"}
+  for key in c.method:
+    if key not in known_method:
+      raise ValueError(f"config.method.{key} is not a part of a method; choose from {sorted(known_method)}")
+  methods.build(c.method.to_dict())
+
+  positive = {"total_steps": c.total_steps, "rollout.questions": c.rollout.questions, "rollout.group": c.rollout.group,
+              "rollout.max_new_tokens": c.rollout.max_new_tokens, "rollout.rows": c.rollout.rows, "rollout.chunk": c.rollout.chunk,
+              "rollout.judge_threads": c.rollout.judge_threads, "train.updates_per_batch": c.train.updates_per_batch,
+              "train.micro_batches": c.train.micro_batches, "eval.every_steps": c.eval.every_steps, "eval.questions": c.eval.questions,
+              "eval.samples": c.eval.samples, "checkpoint.every_steps": c.checkpoint.every_steps, "checkpoint.keep": c.checkpoint.keep,
+              "data.length_multiple": c.data.length_multiple, "log.rollouts_every_steps": c.log.rollouts_every_steps,
+              "sandbox.workers": c.sandbox.workers, "train.max_skipped_in_a_row": c.train.max_skipped_in_a_row}
+  for name, value in positive.items():
+    if value < 1:
+      raise ValueError(f"config.{name}={value} must be at least 1")
+  choices = {"model.remat": (c.model.remat, ("none", "block")), "train.loss_implementation": (c.train.loss_implementation, ("auto", "reference", "xla")),
+             "model.dtype": (c.model.dtype, ("float32", "bfloat16")), "model.param_dtype": (c.model.param_dtype, ("float32", "bfloat16"))}
+  for name, (value, allowed) in choices.items():
+    if value not in allowed:
+      raise ValueError(f"config.{name}={value!r} is unknown; choose from {list(allowed)}")
+  if c.method.advantage.name == "group_mean" and c.rollout.group < 2:
+    raise ValueError(f"config.rollout.group={c.rollout.group} with advantage 'group_mean': a group of 1 has no baseline; use at least 2")
+  rows, pieces = c.rollout.questions * c.rollout.group, c.train.updates_per_batch * c.train.micro_batches
+  if rows % pieces:
+    raise ValueError(f"config.rollout.questions x group = {rows} rows do not divide into train.updates_per_batch x micro_batches = {pieces}")
+  if c.rollout.temperature <= 0:
+    raise ValueError(f"config.rollout.temperature={c.rollout.temperature} must be above 0: the loss is taken at the rollout's temperature")
+  if c.eval.temperature < 0 or not 0 < c.eval.top_p <= 1 or not 0 < c.rollout.top_p <= 1:
+    raise ValueError(f"config.eval.temperature={c.eval.temperature} must be at least 0; top_p in (0, 1], not {c.eval.top_p} / {c.rollout.top_p}")

@@ -1,0 +1,141 @@
+"""The pre-training corpus of the tiny base model: TinyCode statements to programs, with and without hindsight.
+
+A row is one user message and one response. The message is the bare statement, or the very prompt that the teacher reads in
+SDPO: the statement with the feedback on a failed attempt, or with a correct solution, or both. Novel words get a *new* random
+meaning in every row, so the model can only learn that such a word means something that the feedback shows. Compositions of the
+`unseen` split never occur.
+
+Also the tokenizer: a Unigram model over the natural pieces of these texts, with all bytes as fallback, so that any text can be
+written and a program takes about ten tokens.
+"""
+
+import dataclasses
+import random
+import string
+from typing import NamedTuple
+
+from sdpo_jax.envs import tinycode
+from sdpo_jax.objectives import teacher_context
+
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """Shares of the kinds of rows (they add up to 1) and how the problems in them are drawn."""
+  plain: float = 0.2
+  feedback: float = 0.6
+  solution: float = 0.12
+  both: float = 0.08
+  lengths: tuple[float, ...] = (0.3, 0.55, 0.15)  # one, two, three operations
+  novel: float = 0.5                              # chance that an operation is named by a novel word
+  twist: float = 0.1                              # chance of a misleading paraphrase
+  slip: float = 0.15                              # chance that the failed attempt gets a known operation wrong too
+
+
+class Problem(NamedTuple):
+  """One row: what the user says, what the assistant answers, and what a judge needs."""
+  message: str
+  response: str
+  ops: tuple[str, ...]
+  kind: str                 # input type
+  novel: tuple[bool, ...]   # per operation: named by a novel word
+
+
+def solves(response: str, problem: Problem) -> bool:
+  """Whether the response is a program of the known form that gives the right outputs. Executes nothing but our own operations."""
+  lines = response.split("\n")
+  code = {f"    x = {op.code}": name for name, op in tinycode.OPS.items()}
+  if lines[0] != "def f(x):" or lines[-1] != "    return x" or not all(line in code for line in lines[1:-1]):
+    return False
+  ops = tuple(code[line] for line in lines[1:-1])
+  rng = random.Random(f"solves/{problem.ops}")
+  inputs = tinycode.distinct_inputs(rng, problem.ops, problem.kind, 8)
+  return all(tinycode.execute(ops, x) == tinycode.execute(problem.ops, x) for x in inputs)
+
+
+class Corpus:
+  """`problem(seed, index)` is a pure function: any row can be rebuilt, and reading resumes anywhere."""
+
+  def __init__(self, mixture: Mixture = Mixture()):
+    self.mixture = mixture
+    self.keys = {n: [k for k in tinycode.compositions(n) if not tinycode.is_unseen(k[:-1])]
+                 for n, weight in enumerate(mixture.lengths, 1) if weight}
+
+  def problem(self, seed: int, index: int) -> Problem:
+    m, rng = self.mixture, random.Random(f"corpus/{seed}/{index}")
+    n = rng.choices(range(1, len(m.lengths) + 1), m.lengths)[0]
+    *ops, kind = rng.choice(self.keys[n])
+    ops = tuple(ops)
+    words = dict(zip(tinycode.OPS, rng.sample(tinycode.NOVEL_WORDS, len(tinycode.OPS))))
+    novel = {o: rng.random() < m.novel for o in tinycode.OPS}
+    phrase = {o: tinycode.novel_phrase(words[o]) if novel[o] else rng.choice(tinycode.OPS[o].phrases) for o in tinycode.OPS}
+    twist = rng.choice(("not", "order")) if rng.random() < m.twist else None
+    distractor = phrase[rng.choice([o for o in tinycode.OPS if o not in ops])]
+    statement = tinycode.render([phrase[o] for o in ops], kind, rng.randrange(len(tinycode.HEADERS)), twist=twist, distractor=distractor)
+    view = rng.choices(("plain", "feedback", "solution", "both"), (m.plain, m.feedback, m.solution, m.both))[0]
+    answer = Problem(statement, tinycode.program(ops), ops, kind, tuple(novel[o] for o in ops))
+    if view == "plain":
+      return answer
+    context = teacher_context.Context(
+        solution=tinycode.program(ops) if view in ("solution", "both") else "",
+        feedback=self._feedback(rng, ops, kind, novel) if view in ("feedback", "both") else "")
+    return answer._replace(message=context.render(statement))
+
+  def _feedback(self, rng: random.Random, ops, kind: str, novel: dict[str, bool]) -> str:
+    """What the judge would say of a failed attempt: the operations that the model could not know are guessed."""
+    inputs = tinycode.distinct_inputs(rng, ops, kind, tinycode.TESTS)
+    while True:
+      attempt, now = [], kind
+      for op in ops:
+        guessed = novel[op] or rng.random() < self.mixture.slip
+        fits = [o for o in tinycode.OPS if now in tinycode.OPS[o].types]
+        if guessed:   # mostly an operation that fits the type, sometimes one that raises
+          op = rng.choice(fits if rng.random() < 0.9 else list(tinycode.OPS))
+        attempt.append(op)
+        now = tinycode.OPS[op].types.get(now, now)
+      failures = []
+      for x in inputs:
+        output, error = tinycode.execute(attempt, x)
+        expected = tinycode.execute(ops, x)[0]
+        if error or output != expected:
+          failures.append({"input": x, "output": output, "expected": expected, "error": error})
+      if failures:
+        return tinycode.feedback_text(tinycode.worst_first(failures))
+      if not any(novel[o] for o in ops):   # every word known: let one operation slip for certain
+        novel = novel | {rng.choice(ops): True}
+
+
+def build_tokenizer():
+  """The tokenizer of the tiny base model, as a transformers fast tokenizer."""
+  import tokenizers
+  import transformers
+  phrases = [p for op in tinycode.OPS.values() for p in op.phrases] + [tinycode.novel_phrase(w) for w in tinycode.NOVEL_WORDS]
+  statement = [h.format(i) for h in tinycode.HEADERS for i in tinycode.INPUTS.values()] + [
+      ", then ", " after you ", " (do not ", ")."]
+  code = ["def f(x):", "\n    x = ", "\n    return x", "x[", "::-1", "1:", ":-1", "::2", "]", "x + x", "sorted(x", ")", ", reverse=True)",
+          "list(dict.fromkeys(x))", "[v for v in x if ", "v % 2 == 0", "v % 2 == 1", "v > 0", "[", " for v in x]", "v * 2", "v + 1", "-v",
+          "v * v", "sum(x)", "max(x)", "min(x)", "len(x)", "x + 10", "x * 3", "x % 7", "x.upper()", "x.swapcase()"]
+  judge = ["Runtime error\n", "Wrong answer\n", "Input: ", "\nOutput: ", "\nExpected: ", "\nInput: ", "\nLine ", ": x = ", ", ", "TypeError: ",
+           "AttributeError: ", "ValueError: ", "IndexError: ", "'int' object ", "'list' object ", "'str' object ", "is not subscriptable",
+           "is not iterable", "has no attribute ", "'upper'", "'swapcase'", "has no len()", "object of type 'int' ", "unsupported operand type(s) for ",
+           "bad operand type for ", "not supported between instances of ", "not all arguments converted during string formatting",
+           "can only concatenate str (not \"int\") to str", "can only concatenate list (not \"int\") to list", "can't multiply sequence by non-int of type ",
+           "must be str, not int", "iterable argument is empty", "max() ", "min() ", "'str' and 'int'", "'int' and 'str'", "'list' and 'int'", "+: ", "%: ", "unary -: "]
+  chat = ["system\n", "user\n", "assistant\n", teacher_context.SOLUTION, teacher_context.FEEDBACK, teacher_context.CLOSING]
+  natural = dict.fromkeys(phrases + statement + code + judge + chat + [str(i) for i in range(-99, 100)])
+  letters = [c for c in string.printable if c not in "\x0b\x0c" and c not in natural]
+  byte_pieces = [f"<0x{b:02X}>" for b in range(256)]
+  # The fewest pieces win, and among equals the longest first piece: a constant price with a small bonus for length.
+  vocabulary = [("<unk>", 0.0)] + [(p, -10.0 + 0.01 * min(len(p), 90)) for p in natural] + [(c, -10.5) for c in letters] + [(b, -20.0) for b in byte_pieces]
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
+  tokenizer.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+  fast = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token="<unk>", additional_special_tokens=[START],
+      clean_up_tokenization_spaces=False, model_max_length=1024)
+  fast.chat_template = CHAT_TEMPLATE
+  return fast

@@ -1,0 +1,239 @@
+"""TinyCode: small programming problems in plain words, answered by a Python function that is really executed.
+
+A problem composes one to three operations on a list of numbers, a string or a number:
+
+    Write f(x) for a list of numbers x: blick it, then keep the even numbers.
+
+The answer is a function `f`. Hidden tests run it in the sandbox; the feedback is what an online judge would say (failing
+input, output and expected output, or the exception with its line). Every operation has *known* phrases, which the base model
+has read in pre-training, and one *novel* word ("blick"), whose meaning is drawn by `words_seed` and stands nowhere but in
+what the tests expect. A scalar reward has to stumble on it; feedback shows it.
+
+Splits, disjoint by construction:
+  train        statements whose hash does not fall into the held-out share
+  heldout      other statements over the same words and the same compositions
+  unseen       compositions (ordered pairs and triples) that neither pre-training nor `train` ever shows
+  adversarial  misleading paraphrases of train and held-out compositions: an operation that is named but must not be done
+               ("reverse it (do not sort it)"), or the order of the sentence against the order of the steps ("B after you A")
+
+Levels (`LEVELS`): how many operations, and the chance that an operation is named by its novel word.
+
+Everything is a pure function of (level, words_seed, split, index): any problem can be rebuilt from its id.
+"""
+
+import dataclasses
+import random
+import zlib
+
+from sdpo_jax.envs.sandbox import Limits, Sandbox, TestCase
+from sdpo_jax.records import Feedback, Status, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+  """One operation: which input type gives which output type, its Python expression over x, its known phrases."""
+  types: dict[str, str]
+  code: str
+  phrases: tuple[str, ...]
+
+
+_SEQ = {"list": "list", "str": "str"}
+_LIST = {"list": "list"}
+OPS = {
+    "reverse": Op(_SEQ, "x[::-1]", ("reverse it", "turn it around")),
+    "rest": Op(_SEQ, "x[1:]", ("drop the first item", "leave out the first item")),
+    "front": Op(_SEQ, "x[:-1]", ("drop the last item", "leave out the last item")),
+    "every_other": Op(_SEQ, "x[::2]", ("keep every second item", "take every second item")),
+    "twice": Op(_SEQ, "x + x", ("repeat it", "append it to itself")),
+    "sort": Op(_LIST, "sorted(x)", ("sort it", "put it in order")),
+    "sort_down": Op(_LIST, "sorted(x, reverse=True)", ("sort it downwards", "put it in falling order")),
+    "unique": Op(_LIST, "list(dict.fromkeys(x))", ("remove repeated numbers", "keep one of each number")),
+    "evens": Op(_LIST, "[v for v in x if v % 2 == 0]", ("keep the even numbers", "remove the odd numbers")),
+    "odds": Op(_LIST, "[v for v in x if v % 2 == 1]", ("keep the odd numbers", "remove the even numbers")),
+    "positives": Op(_LIST, "[v for v in x if v > 0]", ("keep the positive numbers", "keep numbers above zero")),
+    "double": Op(_LIST, "[v * 2 for v in x]", ("double each number", "multiply each number by two")),
+    "increment": Op(_LIST, "[v + 1 for v in x]", ("add one to each number", "raise each number by one")),
+    "negate": Op(_LIST, "[-v for v in x]", ("negate each number", "flip the sign of each number")),
+    "square": Op(_LIST, "[v * v for v in x]", ("square each number", "multiply each number by itself")),
+    "sum": Op({"list": "int"}, "sum(x)", ("add them up", "take the sum")),
+    "max": Op({"list": "int"}, "max(x)", ("take the largest", "find the maximum")),
+    "min": Op({"list": "int"}, "min(x)", ("take the smallest", "find the minimum")),
+    "len": Op({"list": "int", "str": "int"}, "len(x)", ("count the items", "take the length")),
+    "plus_ten": Op({"int": "int"}, "x + 10", ("add ten", "increase the result by ten")),
+    "triple": Op({"int": "int"}, "x * 3", ("triple the result", "multiply the result by three")),
+    "mod_seven": Op({"int": "int"}, "x % 7", ("take the remainder by seven", "reduce it modulo seven")),
+    "upper": Op({"str": "str"}, "x.upper()", ("make it upper case", "write it in capitals")),
+    "swap": Op({"str": "str"}, "x.swapcase()", ("swap the case", "exchange capitals and small letters")),
+}
+# Two spare words, so that pre-training sees more words than meanings and no word is tied to the last meaning left.
+NOVEL_WORDS = ("blick", "dax", "wug", "fep", "toma", "zib", "gorp", "lorp", "mimsy", "rell", "snid", "vash", "plim", "quor",
+               "jent", "krat", "hob", "yolt", "drim", "stave", "frop", "glim", "nork", "pell", "tiv", "ulm")
+LEVELS = {  # name: (weights of one, two, three operations; chance that an operation is named by its novel word)
+    "easy": ((1.0, 0.0, 0.0), 0.5),
+    "default": ((0.2, 0.8, 0.0), 0.7),
+    "hard": ((0.0, 1.0, 0.0), 1.0),
+    "very_hard": ((0.0, 0.0, 1.0), 1.0),
+}
+SPLITS = ("train", "heldout", "unseen", "adversarial")
+HEADERS = ("Write f(x) for {}: ", "f(x) takes {}: ")
+INPUTS = {"list": "a list of numbers x", "str": "a string x", "int": "a number x"}
+HELDOUT_SHARE, UNSEEN_SHARE = 0.2, 0.15
+TESTS = 5   # hidden tests of a problem
+SHOWN = 2   # failing tests that the feedback shows
+_APPLY = {name: eval("lambda x: " + op.code) for name, op in OPS.items()}  # our own expressions, not a model's
+
+
+def novel_phrase(word: str) -> str:
+  return f"{word} it"
+
+
+def novel_meanings(words_seed: int) -> dict[str, str]:
+  """{operation: its novel word}. The only place where the meaning of a novel word is written down."""
+  words = list(NOVEL_WORDS)
+  random.Random(f"words/{words_seed}").shuffle(words)
+  return dict(zip(OPS, words))
+
+
+def _share(*key) -> float:
+  """A number in [0, 1) that depends on the key alone: the same on every machine and in every process."""
+  return zlib.crc32(repr(key).encode()) / 2**32
+
+
+def is_unseen(ops: tuple[str, ...]) -> bool:
+  return len(ops) > 1 and _share("unseen", *ops) < UNSEEN_SHARE
+
+
+def sample_input(rng: random.Random, kind: str):
+  if kind == "list":
+    return [rng.randint(-9, 9) for _ in range(rng.randint(3, 5))]
+  if kind == "str":
+    return "".join(rng.choice("abcdeABCDE") for _ in range(rng.randint(3, 5)))
+  return rng.randint(-9, 9)
+
+
+def program(ops) -> str:
+  """The solution in the one form that the base model writes: a line for each operation."""
+  return "def f(x):" + "".join(f"\n    x = {OPS[name].code}" for name in ops) + "\n    return x"
+
+
+def execute(ops, x):
+  """(output, None), or (None, error text with its line) as the judge would report it. For our own operations only."""
+  for i, name in enumerate(ops):
+    try:
+      x = _APPLY[name](x)
+    except Exception as error:  # the operation does not fit the type: what a wrong attempt meets
+      return None, f"{type(error).__name__}: {error}\nLine {i + 2}: x = {OPS[name].code}"
+  return x, None
+
+
+def _informative(ops, kind: str) -> bool:
+  """Whether every operation matters: no shorter program and no constant gives the same outputs on a fixed probe."""
+  rng = random.Random(f"probe/{kind}")
+  probe = [sample_input(rng, kind) for _ in range(24)]
+  outputs = [execute(ops, x) for x in probe]
+  if any(error for _, error in outputs) or len({repr(o) for o, _ in outputs}) < 6:
+    return False
+  shorter = [ops[:i] + ops[i + 1:] for i in range(len(ops))]
+  return all(sum(execute(s, x) == o for x, o in zip(probe, outputs)) < 16 for s in shorter)
+
+
+def compositions(length: int) -> dict[tuple[str, ...], str]:
+  """{operations: input type} of every well-typed composition in which each operation matters."""
+  chains = [((), kind, kind) for kind in INPUTS]
+  for _ in range(length):
+    chains = [(ops + (name,), start, op.types[now]) for ops, start, now in chains for name, op in OPS.items() if now in op.types]
+  return {(*ops, start): start for ops, start, _ in chains if _informative(ops, start)}
+
+
+def render(phrases, kind: str, header: int, *, twist: str | None = None, distractor: str = "") -> str:
+  """The statement. twist: None | "not" (names something that must not be done) | "order" (last step first)."""
+  phrases = list(phrases)
+  if twist == "not":
+    phrases[-1] = f"{phrases[-1]} (do not {distractor})"
+  body = f"{phrases[-1]} after you {', then '.join(phrases[:-1])}" if twist == "order" and len(phrases) > 1 else ", then ".join(phrases)
+  return HEADERS[header].format(INPUTS[kind]) + body + "."
+
+
+def worst_first(failures: list[dict]) -> list[dict]:
+  """Failing tests in the order in which they are shown: exceptions before wrong answers, then the shortest inputs."""
+  return sorted(failures, key=lambda f: (f["error"] is None, len(repr(f["input"])), repr(f["input"])))
+
+
+def feedback_text(failures: list[dict]) -> str:
+  """What the judge says of failing tests: [{input, output | None, expected, error | None}], the first SHOWN of them."""
+  lines = ["Runtime error" if failures[0]["error"] else "Wrong answer"]
+  for f in failures[:SHOWN]:
+    lines.append(f"Input: {f['input']!r}")
+    lines.append(f["error"] if f["error"] else f"Output: {f['output']!r}")
+    lines.append(f"Expected: {f['expected']!r}")
+  return "\n".join(lines)
+
+
+class Problems:
+  """The problem generator: `task(split, index)` is a pure function of the arguments and the settings."""
+
+  def __init__(self, level: str = "default", words_seed: int = 0):
+    if level not in LEVELS:
+      raise ValueError(f"env.level={level!r} is unknown; choose from {sorted(LEVELS)}")
+    self.level = level
+    self.words = novel_meanings(words_seed)
+    weights, self.novel_share = LEVELS[level]
+    self.pool = {n: compositions(n) for n, w in enumerate(weights, 1) if w}
+    self.weights = {n: w for n, w in enumerate(weights, 1) if w}
+    self.words_seed = words_seed
+    self._keys = {(n, unseen): [k for k in pool if is_unseen(k[:-1]) == unseen] for n, pool in self.pool.items() for unseen in (False, True)}
+
+  def task(self, split: str, index: int) -> Task:
+    rng = random.Random(f"{self.level}/{self.words_seed}/{split}/{index}")
+    lengths = [n for n in self.weights if self._keys[n, split == "unseen"]]
+    if split not in SPLITS or not lengths:
+      raise ValueError(f"split {split!r} is empty at level {self.level!r}; choose from {[s for s in SPLITS if s != split]}")
+    while True:   # rejection: until the statement falls into the split
+      n = rng.choices(lengths, [self.weights[n] for n in lengths])[0]
+      *ops, kind = rng.choice(self._keys[n, split == "unseen"])
+      phrases = [novel_phrase(self.words[o]) if rng.random() < self.novel_share else rng.choice(OPS[o].phrases) for o in ops]
+      header = rng.randrange(len(HEADERS))
+      twist = None
+      if split == "adversarial":
+        twist = rng.choice(("not", "order")) if n > 1 else "not"
+      elif split != "unseen" and (_share("heldout", *phrases) < HELDOUT_SHARE) != (split == "heldout"):
+        continue
+      other = rng.choice([o for o in OPS if o not in ops])
+      distractor = novel_phrase(self.words[other]) if rng.random() < self.novel_share else rng.choice(OPS[other].phrases)
+      inputs = distinct_inputs(rng, ops, kind, TESTS)
+      tests = [(x, execute(ops, x)[0]) for x in inputs]
+      return Task(id=f"{self.level}/{self.words_seed}/{split}/{index}", split=split,
+                  prompt=render(phrases, kind, header, twist=twist, distractor=distractor), solution=program(ops),
+                  data={"tests": tests, "ops": list(ops), "phrases": phrases})
+
+
+def distinct_inputs(rng: random.Random, ops, kind: str, count: int) -> list:
+  """`count` different inputs on which the composition runs (max of an empty list does not)."""
+  inputs = []
+  while len(inputs) < count:
+    x = sample_input(rng, kind)
+    if x not in inputs and execute(ops, x)[1] is None:
+      inputs.append(x)
+  return inputs
+
+
+class TinyCode:
+  """Judges responses by running them. Thread-safe; close() ends the sandbox."""
+
+  LIMITS = Limits(time_s=2.0, memory_mb=256, output_kb=64)
+
+  def __init__(self, *, level: str = "default", words_seed: int = 0, sandbox: Sandbox):
+    self.problems = Problems(level, words_seed)
+    self.sandbox = sandbox
+
+  def task(self, split: str, index: int) -> Task:
+    return self.problems.task(split, index)
+
+  def prompt(self, task: Task) -> list[dict[str, str]]:
+    return [{"role": "user", "content": task.prompt}]
+
+  def judge(self, task: Task, response: str) -> Feedback:
+    import json  # noqa: placed here until the sandbox's surface is fixed
+    tests = [TestCase(input=json.dumps(x), output=json.dumps(y)) for x, y in task.data["tests"]]
+    verdict = self.sandbox.run(response, tests, fn_name="f", limits=self.LIMITS)
+    return verdict

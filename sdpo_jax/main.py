@@ -1,0 +1,96 @@
+r"""The command line.
+
+  python -m sdpo_jax.main --config=configs/FILE.py[:key=value,...] --workdir=DIR [--mode=train|eval] [--config.section.key=value ...]
+
+train (default) runs, resumes if the work directory holds a checkpoint, and ends with a report. eval scores a checkpoint:
+--checkpoint=WORKDIR[:step] or a Hugging Face directory. Without --workdir a fresh directory under runs/ is made and printed.
+Exit status: 0 success, 2 a wrong command line or setting (one line on stderr), 1 a failed run.
+"""
+
+import datetime
+import logging
+import os
+import pathlib
+import sys
+
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+MODES = ("train", "eval")
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/tinycode.py", "settings: FILE[:key=value,...]", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "where everything about the run goes; default: a fresh directory under runs/")
+_MODE = flags.DEFINE_string("mode", "train", "train | eval")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "eval: WORKDIR[:step] or a Hugging Face directory")
+
+
+class UsageError(Exception):
+  """The command line or a setting is wrong; the message is one line."""
+
+
+def parse(argv: list[str]):
+  """Flags and configuration file -> the ConfigDict. UsageError says what is wrong."""
+  try:
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise UsageError(f"unknown argument {rest[1]!r}")
+    if _MODE.value not in MODES:
+      raise UsageError(f"--mode={_MODE.value!r} is unknown; choose from {list(MODES)}")
+    return _CONFIG.value
+  except FileNotFoundError as error:
+    raise UsageError(f"--config: no such file: {error.filename or error}") from error
+  except (flags.Error, ValueError, AttributeError, KeyError, TypeError) as error:
+    raise UsageError(str(error)) from error
+
+
+def fresh_workdir() -> str:
+  stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+  return os.path.join("runs", f"{stamp}-{os.getpid()}")
+
+
+def check_writable(workdir: str) -> None:
+  path = pathlib.Path(workdir)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / ".writable"
+    probe.write_text("")
+    probe.unlink()
+  except OSError as error:
+    raise UsageError(f"--workdir={workdir}: cannot write there: {error.strerror}") from error
+
+
+def main(argv: list[str]) -> int:
+  absl_logging.use_absl_handler()
+  absl_logging.set_verbosity(absl_logging.INFO if os.environ.get("SDPO_JAX_VERBOSE") else absl_logging.WARNING)
+  try:
+    c = parse(argv)
+    workdir = _WORKDIR.value or fresh_workdir()
+    from sdpo_jax import config   # after the flags: a usage error answers at once, jax takes seconds to import
+    config.validate(c)
+    check_writable(workdir)
+    from sdpo_jax import train
+    logging.captureWarnings(True)
+    if _MODE.value == "train":
+      print(f"work directory: {workdir}", file=sys.stderr)
+      results = train.train(c, workdir)
+    else:
+      if not _CHECKPOINT.value:
+        raise UsageError("--mode=eval needs --checkpoint=WORKDIR[:step] or a Hugging Face directory")
+      results = train.evaluate_checkpoint(c, workdir, _CHECKPOINT.value)
+  except (UsageError, ValueError, FileNotFoundError) as error:
+    if isinstance(error, ValueError) and not isinstance(error, UsageError) and os.environ.get("SDPO_JAX_TRACEBACK"):
+      raise
+    print(f"sdpo_jax: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+  except train.RunError as error:
+    print(f"sdpo_jax: {error}", file=sys.stderr)
+    return 1
+  for line in train.summary_lines(results):
+    print(line)
+  if _MODE.value == "train":
+    print(f"report: {workdir}/report/index.html")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

@@ -1,0 +1,70 @@
+"""Joins the parts of a method into one loss over response tokens.
+
+A loss is a sum of terms; each term is a mean over its own tokens:
+
+  loss = sum over terms of share * sum(loss_BR * weight_BR) / max(sum(weight_BR), 1)
+
+  distill  weight_BR * distill_B: tokens of responses whose teacher has something to show
+  policy   weight_BR: all response tokens
+
+The normalisers depend on the batch alone, so they are taken over the whole batch before it is cut into micro-batches, and the
+cut changes neither loss nor gradient. A different reduction is a different weight.
+"""
+
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sdpo_jax.objectives import methods
+from sdpo_jax.objectives.divergence import Signals
+from sdpo_jax.records import Ratio, TrainBatch
+
+
+class Objective(NamedTuple):
+  """A method as functions of arrays."""
+  token_loss: Callable     # (Signals, TrainBatch, normalisers) -> (scalar loss in nats, {metric: Ratio})
+  normalisers: Callable    # TrainBatch -> {term: scalar}
+  alpha: float | None      # of the divergence that the kernel must compute; None: no divergence
+  needs_teacher: bool
+
+
+def make_objective(method: dict) -> Objective:
+  """method: a row of METHODS (or one like it). Raises ValueError as `methods.build` does."""
+  parts = methods.build(method)
+  share = method["policy_share"]
+  signal, weigh, surrogate = parts["token_signal"], parts["token_weight"], parts["surrogate"]
+
+  def weights(batch: TrainBatch) -> dict[str, jax.Array]:
+    terms = {}
+    if signal is not None:
+      terms["distill"] = batch.weight_BR * batch.distill_B[:, None]
+    if surrogate is not None:
+      terms["policy"] = batch.weight_BR
+    return terms
+
+  def normalisers(batch: TrainBatch) -> dict[str, jax.Array]:
+    return {term: jnp.maximum(jnp.sum(w), 1.0) for term, w in weights(batch).items()}
+
+  def token_loss(signals: Signals, batch: TrainBatch, norm: dict[str, jax.Array]):
+    loss, metrics = 0.0, {}
+    for term, weight_BR in weights(batch).items():
+      if term == "distill":
+        loss_BR, factor = signal(signals, batch) * weigh(signals, batch), 1.0 - share
+      else:
+        loss_BR, factor = surrogate(signals, batch), share
+      # where, not a product alone: a masked column may hold anything, and 0 * inf is NaN
+      total = jnp.sum(jnp.where(weight_BR > 0, loss_BR, 0.0) * weight_BR)
+      loss += factor * total / norm[term]
+      metrics[f"train/loss_{term}"] = Ratio(total, jnp.sum(weight_BR))
+    mean = lambda x_BR, w_BR: Ratio(jnp.sum(jnp.where(w_BR > 0, x_BR, 0.0) * w_BR), jnp.sum(w_BR))
+    metrics["train/entropy"] = mean(signals.entropy_BR, batch.weight_BR)
+    metrics["train/rollout_kl"] = mean(batch.logp_rollout_BR - signals.logp_BR, batch.weight_BR)
+    if signal is not None:
+      taught_BR = weights(batch)["distill"]
+      metrics["train/teacher_gap"] = mean(signals.gap_BR, taught_BR)
+      metrics["train/teacher_gap_abs"] = mean(jnp.abs(signals.gap_BR), taught_BR)
+    return loss, metrics
+
+  alpha = methods.arguments(method, "token_signal").get("alpha") if signal is not None else None
+  return Objective(token_loss, normalisers, alpha, signal is not None)

@@ -1,0 +1,130 @@
+"""METHODS: a method is a row of parts. New method = new row, and at most one new function in one table.
+
+axis             what it decides                                                     table
+teacher_context  what the teacher reads (host: text)                                 teacher_context.TEACHER_CONTEXTS
+teacher_weights  which weights teach: live | ema(rate) | frozen | none               TEACHER_WEIGHTS, applied by train_step
+token_signal     what a re-scored token contributes                                  divergence.TOKEN_SIGNALS
+token_weight     a detached factor on it                                             token_weight.TOKEN_WEIGHTS
+advantage        the baseline of the rewards of a group (host: numpy)                advantage.ADVANTAGES
+surrogate        the policy-gradient term that uses the advantage                    advantage.SURROGATES
+policy_share     the blend: policy_share * surrogate + (1 - policy_share) * token_signal (arXiv 2601.20802)
+
+SDPO and GRPO differ in what stands in their rows and in nothing else.
+"""
+
+import copy
+import functools
+import inspect
+
+from sdpo_jax.objectives.advantage import ADVANTAGES, SURROGATES
+from sdpo_jax.objectives.divergence import TOKEN_SIGNALS
+from sdpo_jax.objectives.teacher_context import TEACHER_CONTEXTS
+from sdpo_jax.objectives.token_weight import TOKEN_WEIGHTS
+
+
+def none() -> float | None:
+  """No teacher at all."""
+  return None
+
+
+def live() -> float | None:
+  """The policy's own weights of this very step."""
+  return None
+
+
+def ema(*, rate: float = 0.05) -> float | None:
+  """teacher <- (1 - rate) teacher + rate policy, once per generation batch."""
+  if not 0.0 <= rate <= 1.0:
+    raise ValueError(f"method.teacher_weights.rate={rate!r} must lie in [0, 1]")
+  return rate
+
+
+def frozen() -> float | None:
+  """The weights that the run started from."""
+  return 0.0
+
+
+TEACHER_WEIGHTS = {"none": none, "live": live, "ema": ema, "frozen": frozen}
+AXES = {"teacher_context": TEACHER_CONTEXTS, "teacher_weights": TEACHER_WEIGHTS, "token_signal": TOKEN_SIGNALS,
+        "token_weight": TOKEN_WEIGHTS, "advantage": ADVANTAGES, "surrogate": SURROGATES}
+
+METHODS = {
+    "sdpo": dict(
+        name="sdpo",
+        teacher_context=dict(name="feedback_or_solution"),
+        teacher_weights=dict(name="ema", rate=0.05),
+        token_signal=dict(name="divergence", alpha=0.5),
+        token_weight=dict(name="importance", is_clip=2.0, rollout_is_clip=2.0),
+        advantage=dict(name="zero"),
+        surrogate=dict(name="none"),
+        policy_share=0.0,
+    ),
+    "grpo": dict(
+        name="grpo",
+        teacher_context=dict(name="none"),
+        teacher_weights=dict(name="none"),
+        token_signal=dict(name="none"),
+        token_weight=dict(name="uniform"),
+        advantage=dict(name="group_mean", normalize_std=False),
+        surrogate=dict(name="clipped", low=0.2, high=0.28, rollout_is_clip=2.0),
+        policy_share=1.0,
+    ),
+}
+
+
+def row(name: str) -> dict:
+  """A private copy of a named row; ValueError with the choices if there is none."""
+  if name not in METHODS:
+    raise ValueError(f"method={name!r} is unknown; choose from {sorted(METHODS)}")
+  return copy.deepcopy(METHODS[name])
+
+
+def arguments(method: dict, axis: str) -> dict:
+  """The named arguments of one part, its function's defaults filled in."""
+  part = dict(method[axis])
+  function = AXES[axis][part.pop("name")]
+  defaults = {} if function is None else {
+      k: p.default for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+  return defaults | part
+
+
+def build(method: dict) -> dict:
+  """{axis: {"name": ..., **arguments}} -> {axis: function or None}. ValueError names the axis and the choices."""
+  built = {}
+  for axis, table in AXES.items():
+    if axis not in method:
+      raise ValueError(f"method.{axis} is missing; choose from {sorted(table)}")
+    given = dict(method[axis])
+    name = given.pop("name")
+    if name not in table:
+      raise ValueError(f"method.{axis}.name={name!r} is unknown; choose from {sorted(table)}")
+    function = table[name]
+    accepted = [] if function is None else [k for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for key in given:
+      if key not in accepted:
+        raise ValueError(f"method.{axis}.{key} is not an argument of {name!r}; choose from {sorted(accepted)}")
+    built[axis] = None if function is None else functools.partial(function, **given)
+  check(method)
+  return built
+
+
+def check(method: dict) -> None:
+  """Combinations that cannot mean anything stop here."""
+  names = {axis: method[axis]["name"] for axis in AXES}
+  share = method["policy_share"]
+  if not 0.0 <= share <= 1.0:
+    raise ValueError(f"method.policy_share={share!r} must lie in [0, 1]")
+  taught = names["token_signal"] != "none"
+  if taught and (names["teacher_context"] == "none" or names["teacher_weights"] == "none"):
+    raise ValueError(f"method.token_signal.name={names['token_signal']!r} needs a teacher, but teacher_context is "
+                     f"{names['teacher_context']!r} and teacher_weights {names['teacher_weights']!r}")
+  if not taught and names["surrogate"] == "none":
+    raise ValueError("method has neither a token_signal nor a surrogate: nothing would be learned")
+  if (share < 1.0) != taught:
+    raise ValueError(f"method.policy_share={share!r} with token_signal {names['token_signal']!r}: a share below 1 needs a token signal, "
+                     "and a token signal needs a share below 1")
+  if (share > 0.0) != (names["surrogate"] != "none"):
+    raise ValueError(f"method.policy_share={share!r} with surrogate {names['surrogate']!r}: a share above 0 needs a surrogate, "
+                     "and a surrogate needs a share above 0")
+  if names["surrogate"] != "none" and names["advantage"] == "zero":
+    raise ValueError(f"method.surrogate.name={names['surrogate']!r} needs an advantage other than 'zero'")

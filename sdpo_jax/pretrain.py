@@ -1,0 +1,151 @@
+"""Supervised pre-training of the tiny base model: the same train step, another loss.
+
+  python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py --workdir=DIR [--out=HF_DIR]
+
+Reads the synthetic corpus (data/corpus.py): statements to programs, with and without hindsight, packed into fixed rows with
+segment ids. The batch of step i is a pure function of (seed, i), so a killed run resumes from its checkpoint exactly. Ends by
+printing the accuracy on problems with novel words, alone and given feedback or a solution (greedy, exact behaviour), and by
+writing a Hugging Face directory. Exit 0 on success, 2 on a wrong setting.
+"""
+
+import json
+import os
+import sys
+import time
+
+from absl import app, flags
+import jax
+import jax.numpy as jnp
+from ml_collections import config_flags
+import numpy as np
+
+from sdpo_jax import checkpoint
+from sdpo_jax.data.chat import Chat
+from sdpo_jax.data.corpus import Corpus, Mixture, build_tokenizer, solves
+from sdpo_jax.model import decoder
+from sdpo_jax.model.config import ModelConfig, Rope
+from sdpo_jax.model.hf_weights import save_pretrained
+from sdpo_jax.objectives.loss import Objective
+from sdpo_jax.records import Ratio, Sampling, TrainBatch
+from sdpo_jax.sampler import Sampler
+from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_train_step
+
+
+def supervised() -> Objective:
+  """Mean negative log-likelihood of the response tokens, in nats."""
+  normalisers = lambda batch: {"nll": jnp.maximum(jnp.sum(batch.weight_BR), 1.0)}
+
+  def token_loss(signals, batch, norm):
+    total = -jnp.sum(signals.logp_BR * batch.weight_BR)
+    return total / norm["nll"], {"train/nll": Ratio(total, jnp.sum(batch.weight_BR))}
+
+  return Objective(token_loss, normalisers, None, False)
+
+
+class PackedRows:
+  """Packs corpus rows, first fit, into [rows, length] with segments. What does not fit is left out and counted."""
+
+  def __init__(self, corpus: Corpus, chat: Chat, *, rows: int, length: int, responses: int, texts: int, seed: int):
+    """responses: response tokens a packed row can hold; texts: corpus rows drawn per batch."""
+    self.corpus, self.chat, self.rows, self.length, self.responses, self.texts, self.seed = corpus, chat, rows, length, responses, texts, seed
+
+  def __getitem__(self, step: int) -> tuple[TrainBatch, dict[str, float]]:
+    B, T, R = self.rows, self.length, self.responses
+    zeros = lambda *shape: np.zeros(shape, np.int32)
+    token, segment, position = np.full((B, T), self.chat.pad_token, np.int32), zeros(B, T), zeros(B, T)
+    pos, response, weight = zeros(B, R), zeros(B, R), np.zeros((B, R), np.float32)
+    used, answered, count, left_out = [0] * B, [0] * B, [0] * B, 0
+    for i in range(step * self.texts, (step + 1) * self.texts):
+      problem = self.corpus.problem(self.seed, i)
+      p = self.chat.prompt_tokens([{"role": "user", "content": problem.message}])
+      a = self.chat.text_tokens(problem.response) + [self.chat.stop_tokens[0]]
+      b = next((b for b in range(B) if used[b] + len(p) + len(a) <= T and answered[b] + len(a) <= R), None)
+      if b is None:
+        left_out += 1
+        continue
+      start, n = used[b], len(p) + len(a)
+      count[b] += 1
+      token[b, start:start + n], segment[b, start:start + n], position[b, start:start + n] = p + a, count[b], np.arange(n)
+      at = slice(answered[b], answered[b] + len(a))
+      pos[b, at], response[b, at], weight[b, at] = np.arange(start + len(p) - 1, start + n - 1), a, 1.0
+      used[b] += n
+      answered[b] += len(a)
+    nothing = np.zeros((B,), np.float32)
+    batch = TrainBatch(token, zeros(B, 1), pos, zeros(B, 1), response, weight, nothing, nothing, np.zeros((B, R), np.float32),
+                       np.zeros((B, R), np.float32), student_segment_BT=segment, student_position_BT=position)
+    return batch, {"data/useful_tokens": sum(used) / (B * T), "data/left_out": left_out / self.texts}
+
+
+def accuracy(params, model: ModelConfig, chat: Chat, corpus_settings: dict, *, questions: int, sampler: Sampler, max_new_tokens: int) -> dict[str, float]:
+  """Share of problems with at least one novel word that greedy decoding solves, by what the prompt shows."""
+  out = {}
+  for view in ("plain", "feedback", "solution"):
+    only = dict(plain=0.0, feedback=0.0, solution=0.0, both=0.0) | {view: 1.0}
+    corpus = Corpus(Mixture(**(corpus_settings | only | {"twist": 0.0})))
+    rows = [corpus.problem(-1, i) for i in range(4 * questions)]
+    rows = [r for r in rows if any(r.novel)][:questions]   # seed -1: never trained on
+    prompts = [chat.prompt_tokens([{"role": "user", "content": r.message}]) for r in rows]
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0, stop_tokens=chat.stop_tokens)
+    right = sum(solves(chat.response_text(c.tokens), rows[c.prompt_index]) for c in
+                sampler.generate(params, prompts, n=1, sampling=sampling, seeds=[0] * len(prompts)))
+    out[f"eval/{view}"] = right / len(rows)
+  return out
+
+
+def run(c, workdir: str, out: str) -> dict[str, float]:
+  """Trains to c.total_steps, resuming if the workdir holds a checkpoint; returns the final accuracies."""
+  tokenizer = build_tokenizer()
+  chat = Chat(tokenizer)
+  model = ModelConfig(family="qwen3", vocab=len(tokenizer), eos_ids=(tokenizer.eos_token_id,), pad_id=tokenizer.pad_token_id,
+                      rope=Rope(theta=c.model.rope_theta), qk_norm="head", tied=True, width=c.model.width, layers=c.model.layers,
+                      heads=c.model.heads, kv_heads=c.model.kv_heads, head_dim=c.model.head_dim, ff_width=c.model.ff_width,
+                      max_positions=c.model.max_positions)
+  mixture = dict(c.corpus)
+  data = PackedRows(Corpus(Mixture(**mixture)), chat, seed=c.seed, **c.batch)
+  tx = make_optimizer(**c.optimizer)
+  params = jax.jit(lambda key: decoder.init(model, key))(jax.random.key(c.seed))
+  state = init_state(params, tx, None)
+  objective = supervised()
+  step = jax.jit(make_train_step(make_signals(model, objective), objective, tx, teacher_rate=None), donate_argnums=0)
+  sampler = Sampler(model, rows=c.eval.questions, prompt_multiple=32, chunk=64, pad_token=chat.pad_token)
+  os.makedirs(workdir, exist_ok=True)
+  if checkpoint.latest_step(workdir) is not None:
+    state, _ = checkpoint.restore(workdir, state)
+  log = open(os.path.join(workdir, "metrics.jsonl"), "a")
+  begun, begun_step = time.time(), int(state.step)
+  results = {}
+  for i in range(int(state.step), c.total_steps):
+    batch, counts = data[i]
+    state, metrics = step(state, batch)
+    last = i + 1 == c.total_steps
+    if last or (i + 1) % c.eval.every_steps == 0:
+      results = accuracy(state.params, model, chat, mixture, questions=c.eval.questions, sampler=sampler, max_new_tokens=c.eval.max_new_tokens)
+    if last or (i + 1) % c.log_every_steps == 0:
+      line = {"step": i + 1} | {k: r.mean for k, r in jax.device_get(metrics).items()} | counts | results
+      line |= {"time_s": time.time() - begun, "perf/steps_per_s": (i + 1 - begun_step) / (time.time() - begun)}
+      log.write(json.dumps(line) + "\n")
+      log.flush()
+      print(" ".join(f"{k}={v:.4g}" for k, v in line.items() if v is not None), flush=True)
+    results = results if last else {}
+    if last or (i + 1) % c.checkpoint_every_steps == 0:
+      checkpoint.save(workdir, i + 1, state, {})
+  if not results:   # a finished run, started again
+    results = accuracy(state.params, model, chat, mixture, questions=c.eval.questions, sampler=sampler, max_new_tokens=c.eval.max_new_tokens)
+  save_pretrained(out, model, state.params, tokenizer=tokenizer)
+  print(f"problems with novel words solved (greedy, {c.eval.questions} problems): "
+        f"{results['eval/plain']:.1%} alone, {results['eval/feedback']:.1%} given feedback, {results['eval/solution']:.1%} given a solution")
+  print(f"wrote {out}")
+  return results
+
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/pretrain_tiny.py", "settings: FILE[:key=value,...]", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", "runs/pretrain_tiny", "where checkpoints and metrics go")
+_OUT = flags.DEFINE_string("out", None, "where the Hugging Face directory goes; default: WORKDIR/hf")
+
+
+def main(_) -> None:
+  run(_CONFIG.value, _WORKDIR.value, _OUT.value or os.path.join(_WORKDIR.value, "hf"))
+
+
+if __name__ == "__main__":
+  app.run(main)

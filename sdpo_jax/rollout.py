@@ -1,0 +1,61 @@
+"""Tasks -> engine -> judge -> groups of Rollout. Host side.
+
+Judging runs in threads (each waits for a sandboxed process, none computes) and starts as each response finishes, while others
+are still being sampled. A judge that raises, hangs or returns a reward that is not a number costs its own response only: the row
+becomes ENV_FAILED, is counted and never trained on.
+"""
+
+import concurrent.futures
+import logging
+import math
+import zlib
+
+from sdpo_jax.data.chat import Chat
+from sdpo_jax.records import Completion, Feedback, Rollout, Sampling, Status, Task
+
+
+def prompt_seed(seed: int, *path) -> int:
+  """A seed per prompt that depends on the run's seed and the path (step, task id) alone; uint32."""
+  return zlib.crc32(repr((seed, *path)).encode())
+
+
+class Collector:
+  """Samples and judges. One per run; `close` ends its threads."""
+
+  def __init__(self, env, chat: Chat, engine, *, judge_threads: int, judge_timeout_s: float):
+    self.env, self.chat, self.engine, self.judge_timeout_s = env, chat, engine, judge_timeout_s
+    self._pool = concurrent.futures.ThreadPoolExecutor(judge_threads, thread_name_prefix="judge")
+
+  def close(self) -> None:
+    self._pool.shutdown(wait=False, cancel_futures=True)
+
+  def _judge(self, task: Task, text: str) -> Feedback:
+    try:
+      feedback = self.env.judge(task, text)
+    except Exception as error:  # whatever a judge throws, the run goes on without this row
+      logging.exception("judging a response to %s failed", task.id)
+      return Feedback(0.0, f"{type(error).__name__}: {error}", Status.ENV_FAILED)
+    if not math.isfinite(feedback.reward):
+      return Feedback(0.0, f"the judge returned the reward {feedback.reward}", Status.ENV_FAILED)
+    return feedback
+
+  def collect(self, params, tasks: list[Task], *, n: int, sampling: Sampling, seeds: list[int]) -> list[list[Rollout]]:
+    """n judged rollouts of each task, as groups[q][g]."""
+    prompts = [self.chat.prompt_tokens(self.env.prompt(task)) for task in tasks]
+    pending: dict[tuple[int, int], tuple[Completion, str, concurrent.futures.Future]] = {}
+    for c in self.engine.generate(params, prompts, n=n, sampling=sampling, seeds=seeds):
+      text = self.chat.response_text(c.tokens)
+      pending[c.prompt_index, c.sample_index] = (c, text, self._pool.submit(self._judge, tasks[c.prompt_index], text))
+    groups = []
+    for q, task in enumerate(tasks):
+      group = []
+      for g in range(n):
+        completion, text, future = pending[q, g]
+        try:
+          feedback = future.result(timeout=self.judge_timeout_s)
+        except concurrent.futures.TimeoutError:
+          logging.error("judging a response to %s took more than %g s", task.id, self.judge_timeout_s)
+          feedback = Feedback(0.0, "the judge did not answer in time", Status.ENV_FAILED)
+        group.append(Rollout(task, prompts[q], completion.tokens, completion.logp, completion.finish_reason, text, feedback))
+      groups.append(group)
+    return groups

@@ -1,0 +1,267 @@
+"""Training: the wiring of a run, and the loop.
+
+The loop reads as a sentence: questions -> judged groups -> batch -> step -> metrics and checkpoint. It owns time, files and
+failure and does no arithmetic on weights. What each step does is a function of (configuration, step, weights, data position);
+all of these are in the checkpoint, so a killed and resumed run writes the same metrics.jsonl.
+
+Metrics of step i belong to the i-th generation batch (from 1) and, where due, to the evaluation after it; step 0 is the
+evaluation of the base model.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+
+from sdpo_jax import checkpoint, report
+from sdpo_jax.config import MODELS, validate
+from sdpo_jax.data.batch import Packed, pack
+from sdpo_jax.data.chat import Chat, load_tokenizer
+from sdpo_jax.data.tasks import TaskStream
+from sdpo_jax.envs.base import make_env
+from sdpo_jax.envs.sandbox import Sandbox
+from sdpo_jax.evaluate import evaluate
+from sdpo_jax.metrics import Writer
+from sdpo_jax.model.hf_weights import load_pretrained
+from sdpo_jax.objectives import methods
+from sdpo_jax.objectives.loss import make_objective
+from sdpo_jax.records import Rollout, Sampling, Status
+from sdpo_jax.rollout import Collector, prompt_seed
+from sdpo_jax.sampler import Sampler
+from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_train_step
+
+
+class RunError(Exception):
+  """The run cannot go on; the message says what happened and what is intact."""
+
+
+def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, score, evaluate, due, write, write_rollouts, save, limits):
+  """Trains `state` to total_steps and returns it. Every collaborator is an argument; due(name, i) says what step i calls for.
+
+  host: {"tokens": tokens sampled so far}; goes into the checkpoint.
+  limits: {"skipped": non-finite updates in a row, "env_failures": batches without a verdict in a row} that stop the run.
+  """
+  first, failures = int(state.step), 0
+  if first == 0 and due("eval", 0):
+    write(0, evaluate(state, 0))
+  for i in range(first + 1, total_steps + 1):
+    begun = time.monotonic()
+    tasks = next_tasks()
+    groups = collect(state.params, tasks, i)
+    sampled = time.monotonic()
+    packed = make_batch(groups)
+    host["tokens"] += sum(len(r.tokens) for g in groups for r in g)
+    metrics = packed.metrics | rollout_metrics(groups) | {"train/generations": i * sum(map(len, groups)), "train/sampled_tokens": host["tokens"]}
+    failures = failures + 1 if metrics["data/dropped"] == len(packed.contexts) else 0
+    if failures >= limits["env_failures"]:
+      raise RunError(f"no response could be judged in {failures} generation batches in a row (step {i}): the environment or its sandbox is broken, "
+                     "see the log above; checkpoints are intact")
+    said = score(state, packed.batch) if due("score", i) else None
+    if said is not None:
+      packed = packed._replace(batch=packed.batch._replace(logp_old_BR=np.asarray(said.logp_BR)))
+    if due("rollouts", i):
+      write_rollouts(i, groups, packed, said)
+    state, stepped = step(state, packed.batch)   # the only line that changes weights
+    metrics |= jax.device_get(stepped)
+    ended = time.monotonic()
+    metrics |= {"time/rollout_s": sampled - begun, "time/update_s": ended - sampled,
+                "perf/tokens_per_s": sum(len(r.tokens) for g in groups for r in g) / (ended - begun)}
+    if int(state.skipped_in_a_row) >= limits["skipped"]:
+      raise RunError(f"the gradient was not finite in {int(state.skipped_in_a_row)} updates in a row (step {i}); the last checkpoint is intact; "
+                     "lower config.optimizer.lr or look at the rollouts of this step")
+    if due("eval", i):
+      metrics |= evaluate(state, i)
+    write(i, metrics)
+    if due("checkpoint", i):
+      save(i, state, host)
+  return state
+
+
+def rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
+  rows = [r for g in groups for r in g]
+  judged = [r for r in rows if r.feedback.status is not Status.ENV_FAILED]
+  metrics = {"rollout/length": float(np.mean([len(r.tokens) for r in rows])),
+             "rollout/truncated": float(np.mean([r.finish_reason == "length" for r in rows])),
+             "rollout/timeouts": float(sum(r.feedback.status is Status.TIMEOUT for r in rows))}
+  if judged:
+    metrics |= {"train/reward": float(np.mean([r.feedback.reward for r in judged])),
+                "train/solved_questions": float(np.mean([any(r.feedback.reward >= 1.0 for r in g) for g in groups]))}
+  return metrics
+
+
+def rollout_lines(step: int, groups, packed: Packed, said, chat: Chat, kept: int):
+  """One JSON-able object per response: what was asked, answered, said about it, read by the teacher, and the gap per token in nats."""
+  rows = [r for g in groups for r in g]
+  gap_BR = np.asarray(said.logp_teacher_BR) - np.asarray(said.logp_BR) if said is not None and said.logp_teacher_BR is not None else None
+  for b, (r, context) in enumerate(list(zip(rows, packed.contexts))[:kept]):
+    line = {"step": step, "task_id": r.task.id, "prompt": r.task.prompt, "response": r.text, "reward": r.feedback.reward,
+            "status": r.feedback.status.value, "finish_reason": r.finish_reason, "feedback": r.feedback.text,
+            "teacher_context": None if context is None else context.render(r.task.prompt), "tokens": chat.token_strings(r.tokens)}
+    if gap_BR is not None and context is not None:
+      line["teacher_gap"] = [round(float(x), 4) for x in gap_BR[b, :len(r.tokens)]]
+    yield line
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  scratch = path.with_name(path.name + ".tmp")
+  scratch.write_text(text, encoding="utf-8")
+  os.replace(scratch, path)
+
+
+def describe_run(workdir: pathlib.Path, c, extra: dict) -> None:
+  """config.json (resolved) and run.json (command, commit, versions, devices, seed), before step 0."""
+  commit = subprocess.run(["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
+  about = {"command": " ".join([os.path.basename(sys.executable), "-m", "sdpo_jax.main", *sys.argv[1:]]), "commit": commit or None,
+           "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+           "python": sys.version.split()[0], "versions": {p: importlib.metadata.version(p) for p in packages},
+           "devices": [str(d) for d in jax.devices()], "seed": c.seed} | extra
+  write_atomically(workdir / "run.json", json.dumps(about, indent=2) + "\n")
+  write_atomically(workdir / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")
+
+
+def train(c, workdir: str) -> dict[str, float]:
+  """Wires a run from its configuration, trains (or resumes) it, and writes the report. Returns the last evaluation.
+
+  Raises ValueError for settings that cannot run, RunError for a run that cannot go on.
+  """
+  validate(c)
+  workdir = pathlib.Path(workdir)
+  same_run(workdir, c)
+  latest = checkpoint.latest_step(workdir)
+  if latest is not None and latest >= c.total_steps:
+    logging.info("%s already holds %d steps: nothing to do", workdir, latest)
+    return {}
+
+  tokenizer = load_tokenizer(MODELS.get(c.model.path, c.model.path))
+  chat = Chat(tokenizer, thinking=c.model.thinking)
+  model, params = load_pretrained(MODELS.get(c.model.path, c.model.path), dtype=c.model.param_dtype)
+  objective = make_objective(c.method.to_dict())
+  parts = methods.build(c.method.to_dict())
+  teacher_rate = parts["teacher_weights"]()
+  tx = make_optimizer(**c.optimizer)
+  state = init_state(params, tx, teacher_rate)
+  host = {"tokens": 0, "data": None}
+  if latest is not None:
+    state, host = checkpoint.restore(workdir, state)
+    logging.info("resumed %s at step %d", workdir, latest)
+
+  signals = make_signals(model, objective, temperature=c.rollout.temperature, remat=c.model.remat,
+                         implementation=None if c.train.loss_implementation == "auto" else c.train.loss_implementation)
+  several = c.train.updates_per_batch > 1
+  step = jax.jit(make_train_step(signals, objective, tx, teacher_rate=teacher_rate, updates=c.train.updates_per_batch,
+                                 micro_batches=c.train.micro_batches, recompute_old=several), donate_argnums=0)
+  score = jax.jit(lambda state, batch: signals(state.params, state.teacher, batch))
+  sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, chat.stop_tokens)
+  eval_sampling = Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens)
+
+  workdir.mkdir(parents=True, exist_ok=True)
+  with Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation) as sandbox:
+    env = make_env(sandbox=sandbox, **c.env)
+    describe_run(workdir, c, {"sandbox_isolation": sandbox.isolation})
+    stream = TaskStream(env, "train")
+    if host["data"] is not None:
+      stream.restore(host["data"])
+    engine = Sampler(model, rows=c.rollout.rows, chunk=c.rollout.chunk, prompt_multiple=c.data.length_multiple, pad_token=chat.pad_token)
+    collector = Collector(env, chat, engine, judge_threads=c.rollout.judge_threads, judge_timeout_s=c.rollout.judge_timeout_s)
+    writer = Writer(workdir, total_steps=c.total_steps)
+    writer.truncate(0 if latest is None else latest + 1)
+    results = {}
+
+    def evaluate_at(state, i):
+      splits = c.eval.final_splits if i in (0, c.total_steps) else c.eval.splits
+      metrics, _ = evaluate(collector, state.params, splits=splits, questions=c.eval.questions, samples=c.eval.samples, sampling=eval_sampling)
+      results[i] = metrics
+      return metrics
+
+    def collect(params, tasks, i):
+      seeds = [prompt_seed(c.seed, "train", i, q) for q in range(len(tasks))]
+      return collector.collect(params, tasks, n=c.rollout.group, sampling=sampling, seeds=seeds)
+
+    def due(name, i):
+      last = i == c.total_steps
+      every = {"eval": c.eval.every_steps, "checkpoint": c.checkpoint.every_steps, "rollouts": c.log.rollouts_every_steps}
+      if name == "score":
+        return several or due("rollouts", i)
+      return last or i % every[name] == 0 or (name == "rollouts" and i == 1)
+
+    def write_rollouts(i, groups, packed, said):
+      (workdir / "rollouts").mkdir(exist_ok=True)
+      lines = rollout_lines(i, groups, packed, said, chat, c.log.rollouts_kept)
+      write_atomically(workdir / "rollouts" / f"step_{i:06d}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def save(i, state, host):
+      checkpoint.save(workdir, i, state, host | {"data": stream.state()}, keep=c.checkpoint.keep)
+
+    try:
+      run(state, host, total_steps=c.total_steps, next_tasks=lambda: stream.take(c.rollout.questions), collect=collect,
+          make_batch=lambda groups: pack(groups, chat=chat, messages=env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"],
+                                         max_teacher_tokens=c.data.max_teacher_tokens, length_multiple=c.data.length_multiple),
+          step=step, score=score, evaluate=evaluate_at, due=due, write=writer.write, write_rollouts=write_rollouts, save=save,
+          limits={"skipped": c.train.max_skipped_in_a_row, "env_failures": c.train.max_env_failures_in_a_row})
+    finally:
+      writer.close()
+      collector.close()
+  report.write_report([workdir], workdir / "report")
+  return results.get(c.total_steps, {})
+
+
+def evaluate_checkpoint(c, workdir: str, source: str) -> dict[str, float]:
+  """Scores WORKDIR[:step] or a Hugging Face directory on the final splits; writes eval/<name>.json into the work directory."""
+  workdir = pathlib.Path(workdir)
+  path = MODELS.get(c.model.path, c.model.path)
+  root, _, step = source.rpartition(":") if source.rpartition(":")[2].isdigit() else (source, "", "")
+  is_run = checkpoint.latest_step(root) is not None
+  if not is_run and not (pathlib.Path(source) / "config.json").exists():
+    raise ValueError(f"--checkpoint={source}: neither a work directory with a checkpoint nor a Hugging Face directory")
+  tokenizer = load_tokenizer(path if is_run else source)
+  chat = Chat(tokenizer, thinking=c.model.thinking)
+  model, params = load_pretrained(path if is_run else source, dtype=c.model.param_dtype)
+  name = pathlib.Path(root).name
+  if is_run:
+    teacher_rate = methods.build(c.method.to_dict())["teacher_weights"]()
+    state, _ = checkpoint.restore(root, init_state(params, make_optimizer(**c.optimizer), teacher_rate), int(step) if step else None)
+    params, name = state.params, f"step_{int(state.step):06d}"
+  sampling = Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens)
+  with Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation) as sandbox:
+    env = make_env(sandbox=sandbox, **c.env)
+    engine = Sampler(model, rows=c.rollout.rows, chunk=c.rollout.chunk, prompt_multiple=c.data.length_multiple, pad_token=chat.pad_token)
+    collector = Collector(env, chat, engine, judge_threads=c.rollout.judge_threads, judge_timeout_s=c.rollout.judge_timeout_s)
+    try:
+      metrics, _ = evaluate(collector, params, splits=c.eval.final_splits, questions=c.eval.questions, samples=c.eval.samples, sampling=sampling)
+    finally:
+      collector.close()
+  (workdir / "eval").mkdir(parents=True, exist_ok=True)
+  write_atomically(workdir / "eval" / f"{name}.json", json.dumps({"checkpoint": source, "samples": c.eval.samples, "questions": c.eval.questions} | metrics, indent=2) + "\n")
+  return metrics
+
+
+def summary_lines(results: dict[str, float], base: dict[str, float] | None = None) -> list[str]:
+  """Per split: avg@k with its interval, and the base model's beside it where it is known."""
+  lines = []
+  for key, value in results.items():
+    if key.endswith("/avg@k"):
+      split, interval = key.split("/")[1], lambda r: f"{r[key]:.1%} [{r.get(key + '_low', r[key]):.1%}, {r.get(key + '_high', r[key]):.1%}]"
+      lines.append(f"{split:>12}: avg@k {interval(results)}" + (f"   base model {interval(base)}" if base and key in base else ""))
+  return lines
+
+
+def same_run(workdir: pathlib.Path, c) -> None:
+  """A work directory belongs to one configuration; only the number of steps may grow. ValueError names the first difference."""
+  path = workdir / "config.json"
+  if not path.exists() or checkpoint.latest_step(workdir) is None:
+    return
+  flat = lambda d, prefix="config": {k2: v2 for k, v in d.items() for k2, v2 in
+                                     (flat(v, f"{prefix}.{k}") if isinstance(v, dict) else {f"{prefix}.{k}": v}).items()}
+  before, now = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(c.to_dict())))
+  for key in sorted(before.keys() | now.keys()):
+    if key != "config.total_steps" and before.get(key) != now.get(key):
+      raise ValueError(f"{key}={now.get(key)!r} but {workdir} was begun with {before.get(key)!r}: choose another --workdir, or the same settings")

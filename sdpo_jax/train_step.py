@@ -1,0 +1,155 @@
+"""The train step: one jitted program from a TrainBatch to new weights. Pure; reads no config, clock, file or global.
+
+Per generation batch: cut into `updates` mini-batches, each into micro-batches whose gradients add up in a scan; one optimiser
+update per mini-batch; then one move of the teacher (arXiv 2601.20802: once per generation batch, only on a finite gradient).
+Policy and teacher logits come from one program, `forward_pair`; the logits themselves are never stored, the kernel takes hidden
+states and output matrices.
+
+A gradient that is not finite leaves parameters, optimiser and teacher as they were, and is counted in the state.
+"""
+
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sdpo_jax.kernels.distill_kl import distill_kl
+from sdpo_jax.kernels.token_logp import token_logp
+from sdpo_jax.model import decoder
+from sdpo_jax.model.config import ModelConfig
+from sdpo_jax.objectives.divergence import Signals
+from sdpo_jax.objectives.loss import Objective
+from sdpo_jax.records import Ratio, TrainBatch
+
+
+class TrainState(NamedTuple):
+  step: jax.Array             # generation batches done
+  params: Any                 # the policy
+  opt_state: Any
+  teacher: Any                # None: the live policy teaches itself (or there is no teacher); else its weights
+  skipped: jax.Array          # updates skipped so far because the gradient was not finite
+  skipped_in_a_row: jax.Array
+
+
+def init_state(params, tx: optax.GradientTransformation, teacher_rate: float | None) -> TrainState:
+  """teacher_rate None: no second weight tree; 0: frozen; in (0, 1]: exponential moving average."""
+  teacher = None if teacher_rate is None else jax.tree.map(jnp.copy, params)
+  return TrainState(jnp.int32(0), params, tx.init(params), teacher, jnp.int32(0), jnp.int32(0))
+
+
+def at_positions(hidden_BTD: jax.Array, pos_BR: jax.Array) -> jax.Array:
+  """Hidden states [B*R, D] of the columns that predict the response tokens."""
+  B, R = pos_BR.shape
+  return jnp.take_along_axis(hidden_BTD, pos_BR[..., None], axis=1).reshape(B * R, hidden_BTD.shape[-1])
+
+
+def forward_pair(params, teacher, config: ModelConfig, batch: TrainBatch, *, remat: str = "none"):
+  """Hidden states (policy_XD, teacher_XD) of the same response under the two prompts, X = B * R.
+
+  Both halves go through each layer inside one scan, so each layer's weights are read once; the teacher's half is under
+  stop_gradient from its input on, so no backward work is spent on it.
+  """
+  policy_BTD, teacher_BTD = decoder.hidden_pair(
+      params, teacher, config, (batch.student_BT, batch.student_position_BT, batch.student_segment_BT),
+      (batch.teacher_BT, batch.teacher_position_BT, batch.teacher_segment_BT), remat=remat)
+  return at_positions(policy_BTD, batch.student_pos_BR), at_positions(teacher_BTD, batch.teacher_pos_BR)
+
+
+def make_signals(config: ModelConfig, objective: Objective, *, temperature: float = 1.0, remat: str = "none",
+                 implementation: str | None = None) -> Callable:
+  """-> signals(params, teacher, batch) -> Signals. temperature: the rollout's; it applies to every quantity."""
+
+  def signals(params, teacher, batch: TrainBatch) -> Signals:
+    B, R = batch.response_BR.shape
+    target_X = batch.response_BR.reshape(-1)
+    unflatten = lambda x_X: x_X.reshape(B, R)
+    if not objective.needs_teacher:
+      hidden_BTD = decoder.hidden(params, config, batch.student_BT, positions_BT=batch.student_position_BT,
+                                  segment_ids_BT=batch.student_segment_BT, remat=remat)
+      logp_X, entropy_X = token_logp(at_positions(hidden_BTD, batch.student_pos_BR), decoder.head(params, config), target_X, temperature=temperature)
+      return Signals(unflatten(logp_X), unflatten(entropy_X), None, None)
+    policy_XD, teacher_XD = forward_pair(params, teacher, config, batch, remat=remat)
+    teacher_head_DV = decoder.head(params if teacher is None else teacher, config)
+    out = distill_kl(policy_XD, decoder.head(params, config), teacher_XD, teacher_head_DV, target_X,
+                     alpha=0.5 if objective.alpha is None else objective.alpha, temperature=temperature, implementation=implementation)
+    return Signals(unflatten(out.logp_X), unflatten(out.entropy_X), unflatten(out.divergence_X), unflatten(out.logp_teacher_X))
+
+  return signals
+
+
+def make_train_step(signals: Callable, objective: Objective, tx: optax.GradientTransformation, *, teacher_rate: float | None,
+                    updates: int = 1, micro_batches: int = 1, recompute_old: bool = False) -> Callable:
+  """-> step(state, batch) -> (state, {metric: Ratio}).
+
+  updates: optimiser updates per generation batch; micro_batches: gradient accumulation within each. Rows must divide by their
+  product. recompute_old: take logp_old from the batch (several updates) instead of the present policy's (one update: ratio 1).
+  """
+
+  def loss_fn(params, teacher, batch: TrainBatch, norm):
+    said = signals(params, teacher, batch)
+    if not recompute_old:   # on-policy: the policy before this update is the policy now
+      batch = batch._replace(logp_old_BR=jax.lax.stop_gradient(said.logp_BR))
+    loss, metrics = objective.token_loss(said, batch, norm)
+    return loss, {"train/loss": Ratio(loss, 1.0), **metrics}
+
+  def mini_batch(state: TrainState, batch: TrainBatch):
+    norm = objective.normalisers(batch)
+    pieces = jax.tree.map(lambda x: x.reshape(micro_batches, x.shape[0] // micro_batches, *x.shape[1:]), batch)
+
+    def accumulate(grads, piece):
+      (_, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state.teacher, piece, norm)
+      return jax.tree.map(lambda a, g: a + g.astype(a.dtype), grads, new), metrics
+
+    if micro_batches == 1:
+      (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state.teacher, batch, norm)
+    else:
+      zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+      grads, metrics = jax.lax.scan(accumulate, zeros, pieces)
+      metrics = jax.tree.map(lambda x: jnp.sum(x, 0), metrics)
+      metrics["train/loss"] = Ratio(metrics["train/loss"].total, 1.0)   # shares of one loss, not a mean of losses
+    norm_of_grads = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm_of_grads)
+    delta, opt_state = tx.update(grads, state.opt_state, state.params)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    state = state._replace(
+        params=keep(optax.apply_updates(state.params, delta), state.params), opt_state=keep(opt_state, state.opt_state),
+        skipped=state.skipped + ~finite, skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1))
+    metrics["train/grad_norm"] = Ratio(jnp.where(finite, norm_of_grads, 0.0), finite.astype(jnp.float32))
+    metrics["train/update_skipped"] = Ratio((~finite).astype(jnp.float32), 1.0)
+    return state, metrics
+
+  def step(state: TrainState, batch: TrainBatch):
+    rows = batch.response_BR.shape[0]
+    assert rows % (updates * micro_batches) == 0, f"{rows} rows do not divide into {updates} updates x {micro_batches} micro-batches"
+    if updates == 1:
+      state, metrics = mini_batch(state, batch)
+    else:
+      minis = jax.tree.map(lambda x: x.reshape(updates, rows // updates, *x.shape[1:]), batch)
+      state, metrics = jax.lax.scan(mini_batch, state, minis)
+      metrics = jax.tree.map(lambda x: jnp.sum(x, 0), metrics)
+    if teacher_rate:   # None and 0 leave the teacher alone
+      moved = jax.tree.map(lambda t, p: t + teacher_rate * (p.astype(t.dtype) - t), state.teacher, state.params)
+      finite = state.skipped_in_a_row == 0
+      state = state._replace(teacher=jax.tree.map(lambda n, o: jnp.where(finite, n, o), moved, state.teacher))
+    return state._replace(step=state.step + 1), metrics
+
+  return step
+
+
+def make_score(signals: Callable) -> Callable:
+  """-> score(params, teacher, batch) -> Signals: the trainer's own log-probabilities, for logp_old and for the rollout files."""
+  return lambda params, teacher, batch: signals(params, teacher, batch)
+
+
+def make_optimizer(*, name: str, lr: float, warmup_steps: int, decay_steps: int | None, weight_decay: float, clip_norm: float | None,
+                   b1: float, b2: float, state_dtype: str | None) -> optax.GradientTransformation:
+  """AdamW with linear warm-up from 0 (in optimiser updates), then constant, or cosine to 0 at decay_steps."""
+  if name != "adamw":
+    raise ValueError(f"optimizer.name={name!r} is unknown; choose from ['adamw']")
+  if decay_steps:
+    schedule = optax.schedules.warmup_cosine_decay_schedule(0.0 if warmup_steps else lr, lr, warmup_steps, decay_steps)
+  else:
+    schedule = optax.schedules.warmup_constant_schedule(0.0 if warmup_steps else lr, lr, warmup_steps)
+  adamw = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mu_dtype=state_dtype)
+  return adamw if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
