@@ -13,18 +13,24 @@ Into `result` it writes JSON: {"value": v} | {"error": [type, message, line]} | 
 Needs nothing but the standard library. End of file on the socket (the host died) ends everything.
 """
 
+import os
+import sys
+
+# Modules ask to be called after every fork (threading renews its locks, random its seed): a third of a short test's time,
+# and needless in a process that forks with one thread and seeds for itself.
+os.register_at_fork = lambda **_: None
+
 import array
 import ctypes
 import gc
 import io
 import json
-import os
+import mmap
 import resource
 import select
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 import types
@@ -94,6 +100,7 @@ def _lock_down(config):
     numpy.random.seed(0)
   import builtins, _sitebuiltins  # `-S` leaves these two out
   builtins.exit, builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D"), _sitebuiltins.Quitter("quit", "Ctrl-D")
+  config["reserve"] = mmap.mmap(-1, RESERVE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
   vsz = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() if os.path.exists("/proc/self/statm") else 0
   processes = config["processes"]
   abi, ruleset = _landlock_rules(**config["landlock"]) if config["landlock"] else (0, None)
@@ -111,10 +118,17 @@ def _lock_down(config):
   threading.stack_size(THREAD_STACK)
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   config["vsz"], config["processes"] = vsz or 256 << 20, processes
+  _warm()
   gc.collect()
   gc.freeze()
   return {"landlock": abi, "uid": os.getuid(), "stack": resource.getrlimit(resource.RLIMIT_STACK)[0],
           "python": sys.version.split()[0]}
+
+
+def _warm():
+  """Does once here what would otherwise be done in every child: the compiler's types are made at its first use."""
+  exec(compile("def f(x):\n  return f'{x:d}'\nclass C:\n  pass\nf(1)\n", "<warm>", "exec"), {})
+  json.loads(json.dumps({"value": [1, 1.5, "a", None, True]}))
 
 
 def _landlock_rules(read, list):
@@ -201,7 +215,6 @@ def _child(fds, cpu_s, memory, output, mode, name, config, seccomp):
   os.closerange(63, 1 << 16)
   seconds = int(cpu_s) + 2
   total = config["vsz"] + memory
-  reserve = bytearray(RESERVE_BYTES)
   setrlimit = resource.setrlimit
   for which, limit in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, total), (resource.RLIMIT_DATA, total),
                        (resource.RLIMIT_FSIZE, output), (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
@@ -224,10 +237,10 @@ def _child(fds, cpu_s, memory, output, mode, name, config, seccomp):
   sys.argv = ["program.py"]
   sys.modules["random"].seed(0)
   run = {STDIN: _run_stdin, FUNCTION: _run_function, EXPRESSION: _run_expression}[mode]
-  _finish(run, program, name, reserve)
+  _finish(run, program, name, config["reserve"].close)
 
 
-def _finish(run, program, name, reserve, *, write=os.pwrite, encode=json.dumps, leave=os._exit):
+def _finish(run, program, name, free_reserve, *, write=os.pwrite, encode=json.dumps, leave=os._exit):
   """Runs, tells the result, ends. What it needs afterwards is bound here: the program may patch every module."""
   status, record = 0, None
   try:
@@ -243,7 +256,7 @@ def _finish(run, program, name, reserve, *, write=os.pwrite, encode=json.dumps, 
     else:
       status, record = 1, {"error": ["SystemExit", _message(e), _line(e)]}
   except BaseException as e:
-    reserve = None
+    free_reserve()
     status, record = 1, {"error": [type(e).__name__, _message(e), _line(e)]}
   try:
     if run is _run_stdin:
@@ -253,7 +266,7 @@ def _finish(run, program, name, reserve, *, write=os.pwrite, encode=json.dumps, 
       if stream is not None:
         stream.flush()
   except BaseException as e:
-    reserve = None
+    free_reserve()
     status, record = status or 1, record or {"error": [type(e).__name__, _message(e), _line(e)]}
   if record is not None:
     try:

@@ -186,7 +186,8 @@ class Worker:
     self._errors = os.memfd_create("errors")
     layout = layout if packages else dataclasses.replace(layout, packages=())
     environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TZ": "UTC", "HOME": "/", "MALLOC_ARENA_MAX": "1",
-                   "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+                   "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0",
+                   "LD_BIND_NOW": "1"}  # else every child resolves the same symbols again
     if isolation == "bubblewrap":
       command, stdlib, packages_there, libraries = _bubblewrap_command(layout, uid, with_proc)
       command += ["--setenv", "LD_LIBRARY_PATH", ":".join(libraries), "/py/bin/python"]
@@ -200,7 +201,7 @@ class Worker:
     shell = (f'ulimit -s {STACK_KB} 2>/dev/null || ulimit -s "$(ulimit -H -s)"; '
              'echo 1000 2>/dev/null > /proc/self/oom_score_adj; exec "$@"')
     self._process = subprocess.Popen(
-        ["/bin/sh", "-c", shell, "sh", *command], env=environment | {"PYTHONHASHSEED": "0"}, cwd="/", pass_fds=[theirs.fileno()],
+        ["/bin/sh", "-c", shell, "sh", *command], env=environment, cwd="/", pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors, start_new_session=True)
     theirs.close()
     inside = isolation == "bubblewrap"
