@@ -1,7 +1,8 @@
 """The algebra that every fast form of the distillation divergence shares: no loops, no memory plan.
 
 s and t are logits [X, C] of policy and teacher over C entries of the vocabulary (a tile, a shard, or all of
-it); every per-token number is a column [X, 1], so that the same lines run under XLA and inside a kernel.
+it); every per-token number is a column [X, 1], or [X, 128] while a kernel keeps its lanes apart, so that the same
+lines run under XLA and inside a kernel.
 Nats throughout. Definitions of the divergences: distill_kl_ref.py.
 
 Partial sums over C entries merge by rescaling to the common maximum, in any order and over any split.
@@ -18,7 +19,8 @@ Numerics: u = ln(pi/q) is formed as (s - t) - ln(Z_s/Z_t), and ln(Z_s/Z_t) from 
 so that the difference of nearly equal logits survives; identical logits give exactly 0 everywhere.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,38 +49,55 @@ class Scalars(NamedTuple):
   level: jax.Array      # alpha = 1: KL(pi || q); mixture: K = KL(pi || m); alpha = 0: unused
 
 
+class Fold(NamedTuple):
+  """How a row of a block becomes a running number: one column, or one column for each of 128 lanes."""
+  sum: Callable
+  max: Callable
+  spread: Callable  # from running numbers back over the block
+
+
+ROWS = Fold(sum=lambda x: jnp.sum(x, axis=1, keepdims=True), max=lambda x: jnp.max(x, axis=1, keepdims=True),
+            spread=lambda x, width: x)
+_lane_groups = lambda x: [x[:, i:i + 128] for i in range(0, x.shape[1], 128)]
+LANES = Fold(sum=lambda x: functools.reduce(jnp.add, _lane_groups(x)),  # no reduction across lanes until the very end
+             max=lambda x: functools.reduce(jnp.maximum, _lane_groups(x)),
+             spread=lambda x, width: jnp.tile(x, (1, width // 128)))
+
+
 def empty_stats(X, dtype):
   column = lambda value: jnp.full((X, 1), value, dtype)
   return Stats(column(NEG), column(NEG), *[column(0)] * 6)
 
 
-def block_stats(s, t, hit, alpha, width=None):
-  """hit: bool [X, C], where the target stands. width: entries from this column on do not exist."""
-  if width is not None:
-    exists = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1) < width
-    s, t = jnp.where(exists, s, NEG), jnp.where(exists, t, NEG)
-  total = lambda x: jnp.sum(x, axis=1, keepdims=True)
-  max_s, max_t = (jnp.max(x, axis=1, keepdims=True) for x in (s, t))
-  e_s, e_t = jnp.exp(s - max_s), jnp.exp(t - max_t)
+def rescale(stats: Stats, max_s, max_t, alpha) -> Stats:
+  """The same sums relative to other maxima; from here on, Stats of different entries simply add."""
+  d_s = stats.max_s - max_s
+  e_s, e_t = jnp.exp(d_s), jnp.exp(stats.max_t - max_t)
+  return Stats(max_s, max_t, stats.sum_s * e_s, stats.sum_t * e_t, (stats.sum_ss + d_s * stats.sum_s) * e_s,
+               stats.cross * (e_t if alpha == 0 else e_s), stats.target_s, stats.target_t)
+
+
+def add_block(stats: Stats, s, t, hit, alpha, fold=ROWS) -> Stats:
+  """stats and this block of logits. hit: bool [X, C], where the target stands."""
+  max_s, max_t = jnp.maximum(stats.max_s, fold.max(s)), jnp.maximum(stats.max_t, fold.max(t))
+  old = rescale(stats, max_s, max_t, alpha)
+  d_s = s - fold.spread(max_s, s.shape[1])
+  e_s, e_t = jnp.exp(d_s), jnp.exp(t - fold.spread(max_t, t.shape[1]))
   if alpha == 0:
-    cross = total(e_t * (t - s))
+    cross = old.cross + fold.sum(e_t * (t - s))
   elif alpha == 1:
-    cross = total(e_s * (s - t))
+    cross = old.cross + fold.sum(e_s * (s - t))
   else:
-    cross = jnp.zeros_like(max_s)
-  return Stats(max_s, max_t, total(e_s), total(e_t), total(e_s * (s - max_s)), cross,
-               total(jnp.where(hit, s, 0)), total(jnp.where(hit, t, 0)))
+    cross = old.cross
+  return Stats(max_s, max_t, old.sum_s + fold.sum(e_s), old.sum_t + fold.sum(e_t), old.sum_ss + fold.sum(e_s * d_s), cross,
+               old.target_s + fold.sum(jnp.where(hit, s, 0)), old.target_t + fold.sum(jnp.where(hit, t, 0)))
 
 
-def merge(a: Stats, b: Stats, alpha) -> Stats:
-  max_s, max_t = jnp.maximum(a.max_s, b.max_s), jnp.maximum(a.max_t, b.max_t)
-  a_s, b_s = a.max_s - max_s, b.max_s - max_s
-  ea_s, eb_s = jnp.exp(a_s), jnp.exp(b_s)
-  ea_t, eb_t = jnp.exp(a.max_t - max_t), jnp.exp(b.max_t - max_t)
-  ea, eb = (ea_t, eb_t) if alpha == 0 else (ea_s, eb_s)
-  return Stats(max_s, max_t, a.sum_s * ea_s + b.sum_s * eb_s, a.sum_t * ea_t + b.sum_t * eb_t,
-               (a.sum_ss + a_s * a.sum_s) * ea_s + (b.sum_ss + b_s * b.sum_s) * eb_s,
-               a.cross * ea + b.cross * eb, a.target_s + b.target_s, a.target_t + b.target_t)
+def add_lanes(stats: Stats, alpha) -> Stats:
+  """Stats [X, 128] of separate lanes -> Stats [X, 1] of all."""
+  max_s, max_t = ROWS.max(stats.max_s), ROWS.max(stats.max_t)
+  sums = rescale(stats, max_s, max_t, alpha)[2:]
+  return Stats(max_s, max_t, *map(ROWS.sum, sums))
 
 
 def finish(stats: Stats, alpha):
@@ -106,15 +125,11 @@ def log_over_mixture(u, alpha):
   return jnp.minimum(u, 0) - jnp.log(larger + (1 - larger) * jnp.exp(-jnp.abs(u)))
 
 
-def mixture_sums(s, t, scalars: Scalars, alpha, width=None):
+def mixture_sums(s, t, scalars: Scalars, alpha, fold=ROWS):
   """This block's part of KL(pi || m) and of KL(q || m)."""
   u = (s - t) - scalars.log_ratio
   r = log_over_mixture(u, alpha)
-  pi_r, q_r = jnp.exp(s - scalars.log_z_s) * r, jnp.exp(t - scalars.log_z_t) * (r - u)
-  if width is not None:
-    exists = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1) < width
-    pi_r, q_r = jnp.where(exists, pi_r, 0), jnp.where(exists, q_r, 0)
-  return jnp.sum(pi_r, axis=1, keepdims=True), jnp.sum(q_r, axis=1, keepdims=True)
+  return fold.sum(jnp.exp(s - scalars.log_z_s) * r), fold.sum(jnp.exp(t - scalars.log_z_t) * (r - u))
 
 
 def dlogits(s, t, hit, scalars: Scalars, cotangents, alpha):

@@ -86,14 +86,14 @@ def _backward_rule(plan, saved, cotangents):
   args, residuals = saved
   h, w, g, u, target, weights = args
   only_divergence = all(isinstance(c, jax.custom_derivatives.SymbolicZero) for c in (cotangents.logp_X, cotangents.entropy_X))
-  dtype = _logit_dtype(h, w, g, u)
+  dtype = logit_dtype(h, w, g, u)
   columns = tuple(jnp.zeros((target.shape[0], 1), dtype) if isinstance(c, jax.custom_derivatives.SymbolicZero)
                   else c.astype(dtype)[:, None]
                   for c in (cotangents.divergence_X, cotangents.logp_X, cotangents.entropy_X))
   if plan.blocks == "one":
     scalars, s, t = residuals
     d = dm.dlogits(s, t, _hit(target, 0, s.shape[1]), scalars, columns, plan.alpha)
-    dh, dw = _gradient_products(plan, d, h, w)
+    dh, dw = gradient_products(plan, d, h, w)
   elif plan.blocks == "tokens" and weights is not None and only_divergence:
     dh, dw = residuals
     weight, given = weights.astype(dtype), columns[0][:, 0]
@@ -114,11 +114,11 @@ _distill.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
 # ---- pieces -------------------------------------------------------------------------------------------------------
 
 
-def _logit_dtype(*arrays):
+def logit_dtype(*arrays):
   return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
-def _product(a, b, contract, dtype):
+def product(a, b, contract, dtype):
   """a . b over axes `contract`, accumulated in dtype; float32 operands are not rounded to anything shorter."""
   operand = jnp.promote_types(a.dtype, b.dtype)
   precision = lax.Precision.HIGHEST if operand == jnp.float32 else None
@@ -127,22 +127,22 @@ def _product(a, b, contract, dtype):
 
 
 def _logits(plan, hidden, head, dtype):
-  logits = _product(hidden, head, (1, 0), dtype)
+  logits = product(hidden, head, (1, 0), dtype)
   return logits if plan.temperature == 1 else logits / plan.temperature
 
 
-def _gradient_products(plan, d, h, w):
+def gradient_products(plan, d, h, w):
   """(dh, dw), in the logits' dtype, of dlogits d. Only here does dlogits take the inputs' dtype."""
   dtype = d.dtype
   d = (d if plan.temperature == 1 else d / plan.temperature).astype(jnp.promote_types(h.dtype, w.dtype))
-  return _product(d, w, (1, 1), dtype), _product(h, d, (0, 0), dtype)
+  return product(d, w, (1, 1), dtype), product(h, d, (0, 0), dtype)
 
 
 def _hit(target, start, size):
   return target[:, None] == start + lax.broadcasted_iota(target.dtype, (1, size), 1)
 
 
-def _over_blocks(total, size, body, carry):
+def over_blocks(total, size, body, carry):
   """carry = body(start, size, carry) for consecutive blocks; the last one may be shorter, so nothing is masked."""
   whole, rest = divmod(total, size)
   if whole:
@@ -152,9 +152,9 @@ def _over_blocks(total, size, body, carry):
 
 def _whole_vocabulary(plan, h, w, g, u, target):
   """(DistillKL, Scalars, s, t) of some tokens, with their logits over the whole vocabulary."""
-  dtype = _logit_dtype(h, w, g, u)
+  dtype = logit_dtype(h, w, g, u)
   s, t = _logits(plan, h, w, dtype), _logits(plan, g, u, dtype)
-  stats = dm.block_stats(s, t, _hit(target, 0, s.shape[1]), plan.alpha)
+  stats = dm.add_block(dm.empty_stats(target.shape[0], dtype), s, t, _hit(target, 0, s.shape[1]), plan.alpha)
   divergence, logp, logp_teacher, scalars = dm.finish(stats, plan.alpha)
   if dm.is_mixture(plan.alpha):
     divergence, scalars = _with_mixture(plan, scalars, dm.mixture_sums(s, t, scalars, plan.alpha))
@@ -172,7 +172,7 @@ def _with_mixture(plan, scalars, sums):
 def _forward_tokens(plan, args, gradients):
   """(DistillKL, (dh, dw) for cotangent weights_X if `gradients`, else ())."""
   h, w, g, u, target, weights = args
-  dtype = _logit_dtype(h, w, g, u)
+  dtype = logit_dtype(h, w, g, u)
   X = target.shape[0]
 
   def body(start, size, carry):
@@ -184,12 +184,12 @@ def _forward_tokens(plan, args, gradients):
       zero = jnp.zeros((size, 1), dtype)
       columns = cut(weights).astype(dtype)[:, None], zero, zero
       d = dm.dlogits(s, t, _hit(cut(target), 0, w.shape[1]), scalars, columns, plan.alpha)
-      dh, dw = _gradient_products(plan, d, cut(h), w)
+      dh, dw = gradient_products(plan, d, cut(h), w)
       grads = put(grads[0], dh), grads[1] + dw
     return DistillKL(*map(put, out, part)), grads
 
   grads = (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dtype)) if gradients else ()
-  return _over_blocks(X, plan.size, body, (DistillKL(*[jnp.zeros(X, dtype)] * 4), grads))
+  return over_blocks(X, plan.size, body, (DistillKL(*[jnp.zeros(X, dtype)] * 4), grads))
 
 
 def _backward_tokens(plan, args, columns):
@@ -200,10 +200,10 @@ def _backward_tokens(plan, args, columns):
     cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
     _, scalars, s, t = _whole_vocabulary(plan, cut(h), w, cut(g), u, cut(target))
     d = dm.dlogits(s, t, _hit(cut(target), 0, w.shape[1]), scalars, tuple(map(cut, columns)), plan.alpha)
-    dh, dw = _gradient_products(plan, d, cut(h), w)
+    dh, dw = gradient_products(plan, d, cut(h), w)
     return lax.dynamic_update_slice_in_dim(carry[0], dh, start, 0), carry[1] + dw
 
-  return _over_blocks(target.shape[0], plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dtype)))
+  return over_blocks(target.shape[0], plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dtype)))
 
 
 # ---- blocks of the vocabulary -------------------------------------------------------------------------------------
@@ -218,13 +218,13 @@ def _block_logits(plan, args, start, size, dtype):
 def _forward_vocabulary(plan, args):
   h, w, g, u, target, _ = args
   X, V = target.shape[0], w.shape[1]
-  dtype = _logit_dtype(h, w, g, u)
+  dtype = logit_dtype(h, w, g, u)
 
   def sweep(start, size, stats):
     s, t, hit = _block_logits(plan, args, start, size, dtype)
-    return dm.merge(stats, dm.block_stats(s, t, hit, plan.alpha), plan.alpha)
+    return dm.add_block(stats, s, t, hit, plan.alpha)
 
-  stats = _over_blocks(V, plan.size, sweep, dm.empty_stats(X, dtype))
+  stats = over_blocks(V, plan.size, sweep, dm.empty_stats(X, dtype))
   divergence, logp, logp_teacher, scalars = dm.finish(stats, plan.alpha)
   if dm.is_mixture(plan.alpha):
     def second_sweep(start, size, sums):
@@ -232,7 +232,7 @@ def _forward_vocabulary(plan, args):
       return jax.tree.map(jnp.add, sums, dm.mixture_sums(s, t, scalars, plan.alpha))
 
     zero = jnp.zeros((X, 1), dtype)
-    divergence, scalars = _with_mixture(plan, scalars, _over_blocks(V, plan.size, second_sweep, (zero, zero)))
+    divergence, scalars = _with_mixture(plan, scalars, over_blocks(V, plan.size, second_sweep, (zero, zero)))
   return DistillKL(divergence[:, 0], logp[:, 0], logp_teacher[:, 0], scalars.entropy[:, 0]), scalars
 
 
@@ -244,8 +244,8 @@ def _backward_vocabulary(plan, args, scalars, columns):
     dh, dw = carry
     s, t, hit = _block_logits(plan, args, start, size, dtype)
     d = dm.dlogits(s, t, hit, scalars, columns, plan.alpha)
-    dh_part, dw_part = _gradient_products(plan, d, h, lax.dynamic_slice_in_dim(w, start, size, axis=1))
+    dh_part, dw_part = gradient_products(plan, d, h, lax.dynamic_slice_in_dim(w, start, size, axis=1))
     # Each column of dw is written once, so it can be stored in the head's own dtype.
     return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(w.dtype), start, 1)
 
-  return _over_blocks(w.shape[1], plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros_like(w)))
+  return over_blocks(w.shape[1], plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros_like(w)))

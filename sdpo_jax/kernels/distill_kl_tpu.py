@@ -1,0 +1,234 @@
+"""Divergence between teacher and policy on TPU: Pallas (Mosaic) kernels in which logits live in VMEM only.
+
+Same contract as distill_kl_ref.py. Every kernel walks tiles of tokens x vocabulary, makes the float32 logits of both
+sides there, and differs only in what it does with them:
+
+  statistics   running sums of each of 128 lanes; the lanes are added at the very end
+  mixture      the two sums of the mixture form, once both normalisers are known (0 < alpha < 1 only)
+  dlogits      the gradient with respect to the policy's logits, rounded to the inputs' dtype
+
+The first two write a few numbers a token. The last writes a bounded workspace: blocks of tokens with
+WORKSPACE_BYTES of dlogits, from which XLA's own matrix products make the gradients (float32 accumulation over blocks).
+In units of 2 X D V operations: forward 2 (mixture 4), backward 4. weights_X brings nothing here.
+
+Inside a tile the products of one sub-tile run on the matrix unit while the vector unit works on the sub-tile before, in
+groups of a few rows so that everything stays in registers. The vocabulary's ragged tail is masked in the last tile only;
+rows past the last token compute garbage that is never written.
+
+Numerics: as distill_kl_xla.py. Off TPU the kernels run in interpret mode.
+Heads are read as [D, V]: a transposed view of a [V, D] embedding costs one copy of it.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+from sdpo_jax.kernels import distill_kl_math as dm
+from sdpo_jax.kernels.distill_kl_ref import DistillKL
+from sdpo_jax.kernels.distill_kl_xla import gradient_products
+from sdpo_jax.kernels.distill_kl_xla import over_blocks
+
+WORKSPACE_BYTES = 640 * 2**20  # dlogits of a block of tokens: 2208 tokens at V = 151,936 in bfloat16
+VMEM_BYTES = 96 * 2**20        # what a kernel may use; v5e, v5p and v6e have at least that
+
+
+class Plan(NamedTuple):
+  alpha: float
+  temperature: float
+  rows: int      # tokens in a tile
+  columns: int   # entries of the vocabulary in a tile
+  sub: int       # entries in a sub-tile
+  group: int     # rows that the vector unit takes at once
+  interpret: object  # False | True | pltpu.InterpretParams: for every platform but TPU
+
+
+def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, alpha, temperature,
+               interpret=True):
+  arrays = student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV
+  assert all(a.dtype in (jnp.float32, jnp.bfloat16) for a in arrays), [a.dtype for a in arrays]
+  (X, D), (E, V) = student_hidden_XD.shape, teacher_head_EV.shape
+  item = max(a.dtype.itemsize for a in arrays)
+  # Two buffers each of hidden states and heads, two of logits; long tiles of tokens save reading the heads again.
+  rows, columns, sub = 512, 512, 256
+  while rows > 128 and 2 * item * (D + E) * (rows + columns) > 0.6 * VMEM_BYTES:
+    rows, columns = rows // 2, max(columns // 2, sub)
+  rows = min(rows, -(-X // 16) * 16)
+  plan = Plan(alpha, temperature, rows, min(columns, -(-V // 128) * 128), min(sub, -(-V // 128) * 128), 16, interpret)
+  return _distill(plan, *arrays, target_X)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _distill(plan, *args):
+  return _forward_rule(plan, *args)[0]
+
+
+def _forward_rule(plan, h, w, g, u, target):
+  stats = dm.Stats(*_statistics(plan, h, w, g, u, target))
+  divergence, logp, logp_teacher, scalars = dm.finish(dm.add_lanes(stats, plan.alpha), plan.alpha)
+  if dm.is_mixture(plan.alpha):
+    policy, teacher = map(dm.ROWS.sum, _mixture(plan, h, w, g, u, jnp.concatenate(scalars, axis=1)))
+    divergence, scalars = (1 - plan.alpha) * policy + plan.alpha * teacher, scalars._replace(level=policy)
+  out = DistillKL(divergence[:, 0], logp[:, 0], logp_teacher[:, 0], scalars.entropy[:, 0])
+  return out, (h, w, g, u, target, jnp.concatenate(scalars, axis=1))
+
+
+def _backward_rule(plan, saved, cotangents):
+  h, w, g, u, target, scalars_X5 = saved
+  columns_X8 = jnp.concatenate([scalars_X5, jnp.stack(
+      [cotangents.divergence_X, cotangents.logp_X, cotangents.entropy_X], axis=1)], axis=1)
+  dtype = jnp.promote_types(h.dtype, w.dtype)
+  X, V = h.shape[0], w.shape[1]
+  size = max(WORKSPACE_BYTES // (V * dtype.itemsize) // plan.rows * plan.rows, plan.rows)
+
+  def body(start, size, carry):
+    dh, dw = carry
+    cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
+    d = _dlogits(plan, cut(h), w, cut(g), u, cut(target), cut(columns_X8), dtype)
+    dh_part, dw_part = gradient_products(plan, d, cut(h), w)
+    return lax.dynamic_update_slice_in_dim(dh, dh_part.astype(h.dtype), start, 0), dw + dw_part
+
+  dh, dw = over_blocks(X, size, body, (jnp.zeros_like(h), jnp.zeros(w.shape, jnp.float32)))
+  return dh, dw.astype(w.dtype), None, None, None
+
+
+_distill.defvjp(_forward_rule, _backward_rule)
+
+
+# ---- kernels ------------------------------------------------------------------------------------------------------
+
+
+def _statistics(plan, h, w, g, u, target):
+  """Stats, each [X, 128]: the running numbers of each lane."""
+  V = w.shape[1]
+
+  def kernel(h_ref, w_ref, g_ref, u_ref, target_ref, *refs):
+    out, buffers = refs[:8], refs[8:]
+    tile, last = pl.program_id(1), pl.num_programs(1) - 1
+
+    @pl.when(tile == 0)
+    def _():
+      for k, ref in enumerate(out):
+        ref[...] = jnp.full(ref.shape, dm.NEG if k < 2 else 0, jnp.float32)
+
+    def consume(masked, rows, column, s, t):
+      lane = lax.broadcasted_iota(jnp.int32, s.shape, 1)
+      start = tile * plan.columns + column
+      if masked:
+        exists = lane < V - start
+        s, t = jnp.where(exists, s, dm.NEG), jnp.where(exists, t, dm.NEG)
+      stats = dm.Stats(*[ref[rows, :] for ref in out])
+      stats = dm.add_block(stats, s, t, lane == target_ref[rows, :] - start, plan.alpha, dm.LANES)
+      for ref, value in zip(out, stats):
+        ref[rows, :] = value
+
+    _tiles(plan, V, tile == last, (h_ref, w_ref, g_ref, u_ref), buffers, consume)
+
+  return _call(plan, kernel, "statistics", h, w, g, u, (target[:, None],), 8, None)
+
+
+def _mixture(plan, h, w, g, u, scalars_X5):
+  """This side's and the other's part of the mixture form, each [X, 128]."""
+  V = w.shape[1]
+
+  def kernel(h_ref, w_ref, g_ref, u_ref, scalars_ref, *refs):
+    out, buffers = refs[:2], refs[2:]
+    tile, last = pl.program_id(1), pl.num_programs(1) - 1
+
+    @pl.when(tile == 0)
+    def _():
+      for ref in out:
+        ref[...] = jnp.zeros(ref.shape, jnp.float32)
+
+    def consume(masked, rows, column, s, t):
+      if masked:  # equal, hopeless logits on both sides add exactly nothing
+        exists = lax.broadcasted_iota(jnp.int32, s.shape, 1) < V - tile * plan.columns - column
+        s, t = jnp.where(exists, s, dm.NEG), jnp.where(exists, t, dm.NEG)
+      for ref, part in zip(out, dm.mixture_sums(s, t, _scalars(scalars_ref, rows), plan.alpha, dm.LANES)):
+        ref[rows, :] += part
+
+    _tiles(plan, V, tile == last, (h_ref, w_ref, g_ref, u_ref), buffers, consume)
+
+  return _call(plan, kernel, "mixture", h, w, g, u, (scalars_X5,), 2, None)
+
+
+def _dlogits(plan, h, w, g, u, target, columns_X8, dtype):
+  """[X, V]: the gradient with respect to the policy's logits, for the few tokens that the workspace holds."""
+
+  def kernel(h_ref, w_ref, g_ref, u_ref, target_ref, columns_ref, out_ref, *buffers):
+    tile = pl.program_id(1)
+
+    def consume(masked, rows, column, s, t):
+      del masked  # what stands past the vocabulary's end is never written
+      lane = lax.broadcasted_iota(jnp.int32, s.shape, 1)
+      hit = lane == target_ref[rows, :] - (tile * plan.columns + column)
+      cotangents = tuple(columns_ref[rows, k:k + 1] for k in (5, 6, 7))
+      d = dm.dlogits(s, t, hit, _scalars(columns_ref, rows), cotangents, plan.alpha)
+      out_ref[rows, column:column + plan.sub] = d.astype(dtype)
+
+    _tiles(plan, None, None, (h_ref, w_ref, g_ref, u_ref), buffers, consume)
+
+  return _call(plan, kernel, "dlogits", h, w, g, u, (target[:, None], columns_X8), 0, dtype)
+
+
+def _scalars(ref, rows):
+  return dm.Scalars(*[ref[rows, k:k + 1] for k in range(5)])
+
+
+def _tiles(plan, V, is_last, refs, buffers, consume):
+  """Calls consume(masked, rows, column, s, t) for every row group of every sub-tile of this tile."""
+  h_ref, w_ref, g_ref, u_ref = refs
+  s_buffer, t_buffer = buffers
+
+  def product(j):
+    columns = slice(j * plan.sub, (j + 1) * plan.sub)
+    for hidden, head, buffer in ((h_ref, w_ref, s_buffer), (g_ref, u_ref, t_buffer)):
+      precision = lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+      logits = jnp.dot(hidden[...], head[:, columns], precision=precision, preferred_element_type=jnp.float32)
+      buffer[j % 2] = logits if plan.temperature == 1 else logits / plan.temperature
+
+  def whole(masked):
+    product(0)
+    for j in range(plan.columns // plan.sub):
+      if (j + 1) * plan.sub < plan.columns:
+        product(j + 1)
+      for r in range(0, plan.rows, plan.group):
+        rows = slice(r, r + plan.group)
+        consume(masked, rows, j * plan.sub, s_buffer[j % 2, rows, :], t_buffer[j % 2, rows, :])
+
+  if V is None or V % plan.columns == 0:
+    whole(False)
+  else:
+    pl.when(is_last)(lambda: whole(True))
+    pl.when(jnp.logical_not(is_last))(lambda: whole(False))
+
+
+def _call(plan, kernel, name, h, w, g, u, per_token, sums, dlogits_dtype):
+  """Runs a kernel over tiles; it returns `sums` arrays [X, 128] summed over the vocabulary, or one [X, V]."""
+  (X, D), (E, V) = h.shape, u.shape
+  rows, columns = plan.rows, plan.columns
+  if h.dtype != w.dtype or g.dtype != u.dtype:
+    h, w, g, u = [a.astype(jnp.promote_types(a.dtype, b.dtype)) for a, b in ((h, w), (w, h), (g, u), (u, g))]
+  of_tokens = lambda width: pl.BlockSpec((rows, width), lambda x, v: (x, 0))
+  of_vocabulary = lambda width: pl.BlockSpec((width, columns), lambda x, v: (0, v))
+  if sums:
+    out_shape = [jax.ShapeDtypeStruct((X, 128), jnp.float32)] * sums
+    out_specs = [of_tokens(128)] * sums
+  else:
+    out_shape = jax.ShapeDtypeStruct((X, V), dlogits_dtype)
+    out_specs = pl.BlockSpec((rows, columns), lambda x, v: (x, v))
+
+  def call(interpret):
+    return pl.pallas_call(
+        kernel, out_shape, grid=(pl.cdiv(X, rows), pl.cdiv(V, columns)),
+        in_specs=[of_tokens(D), of_vocabulary(D), of_tokens(E), of_vocabulary(E)]
+        + [of_tokens(a.shape[1]) for a in per_token],
+        out_specs=out_specs, scratch_shapes=[pltpu.VMEM((2, rows, plan.sub), jnp.float32)] * 2,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES),
+        interpret=interpret, name=f"distill_kl_{name}")
+
+  return lax.platform_dependent(h, w, g, u, *per_token, tpu=call(False), default=call(plan.interpret))
