@@ -1,0 +1,187 @@
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sdpo_jax import checkpoint
+
+
+class State(NamedTuple):
+  step: Any
+  params: Any
+  opt_state: Any
+  teacher: Any
+  controller: Any
+
+
+TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+def make_state(seed=0, width=4, teacher=True):
+  rng = np.random.default_rng(seed)
+  params = {"embed": {"table": jnp.asarray(rng.normal(size=(8, width)), jnp.bfloat16)},
+            "layers": {"odd\\name {x}": jnp.asarray(rng.normal(size=(3, width)), jnp.float32)}}
+  return State(jnp.int32(seed), params, TX.init(params), jax.tree.map(jnp.copy, params) if teacher else None, {"lambda": jnp.float32(0.1)})
+
+
+def assert_same(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+    assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_round_trip_bit_for_bit(tmp_path, teacher):
+  state = make_state(3, teacher=teacher)
+  special = state.params["layers"]["odd\\name {x}"].at[0, :3].set(jnp.array([-0.0, jnp.inf, 1e-42]))
+  state.params["layers"]["odd\\name {x}"] = special
+  host = {"data": b'{"next": \x00\xff}', "rng": np.random.default_rng(0).bit_generator.state, "names": ["a", None, {"bytes": "text"}, [b""]],
+          "generations": 10**20}
+  checkpoint.save(tmp_path, 3, state, host)
+  assert checkpoint.latest_step(tmp_path) == 3
+  restored, restored_host = checkpoint.restore(tmp_path, make_state(0, teacher=teacher))
+  assert_same(restored, state)
+  assert restored_host == host
+
+
+def test_restore_from_abstract_state_and_into_donated_step(tmp_path):
+  state = make_state(1)
+  checkpoint.save(tmp_path, 1, state, {})
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
+  expected = jax.tree.map(np.asarray, state)
+  restored, _ = checkpoint.restore(tmp_path, like)
+  assert_same(restored, expected)
+  bump = jax.jit(lambda s: s._replace(step=s.step + 1), donate_argnums=0)
+  checkpoint.save(tmp_path, 2, bump(restored), {})    # a save is over when it returns, so donating afterwards is safe
+  bump(checkpoint.restore(tmp_path, like)[0])
+  assert checkpoint.restore(tmp_path, like)[0].step == 2
+
+
+def test_restore_onto_other_shardings(tmp_path):
+  devices = jax.devices()
+  if len(devices) < 8:
+    pytest.skip("needs 8 devices")
+  x = np.arange(64, dtype=np.float32).reshape(8, 8)
+  put = lambda mesh, spec: {"w": jax.device_put(x, NamedSharding(mesh, spec)), "n": jax.device_put(np.int32(5), NamedSharding(mesh, PartitionSpec()))}
+  saved = put(jax.make_mesh((2, 4), ("a", "b"), devices=devices[:8]), PartitionSpec("a", "b"))
+  wanted = put(jax.make_mesh((4,), ("c",), devices=devices[4:8]), PartitionSpec(None, "c"))
+  checkpoint.save(tmp_path, 1, saved, {})
+  restored, _ = checkpoint.restore(tmp_path, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted))
+  assert_same(restored, wanted)
+  assert restored["w"].sharding == wanted["w"].sharding and restored["n"].sharding == wanted["n"].sharding
+
+
+def test_params_alone(tmp_path):
+  state = make_state(5)
+  checkpoint.save(tmp_path, 5, state, {})
+  assert_same(checkpoint.restore_params(tmp_path, make_state(0).params), state.params)
+  with pytest.raises(ValueError, match=r"\.params\['embed'\]\['table'\]: stored bfloat16\[8, 4\], wanted bfloat16\[8, 6\]"):
+    checkpoint.restore_params(tmp_path, make_state(0, width=6).params)
+  with pytest.raises(ValueError, match="wanted nothing"):
+    checkpoint.restore_params(tmp_path, {"embed": state.params["embed"]})
+
+
+def test_keeps_the_last_and_every(tmp_path):
+  for step in range(1, 8):
+    checkpoint.save(tmp_path, step, make_state(step), {"step": step}, keep=2, keep_every=3)
+  assert checkpoint.all_steps(tmp_path) == [3, 6, 7]
+  state, host = checkpoint.restore(tmp_path, make_state(), step=3)
+  assert state.step == 3 and host == {"step": 3}
+
+
+def test_missing_checkpoints_are_named(tmp_path):
+  assert checkpoint.latest_step(tmp_path / "nowhere") is None
+  with pytest.raises(FileNotFoundError, match="no checkpoint in .*nowhere/checkpoints; it holds none"):
+    checkpoint.restore(tmp_path / "nowhere", make_state())
+  assert not (tmp_path / "nowhere").exists()    # looking does not create
+  checkpoint.save(tmp_path, 4, make_state(), {})
+  with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 9 in .*; it holds steps \[4\]"):
+    checkpoint.restore(tmp_path, make_state(), step=9)
+
+
+def test_another_state_is_refused(tmp_path):
+  checkpoint.save(tmp_path, 1, make_state(), {})
+  with pytest.raises(ValueError, match=r"2 arrays differ\): \.teacher\['embed'\]\['table'\]: stored bfloat16\[8, 4\], wanted nothing"):
+    checkpoint.restore(tmp_path, make_state(teacher=False))
+  with pytest.raises(ValueError, match=r"\.step: stored int32\[\], wanted float32\[\]"):    # no silent conversion
+    checkpoint.restore(tmp_path, make_state()._replace(step=jnp.float32(0)))
+
+
+def test_a_step_is_written_once(tmp_path):
+  checkpoint.save(tmp_path, 1, make_state(), {"which": "first"})
+  with pytest.raises(ValueError, match="already exists"):
+    checkpoint.save(tmp_path, 1, make_state(), {"which": "second"})
+  assert checkpoint.restore(tmp_path, make_state())[1] == {"which": "first"}
+
+
+def test_a_save_of_a_million_parameters_is_quick(tmp_path):
+  params = {f"w{i}": jnp.asarray(np.random.default_rng(i).normal(size=(100_000,)), jnp.float32) for i in range(10)}
+  state = State(jnp.int32(0), params, TX.init(params), params, {})
+  seconds = []
+  for step in range(4):
+    start = time.monotonic()
+    checkpoint.save(tmp_path, step, state, {})
+    seconds.append(time.monotonic() - start)
+  assert min(seconds) < 0.3
+
+
+SAVER = """
+import sys
+import jax.numpy as jnp
+from sdpo_jax import checkpoint
+workdir, first = sys.argv[1], int(sys.argv[2])
+for step in range(first, first + 10_000):
+  state = {"step": jnp.int32(step), "params": {f"w{i}": jnp.full((20_000,), step, jnp.float32) for i in range(8)}}
+  checkpoint.save(workdir, step, state, {"step": step})
+  print(step, flush=True)
+"""
+
+
+def kill_while_saving(workdir, delay_s):
+  """Save step after step in another process and kill it; returns the last step it reported as saved."""
+  first = (checkpoint.latest_step(workdir) or 0) + 1
+  process = subprocess.Popen([sys.executable, "-c", SAVER, str(workdir), str(first)], stdout=subprocess.PIPE, text=True,
+                             cwd=pathlib.Path(__file__).parent.parent, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+  process.stdout.readline()    # it saves from here on
+  time.sleep(delay_s)
+  process.send_signal(signal.SIGKILL)
+  reported = [int(line) for line in process.stdout.read().splitlines()]
+  process.wait()
+  return reported[-1] if reported else first
+
+
+def check_survivor(workdir, reported):
+  latest = checkpoint.latest_step(workdir)
+  assert latest >= reported    # what was reported as saved is there
+  like = {"step": jnp.int32(0), "params": {f"w{i}": jnp.zeros((20_000,), jnp.float32) for i in range(8)}}
+  for step in checkpoint.all_steps(workdir):
+    state, host = checkpoint.restore(workdir, like, step)
+    assert host == {"step": step} and state["step"] == step
+    assert all(bool((w == step).all()) for w in state["params"].values())
+  checkpoint.save(workdir, latest + 1, like, {"step": latest + 1})    # the next save cleans up and goes on
+  assert all(path.name.isdigit() for path in (workdir / "checkpoints").iterdir() if path.is_dir())
+  shutil.rmtree(workdir / "checkpoints" / str(latest + 1))
+
+
+def test_kill_in_the_middle_of_a_save(tmp_path):
+  check_survivor(tmp_path, kill_while_saving(tmp_path, 0.11))
+
+
+@pytest.mark.slow
+def test_kill_at_many_random_moments(tmp_path):
+  dice = random.Random(0)
+  for _ in range(12):
+    check_survivor(tmp_path, kill_while_saving(tmp_path, dice.uniform(0, 0.3)))
