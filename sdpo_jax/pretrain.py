@@ -55,10 +55,12 @@ class PackedRows:
     token, segment, position = np.full((B, T), self.chat.pad_token, np.int32), zeros(B, T), zeros(B, T)
     pos, response, weight = zeros(B, R), zeros(B, R), np.zeros((B, R), np.float32)
     used, answered, count, left_out = [0] * B, [0] * B, [0] * B, 0
+    texts = []
     for i in range(step * self.texts, (step + 1) * self.texts):
       problem = self.corpus.problem(self.seed, i)
-      p = self.chat.prompt_tokens([{"role": "user", "content": problem.message}])
-      a = self.chat.text_tokens(problem.response) + [self.chat.stop_tokens[0]]
+      texts.append((self.chat.prompt_tokens([{"role": "user", "content": problem.message}]),
+                    self.chat.text_tokens(problem.response) + [self.chat.stop_tokens[0]]))
+    for p, a in sorted(texts, key=lambda pair: -len(pair[0])):   # the longest first: what is short fills the gaps
       b = next((b for b in range(B) if used[b] + len(p) + len(a) <= T and answered[b] + len(a) <= R), None)
       if b is None:
         left_out += 1

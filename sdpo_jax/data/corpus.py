@@ -98,14 +98,9 @@ class Corpus:
           op = rng.choice(fits if rng.random() < 0.9 else list(tinycode.OPS))
         attempt.append(op)
         now = tinycode.OPS[op].types.get(now, now)
-      failures = []
-      for x in inputs:
-        output, error = tinycode.execute(attempt, x)
-        expected = tinycode.execute(ops, x)[0]
-        if error or output != expected:
-          failures.append({"input": x, "output": output, "expected": expected, "error": error})
+      failures = tinycode.failures_of(attempt, ops, inputs)
       if failures:
-        return tinycode.feedback_text(tinycode.worst_first(failures))
+        return tinycode.feedback_text(failures)
       if not any(novel[o] for o in ops):   # every word known: let one operation slip for certain
         novel = novel | {rng.choice(ops): True}
 

@@ -22,6 +22,7 @@ Everything is a pure function of (level, words_seed, split, index): any problem 
 """
 
 import dataclasses
+import json
 import random
 import zlib
 
@@ -105,7 +106,10 @@ def is_unseen(ops: tuple[str, ...]) -> bool:
 
 def sample_input(rng: random.Random, kind: str):
   if kind == "list":
-    return [rng.randint(-9, 9) for _ in range(rng.randint(3, 5))]
+    items = []
+    for _ in range(rng.randint(3, 5)):   # with repeats, so that removing them shows
+      items.append(rng.choice(items) if items and rng.random() < 0.25 else rng.randint(-9, 9))
+    return items
   if kind == "str":
     return "".join(rng.choice("abcdeABCDE") for _ in range(rng.randint(3, 5)))
   return rng.randint(-9, 9)
@@ -154,19 +158,25 @@ def render(phrases, kind: str, header: int, *, twist: str | None = None, distrac
   return HEADERS[header].format(INPUTS[kind]) + body + "."
 
 
-def worst_first(failures: list[dict]) -> list[dict]:
-  """Failing tests in the order in which they are shown: exceptions before wrong answers, then the shortest inputs."""
-  return sorted(failures, key=lambda f: (f["error"] is None, len(repr(f["input"])), repr(f["input"])))
-
-
 def feedback_text(failures: list[dict]) -> str:
-  """What the judge says of failing tests: [{input, output | None, expected, error | None}], the first SHOWN of them."""
+  """What the judge says of failing tests: [{input, output, expected, error}], as texts; error is None where there was none."""
   lines = ["Runtime error" if failures[0]["error"] else "Wrong answer"]
-  for f in failures[:SHOWN]:
-    lines.append(f"Input: {f['input']!r}")
-    lines.append(f["error"] if f["error"] else f"Output: {f['output']!r}")
-    lines.append(f"Expected: {f['expected']!r}")
+  for f in failures:
+    lines += [f"Input: {f['input']}", f["error"] or f"Output: {f['output']}", f"Expected: {f['expected']}"]
   return "\n".join(lines)
+
+
+def failures_of(attempt, ops, inputs) -> list[dict]:
+  """The failures that the judge would report of one of our own compositions: until an exception, or SHOWN wrong answers."""
+  failures = []
+  for x in inputs:
+    output, error = execute(attempt, x)
+    expected = execute(ops, x)[0]
+    if error or output != expected:
+      failures.append({"input": json.dumps(x), "output": json.dumps(output), "expected": json.dumps(expected), "error": error})
+    if error or len(failures) == SHOWN:
+      break
+  return failures
 
 
 class Problems:
@@ -214,7 +224,7 @@ def distinct_inputs(rng: random.Random, ops, kind: str, count: int) -> list:
     x = sample_input(rng, kind)
     if x not in inputs and execute(ops, x)[1] is None:
       inputs.append(x)
-  return inputs
+  return sorted(inputs, key=lambda x: (len(repr(x)), repr(x)))   # the judge goes through them in order: the shortest come first
 
 
 class TinyCode:
@@ -233,7 +243,26 @@ class TinyCode:
     return [{"role": "user", "content": task.prompt}]
 
   def judge(self, task: Task, response: str) -> Feedback:
-    import json  # noqa: placed here until the sandbox's surface is fixed
     tests = [TestCase(input=json.dumps(x), output=json.dumps(y)) for x, y in task.data["tests"]]
-    verdict = self.sandbox.run(response, tests, fn_name="f", limits=self.LIMITS)
-    return verdict
+    verdict = self.sandbox.run(extract(response), tests, fn_name="f", limits=self.LIMITS, max_failures=SHOWN)
+    if verdict.kind == "sandbox_failed":
+      return Feedback(0.0, verdict.feedback, Status.ENV_FAILED)
+    if verdict.passed:
+      return Feedback(1.0, "")
+    failures = [{"input": t.input, "output": t.output, "expected": t.expected, "error": _complaint(t)} for t in verdict.tests if not t.passed]
+    return Feedback(0.0, feedback_text(failures), Status.TIMEOUT if verdict.kind == "time_limit" else Status.SCORED)
+
+
+def extract(response: str) -> str:
+  """The program: the last fenced block if there is one, else the whole response."""
+  return response.split("```")[-2].removeprefix("python\n") if response.count("```") >= 2 else response
+
+
+def _complaint(test) -> str | None:
+  """What stands in the place of an output: the exception with its line, or why there is no output; None for a wrong answer."""
+  if test.kind == "wrong_answer":
+    return None
+  if test.error is None:
+    return f"{test.kind.replace('_', ' ')}{': ' + test.detail if test.detail else ''}".capitalize()
+  where = f"\nLine {test.error.line}: {test.error.source}" if test.error.line else ""
+  return f"{test.error.type}: {test.error.message}{where}"
