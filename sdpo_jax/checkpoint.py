@@ -2,7 +2,7 @@
 
 A checkpoint is WORKDIR/checkpoints/STEP, written by Orbax: `state` is a pytree of arrays (a TrainState: parameters, optimiser, teacher,
 controller), `host` is JSON: what the caller passed (data position, counters, random states; bytes allowed) and `leaves`, the path, type and shape
-of every array, so that a person can read what is inside. It appears under its name only when complete: a save that was killed leaves a
+of every array, so that a person can read what is inside. It has its name only while complete: a save or a deletion that was killed leaves a
 directory of another name, which no reader takes for a checkpoint and the next save removes.
 
 Saving is synchronous: when `save` returns the state may be donated and the step counts as saved. Every process calls `save` and `restore` (Orbax
@@ -17,6 +17,7 @@ Errors: FileNotFoundError naming the directory and the steps it holds; ValueErro
 import base64
 import contextlib
 import pathlib
+import shutil
 
 import jax
 import orbax.checkpoint as ocp
@@ -39,9 +40,12 @@ def all_steps(workdir) -> list[int]:
 def save(workdir, step: int, state, host: dict, *, keep: int = 2, keep_every: int | None = None):
   """Write checkpoint `step`, which must not exist, and delete old ones, but for the last `keep` and every step that `keep_every` divides."""
   kept = [checkpoint_managers.LatestN(keep)] + ([checkpoint_managers.EveryNSteps(keep_every)] if keep_every else [])
-  with _manager(workdir, preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept), cleanup_tmp_directories=True) as manager:
+  options = dict(preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept), todelete_subdir="deleted", cleanup_tmp_directories=True)
+  with _manager(workdir, **options) as manager:
     manager.save(int(step), force=True, args=ocp.args.Composite(
         state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave({"host": _to_json(host), "leaves": _leaves(state)})))
+  if jax.process_index() == 0:    # moved away whole first: a deletion that was killed must not leave half a checkpoint under its name
+    shutil.rmtree(_directory(workdir) / "deleted", ignore_errors=True)
 
 
 def restore(workdir, like_state, step: int | None = None):
