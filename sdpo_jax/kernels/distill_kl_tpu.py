@@ -7,8 +7,9 @@ sides there, and differs only in what it does with them:
   mixture      the two sums of the mixture form, once both normalisers are known (0 < alpha < 1 only)
   dlogits      the gradient with respect to the policy's logits, rounded to the inputs' dtype
 
-The first two write a few numbers a token. The last writes a bounded workspace: blocks of tokens with
-WORKSPACE_BYTES of dlogits, from which XLA's own matrix products make the gradients (float32 accumulation over blocks).
+The first two write a few numbers a token. The last writes a bounded workspace, WORKSPACE_BYTES for all tokens and a
+stretch of the vocabulary, from which XLA's own matrix products make the gradients: a stretch's part of the head's
+gradient is complete at once, so only that of the hidden states is carried along in float32.
 In units of 2 X D V operations: forward 2 (mixture 4), backward 4. weights_X brings nothing here.
 
 Inside a tile the products of one sub-tile run on the matrix unit while the vector unit works on the sub-tile before, in
@@ -33,7 +34,7 @@ from sdpo_jax.kernels.distill_kl_ref import DistillKL
 from sdpo_jax.kernels.distill_kl_xla import gradient_products
 from sdpo_jax.kernels.distill_kl_xla import over_blocks
 
-WORKSPACE_BYTES = 640 * 2**20  # dlogits of a block of tokens: 2208 tokens at V = 151,936 in bfloat16
+WORKSPACE_BYTES = 640 * 2**20  # dlogits: 40,960 entries of the vocabulary at X = 8192 in bfloat16
 VMEM_BYTES = 96 * 2**20        # what a kernel may use; v5e, v5p and v6e have at least that
 
 
@@ -83,17 +84,17 @@ def _backward_rule(plan, saved, cotangents):
       [cotangents.divergence_X, cotangents.logp_X, cotangents.entropy_X], axis=1)], axis=1)
   dtype = jnp.promote_types(h.dtype, w.dtype)
   X, V = h.shape[0], w.shape[1]
-  size = max(WORKSPACE_BYTES // (V * dtype.itemsize) // plan.rows * plan.rows, plan.rows)
+  size = max(WORKSPACE_BYTES // (X * dtype.itemsize) // plan.columns * plan.columns, plan.columns)
 
   def body(start, size, carry):
     dh, dw = carry
-    cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
-    d = _dlogits(plan, cut(h), w, cut(g), u, cut(target), cut(columns_X8), dtype)
-    dh_part, dw_part = gradient_products(plan, d, cut(h), w)
-    return lax.dynamic_update_slice_in_dim(dh, dh_part.astype(h.dtype), start, 0), dw + dw_part
+    hidden, dh = lax.optimization_barrier((h, dh))  # one workspace at a time
+    d = _dlogits(plan, hidden, w, g, u, target, columns_X8, start, size, dtype)
+    dh_part, dw_part = gradient_products(plan, d, h, lax.dynamic_slice_in_dim(w, start, size, axis=1), jnp.float32)
+    return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(w.dtype), start, 1)
 
-  dh, dw = over_blocks(X, size, body, (jnp.zeros_like(h), jnp.zeros(w.shape, jnp.float32)))
-  return dh, dw.astype(w.dtype), None, None, None
+  dh, dw = over_blocks(V, size, body, (jnp.zeros(h.shape, jnp.float32), jnp.zeros_like(w)))
+  return dh.astype(h.dtype), dw, None, None, None
 
 
 _distill.defvjp(_forward_rule, _backward_rule)
@@ -106,7 +107,8 @@ def _statistics(plan, h, w, g, u, target):
   """Stats, each [X, 128]: the running numbers of each lane."""
   V = w.shape[1]
 
-  def kernel(h_ref, w_ref, g_ref, u_ref, target_ref, *refs):
+  def kernel(first_ref, h_ref, w_ref, g_ref, u_ref, target_ref, *refs):
+    del first_ref
     out, buffers = refs[:8], refs[8:]
     tile, last = pl.program_id(1), pl.num_programs(1) - 1
 
@@ -128,14 +130,15 @@ def _statistics(plan, h, w, g, u, target):
 
     _tiles(plan, V, tile == last, (h_ref, w_ref, g_ref, u_ref), buffers, consume)
 
-  return _call(plan, kernel, "statistics", h, w, g, u, (target[:, None],), 8, None)
+  return _call(plan, kernel, "statistics", (h, w, g, u), (target[:, None],), _sums(h, 8))
 
 
 def _mixture(plan, h, w, g, u, scalars_X5):
   """This side's and the other's part of the mixture form, each [X, 128]."""
   V = w.shape[1]
 
-  def kernel(h_ref, w_ref, g_ref, u_ref, scalars_ref, *refs):
+  def kernel(first_ref, h_ref, w_ref, g_ref, u_ref, scalars_ref, *refs):
+    del first_ref
     out, buffers = refs[:2], refs[2:]
     tile, last = pl.program_id(1), pl.num_programs(1) - 1
 
@@ -153,14 +156,14 @@ def _mixture(plan, h, w, g, u, scalars_X5):
 
     _tiles(plan, V, tile == last, (h_ref, w_ref, g_ref, u_ref), buffers, consume)
 
-  return _call(plan, kernel, "mixture", h, w, g, u, (scalars_X5,), 2, None)
+  return _call(plan, kernel, "mixture", (h, w, g, u), (scalars_X5,), _sums(h, 2))
 
 
-def _dlogits(plan, h, w, g, u, target, columns_X8, dtype):
-  """[X, V]: the gradient with respect to the policy's logits, for the few tokens that the workspace holds."""
+def _dlogits(plan, h, w, g, u, target, columns_X8, start, size, dtype):
+  """[X, size]: the gradient with respect to the policy's logits from entry `start` on, a multiple of a tile."""
 
-  def kernel(h_ref, w_ref, g_ref, u_ref, target_ref, columns_ref, out_ref, *buffers):
-    tile = pl.program_id(1)
+  def kernel(first_ref, h_ref, w_ref, g_ref, u_ref, target_ref, columns_ref, out_ref, *buffers):
+    tile = first_ref[0] + pl.program_id(1)
 
     def consume(masked, rows, column, s, t):
       del masked  # what stands past the vocabulary's end is never written
@@ -172,7 +175,12 @@ def _dlogits(plan, h, w, g, u, target, columns_X8, dtype):
 
     _tiles(plan, None, None, (h_ref, w_ref, g_ref, u_ref), buffers, consume)
 
-  return _call(plan, kernel, "dlogits", h, w, g, u, (target[:, None], columns_X8), 0, dtype)
+  return _call(plan, kernel, "dlogits", (h, w, g, u), (target[:, None], columns_X8),
+               jax.ShapeDtypeStruct((h.shape[0], size), dtype), start // plan.columns)
+
+
+def _sums(h, count):
+  return [jax.ShapeDtypeStruct((h.shape[0], 128), jnp.float32)] * count
 
 
 def _scalars(ref, rows):
@@ -207,28 +215,28 @@ def _tiles(plan, V, is_last, refs, buffers, consume):
     pl.when(jnp.logical_not(is_last))(lambda: whole(False))
 
 
-def _call(plan, kernel, name, h, w, g, u, per_token, sums, dlogits_dtype):
-  """Runs a kernel over tiles; it returns `sums` arrays [X, 128] summed over the vocabulary, or one [X, V]."""
+def _call(plan, kernel, name, arrays, per_token, out_shape, first=0):
+  """Runs a kernel over tiles; out_shape: arrays [X, 128], summed over all tiles, or one [X, C] from tile `first` on."""
+  h, w, g, u = arrays
   (X, D), (E, V) = h.shape, u.shape
+  dtypes = jnp.promote_types(h.dtype, w.dtype), jnp.promote_types(g.dtype, u.dtype)
+  arrays = h.astype(dtypes[0]), w.astype(dtypes[0]), g.astype(dtypes[1]), u.astype(dtypes[1])
   rows, columns = plan.rows, plan.columns
-  if h.dtype != w.dtype or g.dtype != u.dtype:
-    h, w, g, u = [a.astype(jnp.promote_types(a.dtype, b.dtype)) for a, b in ((h, w), (w, h), (g, u), (u, g))]
-  of_tokens = lambda width: pl.BlockSpec((rows, width), lambda x, v: (x, 0))
-  of_vocabulary = lambda width: pl.BlockSpec((width, columns), lambda x, v: (0, v))
-  if sums:
-    out_shape = [jax.ShapeDtypeStruct((X, 128), jnp.float32)] * sums
-    out_specs = [of_tokens(128)] * sums
+  of_tokens = lambda width: pl.BlockSpec((rows, width), lambda x, v, first: (x, 0))
+  of_vocabulary = lambda width: pl.BlockSpec((width, columns), lambda x, v, first: (0, first[0] + v))
+  if isinstance(out_shape, list):
+    C, out_specs = V, [of_tokens(128)] * len(out_shape)
   else:
-    out_shape = jax.ShapeDtypeStruct((X, V), dlogits_dtype)
-    out_specs = pl.BlockSpec((rows, columns), lambda x, v: (x, v))
+    C, out_specs = out_shape.shape[1], pl.BlockSpec((rows, columns), lambda x, v, first: (x, v))
+  grid_spec = pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1, grid=(pl.cdiv(X, rows), pl.cdiv(C, columns)), out_specs=out_specs,
+      in_specs=[of_tokens(D), of_vocabulary(D), of_tokens(E), of_vocabulary(E)] + [of_tokens(a.shape[1]) for a in per_token],
+      scratch_shapes=[pltpu.VMEM((2, rows, plan.sub), jnp.float32)] * 2)
 
   def call(interpret):
     return pl.pallas_call(
-        kernel, out_shape, grid=(pl.cdiv(X, rows), pl.cdiv(V, columns)),
-        in_specs=[of_tokens(D), of_vocabulary(D), of_tokens(E), of_vocabulary(E)]
-        + [of_tokens(a.shape[1]) for a in per_token],
-        out_specs=out_specs, scratch_shapes=[pltpu.VMEM((2, rows, plan.sub), jnp.float32)] * 2,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES),
-        interpret=interpret, name=f"distill_kl_{name}")
+        kernel, out_shape, grid_spec=grid_spec, interpret=interpret, name=f"distill_kl_{name}",
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES))
 
-  return lax.platform_dependent(h, w, g, u, *per_token, tpu=call(False), default=call(plan.interpret))
+  first = jnp.asarray(first, jnp.int32)[None]
+  return lax.platform_dependent(first, *arrays, *per_token, tpu=call(False), default=call(plan.interpret))

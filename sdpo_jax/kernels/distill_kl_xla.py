@@ -93,7 +93,7 @@ def _backward_rule(plan, saved, cotangents):
   if plan.blocks == "one":
     scalars, s, t = residuals
     d = dm.dlogits(s, t, _hit(target, 0, s.shape[1]), scalars, columns, plan.alpha)
-    dh, dw = gradient_products(plan, d, h, w)
+    dh, dw = gradient_products(plan, d, h, w, dtype)
   elif plan.blocks == "tokens" and weights is not None and only_divergence:
     dh, dw = residuals
     weight, given = weights.astype(dtype), columns[0][:, 0]
@@ -131,9 +131,8 @@ def _logits(plan, hidden, head, dtype):
   return logits if plan.temperature == 1 else logits / plan.temperature
 
 
-def gradient_products(plan, d, h, w):
-  """(dh, dw), in the logits' dtype, of dlogits d. Only here does dlogits take the inputs' dtype."""
-  dtype = d.dtype
+def gradient_products(plan, d, h, w, dtype):
+  """(dh, dw), accumulated in dtype, of dlogits d. Only here does dlogits take the inputs' dtype."""
   d = (d if plan.temperature == 1 else d / plan.temperature).astype(jnp.promote_types(h.dtype, w.dtype))
   return product(d, w, (1, 1), dtype), product(h, d, (0, 0), dtype)
 
@@ -184,7 +183,7 @@ def _forward_tokens(plan, args, gradients):
       zero = jnp.zeros((size, 1), dtype)
       columns = cut(weights).astype(dtype)[:, None], zero, zero
       d = dm.dlogits(s, t, _hit(cut(target), 0, w.shape[1]), scalars, columns, plan.alpha)
-      dh, dw = gradient_products(plan, d, cut(h), w)
+      dh, dw = gradient_products(plan, d, cut(h), w, dtype)
       grads = put(grads[0], dh), grads[1] + dw
     return DistillKL(*map(put, out, part)), grads
 
@@ -200,7 +199,7 @@ def _backward_tokens(plan, args, columns):
     cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
     _, scalars, s, t = _whole_vocabulary(plan, cut(h), w, cut(g), u, cut(target))
     d = dm.dlogits(s, t, _hit(cut(target), 0, w.shape[1]), scalars, tuple(map(cut, columns)), plan.alpha)
-    dh, dw = gradient_products(plan, d, cut(h), w)
+    dh, dw = gradient_products(plan, d, cut(h), w, dtype)
     return lax.dynamic_update_slice_in_dim(carry[0], dh, start, 0), carry[1] + dw
 
   return over_blocks(target.shape[0], plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dtype)))
@@ -244,7 +243,7 @@ def _backward_vocabulary(plan, args, scalars, columns):
     dh, dw = carry
     s, t, hit = _block_logits(plan, args, start, size, dtype)
     d = dm.dlogits(s, t, hit, scalars, columns, plan.alpha)
-    dh_part, dw_part = gradient_products(plan, d, h, lax.dynamic_slice_in_dim(w, start, size, axis=1))
+    dh_part, dw_part = gradient_products(plan, d, h, lax.dynamic_slice_in_dim(w, start, size, axis=1), dtype)
     # Each column of dw is written once, so it can be stored in the head's own dtype.
     return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(w.dtype), start, 1)
 
