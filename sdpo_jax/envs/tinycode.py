@@ -135,7 +135,7 @@ def _informative(ops, kind: str) -> bool:
   rng = random.Random(f"probe/{kind}")
   probe = [sample_input(rng, kind) for _ in range(24)]
   outputs = [execute(ops, x) for x in probe]
-  if any(error for _, error in outputs) or len({repr(o) for o, _ in outputs}) < 6:
+  if any(error for _, error in outputs) or len({repr(o) for o, _ in outputs}) < 3:
     return False
   shorter = [ops[:i] + ops[i + 1:] for i in range(len(ops))]
   return all(sum(execute(s, x) == o for x, o in zip(probe, outputs)) < 16 for s in shorter)
