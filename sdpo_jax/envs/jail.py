@@ -42,6 +42,7 @@ STDIN, FUNCTION, EXPRESSION = 0, 1, 2
 RESULT_FD = 3
 RESERVE_BYTES = 4 << 20   # given back when memory runs out, so that the error can still be told
 MAX_DEPTH = 100           # of a returned value
+MAX_BITS = 14_000         # of a returned integer: Python writes and reads 4300 decimal digits
 MAX_OPEN_FILES = 64
 MAX_PROCESSES = 64
 THREAD_STACK = 16 << 20   # else every thread reserves as much as the main stack, and a few exhaust the memory limit
@@ -144,7 +145,10 @@ def _landlock_rules(read, list):
   attributes = struct.pack("=QQQ", fs, net, scoped)[:8 if abi < 4 else 16 if abi < 6 else 24]
   ruleset = _check(_libc.syscall(444, attributes, ctypes.c_size_t(len(attributes)), 0), "landlock_create_ruleset")
   for path, rights in [(p, 4 | 8 if os.path.isdir(p) else 4) for p in read] + [(p, 8) for p in list]:  # 4: read, 8: list
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+      fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except FileNotFoundError:  # a link out of the standard library to what is not here
+      continue
     _check(_libc.syscall(445, ruleset, 1, struct.pack("=Qi", rights, fd), 0), f"landlock_add_rule {path}")
     os.close(fd)
   return abi, ruleset
@@ -281,7 +285,7 @@ def _finish(run, program, name, free_reserve, *, write=os.pwrite, encode=json.du
 
 def _message(e):
   try:
-    return str(e)[:2000]
+    return str(e.msg if isinstance(e, SyntaxError) else e)[:2000]
   except BaseException:
     return ""
 
@@ -363,7 +367,10 @@ def _scalar(x, kind):
   if x is None or kind is bool:
     return x
   if issubclass(kind, int):
-    return int.__index__(x)
+    x = int.__index__(x)
+    if x.bit_length() > MAX_BITS:
+      raise _NotPlain("holds an integer with too many digits")
+    return x
   if issubclass(kind, float):
     return float.__float__(x)
   if issubclass(kind, str):

@@ -5,14 +5,12 @@ untrusted: a struct of numbers and bytes up to a cap. Every wait has a deadline.
 answers nonsense raises `WorkerLost` and must be replaced.
 """
 
-import array
 import dataclasses
 import functools
 import glob
 import importlib.util
 import json
 import math
-import mmap
 import os
 import pathlib
 import re
@@ -23,8 +21,6 @@ import stat
 import struct
 import subprocess
 import sys
-import sysconfig
-import tempfile
 
 from sdpo_jax.envs import jail_filter
 from sdpo_jax.envs.verdict import Limits, Outcome
@@ -71,7 +67,7 @@ def find_layout(packages: tuple[str, ...]) -> Layout:
     for line in f:
       if re.search(r"/(libc|libm|libpython[\w.]*|libffi|libz|libstdc\+\+)[-.\w]*so", line):
         directory = os.path.dirname(os.path.realpath(line.split(maxsplit=5)[5].strip()))
-        if "-packages" not in directory and not directory.startswith(sys.base_prefix + "/lib/python"):
+        if "-packages" not in directory:
           libraries.add(directory)
   found = []
   for name in packages:
@@ -114,54 +110,67 @@ def stage(layout: Layout, directory: str) -> Layout:
       packages=tuple(copied(p, os.path.join("packages", os.path.basename(p))) for p in layout.packages))
 
 
-def _import_path(stdlib: str, packages) -> list[str]:
-  return [stdlib, os.path.join(stdlib, "lib-dynload")] + sorted({os.path.dirname(p) for p in packages})
+@dataclasses.dataclass(frozen=True)
+class _View:
+  """One worker's world: how to start the interpreter in it, and the paths as they are there."""
+  command: list[str]    # up to and with the interpreter
+  script: str
+  stdlib: str
+  packages: list[str]
+  readable: list[str]   # for Landlock, besides the standard library
 
 
-def _readable(stdlib: str, packages, libraries) -> dict[str, list[str]]:
-  """Paths for Landlock. Directories to list: importing needs it; below them only what is named may be read."""
-  below = [e.path for e in os.scandir(stdlib) if e.name not in _UNNEEDED]
-  others = [p for p in (*packages, *libraries, "/etc/ld.so.cache", "/dev/null", "/dev/urandom") if os.path.exists(p)]
-  return {"read": below + others, "list": [stdlib]}
+_DEVICES = ["/dev/null", "/dev/urandom"]
 
 
-def _bubblewrap_command(layout: Layout, uid: int, with_proc: bool) -> tuple[list[str], str, list[str], list[str]]:
-  """-> command up to the interpreter, and the stdlib, packages and libraries as the jail sees them."""
-  platlib, version = sys.platlibdir, os.path.basename(layout.stdlib)
-  stdlib = f"/py/{platlib}/{version}"
-  command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--as-pid-1",
+def _shared_objects(directory: str) -> list[str]:
+  return glob.glob(os.path.join(directory, "lib*.so*"))
+
+
+def _plain_view(layout: Layout) -> _View:
+  libraries = [p for d in layout.libraries for p in (_shared_objects(d) if d.startswith(layout.prefix + "/lib") else [d])]
+  return _View([layout.executable], str(_JAIL), layout.stdlib, list(layout.packages),
+               [*libraries, *[p for p in ["/etc/ld.so.cache", *_DEVICES] if os.path.exists(p)], *layout.packages])
+
+
+def _bubblewrap_view(layout: Layout, uid: int, with_proc: bool) -> _View:
+  bwrap = shutil.which("bwrap")
+  if bwrap is None:
+    raise WorkerLost("bwrap is not installed (apt install bubblewrap)")
+  home = f"/py/{sys.platlibdir}"
+  stdlib = f"{home}/{os.path.basename(layout.stdlib)}"
+  command = [bwrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--as-pid-1",
              "--hostname", "sandbox", "--cap-drop", "ALL"]
-  command[1:1] = [] if uid else ["--unshare-user"]
-  if uid:
-    command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+  # Root gives each worker a uid of its own and needs no user namespace; anyone else needs one for the other namespaces.
+  command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if uid else ["--unshare-user"]
   for directory in ("/py", "/py/bin", "/packages"):  # made here, else they take the mode of what is bound below, maybe 0700
     command += ["--perms", "0755", "--dir", directory]
-  command += ["--ro-bind", layout.executable, "/py/bin/python"]
+  command += ["--ro-bind", layout.executable, "/py/bin/python", "--ro-bind", str(_JAIL), "/jail.py"]
+  readable = list(_DEVICES)
   if layout.prefix == "/usr":
     command += ["--ro-bind", layout.stdlib, stdlib]
-  else:  # shared libraries of a self-contained Python lie beside its standard library
-    command += ["--ro-bind", os.path.join(layout.prefix, platlib), f"/py/{platlib}"]
+    libraries = list(layout.libraries)
+  else:  # the shared libraries of a self-contained Python lie beside its standard library
+    command += ["--ro-bind", os.path.join(layout.prefix, sys.platlibdir), home]
+    readable += [p.replace(os.path.join(layout.prefix, sys.platlibdir), home, 1)
+                 for p in _shared_objects(os.path.join(layout.prefix, sys.platlibdir))]
+    libraries = [d for d in layout.libraries if not d.startswith(layout.prefix + "/lib")]
   for name in ("site-packages", "dist-packages"):
     if os.path.isdir(os.path.join(layout.stdlib, name)):
       command += ["--tmpfs", f"{stdlib}/{name}"]
-  if layout.loader:
-    command += ["--ro-bind", layout.loader, layout.loader]
-  libraries = [d for d in layout.libraries if layout.prefix == "/usr" or not d.startswith(layout.prefix + "/")]
-  for directory in libraries:
-    command += ["--ro-bind", directory, directory]
-  packages = []
-  for package in layout.packages:
-    packages.append("/packages/" + os.path.basename(package))
-    command += ["--ro-bind", package, packages[-1]]
-  command += ["--ro-bind", str(_JAIL), "/jail.py", "--tmpfs", "/dev", "--dev-bind", "/dev/null", "/dev/null",
-              "--dev-bind", "/dev/urandom", "/dev/urandom"]
+  packages = ["/packages/" + os.path.basename(p) for p in layout.packages]
+  for here, there in [*zip(layout.packages, packages), *[(p, p) for p in libraries + [layout.loader] if p]]:
+    command += ["--ro-bind", here, there]
+  command += ["--tmpfs", "/dev"]
+  for device in _DEVICES:
+    command += ["--dev-bind", device, device]
   for number, name in enumerate(("stdin", "stdout", "stderr")):
     command += ["--symlink", f"/proc/self/fd/{number}", f"/dev/{name}"]
   if with_proc:
     command += ["--proc", "/proc"]
   command += ["--perms", "1777", "--size", str(1 << 20), "--tmpfs", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/",
-              "--chdir", "/"]
-  return command, stdlib, packages, [f"/py/{platlib}", *libraries]
+              "--chdir", "/", "--setenv", "LD_LIBRARY_PATH", ":".join([home, *libraries]), "/py/bin/python"]
+  return _View(command, "/jail.py", stdlib, packages, readable + libraries + packages)
 
 
 def _own_processes() -> int:
@@ -180,46 +189,36 @@ class Worker:
   """One warm jailed process."""
 
   def __init__(self, isolation: str, layout: Layout, packages: tuple[str, ...], uid: int, with_proc: bool):
-    self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    self._pidfd = None
-    self._errors = os.memfd_create("errors")
     layout = layout if packages else dataclasses.replace(layout, packages=())
-    environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TZ": "UTC", "HOME": "/", "MALLOC_ARENA_MAX": "1",
-                   "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0",
-                   "LD_BIND_NOW": "1"}  # else every child resolves the same symbols again
-    if isolation == "bubblewrap":
-      command, stdlib, packages_there, libraries = _bubblewrap_command(layout, uid, with_proc)
-      command += ["--setenv", "LD_LIBRARY_PATH", ":".join(libraries), "/py/bin/python"]
-      script = "/jail.py"
-    else:
-      command, stdlib, packages_there, libraries = [layout.executable], layout.stdlib, layout.packages, layout.libraries
-      script = str(_JAIL)
+    view = _bubblewrap_view(layout, uid, with_proc) if isolation == "bubblewrap" else _plain_view(layout)
+    config = {"path": [view.stdlib, view.stdlib + "/lib-dynload", *sorted({os.path.dirname(p) for p in view.packages})],
+              "packages": packages, "uid": uid, "processes": 0 if uid else _own_processes() + SPARE_PROCESSES,
+              "filter": "" if isolation == "unsafe" else jail_filter.build().hex(), "landlock": None}
+    if isolation in ("bubblewrap", "landlock"):
+      own = [os.path.join(view.stdlib, e.name) for e in os.scandir(layout.stdlib) if e.name not in _UNNEEDED]
+      config["landlock"] = {"read": own + view.readable, "list": [view.stdlib]}  # importing lists what it may not read
+    environment = {"LANG": "C.UTF-8", "TZ": "UTC", "HOME": "/", "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0",
+                   "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
+                   "MALLOC_ARENA_MAX": "1",   # else each thread reserves 64 MB of address space
+                   "LD_BIND_NOW": "1"}        # else every child resolves the same symbols again
     # The shell sets what must hold from the first instruction on: the C stack, and who dies first when memory runs out.
-    # PYTHONHASHSEED is not read under -I, hence -E's absence: -s and -P keep the user's files out as -I would.
-    command += ["-s", "-P", "-S", "-B", "-X", "utf8", script, str(theirs.fileno())]
     shell = (f'ulimit -s {STACK_KB} 2>/dev/null || ulimit -s "$(ulimit -H -s)"; '
              'echo 1000 2>/dev/null > /proc/self/oom_score_adj; exec "$@"')
-    self._process = subprocess.Popen(
-        ["/bin/sh", "-c", shell, "sh", *command], env=environment, cwd="/", pass_fds=[theirs.fileno()],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors, start_new_session=True)
-    theirs.close()
-    inside = isolation == "bubblewrap"
-    config = {"path": _import_path(stdlib, packages_there), "packages": list(packages), "uid": uid,
-              "processes": _own_processes() + SPARE_PROCESSES if not uid else 0,
-              "filter": "" if isolation == "unsafe" else jail_filter.build().hex(),
-              "landlock": None}
-    if isolation in ("bubblewrap", "landlock"):
-      rules = _readable(layout.stdlib, packages_there if not inside else (), libraries if not inside else ())
-      if inside:
-        rules = {"read": [p.replace(layout.stdlib, stdlib, 1) for p in rules["read"] if p.startswith(layout.stdlib)]
-                 + packages_there + libraries[1:] + ["/dev/null", "/dev/urandom"], "list": [stdlib]}
-      config["landlock"] = rules
+    self._pidfd = None
+    self._errors = os.memfd_create("errors")
+    self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+      # -I would also refuse PYTHONHASHSEED; -s, -P and an environment from scratch keep out everything else that it does.
+      self._process = subprocess.Popen(
+          ["/bin/sh", "-c", shell, "sh", *view.command, "-s", "-P", "-S", "-B", "-X", "utf8", view.script, str(theirs.fileno())],
+          env=environment, cwd="/", pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+          stderr=self._errors, start_new_session=True)
+    self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    self._sock.settimeout(START_S)
     try:
-      self._sock.settimeout(START_S)
       self._sock.send(json.dumps(config).encode())
-    except OSError as e:
-      raise WorkerLost(f"{e}: {self._stderr()}") from e
+    except OSError:  # it ended already; `hello` says why
+      pass
 
   def hello(self) -> dict:
     """Waits until the worker is locked down. -> what it reached"""

@@ -29,7 +29,7 @@ import tempfile
 
 from sdpo_jax.envs.jail_worker import (EXPRESSION, FUNCTION, STDIN, Worker, WorkerLost, find_layout, installed, memory_file, stage,
                                        worker_uid)
-from sdpo_jax.envs.verdict import Limits, Outcome, ProgramError, TestCase, TestResult, Verdict, judge_test, make_verdict
+from sdpo_jax.envs.verdict import Limits, ProgramError, TestCase, TestResult, Verdict, judge_test, make_verdict
 
 __all__ = ["Limits", "ProgramError", "Sandbox", "TestCase", "TestResult", "Verdict"]
 

@@ -132,6 +132,8 @@ def same_text(output: str, expected: str) -> bool:
 
 
 def _same_decimals(a: str, b: str) -> bool:
+  if len(a) > 10 * len(b) + 1000:  # a number of a million digits is only there to cost time
+    return False
   a_words, b_words = a.split(), b.split()
   if len(a_words) != len(b_words):
     return False
@@ -162,23 +164,46 @@ def same_value(value, expected) -> bool:
   return True
 
 
-def _same_literal(value, test: TestCase) -> bool:
+def _same_literal(tagged, test: TestCase) -> bool:
   expected = ast.literal_eval(test.output.strip())
+  # Size first: a set of many numbers with one hash takes the host minutes to build.
+  if _parts(tagged) > 10 * _parts(_as_json(expected)) + 100:
+    return False
+  value = _literal(tagged)
   if test.compare == "isclose":
     return type(value) in (int, float) and math.isclose(value, expected, rel_tol=test.rel_tol)
   if test.compare == "set":
-    try:
-      return set(value) == set(expected)
-    except TypeError:
-      return False
+    return set(value) == set(expected)
   return value == expected
 
 
+def _parts(value) -> int:
+  """Lists, objects and scalars in a JSON value."""
+  count, todo = 0, [value]
+  while todo:
+    x = todo.pop()
+    count += 1
+    if isinstance(x, list):
+      todo.extend(x)
+    elif isinstance(x, dict):
+      todo.extend(x.values())
+  return count
+
+
+def _as_json(literal):
+  """The literal with every container as a list: for its size alone."""
+  if isinstance(literal, dict):
+    return [[_as_json(k), _as_json(v)] for k, v in literal.items()]
+  if isinstance(literal, (list, tuple, set, frozenset)):
+    return [_as_json(x) for x in literal]
+  return literal
+
+
 def _literal(tagged):
-  """The value that the jail tagged: JSON for scalars, {tag: items} for what JSON has no word for."""
+  """The value that the jail tagged: JSON for scalars, {tag: items} for containers and what JSON has no word for."""
+  if isinstance(tagged, list):
+    raise ValueError("untagged list")
   if not isinstance(tagged, dict):
-    if isinstance(tagged, list):
-      raise ValueError("untagged list")
     return tagged
   (tag, items), = tagged.items()
   match tag:
@@ -189,7 +214,26 @@ def _literal(tagged):
     case "dict": return {_literal(k): _literal(v) for k, v in items}
     case "bytes": return bytes.fromhex(items)
     case "complex": return complex(*items)
-  raise ValueError("unknown tag")
+  raise ValueError(f"unknown tag {tag!r}")
+
+
+_BRACKETS = {"list": ("[", "]"), "tuple": ("(", ")"), "set": ("{", "}"), "frozenset": ("frozenset({", "})")}
+
+
+def _literal_text(tagged) -> str:
+  """As Python would write it, without building it."""
+  if not isinstance(tagged, dict):
+    return repr(tagged)
+  (tag, items), = tagged.items()
+  if tag == "dict":
+    return "{" + ", ".join(f"{_literal_text(k)}: {_literal_text(v)}" for k, v in items) + "}"
+  if tag not in _BRACKETS:
+    return repr(_literal(tagged))
+  if not items and tag in ("set", "frozenset"):
+    return tag + "()"
+  left, right = _BRACKETS[tag]
+  comma = "," if tag == "tuple" and len(items) == 1 else ""
+  return left + ", ".join(_literal_text(x) for x in items) + comma + right
 
 
 # From what a process left behind to a result.
@@ -226,26 +270,19 @@ def _classify(outcome, test, program, fn_name, limits):
     return ("memory_limit" if error.type == "MemoryError" else "runtime_error"), output, error, ""
   if stdin_program:
     return ("passed" if same_text(stdout, test.output) else "wrong_answer"), output, None, ""
-  if "format" in record:
-    return "format", "", None, str(record["format"])[:MAX_ERROR_CHARS]
+  if isinstance(record.get("format"), str):
+    return "format", "", None, record["format"][:MAX_ERROR_CHARS]
   if "value" not in record:
     return "runtime_error", "", ProgramError("", "the program ended before it returned a value", None, ""), ""
   value = record["value"]
-  if test.expression is None:
-    expected = json.loads(test.output)
-    return ("passed" if same_value(value, expected) else "wrong_answer"), _shown(value, json.dumps), None, ""
   try:
-    value = _literal(value)
-  except (ValueError, TypeError, RecursionError):  # only a program that writes the result itself comes here
-    return "format", "", None, "the result is not a literal"
-  return ("passed" if _same_literal(value, test) else "wrong_answer"), _shown(value, repr), None, ""
-
-
-def _shown(value, write) -> str:
-  try:
-    return write(value)
-  except (ValueError, RecursionError):  # an integer beyond the digits that Python converts; depth
-    return "a value too large to show"
+    if test.expression is None:
+      same, text = same_value(value, json.loads(test.output)), json.dumps(value)
+    else:
+      same, text = _same_literal(value, test), _literal_text(value)
+  except (ValueError, TypeError, RecursionError):  # only what a program wrote into the result by itself comes here
+    return "format", "", None, "the result is not a value"
+  return ("passed" if same else "wrong_answer"), text, None, ""
 
 
 def _record(result: bytes) -> dict:
@@ -257,21 +294,20 @@ def _record(result: bytes) -> dict:
 
 
 def _program_error(fields, program: str) -> ProgramError | None:
-  try:
-    name, message, line = fields
-  except (TypeError, ValueError):
+  if not isinstance(fields, list) or len(fields) != 3 or not all(isinstance(x, str) for x in fields[:2]):
     return None
+  name, message, line = fields
   lines = program.split("\n")
   if isinstance(line, bool) or not isinstance(line, int) or not 1 <= line <= len(lines):
     line = None
-  return ProgramError(str(name)[:MAX_ERROR_CHARS], str(message)[:MAX_ERROR_CHARS], line,
+  return ProgramError(name[:MAX_ERROR_CHARS], message[:MAX_ERROR_CHARS], line,
                       lines[line - 1].strip() if line else "")
 
 
 # Words.
 
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{4,}")
-_MARKERS = re.compile(r"<\||\|>|\[/?INST\]|<</?SYS>>|</?s>|<(/?)(start_of_turn|end_of_turn|think|tool_call|tool_response|bos|eos|pad|unk)>",
+_MARKERS = re.compile(r"<[|\uff5c]|[|\uff5c]>|\[/?INST\]|<</?SYS>>|</?s>|<(/?)(start_of_turn|end_of_turn|think|tool_call|tool_response|bos|eos|pad|unk)>",
                       re.IGNORECASE)
 
 
@@ -321,16 +357,13 @@ def describe(result: TestResult, number: int, limits: Limits) -> str:
     lines[0] += f" ({limits.output_kb} KB)"
   if result.detail:
     lines.append(_field("Reason", result.detail, MAX_ERROR_CHARS))
-  if result.hidden:
-    if result.error and result.error.type:  # the message may quote the input
-      lines.append(_field("Error", result.error.type, MAX_ERROR_CHARS))
-    return "\n".join(lines)
-  lines.append(_field("Input", result.input))
-  if result.kind == "wrong_answer":
-    lines += [_field("Output", result.output), _field("Expected", result.expected)]
-  if result.error:
-    error = result.error
-    what = ": ".join(x for x in (error.type, error.message) if x)
+  if not result.hidden:
+    lines.append(_field("Input", result.input))
+    if result.kind == "wrong_answer":
+      lines += [_field("Output", result.output), _field("Expected", result.expected)]
+  if error := result.error:
+    # of a hidden test the type alone: a message may quote the input
+    what = ": ".join(x for x in (error.type, "" if result.hidden and error.type else error.message) if x)
     lines.append(_field("Error", what, MAX_ERROR_CHARS))
     if error.line:
       lines.append(_field(f"Line {error.line}", error.source))

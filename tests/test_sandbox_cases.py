@@ -1,0 +1,160 @@
+"""The shared programs: correct ones pass, wrong ones fail as declared, attacks are contained and leave nothing behind.
+
+The programs are read from the folder `sandbox_cases` beside the one that SDPO_JAX_DATA names. Attacks run inside the sandbox
+only. Each is checked by itself (verdict, feedback, time) and all of them together for what they may have done to the host:
+files, connections, processes, descriptors.
+"""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import socket
+import time
+import unicodedata
+import uuid
+
+import pytest
+
+from sdpo_jax.envs.sandbox import Limits, Sandbox, TestCase
+from sdpo_jax.envs.jail_worker import installed
+
+_DATA = os.environ.get("SDPO_JAX_DATA")
+_CASES = pathlib.Path(_DATA).parent / "sandbox_cases" if _DATA else None
+needs_cases = pytest.mark.skipif(_CASES is None or not _CASES.is_dir(),
+                                 reason="SDPO_JAX_DATA is unset or has no folder sandbox_cases beside it")
+
+
+def rows(name):
+  if _CASES is None or not _CASES.is_dir():
+    return []
+  return [json.loads(line) for line in (_CASES / name).open()]
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+  with Sandbox(workers=2) as pool:
+    yield pool
+
+
+def judge(sandbox, row, program=None):
+  return sandbox.run(row["program"] if program is None else program, [TestCase(t["input"], t["output"]) for t in row["tests"]],
+                     fn_name=row["fn_name"], limits=Limits(time_s=row["time_limit"], memory_mb=row["memory_mb"]))
+
+
+@needs_cases
+@pytest.mark.parametrize("row", rows("correct.jsonl") + rows("wrong.jsonl"), ids=lambda row: row["name"])
+def test_declared(sandbox, row):
+  missing = [name for name in row["requires"] if not installed(name)]
+  if missing:
+    pytest.skip(f"{missing} not installed")
+  verdict = judge(sandbox, row)
+  assert verdict.kind == row["expect"]["kind"].replace("ok", "passed"), verdict.feedback
+  assert verdict.passed == row["expect"]["passed"]
+  error = next((t.error for t in verdict.tests if t.error), None)
+  if verdict.kind == "runtime_error":
+    assert error.type == row["expect"]["detail"] and error.type in verdict.feedback and error.line
+
+
+class Host:
+  """What an attack might reach: a file, its folder, listeners; and the counts that must not change."""
+
+  def __init__(self, folder):
+    self.token = f"SBX-CANARY-TOKEN-{uuid.uuid4().hex}"
+    self.mark = f"mark{uuid.uuid4().hex[:12]}"
+    self.folder = folder
+    folder.chmod(0o777)
+    self.file = folder / "canary.txt"
+    self.file.write_text(self.token)
+    self.file.chmod(0o666)
+    self.abstract = f"abstract-{self.mark}"
+    self.reached = []
+    tcp = socket.create_server(("127.0.0.1", 0))
+    self.port = tcp.getsockname()[1]
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    udp.bind(("127.0.0.1", self.port))
+    stream, dgram = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    stream.bind("\0" + self.abstract)
+    stream.listen()
+    dgram.bind("\0" + self.abstract + "-dgram")
+    self.listeners = [tcp, udp, stream, dgram]
+    for listener in self.listeners:
+      listener.setblocking(False)
+
+  def fill(self, text):
+    for name, value in (("@CANARY_FILE@", self.file), ("@CANARY_DIR@", self.folder), ("@PORT@", self.port),
+                        ("@ABSTRACT@", self.abstract), ("@MARK@", self.mark)):
+      text = text.replace(name, str(value))
+    return text
+
+  def check(self):
+    assert self.file.read_text() == self.token
+    assert self.file.stat().st_mode & 0o777 == 0o666
+    assert [p.name for p in self.folder.iterdir()] == ["canary.txt"]
+    for place in ("/tmp", "/dev/shm", "/var/tmp", "/"):
+      assert not [name for name in os.listdir(place) if self.mark in name], place
+    for listener in self.listeners:
+      with pytest.raises(BlockingIOError):
+        listener.accept() if listener.type == socket.SOCK_STREAM else listener.recv(1)
+
+
+def check_text(text, forbidden, limit=2000):
+  assert len(text) <= limit
+  text.encode("utf-8")
+  assert not [c for c in text if c not in "\n\t" and unicodedata.category(c) in ("Cc", "Cf", "Cs")]
+  for word in forbidden:
+    assert word not in text
+
+
+def descendants():
+  """Process numbers of everything below this process."""
+  parents = {}
+  for entry in os.listdir("/proc"):
+    if entry.isdigit():
+      try:
+        fields = pathlib.Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()
+      except OSError:  # it ended
+        continue
+      if fields[0] != "Z":
+        parents[int(entry)] = int(fields[1])
+  found, new = set(), {os.getpid()}
+  while new:
+    new = {p for p, parent in parents.items() if parent in new}
+    found |= new
+  return found
+
+
+@needs_cases
+@pytest.mark.parametrize("isolation", ["bubblewrap", "landlock"])
+def test_attacks(isolation, tmp_path_factory, monkeypatch):
+  host = Host(tmp_path_factory.mktemp("canary"))
+  monkeypatch.setenv("SBX_CANARY", host.token)
+  before, descriptors = descendants(), len(os.listdir("/proc/self/fd"))
+  try:
+    pool = Sandbox(workers=6, isolation=isolation)  # most of the time limits are waited out asleep
+  except RuntimeError as e:
+    pytest.skip(str(e))
+  with pool as sandbox:
+
+    def attack(row):
+      for setup in row.get("setup") or []:
+        judge(sandbox, row, host.fill(setup))
+      start = time.monotonic()
+      verdict = judge(sandbox, row, host.fill(row["program"]))
+      return row, verdict, time.monotonic() - start
+
+    with concurrent.futures.ThreadPoolExecutor(6) as threads:
+      done = list(threads.map(attack, rows("attacks.jsonl")))
+    wrong = []
+    for row, verdict, wall_s in done:
+      expect = row["expect"]
+      if verdict.passed or verdict.kind not in expect["kinds"] or wall_s > expect["max_wall_s"]:
+        wrong.append((row["name"], verdict.kind, wall_s, verdict.feedback))
+      check_text(verdict.feedback, expect["feedback_must_not_contain"] + [host.token], expect["feedback_max_chars"])
+      assert not any(host.token in t.output for t in verdict.tests), row["name"]
+    assert len(done) == 60 and not wrong
+    for _ in range(6):
+      assert sandbox.run("print(int(input()) + 1)", [TestCase("1", "2")]).passed
+    host.check()
+  assert not descendants() - before
+  assert len(os.listdir("/proc/self/fd")) == descriptors
