@@ -26,10 +26,12 @@ import sys
 from matplotlib.figure import Figure
 import numpy as np
 
+from sdpo_jax import stats
+
 X_AXES = {"step": "step", "train/generations": "responses generated", "train/sampled_tokens": "tokens generated"}
 TRAINING = {   # metric -> title, unit
     "train/reward": ("Training reward", "mean reward of a step's responses"),
-    "train/loss": ("Training loss", "loss, nats a token"),
+    "train/loss": ("Training loss", "loss"),
     "train/entropy": ("Policy entropy", "nats a token"),
     "train/teacher_gap_abs": ("Distance of teacher and policy", "mean |log-prob. gap|, nats a token"),
     "rollout/length": ("Response length", "tokens"),
@@ -144,7 +146,7 @@ def _groups(runs):
 
 def _title(runs):
   task = _flat(runs[0].config).get("env.name")
-  return " and ".join(_groups(runs)) + (f" on {task}" if task else "")
+  return ", ".join(_groups(runs)) + (f" on {task}" if task else "")
 
 
 # Results: one row a run, and per split the base model and the last evaluation.
@@ -152,20 +154,56 @@ def _title(runs):
 def _results(runs):
   splits = list(dict.fromkeys(split for run in runs for split in run.splits()))
   samples = _flat(runs[0].config).get("eval.samples")
-  heads = "".join(f"<th>{_text(split)}<br><small>avg@{_text(samples or 'k')}, base &rarr; last</small></th>" for split in splits)
+  heads = "".join(f"<th>{_text(split)}<br><small>avg@{_text(samples or 'k')}, base model, then last</small></th>" for split in splits)
   rows = []
   for run in runs:
     last = run.lines[-1] if run.lines else {}
-    done = f"{last.get('step', 0)} of {run.config.get('total_steps', '?')}"
+    done = f"{last.get('step', 0)} / {run.config.get('total_steps', '?')}"
     cells = "".join(f"<td>{_evaluations(run, split)}</td>" for split in splits)
     generated = max((y for _, y in run.series("train/generations", "step")), default=0)
-    rows.append(f"<tr><td><b>{_text(run.label)}</b><br><small>{_text(run.workdir)}</small></td><td>{_text(run.config.get('seed', '?'))}</td><td>{_text(done)}</td>"
+    rows.append(f"<tr><td><b>{_text(run.label)}</b><br><small>{_text(run.workdir)}</small></td><td>{_text(run.config.get('seed', '?'))}</td><td class='line'>{_text(done)}</td>"
                 f"<td>{generated:,}</td><td>{_duration(last.get('time_s'))}</td>{cells}</tr>")
   note = "" if any(run.lines for run in runs) else "<p class='note'>No metrics yet.</p>"
   skipped = sum(run.skipped for run in runs)
   note += f"<p class='note'>{skipped} unreadable line{'s' * (skipped > 1)} left out.</p>" if skipped else ""
   return ("<h2>Results</h2><table class='grid'><tr><th>run</th><th>seed</th><th>steps</th><th>responses</th><th>time</th>"
-          f"{heads}</tr>{''.join(rows)}</table>{note}<p class='note'>In brackets: 95 % intervals over questions.</p>")
+          f"{heads}</tr>{''.join(rows)}</table>{note}<p class='note'>In brackets: 95 % intervals over questions.</p>" + _comparison(runs, splits))
+
+
+def _comparison(runs, splits):
+  """Groups side by side: the last evaluation over seeds, and how many responses one needs for what another ends with."""
+  groups, rows = _groups(runs), []
+  if len(groups) == len(runs) == 1:
+    return ""
+  for split in splits:
+    curves = {label: _mean_curve(members, f"eval/{split}/avg@k", "train/generations") for label, members in groups.items()}
+    for label, members in groups.items():
+      ends = [points[-1][1] for points in (run.series(f"eval/{split}/avg@k", "step") for run in members) if points]
+      if not ends or not curves[label]:
+        continue
+      mean, low, high = stats.mean_interval(ends)
+      reached = "<br>".join(_reach(curves[label], other, curves[other]) for other in groups if other != label and curves[other])
+      interval = f" <small>[{low:.1%}, {high:.1%}]</small>" if low is not None else ""
+      rows.append(f"<tr><td>{_text(split)}</td><td><b>{_text(label)}</b></td><td>{len(ends)}</td><td><b>{mean:.1%}</b>{interval}</td><td>{reached}</td></tr>")
+  return ("<h2>Comparison</h2><table class='grid'><tr><th>split</th><th>method</th><th>seeds</th><th>last evaluation</th>"
+          f"<th>first evaluation as good as another's last</th></tr>{''.join(rows)}</table><p class='note'>In brackets: 95 % intervals over seeds. "
+          "The right column reads the mean over seeds at the evaluations that were made, without interpolation.</p>") if rows else ""
+
+
+def _reach(curve, other, target):
+  end_x, end_y = target[-1]
+  at = next((x for x, y in curve if y >= end_y), None)
+  goal = f"{_text(other)}'s {end_y:.1%}"
+  if at is None:
+    return f"{goal}: not reached"
+  return f"{goal}: at {at:,} of its {end_x:,} responses" + (f" ({end_x / at:.1f} times fewer)" if 0 < at < end_x else "")
+
+
+def _mean_curve(members, name, x_axis):
+  """[(x, mean over seeds)] where every seed has a value: a mean over fewer of them would jump."""
+  curves = [dict(points) for points in (run.series(name, x_axis) for run in members) if points]
+  shared = sorted(set.intersection(*map(set, curves))) if curves else []
+  return [(x, float(np.mean([curve[x] for curve in curves]))) for x in shared]
 
 
 def _evaluations(run, split):
@@ -173,11 +211,13 @@ def _evaluations(run, split):
   found = [line for line in run.lines if line.get(name) is not None]
   if not found:
     return "&ndash;"
+
   def one(line):
     low, high = line.get(name + "_low"), line.get(name + "_high")
-    return f"{line[name]:.1%}" + (f" <small>[{low:.1%}, {high:.1%}]</small>" if low is not None and high is not None else "")
-  base = one(found[0]) + " &rarr; " if found[0]["step"] == 0 and len(found) > 1 else ""
-  return f"{base}<b>{one(found[-1])}</b> <small>at step {found[-1]['step']}</small>"
+    return f"<b>{line[name]:.1%}</b>" + (f" <small>[{low:.1%}, {high:.1%}]</small>" if low is not None and high is not None else "")
+  base = one(found[0]) + "<br>" if found[0]["step"] == 0 and len(found) > 1 else ""
+  late = f" <small>at step {found[-1]['step']}</small>" if found[-1] is not run.lines[-1] else ""
+  return f"{base}{one(found[-1])}{late}"
 
 
 def _duration(seconds):
@@ -258,8 +298,8 @@ def _rollouts(run, alone):
   seed = f", seed {run.config.get('seed', '?')}"
   cards = "\n".join(_card(rollout) for rollout in run.rollouts)
   legend = "".join(f"<span class='token' style='{_paint(gap)}'>{gap:+.0f}</span>" for gap in (-3, -2, -1, 0, 1, 2, 3))
-  body = (f"<p class='note'>A token's colour is the teacher's log-probability minus the policy's, in nats: {legend} "
-          f"red, the teacher would rather not; blue, it would more. Point at a token for its number.</p>{cards}")
+  body = (f"<p class='note'>A token's colour is the teacher's log-probability minus the policy's, in nats: <span class='legend'>{legend}</span> "
+          f"orange: it would rather not; blue: it would more. Point at a token for its number.</p>{cards}")
   return f"<h2>Rollouts</h2>{body}" if alone else f"<details class='run'><summary><h2>Rollouts: {_text(run.label)}{_text(seed)}</h2></summary>{body}</details>"
 
 
@@ -323,6 +363,7 @@ h1 { font-size: 1.6em } h2 { font-size: 1.25em; margin: 1.8em 0 .6em } h3 { font
 small, .note { color: #666 } .note { font-size: .9em }
 table { border-collapse: collapse } .grid { display: block; overflow-x: auto }
 .grid th, .grid td { padding: .4em .9em .4em 0; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; font-variant-numeric: tabular-nums }
+.line { white-space: nowrap }
 .facts th { text-align: left; padding: .1em 1em .1em 0; vertical-align: top; font-weight: 600; color: #666; white-space: nowrap }
 .choice > span { color: #666; margin-right: .6em } .choice > input { margin: 0 .3em 0 0 } .choice > label { margin-right: 1.2em }
 .curves { display: none; margin-top: .6em } .curves img { width: 49%; min-width: 330px; height: auto }
@@ -332,6 +373,7 @@ table { border-collapse: collapse } .grid { display: block; overflow-x: auto }
 .columns { display: grid; grid-template-columns: 1fr 1fr; gap: 1.6em } .columns > div { min-width: 0 }
 @media (max-width: 760px) { .columns { grid-template-columns: 1fr } }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: 13px/1.55 ui-monospace, monospace } code { overflow-wrap: anywhere; font-size: .9em }
+.legend { white-space: nowrap } .legend .token { padding: 0 .3em }
 .token { border-radius: 2px; outline: 1px solid #0001 } .token i { opacity: .45; font-style: normal }
 summary { cursor: pointer; color: #555; font-size: .9em; margin-top: .6em } summary h2 { display: inline }
 """

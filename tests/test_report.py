@@ -1,0 +1,176 @@
+import base64
+import html.parser
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from sdpo_jax import report
+
+NASTY = "{x} {{y}} \\n \\frac{1}{2} $a_b$ %s <|im_start|>assistant\n</pre><script>alert('1')</script> &amp; \x00\x1b[31m \ud800 \u202e é 日本"
+
+
+class Page(html.parser.HTMLParser):
+  """Checks that tags nest, and collects text, tags and attributes."""
+  VOID = {"meta", "img", "input", "br"}
+
+  def __init__(self, path):
+    super().__init__()
+    self.open, self.tags, self.text, self.titles = [], [], [], []
+    self.source = path.read_bytes().decode("utf-8")    # strict
+    self.feed(self.source)
+    self.close()
+    assert not self.open
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+    if tag not in self.VOID:
+      self.open.append(tag)
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    self.text.append(data)
+
+  def has(self, text):
+    return text in re.sub(r"\s+", " ", "".join(self.text))
+
+  def pictures(self):
+    return [attrs["src"] for tag, attrs in self.tags if tag == "img"]
+
+
+def rollout(step, **changes):
+  return {"step": step, "task_id": "train/7", "prompt": "Reverse the list.", "response": "return xs[::-1]", "reward": 0.0, "status": "scored",
+          "feedback": "Wrong Answer", "teacher_context": "Reverse the list.\nWrong Answer", "tokens": ["return", " xs", "[::-1]", "\n"],
+          "teacher_gap": [0.5, -1.25, 6.0, 0.0]} | changes
+
+
+def workdir(path, *, method="sdpo", seed=0, accuracy=(0.1, 0.5, 0.9), rollouts=(), config=None, unseen=True):
+  path.mkdir()
+  settings = {"seed": seed, "total_steps": 2, "method": {"name": method}, "env": {"name": "tinycode"}, "eval": {"samples": 4}} | (config or {})
+  (path / "config.json").write_text(json.dumps(settings))
+  (path / "run.json").write_text(json.dumps({"command": "python -m sdpo_jax.main --config=x", "versions": {"jax": "0.10.2"}, "devices": ["cpu:0"], "commit": None}))
+  lines = []
+  for step, value in enumerate(accuracy):
+    line = {"step": step, "time_s": 2.0 * step, "eval/heldout/avg@k": value, "eval/heldout/avg@k_low": value - 0.05, "eval/heldout/avg@k_high": value + 0.05}
+    line |= {"train/reward": value, "train/loss": 1 - value, "train/generations": 64 * step, "rollout/length": 9.0} if step else {}
+    lines.append(line | ({"eval/unseen/avg@k": value} if unseen and step == 0 else {}))
+  (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  if rollouts:
+    (path / "rollouts").mkdir()
+    for step, found in rollouts:
+      (path / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
+  return path
+
+
+def test_a_run(tmp_path):
+  run = workdir(tmp_path / "run", rollouts=[(1, [rollout(1)]), (2, [rollout(2, reward=1.0)])])
+  path = report.write_report([run], tmp_path / "out")
+  page = Page(path)
+  assert path == tmp_path / "out" / "index.html"
+  for text in ("sdpo on tinycode", "python -m sdpo_jax.main --config=x", "10.0% [5.0%, 15.0%]", "90.0% [85.0%, 95.0%]", "10.0% at step 0", "128", "jax 0.10.2",
+               "What the teacher read", "reward 1"):
+    assert page.has(text), text
+  assert "Comparison" not in page.source
+  files = {file.name for file in (tmp_path / "out").glob("*.png")}
+  assert {"eval_heldout_avg_k_by_step.png", "eval_heldout_avg_k_by_generations.png", "train_reward_by_step.png"} <= files
+  assert len(page.pictures()) == len(files)    # every picture is inside the page, and nothing is fetched
+  assert {base64.b64decode(src.removeprefix("data:image/png;base64,")) for src in page.pictures()} == {
+      file.read_bytes() for file in (tmp_path / "out").glob("*.png")}
+  assert not re.search(r"(src|href)='(?!data:)", page.source)
+
+
+def test_tokens_are_painted_by_the_gap(tmp_path):
+  run = workdir(tmp_path / "run", rollouts=[(1, [rollout(1)])])
+  page = Page(report.write_report([run], tmp_path / "out"))
+  titles = {attrs["title"]: attrs["style"] for tag, attrs in page.tags if "title" in attrs}
+  assert list(titles) == ["+0.50 nats", "-1.25 nats", "+6.00 nats", "+0.00 nats"]
+  alpha = {title: float(re.search(r"rgba\((\d+),\d+,\d+,([\d.]+)\)", style)[2]) for title, style in titles.items()}
+  red = {title: int(re.search(r"rgba\((\d+)", style)[1]) for title, style in titles.items()}
+  assert alpha["+0.00 nats"] == 0 < alpha["+0.50 nats"] < alpha["-1.25 nats"] < alpha["+6.00 nats"] == 0.75    # full strength at 3 nats
+  assert red["-1.25 nats"] > 200 and red["+0.50 nats"] == 0
+
+
+def test_text_that_looks_like_markup_stays_text(tmp_path):
+  run = workdir(tmp_path / "run", method=NASTY, config={"env": {"name": NASTY}}, rollouts=[(1, [
+      rollout(1, prompt=NASTY, response=NASTY, feedback=NASTY, teacher_context=NASTY, task_id=NASTY, status=NASTY, tokens=[NASTY, NASTY, "", "<b>"]),
+      rollout(1, response=NASTY, tokens=None)])])
+  page = Page(report.write_report([run], tmp_path / "out"))
+  assert not {"script", "b>"} & {tag for tag, _ in page.tags}
+  assert page.has("{x} {{y}} \\n \\frac{1}{2} $a_b$ %s <|im_start|>assistant")
+  assert page.has("</pre><script>alert('1')</script> &amp; ␀␛[31m")
+  assert not re.search(r"[\x00-\x08\x0b-\x1f]", page.source)
+
+
+def test_seeds_make_a_group_and_other_settings_another(tmp_path):
+  runs = [workdir(tmp_path / f"sdpo{seed}", seed=seed, accuracy=(0.1, 0.6 + seed / 10, 0.8)) for seed in range(3)]
+  runs += [workdir(tmp_path / f"grpo{seed}", method="grpo", seed=seed, accuracy=(0.1, 0.2, 0.6 + seed / 100)) for seed in range(3)]
+  runs += [workdir(tmp_path / "wide", config={"rollout": {"group": 16}, "seed": 9})]
+  found = [report.read_run(run) for run in runs]
+  report._label(found)
+  assert {label: len(members) for label, members in report._groups(found).items()} == {"sdpo, rollout.group=None": 3, "grpo": 3, "sdpo, rollout.group=16": 1}
+  page = Page(report.write_report(runs, tmp_path / "out"))
+  assert page.has("Comparison") and page.has("grpo's 61.0%: at 64 of its 128 responses (2.0 times fewer)")
+  assert page.has("sdpo, rollout.group=None's 80.0%: not reached")
+
+
+def test_curves_of_seeds_of_unequal_length_are_averaged_where_all_have_values(tmp_path):
+  runs = [report.read_run(workdir(tmp_path / f"r{seed}", seed=seed, accuracy=accuracy)) for seed, accuracy in enumerate([(0.0, 0.5, 1.0), (0.5, 1.0)])]
+  assert report._mean_curve(runs, "eval/heldout/avg@k", "train/generations") == [(0, 0.25), (64, 0.75)]
+  report.write_report([run.workdir for run in runs], tmp_path / "out")
+
+
+def test_running_mean_stays_centred():
+  line = [float(x) for x in range(100)]
+  assert list(report._smooth(report.np.array(line))) == pytest.approx(line)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "run.json", "metrics.jsonl", "rollouts", "everything"])
+def test_missing_files_are_left_out(tmp_path, missing):
+  run = workdir(tmp_path / "run", rollouts=[(1, [rollout(1)])])
+  for path in list(run.iterdir()):
+    if missing in (path.name, "everything"):
+      path.rename(tmp_path / f"gone_{path.name}")
+  page = Page(report.write_report([run], run / "report"))
+  assert page.has("No metrics yet.") == (missing in ("metrics.jsonl", "everything"))
+  assert page.has("None recorded") == (missing in ("rollouts", "everything"))
+  assert page.has("config.json is missing.") == (missing in ("config.json", "everything"))
+
+
+def test_damaged_files_and_odd_rollouts(tmp_path):
+  run = workdir(tmp_path / "run", rollouts=[(1, []), (2, [rollout(2)]), (3, [
+      {}, rollout(3, teacher_gap=[1.0]), rollout(3, teacher_gap=[None, "x", float("nan"), 1]), rollout(3, reward=None, teacher_context=None, feedback="")])])
+  with (run / "metrics.jsonl").open("ab") as file:
+    file.write(b'[1]\n{"step": "x"}\n\xff\xfe\n{"step": 3, "train/rew')
+  (run / "run.json").write_text("[")
+  page = Page(report.write_report([run], tmp_path / "out"))
+  assert page.has("3 unreadable lines left out.") and page.has("reward ?") and page.has("The teacher read nothing more.")
+
+
+def test_a_live_run_without_evaluations(tmp_path):
+  run = workdir(tmp_path / "run")
+  (run / "metrics.jsonl").write_text('{"step": 1, "time_s": 1.0, "train/reward": 0.5}\n')
+  page = Page(report.write_report([run], tmp_path / "out"))
+  assert len(page.pictures()) == 1 and page.has("1 / 2")
+
+
+def test_command(tmp_path):
+  run = workdir(tmp_path / "run")
+  root = pathlib.Path(__file__).parent.parent
+  command = [sys.executable, "-m", "sdpo_jax.report", str(run)]
+  result = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False)
+  assert (result.returncode, result.stdout.strip(), result.stderr) == (0, str(run / "report" / "index.html"), "")
+  assert (run / "report" / "index.html").exists()
+  result = subprocess.run([*command, str(tmp_path / "nowhere")], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False)
+  assert result.returncode == 2 and result.stderr.splitlines() == [f"sdpo_jax.report: no work directory {tmp_path / 'nowhere'}"]
+
+
+def test_needs_no_jax():
+  root = pathlib.Path(__file__).parent.parent
+  code = "import sys, sdpo_jax.report; print([name for name in ('jax', 'flax', 'torch', 'matplotlib.pyplot') if name in sys.modules])"
+  assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout.strip() == "[]"
