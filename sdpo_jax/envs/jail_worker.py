@@ -55,6 +55,7 @@ class Layout:
   loader: str                     # the dynamic linker that the executable names
   libraries: tuple[str, ...]      # directories of shared libraries outside the prefix
   packages: tuple[str, ...]       # directories to import third-party packages from, each one package
+  home: str = ""                  # PYTHONHOME, where the interpreter is not to look around its executable
 
 
 @functools.cache
@@ -105,8 +106,9 @@ def stage(layout: Layout, directory: str) -> Layout:
     return target
 
   # The executable needs no copy: it is started before the uid changes.
+  stdlib = copied(layout.stdlib, os.path.join(sys.platlibdir, os.path.basename(layout.stdlib)))
   return dataclasses.replace(
-      layout, stdlib=copied(layout.stdlib, os.path.basename(layout.stdlib)),
+      layout, stdlib=stdlib, home=directory if stdlib != layout.stdlib else "",
       packages=tuple(copied(p, os.path.join("packages", os.path.basename(p))) for p in layout.packages))
 
 
@@ -201,6 +203,8 @@ class Worker:
                    "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
                    "MALLOC_ARENA_MAX": "1",   # else each thread reserves 64 MB of address space
                    "LD_BIND_NOW": "1"}        # else every child resolves the same symbols again
+    if layout.home and isolation != "bubblewrap":
+      environment["PYTHONHOME"] = layout.home
     # The shell sets what must hold from the first instruction on: the C stack, and who dies first when memory runs out.
     shell = (f'ulimit -s {STACK_KB} 2>/dev/null || ulimit -s "$(ulimit -H -s)"; '
              'echo 1000 2>/dev/null > /proc/self/oom_score_adj; exec "$@"')

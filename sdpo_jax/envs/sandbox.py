@@ -29,9 +29,9 @@ import tempfile
 
 from sdpo_jax.envs.jail_worker import (EXPRESSION, FUNCTION, STDIN, Worker, WorkerLost, find_layout, installed, memory_file, stage,
                                        worker_uid)
-from sdpo_jax.envs.verdict import Limits, ProgramError, TestCase, TestResult, Verdict, judge_test, make_verdict
+from sdpo_jax.envs.verdict import KINDS, Limits, ProgramError, TestCase, TestResult, Verdict, judge_test, make_verdict
 
-__all__ = ["Limits", "ProgramError", "Sandbox", "TestCase", "TestResult", "Verdict"]
+__all__ = ["KINDS", "Limits", "ProgramError", "Sandbox", "TestCase", "TestResult", "Verdict"]
 
 ISOLATIONS = ("bubblewrap", "landlock", "seccomp", "unsafe")  # strongest first
 PACKAGES = ("numpy",)  # what a program may import besides the standard library, where it is installed
