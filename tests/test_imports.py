@@ -1,0 +1,90 @@
+"""Imports point one way: a file may import files of lower levels, and of its own level only inside its own folder."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "sdpo_jax"
+
+LEVELS = {   # a folder's level holds for its files unless they have their own
+    "records": 0, "stats": 0, "sharding": 0, "kernels": 0,
+    "model": 1, "objectives": 1, "envs": 1, "data/chat": 1, "metrics": 1,
+    "sampler": 2, "remote": 2, "train_step": 2, "data": 2, "checkpoint": 2,
+    "rollout": 3, "counterfactual": 3,
+    "evaluate": 4, "report": 4, "plan": 4, "export": 4,
+    "config": 4,   # reads the METHODS table alone; train asks it to validate
+    "train": 5, "discover": 5, "pretrain": 5, "experiment": 5, "bench": 5,
+    "main": 6,
+}
+FORBIDDEN = {   # on top of the levels; a folder's rule holds for its files
+    "records": {"jax", "sdpo_jax"},
+    "stats": {"jax", "sdpo_jax"},
+    "kernels": {"sdpo_jax.model", "sdpo_jax.objectives"},
+    "envs": {"jax", "flax", "sdpo_jax.model", "sdpo_jax.objectives"},
+    "objectives": {"sdpo_jax.envs", "sdpo_jax.data", "transformers"},
+}
+WITHOUT_JAX = ("records", "stats", "envs", "report", "objectives/teacher_context")    # nor may anything that they import
+HUGGING_FACE = {"data/chat", "data/corpus", "model/hf_weights"}                       # corpus makes the tokenizer of the tiny model
+
+FILES = sorted(str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+
+def lookup(table, name, default=None):
+  return table.get(name, table.get(name.split("/")[0], default))
+
+
+def imports(name):
+  """Dotted names of all that a file imports, inside functions too; `from a import b` counts as a.b if that is a file of ours."""
+  found = set()
+  for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{name}: relative import"
+      ours = {f"{node.module}.{alias.name}" for alias in node.names if file_of(f"{node.module}.{alias.name}") in FILES}
+      found |= ours or {node.module}
+  return found
+
+
+def file_of(module):
+  return "/".join(module.split(".")[1:]) if module.startswith("sdpo_jax.") else None
+
+
+def within(module, prefix):
+  return module == prefix or module.startswith(prefix + ".")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_only_what_lies_below(name):
+  level = lookup(LEVELS, name)
+  assert level is not None, f"give {name} a level"
+  for module in imports(name):
+    for prefix in lookup(FORBIDDEN, name, ()):
+      assert not within(module, prefix), f"{name} imports {module}"
+    other = file_of(module)
+    if other:
+      inside = "/" in name and name.split("/")[0] == other.split("/")[0]
+      assert lookup(LEVELS, other) < level or inside and lookup(LEVELS, other) == level, f"{name} imports {other}, which is not below it"
+    if module.split(".")[0] in ("transformers", "tokenizers", "huggingface_hub", "datasets"):
+      assert name in HUGGING_FACE, f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name in WITHOUT_JAX or name.split("/")[0] in WITHOUT_JAX])
+def test_no_jax_behind(name):
+  reached, waiting = set(), {name}
+  while waiting:
+    here = waiting.pop()
+    reached.add(here)
+    for module in imports(here):
+      assert module.split(".")[0] not in ("jax", "flax", "optax", "orbax", "torch"), f"{name} reaches {module} through {here}"
+    waiting |= {file_of(module) for module in imports(here)} & set(FILES) - reached
+
+
+def test_report_knows_only_stats():
+  assert {module for module in imports("report") if within(module, "sdpo_jax")} == {"sdpo_jax.stats"}
+
+
+def test_the_walk_sees_every_form_of_import():
+  assert {"sdpo_jax.stats", "matplotlib.figure", "argparse"} <= imports("report")
+  assert "sdpo_jax.records" in imports("metrics") and "records" in FILES and file_of("sdpo_jax.model.decoder") == "model/decoder"
