@@ -5,20 +5,19 @@ seeds depend on the split alone, so every evaluation of a run, and of runs that 
 """
 
 from sdpo_jax import stats
-from sdpo_jax.records import Rollout, Sampling, Status
+from sdpo_jax.records import Sampling, Status
 from sdpo_jax.rollout import Collector, prompt_seed
 
 
-def evaluate(collector: Collector, params, *, splits, questions: int, samples: int, sampling: Sampling) -> tuple[dict[str, float], dict[str, list[list[Rollout]]]]:
-  """-> ({"eval/<split>/avg@k": ..., "..._low", "..._high", "eval/<split>/pass@k", k = samples}, {split: groups})."""
-  metrics, groups_of = {}, {}
+def evaluate(collector: Collector, params, *, splits, questions: int, samples: int, sampling: Sampling) -> dict[str, float]:
+  """-> {"eval/<split>/avg@k": ..., "..._low", "..._high", "eval/<split>/pass@k"}, k = samples."""
+  metrics = {}
   for split in splits:
     tasks = [collector.env.task(split, i) for i in range(questions)]
     seeds = [prompt_seed(0, "eval", split, i) for i in range(questions)]
     groups = collector.collect(params, tasks, n=samples, sampling=sampling, seeds=seeds)
     judged = [[r.feedback.reward for r in g if r.feedback.status is not Status.ENV_FAILED] for g in groups]
     judged = [g for g in judged if g]   # a question without one verdict says nothing
-    groups_of[split] = groups
     failed = sum(r.feedback.status is Status.ENV_FAILED for g in groups for r in g)
     if failed:
       metrics[f"eval/{split}/env_failed"] = float(failed)
@@ -28,4 +27,4 @@ def evaluate(collector: Collector, params, *, splits, questions: int, samples: i
     name = f"eval/{split}/avg@k"
     metrics |= {name: mean, f"{name}_low": low, f"{name}_high": high,
                 f"eval/{split}/pass@k": sum(any(x >= 1.0 for x in g) for g in judged) / len(judged)}
-  return metrics, groups_of
+  return metrics

@@ -8,7 +8,6 @@ Exit status: 0 success, 2 a wrong command line or setting (one line on stderr), 
 """
 
 import datetime
-import logging
 import os
 import pathlib
 import sys
@@ -60,36 +59,41 @@ def check_writable(workdir: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-  absl_logging.use_absl_handler()
-  absl_logging.set_verbosity(absl_logging.INFO if os.environ.get("SDPO_JAX_VERBOSE") else absl_logging.WARNING)
   try:
     c = parse(argv)
     workdir = _WORKDIR.value or fresh_workdir()
-    from sdpo_jax import config   # after the flags: a usage error answers at once, jax takes seconds to import
+    from sdpo_jax import config   # after the flags: a wrong one answers at once, jax takes seconds to import
     config.validate(c)
+    if _MODE.value == "eval" and not _CHECKPOINT.value:
+      raise UsageError("--mode=eval needs --checkpoint=WORKDIR[:step] or a Hugging Face directory")
     check_writable(workdir)
-    from sdpo_jax import train
-    logging.captureWarnings(True)
+  except (UsageError, ValueError) as error:
+    return complain(error, 2)
+  from sdpo_jax import metrics, train
+  absl_logging.use_absl_handler()
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  try:
     if _MODE.value == "train":
       print(f"work directory: {workdir}", file=sys.stderr)
-      results = train.train(c, workdir)
+      train.train(c, workdir)
+      lines = metrics.read(workdir)
+      results, base = lines[-1], lines[0]
     else:
-      if not _CHECKPOINT.value:
-        raise UsageError("--mode=eval needs --checkpoint=WORKDIR[:step] or a Hugging Face directory")
-      results = train.evaluate_checkpoint(c, workdir, _CHECKPOINT.value)
-  except (UsageError, ValueError, FileNotFoundError) as error:
-    if isinstance(error, ValueError) and not isinstance(error, UsageError) and os.environ.get("SDPO_JAX_TRACEBACK"):
-      raise
-    print(f"sdpo_jax: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+      results, base = train.evaluate_checkpoint(c, workdir, _CHECKPOINT.value), {}
+  except (train.SettingError, FileNotFoundError) as error:
+    return complain(error, 2)
   except train.RunError as error:
-    print(f"sdpo_jax: {error}", file=sys.stderr)
-    return 1
-  for line in train.summary_lines(results):
+    return complain(error, 1)
+  for line in train.summary_lines(results, base):
     print(line)
   if _MODE.value == "train":
-    print(f"report: {workdir}/report/index.html")
+    print(f"      report  {os.path.join(workdir, 'report', 'index.html')}")
   return 0
+
+
+def complain(error: Exception, status: int) -> int:
+  print(f"sdpo_jax: {' '.join(str(error).split())}", file=sys.stderr)
+  return status
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ def prompt_seed(seed: int, *path) -> int:
 class Collector:
   """Samples and judges. One per run; `close` ends its threads."""
 
-  def __init__(self, env, chat: Chat, engine, *, judge_threads: int, judge_timeout_s: float):
-    self.env, self.chat, self.engine, self.judge_timeout_s = env, chat, engine, judge_timeout_s
+  def __init__(self, env, chat: Chat, engine, *, max_prompt_tokens: int, judge_threads: int, judge_timeout_s: float):
+    self.env, self.chat, self.engine = env, chat, engine
+    self.max_prompt_tokens, self.judge_timeout_s = max_prompt_tokens, judge_timeout_s
     self._pool = concurrent.futures.ThreadPoolExecutor(judge_threads, thread_name_prefix="judge")
 
   def close(self) -> None:
@@ -42,6 +43,9 @@ class Collector:
   def collect(self, params, tasks: list[Task], *, n: int, sampling: Sampling, seeds: list[int]) -> list[list[Rollout]]:
     """n judged rollouts of each task, as groups[q][g]."""
     prompts = [self.chat.prompt_tokens(self.env.prompt(task)) for task in tasks]
+    for task, prompt in zip(tasks, prompts):
+      if len(prompt) > self.max_prompt_tokens:
+        raise ValueError(f"the prompt of task {task.id} takes {len(prompt)} tokens, more than config.data.max_prompt_tokens={self.max_prompt_tokens}")
     pending: dict[tuple[int, int], tuple[Completion, str, concurrent.futures.Future]] = {}
     for c in self.engine.generate(params, prompts, n=n, sampling=sampling, seeds=seeds):
       text = self.chat.response_text(c.tokens)

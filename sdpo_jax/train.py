@@ -8,15 +8,17 @@ Metrics of step i belong to the i-th generation batch (from 1) and, where due, t
 evaluation of the base model.
 """
 
+import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import json
-import logging
 import os
 import pathlib
 import subprocess
 import sys
 import time
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,6 +32,7 @@ from sdpo_jax.envs.base import make_env
 from sdpo_jax.envs.sandbox import Sandbox
 from sdpo_jax.evaluate import evaluate
 from sdpo_jax.metrics import Writer
+from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.model.hf_weights import load_pretrained
 from sdpo_jax.objectives import methods
 from sdpo_jax.objectives.loss import make_objective
@@ -43,13 +46,26 @@ class RunError(Exception):
   """The run cannot go on; the message says what happened and what is intact."""
 
 
+class SettingError(ValueError):
+  """A setting, a path or this machine does not allow the run; raised before anything is trained."""
+
+
+@contextlib.contextmanager
+def blame_settings():
+  """What fails while a run is being wired fails because of what it was given: one line, not a traceback."""
+  try:
+    yield
+  except (ValueError, FileNotFoundError, RuntimeError) as error:
+    raise SettingError(str(error)) from error
+
+
 def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, score, evaluate, due, write, write_rollouts, save, limits):
   """Trains `state` to total_steps and returns it. Every collaborator is an argument; due(name, i) says what step i calls for.
 
-  host: {"tokens": tokens sampled so far}; goes into the checkpoint.
+  host: {"tokens": sampled so far, "failed_batches": without a verdict, in a row}; goes into the checkpoint.
   limits: {"skipped": non-finite updates in a row, "env_failures": batches without a verdict in a row} that stop the run.
   """
-  first, failures = int(state.step), 0
+  first = int(state.step)
   if first == 0 and due("eval", 0):
     write(0, evaluate(state, 0))
   for i in range(first + 1, total_steps + 1):
@@ -60,9 +76,9 @@ def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, scor
     packed = make_batch(groups)
     host["tokens"] += sum(len(r.tokens) for g in groups for r in g)
     metrics = packed.metrics | rollout_metrics(groups) | {"train/generations": i * sum(map(len, groups)), "train/sampled_tokens": host["tokens"]}
-    failures = failures + 1 if metrics["data/dropped"] == len(packed.contexts) else 0
-    if failures >= limits["env_failures"]:
-      raise RunError(f"no response could be judged in {failures} generation batches in a row (step {i}): the environment or its sandbox is broken, "
+    host["failed_batches"] = host["failed_batches"] + 1 if metrics["data/dropped"] == len(packed.contexts) else 0
+    if host["failed_batches"] >= limits["env_failures"]:
+      raise RunError(f"no response could be judged in {host['failed_batches']} generation batches in a row (step {i}): the environment or its sandbox is broken, "
                      "see the log above; checkpoints are intact")
     said = score(state, packed.batch) if due("score", i) else None
     if said is not None:
@@ -128,130 +144,146 @@ def describe_run(workdir: pathlib.Path, c, extra: dict) -> None:
   write_atomically(workdir / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")
 
 
-def train(c, workdir: str) -> dict[str, float]:
-  """Wires a run from its configuration, trains (or resumes) it, and writes the report. Returns the last evaluation.
+class Wired(NamedTuple):
+  """What training and evaluation share: a model that samples, and an environment that judges it."""
+  chat: Chat
+  model: ModelConfig
+  params: Any
+  collector: Collector
+  eval_sampling: Sampling
+  isolation: str
 
-  Raises ValueError for settings that cannot run, RunError for a run that cannot go on.
-  """
-  validate(c)
-  workdir = pathlib.Path(workdir)
-  same_run(workdir, c)
-  latest = checkpoint.latest_step(workdir)
-  if latest is not None and latest >= c.total_steps:
-    logging.info("%s already holds %d steps: nothing to do", workdir, latest)
-    return {}
 
-  tokenizer = load_tokenizer(MODELS.get(c.model.path, c.model.path))
-  chat = Chat(tokenizer, thinking=c.model.thinking)
-  model, params = load_pretrained(MODELS.get(c.model.path, c.model.path), dtype=c.model.param_dtype)
-  objective = make_objective(c.method.to_dict())
-  parts = methods.build(c.method.to_dict())
-  teacher_rate = parts["teacher_weights"]()
+@contextlib.contextmanager
+def wired(c, path: str):
+  """Loads the model at `path` and starts sandbox, environment and judges; ends them on leaving."""
+  with contextlib.ExitStack() as stack:
+    with blame_settings():
+      chat = Chat(load_tokenizer(path), thinking=c.model.thinking)
+      model, params = load_pretrained(path, dtype=c.model.param_dtype)
+      model = dataclasses.replace(model, dtype=c.model.dtype)
+      for name, tokens in (("max_prompt_tokens", c.data.max_prompt_tokens), ("max_teacher_tokens", c.data.max_teacher_tokens)):
+        if tokens + c.rollout.max_new_tokens > model.max_positions:
+          raise ValueError(f"config.data.{name}={tokens} and config.rollout.max_new_tokens={c.rollout.max_new_tokens} together exceed "
+                           f"the {model.max_positions} positions of {path}")
+      sandbox = stack.enter_context(Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation))
+      env = make_env(sandbox=sandbox, **c.env)
+      engine = Sampler(model, rows=c.rollout.rows, chunk=c.rollout.chunk, prompt_multiple=c.data.length_multiple, pad_token=chat.pad_token)
+      collector = Collector(env, chat, engine, max_prompt_tokens=c.data.max_prompt_tokens, judge_threads=c.rollout.judge_threads,
+                            judge_timeout_s=c.rollout.judge_timeout_s)
+    stack.callback(collector.close)
+    yield Wired(chat, model, params, collector, Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens), sandbox.isolation)
+
+
+def initial_state(c, params):
+  """(state, optimiser, teacher rate) of step 0."""
+  teacher_rate = methods.build(c.method.to_dict())["teacher_weights"]()
   tx = make_optimizer(**c.optimizer)
-  state = init_state(params, tx, teacher_rate)
-  host = {"tokens": 0, "data": None}
-  if latest is not None:
-    state, host = checkpoint.restore(workdir, state)
-    logging.info("resumed %s at step %d", workdir, latest)
+  return init_state(params, tx, teacher_rate), tx, teacher_rate
 
-  signals = make_signals(model, objective, temperature=c.rollout.temperature, remat=c.model.remat,
-                         implementation=None if c.train.loss_implementation == "auto" else c.train.loss_implementation)
-  several = c.train.updates_per_batch > 1
-  step = jax.jit(make_train_step(signals, objective, tx, teacher_rate=teacher_rate, updates=c.train.updates_per_batch,
-                                 micro_batches=c.train.micro_batches, recompute_old=several), donate_argnums=0)
-  score = jax.jit(lambda state, batch: signals(state.params, state.teacher, batch))
-  sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, chat.stop_tokens)
-  eval_sampling = Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens)
 
-  workdir.mkdir(parents=True, exist_ok=True)
-  with Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation) as sandbox:
-    env = make_env(sandbox=sandbox, **c.env)
-    describe_run(workdir, c, {"sandbox_isolation": sandbox.isolation})
-    stream = TaskStream(env, "train")
-    if host["data"] is not None:
-      stream.restore(host["data"])
-    engine = Sampler(model, rows=c.rollout.rows, chunk=c.rollout.chunk, prompt_multiple=c.data.length_multiple, pad_token=chat.pad_token)
-    collector = Collector(env, chat, engine, judge_threads=c.rollout.judge_threads, judge_timeout_s=c.rollout.judge_timeout_s)
+def train(c, workdir: str) -> None:
+  """Wires a run from its configuration, trains (or resumes) it, and writes the report. A finished run is left as it is.
+
+  Raises SettingError for what cannot run, RunError for a run that cannot go on.
+  """
+  workdir = pathlib.Path(workdir)
+  with blame_settings():
+    validate(c)
+    same_run(workdir, c)
+    latest = checkpoint.latest_step(workdir)
+  if latest is not None and latest >= c.total_steps:
+    if not (workdir / "report" / "index.html").exists():   # killed between the last step and the report
+      report.write_report([workdir], workdir / "report")
+    return
+
+  with wired(c, MODELS.get(c.model.path, c.model.path)) as w:
+    with blame_settings():
+      state, tx, teacher_rate = initial_state(c, w.params)
+      host = {"tokens": 0, "failed_batches": 0, "data": None}
+      stream = TaskStream(w.collector.env, "train")
+      if latest is not None:
+        state, host = checkpoint.restore(workdir, state)
+        stream.restore(host["data"])
+    method = c.method.to_dict()
+    objective, parts = make_objective(method), methods.build(method)
+    signals = make_signals(w.model, objective, temperature=c.rollout.temperature, remat=c.model.remat,
+                           implementation=None if c.train.loss_implementation == "auto" else c.train.loss_implementation)
+    several = c.train.updates_per_batch > 1
+    step = jax.jit(make_train_step(signals, objective, tx, teacher_rate=teacher_rate, updates=c.train.updates_per_batch,
+                                   micro_batches=c.train.micro_batches, recompute_old=several), donate_argnums=0)
+    score = jax.jit(lambda state, batch: signals(state.params, state.teacher, batch))
+    sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
+    describe_run(workdir, c, {"sandbox_isolation": w.isolation})
     writer = Writer(workdir, total_steps=c.total_steps)
     writer.truncate(0 if latest is None else latest + 1)
-    results = {}
 
     def evaluate_at(state, i):
       splits = c.eval.final_splits if i in (0, c.total_steps) else c.eval.splits
-      metrics, _ = evaluate(collector, state.params, splits=splits, questions=c.eval.questions, samples=c.eval.samples, sampling=eval_sampling)
-      results[i] = metrics
-      return metrics
+      return evaluate(w.collector, state.params, splits=splits, questions=c.eval.questions, samples=c.eval.samples, sampling=w.eval_sampling)
 
     def collect(params, tasks, i):
       seeds = [prompt_seed(c.seed, "train", i, q) for q in range(len(tasks))]
-      return collector.collect(params, tasks, n=c.rollout.group, sampling=sampling, seeds=seeds)
+      return w.collector.collect(params, tasks, n=c.rollout.group, sampling=sampling, seeds=seeds)
+
+    def make_batch(groups):
+      return pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"],
+                  max_teacher_tokens=c.data.max_teacher_tokens, length_multiple=c.data.length_multiple)
 
     def due(name, i):
-      last = i == c.total_steps
-      every = {"eval": c.eval.every_steps, "checkpoint": c.checkpoint.every_steps, "rollouts": c.log.rollouts_every_steps}
-      if name == "score":
+      if name == "score":   # a pass of its own, only where somebody reads it
         return several or due("rollouts", i)
-      return last or i % every[name] == 0 or (name == "rollouts" and i == 1)
+      every = {"eval": c.eval.every_steps, "checkpoint": c.checkpoint.every_steps, "rollouts": c.log.rollouts_every_steps}
+      return i == c.total_steps or i % every[name] == 0 or (name == "rollouts" and i == 1)
 
     def write_rollouts(i, groups, packed, said):
       (workdir / "rollouts").mkdir(exist_ok=True)
-      lines = rollout_lines(i, groups, packed, said, chat, c.log.rollouts_kept)
+      lines = rollout_lines(i, groups, packed, said, w.chat, c.log.rollouts_kept)
       write_atomically(workdir / "rollouts" / f"step_{i:06d}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def save(i, state, host):
       checkpoint.save(workdir, i, state, host | {"data": stream.state()}, keep=c.checkpoint.keep)
 
     try:
-      run(state, host, total_steps=c.total_steps, next_tasks=lambda: stream.take(c.rollout.questions), collect=collect,
-          make_batch=lambda groups: pack(groups, chat=chat, messages=env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"],
-                                         max_teacher_tokens=c.data.max_teacher_tokens, length_multiple=c.data.length_multiple),
+      run(state, host, total_steps=c.total_steps, next_tasks=lambda: stream.take(c.rollout.questions), collect=collect, make_batch=make_batch,
           step=step, score=score, evaluate=evaluate_at, due=due, write=writer.write, write_rollouts=write_rollouts, save=save,
           limits={"skipped": c.train.max_skipped_in_a_row, "env_failures": c.train.max_env_failures_in_a_row})
     finally:
       writer.close()
-      collector.close()
   report.write_report([workdir], workdir / "report")
-  return results.get(c.total_steps, {})
 
 
 def evaluate_checkpoint(c, workdir: str, source: str) -> dict[str, float]:
   """Scores WORKDIR[:step] or a Hugging Face directory on the final splits; writes eval/<name>.json into the work directory."""
   workdir = pathlib.Path(workdir)
-  path = MODELS.get(c.model.path, c.model.path)
-  root, _, step = source.rpartition(":") if source.rpartition(":")[2].isdigit() else (source, "", "")
-  is_run = checkpoint.latest_step(root) is not None
-  if not is_run and not (pathlib.Path(source) / "config.json").exists():
-    raise ValueError(f"--checkpoint={source}: neither a work directory with a checkpoint nor a Hugging Face directory")
-  tokenizer = load_tokenizer(path if is_run else source)
-  chat = Chat(tokenizer, thinking=c.model.thinking)
-  model, params = load_pretrained(path if is_run else source, dtype=c.model.param_dtype)
-  name = pathlib.Path(root).name
-  if is_run:
-    teacher_rate = methods.build(c.method.to_dict())["teacher_weights"]()
-    state, _ = checkpoint.restore(root, init_state(params, make_optimizer(**c.optimizer), teacher_rate), int(step) if step else None)
-    params, name = state.params, f"step_{int(state.step):06d}"
-  sampling = Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens)
-  with Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation) as sandbox:
-    env = make_env(sandbox=sandbox, **c.env)
-    engine = Sampler(model, rows=c.rollout.rows, chunk=c.rollout.chunk, prompt_multiple=c.data.length_multiple, pad_token=chat.pad_token)
-    collector = Collector(env, chat, engine, judge_threads=c.rollout.judge_threads, judge_timeout_s=c.rollout.judge_timeout_s)
-    try:
-      metrics, _ = evaluate(collector, params, splits=c.eval.final_splits, questions=c.eval.questions, samples=c.eval.samples, sampling=sampling)
-    finally:
-      collector.close()
+  head, _, tail = source.rpartition(":")
+  root, step = (head, int(tail)) if head and tail.isdigit() else (source, None)
+  with blame_settings():
+    is_run = checkpoint.latest_step(root) is not None
+    if not is_run and not (pathlib.Path(source) / "config.json").exists():
+      raise ValueError(f"--checkpoint={source}: neither a work directory with a checkpoint nor a Hugging Face directory")
+  with wired(c, MODELS.get(c.model.path, c.model.path) if is_run else source) as w:
+    params, name = w.params, pathlib.Path(root).name
+    if is_run:
+      with blame_settings():
+        step = checkpoint.latest_step(root) if step is None else step
+        params, name = checkpoint.restore_params(root, w.params, step), f"step_{step:06d}"
+    metrics = evaluate(w.collector, params, splits=c.eval.final_splits, questions=c.eval.questions, samples=c.eval.samples, sampling=w.eval_sampling)
   (workdir / "eval").mkdir(parents=True, exist_ok=True)
-  write_atomically(workdir / "eval" / f"{name}.json", json.dumps({"checkpoint": source, "samples": c.eval.samples, "questions": c.eval.questions} | metrics, indent=2) + "\n")
+  about = {"checkpoint": source, "questions": c.eval.questions, "samples": c.eval.samples}
+  write_atomically(workdir / "eval" / f"{name}.json", json.dumps(about | metrics, indent=2) + "\n")
   return metrics
 
 
-def summary_lines(results: dict[str, float], base: dict[str, float] | None = None) -> list[str]:
+def summary_lines(results: dict[str, float], base: dict[str, float]) -> list[str]:
   """Per split: avg@k with its interval, and the base model's beside it where it is known."""
-  lines = []
-  for key, value in results.items():
-    if key.endswith("/avg@k"):
-      split, interval = key.split("/")[1], lambda r: f"{r[key]:.1%} [{r.get(key + '_low', r[key]):.1%}, {r.get(key + '_high', r[key]):.1%}]"
-      lines.append(f"{split:>12}: avg@k {interval(results)}" + (f"   base model {interval(base)}" if base and key in base else ""))
-  return lines
+
+  def interval(metrics, key):
+    low, high = metrics.get(key + "_low"), metrics.get(key + "_high")
+    return f"{metrics[key]:.1%}" + (f" [{low:.1%}, {high:.1%}]" if low is not None else "")
+
+  return [f"{key.split('/')[1]:>12}  avg@k {interval(results, key)}" + (f"   base model {interval(base, key)}" if key in base else "")
+          for key in results if key.endswith("/avg@k")]
 
 
 def same_run(workdir: pathlib.Path, c) -> None:
