@@ -8,7 +8,7 @@ no jax, and can be made while a run goes on: what is missing is left out and sai
 
 Several work directories: those whose settings differ only in the seed are one group, drawn as their mean with a band from the lowest to the
 highest seed. Of a single run the band is its evaluation's own 95 % interval over questions. Curves of training metrics are running means over
-a twentieth of the steps, the single steps faint behind them.
+a tenth of the steps, the single steps faint behind them.
 
 Errors: FileNotFoundError naming a work directory that is not there; unreadable lines are skipped and counted on the page.
 """
@@ -22,6 +22,7 @@ import json
 import math
 import pathlib
 import sys
+import textwrap
 
 from matplotlib.figure import Figure
 import numpy as np
@@ -37,7 +38,7 @@ TRAINING = {   # metric -> title, unit
     "rollout/length": ("Response length", "tokens"),
 }
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")   # Okabe and Ito: told apart by everyone
-FULL_COLOUR_NATS = 3.0    # a gap this large is painted at full strength
+FULL_COLOUR_NATS = 2.0    # a gap this large is painted at full strength
 ROLLOUTS_SHOWN = 16       # of each run
 
 
@@ -129,7 +130,8 @@ def _flat(config, path=""):
 
 def _label(runs):
   """Name every run by its method, and by whatever else distinguishes it from runs of the same method, but for the seed."""
-  settings = [{key: value for key, value in _flat(run.config).items() if key != "seed"} for run in runs]
+  same_learning = ("seed", "checkpoint.", "log.", "sandbox.")    # where these differ, the runs are still of one kind
+  settings = [{key: value for key, value in _flat(run.config).items() if not key.startswith(same_learning)} for run in runs]
   names = [str(flat.get("method.name", run.workdir.name)) for run, flat in zip(runs, settings)]
   for run, flat, name in zip(runs, settings, names):
     rivals = [other for other, other_name in zip(settings, names) if other_name == name]
@@ -146,7 +148,8 @@ def _groups(runs):
 
 def _title(runs):
   task = _flat(runs[0].config).get("env.name")
-  return ", ".join(_groups(runs)) + (f" on {task}" if task else "")
+  methods = dict.fromkeys(str(_flat(run.config).get("method.name", run.workdir.name)) for run in runs)
+  return ", ".join(methods) + (f" on {task}" if task else "")
 
 
 # Results: one row a run, and per split the base model and the last evaluation.
@@ -260,7 +263,7 @@ def _picture(runs, name, title, unit, x_axis):
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))    # a mean over fewer seeds would jump
     value_SX = np.array([[curve[x] for x in shared] for curve in curves], dtype=float)
     mean_X = value_SX.mean(axis=0)
-    label = label.replace("$", r"\$") + (f" ({len(curves)} seeds)" if len(curves) > 1 else "")
+    label = textwrap.shorten(label, 60, placeholder=" ...").replace("$", r"\$") + (f" ({len(curves)} seeds)" if len(curves) > 1 else "")
     if not evaluation:
       for curve in curves:
         plot.plot(list(curve), list(curve.values()), color=colour, alpha=0.2, linewidth=0.8)
@@ -284,8 +287,8 @@ def _picture(runs, name, title, unit, x_axis):
 
 
 def _smooth(value_X):
-  """Running mean over a twentieth of the points, narrower at both ends so that it stays centred."""
-  half = len(value_X) // 40
+  """Running mean over a tenth of the points, narrower at both ends so that it stays centred."""
+  half = len(value_X) // 20
   reach = [min(half, i, len(value_X) - 1 - i) for i in range(len(value_X))]
   return np.array([value_X[i - r:i + r + 1].mean() for i, r in enumerate(reach)])
 
@@ -297,7 +300,7 @@ def _rollouts(run, alone):
     return f"<h2>Rollouts{'' if alone else ': ' + _text(run.label)}</h2><p class='note'>None recorded in {_text(run.workdir)}.</p>"
   seed = f", seed {run.config.get('seed', '?')}"
   cards = "\n".join(_card(rollout) for rollout in run.rollouts)
-  legend = "".join(f"<span class='token' style='{_paint(gap)}'>{gap:+.0f}</span>" for gap in (-3, -2, -1, 0, 1, 2, 3))
+  legend = "".join(f"<span class='token' style='{_paint(gap)}'>{gap:+g}</span>" for gap in (-2, -1, -0.5, 0, 0.5, 1, 2))
   body = (f"<p class='note'>A token's colour is the teacher's log-probability minus the policy's, in nats: <span class='legend'>{legend}</span> "
           f"orange: it would rather not; blue: it would more. Point at a token for its number.</p>{cards}")
   return f"<h2>Rollouts</h2>{body}" if alone else f"<details class='run'><summary><h2>Rollouts: {_text(run.label)}{_text(seed)}</h2></summary>{body}</details>"

@@ -92,7 +92,7 @@ def test_tokens_are_painted_by_the_gap(tmp_path):
   assert list(titles) == ["+0.50 nats", "-1.25 nats", "+6.00 nats", "+0.00 nats"]
   alpha = {title: float(re.search(r"rgba\((\d+),\d+,\d+,([\d.]+)\)", style)[2]) for title, style in titles.items()}
   red = {title: int(re.search(r"rgba\((\d+)", style)[1]) for title, style in titles.items()}
-  assert alpha["+0.00 nats"] == 0 < alpha["+0.50 nats"] < alpha["-1.25 nats"] < alpha["+6.00 nats"] == 0.75    # full strength at 3 nats
+  assert alpha["+0.00 nats"] == 0 < alpha["+0.50 nats"] < alpha["-1.25 nats"] < alpha["+6.00 nats"] == 0.75    # full strength at 2 nats
   assert red["-1.25 nats"] > 200 and red["+0.50 nats"] == 0
 
 
@@ -108,14 +108,14 @@ def test_text_that_looks_like_markup_stays_text(tmp_path):
 
 
 def test_seeds_make_a_group_and_other_settings_another(tmp_path):
-  runs = [workdir(tmp_path / f"sdpo{seed}", seed=seed, accuracy=(0.1, 0.6 + seed / 10, 0.8)) for seed in range(3)]
+  runs = [workdir(tmp_path / f"sdpo{seed}", seed=seed, accuracy=(0.1, 0.6 + seed / 10, 0.8), config={"log": {"rollouts_kept": seed}}) for seed in range(3)]
   runs += [workdir(tmp_path / f"grpo{seed}", method="grpo", seed=seed, accuracy=(0.1, 0.2, 0.6 + seed / 100)) for seed in range(3)]
   runs += [workdir(tmp_path / "wide", config={"rollout": {"group": 16}, "seed": 9})]
   found = [report.read_run(run) for run in runs]
   report._label(found)
   assert {label: len(members) for label, members in report._groups(found).items()} == {"sdpo, rollout.group=None": 3, "grpo": 3, "sdpo, rollout.group=16": 1}
   page = Page(report.write_report(runs, tmp_path / "out"))
-  assert page.has("Comparison") and page.has("grpo's 61.0%: at 64 of its 128 responses (2.0 times fewer)")
+  assert page.has("sdpo, grpo on tinycode") and page.has("Comparison") and page.has("grpo's 61.0%: at 64 of its 128 responses (2.0 times fewer)")
   assert page.has("sdpo, rollout.group=None's 80.0%: not reached")
 
 
