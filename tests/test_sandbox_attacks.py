@@ -152,7 +152,7 @@ ENDED = {
     "swallows_memory_errors": ({"time_limit", "memory_limit"}, "a = []\nwhile True:\n  try: a.append(bytearray(1 << 20))\n  except MemoryError: pass"),
     "format_width": ({"memory_limit", "output_limit"}, "print('%1000000000d' % 1)"),
     "private_maps": ({"memory_limit", "runtime_error"}, "import mmap\nm = []\nwhile True: m.append(mmap.mmap(-1, 1 << 26, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))"),
-    "stack_exhaustion": ({"runtime_error", "memory_limit"}, "import sys\nsys.setrecursionlimit(10**9)\nclass A:\n  def __getattr__(self, n): return getattr(self, n)\nA().y"),
+    "stack_exhaustion": ({"runtime_error", "memory_limit", "time_limit"}, "import sys\nsys.setrecursionlimit(10**9)\nclass A:\n  def __getattr__(self, n): return getattr(self, n)\nA().y"),
     "null_pointer": ({"runtime_error"}, "import ctypes\nctypes.string_at(0)"),
     "jumps_anywhere": ({"runtime_error"}, "import ctypes\nctypes.CFUNCTYPE(None)(0xdead0000)()"),
     "endless_print": ({"output_limit"}, "while True: print('x' * 1000)"),

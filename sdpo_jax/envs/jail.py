@@ -308,22 +308,36 @@ def _run_stdin(program, name):
   exec(compile(program, "<program>", "exec", dont_inherit=True), module.__dict__)
 
 
+def _names(code):
+  """Every name that the code and the functions in it look up or assign."""
+  todo, names = [code], set()
+  while todo:
+    part = todo.pop()
+    names.update(part.co_names)
+    todo.extend(c for c in part.co_consts if type(c) is types.CodeType)
+  return names
+
+
+def _give(namespace, names):
+  for name in names:
+    if name in GIVEN:
+      namespace.setdefault(name, getattr(__import__(GIVEN[name]), name))
+    elif name in GIVEN_MODULES:
+      namespace.setdefault(name, __import__(name))
+
+
 def _define(program):
   """Runs the program's definitions. -> its namespace"""
   module = types.ModuleType("solution")
   sys.modules["solution"] = module
   code = compile(program, "<program>", "exec", dont_inherit=True)
-  todo, used = [code], set()
-  while todo:
-    part = todo.pop()
-    used.update(part.co_names)
-    todo.extend(c for c in part.co_consts if type(c) is types.CodeType)
-  for wanted in used & GIVEN.keys():
-    module.__dict__[wanted] = getattr(__import__(GIVEN[wanted]), wanted)
-  for wanted in used & GIVEN_MODULES:
-    module.__dict__[wanted] = __import__(wanted)
+  _give(module.__dict__, _names(code))
   exec(code, module.__dict__)
   return module.__dict__
+
+
+def _missing(name):
+  return {"format": f"the program defines no function {name}"}
 
 
 def _run_function(program, name):
@@ -336,30 +350,29 @@ def _run_function(program, name):
     solution = namespace.get("Solution")
     function = getattr(solution(), name, None) if isinstance(solution, type) else None
   if not callable(function):
-    return {"format": f"the program defines no function {name}"}
-  return _plain_record(function(*arguments))
+    return _missing(name)
+  try:
+    return {"value": _plain(function(*arguments), MAX_DEPTH)}
+  except _NotPlain as e:
+    return {"format": f"the returned value {e}"}
 
 
 def _run_expression(program, name):
   expression = os.pread(0, os.fstat(0).st_size, 0).decode()
   os.lseek(0, 0, os.SEEK_END)
   namespace = _define(program)
-  value = eval(compile(expression.strip(), "<test>", "eval", dont_inherit=True), namespace)
+  if name and not callable(namespace.get(name)):
+    return _missing(name)
+  code = compile(expression.strip(), "<test>", "eval", dont_inherit=True)
+  _give(namespace, _names(code))
   try:
-    return {"value": _tagged(value, MAX_DEPTH)}
+    return {"value": _tagged(eval(code, namespace), MAX_DEPTH)}
   except _NotPlain as e:
     return {"format": f"the value {e}"}
 
 
 class _NotPlain(Exception):
   pass
-
-
-def _plain_record(value):
-  try:
-    return {"value": _plain(value, MAX_DEPTH)}
-  except _NotPlain as e:
-    return {"format": f"the returned value {e}"}
 
 
 def _scalar(x, kind):

@@ -38,7 +38,7 @@ class TestCase:
   """One test. `input` is standard input, or one JSON argument a line for a function; `output` is what is expected.
 
   With `expression`, the jail evaluates it after the program and returns its value, and `output` is a Python literal.
-  compare  "equal": by the rule of the test's mode; "set": as sets; "isclose": a number within `rel_tol`
+  compare  "equal": by the rule of the test's mode; "set": as sets; "isclose": a number within `rel_tol` or `abs_tol`
   hidden   the feedback shows neither its input nor what was expected
   """
   __test__ = False  # not a test class, whatever pytest thinks of the name
@@ -47,6 +47,7 @@ class TestCase:
   expression: str | None = None
   compare: str = "equal"
   rel_tol: float = 1e-9
+  abs_tol: float = 0.0
   hidden: bool = False
 
   def __post_init__(self):
@@ -171,7 +172,7 @@ def _same_literal(tagged, test: TestCase) -> bool:
     return False
   value = _literal(tagged)
   if test.compare == "isclose":
-    return type(value) in (int, float) and math.isclose(value, expected, rel_tol=test.rel_tol)
+    return type(value) in (int, float) and math.isclose(value, expected, rel_tol=test.rel_tol, abs_tol=test.abs_tol)
   if test.compare == "set":
     return set(value) == set(expected)
   return value == expected
