@@ -4,12 +4,16 @@ Mesh axes: "data" (rows; weights copied), "fsdp" (rows and weights split), "tens
 Logical axes are the letters of `records`. Errors: ValueError where two dimensions of one tensor would share a mesh axis.
 """
 
+import functools
+
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 WEIGHTS = {"L": None, "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F": "tensor", "V": "tensor"}
 ACTIVATIONS = {"B": ("data", "fsdp"), "T": None, "R": None, "S": None, "L": None, "D": None, "N": "tensor", "K": "tensor",
                "H": None, "F": "tensor", "V": "tensor"}
+
+GATHERED = WEIGHTS | {"D": None}   # a layer's weights while they are used: fsdp holds them in parts only between uses
 
 
 def spec(axes: str, rules: dict) -> PartitionSpec:
@@ -32,3 +36,20 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec(axes, ACTIVATIONS))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(w: jax.Array, axes: str) -> jax.Array:
+  """One layer's weight, whole along "fsdp" for use; its gradient goes back in parts. Without a mesh, w unchanged."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return w
+  return jax.lax.with_sharding_constraint(w, spec(axes, GATHERED))
+
+
+def _scatter(axes: str, _, g: jax.Array):
+  if jax.sharding.get_abstract_mesh().empty:
+    return (g,)
+  return (jax.lax.with_sharding_constraint(g, spec(axes, WEIGHTS)),)
+
+
+gather.defvjp(lambda w, axes: (gather(w, axes), None), _scatter)

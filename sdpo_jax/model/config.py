@@ -172,7 +172,7 @@ def _ropes_from_hf(hf: dict, family: str) -> tuple[Rope, Rope | None]:
     settings = dict(settings or {})
     if settings.get("rope_theta") is None:
       settings["rope_theta"] = _THETA.get(family, 10000.0) if theta is None else theta
-    return _rope_from_hf(settings, positions, where)
+    return _rope_from_hf(settings, positions, hf.get("original_max_position_embeddings"), where)
 
   if family == "olmo3":
     by_type = new or {}
@@ -197,7 +197,7 @@ def _ropes_from_hf(hf: dict, family: str) -> tuple[Rope, Rope | None]:
   return candidates[0]
 
 
-def _rope_from_hf(settings: dict, positions: int, where: str) -> Rope:
+def _rope_from_hf(settings: dict, positions: int, outer_original: int | None, where: str) -> Rope:
   kind = settings.get("rope_type", settings.get("type", "default"))
   if kind not in _ROPE_KEYS:
     raise ValueError(f"{where}.rope_type={kind!r} is not supported; choose from {list(_ROPE_KEYS)}")
@@ -205,13 +205,13 @@ def _rope_from_hf(settings: dict, positions: int, where: str) -> Rope:
   if given.pop("partial_rotary_factor", 1) != 1:
     raise ValueError(f"{where}.partial_rotary_factor={settings['partial_rotary_factor']!r} is not supported (only 1)")
   unknown = sorted(set(given) - _ROPE_KEYS[kind])
-  if kind == "default":   # leftovers such as a factor mean nothing without a kind that reads them
-    unknown = []
-  if unknown:
+  if unknown and kind != "default":   # without scaling, leftovers such as a factor mean nothing
     raise ValueError(f"{where}.{unknown[0]}={given[unknown[0]]!r} is not supported for rope_type={kind!r}")
   theta = float(given["rope_theta"])
   if kind == "default":
     return Rope(theta)
+  if outer_original is not None:   # transformers lets it win, and only sometimes
+    raise ValueError(f"original_max_position_embeddings={outer_original} outside {where} is not supported")
   original = int(given.get("original_max_position_embeddings", positions))
   required = ["factor"] + ["low_freq_factor", "high_freq_factor"] * (kind == "llama3")
   for key in required:

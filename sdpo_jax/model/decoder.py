@@ -12,7 +12,6 @@ Numerics: matrix products in `config.dtype`; norms, rotary angles, softmax and l
 Errors: AssertionError with both shapes, while tracing, where inputs disagree.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -271,18 +270,23 @@ def _rows(params: dict, config: ModelConfig, tokens_BT, positions_BT, segment_id
   return _stream(params, config, tokens_BT, positions_BT, mask_BTS, column_T, column_T)
 
 
+def _gather(config: ModelConfig, layer: dict) -> dict:
+  """One layer's weights in the compute dtype, whole along "fsdp": what moves between chips is the smaller dtype."""
+  cast = jax.tree.map(lambda w: w.astype(config.dtype), layer)
+  return jax.tree.map(lambda w, a: sharding.gather(w, a[1:]), cast, axes(config)["layers"])
+
+
 def _layer(config: ModelConfig, stream: _Stream, x_BTD, layer: dict, slides) -> jax.Array:
   rotation, mask_BTS = _pick(stream, config, slides)
   attend = lambda q, k, v: (attention(q, k, v, mask_BTS), None)
   return Block(config).apply({"params": layer}, x_BTD, rotation, attend)[0]
 
 
-def _layer_fn(config: ModelConfig, stream: _Stream, remat: str):
-  """(x_BTD, layer, slides) -> x_BTD. remat "block" keeps only each layer's input for the backward pass."""
-  layer = functools.partial(_layer, config, stream)
+def _scan(body, carry, xs, remat: str):
+  """Over layers. remat "none" keeps what the backward pass needs, gathered weights included; "block" only layers' inputs."""
   if remat not in ("none", "block"):
     raise ValueError(f"model.remat={remat!r}: choose from ['none', 'block']")
-  return jax.checkpoint(layer, prevent_cse=False) if remat == "block" else layer
+  return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat == "block" else body, carry, xs)[0]
 
 
 def _final(params: dict, config: ModelConfig, x_BTD) -> jax.Array:
@@ -293,10 +297,12 @@ def hidden(params: dict, config: ModelConfig, tokens_BT, *, positions_BT=None, s
            remat: str = "none") -> jax.Array:
   """Tokens -> hidden_BTD after the final norm, in `config.dtype`."""
   stream = _rows(params, config, tokens_BT, positions_BT, segment_ids_BT)
-  layer_fn = _layer_fn(config, stream, remat)
-  body = lambda x_BTD, layer: (layer_fn(x_BTD, *layer), None)
-  x_BTD, _ = jax.lax.scan(body, stream.x_BTD, (params["layers"], _slides(config)))
-  return _final(params, config, x_BTD)
+
+  def body(x_BTD, xs):
+    layer, slides = xs
+    return _layer(config, stream, x_BTD, _gather(config, layer), slides), None
+
+  return _final(params, config, _scan(body, stream.x_BTD, (params["layers"], _slides(config)), remat))
 
 
 def hidden_pair(params: dict, teacher_params: dict | None, config: ModelConfig, student: tuple, teacher: tuple, *,
@@ -309,18 +315,18 @@ def hidden_pair(params: dict, teacher_params: dict | None, config: ModelConfig, 
   live = teacher_params is None
   teacher_params = jax.lax.stop_gradient(params if live else teacher_params)
   policy, teaching = _rows(params, config, *student), _rows(teacher_params, config, *teacher)
-  policy_fn, teacher_fn = _layer_fn(config, policy, remat), _layer_fn(config, teaching, "none")
 
   def body(carry, xs):
     policy_BTD, teacher_BTD = carry
     layer, teacher_layer, slides = xs
-    teacher_layer = jax.lax.stop_gradient(layer if live else teacher_layer)
-    policy_BTD = policy_fn(policy_BTD, layer, slides)
-    teacher_BTD = jax.lax.stop_gradient(teacher_fn(teacher_BTD, teacher_layer, slides))
+    layer = _gather(config, layer)
+    teacher_layer = jax.lax.stop_gradient(layer if live else _gather(config, teacher_layer))
+    policy_BTD = _layer(config, policy, policy_BTD, layer, slides)
+    teacher_BTD = jax.lax.stop_gradient(_layer(config, teaching, teacher_BTD, teacher_layer, slides))
     return (policy_BTD, teacher_BTD), None
 
   xs = (params["layers"], None if live else teacher_params["layers"], _slides(config))
-  (policy_BTD, teacher_BTD), _ = jax.lax.scan(body, (policy.x_BTD, teaching.x_BTD), xs)
+  policy_BTD, teacher_BTD = _scan(body, (policy.x_BTD, teaching.x_BTD), xs, remat)
   return _final(params, config, policy_BTD), jax.lax.stop_gradient(_final(teacher_params, config, teacher_BTD))
 
 

@@ -1,0 +1,291 @@
+"""The decoder against itself: causality, packing, cache, the policy-teacher pair, sharding, precision, compile size."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdpo_jax import sharding
+from sdpo_jax.model import decoder
+from sdpo_jax.model.config import ModelConfig, Rope
+
+QWEN = ModelConfig(family="qwen3", vocab=61, width=32, layers=3, heads=4, kv_heads=2, head_dim=12, ff_width=48, qk_norm="head",
+                   tied=True)
+OLMO = dataclasses.replace(
+    QWEN, family="olmo3", qk_norm="all", norm_placement="post", tied=False, sliding=(True, False, True), sliding_window=5,
+    rope=Rope(5e4, "yarn", factor=4.0, original_positions=64, attention_factor=1.2), sliding_rope=Rope(7e3))
+YARN = dataclasses.replace(OLMO, rope=dataclasses.replace(OLMO.rope, truncate=False))
+LLAMA = dataclasses.replace(QWEN, family="llama", qk_norm="none", rope=Rope(3e4, "llama3", factor=4.0, original_positions=64))
+
+# Many programs, little arithmetic: what takes the time here is the compiler.
+QUICK = {"xla_backend_optimization_level": 0}
+logits = jax.jit(decoder.logits, static_argnums=1, compiler_options=QUICK)
+
+
+@functools.cache
+def params_of(config):
+  """Random weights whose norms and biases are not at their neutral start."""
+  params = jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(0))
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  return tree.unflatten([x + 0.2 * jax.random.normal(k, x.shape).astype(x.dtype) for x, k in zip(leaves, keys)])
+
+
+def tokens(rows, length, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).integers(0, QWEN.vocab, (rows, length)), jnp.int32)
+
+
+def test_init_agrees_with_the_declared_axes_and_shapes():
+  for config in (QWEN, OLMO, dataclasses.replace(QWEN, qkv_bias=True, param_dtype="bfloat16")):
+    params = jax.eval_shape(lambda key: decoder.init(config, key), jax.random.key(0))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), decoder.shapes(config))
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, a: x.ndim == len(a), params, decoder.axes(config))))
+
+
+@pytest.mark.parametrize("config", [QWEN, OLMO], ids=["qwen", "olmo"])
+def test_a_later_token_cannot_change_an_earlier_logit(config):
+  before = tokens(2, 16)
+  after = before.at[:, 9].add(1) % config.vocab
+  a, b = logits(params_of(config), config, before), logits(params_of(config), config, after)
+  np.testing.assert_array_equal(a[:, :9], b[:, :9])
+  assert np.all(np.max(np.abs(a[:, 9:] - b[:, 9:]), axis=-1)[:, 0] > 1e-3)
+
+
+@pytest.mark.parametrize("config", [QWEN, OLMO], ids=["qwen", "olmo"])
+def test_packed_and_padded_rows_equal_rows_alone(config):
+  a, b = tokens(1, 9, seed=1), tokens(1, 12, seed=2)
+  params = params_of(config)
+  alone = np.concatenate([logits(params, config, a), logits(params, config, b)], axis=1)
+  packed = jnp.concatenate([jnp.zeros((1, 3), jnp.int32), a, b, jnp.zeros((1, 4), jnp.int32)], axis=1)
+  segments = jnp.asarray([[0] * 3 + [1] * 9 + [2] * 12 + [0] * 4])
+  together = logits(params, config, packed, segment_ids_BT=segments)
+  np.testing.assert_allclose(together[:, 3:24], alone, atol=2e-5)
+  positions = jnp.asarray([[0] * 3 + list(range(9)) + list(range(12)) + [0] * 4])
+  explicit = logits(params, config, packed, positions_BT=positions, segment_ids_BT=segments)
+  np.testing.assert_array_equal(explicit[:, 3:24], together[:, 3:24])
+  assert np.all(np.isfinite(together))
+
+
+@pytest.mark.parametrize("config", [QWEN, OLMO, LLAMA], ids=["qwen", "olmo", "llama"])
+def test_cached_steps_equal_whole_rows(config):
+  """Left-padded prefill, then one token at a time, over more columns than the window."""
+  B, P, T = 3, 8, 14
+  pad = np.array([0, 3, 5])
+  row, params = tokens(B, T), params_of(config)
+  positions = jnp.maximum(jnp.arange(T)[None] - pad[:, None], 0)
+  valid = jnp.arange(T)[None] >= pad[:, None]
+  whole = jax.jit(decoder.hidden, static_argnums=1)(
+      params, config, row, positions_BT=positions, segment_ids_BT=valid.astype(jnp.int32))
+
+  extend = jax.jit(decoder.extend, static_argnums=1, donate_argnums=3)
+  cache = decoder.init_cache(config, B, T + 3)
+  out, cache = extend(params, config, row[:, :P], cache, start=0, positions_BT=positions[:, :P], valid_BT=valid[:, :P])
+  parts = [out]
+  for t in range(P, T):
+    out, cache = extend(params, config, row[:, t:t + 1], cache, start=t, positions_BT=positions[:, t:t + 1],
+                        valid_BT=valid[:, t:t + 1])
+    parts.append(out)
+  np.testing.assert_allclose(np.concatenate(parts, 1)[valid], np.asarray(whole)[valid], atol=3e-5)
+
+
+def test_decoding_updates_the_cache_in_place():
+  B, S = 4, 32
+  cache = jax.eval_shape(lambda: decoder.init_cache(QWEN, B, S))
+  one = jnp.zeros((B, 1), jnp.int32)
+  step = jax.jit(lambda p, c: decoder.extend(p, QWEN, one, c, start=5, positions_BT=one, valid_BT=one == 0), donate_argnums=1)
+  compiled = step.lower(decoder.shapes(QWEN), cache).compile()
+  cache_bytes = sum(x.size * x.dtype.itemsize for x in cache)
+  assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes
+  whole = ",".join(map(str, cache.k_LBSKH.shape))
+  assert not re.search(rf"f32\[{whole}\]\S* copy\(", compiled.as_text())
+
+
+def halves():
+  student, teacher = tokens(3, 10, seed=3), tokens(2, 15, seed=4)
+  teacher_segments = jnp.asarray([[1] * 15, [0] * 4 + [1] * 11])
+  return (student, None, None), (teacher, None, teacher_segments)
+
+
+@pytest.mark.parametrize("config", [QWEN, OLMO], ids=["qwen", "olmo"])
+@pytest.mark.parametrize("ema", [False, True], ids=["live", "ema"])
+def test_the_pair_equals_two_passes_and_only_the_policy_is_differentiated(config, ema):
+  params, (student, teacher) = params_of(config), halves()
+  teacher_params = jax.tree.map(lambda x: 0.9 * x, params) if ema else None
+
+  def pair_loss(params, teacher_params, remat="none"):
+    policy, teaching = decoder.hidden_pair(params, teacher_params, config, student, teacher, remat=remat)
+    return jnp.sum(jnp.sin(policy)) + jnp.sum(jnp.cos(teaching)), (policy, teaching)
+
+  def policy_loss(params):
+    return jnp.sum(jnp.sin(decoder.hidden(params, config, student[0])))
+
+  if ema:
+    (grads, teacher_grads), (policy, teaching) = jax.jit(jax.grad(pair_loss, argnums=(0, 1), has_aux=True))(
+        params, teacher_params)
+    assert all(not np.any(g) for g in jax.tree.leaves(teacher_grads))
+  else:
+    grads, (policy, teaching) = jax.jit(jax.grad(pair_loss, has_aux=True), static_argnums=1)(params, None)
+  expected = jax.jit(jax.grad(policy_loss))(params)
+  hidden = jax.jit(decoder.hidden, static_argnums=1)
+  np.testing.assert_allclose(policy, hidden(params, config, student[0]), atol=1e-5)
+  other = teacher_params if ema else params
+  np.testing.assert_allclose(teaching, hidden(other, config, teacher[0], segment_ids_BT=teacher[2]), atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.max(np.abs(b)))), grads, expected)
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_the_teacher_half_costs_one_forward_pass_and_no_residuals(remat):
+  """The compiler's own counts: pair = policy forward and backward + teacher forward."""
+  config, (student, teacher) = QWEN, halves()
+  shapes = decoder.shapes(config)
+  teacher = (tokens(32, 48), None, None)   # large, so that a backward pass over it could not hide
+
+  def cost(f):
+    compiled = jax.jit(f).lower(shapes).compile()
+    return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+  policy = lambda p: jnp.sum(decoder.hidden(p, config, student[0], remat=remat))
+  pair = lambda p: sum(jnp.sum(h) for h in decoder.hidden_pair(p, None, config, student, teacher, remat=remat))
+  policy_flops, _ = cost(jax.grad(policy))
+  teacher_flops, teacher_bytes = cost(lambda p: decoder.hidden(p, config, teacher[0]))
+  pair_flops, pair_bytes = cost(jax.value_and_grad(pair))
+  _, differentiated_bytes = cost(jax.grad(lambda p: jnp.sum(decoder.hidden(p, config, teacher[0]))))
+  assert pair_flops <= 1.05 * (policy_flops + teacher_flops), (pair_flops, policy_flops, teacher_flops)
+  assert pair_bytes < 0.7 * differentiated_bytes, (pair_bytes, teacher_bytes, differentiated_bytes)
+
+
+def test_rematerialisation_changes_memory_and_not_the_gradient():
+  row, params = tokens(4, 32), params_of(QWEN)
+  grad = lambda remat: jax.jit(jax.grad(
+      lambda p: jnp.sum(jnp.sin(decoder.hidden(p, QWEN, row, remat=remat))))).lower(params).compile()
+  plain, block = grad("none"), grad("block")
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.max(np.abs(a)))),
+               plain(params), block(params))
+  assert block.memory_analysis().temp_size_in_bytes < 0.8 * plain.memory_analysis().temp_size_in_bytes
+  with pytest.raises(ValueError, match="model.remat='all'"):
+    decoder.hidden(params, QWEN, row, remat="all")
+
+
+def test_program_size_does_not_grow_with_depth():
+  def size(layers):
+    config = dataclasses.replace(OLMO, layers=layers, sliding=(True,) * (layers - 1) + (False,))
+    f = lambda p, t: decoder.logits(p, config, t)
+    return len(jax.jit(f).lower(decoder.shapes(config), jax.ShapeDtypeStruct((2, 8), jnp.int32)).as_text().splitlines())
+
+  assert abs(size(3) - size(30)) <= 2
+
+
+@pytest.mark.parametrize("config", [QWEN, OLMO], ids=["qwen", "olmo"])
+def test_sharded_equals_unsharded(config):
+  """On data 2 x fsdp 2 x tensor 2, values and gradients; heads, vocabulary and width divide by 2 except the odd vocabulary."""
+  config = dataclasses.replace(config, vocab=64)
+  row, params = tokens(8, 12), params_of(config)
+  loss = lambda p, row: jnp.sum(jnp.sin(decoder.logits(p, config, row)))
+  value, grads = jax.jit(jax.value_and_grad(loss))(params, row)
+  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  where = sharding.named(mesh, decoder.axes(config))
+  with jax.set_mesh(mesh):
+    sharded = jax.device_put(params, where)
+    rows = jax.NamedSharding(mesh, sharding.spec("BT", sharding.ACTIVATIONS))
+    step = jax.jit(jax.value_and_grad(loss), in_shardings=(where, rows), out_shardings=(None, where))
+    sharded_value, sharded_grads = step(sharded, jax.device_put(row, rows))
+  assert sharded["layers"]["attn"]["q"].addressable_shards[0].data.shape == (3, 16, 2, 12)
+  np.testing.assert_allclose(sharded_value, value, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.max(np.abs(b)))), sharded_grads, grads)
+
+
+def test_the_pair_gathers_each_weight_once():
+  """Under fsdp: in the scan, one all-gather a weight of the block, as in one half alone, and one more in the backward pass."""
+  config = dataclasses.replace(QWEN, heads=8, kv_heads=8, vocab=64)
+  mesh = jax.make_mesh((1, 8, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  where = sharding.named(mesh, decoder.axes(config))
+  rows = jax.NamedSharding(mesh, sharding.spec("BT", sharding.ACTIVATIONS))
+  row = jax.ShapeDtypeStruct((16, 12), jnp.int32, sharding=rows)
+  split = sum("D" in a for a in jax.tree.leaves(decoder.axes(config)["layers"]))
+
+  def gathers(f):
+    with jax.set_mesh(mesh):
+      text = jax.jit(f, in_shardings=(where, rows, rows)).lower(decoder.shapes(config), row, row).compile().as_text()
+    return len(re.findall(r" all-gather(?:-start)?\(.*while/body", text))
+
+  pair = lambda p, a, b: decoder.hidden_pair(p, None, config, (a, None, None), (b, None, None), remat="block")
+  assert gathers(lambda p, a, b: decoder.hidden(p, config, a)) == split
+  assert gathers(pair) == split
+  assert gathers(jax.grad(lambda p, a, b: jnp.sum(pair(p, a, b)[0]))) == 2 * split
+
+
+def test_bfloat16_computes_norms_softmax_and_logits_in_float32():
+  config = dataclasses.replace(OLMO, dtype="bfloat16", param_dtype="bfloat16")
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params_of(OLMO))
+  row = tokens(2, 12)
+  jaxpr = str(jax.make_jaxpr(lambda p: decoder.logits(p, config, row))(params))
+  for name in ("exp", "rsqrt", "cos", "sin"):
+    results = re.findall(rf"(\w+)\[[\d,]*\] = {name}\b", jaxpr)
+    assert results and set(results) == {"f32"}, (name, results)
+  out = logits(params, config, row)
+  assert out.dtype == jnp.float32
+  assert decoder.init_cache(config, 1, 4).k_LBSKH.dtype == jnp.bfloat16
+  exact = logits(jax.tree.map(lambda x: x.astype(jnp.float32), params), OLMO, row)
+  assert 0 < np.max(np.abs(out - exact)) < 0.05 * np.max(np.abs(exact))
+  mixed = dataclasses.replace(config, param_dtype="float32")   # float32 weights, bfloat16 computation
+  grads = jax.grad(lambda p: jnp.sum(decoder.hidden(p, mixed, row).astype(jnp.float32)))(params_of(OLMO))
+  assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+
+
+# Every field of the configuration: what changing it alone does.
+CHANGED = {   # same weights, other output: (base, changes)
+    "norm_eps": (QWEN, dict(norm_eps=0.1)),
+    "rope": (QWEN, dict(rope=Rope(5e5))),
+    "sliding_rope": (OLMO, dict(sliding_rope=None)),
+    "sliding_window": (OLMO, dict(sliding_window=6)),
+    "sliding": (OLMO, dict(sliding=(True, True, True))),
+    "norm_placement": (QWEN, dict(norm_placement="post")),
+    "dtype": (QWEN, dict(dtype="bfloat16")),
+    "rope.theta": (QWEN, dict(rope=Rope(2e4))),
+    "rope.kind": (LLAMA, dict(rope=dataclasses.replace(LLAMA.rope, kind="yarn"))),
+    "rope.factor": (LLAMA, dict(rope=dataclasses.replace(LLAMA.rope, factor=8.0))),
+    "rope.original_positions": (LLAMA, dict(rope=dataclasses.replace(LLAMA.rope, original_positions=128))),
+    "rope.low_freq_factor": (LLAMA, dict(rope=dataclasses.replace(LLAMA.rope, low_freq_factor=2.0))),
+    "rope.high_freq_factor": (LLAMA, dict(rope=dataclasses.replace(LLAMA.rope, high_freq_factor=3.0))),
+    "rope.beta_fast": (YARN, dict(rope=dataclasses.replace(YARN.rope, beta_fast=4.0))),
+    "rope.beta_slow": (YARN, dict(rope=dataclasses.replace(YARN.rope, beta_slow=0.1))),
+    "rope.truncate": (YARN, dict(rope=dataclasses.replace(YARN.rope, truncate=True))),
+    "rope.attention_factor": (OLMO, dict(rope=dataclasses.replace(OLMO.rope, attention_factor=1.0))),
+}
+RESHAPED = dict(vocab=62, width=36, layers=4, heads=8, kv_heads=4, head_dim=14, ff_width=50, qk_norm="all", qkv_bias=True,
+                tied=False, param_dtype="bfloat16")
+NOT_IN_THE_FUNCTION = {"family", "max_positions", "bos_id", "eos_ids", "pad_id"}
+
+
+def test_every_field_is_accounted_for():
+  fields = {f.name for f in dataclasses.fields(ModelConfig)} | {f"rope.{f.name}" for f in dataclasses.fields(Rope)}
+  assert fields == set(CHANGED) | set(RESHAPED) | NOT_IN_THE_FUNCTION
+
+
+@pytest.mark.parametrize("field", CHANGED)
+def test_each_field_alone_changes_the_output(field):
+  base, changes = CHANGED[field]
+  row = tokens(1, 24)
+  before = logits(params_of(base), base, row)
+  after = logits(params_of(base), dataclasses.replace(base, **changes), row)
+  assert np.max(np.abs(before - after)) > 1e-3
+
+
+@pytest.mark.parametrize("field", RESHAPED)
+def test_each_size_alone_changes_the_weights(field):
+  describe = lambda c: jax.tree.map(lambda x: (x.shape, x.dtype), decoder.shapes(c))
+  assert describe(dataclasses.replace(QWEN, **{field: RESHAPED[field]})) != describe(QWEN)
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(family="gpt2"), "model.family='gpt2'"), (dict(kv_heads=3), "model.kv_heads=3"), (dict(head_dim=11), "model.head_dim=11"),
+    (dict(qk_norm="yes"), "model.qk_norm='yes'"), (dict(dtype="int8"), "model.dtype='int8'"),
+    (dict(sliding=(True,)), "model.sliding names 1 layers"), (dict(sliding=(True,) * 3), "model.sliding_window=None")])
+def test_impossible_configurations_are_named(changes, words):
+  with pytest.raises(ValueError, match=re.escape(words)):
+    dataclasses.replace(QWEN, **changes)
