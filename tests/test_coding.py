@@ -214,7 +214,7 @@ def _check_mbpp(sandbox, count):
     return sandbox.run(program, [TestCase(**t) for t in task.data["tests"]], task.data["fn_name"], Limits(time_s=time_s, memory_mb=1024), max_failures=1)
 
   with concurrent.futures.ThreadPoolExecutor(2) as threads:
-    verdicts = list(threads.map(lambda task: judge(task, task.solution, 2.0), tasks))
+    verdicts = list(threads.map(lambda task: judge(task, task.solution, 10.0), tasks))
     assert not [(t.id, v.feedback) for t, v in zip(tasks, verdicts) if not v.passed]
     mutants = [(row, task, kind, source) for row, task in zip(rows, tasks) for kind, source in _mutants(task.solution, task.data["fn_name"]).items()]
     asked = [m for m in mutants if m[2] != "loop"]   # how a loop ends is known

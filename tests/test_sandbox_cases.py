@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from sandbox_host import Host, check_text, descendants
+from tests.sandbox_host import Host, check_text, descendants
 from sdpo_jax.envs.jail_worker import installed
 from sdpo_jax.envs.sandbox import Limits, Sandbox, TestCase
 

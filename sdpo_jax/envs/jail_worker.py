@@ -129,8 +129,13 @@ def _shared_objects(directory: str) -> list[str]:
   return glob.glob(os.path.join(directory, "lib*.so*"))
 
 
+def _own(layout: Layout, directory: str) -> bool:
+  """Whether the directory is a self-contained Python's own, which holds more than shared libraries."""
+  return layout.prefix != "/usr" and directory.startswith(layout.prefix + "/lib")
+
+
 def _plain_view(layout: Layout) -> _View:
-  libraries = [p for d in layout.libraries for p in (_shared_objects(d) if d.startswith(layout.prefix + "/lib") else [d])]
+  libraries = [p for d in layout.libraries for p in (_shared_objects(d) if _own(layout, d) else [d])]
   return _View([layout.executable], str(_JAIL), layout.stdlib, list(layout.packages),
                [*libraries, *[p for p in ["/etc/ld.so.cache", *_DEVICES] if os.path.exists(p)], *layout.packages])
 
@@ -145,24 +150,25 @@ def _bubblewrap_view(layout: Layout, uid: int, with_proc: bool) -> _View:
              "--hostname", "sandbox", "--cap-drop", "ALL"]
   # Root gives each worker a uid of its own and needs no user namespace; anyone else needs one for the other namespaces.
   command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if uid else ["--unshare-user"]
-  for directory in ("/py", "/py/bin", "/packages"):  # made here, else they take the mode of what is bound below, maybe 0700
-    command += ["--perms", "0755", "--dir", directory]
-  command += ["--ro-bind", layout.executable, "/py/bin/python", "--ro-bind", str(_JAIL), "/jail.py"]
-  readable = list(_DEVICES)
+  readable, bound = list(_DEVICES), [(layout.executable, "/py/bin/python"), (str(_JAIL), "/jail.py")]
   if layout.prefix == "/usr":
-    command += ["--ro-bind", layout.stdlib, stdlib]
+    bound.append((layout.stdlib, stdlib))
     libraries = list(layout.libraries)
   else:  # the shared libraries of a self-contained Python lie beside its standard library
-    command += ["--ro-bind", os.path.join(layout.prefix, sys.platlibdir), home]
+    bound.append((os.path.join(layout.prefix, sys.platlibdir), home))
     readable += [p.replace(os.path.join(layout.prefix, sys.platlibdir), home, 1)
                  for p in _shared_objects(os.path.join(layout.prefix, sys.platlibdir))]
-    libraries = [d for d in layout.libraries if not d.startswith(layout.prefix + "/lib")]
+    libraries = [d for d in layout.libraries if not _own(layout, d)]
+  packages = ["/packages/" + os.path.basename(p) for p in layout.packages]
+  bound += [*zip(layout.packages, packages), *[(p, p) for p in libraries + [layout.loader] if p]]
+  # Made here: those that bubblewrap makes on its own only root may enter.
+  for directory in sorted({str(parent) for _, there in bound for parent in pathlib.PurePosixPath(there).parents} - {"/"}):
+    command += ["--perms", "0755", "--dir", directory]
+  for here, there in bound:
+    command += ["--ro-bind", here, there]
   for name in ("site-packages", "dist-packages"):
     if os.path.isdir(os.path.join(layout.stdlib, name)):
       command += ["--tmpfs", f"{stdlib}/{name}"]
-  packages = ["/packages/" + os.path.basename(p) for p in layout.packages]
-  for here, there in [*zip(layout.packages, packages), *[(p, p) for p in libraries + [layout.loader] if p]]:
-    command += ["--ro-bind", here, there]
   command += ["--tmpfs", "/dev"]
   for device in _DEVICES:
     command += ["--dev-bind", device, device]

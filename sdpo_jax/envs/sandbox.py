@@ -42,12 +42,18 @@ _CANARY = '''
 import ctypes, os, socket
 def fork():
   if os.fork() == 0: os._exit(0)
+def execute():
+  try:
+    os.execv("/none", ["none"])
+  except FileNotFoundError:
+    pass
 def ptrace():
   if ctypes.CDLL(None).ptrace(0, 0, 0, 0) < 0: raise OSError
-tries = {"fork": fork, "ptrace": ptrace, "exec": lambda: os.execv("/bin/true", ["true"]), "socket": socket.socket,
+tries = {"fork": fork, "exec": execute, "socket": socket.socket,
          "kill": lambda: os.kill(os.getppid(), 0), "write": lambda: open("/tmp/canary", "w"), "mkdir": lambda: os.mkdir("/tmp/canary"),
          "memfd": lambda: os.memfd_create("canary"), "limits": lambda: __import__("resource").prlimit(os.getppid(), 7),
-         "read": lambda: open("/etc/passwd"), "list": lambda: os.listdir("/"), "see": lambda: os.stat("/etc/passwd")}
+         "read": lambda: open("/etc/passwd"), "list": lambda: os.listdir("/"), "see": lambda: os.stat("/etc/passwd"),
+         "ptrace": ptrace}
 done = []
 for name in tries:
   try:

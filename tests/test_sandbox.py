@@ -1,0 +1,363 @@
+"""The sandbox's contract: kinds, feedback text, limits, failures of our own, and that the caller is never forked."""
+
+import concurrent.futures
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from tests.sandbox_host import check_text, descendants
+from sdpo_jax.envs import jail_worker, sandbox as sandbox_module, verdict as verdict_module
+from sdpo_jax.envs.sandbox import KINDS, Limits, Sandbox, TestCase
+from sdpo_jax.envs.verdict import clean, cut, same_text, same_value
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+  with Sandbox(workers=2) as pool:
+    yield pool
+
+
+def kind(sandbox, program, given="", output="", **kw):
+  return sandbox.run(program, [TestCase(given, output)], **kw).kind
+
+
+# Comparison, on the host.
+
+@pytest.mark.parametrize("output, expected, same", [
+    ("1 2\n", "1 2", True), ("1 2  \n\n", "1 2", True), (" 1\t2", "1 2", True), ("1\n2", "1 2", False), ("a  b", "a b", False),
+    ("1.0 2", "1 2.00", True), ("1e3", "1000", True), ("0.30000000000000004", "0.3", False), ("-0", "0", True), ("1,2", "1, 2", False),
+    ("", "", True), ("", "0", False), ("nan", "nan", True), ("NaN", "nan", False), ("sNaN", "1", False), ("Infinity", "inf", True),
+    ("Yes", "YES", False), ("5-", "5", False), ("1\n\n2", "1\n2", False), ("9" * 10_000_000, "8", False), ("1e999999999", "5", False)])
+def test_same_text(output, expected, same):
+  start = time.monotonic()
+  assert same_text(output, expected) is same
+  assert time.monotonic() - start < 1.0
+
+
+def _nested(depth):
+  value = []
+  for _ in range(depth):
+    value = [value]
+  return value
+
+
+@pytest.mark.parametrize("value, expected, same", [
+    (1, 1.0, True), (True, 1, False), (1, True, False), (True, True, True), (None, None, True), (None, 0, False), ("1", 1, False),
+    ([1, [2, 3]], [1, [2, 3]], True), ([1, 2], [2, 1], False), ([], {}, False), ({"a": [1]}, {"a": [1]}, True), ({"a": 1}, {"a": 1, "b": 2}, False),
+    (float("nan"), float("nan"), False), (2 ** 53 + 1, float(2 ** 53), False), ([True], [1], False), (_nested(5000), _nested(5000), True)])
+def test_same_value(value, expected, same):
+  assert same_value(value, expected) is same
+
+
+# Verdicts.
+
+def test_verdict_of_each_failing_test(sandbox):
+  program = "x = input()\nif x == 'boom':\n  raise ValueError('no ' + x)\nprint(x)"
+  right, wrong, boom = TestCase("a", "a"), TestCase("a", "b"), TestCase("boom", "boom")
+  passed = sandbox.run(program, [right, right])
+  assert passed.passed and passed.kind == "passed" and passed.feedback == "" and passed.number == 2 and len(passed.tests) == 2
+  verdict = sandbox.run(program, [right, wrong, boom, wrong])
+  assert verdict.kind == "wrong_answer" and [t.kind for t in verdict.tests] == ["passed", "wrong_answer", "runtime_error"]
+  assert verdict.feedback == "Test 2: wrong answer\nInput: a\nOutput: a\nExpected: b"
+  verdict = sandbox.run(program, [right, boom, wrong])
+  assert verdict.kind == "runtime_error" and len(verdict.tests) == 2
+  error = verdict.tests[1].error
+  assert (error.type, error.message, error.line, error.source) == ("ValueError", "no boom", 3, "raise ValueError('no ' + x)")
+  assert verdict.feedback == "Test 2: runtime error\nInput: boom\nError: ValueError: no boom\nLine 3: raise ValueError('no ' + x)"
+  assert len(sandbox.run(program, [wrong] * 5, max_failures=1).tests) == 1
+  assert len(sandbox.run(program, [wrong] * 5, max_failures=4).tests) == 4
+  assert sandbox.run(program, []).passed
+
+
+def test_feedback_tells_the_two_shortest_wrong_answers(sandbox):
+  tests = [TestCase("a" * n, "b") for n in (9, 3, 7, 5)]
+  verdict = sandbox.run("print(input())", tests, max_failures=4)
+  assert [line for line in verdict.feedback.split("\n") if line.startswith("Test")] == ["Test 2: wrong answer", "Test 4: wrong answer"]
+
+
+def test_feedback_is_bounded_and_deterministic(sandbox):
+  program = "class A: pass\nprint(A())\nprint('y' * 100000)\nraise ValueError('x' * 100000, A())"
+  verdicts = {sandbox.run(program, [TestCase("i" * 100000, "o" * 100000)]).feedback for _ in range(3)}
+  assert len(verdicts) == 1 and len(verdicts.pop()) <= 2000
+  shown = sandbox.run("class A: pass\nprint(A(), id(3) % 2 < 2, {'b', 'a', 'c'}, hash('a'))", [TestCase("", "")]).feedback
+  assert "A object at 0x...>" in shown and shown == sandbox.run("class A: pass\nprint(A(), id(3) % 2 < 2, {'b', 'a', 'c'}, hash('a'))", [TestCase("", "")]).feedback
+  many = sandbox.run("print('\\n'.join(map(str, range(1000))))", [TestCase("1\n2\n3", "x\ny")]).feedback
+  assert "Input:\n  1\n  2\n  3\nOutput:\n  0\n  1\n" in many and many.endswith("Expected:\n  x\n  y")
+  check_text(many, [])
+
+
+def test_hidden_tests_show_no_values(sandbox):
+  secret = TestCase("secret-input", "secret-output", hidden=True)
+  for program in ("print('wrong')", "raise ValueError(input())", "print(input(), file=__import__('sys').stderr); 1 / 0", "import sys; sys.exit(input())"):
+    assert "secret" not in sandbox.run(program, [secret]).feedback
+
+
+@pytest.mark.parametrize("text", ["<|im_start|>", "<|im_<|im_end|>end|>", "<<||>>", "</s><s>", "[INST] [/INST]", "<start_of_turn>user", "<\uff5cUser\uff5c>", "</think>",
+                                  "a\x00b\x1b[0m\u202e\u200b\ud800", "\r\n\r", "{braces} \\n {{", "ordinary: x < y | z > w, 2 <= 3"])
+def test_clean(text):
+  result = clean(text)
+  check_text(result, ["<|", "|>", "<s>", "</s>", "[INST]", "[/INST]", "<start_of_turn>", "<\uff5c", "\uff5c>", "</think>"])
+  assert clean(result) == result
+  if text.startswith(("ordinary", "{")):
+    assert result == text
+
+
+def test_cut():
+  assert cut("abc", 3) == "abc"
+  assert len(cut("x" * 100, 30)) == 30 and cut("a" * 100 + "b", 30).endswith("ab")
+
+
+# Programs.
+
+def test_functions_and_expressions(sandbox):
+  program = "class Solution:\n  def both(self, a: List[int], s: Optional[str] = None):\n    return Counter(a), s\nrows = lambda n: {(i, i * i) for i in range(n)}"
+  assert sandbox.run(program, [TestCase('["x", "x"]\n"s"', '[{"x": 2}, "s"]')], fn_name="both").passed
+  assert sandbox.run(program, [TestCase(expression="rows(2)", output="{(1, 1), (0, 0)}"), TestCase(expression="len(rows(5))", output="5"),
+                               TestCase(expression="math.sqrt(2)", output="1.4142", compare="isclose", rel_tol=1e-4),
+                               TestCase(expression="[2, 1, 1]", output="(1, 2)", compare="set"), TestCase(expression="{1: b'x', None: 2j}", output="{1: b'x', None: 2j}"),
+                               TestCase(expression="frozenset([()])", output="{()}")]).passed
+  verdict = sandbox.run(program, [TestCase(expression="rows(1)", output="{(0, 1)}")])
+  assert verdict.feedback == "Test 1: wrong answer\nInput: rows(1)\nOutput: {(0, 0)}\nExpected: {(0, 1)}"
+  assert sandbox.run(program, [TestCase(expression="rows", output="1")]).kind == "format"
+  assert sandbox.run(program, [TestCase(expression="nothing(1)", output="1")], fn_name="nothing").feedback == (
+      "Test 1: wrong form\nReason: the program defines no function nothing\nInput: nothing(1)")
+  assert sandbox.run("def f(x): return x + 1", [TestCase("1", "2")], fn_name="g").kind == "format"
+  numpy = "import numpy as np\ndef f(x): return np.int64(x)"
+  if jail_worker.installed("numpy"):
+    assert sandbox.run(numpy, [TestCase("1", "1")], fn_name="f").passed
+    assert sandbox.run("import numpy.linalg, numpy.fft, numpy as np\nprint(np.linalg.det(np.eye(2)), np.random.default_rng(0).integers(2, 3))", [TestCase("", "1.0 2")]).passed
+
+
+@pytest.mark.parametrize("source, error, line", [
+    ("def f(:\n  pass", "SyntaxError", 1), ("x = 1\n  y = 2", "IndentationError", 2), ("x = (1,\n", "SyntaxError", 1), ("import json\njson.loads('{')", "JSONDecodeError", 2),
+    ("def f(x):\n  return f(x)\nf(1)", "RecursionError", 2), ("x = 'a", "SyntaxError", 1), ("try:\n  1/0\nexcept Exception as e:\n  raise KeyError(2) from e", "KeyError", 4),
+    ("import sys\nsys.exit('bye')", "SystemExit", 2), ("def g():\n  yield\n  raise StopIteration\nlist(g())", "RuntimeError", 4), ("raise ExceptionGroup('many', [ValueError(1)])", "ExceptionGroup", 1)])
+def test_errors_name_the_line(sandbox, source, error, line):
+  result = sandbox.run(source, [TestCase("", "")]).tests[0]
+  assert (result.kind, result.error.type) == ("runtime_error", error)
+  if error != "RuntimeError":
+    assert result.error.line == line and result.error.source == source.split("\n")[line - 1].strip()
+
+
+@pytest.mark.parametrize("isolation", ["bubblewrap", "landlock"])
+def test_ordinary_programs(isolation):
+  """What contest programs do besides computing; each prints ok."""
+  try:
+    pool = Sandbox(workers=1, isolation=isolation)
+  except RuntimeError as e:
+    pytest.skip(str(e))
+  programs = (
+      "import sys\nsys.stdout.write('ok')", "import os\nos.write(1, b'ok')", "import atexit\natexit.register(print, 'ok')", "print('ok')\nexit()", "print('ok')\nquit(0)",
+      "import asyncio\nasync def f():\n  await asyncio.sleep(0.001)\n  return 'ok'\nprint(asyncio.run(f()))", "import threading\nthreading.Timer(.01, print, ['ok']).start()",
+      "import concurrent.futures as c\nwith c.ThreadPoolExecutor(4) as p: print(*p.map(str, ['ok']))", "import sys\nprint('o', end='')\nsys.stdout.flush()\nprint('k')",
+      "import io, os, sys\nsys.stdin = io.BytesIO(os.read(0, 100))\nprint('ok')", "import sys\nfor line in open('/dev/stdin'): pass\nprint('ok')", "import sys\nassert sys.stdin.buffer.read() == b'x'\nprint('ok')",
+      "import signal\nsignal.signal(signal.SIGALRM, lambda *a: print('ok') or exit())\nsignal.alarm(1)\nsignal.pause()", "import sqlite3, ssl, decimal, hashlib, zlib, lzma, bz2, csv, xml.dom, email, unittest\nprint('ok')",
+      "import subprocess, multiprocessing, socket, tempfile, shutil, glob, getpass\nprint('ok')", "import inspect, pickle, pprint, textwrap, traceback, logging, datetime, zoneinfo, statistics, array\nprint('ok')",
+      "import sys\nsys.setrecursionlimit(10**6)\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\nassert f(50000) == 50000\nprint('ok')", "from dataclasses import dataclass\n@dataclass\nclass A: x: int\nimport pickle\nassert pickle.loads(pickle.dumps(A(1))) == A(1)\nprint('ok')",
+      "import resource\nassert resource.getrlimit(resource.RLIMIT_STACK)[0] >= 256 << 20\nprint('ok')", "import time, os\ntime.sleep(0.001)\nassert os.cpu_count() and os.getpid() and os.urandom(3)\nprint('ok')")
+  with pool:
+    for program in programs:
+      verdict = pool.run(program, [TestCase("x", "ok")])
+      assert verdict.passed, (program, verdict.feedback)
+
+
+def test_time_limit_is_punctual(sandbox):
+  """CPU time decides; the verdict comes within 20 ms of it where a core is free, and here wherever it was given the time."""
+  for program in ("while True: pass", "import hashlib\nwhile True: hashlib.sha256(bytes(10**5)).digest()"):
+    result = sandbox.run(program, [TestCase("", "")], limits=Limits(time_s=0.3)).tests[0]
+    assert result.kind == "time_limit" and 0.3 <= result.cpu_s < 0.33
+  result = sandbox.run("import time\ntime.sleep(9)", [TestCase("", "")], limits=Limits(time_s=0.1)).tests[0]
+  assert result.kind == "time_limit" and 2.1 <= result.wall_s < 2.4 and result.cpu_s < 0.1
+
+
+# Our own failures.
+
+def _zygotes(pool):
+  return [worker for slot in pool._slots for worker in slot._workers.values()]
+
+
+def test_worker_killed_from_outside_costs_nothing():
+  with Sandbox(workers=1) as pool:
+    worker, = _zygotes(pool)
+    signal.pidfd_send_signal(worker._pidfd, signal.SIGKILL)   # idle
+    time.sleep(0.05)
+    assert kind(pool, "print(1)", output="1") == "passed"
+    worker, = _zygotes(pool)
+    threading.Timer(0.2, signal.pidfd_send_signal, [worker._pidfd, signal.SIGKILL]).start()   # at work
+    assert kind(pool, "import time\ntime.sleep(0.5)\nprint(1)", output="1") == "passed"
+
+
+class _Dies:
+  """A worker that is lost at every program but the trivial one."""
+
+  def __init__(self, worker, silent, trivial):
+    self._worker, self._silent, self._trivial = worker, silent, trivial
+
+  def __getattr__(self, name):
+    return getattr(self._worker, name)
+
+  def run(self, program_fd, *rest):
+    if self._trivial and os.pread(program_fd, 100, 0) == b"print(input())":
+      return self._worker.run(program_fd, *rest)
+    raise jail_worker.WorkerLost("gone", silent=self._silent)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("trivial, expected", [(True, "contained"), (False, "sandbox_failed")])
+def test_contained_or_our_fault(monkeypatch, silent, trivial, expected):
+  with Sandbox(workers=1) as pool:
+    pool._slots[0].discard()
+    start = pool._slots[0]._start
+    monkeypatch.setattr(pool._slots[0], "_start", lambda *a: _Dies(start(*a), silent, trivial))
+    verdict = pool.run("print(1)", [TestCase("", "1"), TestCase("", "1")])
+    assert verdict.kind == expected and not verdict.passed and len(verdict.tests) == 1
+    monkeypatch.undo()
+    pool._slots[0].discard()
+    assert kind(pool, "print(1)", output="1") == "passed"
+
+
+def test_no_worker_or_no_memory_is_our_fault(monkeypatch):
+  with Sandbox(workers=1) as pool:
+    pool._slots[0].discard()
+    with monkeypatch.context() as patch:
+      patch.setattr(pool._slots[0], "_start", lambda *a: (_ for _ in ()).throw(OSError(12, "no memory")))
+      verdict = pool.run("print(1)", [TestCase("", "1")])
+      assert verdict.kind == "sandbox_failed" and "no memory" in verdict.feedback
+    def full(*_):
+      raise OSError(28, "No space left on device")
+    for name in ("memory_file",):
+      with monkeypatch.context() as patch:
+        patch.setattr(sandbox_module, name, full)
+        assert kind(pool, "print(1)", output="1") == "sandbox_failed"
+    with monkeypatch.context() as patch:
+      patch.setattr(jail_worker, "memory_file", full)
+      assert kind(pool, "print(1)", output="1") == "sandbox_failed"
+    assert kind(pool, "print(1)", output="1") == "passed"
+
+
+def test_missing_bubblewrap(monkeypatch, caplog):
+  monkeypatch.setattr(shutil, "which", lambda name: None)
+  sandbox_module._warn.cache_clear()
+  with pytest.raises(RuntimeError, match="bwrap is not installed"):
+    Sandbox(workers=1, isolation="bubblewrap")
+  with Sandbox(workers=1) as pool:
+    assert pool.isolation == "landlock"
+    assert kind(pool, "print(1)", output="1") == "passed"
+  assert len([r for r in caplog.records if "WEAKER" in r.message and "bwrap is not installed" in r.message]) == 1
+
+
+def test_weak_isolation_only_by_name(monkeypatch):
+  with pytest.raises(ValueError, match="isolation='docker' is unknown"):
+    Sandbox(isolation="docker")
+  with pytest.raises(ValueError, match="workers=0"):
+    Sandbox(workers=0)
+  monkeypatch.setattr(sandbox_module, "_try_canaries", lambda worker, isolation: (_ for _ in ()).throw(jail_worker.WorkerLost("a program could fork")))
+  before = descendants()
+  with pytest.raises(RuntimeError, match="a program could fork"):
+    Sandbox(workers=1)
+  assert descendants() == before
+  monkeypatch.undo()
+  for isolation in ("seccomp", "unsafe"):
+    with Sandbox(workers=1, isolation=isolation) as pool:
+      assert pool.isolation == isolation and kind(pool, "print(1)", output="1") == "passed"
+
+
+def test_canaries_notice_a_hole():
+  """The probe of a stronger isolation refuses a worker of a weaker one."""
+  with Sandbox(workers=1, isolation="unsafe") as pool:
+    with pytest.raises(jail_worker.WorkerLost, match="could exec, fork, .*ptrace, read"):
+      sandbox_module._try_canaries(_zygotes(pool)[0], "bubblewrap")
+
+
+def test_closed_and_interrupted():
+  pool = Sandbox(workers=1)
+  with concurrent.futures.ThreadPoolExecutor(1) as threads:
+    running = threads.submit(kind, pool, "import time\ntime.sleep(5)")
+    time.sleep(0.2)
+    pool.close()
+    assert running.result(timeout=3) == "sandbox_failed"
+  with pytest.raises(RuntimeError, match="closed"):
+    pool.run("print(1)", [])
+  pool.close()
+
+
+def test_caller_is_never_forked_and_dies_alone():
+  """In a process of its own: no fork hook runs, no heavy import, and killing it leaves no worker."""
+  code = textwrap.dedent("""
+      import os, sys, time
+      forks = []
+      os.register_at_fork(before=lambda: forks.append(1))
+      from sdpo_jax.envs.sandbox import Sandbox, TestCase
+      pool = Sandbox(workers=2)
+      assert pool.run("print(1)", [TestCase("", "1")]).passed
+      assert not forks and "jax" not in sys.modules and "numpy" not in sys.modules
+      print("ready", flush=True)
+      pool.run("while True: pass", [TestCase("", "1")])
+  """)
+  before = descendants()
+  with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    below = descendants() - before
+    assert len(below) >= 4   # the caller, two workers, one test; bubblewrap's own
+    process.kill()
+  deadline = time.monotonic() + 5
+  alive = lambda: {p for p in below if os.path.exists(f"/proc/{p}") and open(f"/proc/{p}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"}
+  while alive() and time.monotonic() < deadline:
+    time.sleep(0.02)
+  assert not alive()
+
+
+def test_many_threads_share_few_workers(sandbox):
+  def job(i):
+    return sandbox.run("a = int(input())\nprint(a * a)", [TestCase(str(i), str(i * i))]).passed
+  with concurrent.futures.ThreadPoolExecutor(16) as threads:
+    assert all(threads.map(job, range(200)))
+
+
+def test_kinds_are_the_contract():
+  assert KINDS == ("passed", "wrong_answer", "runtime_error", "time_limit", "memory_limit", "output_limit", "format", "contained", "sandbox_failed")
+  for name in KINDS[1:]:
+    result = verdict_module.TestResult(input="1", output="2", expected="3", kind=name)
+    assert verdict_module.describe(result, 1, Limits()).startswith("Test 1: ")
+
+
+@pytest.mark.slow
+def test_ten_thousand_programs_leave_nothing():
+  before, descriptors = descendants(), len(os.listdir("/proc/self/fd"))
+  with Sandbox(workers=2) as pool:
+    workers = descendants() - before
+    def job(i):
+      if i % 50 == 0:
+        program, want = ("import os\nwhile True: os.fork()", "runtime_error") if i % 100 else ("print('x' * 10 ** 8)", "output_limit")
+      elif i % 50 == 25:
+        program, want = "b = bytearray(10 ** 10)", "memory_limit"
+      else:
+        program, want = f"print({i})", "passed"
+      return kind(pool, program, output=str(i), limits=Limits(time_s=2.0, memory_mb=256, output_kb=64)) == want
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+      assert all(threads.map(job, range(10_000)))
+    assert len(descendants() - before) == len(workers)
+  assert descendants() == before and len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.slow
+def test_same_verdicts_beside_six_hogs():
+  programs = [("print(1)", "passed"), ("print(2)", "wrong_answer"), ("1/0", "runtime_error"), ("while True: pass", "time_limit"),
+              ("s = 0\nfor i in range(5_000_000): s += i\nprint(1)", "passed"), ("import time\ntime.sleep(0.3)\nprint(1)", "passed")]
+  hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(6)]
+  try:
+    with Sandbox(workers=2) as pool, concurrent.futures.ThreadPoolExecutor(4) as threads:
+      got = list(threads.map(lambda p: kind(pool, p[0], output="1", limits=Limits(time_s=1.5)), programs * 5))
+  finally:
+    for hog in hogs:
+      hog.kill()
+      hog.wait()
+  assert got == [want for _, want in programs] * 5
