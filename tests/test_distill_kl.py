@@ -10,6 +10,7 @@ import pytest
 from sdpo_jax.kernels import distill_kl_ref
 from sdpo_jax.kernels import distill_kl_xla
 from sdpo_jax.kernels.distill_kl import distill_kl
+from sdpo_jax.kernels.distill_kl import distill_kl_sharded
 
 ALPHAS = (0, 0.2, 0.5, 1)
 
@@ -57,8 +58,8 @@ def check(got, want, value_tolerance=2e-5, gradient_tolerance=1e-4):
 @pytest.fixture
 def small_blocks(monkeypatch):
   """Blocks of 128 entries or 8 tokens, so that small problems have several and a ragged last one."""
-  monkeypatch.setattr(distill_kl_xla, "VOCABULARY_BLOCK_ENTRIES", 1)
-  monkeypatch.setattr(distill_kl_xla, "TOKEN_BLOCK_ENTRIES", 1)
+  monkeypatch.setattr(distill_kl_xla, "CPU_BLOCK_ENTRIES", 1)
+  monkeypatch.setattr(distill_kl_xla, "BLOCK_ENTRIES", 1)
 
 
 def test_by_hand():
@@ -77,3 +78,13 @@ def test_by_hand():
 def test_values_and_gradients(alpha, blocks, small_blocks):
   args = problem(21, 128, 256, 391, scale=3.0)
   check(run(distill_kl_xla.distill_kl, *args, alpha=alpha, temperature=0.7, blocks=blocks), exact(*args, alpha=alpha, temperature=0.7))
+
+
+@pytest.mark.parametrize("alpha", (0, 0.5, 1))
+@pytest.mark.parametrize("mesh_shape", ((2, 2, 2), (1, 1, 8), (1, 2, 4)))
+def test_sharded_equals_unsharded(alpha, mesh_shape, small_blocks):
+  """X = 21 divides by no mesh: it is padded. Gradients of both heads' layouts, float32."""
+  mesh = jax.make_mesh(mesh_shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  args = problem(21, 64, 32, 8 * 131, scale=3.0)
+  check(run(functools.partial(distill_kl_sharded, mesh=mesh), *args, alpha=alpha, temperature=0.7),
+        run(distill_kl_ref.distill_kl, *args, alpha=alpha, temperature=0.7), 3e-6, 3e-6)

@@ -9,25 +9,70 @@ temperature divides both sides' logits and applies to every output.
 weights_X, if given, promises that divergence_X will only ever be differentiated with cotangents c * weights_X (c any
 scalar), which lets an implementation make the gradient in the forward pass; a broken promise gives NaN gradients.
 All implementations but "reference" never hold X x V logits (but for sizes where those are a few MB).
+None chooses: "pallas_tpu" on TPU where it applies and the logits are worth avoiding, else "xla". Where several devices
+share the arrays, use distill_kl_sharded: XLA cannot split a Pallas kernel by itself.
 Errors: ValueError for an unknown implementation, alpha outside [0, 1] or temperature <= 0; AssertionError while
 tracing for shapes that disagree.
 """
 
 import functools
 import logging
+import math
 
 import jax
+import jax.numpy as jnp
 
 from sdpo_jax.kernels import distill_kl_ref
+from sdpo_jax.kernels import distill_kl_tpu
 from sdpo_jax.kernels import distill_kl_xla
 from sdpo_jax.kernels.distill_kl_ref import DistillKL
+from sdpo_jax.kernels.distill_kl_sweeps import distill
+from sdpo_jax.kernels.distill_kl_sweeps import Layout
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 
 
 def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, alpha, temperature=1.0,
                weights_X=None, implementation=None) -> DistillKL:
   """Divergence, log-probabilities of the target under policy and teacher, and the policy's entropy, per token."""
+  arrays = student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X
+  _check(*arrays, weights_X, alpha, temperature)
+  name = _choose(implementation, arrays, X=target_X.shape[0], V=student_head_DV.shape[1])
+  if name == "reference":
+    return distill_kl_ref.distill_kl(*arrays, alpha=alpha, temperature=temperature)
+  if name == "pallas_tpu":
+    return distill_kl_tpu.distill_kl(*arrays, alpha=alpha, temperature=temperature)
+  return distill_kl_xla.distill_kl(*arrays, alpha=alpha, temperature=temperature, weights_X=weights_X)
+
+
+def distill_kl_sharded(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, mesh, alpha,
+                       temperature=1.0, implementation=None, token_axes=("data", "fsdp"), vocabulary_axis="tensor",
+                       head_axis="fsdp") -> DistillKL:
+  """The same over a mesh: tokens split over token_axes, heads over (head_axis, vocabulary_axis); same values, same gradients."""
+  arrays = student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X
+  _check(*arrays, None, alpha, temperature)
+  (X, D), V = student_hidden_XD.shape, student_head_DV.shape[1]
+  token_shards, vocabulary_shards = math.prod(mesh.shape[a] for a in token_axes), mesh.shape[vocabulary_axis]
+  if V % vocabulary_shards or D % mesh.shape[head_axis]:
+    raise ValueError(f"a head of {D} x {V} does not divide over mesh axes {head_axis}={mesh.shape[head_axis]}, "
+                     f"{vocabulary_axis}={vocabulary_shards}")
+  rows, V = -(-X // token_shards), V // vocabulary_shards
+  name = _choose(implementation, arrays, X=rows, V=V)
+  if name == "reference":
+    raise ValueError("implementation='reference' has no sharded form of its own: call distill_kl")
+  if name == "pallas_tpu":
+    shapes = [jax.ShapeDtypeStruct((rows, a.shape[1]) if i % 2 == 0 else (a.shape[0], V), a.dtype)
+              for i, a in enumerate(arrays[:4])]
+    module, plan = distill_kl_tpu, distill_kl_tpu.make_plan(*shapes, alpha, temperature)
+  else:
+    module, plan = distill_kl_xla, distill_kl_xla.vocabulary_plan(rows, alpha, temperature)
+  pad = lambda x: jnp.pad(x, [(0, rows * token_shards - X)] + [(0, 0)] * (x.ndim - 1))  # padded rows are cut off again
+  h, w, g, u, target = arrays
+  out = distill(module, plan, Layout(mesh, tuple(token_axes), vocabulary_axis, head_axis), pad(h), w, pad(g), u, pad(target))
+  return jax.tree.map(lambda x: x[:X], out)
+
+
+def _check(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, weights_X, alpha, temperature):
   X, D = student_hidden_XD.shape
   E, V = teacher_head_EV.shape
   assert student_head_DV.shape == (D, V), (student_hidden_XD.shape, student_head_DV.shape, teacher_head_EV.shape)
@@ -38,16 +83,20 @@ def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_he
     raise ValueError(f"alpha={alpha!r} must lie in [0, 1]: 0 is KL(teacher || policy), 1 is KL(policy || teacher)")
   if not temperature > 0:
     raise ValueError(f"temperature={temperature!r} must be > 0")
-  name = implementation or "xla"
-  if name not in IMPLEMENTATIONS:
+
+
+def _choose(implementation, arrays, X, V):
+  """The implementation's name, for X tokens and V entries on one device."""
+  if implementation is not None and implementation not in IMPLEMENTATIONS:
     raise ValueError(f"implementation={implementation!r} is unknown; choose from {IMPLEMENTATIONS}")
-  _log_once(name)
-  arrays = student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X
-  if name == "reference":
-    return distill_kl_ref.distill_kl(*arrays, alpha=alpha, temperature=temperature)
-  return distill_kl_xla.distill_kl(*arrays, alpha=alpha, temperature=temperature, weights_X=weights_X)
+  platform = distill_kl_xla.target_platform()
+  on_tpu = platform == "tpu" and X * V > distill_kl_xla.ONE_BLOCK_ENTRIES and all(
+      a.dtype in (jnp.float32, jnp.bfloat16) for a in arrays[:4])
+  name = implementation or ("pallas_tpu" if on_tpu else "xla")
+  _log_once(name, platform)
+  return name
 
 
 @functools.cache
-def _log_once(name):
-  logging.getLogger(__name__).info("distillation divergence: implementation %s on %s", name, jax.default_backend())
+def _log_once(name, platform):
+  logging.getLogger(__name__).info("distillation divergence: implementation %s on %s", name, platform)

@@ -100,6 +100,12 @@ def add_lanes(stats: Stats, alpha) -> Stats:
   return Stats(max_s, max_t, *map(ROWS.sum, sums))
 
 
+def add_shards(stats: Stats, alpha, axis_name) -> Stats:
+  """Stats of a mesh axis's shards of the vocabulary -> Stats of the whole of it, on every shard."""
+  max_s, max_t = jax.lax.pmax((stats.max_s, stats.max_t), axis_name)
+  return Stats(max_s, max_t, *jax.lax.psum(tuple(rescale(stats, max_s, max_t, alpha)[2:]), axis_name))
+
+
 def finish(stats: Stats, alpha):
   """(divergence, logp, logp_teacher, Scalars); the mixture's divergence and level come from `mixture_sums`."""
   log_ratio = (stats.max_s - stats.max_t) + jnp.log(stats.sum_s / stats.sum_t)
@@ -130,6 +136,12 @@ def mixture_sums(s, t, scalars: Scalars, alpha, fold=ROWS):
   u = (s - t) - scalars.log_ratio
   r = log_over_mixture(u, alpha)
   return fold.sum(jnp.exp(s - scalars.log_z_s) * r), fold.sum(jnp.exp(t - scalars.log_z_t) * (r - u))
+
+
+def with_mixture(sums, scalars: Scalars, alpha):
+  """(divergence, Scalars) of the mixture form from the whole vocabulary's `mixture_sums`."""
+  policy, teacher = sums
+  return (1 - alpha) * policy + alpha * teacher, scalars._replace(level=policy)
 
 
 def dlogits(s, t, hit, scalars: Scalars, cotangents, alpha):

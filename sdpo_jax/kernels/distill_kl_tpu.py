@@ -12,15 +12,15 @@ stretch of the vocabulary, from which XLA's own matrix products make the gradien
 gradient is complete at once, so only that of the hidden states is carried along in float32.
 In units of 2 X D V operations: forward 2 (mixture 4), backward 4. weights_X brings nothing here.
 
-Inside a tile the products of one sub-tile run on the matrix unit while the vector unit works on the sub-tile before, in
-groups of a few rows so that everything stays in registers. The vocabulary's ragged tail is masked in the last tile only;
-rows past the last token compute garbage that is never written.
+Inside a tile the products of one sub-tile run on the matrix unit while the vector unit works on the sub-tile before. On
+v6e, at widths of 1024 / 4096, the compiler's schedule keeps the matrix unit 60 / 80 % busy or more. The vocabulary's
+ragged tail is masked in the last tile only; rows past the last token compute garbage that is never written.
 
 Numerics: as distill_kl_xla.py. Off TPU the kernels run in interpret mode.
 Heads are read as [D, V]: a transposed view of a [V, D] embedding costs one copy of it.
 """
 
-import functools
+import sys
 from typing import NamedTuple
 
 import jax
@@ -30,12 +30,14 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from sdpo_jax.kernels import distill_kl_math as dm
-from sdpo_jax.kernels.distill_kl_ref import DistillKL
+from sdpo_jax.kernels.distill_kl_sweeps import distill
 from sdpo_jax.kernels.distill_kl_xla import gradient_products
 from sdpo_jax.kernels.distill_kl_xla import over_blocks
 
 WORKSPACE_BYTES = 640 * 2**20  # dlogits: 40,960 entries of the vocabulary at X = 8192 in bfloat16
-VMEM_BYTES = 96 * 2**20        # what a kernel may use; v5e, v5p and v6e have at least that
+VMEM_BYTES = 60 * 2**20        # what a kernel may use; v5p has 64 MB, v5e and v6e twice that
+TILES = ((1024, 1024, 512), (1024, 512, 512), (512, 512, 512), (512, 256, 256), (256, 256, 256), (256, 128, 128),
+         (128, 128, 128))      # tokens, entries of the vocabulary, entries of a sub-tile; the first that fits
 
 
 class Plan(NamedTuple):
@@ -44,60 +46,58 @@ class Plan(NamedTuple):
   rows: int      # tokens in a tile
   columns: int   # entries of the vocabulary in a tile
   sub: int       # entries in a sub-tile
-  group: int     # rows that the vector unit takes at once
   interpret: object  # False | True | pltpu.InterpretParams: for every platform but TPU
 
 
 def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, alpha, temperature,
                interpret=True):
   arrays = student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV
-  assert all(a.dtype in (jnp.float32, jnp.bfloat16) for a in arrays), [a.dtype for a in arrays]
-  (X, D), (E, V) = student_hidden_XD.shape, teacher_head_EV.shape
-  item = max(a.dtype.itemsize for a in arrays)
-  # Two buffers each of hidden states and heads, two of logits; long tiles of tokens save reading the heads again.
-  rows, columns, sub = 512, 512, 256
-  while rows > 128 and 2 * item * (D + E) * (rows + columns) > 0.6 * VMEM_BYTES:
-    rows, columns = rows // 2, max(columns // 2, sub)
-  rows = min(rows, -(-X // 16) * 16)
-  plan = Plan(alpha, temperature, rows, min(columns, -(-V // 128) * 128), min(sub, -(-V // 128) * 128), 16, interpret)
-  return _distill(plan, *arrays, target_X)
+  plan = make_plan(*[jax.typeof(a) for a in arrays], alpha, temperature, interpret)
+  return distill(sys.modules[__name__], plan, None, *arrays, target_X)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _distill(plan, *args):
-  return _forward_rule(plan, *args)[0]
+def make_plan(h, w, g, u, alpha, temperature, interpret=True):
+  """Tiles for arrays of these shapes and dtypes, as one device sees them."""
+  assert all(a.dtype in (jnp.float32, jnp.bfloat16) for a in (h, w, g, u)), (h.dtype, w.dtype, g.dtype, u.dtype)
+  (X, D), (E, V) = h.shape, u.shape
+  item = max(a.dtype.itemsize for a in (h, w, g, u))
+  # Many tokens in a tile: the heads are read from memory once for each of them. Long tiles: less waiting at their ends.
+  rows, columns, sub = next(t for t in TILES if _vmem_bytes(*t, D + E, item) <= 0.95 * VMEM_BYTES or t == TILES[-1])
+  sub = min(sub, -(-V // 128) * 128)
+  return Plan(alpha, temperature, min(rows, -(-X // 16) * 16), min(columns, -(-V // sub) * sub), sub, interpret)
 
 
-def _forward_rule(plan, h, w, g, u, target):
-  stats = dm.Stats(*_statistics(plan, h, w, g, u, target))
-  divergence, logp, logp_teacher, scalars = dm.finish(dm.add_lanes(stats, plan.alpha), plan.alpha)
-  if dm.is_mixture(plan.alpha):
-    policy, teacher = map(dm.ROWS.sum, _mixture(plan, h, w, g, u, jnp.concatenate(scalars, axis=1)))
-    divergence, scalars = (1 - plan.alpha) * policy + plan.alpha * teacher, scalars._replace(level=policy)
-  out = DistillKL(divergence[:, 0], logp[:, 0], logp_teacher[:, 0], scalars.entropy[:, 0])
-  return out, (h, w, g, u, target, jnp.concatenate(scalars, axis=1))
+def _vmem_bytes(rows, columns, sub, width, item):
+  inputs = 2 * item * width * (rows + columns)        # two buffers of hidden states and heads; width: both sides'
+  logits = 4 * 4 * rows * sub                         # two sub-tiles of both sides
+  return inputs + logits + 2 * 4 * rows * max(8 * 128, columns)
 
 
-def _backward_rule(plan, saved, cotangents):
-  h, w, g, u, target, scalars_X5 = saved
-  columns_X8 = jnp.concatenate([scalars_X5, jnp.stack(
-      [cotangents.divergence_X, cotangents.logp_X, cotangents.entropy_X], axis=1)], axis=1)
-  dtype = jnp.promote_types(h.dtype, w.dtype)
+# ---- the three parts that distill_kl_sweeps.py asks for -------------------------------------------------------------
+
+
+def statistics(plan, h, w, g, u, target):
+  return dm.add_lanes(dm.Stats(*_statistics(plan, h, w, g, u, target)), plan.alpha)
+
+
+def mixture_sums(plan, h, w, g, u, scalars):
+  return tuple(map(dm.ROWS.sum, _mixture(plan, h, w, g, u, jnp.concatenate(scalars, axis=1))))
+
+
+def gradients(plan, h, w, g, u, target, scalars, cotangents, dtype):
+  columns_X8 = jnp.concatenate([*scalars, *cotangents], axis=1)
+  dlogits_dtype = jnp.promote_types(h.dtype, w.dtype)
   X, V = h.shape[0], w.shape[1]
-  size = max(WORKSPACE_BYTES // (X * dtype.itemsize) // plan.columns * plan.columns, plan.columns)
+  size = max(WORKSPACE_BYTES // (X * dlogits_dtype.itemsize) // plan.columns * plan.columns, plan.columns)
 
   def body(start, size, carry):
     dh, dw = carry
     hidden, dh = lax.optimization_barrier((h, dh))  # one workspace at a time
-    d = _dlogits(plan, hidden, w, g, u, target, columns_X8, start, size, dtype)
+    d = _dlogits(plan, hidden, w, g, u, target, columns_X8, start, size, dlogits_dtype)
     dh_part, dw_part = gradient_products(plan, d, h, lax.dynamic_slice_in_dim(w, start, size, axis=1), jnp.float32)
-    return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(w.dtype), start, 1)
+    return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(dtype), start, 1)
 
-  dh, dw = over_blocks(V, size, body, (jnp.zeros(h.shape, jnp.float32), jnp.zeros_like(w)))
-  return dh.astype(h.dtype), dw, None, None, None
-
-
-_distill.defvjp(_forward_rule, _backward_rule)
+  return over_blocks(V, size, body, (jnp.zeros(h.shape, jnp.float32), jnp.zeros(w.shape, dtype)))
 
 
 # ---- kernels ------------------------------------------------------------------------------------------------------
@@ -107,9 +107,8 @@ def _statistics(plan, h, w, g, u, target):
   """Stats, each [X, 128]: the running numbers of each lane."""
   V = w.shape[1]
 
-  def kernel(first_ref, h_ref, w_ref, g_ref, u_ref, target_ref, *refs):
+  def kernel(first_ref, h_ref, w_ref, g_ref, u_ref, target_ref, *out):
     del first_ref
-    out, buffers = refs[:8], refs[8:]
     tile, last = pl.program_id(1), pl.num_programs(1) - 1
 
     @pl.when(tile == 0)
@@ -117,18 +116,18 @@ def _statistics(plan, h, w, g, u, target):
       for k, ref in enumerate(out):
         ref[...] = jnp.full(ref.shape, dm.NEG if k < 2 else 0, jnp.float32)
 
-    def consume(masked, rows, column, s, t):
+    def consume(masked, column, s, t):
       lane = lax.broadcasted_iota(jnp.int32, s.shape, 1)
       start = tile * plan.columns + column
       if masked:
         exists = lane < V - start
         s, t = jnp.where(exists, s, dm.NEG), jnp.where(exists, t, dm.NEG)
-      stats = dm.Stats(*[ref[rows, :] for ref in out])
-      stats = dm.add_block(stats, s, t, lane == target_ref[rows, :] - start, plan.alpha, dm.LANES)
+      stats = dm.Stats(*[ref[...] for ref in out])
+      stats = dm.add_block(stats, s, t, lane == target_ref[...] - start, plan.alpha, dm.LANES)
       for ref, value in zip(out, stats):
-        ref[rows, :] = value
+        ref[...] = value
 
-    _tiles(plan, V, tile == last, (h_ref, w_ref, g_ref, u_ref), buffers, consume)
+    _tiles(plan, V, tile == last, (h_ref, w_ref, g_ref, u_ref), consume)
 
   return _call(plan, kernel, "statistics", (h, w, g, u), (target[:, None],), _sums(h, 8))
 
@@ -137,9 +136,8 @@ def _mixture(plan, h, w, g, u, scalars_X5):
   """This side's and the other's part of the mixture form, each [X, 128]."""
   V = w.shape[1]
 
-  def kernel(first_ref, h_ref, w_ref, g_ref, u_ref, scalars_ref, *refs):
+  def kernel(first_ref, h_ref, w_ref, g_ref, u_ref, scalars_ref, *out):
     del first_ref
-    out, buffers = refs[:2], refs[2:]
     tile, last = pl.program_id(1), pl.num_programs(1) - 1
 
     @pl.when(tile == 0)
@@ -147,14 +145,14 @@ def _mixture(plan, h, w, g, u, scalars_X5):
       for ref in out:
         ref[...] = jnp.zeros(ref.shape, jnp.float32)
 
-    def consume(masked, rows, column, s, t):
+    def consume(masked, column, s, t):
       if masked:  # equal, hopeless logits on both sides add exactly nothing
         exists = lax.broadcasted_iota(jnp.int32, s.shape, 1) < V - tile * plan.columns - column
         s, t = jnp.where(exists, s, dm.NEG), jnp.where(exists, t, dm.NEG)
-      for ref, part in zip(out, dm.mixture_sums(s, t, _scalars(scalars_ref, rows), plan.alpha, dm.LANES)):
-        ref[rows, :] += part
+      for ref, part in zip(out, dm.mixture_sums(s, t, _scalars(scalars_ref), plan.alpha, dm.LANES)):
+        ref[...] += part
 
-    _tiles(plan, V, tile == last, (h_ref, w_ref, g_ref, u_ref), buffers, consume)
+    _tiles(plan, V, tile == last, (h_ref, w_ref, g_ref, u_ref), consume)
 
   return _call(plan, kernel, "mixture", (h, w, g, u), (scalars_X5,), _sums(h, 2))
 
@@ -162,18 +160,18 @@ def _mixture(plan, h, w, g, u, scalars_X5):
 def _dlogits(plan, h, w, g, u, target, columns_X8, start, size, dtype):
   """[X, size]: the gradient with respect to the policy's logits from entry `start` on, a multiple of a tile."""
 
-  def kernel(first_ref, h_ref, w_ref, g_ref, u_ref, target_ref, columns_ref, out_ref, *buffers):
+  def kernel(first_ref, h_ref, w_ref, g_ref, u_ref, target_ref, columns_ref, out_ref):
     tile = first_ref[0] + pl.program_id(1)
 
-    def consume(masked, rows, column, s, t):
+    def consume(masked, column, s, t):
       del masked  # what stands past the vocabulary's end is never written
       lane = lax.broadcasted_iota(jnp.int32, s.shape, 1)
-      hit = lane == target_ref[rows, :] - (tile * plan.columns + column)
-      cotangents = tuple(columns_ref[rows, k:k + 1] for k in (5, 6, 7))
-      d = dm.dlogits(s, t, hit, _scalars(columns_ref, rows), cotangents, plan.alpha)
-      out_ref[rows, column:column + plan.sub] = d.astype(dtype)
+      hit = lane == target_ref[...] - (tile * plan.columns + column)
+      cotangents = tuple(columns_ref[:, k:k + 1] for k in (5, 6, 7))
+      d = dm.dlogits(s, t, hit, _scalars(columns_ref), cotangents, plan.alpha)
+      out_ref[:, column:column + plan.sub] = d.astype(dtype)
 
-    _tiles(plan, None, None, (h_ref, w_ref, g_ref, u_ref), buffers, consume)
+    _tiles(plan, None, None, (h_ref, w_ref, g_ref, u_ref), consume)
 
   return _call(plan, kernel, "dlogits", (h, w, g, u), (target[:, None], columns_X8),
                jax.ShapeDtypeStruct((h.shape[0], size), dtype), start // plan.columns)
@@ -183,30 +181,30 @@ def _sums(h, count):
   return [jax.ShapeDtypeStruct((h.shape[0], 128), jnp.float32)] * count
 
 
-def _scalars(ref, rows):
-  return dm.Scalars(*[ref[rows, k:k + 1] for k in range(5)])
+def _scalars(ref):
+  return dm.Scalars(*[ref[:, k:k + 1] for k in range(5)])
 
 
-def _tiles(plan, V, is_last, refs, buffers, consume):
-  """Calls consume(masked, rows, column, s, t) for every row group of every sub-tile of this tile."""
+def _tiles(plan, V, is_last, refs, consume):
+  """Calls consume(masked, column, s, t) for every sub-tile of this tile, the next one's products before it."""
   h_ref, w_ref, g_ref, u_ref = refs
-  s_buffer, t_buffer = buffers
 
-  def product(j):
-    columns = slice(j * plan.sub, (j + 1) * plan.sub)
-    for hidden, head, buffer in ((h_ref, w_ref, s_buffer), (g_ref, u_ref, t_buffer)):
+  def products(column):
+    def logits(hidden, head):
       precision = lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-      logits = jnp.dot(hidden[...], head[:, columns], precision=precision, preferred_element_type=jnp.float32)
-      buffer[j % 2] = logits if plan.temperature == 1 else logits / plan.temperature
+      product = jnp.dot(hidden[...], head[:, column:column + plan.sub], precision=precision,
+                        preferred_element_type=jnp.float32)
+      return product if plan.temperature == 1 else product / plan.temperature
+
+    return logits(h_ref, w_ref), logits(g_ref, u_ref)
 
   def whole(masked):
-    product(0)
-    for j in range(plan.columns // plan.sub):
-      if (j + 1) * plan.sub < plan.columns:
-        product(j + 1)
-      for r in range(0, plan.rows, plan.group):
-        rows = slice(r, r + plan.group)
-        consume(masked, rows, j * plan.sub, s_buffer[j % 2, rows, :], t_buffer[j % 2, rows, :])
+    following = products(0)
+    for column in range(0, plan.columns, plan.sub):
+      current = following
+      if column + plan.sub < plan.columns:
+        following = products(column + plan.sub)
+      consume(masked, column, *current)
 
   if V is None or V % plan.columns == 0:
     whole(False)
@@ -230,8 +228,7 @@ def _call(plan, kernel, name, arrays, per_token, out_shape, first=0):
     C, out_specs = out_shape.shape[1], pl.BlockSpec((rows, columns), lambda x, v, first: (x, v))
   grid_spec = pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1, grid=(pl.cdiv(X, rows), pl.cdiv(C, columns)), out_specs=out_specs,
-      in_specs=[of_tokens(D), of_vocabulary(D), of_tokens(E), of_vocabulary(E)] + [of_tokens(a.shape[1]) for a in per_token],
-      scratch_shapes=[pltpu.VMEM((2, rows, plan.sub), jnp.float32)] * 2)
+      in_specs=[of_tokens(D), of_vocabulary(D), of_tokens(E), of_vocabulary(E)] + [of_tokens(a.shape[1]) for a in per_token])
 
   def call(interpret):
     return pl.pallas_call(

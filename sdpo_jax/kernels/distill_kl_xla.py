@@ -23,6 +23,7 @@ Targets must lie in [0, V).
 """
 
 import functools
+import sys
 from typing import NamedTuple
 
 import jax
@@ -31,84 +32,123 @@ import jax.numpy as jnp
 
 from sdpo_jax.kernels import distill_kl_math as dm
 from sdpo_jax.kernels.distill_kl_ref import DistillKL
+from sdpo_jax.kernels.distill_kl_sweeps import distill
 
 ONE_BLOCK_ENTRIES = 2**22      # X * V up to here: plan `one`, 16 MB for each of the two logit arrays kept
-TOKEN_BLOCK_ENTRIES = 2**27    # logits in a block of tokens: 512 MB for each of the two
-VOCABULARY_BLOCK_ENTRIES = 2**21  # logits in a block of the vocabulary: 8 MB, near the caches
+BLOCK_ENTRIES = 2**27          # logits in any other block: 512 MB for each of the two arrays
+CPU_BLOCK_ENTRIES = 2**21      # logits in a block of the vocabulary on CPU: 8 MB, near the caches
 
 
 class Plan(NamedTuple):
   alpha: float
   temperature: float
-  blocks: str   # "one" | "tokens" | "vocabulary"
-  size: int     # tokens, or entries of the vocabulary, in a block
+  size: int   # tokens, or entries of the vocabulary, in a block
 
 
 def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, alpha, temperature,
                weights_X=None, blocks=None):
+  """blocks: force a plan; None chooses."""
   X, V = target_X.shape[0], student_head_DV.shape[1]
+  on_cpu = target_platform() == "cpu"
   if blocks is None:
-    if X * V <= ONE_BLOCK_ENTRIES:
-      blocks = "one"
-    else:
-      blocks = "vocabulary" if jax.default_backend() == "cpu" else "tokens"
+    blocks = "one" if X * V <= ONE_BLOCK_ENTRIES else "vocabulary" if on_cpu else "tokens"
+  arrays = student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X
   if blocks == "vocabulary":
-    size = max(VOCABULARY_BLOCK_ENTRIES // max(X, 1) // 128 * 128, 128)
+    return distill(sys.modules[__name__], vocabulary_plan(X, alpha, temperature), None, *arrays)
+  size = X if blocks == "one" else max(BLOCK_ENTRIES // V // 8 * 8, 8)
+  return _distill(Plan(alpha, temperature, size), blocks == "one", *arrays, weights_X)
+
+
+def vocabulary_plan(X, alpha, temperature):
+  entries = CPU_BLOCK_ENTRIES if target_platform() == "cpu" else BLOCK_ENTRIES
+  return Plan(alpha, temperature, max(entries // max(X, 1) // 128 * 128, 128))
+
+
+def target_platform():
+  """What is being compiled for: the abstract mesh's device where one is set, else the default backend."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device is not None and device.platform else jax.default_backend()
+
+
+# ---- all logits at once, and blocks of tokens -----------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _distill(plan, keep_logits, h, w, g, u, target, weights):
+  del keep_logits
+  return _forward_tokens(plan, False, h, w, g, u, target, weights)[0]
+
+
+def _forward_rule(plan, keep_logits, *args):
+  h, w, g, u, target, weights = args = [None if a is None else a.value for a in args]
+  if keep_logits:
+    out, *residuals = _whole_vocabulary(plan, h, w, g, u, target)
   else:
-    size = max(TOKEN_BLOCK_ENTRIES // V // 8 * 8, 8)
-  plan = Plan(alpha, temperature, blocks, size)
-  return _distill(plan, student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, weights_X)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _distill(plan, *args):
-  return _forward(plan, args)[0]
-
-
-def _forward_rule(plan, *args):
-  args = [None if a is None else a.value for a in args]
-  out, residuals = _forward(plan, args, gradients=True)
+    out, residuals = _forward_tokens(plan, weights is not None, *args)
   return out, (args, residuals)
 
 
-def _forward(plan, args, gradients=False):
-  """(DistillKL, what the backward rule wants to keep beside the arguments)."""
-  if plan.blocks == "vocabulary":
-    return _forward_vocabulary(plan, args)
-  if plan.blocks == "tokens":
-    return _forward_tokens(plan, args, gradients and args[-1] is not None)
-  h, w, g, u, target, _ = args
-  out, scalars, s, t = _whole_vocabulary(plan, h, w, g, u, target)
-  return out, (scalars, s, t)
-
-
-def _backward_rule(plan, saved, cotangents):
-  args, residuals = saved
-  h, w, g, u, target, weights = args
-  only_divergence = all(isinstance(c, jax.custom_derivatives.SymbolicZero) for c in (cotangents.logp_X, cotangents.entropy_X))
+def _backward_rule(plan, keep_logits, saved, cotangents):
+  (h, w, g, u, target, weights), residuals = saved
   dtype = logit_dtype(h, w, g, u)
-  columns = tuple(jnp.zeros((target.shape[0], 1), dtype) if isinstance(c, jax.custom_derivatives.SymbolicZero)
-                  else c.astype(dtype)[:, None]
-                  for c in (cotangents.divergence_X, cotangents.logp_X, cotangents.entropy_X))
-  if plan.blocks == "one":
+  is_zero = lambda c: isinstance(c, jax.custom_derivatives.SymbolicZero)
+  used = cotangents.divergence_X, cotangents.logp_X, cotangents.entropy_X
+  columns = tuple(jnp.zeros((target.shape[0], 1), dtype) if is_zero(c) else c.astype(dtype)[:, None] for c in used)
+  if keep_logits:
     scalars, s, t = residuals
     d = dm.dlogits(s, t, _hit(target, 0, s.shape[1]), scalars, columns, plan.alpha)
     dh, dw = gradient_products(plan, d, h, w, dtype)
-  elif plan.blocks == "tokens" and weights is not None and only_divergence:
-    dh, dw = residuals
-    weight, given = weights.astype(dtype), columns[0][:, 0]
-    scale = jnp.sum(weight * given) / jnp.maximum(jnp.sum(weight * weight), jnp.finfo(dtype).tiny)
-    kept = jnp.all(jnp.abs(given - scale * weight) <= 1e-3 * jnp.max(jnp.abs(given)))
-    scale = jnp.where(kept, scale, jnp.nan)
-    dh, dw = dh * scale, dw * scale
-  elif plan.blocks == "tokens":
-    dh, dw = _backward_tokens(plan, args, columns)
+  elif weights is not None and is_zero(cotangents.logp_X) and is_zero(cotangents.entropy_X):
+    scale = _promised_scale(columns[0][:, 0], weights.astype(dtype))
+    dh, dw = (x * scale for x in residuals)
   else:
-    dh, dw = _backward_vocabulary(plan, args, residuals, columns)
+    dh, dw = _backward_tokens(plan, h, w, g, u, target, columns)
   return dh.astype(h.dtype), dw.astype(w.dtype), None, None, None, None
 
 
 _distill.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+
+
+def _promised_scale(cotangent, weights):
+  """The scalar c of cotangent = c * weights; NaN where there is none."""
+  scale = jnp.sum(weights * cotangent) / jnp.maximum(jnp.sum(weights * weights), jnp.finfo(weights.dtype).tiny)
+  kept = jnp.all(jnp.abs(cotangent - scale * weights) <= 1e-3 * jnp.max(jnp.abs(cotangent)))
+  return jnp.where(kept, scale, jnp.nan)
+
+
+def _forward_tokens(plan, make_gradients, h, w, g, u, target, weights):
+  """(DistillKL, (dh, dw) for cotangent weights_X if make_gradients, else ())."""
+  dtype = logit_dtype(h, w, g, u)
+  X = target.shape[0]
+
+  def body(start, size, carry):
+    out, grads = carry
+    cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
+    put = lambda x, part: lax.dynamic_update_slice_in_dim(x, part, start, 0)
+    part, scalars, s, t = _whole_vocabulary(plan, cut(h), w, cut(g), u, cut(target))
+    if make_gradients:
+      zero = jnp.zeros((size, 1), dtype)
+      columns = cut(weights).astype(dtype)[:, None], zero, zero
+      d = dm.dlogits(s, t, _hit(cut(target), 0, w.shape[1]), scalars, columns, plan.alpha)
+      dh, dw = gradient_products(plan, d, cut(h), w, dtype)
+      grads = put(grads[0], dh), grads[1] + dw
+    return DistillKL(*map(put, out, part)), grads
+
+  grads = (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dtype)) if make_gradients else ()
+  return over_blocks(X, plan.size, body, (DistillKL(*[jnp.zeros(X, dtype)] * 4), grads))
+
+
+def _backward_tokens(plan, h, w, g, u, target, columns):
+  dtype = columns[0].dtype
+
+  def body(start, size, carry):
+    cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
+    _, scalars, s, t = _whole_vocabulary(plan, cut(h), w, cut(g), u, cut(target))
+    d = dm.dlogits(s, t, _hit(cut(target), 0, w.shape[1]), scalars, tuple(map(cut, columns)), plan.alpha)
+    dh, dw = gradient_products(plan, d, cut(h), w, dtype)
+    return lax.dynamic_update_slice_in_dim(carry[0], dh, start, 0), carry[1] + dw
+
+  return over_blocks(target.shape[0], plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dtype)))
 
 
 # ---- pieces -------------------------------------------------------------------------------------------------------
@@ -156,95 +196,45 @@ def _whole_vocabulary(plan, h, w, g, u, target):
   stats = dm.add_block(dm.empty_stats(target.shape[0], dtype), s, t, _hit(target, 0, s.shape[1]), plan.alpha)
   divergence, logp, logp_teacher, scalars = dm.finish(stats, plan.alpha)
   if dm.is_mixture(plan.alpha):
-    divergence, scalars = _with_mixture(plan, scalars, dm.mixture_sums(s, t, scalars, plan.alpha))
+    divergence, scalars = dm.with_mixture(dm.mixture_sums(s, t, scalars, plan.alpha), scalars, plan.alpha)
   return DistillKL(divergence[:, 0], logp[:, 0], logp_teacher[:, 0], scalars.entropy[:, 0]), scalars, s, t
 
 
-def _with_mixture(plan, scalars, sums):
-  policy, teacher = sums
-  return (1 - plan.alpha) * policy + plan.alpha * teacher, scalars._replace(level=policy)
+# ---- blocks of the vocabulary: the three parts that distill_kl_sweeps.py asks for -----------------------------------
 
 
-# ---- blocks of tokens ---------------------------------------------------------------------------------------------
-
-
-def _forward_tokens(plan, args, gradients):
-  """(DistillKL, (dh, dw) for cotangent weights_X if `gradients`, else ())."""
-  h, w, g, u, target, weights = args
+def _block_logits(plan, h, w, g, u, start, size):
   dtype = logit_dtype(h, w, g, u)
-  X = target.shape[0]
-
-  def body(start, size, carry):
-    out, grads = carry
-    cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
-    put = lambda x, part: lax.dynamic_update_slice_in_dim(x, part, start, 0)
-    part, scalars, s, t = _whole_vocabulary(plan, cut(h), w, cut(g), u, cut(target))
-    if gradients:
-      zero = jnp.zeros((size, 1), dtype)
-      columns = cut(weights).astype(dtype)[:, None], zero, zero
-      d = dm.dlogits(s, t, _hit(cut(target), 0, w.shape[1]), scalars, columns, plan.alpha)
-      dh, dw = gradient_products(plan, d, cut(h), w, dtype)
-      grads = put(grads[0], dh), grads[1] + dw
-    return DistillKL(*map(put, out, part)), grads
-
-  grads = (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dtype)) if gradients else ()
-  return over_blocks(X, plan.size, body, (DistillKL(*[jnp.zeros(X, dtype)] * 4), grads))
-
-
-def _backward_tokens(plan, args, columns):
-  h, w, g, u, target, _ = args
-  dtype = columns[0].dtype
-
-  def body(start, size, carry):
-    cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
-    _, scalars, s, t = _whole_vocabulary(plan, cut(h), w, cut(g), u, cut(target))
-    d = dm.dlogits(s, t, _hit(cut(target), 0, w.shape[1]), scalars, tuple(map(cut, columns)), plan.alpha)
-    dh, dw = gradient_products(plan, d, cut(h), w, dtype)
-    return lax.dynamic_update_slice_in_dim(carry[0], dh, start, 0), carry[1] + dw
-
-  return over_blocks(target.shape[0], plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dtype)))
-
-
-# ---- blocks of the vocabulary -------------------------------------------------------------------------------------
-
-
-def _block_logits(plan, args, start, size, dtype):
-  h, w, g, u, target, _ = args
   cut = lambda head: lax.dynamic_slice_in_dim(head, start, size, axis=1)
-  return _logits(plan, h, cut(w), dtype), _logits(plan, g, cut(u), dtype), _hit(target, start, size)
+  return _logits(plan, h, cut(w), dtype), _logits(plan, g, cut(u), dtype)
 
 
-def _forward_vocabulary(plan, args):
-  h, w, g, u, target, _ = args
-  X, V = target.shape[0], w.shape[1]
-  dtype = logit_dtype(h, w, g, u)
+def statistics(plan, h, w, g, u, target):
+  def body(start, size, stats):
+    s, t = _block_logits(plan, h, w, g, u, start, size)
+    return dm.add_block(stats, s, t, _hit(target, start, size), plan.alpha)
 
-  def sweep(start, size, stats):
-    s, t, hit = _block_logits(plan, args, start, size, dtype)
-    return dm.add_block(stats, s, t, hit, plan.alpha)
-
-  stats = over_blocks(V, plan.size, sweep, dm.empty_stats(X, dtype))
-  divergence, logp, logp_teacher, scalars = dm.finish(stats, plan.alpha)
-  if dm.is_mixture(plan.alpha):
-    def second_sweep(start, size, sums):
-      s, t, _ = _block_logits(plan, args, start, size, dtype)
-      return jax.tree.map(jnp.add, sums, dm.mixture_sums(s, t, scalars, plan.alpha))
-
-    zero = jnp.zeros((X, 1), dtype)
-    divergence, scalars = _with_mixture(plan, scalars, over_blocks(V, plan.size, second_sweep, (zero, zero)))
-  return DistillKL(divergence[:, 0], logp[:, 0], logp_teacher[:, 0], scalars.entropy[:, 0]), scalars
+  return over_blocks(w.shape[1], plan.size, body, dm.empty_stats(h.shape[0], logit_dtype(h, w, g, u)))
 
 
-def _backward_vocabulary(plan, args, scalars, columns):
-  h, w, _, _, _, _ = args
-  dtype = columns[0].dtype
+def mixture_sums(plan, h, w, g, u, scalars):
+  def body(start, size, sums):
+    s, t = _block_logits(plan, h, w, g, u, start, size)
+    return jax.tree.map(jnp.add, sums, dm.mixture_sums(s, t, scalars, plan.alpha))
+
+  zero = jnp.zeros_like(scalars.entropy)
+  return over_blocks(w.shape[1], plan.size, body, (zero, zero))
+
+
+def gradients(plan, h, w, g, u, target, scalars, cotangents, dtype):
+  logit = scalars.entropy.dtype
 
   def body(start, size, carry):
     dh, dw = carry
-    s, t, hit = _block_logits(plan, args, start, size, dtype)
-    d = dm.dlogits(s, t, hit, scalars, columns, plan.alpha)
-    dh_part, dw_part = gradient_products(plan, d, h, lax.dynamic_slice_in_dim(w, start, size, axis=1), dtype)
-    # Each column of dw is written once, so it can be stored in the head's own dtype.
-    return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(w.dtype), start, 1)
+    s, t = _block_logits(plan, h, w, g, u, start, size)
+    d = dm.dlogits(s, t, _hit(target, start, size), scalars, cotangents, plan.alpha)
+    dh_part, dw_part = gradient_products(plan, d, h, lax.dynamic_slice_in_dim(w, start, size, axis=1), logit)
+    # Each column of dw is complete at once, so it can be stored in the head's own dtype.
+    return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(dtype), start, 1)
 
-  return over_blocks(w.shape[1], plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros_like(w)))
+  return over_blocks(w.shape[1], plan.size, body, (jnp.zeros(h.shape, logit), jnp.zeros(w.shape, dtype)))
