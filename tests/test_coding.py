@@ -235,6 +235,7 @@ def _check_mbpp(sandbox, count):
 
 
 @needs_data
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")   # in the rows
 def test_mbpp_50_rows(sandbox):
   tasks, counted = _check_mbpp(sandbox, 50)
   assert tasks == 50 and set(counted) == {"constant", "off_by_one", "exception", "loop", "empty"} and sum(counted.values()) > 150
@@ -242,6 +243,7 @@ def test_mbpp_50_rows(sandbox):
 
 @pytest.mark.slow
 @needs_data
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")   # in the rows
 def test_mbpp_all(sandbox):
   tasks, counted = _check_mbpp(sandbox, None)
   print(tasks, "solutions passed; mutants that failed as in CPython:", counted)

@@ -180,7 +180,7 @@ def test_time_limit_is_punctual(sandbox):
 # Our own failures.
 
 def _zygotes(pool):
-  return [worker for slot in pool._slots for worker in slot._workers.values()]
+  return [worker for slot in pool._slots for worker in slot.workers.values()]
 
 
 def test_worker_killed_from_outside_costs_nothing():

@@ -214,6 +214,7 @@ class Worker:
     # The shell sets what must hold from the first instruction on: the C stack, and who dies first when memory runs out.
     shell = (f'ulimit -s {STACK_KB} 2>/dev/null || ulimit -s "$(ulimit -H -s)"; '
              'echo 1000 2>/dev/null > /proc/self/oom_score_adj; exec "$@"')
+    self.pid = None   # as the host sees it, once it said hello
     self._pidfd = None
     self._errors = os.memfd_create("errors")
     self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -238,7 +239,8 @@ class Worker:
       raise WorkerLost(f"did not start: {e} {self._stderr()}") from e
     for _, kind, data in ancillary:
       if kind == socket.SCM_CREDENTIALS and message:
-        self._pidfd = os.pidfd_open(struct.unpack("=iII", data)[0])
+        self.pid, _, _ = struct.unpack("=iII", data)
+        self._pidfd = os.pidfd_open(self.pid)
     try:
       state = json.loads(message)
     except ValueError:

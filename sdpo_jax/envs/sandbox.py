@@ -116,6 +116,10 @@ class Sandbox:
     finally:
       self._idle.put(slot)
 
+  def worker_pids(self) -> list[int]:
+    """Process numbers of the warm workers, for looking at their memory."""
+    return [worker.pid for slot in self._slots for worker in slot.workers.values()]
+
   def _choose(self, candidates) -> str:
     """The first isolation that works here: started for real, and tried from inside."""
     reasons = []
@@ -184,19 +188,19 @@ class _Slot:
   def __init__(self, start, index):
     self._start = start
     self._index = index
-    self._workers = {}
+    self.workers = {}   # packages -> Worker
 
   def begin(self, packages: tuple[str, ...] = ()) -> Worker:
-    self._workers[packages] = worker = self._start(self._index, packages)
+    self.workers[packages] = worker = self._start(self._index, packages)
     return worker
 
   def discard(self):
-    for worker in list(self._workers.values()):
+    for worker in list(self.workers.values()):
       worker.kill()
-    self._workers.clear()
+    self.workers.clear()
 
   def _worker(self, packages) -> Worker:
-    worker = self._workers.get(packages)
+    worker = self.workers.get(packages)
     if worker is not None and worker.alive:
       return worker
     if worker is not None:

@@ -1,0 +1,96 @@
+"""Rate, latency, memory and start of the sandbox, for lean workers and for workers with numpy imported.
+
+  python -m sdpo_jax.bench sandbox [--workers=N] [--programs=2000] [--isolation=auto] [--json=FILE]
+
+A program is trivial and has one test; a fresh process runs it. One row for each kind of worker:
+
+  per_s             programs a second from 2 callers for each worker, all workers busy
+  p50_ms, p99_ms    time of one verdict with one caller, everything else idle
+  busy_p99_ms       the same from as many callers as workers
+  rss_mb, pss_mb    resident memory of a warm worker; with shared pages divided among those who share them (where readable)
+  cold_s            from nothing to the first verdict of a pool of that many workers, probe included
+  late_ms           how long after its CPU limit an endless loop's verdict comes, worst of 5 (limit 0.2 s)
+
+Figures mean what they say only on idle cores: `load` is the machine's load average at the start. MB = 10^6 bytes.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import time
+
+from sdpo_jax.envs.jail_worker import installed
+from sdpo_jax.envs.sandbox import ISOLATIONS, Limits, Sandbox, TestCase
+
+COLUMNS = ("kind", "isolation", "workers", "load", "per_s", "p50_ms", "p99_ms", "busy_p99_ms", "rss_mb", "pss_mb", "cold_s", "late_ms")
+PROGRAMS = {"lean": "print(int(input()) + 1)", "numpy": "import numpy\nprint(int(input()) + 1)"}
+
+
+def main(argv):
+  parser = argparse.ArgumentParser(prog="python -m sdpo_jax.bench sandbox", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--workers", type=int, help="default: as many as cores")
+  parser.add_argument("--programs", type=int, default=2000, help="for the rate; half as many for each latency")
+  parser.add_argument("--isolation", choices=("auto",) + ISOLATIONS, default="auto")
+  parser.add_argument("--json", metavar="FILE", help="also write all results there, as one JSON list")
+  args = parser.parse_args(argv)
+  rows = []
+  for kind in PROGRAMS:
+    if kind == "numpy" and not installed("numpy"):
+      continue
+    rows.append(_measure(kind, args.workers, args.programs, args.isolation))
+    print(json.dumps(rows[-1]), flush=True)
+  if args.json:
+    with open(args.json, "w") as f:
+      json.dump(rows, f, indent=1)
+  print("\n".join("| " + " | ".join(line) + " |" for line in [COLUMNS, ["---"] * len(COLUMNS)] + [
+      [f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in COLUMNS] for row in rows]))
+  return 0
+
+
+def _measure(kind, workers, programs, isolation):
+  load = os.getloadavg()[0]
+  start = time.perf_counter()
+  with Sandbox(workers=workers, isolation=isolation) as pool:
+    workers = len(pool.worker_pids())
+    lean = set(pool.worker_pids())
+
+    def verdict_s(_):
+      begin = time.perf_counter()
+      if not pool.run(PROGRAMS[kind], [TestCase("1", "2")]).passed:
+        raise RuntimeError("the trivial program failed")
+      return time.perf_counter() - begin
+
+    verdict_s(0)
+    cold_s = time.perf_counter() - start
+    with concurrent.futures.ThreadPoolExecutor(2 * workers) as callers:
+      list(callers.map(verdict_s, range(8 * workers)))   # brings up every worker of this kind
+      begin = time.perf_counter()
+      list(callers.map(verdict_s, range(programs)))
+      per_s = programs / (time.perf_counter() - begin)
+    alone = sorted(map(verdict_s, range(programs // 2)))
+    with concurrent.futures.ThreadPoolExecutor(workers) as callers:
+      busy = sorted(callers.map(verdict_s, range(programs // 2)))
+    pids = set(pool.worker_pids()) - lean or lean
+    limit = Limits(time_s=0.2)
+    late = [pool.run(PROGRAMS[kind].split("print")[0] + "while True: pass", [TestCase("", "")], limits=limit).tests[0] for _ in range(5)]
+    return {"kind": kind, "isolation": pool.isolation, "workers": workers, "load": load, "per_s": per_s, "p50_ms": _at(alone, 0.5), "p99_ms": _at(alone, 0.99),
+            "busy_p99_ms": _at(busy, 0.99), "rss_mb": max(_kib(pid, "status", "VmRSS") for pid in pids) * 1024 / 1e6,
+            "pss_mb": _pss_mb(pids), "cold_s": cold_s, "late_ms": max(t.wall_s - limit.time_s for t in late) * 1e3}
+
+
+def _at(ordered, quantile):
+  return ordered[int(quantile * len(ordered))] * 1e3
+
+
+def _kib(pid, file, name):
+  with open(f"/proc/{pid}/{file}") as f:
+    return next(int(line.split()[1]) for line in f if line.startswith(name + ":"))
+
+
+def _pss_mb(pids):
+  """Only root may read it of a process that hides its memory."""
+  try:
+    return max(_kib(pid, "smaps_rollup", "Pss") for pid in pids) * 1024 / 1e6
+  except PermissionError:
+    return ""
