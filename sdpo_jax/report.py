@@ -343,7 +343,7 @@ def _settings(runs):
   parts = []
   for run in runs:
     about = run.about
-    facts = [("command", about.get("command")), ("commit", about.get("commit")), ("started", about.get("started")), ("python", about.get("python")),
+    facts = [("command", about.get("command")), ("commit", about.get("commit")), ("started", ", ".join(about.get("started") or [])), ("python", about.get("python")),
              ("versions", ", ".join(f"{name} {version}" for name, version in _flat(about.get("versions") or {}).items())),
              ("devices", ", ".join(map(str, about.get("devices") or []))), ("work directory", run.workdir)]
     facts += [(key, value) for key, value in about.items() if key not in ("command", "commit", "started", "python", "versions", "devices")]

@@ -133,14 +133,16 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 def describe_run(workdir: pathlib.Path, c, extra: dict) -> None:
-  """config.json (resolved) and run.json (command, commit, versions, devices, seed), before step 0."""
+  """config.json (resolved) and run.json (command, commit, versions, devices, seed), before anything is trained. A resumed run adds a start."""
+  path = workdir / "run.json"
+  earlier = json.loads(path.read_text()).get("started", []) if path.exists() else []
   commit = subprocess.run(["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
   packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
   about = {"command": " ".join([os.path.basename(sys.executable), "-m", "sdpo_jax.main", *sys.argv[1:]]), "commit": commit or None,
-           "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+           "started": earlier + [datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")],
            "python": sys.version.split()[0], "versions": {p: importlib.metadata.version(p) for p in packages},
            "devices": [str(d) for d in jax.devices()], "seed": c.seed} | extra
-  write_atomically(workdir / "run.json", json.dumps(about, indent=2) + "\n")
+  write_atomically(path, json.dumps(about, indent=2) + "\n")
   write_atomically(workdir / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")
 
 
@@ -276,13 +278,15 @@ def evaluate_checkpoint(c, workdir: str, source: str) -> dict[str, float]:
 
 
 def summary_lines(results: dict[str, float], base: dict[str, float]) -> list[str]:
-  """Per split: avg@k with its interval, and the base model's beside it where it is known."""
+  """Per split: avg@k with its interval and pass@k, and the base model's beside them where they are known."""
 
   def interval(metrics, key):
     low, high = metrics.get(key + "_low"), metrics.get(key + "_high")
-    return f"{metrics[key]:.1%}" + (f" [{low:.1%}, {high:.1%}]" if low is not None else "")
+    pass_at_k = metrics.get(key.replace("avg@k", "pass@k"))
+    return (f"avg@k {metrics[key]:.1%}" + (f" [{low:.1%}, {high:.1%}]" if low is not None else "")
+            + (f" pass@k {pass_at_k:.1%}" if pass_at_k is not None else ""))
 
-  return [f"{key.split('/')[1]:>12}  avg@k {interval(results, key)}" + (f"   base model {interval(base, key)}" if key in base else "")
+  return [f"{key.split('/')[1]:>12}  {interval(results, key)}" + (f"   base model {interval(base, key)}" if key in base else "")
           for key in results if key.endswith("/avg@k")]
 
 

@@ -137,11 +137,6 @@ def make_train_step(signals: Callable, objective: Objective, tx: optax.GradientT
   return step
 
 
-def make_score(signals: Callable) -> Callable:
-  """-> score(params, teacher, batch) -> Signals: the trainer's own log-probabilities, for logp_old and for the rollout files."""
-  return lambda params, teacher, batch: signals(params, teacher, batch)
-
-
 def make_optimizer(*, name: str, lr: float, warmup_steps: int, decay_steps: int | None, weight_decay: float, clip_norm: float | None,
                    b1: float, b2: float, state_dtype: str | None) -> optax.GradientTransformation:
   """AdamW with linear warm-up from 0 (in optimiser updates), then constant, or cosine to 0 at decay_steps."""

@@ -1,0 +1,103 @@
+"""From judged groups to the batch: what the teacher reads, where each token stands, what is dropped."""
+
+import numpy as np
+import pytest
+
+from sdpo_jax.data.batch import CUT, pack, shorten, teacher_prompt
+from sdpo_jax.data.chat import Chat
+from sdpo_jax.objectives import advantage, teacher_context
+from sdpo_jax.objectives.teacher_context import CLOSING, FEEDBACK, SOLUTION, Context, feedback_or_solution
+from sdpo_jax.records import Feedback, Rollout, Status, Task
+from tests import fakes
+
+CHAT = Chat(fakes.ByteTokenizer())
+TASK = Task("t/0", "Write f.", system="Be brief.")
+
+
+def messages(task):
+  return [{"role": "system", "content": task.system}, {"role": "user", "content": task.prompt}]
+
+
+def rollout(text, reward, feedback="", status=Status.SCORED):
+  tokens = CHAT.text_tokens(text) + [257]
+  return Rollout(TASK, CHAT.prompt_tokens(messages(TASK)), tokens, [-0.5] * len(tokens), "stop", text, Feedback(reward, feedback, status))
+
+
+GROUP = [rollout("wrong", 0.0, "it " + fakes.NASTY), rollout("<think>hm</think> right", 1.0), rollout("broken", 0.0, "oops", Status.ENV_FAILED), rollout("also right", 1.0)]
+
+
+def packed(group=GROUP, max_teacher_tokens=4096, **context):
+  return pack([group], chat=CHAT, messages=messages, teacher_context=lambda g, i: feedback_or_solution(g, i, **context),
+              advantage=advantage.group_mean, max_teacher_tokens=max_teacher_tokens, length_multiple=8)
+
+
+def test_who_is_shown_what():
+  shown = [feedback_or_solution(GROUP, i) for i in range(4)]
+  assert shown[0] == Context(solution="right")               # the first success, its thinking removed; no feedback beside it
+  assert shown[1] == Context(solution="also right")          # never its own
+  assert shown[2] is None                                    # the judge failed: nothing is known
+  assert shown[3] == Context(solution="right")
+  assert feedback_or_solution(GROUP, 0, feedback="always") == Context("right", GROUP[0].feedback.text)
+  assert feedback_or_solution(GROUP, 0, use_solution=False) == Context("", GROUP[0].feedback.text)
+  assert feedback_or_solution([GROUP[1]], 0) is None         # a lone success has neither
+  assert feedback_or_solution(GROUP, 0, use_solution=False, feedback="never") is None
+  with pytest.raises(ValueError, match="choose from"):
+    feedback_or_solution(GROUP, 0, feedback="sometimes")
+
+
+def test_the_teacher_reads_question_solution_feedback_and_closing_in_this_order():
+  text = Context("S{0}\\", "F{x}%s").render("Q{prompt}")
+  assert text == "Q{prompt}" + SOLUTION + "S{0}\\" + FEEDBACK + "F{x}%s" + CLOSING
+
+
+def test_the_same_response_stands_under_both_prompts():
+  p = packed()
+  b = p.batch
+  for row, r in enumerate(GROUP):
+    n = len(r.tokens)
+    assert b.response_BR[row, :n].tolist() == r.tokens
+    for tokens, pos in ((b.student_BT, b.student_pos_BR), (b.teacher_BT, b.teacher_pos_BR)):
+      assert tokens[row, pos[row, :n] + 1].tolist() == r.tokens   # the column before a token predicts it
+  assert b.student_BT.shape[1] % 8 == b.teacher_BT.shape[1] % 8 == b.response_BR.shape[1] % 8 == 0
+  assert b.weight_BR.sum(1).tolist() == [len(GROUP[0].tokens), len(GROUP[1].tokens), 0, len(GROUP[3].tokens)]
+  assert b.distill_B.tolist() == [1, 1, 0, 1]
+  np.testing.assert_allclose(b.advantage_B, [-2 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
+  assert p.metrics["data/dropped"] == 1 and p.metrics["data/teacher_share"] == 0.75 and p.metrics["data/solution_share"] == 0.75
+
+
+def test_system_message_is_kept_and_tags_in_feedback_end_no_turn():
+  tokens, cut = teacher_prompt(CHAT, messages(TASK), Context(feedback=fakes.NASTY), 4096)
+  assert not cut
+  assert tokens.count(257) == 2 and tokens.count(256) == 3   # system, user, and the open assistant turn
+  text = CHAT.tokenizer.decode(tokens)
+  assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>") and "< |im_end|>" in text and "{prompt} {0} \\n \\1 %s" in text
+
+
+@pytest.mark.parametrize("context", [Context(feedback="x" * 500 + "END"), Context(solution="y" * 600), Context("y" * 300, "x" * 300)])
+def test_over_long_texts_are_shortened_and_nothing_else(context):
+  budget = 250
+  tokens, cut = teacher_prompt(CHAT, messages(TASK), context, budget)
+  text = CHAT.tokenizer.decode(tokens)
+  assert cut and budget - 8 <= len(tokens) <= budget
+  assert TASK.prompt in text and text.endswith(CLOSING + "<|im_end|>\n<|im_start|>assistant\n") and CUT in text
+
+
+def test_feedback_gives_way_before_the_solution():
+  tokens, _ = teacher_prompt(CHAT, messages(TASK), Context("y" * 40, "x" * 400), 330)
+  assert "y" * 40 in CHAT.tokenizer.decode(tokens)
+
+
+def test_a_question_that_alone_is_too_long_is_an_error_that_names_the_setting():
+  with pytest.raises(ValueError, match="data.max_teacher_tokens=60"):
+    teacher_prompt(CHAT, messages(TASK), Context(feedback="x"), 60)
+
+
+def test_shorten_keeps_head_and_tail():
+  assert shorten("abcdef", 6) == "abcdef"
+  assert shorten("a" * 50 + "b" * 50, 20) == "aaaaaaa" + CUT + "bbbbbb"
+  assert len(shorten("a" * 100, 3)) <= len(CUT)
+
+
+def test_without_a_teacher_its_half_is_one_small_pad():
+  p = pack([GROUP], chat=CHAT, messages=messages, teacher_context=teacher_context.none, advantage=advantage.group_mean, max_teacher_tokens=64, length_multiple=8)
+  assert p.batch.teacher_BT.shape == (4, 8) and not p.batch.distill_B.any()

@@ -1,0 +1,154 @@
+"""The command line for real: the smoke run, its files, a kill at a random moment, and errors that say who must act."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sdpo_jax import config, main, metrics, train
+
+ROOT = pathlib.Path(__file__).parent.parent
+ENV = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+
+def start(*args, **kwargs):
+  return subprocess.Popen([sys.executable, "-m", "sdpo_jax.main", *args], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def run(*args):
+  process = start(*args)
+  out, err = process.communicate(timeout=600)
+  return process.returncode, out, err
+
+
+LOCAL = "--config=configs/tinycode.py:local"
+LONGER = ["--config.total_steps=6", "--config.checkpoint.every_steps=2", "--config.eval.every_steps=3"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """An uninterrupted run of six steps."""
+  workdir = tmp_path_factory.mktemp("whole")
+  status, out, err = run(LOCAL, *LONGER, f"--workdir={workdir}")
+  assert status == 0, err
+  return workdir, out
+
+
+def repeatable(workdir):
+  return [metrics.reproducible(line) for line in metrics.read(workdir)]
+
+
+def test_a_run_leaves_everything_that_was_promised(whole):
+  workdir, out = whole
+  assert "avg@k" in out and "base model" in out
+  lines = metrics.read(workdir)
+  assert [line["step"] for line in lines] == list(range(7))
+  assert "eval/heldout/avg@k" in lines[0] and "eval/heldout/avg@k" in lines[3] and "train/loss" in lines[1]
+  about = json.loads((workdir / "run.json").read_text())
+  assert about["sandbox_isolation"] and about["versions"]["jax"] and about["devices"] and about["seed"] == 0
+  assert json.loads((workdir / "config.json").read_text())["method"]["name"] == "sdpo"
+  rows = [json.loads(line) for line in (workdir / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
+  assert len(rows) == 8 and all({"prompt", "response", "reward", "feedback", "teacher_context", "tokens"} <= r.keys() for r in rows)
+  assert any("teacher_gap" in r for r in rows)
+  assert "<html" in (workdir / "report" / "index.html").read_text() and list(workdir.glob("events*"))
+
+
+def test_running_a_finished_run_again_changes_nothing(whole):
+  workdir, out = whole
+  stamp = lambda: {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+  before = stamp()
+  status, again, _ = run(LOCAL, *LONGER, f"--workdir={workdir}")
+  assert status == 0 and stamp() == before and again == out
+
+
+def killed_and_resumed(workdir, steps_before_kill, rng):
+  process = start(LOCAL, *LONGER, f"--workdir={workdir}", start_new_session=True)
+  deadline = time.monotonic() + 300
+  while len(metrics.read(workdir)) <= steps_before_kill and process.poll() is None and time.monotonic() < deadline:
+    time.sleep(0.01)
+  time.sleep(rng.random() * 0.5)
+  os.killpg(process.pid, signal.SIGKILL)
+  process.communicate()
+  status, _, err = run(LOCAL, *LONGER, f"--workdir={workdir}")
+  assert status == 0, err
+
+
+def test_kill_and_resume_write_the_same_metrics(whole, tmp_path):
+  killed_and_resumed(tmp_path, steps_before_kill=3, rng=random.Random(0))
+  assert repeatable(tmp_path) == repeatable(whole[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(5))
+def test_kill_at_random_moments(whole, tmp_path, moment):
+  rng = random.Random(f"moment/{moment}")
+  killed_and_resumed(tmp_path, steps_before_kill=rng.randrange(-1, 6), rng=rng)
+  assert repeatable(tmp_path) == repeatable(whole[0])
+
+
+def test_eval_scores_a_checkpoint_and_a_hugging_face_directory(whole, tmp_path):
+  workdir, _ = whole
+  status, out, err = run(LOCAL, "--mode=eval", f"--checkpoint={workdir}:6", f"--workdir={tmp_path}")
+  assert status == 0, err
+  scored = json.loads((tmp_path / "eval" / "step_000006.json").read_text())
+  assert scored["eval/heldout/avg@k"] == metrics.read(workdir)[-1]["eval/heldout/avg@k"]
+
+
+def test_another_configuration_does_not_continue_a_run(whole):
+  status, _, err = run("--config=configs/tinycode.py:local,seed=3", *LONGER, f"--workdir={whole[0]}")
+  assert status == 2 and "config.seed=3" in err and "was begun with 0" in err and len(err.strip().splitlines()) <= 2
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--config=configs/nowhere.py"], "configs/nowhere.py"),
+    (["--config=configs/tinycode.py:metod=grpo"], "'metod' of the config file is unknown; choose from"),
+    (["--config=configs/tinycode.py:method=gspoo"], "method='gspoo' is unknown; choose from ['grpo', 'sdpo']"),
+    (["--config=configs/tinycode.py:local", "--config.rollout.grup=4"], "grup"),
+    (["--config=configs/tinycode.py:local", "--config.rollout.group=four"], "four"),
+    (["--config=configs/tinycode.py:local", "--mode=training"], "choose from ['train', 'eval']"),
+    (["--config=configs/tinycode.py:local", "--nonsense"], "nonsense"),
+    (["--config=configs/tinycode.py:local,method=grpo", "--config.rollout.group=1"], "config.rollout.group=1 with advantage 'group_mean'"),
+    (["--config=configs/tinycode.py:local", "--config.method.token_signal.alpha=2.0"], "alpha"),
+    (["--config=configs/tinycode.py:local", "--config.train.micro_batches=3"], "do not divide"),
+    (["--config=configs/tinycode.py:local", "--mode=eval"], "--checkpoint"),
+    (["--config=configs/tinycode.py:local", "--workdir=/proc/nowhere"], "cannot write there"),
+])
+def test_usage_errors_are_one_line_and_status_2(args, said):
+  status, out, err = run(*args)
+  assert status == 2 and said in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--config.rollout.max_new_tokens=4000"], "positions"),
+    (["--config.model.path=/nowhere/model"], "/nowhere/model"),
+    (["--config.env.level=harder"], "very_hard"),
+    (["--mode=eval", "--checkpoint=/nowhere/run"], "/nowhere/run"),
+])
+def test_impossible_settings_stop_before_anything_compiles(args, said, tmp_path):
+  status, _, err = run(LOCAL, *args, f"--workdir={tmp_path}")
+  assert status == 2 and said in err and "Traceback" not in err, err
+
+
+def test_config_files_cannot_add_or_lose_settings():
+  c = config.base()
+  c.rollout.qestions = 3
+  with pytest.raises(ValueError, match=r"config.rollout.qestions is not a setting; did you mean config.rollout.questions"):
+    config.validate(c)
+  c = config.base()
+  del c.rollout["group"]
+  with pytest.raises(ValueError, match="config.rollout.group is missing"):
+    config.validate(c)
+  config.validate(config.base())
+
+
+def test_summary_lines_show_both_models_with_intervals():
+  base = {"eval/heldout/avg@k": 0.1, "eval/heldout/avg@k_low": 0.05, "eval/heldout/avg@k_high": 0.15}
+  (line,) = train.summary_lines(base | {"eval/heldout/avg@k": 0.4}, base)
+  assert line.split() == ["heldout", "avg@k", "40.0%", "[5.0%,", "15.0%]", "base", "model", "avg@k", "10.0%", "[5.0%,", "15.0%]"]
+  assert main.MODES == ("train", "eval")

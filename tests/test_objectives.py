@@ -1,0 +1,162 @@
+"""The objectives against the specification, worked numbers and the paper's identities."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdpo_jax.objectives import advantage, methods, reference
+from sdpo_jax.objectives.loss import make_objective
+from sdpo_jax.train_step import make_signals
+from tests import fakes
+
+
+def logits(seed, shape=(2, 3, 7), scale=2.0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, jnp.float32)
+
+
+RESPONSE = np.array([[1, 2, 0], [3, 6, 5]], np.int32)
+WEIGHT = np.array([[1, 1, 0], [1, 1, 1]], np.float32)
+DISTILL = np.array([1, 1], np.float32)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_divergence_by_hand(alpha):
+  """Two outcomes, worked with plain sums."""
+  p, q = np.array([0.9, 0.1]), np.array([0.3, 0.7])
+  kl = lambda a, b: float(np.sum(a * np.log(a / b)))
+  m = (1 - alpha) * p + alpha * q
+  want = kl(q, p) if alpha == 0 else kl(p, q) if alpha == 1 else (1 - alpha) * kl(p, m) + alpha * kl(q, m)
+  got = reference.divergence(jnp.log(jnp.array(p)), jnp.log(jnp.array(q)), alpha)
+  assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_proposition_2_1_closed_form_and_finite_differences():
+  """The gradient of reverse KL with respect to a logit is p * (ln(p/q) - KL): a policy gradient with advantage ln q - ln p."""
+  with jax.enable_x64(True):
+    student, teacher = logits(0).astype(jnp.float64), logits(1).astype(jnp.float64)
+    loss = lambda s: reference.sdpo_loss(s, teacher, RESPONSE, WEIGHT, DISTILL, alpha=1.0)
+    grad = jax.grad(loss)(student)
+    p, q = jax.nn.softmax(student), jax.nn.softmax(teacher)
+    kl = jnp.sum(p * jnp.log(p / q), -1, keepdims=True)
+    closed = p * (jnp.log(p / q) - kl) * WEIGHT[..., None] / WEIGHT.sum()
+    np.testing.assert_allclose(grad, closed, atol=1e-12)
+    # The same number as -E_{y ~ p}[A(y) grad ln p(y)], summed over every y.
+    score = jax.nn.one_hot(jnp.arange(7), 7) - p[..., None, :]       # [B, R, y, v]
+    policy_gradient = -jnp.einsum("bry,bry,bryv->brv", p, jnp.log(q / p), score) * WEIGHT[..., None] / WEIGHT.sum()
+    np.testing.assert_allclose(grad, policy_gradient, atol=1e-12)
+    eps = 1e-6
+    for index in [(0, 0, 0), (0, 1, 6), (1, 2, 3)]:
+      step = jnp.zeros_like(student).at[index].set(eps)
+      assert (loss(student + step) - loss(student - step)) / (2 * eps) == pytest.approx(float(grad[index]), abs=1e-8)
+
+
+@pytest.mark.parametrize("kwargs", [dict(alpha=a) for a in (0.0, 0.4, 1.0)] + [dict(alpha=0.5, top_k=3), dict(alpha=1.0, top_k=3, add_tail=False)] +
+                         [dict(alpha=1.0, granularity="token"), dict(granularity="sequence")])
+def test_teacher_equal_to_policy_teaches_nothing(kwargs):
+  student = logits(0)
+  value, grad = jax.value_and_grad(lambda s: reference.sdpo_loss(s, student, RESPONSE, WEIGHT, DISTILL, **kwargs))(student)
+  assert abs(float(value)) < 1e-6 and float(jnp.abs(grad).max()) < 1e-6
+
+
+def test_top_k_bounds():
+  """Bucketed KL never exceeds the full one, and equals it once only one entry is in the tail."""
+  student, teacher = logits(2), logits(3)
+  loss = lambda **k: float(reference.sdpo_loss(student, teacher, RESPONSE, WEIGHT, DISTILL, alpha=1.0, **k))
+  full = loss()
+  by_k = [loss(top_k=k) for k in range(1, 7)]
+  assert all(b <= full + 1e-6 for b in by_k)
+  assert by_k[-1] == pytest.approx(full, rel=1e-5)
+
+
+def test_importance_weights_by_hand():
+  """One token: ratio e^1 is capped at 2, the engine mismatch e^-0.5 is not; both multiply the divergence."""
+  student, teacher = logits(4, (1, 1, 7)), logits(5, (1, 1, 7))
+  response, one = np.array([[2]]), np.ones((1, 1), np.float32)
+  logp = jax.nn.log_softmax(student)[0, 0, 2]
+  plain = reference.sdpo_loss(student, teacher, response, one, one[0])
+  weighted = reference.sdpo_loss(student, teacher, response, one, one[0], logp_old_BR=logp[None, None] - 1.0, logp_rollout_BR=logp[None, None] - 0.5)
+  assert float(weighted) == pytest.approx(float(plain) * 2.0 * np.exp(-0.5), rel=1e-5)
+
+
+METHOD_CASES = {
+    "jsd": (dict(), dict(alpha=0.5)),
+    "forward": (dict(token_signal=dict(name="divergence", alpha=0.0)), dict(alpha=0.0)),
+    "reverse": (dict(token_signal=dict(name="divergence", alpha=1.0)), dict(alpha=1.0)),
+    "skewed": (dict(token_signal=dict(name="divergence", alpha=0.2), token_weight=dict(name="importance", is_clip=None, rollout_is_clip=1.1)),
+               dict(alpha=0.2, is_clip=None, rollout_is_clip=1.1)),
+    "token": (dict(token_signal=dict(name="sampled_token")), dict(alpha=1.0, granularity="token")),
+    "sequence": (dict(token_signal=dict(name="sequence"), token_weight=dict(name="uniform")), dict(granularity="sequence", is_clip=None, rollout_is_clip=None)),
+}
+
+
+@pytest.mark.parametrize("case", METHOD_CASES)
+def test_fast_path_agrees_with_the_specification(case):
+  """Rows, kernel and packing of the trainer against plain logits: loss and every gradient."""
+  changes, kwargs = METHOD_CASES[case]
+  config, params = fakes.toy_model(0)
+  _, teacher = fakes.toy_model(1)
+  batch = fakes.toy_batch()
+  objective = make_objective(methods.row("sdpo") | changes)
+  signals = make_signals(config, objective, temperature=1.3)
+
+  def fast(p):
+    return objective.token_loss(signals(p, teacher, batch), batch, objective.normalisers(batch))[0]
+
+  def plain(p):
+    student = fakes.dense_logits(p, config, batch.student_BT, batch.student_pos_BR) / 1.3
+    q = fakes.dense_logits(teacher, config, batch.teacher_BT, batch.teacher_pos_BR) / 1.3
+    return reference.sdpo_loss(student, q, batch.response_BR, batch.weight_BR, batch.distill_B, logp_old_BR=batch.logp_old_BR,
+                               logp_rollout_BR=batch.logp_rollout_BR, **kwargs)
+
+  (got, got_grad), (want, want_grad) = (jax.jit(jax.value_and_grad(f))(params) for f in (fast, plain))
+  assert float(got) == pytest.approx(float(want), rel=1e-5)
+  jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5 * float(jnp.abs(w).max() + 1e-3)), got_grad, want_grad)
+
+
+def test_clipped_surrogate_by_hand():
+  """PPO's four cases of sign and side, ratio 1.5: clipped for A > 0, not for A < 0."""
+  from sdpo_jax.objectives.divergence import Signals
+  batch = fakes.toy_batch(rows=2)._replace(advantage_B=np.array([1.0, -1.0], np.float32))
+  old = np.full_like(batch.logp_old_BR, -1.0)
+  batch = batch._replace(logp_old_BR=old, logp_rollout_BR=old)
+  up = Signals(jnp.asarray(old + np.log(1.5), jnp.float32), None, None, None)
+  down = Signals(jnp.asarray(old + np.log(0.5), jnp.float32), None, None, None)
+  np.testing.assert_allclose(advantage.clipped(up, batch)[:, 0], [-1.28, 1.5], rtol=1e-6)
+  np.testing.assert_allclose(advantage.clipped(down, batch)[:, 0], [-0.5, 0.8], rtol=1e-6)
+
+
+def test_group_mean_leaves_out_what_was_not_judged():
+  reward = np.array([[1.0, 0.0, np.nan, 0.5], [np.nan] * 4])
+  got = advantage.group_mean(reward)
+  np.testing.assert_allclose(got, [[0.5, -0.5, 0.0, 0.0], [0.0] * 4])
+  std = advantage.group_mean(np.array([[1.0, 0.0, 1.0, 0.0]]), normalize_std=True)
+  np.testing.assert_allclose(std, np.array([[0.5, -0.5, 0.5, -0.5]]) / np.std([1, 0, 1, 0], ddof=1), rtol=1e-4)
+
+
+def test_blend_is_the_weighted_sum_of_its_two_losses():
+  config, params = fakes.toy_model(0)
+  batch = fakes.toy_batch()
+  blend = methods.row("sdpo") | dict(advantage=dict(name="group_mean"), surrogate=dict(name="clipped"), policy_share=0.9)
+  value = {}
+  for name, row in dict(blend=blend, sdpo=methods.row("sdpo"), grpo=methods.row("grpo")).items():
+    objective = make_objective(row)
+    value[name] = float(objective.token_loss(make_signals(config, objective)(params, None, batch), batch, objective.normalisers(batch))[0])
+  assert value["blend"] == pytest.approx(0.9 * value["grpo"] + 0.1 * value["sdpo"], rel=1e-5)
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(token_signal=dict(name="divergense")), "method.token_signal.name='divergense'"),
+    (dict(token_signal=dict(name="divergence", alhpa=1.0)), "method.token_signal.alhpa"),
+    (dict(teacher_context=dict(name="none")), "needs a teacher"),
+    (dict(policy_share=0.5), "needs a surrogate"),
+    (dict(policy_share=1.5), "must lie in [0, 1]"),
+])
+def test_a_row_that_cannot_be_built_says_why(change, named):
+  with pytest.raises(ValueError, match=named.replace("[", r"\[").replace("]", r"\]").replace(".", r"\.")):
+    methods.build(methods.row("sdpo") | change)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_row_builds(name):
+  assert set(methods.build(methods.row(name))) == set(methods.AXES)

@@ -1,0 +1,62 @@
+"""Collecting: judges run while sampling goes on, and one that fails costs its own row."""
+
+import threading
+import time
+
+import pytest
+
+from sdpo_jax.data.chat import Chat
+from sdpo_jax.records import Completion, Feedback, Sampling, Status
+from sdpo_jax.rollout import Collector, prompt_seed
+from tests import fakes
+
+CHAT = Chat(fakes.ByteTokenizer())
+SAMPLING = Sampling(8, stop_tokens=(257,))
+say = lambda text: CHAT.text_tokens(text) + [257]
+
+
+def collector(answers, engine, **settings):
+  return Collector(fakes.ListEnv(answers), CHAT, engine, **(dict(max_prompt_tokens=200, judge_threads=4, judge_timeout_s=0.5) | settings))
+
+
+def test_a_judge_that_raises_hangs_or_returns_nan_costs_its_own_row():
+  hang = threading.Event()
+  answers = {"good": Feedback(1.0, ""), "raise": RuntimeError("boom"), "nan": Feedback(float("nan"), ""),
+             "hang": lambda: hang.wait(5) or Feedback(1.0, "")}
+  c = collector(answers, fakes.ScriptedEngine([[say(t) for t in ("good", "raise", "nan", "hang", "bad")]]))
+  try:
+    (group,) = c.collect(None, [c.env.task("train", 0)], n=5, sampling=SAMPLING, seeds=[0])
+  finally:
+    hang.set()
+    c.close()
+  assert [r.feedback.status for r in group] == [Status.SCORED, Status.ENV_FAILED, Status.ENV_FAILED, Status.ENV_FAILED, Status.SCORED]
+  assert [r.feedback.reward for r in group] == [1.0, 0.0, 0.0, 0.0, 0.0]
+  assert group[4].feedback.text == "wrong: bad" and "boom" in group[1].feedback.text
+  assert group[0].text == "good" and group[0].tokens[-1] == 257
+
+
+def test_judging_starts_before_sampling_ends():
+  judged = threading.Event()
+
+  class SlowEngine:
+    def generate(self, params, prompts, *, n, sampling, seeds):
+      yield Completion(0, 1, say("first"), [-1.0] * 6, "stop")    # out of order, too
+      assert judged.wait(5), "the first response was not judged while the second was being sampled"
+      yield Completion(0, 0, say("second"), [-1.0] * 7, "stop")
+
+  c = collector({"first": lambda: judged.set() or Feedback(1.0, "")}, SlowEngine())
+  (group,) = c.collect(None, [c.env.task("train", 0)], n=2, sampling=SAMPLING, seeds=[0])
+  c.close()
+  assert [r.text for r in group] == ["second", "first"]
+
+
+def test_a_prompt_over_the_limit_names_the_setting():
+  c = collector({}, fakes.ScriptedEngine([[say("x")]]), max_prompt_tokens=5)
+  with pytest.raises(ValueError, match="config.data.max_prompt_tokens=5"):
+    c.collect(None, [c.env.task("train", 0)], n=1, sampling=SAMPLING, seeds=[0])
+  c.close()
+
+
+def test_seeds_differ_by_path_and_repeat():
+  assert prompt_seed(0, "train", 1, 0) == prompt_seed(0, "train", 1, 0)
+  assert len({prompt_seed(s, "train", i, q) for s in range(5) for i in range(20) for q in range(8)}) == 800

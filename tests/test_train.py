@@ -1,0 +1,73 @@
+"""The loop with scripted collaborators: what it calls when, what it writes, when it stops."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+from sdpo_jax import train
+from sdpo_jax.data.batch import Packed
+from sdpo_jax.data.chat import Chat
+from sdpo_jax.objectives.teacher_context import Context
+from sdpo_jax.records import Feedback, Ratio, Rollout, Status, Task
+from tests import fakes
+
+CHAT = Chat(fakes.ByteTokenizer())
+
+
+def rollout(status=Status.SCORED, text="ab"):
+  tokens = CHAT.text_tokens(text) + [257]
+  return Rollout(Task("t", "question"), [1, 2], tokens, [-1.0] * len(tokens), "stop", text, Feedback(1.0, "well", status))
+
+
+def run(total_steps=3, *, status=Status.SCORED, skipped=0, start=0, due=lambda name, i: name != "score"):
+  log = types.SimpleNamespace(written={}, saved=[], rollouts=[], evaluated=[])
+  batch = types.SimpleNamespace()
+
+  def step(state, batch):
+    return types.SimpleNamespace(step=state.step + 1, params=None, skipped_in_a_row=skipped * (state.step + 1)), {"train/loss": Ratio(2.0, 4.0)}
+
+  def make_batch(groups):
+    n = sum(r.feedback.status is Status.ENV_FAILED for g in groups for r in g)
+    return Packed(batch, [Context(feedback="f")] * sum(map(len, groups)), {"data/dropped": float(n)})
+
+  state = train.run(
+      types.SimpleNamespace(step=start, params=None, skipped_in_a_row=0), {"tokens": 0, "failed_batches": 0}, total_steps=total_steps,
+      next_tasks=lambda: ["task"], collect=lambda params, tasks, i: [[rollout(status), rollout(status)]], make_batch=make_batch, step=step,
+      score=lambda state, batch: None, evaluate=lambda state, i: log.evaluated.append(i) or {"eval/heldout/avg@k": 0.5}, due=due,
+      write=lambda i, m: log.written.__setitem__(i, m), write_rollouts=lambda i, *_: log.rollouts.append(i),
+      save=lambda i, state, host: log.saved.append((i, dict(host))), limits={"skipped": 2, "env_failures": 2})
+  return state, log
+
+
+def test_a_run_evaluates_the_base_then_trains_to_the_end():
+  state, log = run()
+  assert state.step == 3 and list(log.written) == [0, 1, 2, 3] and log.evaluated == [0, 1, 2, 3] and log.rollouts == [1, 2, 3]
+  assert log.written[2]["train/loss"].mean == 0.5 and log.written[2]["train/reward"] == 1.0 and log.written[2]["train/generations"] == 4
+  assert log.saved[-1] == (3, {"tokens": 18, "failed_batches": 0}) and log.written[3]["train/sampled_tokens"] == 18
+
+
+def test_a_resumed_run_goes_on_where_it_was():
+  _, log = run(start=2)
+  assert list(log.written) == [3] and log.evaluated == [3]
+
+
+def test_a_judge_that_always_fails_stops_the_run():
+  with pytest.raises(train.RunError, match=r"2 generation batches in a row \(step 2\)"):
+    run(status=Status.ENV_FAILED)
+
+
+def test_gradients_that_are_never_finite_stop_the_run():
+  with pytest.raises(train.RunError, match=r"not finite in 2 updates in a row \(step 2\); the last checkpoint is intact"):
+    run(skipped=1)
+
+
+def test_rollout_files_hold_what_was_said_and_read():
+  said = types.SimpleNamespace(logp_BR=np.array([[-1.0, -2.0, -3.0, 0.0]] * 2), logp_teacher_BR=np.array([[-0.5, -2.0, -4.0, 9.0]] * 2))
+  packed = Packed(None, [Context(feedback=fakes.NASTY), None], {})
+  first, second = train.rollout_lines(7, [[rollout(), rollout()]], packed, said, CHAT, kept=8)
+  assert json.loads(json.dumps(first)) == first
+  assert first["teacher_gap"] == [0.5, 0.0, -1.0] and first["tokens"] == ["a", "b", "<|im_end|>"] and fakes.NASTY in first["teacher_context"]
+  assert second["teacher_context"] is None and "teacher_gap" not in second
+  assert len(list(train.rollout_lines(7, [[rollout(), rollout()]], packed, said, CHAT, kept=1))) == 1

@@ -1,0 +1,144 @@
+"""The train step: invariances that must not depend on layout, and what it does when a gradient is not finite."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sdpo_jax.objectives import methods
+from sdpo_jax.objectives.loss import make_objective
+from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_train_step
+from tests import fakes
+
+BLEND = methods.row("sdpo") | dict(advantage=dict(name="group_mean"), surrogate=dict(name="clipped"), policy_share=0.3)
+
+
+@functools.cache
+def grads_of(micro_batches=1):
+  """(batch, teacher or None) -> (loss, gradient): read back from one SGD step of rate 1. The blend exercises both terms."""
+  config, params = fakes.toy_model(0)
+  objective = make_objective(BLEND)
+  tx = optax.sgd(1.0)
+  step = jax.jit(make_train_step(make_signals(config, objective), objective, tx, teacher_rate=0.0, micro_batches=micro_batches, recompute_old=True))
+  _, teacher = fakes.toy_model(1)
+
+  def run(batch, teacher=teacher):
+    state = init_state(params, tx, 0.0)._replace(teacher=teacher)
+    new, metrics = step(state, batch)
+    return float(metrics["train/loss"].mean), jax.tree.map(lambda a, b: np.asarray(a - b), params, new.params)
+
+  return run
+
+
+def assert_same(a, b, rel=1e-5):
+  assert a[0] == pytest.approx(b[0], rel=rel)
+  scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(a[1]))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=rel * scale), a[1], b[1])
+
+
+def test_padding_changes_nothing():
+  """Wider rows, and garbage in every masked column."""
+  narrow, wide = fakes.toy_batch(), fakes.toy_batch(width_multiple=32)
+  rng = np.random.default_rng(5)
+  masked = wide.weight_BR == 0
+  for field in ("response_BR", "logp_rollout_BR", "logp_old_BR"):
+    getattr(wide, field)[masked] = rng.integers(1, 250, masked.sum())
+  for tokens, pos in ((wide.student_BT, wide.student_pos_BR), (wide.teacher_BT, wide.teacher_pos_BR)):
+    for b in range(len(tokens)):
+      end = pos[b].max() + 2   # one past the last response token
+      tokens[b, end:] = rng.integers(1, 250, tokens.shape[1] - end)
+  assert_same(grads_of()(narrow), grads_of()(wide))
+
+
+def test_row_order_changes_nothing():
+  batch = fakes.toy_batch()
+  order = np.array([2, 0, 3, 1])
+  shuffled = jax.tree.map(lambda x: x[order], batch)
+  assert_same(grads_of()(batch), grads_of()(shuffled))
+
+
+def test_micro_batches_change_nothing():
+  """Rows of unequal length and distill mask: a mean of means would differ."""
+  batch = fakes.toy_batch()
+  assert_same(grads_of()(batch), grads_of(micro_batches=2)(batch))
+
+
+def test_weight_zero_means_no_gradient():
+  """A row of weight 0 may hold anything, not-a-number included."""
+  batch = fakes.toy_batch()
+  batch.weight_BR[1] = 0.0
+  clean = grads_of()(batch)
+  batch.advantage_B[1] = np.nan
+  batch.logp_old_BR[1] = np.inf
+  assert_same(clean, grads_of()(batch), rel=1e-7)
+
+
+def test_live_teacher_on_the_same_prompt_gives_zero():
+  config, params = fakes.toy_model(0)
+  batch = fakes.toy_batch()
+  batch = batch._replace(teacher_BT=batch.student_BT, teacher_pos_BR=batch.student_pos_BR)
+  objective = make_objective(methods.row("sdpo") | dict(teacher_weights=dict(name="live")))
+  step = jax.jit(make_train_step(make_signals(config, objective), objective, optax.sgd(1.0), teacher_rate=None))
+  state, metrics = step(init_state(params, optax.sgd(1.0), None), batch)
+  assert abs(metrics["train/loss"].mean) < 1e-6
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, params)
+
+
+@functools.cache
+def adamw_step(method="sdpo", lr=0.0, updates=1):
+  config, params = fakes.toy_model(0)
+  tx = make_optimizer(name="adamw", lr=lr, warmup_steps=0, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
+  objective = make_objective(methods.row(method))
+  step = jax.jit(make_train_step(make_signals(config, objective), objective, tx, teacher_rate=0.05, updates=updates))
+  return step, init_state(params, tx, 0.05)
+
+
+def test_learning_rate_zero_leaves_every_parameter_bit_identical():
+  step, state = adamw_step()
+  new, _ = step(state, fakes.toy_batch())
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), new.params, state.params)
+  assert int(new.step) == 1
+
+
+def test_the_moving_teacher_follows_once_per_generation_batch():
+  step, state = adamw_step(lr=1e-2, updates=2)
+  new, _ = step(state, fakes.toy_batch())
+  jax.tree.map(lambda t, old, p: np.testing.assert_allclose(t, old + 0.05 * (p - old), atol=1e-7), new.teacher, state.teacher, new.params)
+  assert not np.array_equal(new.params["embed"], state.params["embed"])
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
+  step, state = adamw_step(lr=1e-2, updates=2)
+  batch = fakes.toy_batch()
+  batch.logp_rollout_BR[:] = np.nan
+  broken, metrics = step(state, batch)
+  for field in ("params", "teacher", "opt_state"):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), getattr(broken, field), getattr(state, field))
+  assert int(broken.skipped) == 2 and int(broken.skipped_in_a_row) == 2 and metrics["train/update_skipped"].mean == 1.0
+  good, _ = step(broken, fakes.toy_batch())
+  assert int(good.skipped) == 2 and int(good.skipped_in_a_row) == 0
+
+
+def test_no_backward_work_and_no_gradient_for_the_teacher():
+  """With a live teacher the gradient is that of a frozen copy: nothing flows through the teacher's half."""
+  config, params = fakes.toy_model(0)
+  batch = fakes.toy_batch()
+  results = []
+  for row, rate, teacher in (("live", None, None), ("frozen", 0.0, params)):
+    objective = make_objective(methods.row("sdpo") | dict(teacher_weights=dict(name=row)))
+    step = jax.jit(make_train_step(make_signals(config, objective), objective, optax.sgd(1.0), teacher_rate=rate))
+    results.append(step(init_state(params, optax.sgd(1.0), rate), batch)[0].params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *results)
+
+
+def test_warm_up_starts_at_zero_and_ends_at_the_rate():
+  tx = make_optimizer(name="adamw", lr=1.0, warmup_steps=4, decay_steps=0, weight_decay=0.0, clip_norm=None, b1=0.9, b2=0.999, state_dtype=None)
+  params = jnp.ones(3)
+  state, sizes = tx.init(params), []
+  for _ in range(6):
+    update, state = tx.update(jnp.ones(3), state, params)
+    sizes.append(-float(update[0]))
+  np.testing.assert_allclose(sizes, [0.0, 0.25, 0.5, 0.75, 1.0, 1.0], atol=1e-4)
