@@ -41,16 +41,20 @@ def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_he
 
   policy_XV = log_softmax(student_hidden_XD, student_head_DV)
   teacher_XV = jax.lax.stop_gradient(log_softmax(teacher_hidden_XE, teacher_head_EV))
-  if alpha == 0:
-    divergence_X = _kl(teacher_XV, policy_XV)
-  elif alpha == 1:
-    divergence_X = _kl(policy_XV, teacher_XV)
-  else:
-    mixture_XV = jnp.logaddexp(math.log1p(-alpha) + policy_XV, math.log(alpha) + teacher_XV)
-    divergence_X = (1 - alpha) * _kl(policy_XV, mixture_XV) + alpha * _kl(teacher_XV, mixture_XV)
+  divergence_X = divergence(policy_XV, teacher_XV, alpha)
   at_target = lambda logp_XV: jnp.take_along_axis(logp_XV, target_X[:, None], axis=1)[:, 0]
   entropy_X = -jnp.sum(jnp.exp(policy_XV) * policy_XV, axis=1)
   return DistillKL(divergence_X, at_target(policy_XV), at_target(teacher_XV), entropy_X)
+
+
+def divergence(policy_XV, teacher_XV, alpha):
+  """[X], from log-probabilities over any buckets."""
+  if alpha == 0:
+    return _kl(teacher_XV, policy_XV)
+  if alpha == 1:
+    return _kl(policy_XV, teacher_XV)
+  mixture_XV = jnp.logaddexp(math.log1p(-alpha) + policy_XV, math.log(alpha) + teacher_XV)
+  return (1 - alpha) * _kl(policy_XV, mixture_XV) + alpha * _kl(teacher_XV, mixture_XV)
 
 
 def _kl(a_XV, b_XV):

@@ -96,7 +96,7 @@ def _backward_rule(plan, keep_logits, saved, cotangents):
   columns = tuple(jnp.zeros((target.shape[0], 1), dtype) if is_zero(c) else c.astype(dtype)[:, None] for c in used)
   if keep_logits:
     scalars, s, t = residuals
-    d = dm.dlogits(s, t, _hit(target, 0, s.shape[1]), scalars, columns, plan.alpha)
+    d = dm.dlogits(s, t, hit(target, 0, s.shape[1]), scalars, columns, plan.alpha)
     dh, dw = gradient_products(plan, d, h, w, dtype)
   elif weights is not None and is_zero(cotangents.logp_X) and is_zero(cotangents.entropy_X):
     scale = _promised_scale(columns[0][:, 0], weights.astype(dtype))
@@ -129,7 +129,7 @@ def _forward_tokens(plan, make_gradients, h, w, g, u, target, weights):
     if make_gradients:
       zero = jnp.zeros((size, 1), dtype)
       columns = cut(weights).astype(dtype)[:, None], zero, zero
-      d = dm.dlogits(s, t, _hit(cut(target), 0, w.shape[1]), scalars, columns, plan.alpha)
+      d = dm.dlogits(s, t, hit(cut(target), 0, w.shape[1]), scalars, columns, plan.alpha)
       dh, dw = gradient_products(plan, d, cut(h), w, dtype)
       grads = put(grads[0], dh), grads[1] + dw
     return DistillKL(*map(put, out, part)), grads
@@ -144,7 +144,7 @@ def _backward_tokens(plan, h, w, g, u, target, columns):
   def body(start, size, carry):
     cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
     _, scalars, s, t = _whole_vocabulary(plan, cut(h), w, cut(g), u, cut(target))
-    d = dm.dlogits(s, t, _hit(cut(target), 0, w.shape[1]), scalars, tuple(map(cut, columns)), plan.alpha)
+    d = dm.dlogits(s, t, hit(cut(target), 0, w.shape[1]), scalars, tuple(map(cut, columns)), plan.alpha)
     dh, dw = gradient_products(plan, d, cut(h), w, dtype)
     return lax.dynamic_update_slice_in_dim(carry[0], dh, start, 0), carry[1] + dw
 
@@ -166,7 +166,7 @@ def product(a, b, contract, dtype):
                          precision=precision, preferred_element_type=dtype)
 
 
-def _logits(plan, hidden, head, dtype):
+def logits(plan, hidden, head, dtype):
   logits = product(hidden, head, (1, 0), dtype)
   return logits if plan.temperature == 1 else logits / plan.temperature
 
@@ -177,7 +177,7 @@ def gradient_products(plan, d, h, w, dtype):
   return product(d, w, (1, 1), dtype), product(h, d, (0, 0), dtype)
 
 
-def _hit(target, start, size):
+def hit(target, start, size):
   return target[:, None] == start + lax.broadcasted_iota(target.dtype, (1, size), 1)
 
 
@@ -192,8 +192,8 @@ def over_blocks(total, size, body, carry):
 def _whole_vocabulary(plan, h, w, g, u, target):
   """(DistillKL, Scalars, s, t) of some tokens, with their logits over the whole vocabulary."""
   dtype = logit_dtype(h, w, g, u)
-  s, t = _logits(plan, h, w, dtype), _logits(plan, g, u, dtype)
-  stats = dm.add_block(dm.empty_stats(target.shape[0], dtype), s, t, _hit(target, 0, s.shape[1]), plan.alpha)
+  s, t = logits(plan, h, w, dtype), logits(plan, g, u, dtype)
+  stats = dm.add_block(dm.empty_stats(target.shape[0], dtype), s, t, hit(target, 0, s.shape[1]), plan.alpha)
   divergence, logp, logp_teacher, scalars = dm.finish(stats, plan.alpha)
   if dm.is_mixture(plan.alpha):
     divergence, scalars = dm.with_mixture(dm.mixture_sums(s, t, scalars, plan.alpha), scalars, plan.alpha)
@@ -203,23 +203,23 @@ def _whole_vocabulary(plan, h, w, g, u, target):
 # ---- blocks of the vocabulary: the three parts that distill_kl_sweeps.py asks for -----------------------------------
 
 
-def _block_logits(plan, h, w, g, u, start, size):
+def block_logits(plan, h, w, g, u, start, size):
   dtype = logit_dtype(h, w, g, u)
   cut = lambda head: lax.dynamic_slice_in_dim(head, start, size, axis=1)
-  return _logits(plan, h, cut(w), dtype), _logits(plan, g, cut(u), dtype)
+  return logits(plan, h, cut(w), dtype), logits(plan, g, cut(u), dtype)
 
 
 def statistics(plan, h, w, g, u, target):
   def body(start, size, stats):
-    s, t = _block_logits(plan, h, w, g, u, start, size)
-    return dm.add_block(stats, s, t, _hit(target, start, size), plan.alpha)
+    s, t = block_logits(plan, h, w, g, u, start, size)
+    return dm.add_block(stats, s, t, hit(target, start, size), plan.alpha)
 
   return over_blocks(w.shape[1], plan.size, body, dm.empty_stats(h.shape[0], logit_dtype(h, w, g, u)))
 
 
 def mixture_sums(plan, h, w, g, u, scalars):
   def body(start, size, sums):
-    s, t = _block_logits(plan, h, w, g, u, start, size)
+    s, t = block_logits(plan, h, w, g, u, start, size)
     return jax.tree.map(jnp.add, sums, dm.mixture_sums(s, t, scalars, plan.alpha))
 
   zero = jnp.zeros_like(scalars.entropy)
@@ -231,8 +231,8 @@ def gradients(plan, h, w, g, u, target, scalars, cotangents, dtype):
 
   def body(start, size, carry):
     dh, dw = carry
-    s, t = _block_logits(plan, h, w, g, u, start, size)
-    d = dm.dlogits(s, t, _hit(target, start, size), scalars, cotangents, plan.alpha)
+    s, t = block_logits(plan, h, w, g, u, start, size)
+    d = dm.dlogits(s, t, hit(target, start, size), scalars, cotangents, plan.alpha)
     dh_part, dw_part = gradient_products(plan, d, h, lax.dynamic_slice_in_dim(w, start, size, axis=1), logit)
     # Each column of dw is complete at once, so it can be stored in the head's own dtype.
     return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(dtype), start, 1)

@@ -1,0 +1,114 @@
+"""Divergence over the policy's K most likely entries and one bucket for the rest, without X x V logits.
+
+Source: SDPO (arXiv 2601.20802), whose released code keeps the student's top K, gathers the teacher there, and appends
+to both a bucket with the remaining probability. The bucketed KL never exceeds the full one and equals it at
+K >= V - 1. Without the bucket both sides are renormalised over the K entries.
+
+`top_log_probs` gives the log-probabilities themselves, [X, K], differentiable in the policy: mixtures of teachers,
+clipped advantages and remote teachers that only know K entries are plain arithmetic on them. `distill_topk` is the
+divergence of distill_kl_ref.py on the buckets.
+
+One sweep over blocks of the vocabulary forward, one backward; the best K so far travel along with the teacher's
+logits at the same entries. Gradient with respect to a logit, for cotangents c_k of the K log-probabilities:
+sum over k of c_k (1[v = index_k] - pi_v). The choice of the K entries itself carries no gradient.
+Numerics as in distill_kl_xla.py; the bucket is log(-expm1(min(logsumexp, -1e-7))), as released.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+
+from sdpo_jax.kernels import distill_kl_math as dm
+from sdpo_jax.kernels import distill_kl_xla as blocked
+from sdpo_jax.kernels.distill_kl_ref import divergence
+from sdpo_jax.kernels.distill_kl_ref import DistillKL
+
+
+class TopLogProbs(NamedTuple):
+  """The policy's K most likely entries, most likely first, beside the per-token results of distill_kl."""
+  logp_XK: jax.Array
+  logp_teacher_XK: jax.Array  # no gradient
+  index_XK: jax.Array         # int32
+  logp_X: jax.Array           # at the target
+  logp_teacher_X: jax.Array   # no gradient
+  entropy_X: jax.Array        # of the policy, over the whole vocabulary
+
+
+def distill_topk(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, alpha, top_k,
+                 add_tail=True, temperature=1.0) -> DistillKL:
+  """The divergence over K + 1 buckets, or over K renormalised entries; the other results as in distill_kl."""
+  top = top_log_probs(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, top_k=top_k,
+                      temperature=temperature)
+  buckets = add_tail_bucket if add_tail else lambda x: x - logsumexp(x, axis=1, keepdims=True)
+  return DistillKL(divergence(buckets(top.logp_XK), buckets(top.logp_teacher_XK), alpha),
+                   top.logp_X, top.logp_teacher_X, top.entropy_X)
+
+
+def add_tail_bucket(logp_XK):
+  """[X, K] -> [X, K + 1]: the probability of everything else comes last."""
+  kept = jnp.minimum(logsumexp(logp_XK, axis=1, keepdims=True), -1e-7)
+  return jnp.concatenate([logp_XK, jnp.log(-jnp.expm1(kept))], axis=1)
+
+
+def top_log_probs(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, top_k,
+                  temperature=1.0) -> TopLogProbs:
+  """Log-probabilities at the policy's top_k entries (all of them if the vocabulary is smaller)."""
+  if top_k < 1:
+    raise ValueError(f"top_k={top_k!r} must be at least 1")
+  plan = blocked.vocabulary_plan(target_X.shape[0], 0.5, temperature)  # alpha 0.5: statistics without a divergence
+  return _top(plan, min(top_k, student_head_DV.shape[1]), student_hidden_XD, student_head_DV, teacher_hidden_XE,
+              teacher_head_EV, target_X)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _top(plan, K, h, w, g, u, target):
+  return _forward_rule(plan, K, h, w, g, u, target)[0]
+
+
+def _forward_rule(plan, K, h, w, g, u, target):
+  X, V = target.shape[0], w.shape[1]
+  dtype = blocked.logit_dtype(h, w, g, u)
+
+  def body(start, size, carry):
+    stats, *best = carry
+    s, t = blocked.block_logits(plan, h, w, g, u, start, size)
+    stats = dm.add_block(stats, s, t, blocked.hit(target, start, size), plan.alpha)
+    block = s, t, jnp.broadcast_to(start + lax.iota(jnp.int32, size), (X, size))
+    both = [jnp.concatenate(pair, axis=1) for pair in zip(best, block)]
+    value, at = lax.top_k(both[0], K)
+    return stats, value, *[jnp.take_along_axis(x, at, axis=1) for x in both[1:]]
+
+  nothing = jnp.full((X, K), dm.NEG, dtype), jnp.zeros((X, K), dtype), jnp.zeros((X, K), jnp.int32)
+  stats, s, t, index = blocked.over_blocks(V, plan.size, body, (dm.empty_stats(X, dtype), *nothing))
+  _, logp, logp_teacher, scalars = dm.finish(stats, plan.alpha)
+  out = TopLogProbs(s - scalars.log_z_s, t - scalars.log_z_t, index, logp[:, 0], logp_teacher[:, 0], scalars.entropy[:, 0])
+  return out, (h, w, target, index, scalars)
+
+
+def _backward_rule(plan, K, saved, cotangents):
+  h, w, target, index, scalars = saved
+  X, V = target.shape[0], w.shape[1]
+  dtype = scalars.entropy.dtype
+  c_XK, g_logp, g_entropy = cotangents.logp_XK, cotangents.logp_X[:, None], cotangents.entropy_X[:, None]
+  from_all = g_logp + jnp.sum(c_XK, axis=1, keepdims=True)
+
+  def body(start, size, carry):
+    dh, dw = carry
+    head = lax.dynamic_slice_in_dim(w, start, size, axis=1)
+    log_pi = blocked.logits(plan, h, head, dtype) - scalars.log_z_s
+    d = -jnp.exp(log_pi) * (g_entropy * (log_pi + scalars.entropy) + from_all)
+    d += jnp.where(blocked.hit(target, start, size), g_logp, 0)
+    column = jnp.where((index >= start) & (index < start + size), index - start, size)  # size: nowhere
+    d = d.at[jnp.arange(X)[:, None], column].add(c_XK, mode="drop")
+    dh_part, dw_part = blocked.gradient_products(plan, d, h, head, dtype)
+    return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(w.dtype), start, 1)
+
+  dh, dw = blocked.over_blocks(V, plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros_like(w)))
+  return dh.astype(h.dtype), dw, None, None, None
+
+
+_top.defvjp(_forward_rule, _backward_rule)

@@ -1,0 +1,102 @@
+"""Top K with a bucket for the rest: against the plain formula on whole logits, and against the full divergence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdpo_jax.kernels import distill_kl_ref
+from sdpo_jax.kernels import distill_kl_xla
+from sdpo_jax.kernels.distill_topk import distill_topk
+from sdpo_jax.kernels.distill_topk import top_log_probs
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+  """Blocks of 128 entries, so that the best K come from several blocks, the last one ragged."""
+  monkeypatch.setattr(distill_kl_xla, "CPU_BLOCK_ENTRIES", 1)
+
+
+def problem(X=9, D=16, E=24, V=300, seed=0):
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  return (normal(X, D), normal(D, V) * 0.6, normal(X, E), normal(E, V) * 0.6), rng.integers(0, V, X)
+
+
+def plain(h, w, g, u, target, *, alpha, top_k, add_tail, temperature):
+  """Whole logits, the definition word for word; differentiated by jax."""
+  log_softmax = lambda x: x - jax.scipy.special.logsumexp(x, axis=1, keepdims=True)
+  s, t = log_softmax(h @ w / temperature), jax.lax.stop_gradient(log_softmax(g @ u / temperature))
+  _, index = jax.lax.top_k(s, top_k)
+  a, b = (jnp.take_along_axis(x, index, axis=1) for x in (s, t))
+  if add_tail:
+    tail = lambda x: jnp.log(1 - jnp.sum(jnp.exp(x), axis=1, keepdims=True))
+    a, b = (jnp.concatenate([x, tail(x)], axis=1) for x in (a, b))
+  else:
+    a, b = log_softmax(a), log_softmax(b)
+  kl = lambda x, y: jnp.sum(jnp.exp(x) * (x - y), axis=1)
+  m = jnp.log((1 - alpha) * jnp.exp(a) + alpha * jnp.exp(b))
+  divergence = kl(b, a) if alpha == 0 else kl(a, b) if alpha == 1 else (1 - alpha) * kl(a, m) + alpha * kl(b, m)
+  at = lambda x: jnp.take_along_axis(x, target[:, None], axis=1)[:, 0]
+  return distill_kl_ref.DistillKL(divergence, at(s), at(t), -jnp.sum(jnp.exp(s) * s, axis=1))
+
+
+def value_and_gradients(fn, arrays, target, cotangents, **static):
+  def loss(h, w):
+    out = fn(h, w, *arrays[2:], target, **static)
+    return sum(jnp.sum(c * o) for c, o in zip(cotangents, out)), out
+
+  (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*arrays[:2])
+  return [np.asarray(x) for x in (*out, *grads)]
+
+
+@pytest.mark.parametrize("add_tail", (True, False))
+@pytest.mark.parametrize("alpha", (0, 0.5, 1))
+def test_equals_the_plain_formula(alpha, add_tail):
+  arrays, target = problem()
+  cotangents = np.random.default_rng(1).normal(size=(4, 9)).astype(np.float32)
+  static = dict(alpha=alpha, top_k=7, add_tail=add_tail, temperature=0.8)
+  got = value_and_gradients(distill_topk, arrays, target, cotangents, **static)
+  with jax.enable_x64(True):
+    to64 = lambda x: np.asarray(x, np.float64)
+    want = value_and_gradients(plain, tuple(map(to64, arrays)), target, to64(cotangents), **static)
+  for a, b in zip(got[:4], want[:4]):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+  for a, b in zip(got[4:], want[4:]):
+    assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
+
+
+def test_entries_are_the_policys_best():
+  arrays, target = problem()
+  top = top_log_probs(*arrays, target, top_k=5)
+  s = arrays[0] @ arrays[1]
+  np.testing.assert_array_equal(top.index_XK, np.argsort(-s, axis=1)[:, :5])
+  t = jax.nn.log_softmax(arrays[2] @ arrays[3])
+  np.testing.assert_allclose(top.logp_teacher_XK, np.take_along_axis(np.asarray(t), np.asarray(top.index_XK), 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", (0, 0.5, 1))
+def test_bucketed_never_exceeds_the_full_divergence_and_reaches_it(alpha):
+  """In float64: 1 - sum(p) has few digits left in float32 when the rest is small."""
+  with jax.enable_x64(True):
+    arrays, target = problem(V=40)
+    arrays = [np.asarray(a, np.float64) for a in arrays]
+    full = distill_kl_ref.distill_kl(*arrays, target, alpha=alpha, temperature=1.0).divergence_X
+    bucketed = [np.asarray(distill_topk(*arrays, target, alpha=alpha, top_k=k).divergence_X) for k in (1, 5, 39)]
+    for smaller, larger in zip(bucketed, bucketed[1:] + [full]):
+      assert (smaller <= larger + 1e-9).all()
+    np.testing.assert_allclose(bucketed[2], full, rtol=1e-6)
+    np.testing.assert_allclose(distill_topk(*arrays, target, alpha=alpha, top_k=100).divergence_X, full, atol=1e-5)
+
+
+def test_same_weights_and_prompt_give_zero():
+  (h, w, _, _), target = problem()
+  loss = lambda h1, w1: jnp.sum(distill_topk(h1, w1, h, w, target, alpha=1, top_k=6).divergence_X)
+  value, grads = jax.value_and_grad(loss, argnums=(0, 1))(h, w)
+  assert value == 0 and max(np.abs(g).max() for g in grads) <= 1e-6
+
+
+def test_top_k_must_be_positive():
+  arrays, target = problem()
+  with pytest.raises(ValueError, match="top_k=0"):
+    distill_topk(*arrays, target, alpha=1, top_k=0)
