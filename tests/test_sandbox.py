@@ -169,12 +169,13 @@ def test_ordinary_programs(isolation):
 
 
 def test_time_limit_is_punctual(sandbox):
-  """CPU time decides; the verdict comes within 20 ms of it where a core is free, and here wherever it was given the time."""
+  """CPU time decides; where the machine gives the program none, wall time does."""
+  limits = Limits(time_s=0.2)
   for program in ("while True: pass", "import hashlib\nwhile True: hashlib.sha256(bytes(10**5)).digest()"):
-    result = sandbox.run(program, [TestCase("", "")], limits=Limits(time_s=0.3)).tests[0]
-    assert result.kind == "time_limit" and 0.3 <= result.cpu_s < 0.33
-  result = sandbox.run("import time\ntime.sleep(9)", [TestCase("", "")], limits=Limits(time_s=0.1)).tests[0]
-  assert result.kind == "time_limit" and 2.1 <= result.wall_s < 2.4 and result.cpu_s < 0.1
+    result = sandbox.run(program, [TestCase("", "")], limits=limits).tests[0]
+    assert result.kind == "time_limit" and result.cpu_s < 0.23 and (result.cpu_s >= 0.2 or result.wall_s >= limits.wall_s)
+  result = sandbox.run("import time\ntime.sleep(9)", [TestCase("", "")], limits=limits).tests[0]
+  assert result.kind == "time_limit" and limits.wall_s <= result.wall_s < limits.wall_s + 0.5 and result.cpu_s < 0.2
 
 
 # Our own failures.
@@ -197,8 +198,8 @@ def test_worker_killed_from_outside_costs_nothing():
 class _Dies:
   """A worker that is lost at every program but the trivial one."""
 
-  def __init__(self, worker, silent, trivial):
-    self._worker, self._silent, self._trivial = worker, silent, trivial
+  def __init__(self, worker, trivial):
+    self._worker, self._trivial = worker, trivial
 
   def __getattr__(self, name):
     return getattr(self._worker, name)
@@ -206,16 +207,15 @@ class _Dies:
   def run(self, program_fd, *rest):
     if self._trivial and os.pread(program_fd, 100, 0) == b"print(input())":
       return self._worker.run(program_fd, *rest)
-    raise jail_worker.WorkerLost("gone", silent=self._silent)
+    raise jail_worker.WorkerLost("gone")
 
 
-@pytest.mark.parametrize("silent", [False, True])
 @pytest.mark.parametrize("trivial, expected", [(True, "contained"), (False, "sandbox_failed")])
-def test_contained_or_our_fault(monkeypatch, silent, trivial, expected):
+def test_contained_or_our_fault(monkeypatch, trivial, expected):
   with Sandbox(workers=1) as pool:
     pool._slots[0].discard()
     start = pool._slots[0]._start
-    monkeypatch.setattr(pool._slots[0], "_start", lambda *a: _Dies(start(*a), silent, trivial))
+    monkeypatch.setattr(pool._slots[0], "_start", lambda *a: _Dies(start(*a), trivial))
     verdict = pool.run("print(1)", [TestCase("", "1"), TestCase("", "1")])
     assert verdict.kind == expected and not verdict.passed and len(verdict.tests) == 1
     monkeypatch.undo()
@@ -274,6 +274,27 @@ def test_canaries_notice_a_hole():
   with Sandbox(workers=1, isolation="unsafe") as pool:
     with pytest.raises(jail_worker.WorkerLost, match="could exec, fork, .*ptrace, read"):
       sandbox_module._try_canaries(_zygotes(pool)[0], "bubblewrap")
+
+
+def test_malformed_tests_are_not_the_program_s_fault(sandbox):
+  with pytest.raises(ValueError, match="test 2: the expected output '.1, 2' is not JSON"):
+    sandbox.run("def f(): return 1", [TestCase("", "1"), TestCase("", "[1, 2")], fn_name="f")
+  with pytest.raises(ValueError, match="not a literal"):
+    sandbox.run("", [TestCase(expression="1", output="f(1)")])
+  with pytest.raises(ValueError, match="compare='near'"):
+    TestCase(expression="1", output="1", compare="near")
+  with pytest.raises(ValueError, match="above 0"):
+    Limits(time_s=0)
+
+
+def test_interrupted_run_does_not_mix_up_answers(monkeypatch):
+  with Sandbox(workers=1) as pool:
+    worker, = _zygotes(pool)
+    with monkeypatch.context() as patch:
+      patch.setattr(jail_worker.socket, "send_fds", lambda *a, send=jail_worker.socket.send_fds: (send(*a), (_ for _ in ()).throw(KeyboardInterrupt)))
+      with pytest.raises(KeyboardInterrupt):
+        pool.run("print(1)", [TestCase("", "1")])
+    assert kind(pool, "print(2)", output="2") == "passed"
 
 
 def test_closed_and_interrupted():

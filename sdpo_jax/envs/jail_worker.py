@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import glob
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -40,10 +41,6 @@ _UNNEEDED = ("test", "site-packages", "dist-packages", "idlelib", "tkinter", "tu
 
 class WorkerLost(Exception):
   """The worker died, fell silent or answered nonsense."""
-
-  def __init__(self, reason: str, silent: bool = False):
-    super().__init__(reason)
-    self.silent = silent  # as opposed to having died
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +81,12 @@ def installed(name: str) -> bool:
   return importlib.util.find_spec(name) is not None
 
 
-def worker_uid(index: int) -> int:
-  """A uid of its own for each worker when root can give it one, else 0: stay who we are."""
-  return FIRST_UID + (os.getpid() * 61 + index) % UIDS if os.geteuid() == 0 else 0
+_uids = itertools.count(os.getpid() * 61)   # so that two trainers on one machine rarely meet
+
+
+def worker_uid() -> int:
+  """Another uid for each worker when root can give it one, else 0: stay who we are."""
+  return FIRST_UID + next(_uids) % UIDS if os.geteuid() == 0 else 0
 
 
 def stage(layout: Layout, directory: str) -> Layout:
@@ -196,7 +196,8 @@ def _own_processes() -> int:
 class Worker:
   """One warm jailed process."""
 
-  def __init__(self, isolation: str, layout: Layout, packages: tuple[str, ...], uid: int, with_proc: bool):
+  def __init__(self, isolation: str, layout: Layout, packages: tuple[str, ...], with_proc: bool):
+    uid = worker_uid()
     layout = layout if packages else dataclasses.replace(layout, packages=())
     view = _bubblewrap_view(layout, uid, with_proc) if isolation == "bubblewrap" else _plain_view(layout)
     config = {"path": [view.stdlib, view.stdlib + "/lib-dynload", *sorted({os.path.dirname(p) for p in view.packages})],
@@ -263,9 +264,12 @@ class Worker:
         socket.send_fds(self._sock, [job], [program_fd, *fds])
         answer = self._sock.recv(DONE.size + 1)
       except TimeoutError as e:
-        raise WorkerLost("silent", silent=True) from e
+        raise WorkerLost("silent") from e
       except OSError as e:
         raise WorkerLost(str(e)) from e
+      except BaseException:  # interrupted: the answer to this test must not be taken for the next one's
+        self.kill()
+        raise
       if len(answer) != DONE.size:
         raise WorkerLost(f"an answer of {len(answer)} bytes")
       status, killed, cpu_s, wall_s, max_rss_kb = DONE.unpack(answer)

@@ -27,9 +27,9 @@ import os
 import queue
 import tempfile
 
-from sdpo_jax.envs.jail_worker import (EXPRESSION, FUNCTION, STDIN, Worker, WorkerLost, find_layout, installed, memory_file, stage,
-                                       worker_uid)
-from sdpo_jax.envs.verdict import KINDS, Limits, ProgramError, TestCase, TestResult, Verdict, judge_test, make_verdict
+from sdpo_jax.envs.jail_worker import (EXPRESSION, FUNCTION, STDIN, Worker, WorkerLost, find_layout, installed, memory_file, stage)
+from sdpo_jax.envs.verdict import (KINDS, Limits, ProgramError, TestCase, TestResult, Verdict, check_tests, judge_test,
+                                   make_verdict)
 
 __all__ = ["KINDS", "Limits", "ProgramError", "Sandbox", "TestCase", "TestResult", "Verdict"]
 
@@ -79,7 +79,7 @@ class Sandbox:
     self._idle = queue.LifoQueue()  # the worker used last has the warmest caches
     self._closed = False
     self.isolation = self._choose(ISOLATIONS[:2] if isolation == "auto" else (isolation,))
-    self._slots += [_Slot(self._start, k) for k in range(1, workers or len(os.sched_getaffinity(0)))]
+    self._slots += [_Slot(self._start) for _ in range(1, workers or len(os.sched_getaffinity(0)))]
     started = [slot.begin() for slot in self._slots[1:]]
     for worker in started:
       worker.hello()
@@ -106,10 +106,12 @@ class Sandbox:
     """Runs the tests in order until one ends in an error or `max_failures` of them gave a wrong answer.
 
     fn_name  None: a program that reads standard input; else the function, or method of class Solution, to call
+    A test whose expected output is not of its form (JSON for a function, a literal for an expression) is a ValueError.
     """
     if self._closed:
       raise RuntimeError("the sandbox is closed")
     tests = list(tests)
+    check_tests(tests, fn_name)
     slot = self._idle.get()
     try:
       return slot.judge(program, tests, fn_name, limits, max_failures)
@@ -126,7 +128,7 @@ class Sandbox:
     for isolation in candidates:
       for with_proc in (True, False) if isolation == "bubblewrap" else (False,):
         self._settings = isolation, with_proc
-        slot = _Slot(self._start, 0)
+        slot = _Slot(self._start)
         try:
           self._layout = self._place(isolation)
           worker = slot.begin()
@@ -146,17 +148,17 @@ class Sandbox:
 
   def _place(self, isolation):
     layout = find_layout(PACKAGES)
-    if isolation == "bubblewrap" or not worker_uid(0):
+    if isolation == "bubblewrap" or os.geteuid() != 0:
       return layout
     if self._staged is None:
       self._staged = tempfile.TemporaryDirectory(prefix="sandbox-")
     return stage(layout, self._staged.name)
 
-  def _start(self, index: int, packages: tuple[str, ...]) -> Worker:
+  def _start(self, packages: tuple[str, ...]) -> Worker:
     isolation, with_proc = self._settings
     if self._closed:
       raise WorkerLost("the sandbox is closed")
-    return Worker(isolation, self._layout, packages, worker_uid(index), with_proc)
+    return Worker(isolation, self._layout, packages, with_proc)
 
 
 def _try_canaries(worker: Worker, isolation: str):
@@ -185,13 +187,12 @@ def _warn(isolation, reasons):
 class _Slot:
   """A place of the pool: at most one lean worker and one with third-party packages, never both at work."""
 
-  def __init__(self, start, index):
+  def __init__(self, start):
     self._start = start
-    self._index = index
     self.workers = {}   # packages -> Worker
 
   def begin(self, packages: tuple[str, ...] = ()) -> Worker:
-    self.workers[packages] = worker = self._start(self._index, packages)
+    self.workers[packages] = worker = self._start(packages)
     return worker
 
   def discard(self):
@@ -234,16 +235,14 @@ class _Slot:
     else:
       given, mode = test.input, STDIN if fn_name is None else FUNCTION
     try:
-      for last in (False, True):
+      for _ in range(2):
         worker = self._worker(packages)
         try:
           outcome = worker.run(program_fd, given, mode, fn_name or "", limits)
           return judge_test(outcome, test, program, fn_name, limits)
-        except WorkerLost as lost:
+        except WorkerLost:  # once may be bad luck (killed from outside, a machine that stood still): the program gets another
           worker.kill()
-          if last or lost.silent:
-            break  # a worker that only died may have been killed from outside: the program gets a second one
-      # Twice, or silent: the program's doing if a trivial program passes on a fresh worker, else ours.
+      # Twice: the program's doing if a trivial program passes on a fresh worker, else ours.
       trivial = self._trivial(packages)
     except (WorkerLost, OSError) as e:
       self.discard()

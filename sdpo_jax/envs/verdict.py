@@ -64,6 +64,10 @@ class Limits:
   memory_mb: int = 1024   # on top of the bare interpreter; MiB
   output_kb: int = 4096   # of standard output, standard error and the result each; KiB
 
+  def __post_init__(self):
+    if not (self.time_s > 0 and self.memory_mb > 0 and self.output_kb > 0):
+      raise ValueError(f"{self}: every limit must be above 0")
+
   @property
   def wall_s(self) -> float:
     return max(2 * self.time_s, self.time_s + 2)
@@ -235,6 +239,19 @@ def _literal_text(tagged) -> str:
   left, right = _BRACKETS[tag]
   comma = "," if tag == "tuple" and len(items) == 1 else ""
   return left + ", ".join(_literal_text(x) for x in items) + comma + right
+
+
+def check_tests(tests: list[TestCase], fn_name: str | None):
+  """ValueError for a test that no program could pass because its expected output has the wrong form."""
+  for number, test in enumerate(tests, 1):
+    try:
+      if test.expression is not None:
+        ast.literal_eval(test.output.strip())
+      elif fn_name is not None:
+        json.loads(test.output)
+    except (ValueError, SyntaxError) as e:
+      raise ValueError(f"test {number}: the expected output {cut(test.output, 80)!r} is not "
+                       f"{'JSON' if test.expression is None else 'a literal'}") from e
 
 
 # From what a process left behind to a result.
