@@ -11,6 +11,7 @@ import types
 
 import ml_collections
 
+from sdpo_jax.kernels.distill_kl import IMPLEMENTATIONS
 from sdpo_jax.objectives import methods
 
 MODELS = {  # name: Hugging Face hub id; "tiny" ships with the package
@@ -40,7 +41,8 @@ def base() -> ml_collections.ConfigDict:
   c.data = dict(
       max_prompt_tokens=256,                 # a longer question stops the run
       max_teacher_tokens=512,                # a longer teacher prompt has its feedback and solution shortened
-      length_multiple=32,                    # padded lengths are rounded up to it: bounds the number of compilations
+      length_multiple=32,                    # padded row lengths are rounded up to it: bounds the number of compilations
+      response_multiple=8,                   # likewise for the response columns, which the divergence is computed on
   )
   c.rollout = dict(
       questions=8, group=8,                  # responses per generation batch = questions x group
@@ -61,6 +63,12 @@ def base() -> ml_collections.ConfigDict:
       every_steps=20, splits=("heldout",), final_splits=("heldout", "unseen", "adversarial"),
       questions=64, samples=4,               # per split; avg@samples
       temperature=0.6, top_p=0.95,
+  )
+  c.discover = dict(                         # --mode=discover: test-time self-distillation
+      arms=("sdpo", "best_of_k"),            # of sdpo, best_of_k, multi_turn
+      split="heldout", questions=20, seeds=5,
+      attempts=256,                          # budget of one (question, seed)
+      rollouts=16,                           # attempts per update
   )
   c.checkpoint = dict(every_steps=20, keep=2)
   c.log = dict(rollouts_every_steps=10, rollouts_kept=16)   # rollout files: how often, how many rows
@@ -116,12 +124,13 @@ def validate(c: ml_collections.ConfigDict) -> None:
               "rollout.judge_threads": c.rollout.judge_threads, "train.updates_per_batch": c.train.updates_per_batch,
               "train.micro_batches": c.train.micro_batches, "eval.every_steps": c.eval.every_steps, "eval.questions": c.eval.questions,
               "eval.samples": c.eval.samples, "checkpoint.every_steps": c.checkpoint.every_steps, "checkpoint.keep": c.checkpoint.keep,
-              "data.length_multiple": c.data.length_multiple, "log.rollouts_every_steps": c.log.rollouts_every_steps,
-              "sandbox.workers": c.sandbox.workers, "train.max_skipped_in_a_row": c.train.max_skipped_in_a_row}
+              "data.length_multiple": c.data.length_multiple, "data.response_multiple": c.data.response_multiple, "log.rollouts_every_steps": c.log.rollouts_every_steps,
+              "sandbox.workers": c.sandbox.workers, "discover.questions": c.discover.questions, "discover.seeds": c.discover.seeds,
+              "discover.attempts": c.discover.attempts, "discover.rollouts": c.discover.rollouts, "train.max_skipped_in_a_row": c.train.max_skipped_in_a_row}
   for name, value in positive.items():
     if value < 1:
       raise ValueError(f"config.{name}={value} must be at least 1")
-  choices = {"model.remat": (c.model.remat, ("none", "block")), "train.loss_implementation": (c.train.loss_implementation, ("auto", "reference", "xla")),
+  choices = {"model.remat": (c.model.remat, ("none", "block")), "train.loss_implementation": (c.train.loss_implementation, ("auto", *IMPLEMENTATIONS)),
              "model.dtype": (c.model.dtype, ("float32", "bfloat16")), "model.param_dtype": (c.model.param_dtype, ("float32", "bfloat16"))}
   for name, (value, allowed) in choices.items():
     if value not in allowed:

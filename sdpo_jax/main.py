@@ -1,9 +1,9 @@
 r"""The command line.
 
-  python -m sdpo_jax.main --config=configs/FILE.py[:key=value,...] --workdir=DIR [--mode=train|eval] [--config.section.key=value ...]
+  python -m sdpo_jax.main --config=configs/FILE.py[:key=value,...] --workdir=DIR [--mode=train|eval|discover] [--config.section.key=value ...]
 
 train (default) runs, resumes if the work directory holds a checkpoint, and ends with a report. eval scores a checkpoint:
---checkpoint=WORKDIR[:step] or a Hugging Face directory. Without --workdir a fresh directory under runs/ is made and printed.
+--checkpoint=WORKDIR[:step] or a Hugging Face directory. discover is test-time self-distillation on single hard questions. Without --workdir a fresh directory under runs/ is made and printed.
 Exit status: 0 success, 2 a wrong command line or setting (one line on stderr), 1 a failed run.
 """
 
@@ -16,10 +16,10 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-MODES = ("train", "eval")
+MODES = ("train", "eval", "discover")
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tinycode.py", "settings: FILE[:key=value,...]", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "where everything about the run goes; default: a fresh directory under runs/")
-_MODE = flags.DEFINE_string("mode", "train", "train | eval")
+_MODE = flags.DEFINE_string("mode", "train", "train | eval | discover")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "eval: WORKDIR[:step] or a Hugging Face directory")
 
 
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     check_writable(workdir)
   except (UsageError, ValueError) as error:
     return complain(error, 2)
-  from sdpo_jax import metrics, train
+  from sdpo_jax import discover, metrics, train, wiring
   absl_logging.use_absl_handler()
   absl_logging.set_verbosity(absl_logging.WARNING)
   try:
@@ -78,9 +78,13 @@ def main(argv: list[str]) -> int:
       train.train(c, workdir)
       lines = metrics.read(workdir)
       results, base = lines[-1], lines[0]
-    else:
+    elif _MODE.value == "eval":
       results, base = train.evaluate_checkpoint(c, workdir, _CHECKPOINT.value), {}
-  except (train.SettingError, FileNotFoundError) as error:
+    else:
+      for line in discover.summary_lines(discover.discover(c, workdir)):
+        print(line)
+      return 0
+  except (wiring.SettingError, FileNotFoundError) as error:
     return complain(error, 2)
   except train.RunError as error:
     return complain(error, 1)

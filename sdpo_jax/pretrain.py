@@ -10,7 +10,6 @@ writing a Hugging Face directory. Exit 0 on success, 2 on a wrong setting.
 
 import json
 import os
-import sys
 import time
 
 from absl import app, flags
@@ -106,9 +105,9 @@ def run(c, workdir: str, out: str) -> dict[str, float]:
   data = PackedRows(Corpus(Mixture(**mixture)), chat, seed=c.seed, **c.batch)
   tx = make_optimizer(**c.optimizer)
   params = jax.jit(lambda key: decoder.init(model, key))(jax.random.key(c.seed))
-  state = init_state(params, tx, None)
+  state = init_state(params, tx)
   objective = supervised()
-  step = jax.jit(make_train_step(make_signals(model, objective), objective, tx, teacher_rate=None), donate_argnums=0)
+  step = jax.jit(make_train_step(make_signals(model, objective), objective, tx), donate_argnums=0)
   sampler = Sampler(model, rows=c.eval.questions, prompt_multiple=32, chunk=64, pad_token=chat.pad_token)
   os.makedirs(workdir, exist_ok=True)
   if checkpoint.latest_step(workdir) is not None:

@@ -8,55 +8,30 @@ Metrics of step i belong to the i-th generation batch (from 1) and, where due, t
 evaluation of the base model.
 """
 
-import contextlib
-import dataclasses
-import datetime
-import importlib.metadata
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import time
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from sdpo_jax import checkpoint, report
-from sdpo_jax.config import MODELS, validate
+from sdpo_jax.config import validate
 from sdpo_jax.data.batch import Packed, pack
-from sdpo_jax.data.chat import Chat, load_tokenizer
+from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.tasks import TaskStream
-from sdpo_jax.envs.base import make_env
-from sdpo_jax.envs.sandbox import Sandbox
 from sdpo_jax.evaluate import evaluate
 from sdpo_jax.metrics import Writer
-from sdpo_jax.model.config import ModelConfig
-from sdpo_jax.model.hf_weights import load_pretrained
 from sdpo_jax.objectives import methods
 from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.records import Rollout, Sampling, Status
-from sdpo_jax.rollout import Collector, prompt_seed
-from sdpo_jax.sampler import Sampler
+from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_train_step
+from sdpo_jax.wiring import blame_settings, describe_run, same_run, wired, write_atomically
 
 
 class RunError(Exception):
   """The run cannot go on; the message says what happened and what is intact."""
-
-
-class SettingError(ValueError):
-  """A setting, a path or this machine does not allow the run; raised before anything is trained."""
-
-
-@contextlib.contextmanager
-def blame_settings():
-  """What fails while a run is being wired fails because of what it was given: one line, not a traceback."""
-  try:
-    yield
-  except (ValueError, FileNotFoundError, RuntimeError) as error:
-    raise SettingError(str(error)) from error
 
 
 def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, score, evaluate, due, write, write_rollouts, save, limits):
@@ -126,64 +101,6 @@ def rollout_lines(step: int, groups, packed: Packed, said, chat: Chat, kept: int
     yield line
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  scratch = path.with_name(path.name + ".tmp")
-  scratch.write_text(text, encoding="utf-8")
-  os.replace(scratch, path)
-
-
-def describe_run(workdir: pathlib.Path, c, extra: dict) -> None:
-  """config.json (resolved) and run.json (command, commit, versions, devices, seed), before anything is trained. A resumed run adds a start."""
-  path = workdir / "run.json"
-  earlier = json.loads(path.read_text()).get("started", []) if path.exists() else []
-  commit = subprocess.run(["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
-  about = {"command": " ".join([os.path.basename(sys.executable), "-m", "sdpo_jax.main", *sys.argv[1:]]), "commit": commit or None,
-           "started": earlier + [datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")],
-           "python": sys.version.split()[0], "versions": {p: importlib.metadata.version(p) for p in packages},
-           "devices": [str(d) for d in jax.devices()], "seed": c.seed} | extra
-  write_atomically(path, json.dumps(about, indent=2) + "\n")
-  write_atomically(workdir / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")
-
-
-class Wired(NamedTuple):
-  """What training and evaluation share: a model that samples, and an environment that judges it."""
-  chat: Chat
-  model: ModelConfig
-  params: Any
-  collector: Collector
-  eval_sampling: Sampling
-  isolation: str
-
-
-@contextlib.contextmanager
-def wired(c, path: str):
-  """Loads the model at `path` and starts sandbox, environment and judges; ends them on leaving."""
-  with contextlib.ExitStack() as stack:
-    with blame_settings():
-      chat = Chat(load_tokenizer(path), thinking=c.model.thinking)
-      model, params = load_pretrained(path, dtype=c.model.param_dtype)
-      model = dataclasses.replace(model, dtype=c.model.dtype)
-      for name, tokens in (("max_prompt_tokens", c.data.max_prompt_tokens), ("max_teacher_tokens", c.data.max_teacher_tokens)):
-        if tokens + c.rollout.max_new_tokens > model.max_positions:
-          raise ValueError(f"config.data.{name}={tokens} and config.rollout.max_new_tokens={c.rollout.max_new_tokens} together exceed "
-                           f"the {model.max_positions} positions of {path}")
-      sandbox = stack.enter_context(Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation))
-      env = make_env(sandbox=sandbox, **c.env)
-      engine = Sampler(model, rows=c.rollout.rows, chunk=c.rollout.chunk, prompt_multiple=c.data.length_multiple, pad_token=chat.pad_token)
-      collector = Collector(env, chat, engine, max_prompt_tokens=c.data.max_prompt_tokens, judge_threads=c.rollout.judge_threads,
-                            judge_timeout_s=c.rollout.judge_timeout_s)
-    stack.callback(collector.close)
-    yield Wired(chat, model, params, collector, Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens), sandbox.isolation)
-
-
-def initial_state(c, params):
-  """(state, optimiser, teacher rate) of step 0."""
-  teacher_rate = methods.build(c.method.to_dict())["teacher_weights"]()
-  tx = make_optimizer(**c.optimizer)
-  return init_state(params, tx, teacher_rate), tx, teacher_rate
-
-
 def train(c, workdir: str) -> None:
   """Wires a run from its configuration, trains (or resumes) it, and writes the report. A finished run is left as it is.
 
@@ -192,27 +109,28 @@ def train(c, workdir: str) -> None:
   workdir = pathlib.Path(workdir)
   with blame_settings():
     validate(c)
-    same_run(workdir, c)
+    same_run(workdir, c, begun=checkpoint.latest_step(workdir) is not None)
     latest = checkpoint.latest_step(workdir)
   if latest is not None and latest >= c.total_steps:
     if not (workdir / "report" / "index.html").exists():   # killed between the last step and the report
       report.write_report([workdir], workdir / "report")
     return
 
-  with wired(c, MODELS.get(c.model.path, c.model.path)) as w:
+  with wired(c) as w:
     with blame_settings():
-      state, tx, teacher_rate = initial_state(c, w.params)
+      method = c.method.to_dict()
+      objective, parts = make_objective(method), methods.build(method)
+      teacher, tx = parts["teacher_weights"](), make_optimizer(**c.optimizer)
+      state = init_state(w.params, tx, keep_teacher=teacher.keep)
       host = {"tokens": 0, "failed_batches": 0, "data": None}
       stream = TaskStream(w.collector.env, "train")
       if latest is not None:
         state, host = checkpoint.restore(workdir, state)
         stream.restore(host["data"])
-    method = c.method.to_dict()
-    objective, parts = make_objective(method), methods.build(method)
-    signals = make_signals(w.model, objective, temperature=c.rollout.temperature, remat=c.model.remat,
+    signals = make_signals(w.model, objective, mix=teacher.mix, temperature=c.rollout.temperature, remat=c.model.remat,
                            implementation=None if c.train.loss_implementation == "auto" else c.train.loss_implementation)
     several = c.train.updates_per_batch > 1
-    step = jax.jit(make_train_step(signals, objective, tx, teacher_rate=teacher_rate, updates=c.train.updates_per_batch,
+    step = jax.jit(make_train_step(signals, objective, tx, teacher_move=teacher.move, updates=c.train.updates_per_batch,
                                    micro_batches=c.train.micro_batches, recompute_old=several), donate_argnums=0)
     score = jax.jit(lambda state, batch: signals(state.params, state.teacher, batch))
     sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
@@ -230,7 +148,7 @@ def train(c, workdir: str) -> None:
 
     def make_batch(groups):
       return pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"],
-                  max_teacher_tokens=c.data.max_teacher_tokens, length_multiple=c.data.length_multiple)
+                  max_teacher_tokens=c.data.max_teacher_tokens, length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple)
 
     def due(name, i):
       if name == "score":   # a pass of its own, only where somebody reads it
@@ -264,7 +182,7 @@ def evaluate_checkpoint(c, workdir: str, source: str) -> dict[str, float]:
     is_run = checkpoint.latest_step(root) is not None
     if not is_run and not (pathlib.Path(source) / "config.json").exists():
       raise ValueError(f"--checkpoint={source}: neither a work directory with a checkpoint nor a Hugging Face directory")
-  with wired(c, MODELS.get(c.model.path, c.model.path) if is_run else source) as w:
+  with wired(c, None if is_run else source) as w:
     params, name = w.params, pathlib.Path(root).name
     if is_run:
       with blame_settings():
@@ -288,16 +206,3 @@ def summary_lines(results: dict[str, float], base: dict[str, float]) -> list[str
 
   return [f"{key.split('/')[1]:>12}  {interval(results, key)}" + (f"   base model {interval(base, key)}" if key in base else "")
           for key in results if key.endswith("/avg@k")]
-
-
-def same_run(workdir: pathlib.Path, c) -> None:
-  """A work directory belongs to one configuration; only the number of steps may grow. ValueError names the first difference."""
-  path = workdir / "config.json"
-  if not path.exists() or checkpoint.latest_step(workdir) is None:
-    return
-  flat = lambda d, prefix="config": {k2: v2 for k, v in d.items() for k2, v2 in
-                                     (flat(v, f"{prefix}.{k}") if isinstance(v, dict) else {f"{prefix}.{k}": v}).items()}
-  before, now = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(c.to_dict())))
-  for key in sorted(before.keys() | now.keys()):
-    if key != "config.total_steps" and before.get(key) != now.get(key):
-      raise ValueError(f"{key}={now.get(key)!r} but {workdir} was begun with {before.get(key)!r}: choose another --workdir, or the same settings")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from sdpo_jax.kernels.distill_kl import distill_kl
+from sdpo_jax.kernels.distill_topk import distill_topk
 from sdpo_jax.kernels.token_logp import token_logp
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
@@ -27,14 +28,14 @@ class TrainState(NamedTuple):
   step: jax.Array             # generation batches done
   params: Any                 # the policy
   opt_state: Any
-  teacher: Any                # None: the live policy teaches itself (or there is no teacher); else its weights
+  teacher: Any                # None: the live policy teaches itself (or there is no teacher); else the second weight tree
   skipped: jax.Array          # updates skipped so far because the gradient was not finite
   skipped_in_a_row: jax.Array
 
 
-def init_state(params, tx: optax.GradientTransformation, teacher_rate: float | None) -> TrainState:
-  """teacher_rate None: no second weight tree; 0: frozen; in (0, 1]: exponential moving average."""
-  teacher = None if teacher_rate is None else jax.tree.map(jnp.copy, params)
+def init_state(params, tx: optax.GradientTransformation, *, keep_teacher: bool = False) -> TrainState:
+  """keep_teacher: a copy of the weights travels along as the teacher's (moving, frozen or the anchor of a trust region)."""
+  teacher = jax.tree.map(jnp.copy, params) if keep_teacher else None
   return TrainState(jnp.int32(0), params, tx.init(params), teacher, jnp.int32(0), jnp.int32(0))
 
 
@@ -44,45 +45,57 @@ def at_positions(hidden_BTD: jax.Array, pos_BR: jax.Array) -> jax.Array:
   return jnp.take_along_axis(hidden_BTD, pos_BR[..., None], axis=1).reshape(B * R, hidden_BTD.shape[-1])
 
 
-def forward_pair(params, teacher, config: ModelConfig, batch: TrainBatch, *, remat: str = "none"):
-  """Hidden states (policy_XD, teacher_XD) of the same response under the two prompts, X = B * R.
+def forward_pair(params, teacher, config: ModelConfig, batch: TrainBatch, *, mix: float | None = None, remat: str = "none"):
+  """Hidden states and output matrices of the same response under the two prompts: (policy_XD, head_DV, teacher_XE, teacher_head_EV), X = B * R.
 
   Both halves go through each layer inside one scan, so each layer's weights are read once; the teacher's half is under
   stop_gradient from its input on, so no backward work is spent on it.
+  mix: a trust region (arXiv 2601.20802), logits (1 - mix) of `teacher` + mix of the live policy, both on the teacher's prompt. A sum
+  of two products is the product of two hidden states side by side with two matrices one above the other, so E = 2 D.
   """
-  policy_BTD, teacher_BTD = decoder.hidden_pair(
-      params, teacher, config, (batch.student_BT, batch.student_position_BT, batch.student_segment_BT),
-      (batch.teacher_BT, batch.teacher_position_BT, batch.teacher_segment_BT), remat=remat)
-  return at_positions(policy_BTD, batch.student_pos_BR), at_positions(teacher_BTD, batch.teacher_pos_BR)
+  student_half = batch.student_BT, batch.student_position_BT, batch.student_segment_BT
+  teacher_half = batch.teacher_BT, batch.teacher_position_BT, batch.teacher_segment_BT
+  policy_BTD, teacher_BTD = decoder.hidden_pair(params, teacher, config, student_half, teacher_half, remat=remat)
+  policy_XD, teacher_XD = at_positions(policy_BTD, batch.student_pos_BR), at_positions(teacher_BTD, batch.teacher_pos_BR)
+  head_DV, teacher_head_DV = decoder.head(params, config), decoder.head(params if teacher is None else teacher, config)
+  if mix is None:
+    return policy_XD, head_DV, teacher_XD, teacher_head_DV
+  live = jax.lax.stop_gradient(params)
+  tokens_BT, positions_BT, segment_ids_BT = teacher_half
+  live_BTD = decoder.hidden(live, config, tokens_BT, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT)
+  live_XD = at_positions(live_BTD, batch.teacher_pos_BR)
+  return (policy_XD, head_DV, jnp.concatenate([(1.0 - mix) * teacher_XD, mix * live_XD], axis=1),
+          jnp.concatenate([teacher_head_DV, decoder.head(live, config)], axis=0))
 
 
-def make_signals(config: ModelConfig, objective: Objective, *, temperature: float = 1.0, remat: str = "none",
+def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None = None, temperature: float = 1.0, remat: str = "none",
                  implementation: str | None = None) -> Callable:
-  """-> signals(params, teacher, batch) -> Signals. temperature: the rollout's; it applies to every quantity."""
+  """-> signals(params, teacher, batch) -> Signals. mix: see forward_pair. temperature: the rollout's; it applies to every quantity."""
 
   def signals(params, teacher, batch: TrainBatch) -> Signals:
     B, R = batch.response_BR.shape
     target_X = batch.response_BR.reshape(-1)
-    unflatten = lambda x_X: x_X.reshape(B, R)
     if not objective.needs_teacher:
       hidden_BTD = decoder.hidden(params, config, batch.student_BT, positions_BT=batch.student_position_BT,
                                   segment_ids_BT=batch.student_segment_BT, remat=remat)
       logp_X, entropy_X = token_logp(at_positions(hidden_BTD, batch.student_pos_BR), decoder.head(params, config), target_X, temperature=temperature)
-      return Signals(unflatten(logp_X), unflatten(entropy_X), None, None)
-    policy_XD, teacher_XD = forward_pair(params, teacher, config, batch, remat=remat)
-    teacher_head_DV = decoder.head(params if teacher is None else teacher, config)
-    out = distill_kl(policy_XD, decoder.head(params, config), teacher_XD, teacher_head_DV, target_X,
-                     alpha=0.5 if objective.alpha is None else objective.alpha, temperature=temperature, implementation=implementation)
-    return Signals(unflatten(out.logp_X), unflatten(out.entropy_X), unflatten(out.divergence_X), unflatten(out.logp_teacher_X))
+      return Signals(logp_X.reshape(B, R), entropy_X.reshape(B, R), None, None)
+    halves = forward_pair(params, teacher, config, batch, mix=mix, remat=remat)
+    wanted = objective.divergence or {"alpha": 0.5, "top_k": None, "add_tail": True}   # sampled-token signals read the rest of the result
+    if wanted["top_k"] is None:
+      out = distill_kl(*halves, target_X, alpha=wanted["alpha"], temperature=temperature, implementation=implementation)
+    else:
+      out = distill_topk(*halves, target_X, temperature=temperature, **wanted)
+    return Signals(*(x.reshape(B, R) for x in (out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X)))
 
   return signals
 
 
-def make_train_step(signals: Callable, objective: Objective, tx: optax.GradientTransformation, *, teacher_rate: float | None,
+def make_train_step(signals: Callable, objective: Objective, tx: optax.GradientTransformation, *, teacher_move: float = 0.0,
                     updates: int = 1, micro_batches: int = 1, recompute_old: bool = False) -> Callable:
   """-> step(state, batch) -> (state, {metric: Ratio}).
 
-  updates: optimiser updates per generation batch; micro_batches: gradient accumulation within each. Rows must divide by their
+  teacher_move: the teacher's rate towards the policy, 0 to leave it alone. updates: optimiser updates per generation batch; micro_batches: gradient accumulation within each. Rows must divide by their
   product. recompute_old: take logp_old from the batch (several updates) instead of the present policy's (one update: ratio 1).
   """
 
@@ -128,8 +141,8 @@ def make_train_step(signals: Callable, objective: Objective, tx: optax.GradientT
       minis = jax.tree.map(lambda x: x.reshape(updates, rows // updates, *x.shape[1:]), batch)
       state, metrics = jax.lax.scan(mini_batch, state, minis)
       metrics = jax.tree.map(lambda x: jnp.sum(x, 0), metrics)
-    if teacher_rate:   # None and 0 leave the teacher alone
-      moved = jax.tree.map(lambda t, p: t + teacher_rate * (p.astype(t.dtype) - t), state.teacher, state.params)
+    if teacher_move:
+      moved = jax.tree.map(lambda t, p: t + teacher_move * (p.astype(t.dtype) - t), state.teacher, state.params)
       finite = state.skipped_in_a_row == 0
       state = state._replace(teacher=jax.tree.map(lambda n, o: jnp.where(finite, n, o), moved, state.teacher))
     return state._replace(step=state.step + 1), metrics

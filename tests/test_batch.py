@@ -1,5 +1,7 @@
 """From judged groups to the batch: what the teacher reads, where each token stands, what is dropped."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -28,7 +30,7 @@ GROUP = [rollout("wrong", 0.0, "it " + fakes.NASTY), rollout("<think>hm</think> 
 
 def packed(group=GROUP, max_teacher_tokens=4096, **context):
   return pack([group], chat=CHAT, messages=messages, teacher_context=lambda g, i: feedback_or_solution(g, i, **context),
-              advantage=advantage.group_mean, max_teacher_tokens=max_teacher_tokens, length_multiple=8)
+              advantage=advantage.group_mean, max_teacher_tokens=max_teacher_tokens, length_multiple=8, response_multiple=8)
 
 
 def test_who_is_shown_what():
@@ -43,6 +45,24 @@ def test_who_is_shown_what():
   assert feedback_or_solution(GROUP, 0, use_solution=False, feedback="never") is None
   with pytest.raises(ValueError, match="choose from"):
     feedback_or_solution(GROUP, 0, feedback="sometimes")
+
+
+def test_options_of_the_context():
+  group = [rollout("wrong", 0.0, "no"), rollout("a long success", 1.0), rollout("short", 0.6), rollout("middling", 1.0)]
+  assert feedback_or_solution(group, 0, demonstration="shortest").solution == "short"
+  picks = {feedback_or_solution(group, i, demonstration="random").solution for i in range(4)}
+  assert len(picks) > 1 and all(p in ("a long success", "short", "middling") for p in picks)
+  assert feedback_or_solution(group, 0, demonstration="random") == feedback_or_solution(group, 0, demonstration="random")
+  assert feedback_or_solution(group, 0, success_threshold=0.7).solution == "a long success"
+  with_attempt = feedback_or_solution(group, 0, show_attempt=True)
+  assert with_attempt.attempt == "wrong" and "Your earlier attempt:\n\nwrong" in with_attempt.render("Q")
+  own = feedback_or_solution(group, 0, templates={"solution": " SOL[{text}]", "reprompt": "{solution}|{prompt}"})
+  assert own.render("Q {text}") == " SOL[a long success]|Q {text}"
+  with pytest.raises(ValueError, match="asks for {nothing}"):
+    feedback_or_solution(group, 0, templates={"reprompt": "{nothing}"}).render("Q")
+  assert teacher_context.reference_solution(group, 0) is None
+  solved = dataclasses.replace(group[0], task=dataclasses.replace(TASK, solution="<think>x</think>def f"))
+  assert teacher_context.reference_solution([solved], 0) == Context("def f")
 
 
 def test_the_teacher_reads_question_solution_feedback_and_closing_in_this_order():
@@ -99,5 +119,5 @@ def test_shorten_keeps_head_and_tail():
 
 
 def test_without_a_teacher_its_half_is_one_small_pad():
-  p = pack([GROUP], chat=CHAT, messages=messages, teacher_context=teacher_context.none, advantage=advantage.group_mean, max_teacher_tokens=64, length_multiple=8)
+  p = pack([GROUP], chat=CHAT, messages=messages, teacher_context=teacher_context.none, advantage=advantage.group_mean, max_teacher_tokens=64, length_multiple=8, response_multiple=8)
   assert p.batch.teacher_BT.shape == (4, 8) and not p.batch.distill_B.any()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sdpo_jax.objectives import advantage, methods, reference
+from sdpo_jax.objectives.divergence import Signals
 from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.train_step import make_signals
 from tests import fakes
@@ -82,6 +83,8 @@ def test_importance_weights_by_hand():
 METHOD_CASES = {
     "jsd": (dict(), dict(alpha=0.5)),
     "forward": (dict(token_signal=dict(name="divergence", alpha=0.0)), dict(alpha=0.0)),
+    "top_k": (dict(token_signal=dict(name="divergence", alpha=0.5, top_k=20)), dict(alpha=0.5, top_k=20)),
+    "top_k_renormalised": (dict(token_signal=dict(name="divergence", alpha=1.0, top_k=5, add_tail=False)), dict(alpha=1.0, top_k=5, add_tail=False)),
     "reverse": (dict(token_signal=dict(name="divergence", alpha=1.0)), dict(alpha=1.0)),
     "skewed": (dict(token_signal=dict(name="divergence", alpha=0.2), token_weight=dict(name="importance", is_clip=None, rollout_is_clip=1.1)),
                dict(alpha=0.2, is_clip=None, rollout_is_clip=1.1)),
@@ -114,9 +117,75 @@ def test_fast_path_agrees_with_the_specification(case):
   jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5 * float(jnp.abs(w).max() + 1e-3)), got_grad, want_grad)
 
 
+def test_trust_region_mixes_logits():
+  """log q proportional to .7 logits of the anchor + .3 logits of the policy, both on the teacher's prompt, no gradient to either."""
+  config, params = fakes.toy_model(0)
+  _, anchor = fakes.toy_model(1)
+  batch = fakes.toy_batch()
+  objective = make_objective(methods.row("sdpo") | dict(teacher_weights=dict(name="trust_region", rate=0.3)))
+  signals = make_signals(config, objective, mix=0.3)
+
+  def fast(p):
+    return objective.token_loss(signals(p, anchor, batch), batch, objective.normalisers(batch))[0]
+
+  def plain(p):
+    dense = lambda w, tokens, pos: fakes.dense_logits(w, config, tokens, pos)
+    q = 0.7 * dense(anchor, batch.teacher_BT, batch.teacher_pos_BR) + 0.3 * dense(jax.lax.stop_gradient(p), batch.teacher_BT, batch.teacher_pos_BR)
+    return reference.sdpo_loss(dense(p, batch.student_BT, batch.student_pos_BR), q, batch.response_BR, batch.weight_BR, batch.distill_B,
+                               logp_old_BR=batch.logp_old_BR, logp_rollout_BR=batch.logp_rollout_BR)
+
+  (got, got_grad), (want, want_grad) = (jax.jit(jax.value_and_grad(f))(params) for f in (fast, plain))
+  assert float(got) == pytest.approx(float(want), rel=1e-5)
+  jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5 * float(jnp.abs(w).max() + 1e-3)), got_grad, want_grad)
+
+
+def policy_loss(logp_BR, batch, **changes):
+  """Loss and gradient of a GRPO-like row with respect to the log-probabilities of the policy."""
+  objective = make_objective(methods.row("grpo") | changes)
+  loss = lambda x: objective.token_loss(Signals(x, jnp.zeros_like(x), None, None), batch, objective.normalisers(batch))[0]
+  return jax.value_and_grad(loss)(jnp.asarray(logp_BR, jnp.float32))
+
+
+def two_responses():
+  """Lengths 1 and 3, advantages 1 and -1, log-probabilities equal to the old ones."""
+  batch = fakes.toy_batch(rows=2, response=3)
+  weight = np.array([[1, 0, 0], [1, 1, 1]], np.float32)
+  old = np.full((2, 3), -1.0, np.float32)
+  return batch._replace(weight_BR=weight, advantage_B=np.array([1.0, -1.0], np.float32), logp_old_BR=old, logp_rollout_BR=old), old
+
+
+def test_reductions_by_hand():
+  batch, old = two_responses()
+  for reduction, first, second in ((dict(name="token_mean"), 1 / 4, 1 / 4), (dict(name="sequence_mean"), 1 / 2, 1 / 6), (dict(name="constant", length=5.0), 1 / 10, 1 / 10)):
+    _, grad = policy_loss(old, batch, reduction=reduction)
+    np.testing.assert_allclose(grad, [[-first, 0, 0], [second] * 3], rtol=1e-5)
+
+
+def test_gspo_clips_whole_sequences_and_cispo_never_loses_a_gradient():
+  batch, old = two_responses()
+  up = old + np.array([[0.1, 0, 0], [0.1, 0.2, 0.0]], np.float32)
+  value, grad = policy_loss(up, batch, surrogate=dict(name="gspo", low=0.05, high=0.05))
+  s1, s2 = np.exp(0.1), np.exp(0.1)   # the mean of (.1, .2, 0) is .1 too
+  assert float(value) == pytest.approx((-1.05 + 3 * s2) / 4, rel=1e-5)     # clipped for A > 0, free for A < 0
+  np.testing.assert_allclose(grad, [[0, 0, 0], [s2 / 4] * 3], rtol=1e-5)
+  assert s1 > 1.05
+  _, grad = policy_loss(up, batch, surrogate=dict(name="cispo", low=1.0, high=0.05))
+  np.testing.assert_allclose(grad, [[-1.05 / 4, 0, 0], [1.05 / 4, 1.05 / 4, 1 / 4]], rtol=1e-5)
+
+
+def test_opsd_clips_the_divergence_of_a_token():
+  batch, old = two_responses()
+  batch = batch._replace(distill_B=np.ones(2, np.float32))
+  objective = make_objective(methods.row("opsd"))
+  divergence = jnp.array([[0.01, 9, 9], [0.04, 0.2, 3.0]], jnp.float32)
+  loss = lambda d: objective.token_loss(Signals(jnp.asarray(old), jnp.zeros((2, 3)), d, jnp.asarray(old)), batch, objective.normalisers(batch))[0]
+  value, grad = jax.value_and_grad(loss)(divergence)
+  assert float(value) == pytest.approx((0.01 + 0.04 + 0.05 + 0.05) / 4, rel=1e-5)
+  np.testing.assert_allclose(grad, np.array([[1, 0, 0], [1, 0, 0]]) / 4, rtol=1e-5)
+
+
 def test_clipped_surrogate_by_hand():
   """PPO's four cases of sign and side, ratio 1.5: clipped for A > 0, not for A < 0."""
-  from sdpo_jax.objectives.divergence import Signals
   batch = fakes.toy_batch(rows=2)._replace(advantage_B=np.array([1.0, -1.0], np.float32))
   old = np.full_like(batch.logp_old_BR, -1.0)
   batch = batch._replace(logp_old_BR=old, logp_rollout_BR=old)

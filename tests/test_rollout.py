@@ -1,7 +1,6 @@
 """Collecting: judges run while sampling goes on, and one that fails costs its own row."""
 
 import threading
-import time
 
 import pytest
 

@@ -22,11 +22,11 @@ def grads_of(micro_batches=1):
   config, params = fakes.toy_model(0)
   objective = make_objective(BLEND)
   tx = optax.sgd(1.0)
-  step = jax.jit(make_train_step(make_signals(config, objective), objective, tx, teacher_rate=0.0, micro_batches=micro_batches, recompute_old=True))
+  step = jax.jit(make_train_step(make_signals(config, objective), objective, tx, micro_batches=micro_batches, recompute_old=True))
   _, teacher = fakes.toy_model(1)
 
   def run(batch, teacher=teacher):
-    state = init_state(params, tx, 0.0)._replace(teacher=teacher)
+    state = init_state(params, tx)._replace(teacher=teacher)
     new, metrics = step(state, batch)
     return float(metrics["train/loss"].mean), jax.tree.map(lambda a, b: np.asarray(a - b), params, new.params)
 
@@ -81,8 +81,8 @@ def test_live_teacher_on_the_same_prompt_gives_zero():
   batch = fakes.toy_batch()
   batch = batch._replace(teacher_BT=batch.student_BT, teacher_pos_BR=batch.student_pos_BR)
   objective = make_objective(methods.row("sdpo") | dict(teacher_weights=dict(name="live")))
-  step = jax.jit(make_train_step(make_signals(config, objective), objective, optax.sgd(1.0), teacher_rate=None))
-  state, metrics = step(init_state(params, optax.sgd(1.0), None), batch)
+  step = jax.jit(make_train_step(make_signals(config, objective), objective, optax.sgd(1.0)))
+  state, metrics = step(init_state(params, optax.sgd(1.0)), batch)
   assert abs(metrics["train/loss"].mean) < 1e-6
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, params)
 
@@ -92,8 +92,8 @@ def adamw_step(method="sdpo", lr=0.0, updates=1):
   config, params = fakes.toy_model(0)
   tx = make_optimizer(name="adamw", lr=lr, warmup_steps=0, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
   objective = make_objective(methods.row(method))
-  step = jax.jit(make_train_step(make_signals(config, objective), objective, tx, teacher_rate=0.05, updates=updates))
-  return step, init_state(params, tx, 0.05)
+  step = jax.jit(make_train_step(make_signals(config, objective), objective, tx, teacher_move=0.05, updates=updates))
+  return step, init_state(params, tx, keep_teacher=True)
 
 
 def test_learning_rate_zero_leaves_every_parameter_bit_identical():
@@ -127,10 +127,10 @@ def test_no_backward_work_and_no_gradient_for_the_teacher():
   config, params = fakes.toy_model(0)
   batch = fakes.toy_batch()
   results = []
-  for row, rate, teacher in (("live", None, None), ("frozen", 0.0, params)):
+  for row in ("live", "frozen"):
     objective = make_objective(methods.row("sdpo") | dict(teacher_weights=dict(name=row)))
-    step = jax.jit(make_train_step(make_signals(config, objective), objective, optax.sgd(1.0), teacher_rate=rate))
-    results.append(step(init_state(params, optax.sgd(1.0), rate), batch)[0].params)
+    step = jax.jit(make_train_step(make_signals(config, objective), objective, optax.sgd(1.0)))
+    results.append(step(init_state(params, optax.sgd(1.0), keep_teacher=row == "frozen"), batch)[0].params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *results)
 
 

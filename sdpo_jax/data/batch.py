@@ -62,7 +62,8 @@ def teacher_prompt(chat: Chat, messages: list[dict[str, str]], context: Context,
   raise ValueError(f"a question with its closing instruction takes {len(tokens)} tokens, more than data.max_teacher_tokens={max_tokens}")
 
 
-def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, advantage, max_teacher_tokens: int, length_multiple: int) -> Packed:
+def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, advantage, max_teacher_tokens: int, length_multiple: int,
+         response_multiple: int) -> Packed:
   """groups[q][g]: rollouts. messages(task) -> chat messages; teacher_context(group, i) -> Context | None; advantage(reward_QG) -> advantage_QG."""
   rows = [r for group in groups for r in group]
   contexts = [teacher_context(group, i) for group in groups for i in range(len(group))]
@@ -80,7 +81,7 @@ def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, 
       shortened += was_cut
 
   B = len(rows)
-  R = bucket(max(len(r.tokens) for r in rows), length_multiple)
+  R = bucket(max(len(r.tokens) for r in rows), response_multiple)
   T = bucket(max(len(r.prompt_tokens) + len(r.tokens) for r in rows), length_multiple)
   U = bucket(max(len(p) + len(r.tokens) for p, r in zip(teacher_prompts, rows)), length_multiple)
   taught = any(c is not None for c in contexts)

@@ -2,7 +2,7 @@
 
 A token signal maps `Signals` (per-token quantities of policy and teacher, in nats) to loss_BR. It is named by its credit
 granularity, as in SDPO (arXiv 2601.20802, section 2.3):
-  divergence     logit level: D(policy, teacher) over the whole vocabulary, the default
+  divergence     logit level: D(policy, teacher) over the whole vocabulary, the default, or over the policy's top K and a tail
   sampled_token  token level: sg(log pi(y) - log q(y)) * log pi(y), the score-function form of reverse KL
   sequence       the mean token advantage of the response as one scalar: -sg(mean_t (log q - log pi)) * log pi(y)
 The teacher carries no gradient in any of them.
@@ -29,9 +29,13 @@ class Signals(NamedTuple):
     return jax.lax.stop_gradient(self.logp_teacher_BR - self.logp_BR)
 
 
-def divergence(signals: Signals, batch: TrainBatch, *, alpha: float = 0.5) -> jax.Array:
-  """alpha = 0: KL(q || pi); 1: KL(pi || q); between: generalised JSD. The kernel has computed it."""
-  return signals.divergence_BR
+def divergence(signals: Signals, batch: TrainBatch, *, alpha: float = 0.5, top_k: int | None = None, add_tail: bool = True,
+               clip: float | None = None) -> jax.Array:
+  """alpha = 0: KL(q || pi); 1: KL(pi || q); between: generalised JSD. The kernel has computed it, with alpha, top_k and add_tail.
+
+  clip: a token above it counts as that much and has no gradient (OPSD, arXiv 2601.18734).
+  """
+  return signals.divergence_BR if clip is None else jnp.minimum(signals.divergence_BR, clip)
 
 
 def sampled_token(signals: Signals, batch: TrainBatch) -> jax.Array:

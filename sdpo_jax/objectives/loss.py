@@ -2,10 +2,10 @@
 
 A loss is a sum of terms; each term is a mean over its own tokens:
 
-  loss = sum over terms of share * sum(loss_BR * weight_BR) / max(sum(weight_BR), 1)
+  loss = sum over terms of share * sum(loss_BR * weight_BR) / normaliser,   by default max(sum(weight_BR), 1)
 
   distill  weight_BR * distill_B: tokens of responses whose teacher has something to show
-  policy   weight_BR: all response tokens
+  policy   weight_BR: all response tokens, weighted and divided as the method's reduction says
 
 The normalisers depend on the batch alone, so they are taken over the whole batch before it is cut into micro-batches, and the
 cut changes neither loss nor gradient. A different reduction is a different weight.
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from sdpo_jax.objectives import methods
+from sdpo_jax.objectives.advantage import token_mean
 from sdpo_jax.objectives.divergence import Signals
 from sdpo_jax.records import Ratio, TrainBatch
 
@@ -25,7 +26,7 @@ class Objective(NamedTuple):
   """A method as functions of arrays."""
   token_loss: Callable     # (Signals, TrainBatch, normalisers) -> (scalar loss in nats, {metric: Ratio})
   normalisers: Callable    # TrainBatch -> {term: scalar}
-  alpha: float | None      # of the divergence that the kernel must compute; None: no divergence
+  divergence: dict | None  # alpha, top_k, add_tail of the divergence that the kernel must compute; None: none
   needs_teacher: bool
 
 
@@ -34,21 +35,23 @@ def make_objective(method: dict) -> Objective:
   parts = methods.build(method)
   share = method["policy_share"]
   signal, weigh, surrogate = parts["token_signal"], parts["token_weight"], parts["surrogate"]
+  reduction = parts["reduction"]
 
-  def weights(batch: TrainBatch) -> dict[str, jax.Array]:
-    terms = {}
+  def terms(batch: TrainBatch) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """{term: (weight_BR, normaliser)}"""
+    found = {}
     if signal is not None:
-      terms["distill"] = batch.weight_BR * batch.distill_B[:, None]
+      found["distill"] = token_mean(batch.weight_BR * batch.distill_B[:, None])
     if surrogate is not None:
-      terms["policy"] = batch.weight_BR
-    return terms
+      found["policy"] = reduction(batch.weight_BR)
+    return found
 
   def normalisers(batch: TrainBatch) -> dict[str, jax.Array]:
-    return {term: jnp.maximum(jnp.sum(w), 1.0) for term, w in weights(batch).items()}
+    return {term: normaliser for term, (_, normaliser) in terms(batch).items()}
 
   def token_loss(signals: Signals, batch: TrainBatch, norm: dict[str, jax.Array]):
     loss, metrics = 0.0, {}
-    for term, weight_BR in weights(batch).items():
+    for term, (weight_BR, _) in terms(batch).items():
       if term == "distill":
         loss_BR, factor = signal(signals, batch) * weigh(signals, batch), 1.0 - share
       else:
@@ -61,10 +64,10 @@ def make_objective(method: dict) -> Objective:
     metrics["train/entropy"] = mean(signals.entropy_BR, batch.weight_BR)
     metrics["train/rollout_kl"] = mean(batch.logp_rollout_BR - signals.logp_BR, batch.weight_BR)
     if signal is not None:
-      taught_BR = weights(batch)["distill"]
+      taught_BR, _ = terms(batch)["distill"]
       metrics["train/teacher_gap"] = mean(signals.gap_BR, taught_BR)
       metrics["train/teacher_gap_abs"] = mean(jnp.abs(signals.gap_BR), taught_BR)
     return loss, metrics
 
-  alpha = methods.arguments(method, "token_signal").get("alpha") if signal is not None else None
-  return Objective(token_loss, normalisers, alpha, signal is not None)
+  wanted = methods.arguments(method, "token_signal") if method["token_signal"]["name"] == "divergence" else None
+  return Objective(token_loss, normalisers, wanted and {k: wanted[k] for k in ("alpha", "top_k", "add_tail")}, signal is not None)

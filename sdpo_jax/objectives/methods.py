@@ -2,11 +2,12 @@
 
 axis             what it decides                                                     table
 teacher_context  what the teacher reads (host: text)                                 teacher_context.TEACHER_CONTEXTS
-teacher_weights  which weights teach: live | ema(rate) | frozen | none               TEACHER_WEIGHTS, applied by train_step
+teacher_weights  which weights teach: live, ema, trust_region, frozen, none          TEACHER_WEIGHTS, applied by train_step
 token_signal     what a re-scored token contributes                                  divergence.TOKEN_SIGNALS
 token_weight     a detached factor on it                                             token_weight.TOKEN_WEIGHTS
 advantage        the baseline of the rewards of a group (host: numpy)                advantage.ADVANTAGES
 surrogate        the policy-gradient term that uses the advantage                    advantage.SURROGATES
+reduction        how the tokens of that term add up                                  advantage.REDUCTIONS
 policy_share     the blend: policy_share * surrogate + (1 - policy_share) * token_signal (arXiv 2601.20802)
 
 SDPO and GRPO differ in what stands in their rows and in nothing else.
@@ -15,61 +16,89 @@ SDPO and GRPO differ in what stands in their rows and in nothing else.
 import copy
 import functools
 import inspect
+from typing import NamedTuple
 
-from sdpo_jax.objectives.advantage import ADVANTAGES, SURROGATES
+from sdpo_jax.objectives.advantage import ADVANTAGES, REDUCTIONS, SURROGATES
 from sdpo_jax.objectives.divergence import TOKEN_SIGNALS
 from sdpo_jax.objectives.teacher_context import TEACHER_CONTEXTS
 from sdpo_jax.objectives.token_weight import TOKEN_WEIGHTS
 
 
-def none() -> float | None:
-  """No teacher at all."""
-  return None
+class TeacherWeights(NamedTuple):
+  """keep: a second weight tree travels with the state; move: its rate towards the policy; mix: the policy's share in its logits."""
+  keep: bool
+  move: float = 0.0
+  mix: float | None = None
 
 
-def live() -> float | None:
-  """The policy's own weights of this very step."""
-  return None
-
-
-def ema(*, rate: float = 0.05) -> float | None:
-  """teacher <- (1 - rate) teacher + rate policy, once per generation batch."""
+def _rate(rate: float) -> float:
   if not 0.0 <= rate <= 1.0:
     raise ValueError(f"method.teacher_weights.rate={rate!r} must lie in [0, 1]")
   return rate
 
 
-def frozen() -> float | None:
+def none() -> TeacherWeights:
+  """No teacher at all."""
+  return TeacherWeights(False)
+
+
+def live() -> TeacherWeights:
+  """The policy's own weights of this very step."""
+  return TeacherWeights(False)
+
+
+def ema(*, rate: float = 0.05) -> TeacherWeights:
+  """teacher <- (1 - rate) teacher + rate policy, once per generation batch."""
+  return TeacherWeights(True, move=_rate(rate))
+
+
+def trust_region(*, rate: float = 0.05) -> TeacherWeights:
+  """log q proportional to (1 - rate) logits of the initial weights + rate logits of the policy, both on the teacher's prompt."""
+  return TeacherWeights(True, mix=_rate(rate))
+
+
+def frozen() -> TeacherWeights:
   """The weights that the run started from."""
-  return 0.0
+  return TeacherWeights(True)
 
 
-TEACHER_WEIGHTS = {"none": none, "live": live, "ema": ema, "frozen": frozen}
+TEACHER_WEIGHTS = {"none": none, "live": live, "ema": ema, "trust_region": trust_region, "frozen": frozen}
 AXES = {"teacher_context": TEACHER_CONTEXTS, "teacher_weights": TEACHER_WEIGHTS, "token_signal": TOKEN_SIGNALS,
-        "token_weight": TOKEN_WEIGHTS, "advantage": ADVANTAGES, "surrogate": SURROGATES}
+        "token_weight": TOKEN_WEIGHTS, "advantage": ADVANTAGES, "surrogate": SURROGATES, "reduction": REDUCTIONS}
 
-METHODS = {
-    "sdpo": dict(
-        name="sdpo",
-        teacher_context=dict(name="feedback_or_solution"),
-        teacher_weights=dict(name="ema", rate=0.05),
-        token_signal=dict(name="divergence", alpha=0.5),
-        token_weight=dict(name="importance", is_clip=2.0, rollout_is_clip=2.0),
-        advantage=dict(name="zero"),
-        surrogate=dict(name="none"),
-        policy_share=0.0,
-    ),
-    "grpo": dict(
-        name="grpo",
-        teacher_context=dict(name="none"),
-        teacher_weights=dict(name="none"),
-        token_signal=dict(name="none"),
-        token_weight=dict(name="uniform"),
-        advantage=dict(name="group_mean", normalize_std=False),
-        surrogate=dict(name="clipped", low=0.2, high=0.28, rollout_is_clip=2.0),
-        policy_share=1.0,
-    ),
-}
+_SDPO = dict(
+    teacher_context=dict(name="feedback_or_solution"),
+    teacher_weights=dict(name="ema", rate=0.05),
+    token_signal=dict(name="divergence", alpha=0.5),
+    token_weight=dict(name="importance", is_clip=2.0, rollout_is_clip=2.0),
+    advantage=dict(name="zero"),
+    surrogate=dict(name="none"),
+    reduction=dict(name="token_mean"),
+    policy_share=0.0,
+)
+_GRPO = dict(
+    teacher_context=dict(name="none"),
+    teacher_weights=dict(name="none"),
+    token_signal=dict(name="none"),
+    token_weight=dict(name="uniform"),
+    advantage=dict(name="group_mean", normalize_std=False),
+    surrogate=dict(name="clipped", low=0.2, high=0.28, rollout_is_clip=2.0),
+    reduction=dict(name="token_mean"),
+    policy_share=1.0,
+)
+_STD = dict(name="group_mean", normalize_std=True)
+METHODS = {name: dict(row, name=name) for name, row in {
+    "sdpo": _SDPO,
+    "sdpo_blend": _SDPO | {k: _GRPO[k] for k in ("advantage", "surrogate")} | dict(policy_share=0.9),   # lambda of arXiv 2601.20802
+    "opsd": _SDPO | dict(teacher_context=dict(name="reference_solution"), teacher_weights=dict(name="frozen"),   # arXiv 2601.18734
+                         token_signal=dict(name="divergence", alpha=0.5, clip=0.05), token_weight=dict(name="uniform")),
+    "grpo": _GRPO,                                                                                      # SDPO's baseline: no std, token mean
+    "grpo_std": _GRPO | dict(advantage=_STD, surrogate=dict(name="clipped", low=0.2, high=0.2), reduction=dict(name="sequence_mean")),  # 2402.03300
+    "dapo": _GRPO | dict(advantage=_STD),                                                               # 2503.14476 without its dynamic sampling
+    "dr_grpo": _GRPO | dict(surrogate=dict(name="clipped", low=0.2, high=0.2), reduction=dict(name="constant", length=8192.0)),          # 2503.20783
+    "gspo": _GRPO | dict(advantage=_STD, surrogate=dict(name="gspo"), reduction=dict(name="sequence_mean")),                             # 2507.18071
+    "cispo": _GRPO | dict(advantage=_STD, surrogate=dict(name="cispo")),                                                                 # 2506.13585
+}.items()}
 
 
 def row(name: str) -> dict:

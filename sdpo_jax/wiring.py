@@ -1,0 +1,105 @@
+"""From a configuration to the things that it names: model, sampler, environment, judges; and the files that describe a run.
+
+What fails here fails because of a setting, a path or this machine, and becomes a SettingError: one line, before anything is trained.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import jax
+
+from sdpo_jax.config import MODELS
+from sdpo_jax.data.chat import Chat, load_tokenizer
+from sdpo_jax.envs.base import make_env
+from sdpo_jax.envs.sandbox import Sandbox
+from sdpo_jax.model.config import ModelConfig
+from sdpo_jax.model.hf_weights import load_pretrained
+from sdpo_jax.records import Sampling
+from sdpo_jax.rollout import Collector
+from sdpo_jax.sampler import Sampler
+
+
+class SettingError(ValueError):
+  """A setting, a path or this machine does not allow the run; raised before anything is trained."""
+
+
+@contextlib.contextmanager
+def blame_settings():
+  """What fails while a run is being wired fails because of what it was given: one line, not a traceback."""
+  try:
+    yield
+  except (ValueError, FileNotFoundError, RuntimeError) as error:
+    raise SettingError(str(error)) from error
+
+
+class Wired(NamedTuple):
+  """What training and evaluation share: a model that samples, and an environment that judges it."""
+  chat: Chat
+  model: ModelConfig
+  params: Any
+  collector: Collector
+  eval_sampling: Sampling
+  isolation: str
+
+
+@contextlib.contextmanager
+def wired(c, path: str | None = None):
+  """Loads the model (config.model.path, or another Hugging Face directory) and starts sandbox, environment and judges; ends them on leaving."""
+  path = path or MODELS.get(c.model.path, c.model.path)
+  with contextlib.ExitStack() as stack:
+    with blame_settings():
+      chat = Chat(load_tokenizer(path), thinking=c.model.thinking)
+      model, params = load_pretrained(path, dtype=c.model.param_dtype)
+      model = dataclasses.replace(model, dtype=c.model.dtype)
+      for name, tokens in (("max_prompt_tokens", c.data.max_prompt_tokens), ("max_teacher_tokens", c.data.max_teacher_tokens)):
+        if tokens + c.rollout.max_new_tokens > model.max_positions:
+          raise ValueError(f"config.data.{name}={tokens} and config.rollout.max_new_tokens={c.rollout.max_new_tokens} together exceed "
+                           f"the {model.max_positions} positions of {path}")
+      sandbox = stack.enter_context(Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation))
+      env = make_env(sandbox=sandbox, **c.env)
+      engine = Sampler(model, rows=c.rollout.rows, chunk=c.rollout.chunk, prompt_multiple=c.data.length_multiple, pad_token=chat.pad_token)
+      collector = Collector(env, chat, engine, max_prompt_tokens=c.data.max_prompt_tokens, judge_threads=c.rollout.judge_threads,
+                            judge_timeout_s=c.rollout.judge_timeout_s)
+    stack.callback(collector.close)
+    yield Wired(chat, model, params, collector, Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens), sandbox.isolation)
+
+
+def same_run(workdir: pathlib.Path, c, *, begun: bool) -> None:
+  """A work directory belongs to one configuration; only the number of steps may grow. ValueError names the first difference."""
+  path = workdir / "config.json"
+  if not begun or not path.exists():
+    return
+  flat = lambda d, prefix="config": {k2: v2 for k, v in d.items() for k2, v2 in
+                                     (flat(v, f"{prefix}.{k}") if isinstance(v, dict) else {f"{prefix}.{k}": v}).items()}
+  before, now = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(c.to_dict())))
+  for key in sorted(before.keys() | now.keys()):
+    if key != "config.total_steps" and before.get(key) != now.get(key):
+      raise ValueError(f"{key}={now.get(key)!r} but {workdir} was begun with {before.get(key)!r}: choose another --workdir, or the same settings")
+
+
+def describe_run(workdir: pathlib.Path, c, extra: dict) -> None:
+  """config.json (resolved) and run.json (command, commit, versions, devices, seed), before anything is trained. A resumed run adds a start."""
+  path = workdir / "run.json"
+  earlier = json.loads(path.read_text()).get("started", []) if path.exists() else []
+  commit = subprocess.run(["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
+  about = {"command": " ".join([os.path.basename(sys.executable), "-m", "sdpo_jax.main", *sys.argv[1:]]), "commit": commit or None,
+           "started": earlier + [datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")],
+           "python": sys.version.split()[0], "versions": {p: importlib.metadata.version(p) for p in packages},
+           "devices": [str(d) for d in jax.devices()], "seed": c.seed} | extra
+  write_atomically(path, json.dumps(about, indent=2) + "\n")
+  write_atomically(workdir / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  scratch = path.with_name(path.name + ".tmp")
+  scratch.write_text(text, encoding="utf-8")
+  os.replace(scratch, path)
