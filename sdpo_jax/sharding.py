@@ -9,7 +9,8 @@ import functools
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-WEIGHTS = {"L": None, "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F": "tensor", "V": "tensor"}
+WEIGHTS = {"L": None, "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F": "tensor", "V": "tensor",
+           "r": None}   # r: rank of an adapter
 ACTIVATIONS = {"B": ("data", "fsdp"), "T": None, "R": None, "S": None, "L": None, "D": None, "N": "tensor", "K": "tensor",
                "H": None, "F": "tensor", "V": "tensor"}
 

@@ -77,10 +77,13 @@ def weights(config: ModelConfig) -> dict:
   return {"layers": block, **_outer_weights(config)}
 
 
+def axis_size(config: ModelConfig, letter: str) -> int:
+  return dict(L=config.layers, D=config.width, N=config.heads, K=config.kv_heads, H=config.head_dim, F=config.ff_width,
+              V=config.vocab)[letter]
+
+
 def _shape(config: ModelConfig, letters: str) -> tuple[int, ...]:
-  size = dict(L=config.layers, D=config.width, N=config.heads, K=config.kv_heads, H=config.head_dim,
-              F=config.ff_width, V=config.vocab)
-  return tuple(size[a] for a in letters)
+  return tuple(axis_size(config, a) for a in letters)
 
 
 def _declare(module: nn.Module, declared: dict[str, Weight], config: ModelConfig) -> dict[str, jax.Array]:
@@ -219,6 +222,24 @@ def shapes(config: ModelConfig) -> dict:
   return jax.tree.map(lambda a: jax.ShapeDtypeStruct(_shape(config, a), config.param_dtype), axes(config))
 
 
+class Adapted(NamedTuple):
+  """A weight of a layer that stands for w + a b (see `lora`): the last axis of a and the first of b are the rank."""
+  w: jax.Array
+  a: jax.Array
+  b: jax.Array
+
+
+def resolve(layer: dict) -> dict:
+  """One layer's weights with every Adapted replaced by its sum, formed in float32, in the dtype of w."""
+  def value(x):
+    if not isinstance(x, Adapted):
+      return x
+    product = jnp.tensordot(x.a.astype(jnp.float32), x.b.astype(jnp.float32), 1, precision="highest")
+    return (x.w.astype(jnp.float32) + product).astype(x.w.dtype)
+
+  return jax.tree.map(value, layer, is_leaf=lambda x: isinstance(x, Adapted))
+
+
 class _Stream(NamedTuple):
   """What a batch of rows brings along to every layer."""
   x_BTD: jax.Array
@@ -272,7 +293,7 @@ def _rows(params: dict, config: ModelConfig, tokens_BT, positions_BT, segment_id
 
 def _gather(config: ModelConfig, layer: dict) -> dict:
   """One layer's weights in the compute dtype, whole along "fsdp": what moves between chips is the smaller dtype."""
-  cast = jax.tree.map(lambda w: w.astype(config.dtype), layer)
+  cast = jax.tree.map(lambda w: w.astype(config.dtype), resolve(layer))
   return jax.tree.map(lambda w, a: sharding.gather(w, a[1:]), cast, axes(config)["layers"])
 
 
@@ -383,7 +404,7 @@ def extend(params: dict, config: ModelConfig, tokens_BT, cache: Cache, *, start,
       v_all = jax.lax.dynamic_update_slice(v_LBSKH, v[None], (i, 0, start, 0, 0))
       return attention(q, k_all[i], v_all[i], mask_BTS), (k_all, v_all)
 
-    x_BTD, (k_LBSKH, v_LBSKH) = Block(config).apply({"params": layer}, x_BTD, rotation, attend)
+    x_BTD, (k_LBSKH, v_LBSKH) = Block(config).apply({"params": resolve(layer)}, x_BTD, rotation, attend)
     return (x_BTD, k_LBSKH, v_LBSKH), None
 
   carry = (stream.x_BTD, cache.k_LBSKH, cache.v_LBSKH)

@@ -9,6 +9,7 @@ Errors: CheckpointError, one line that names the file and the tensor. A safetens
 numbers themselves is not seen, damage to the header or the length is.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -16,7 +17,7 @@ import math
 import os
 import re
 import struct
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,8 +98,7 @@ def slots(config: ModelConfig) -> list[Slot]:
 
 
 def _sizes(config: ModelConfig, letters: str) -> list[int]:
-  size = dict(D=config.width, N=config.heads, K=config.kv_heads, H=config.head_dim, F=config.ff_width, V=config.vocab)
-  return [size[a] for a in letters]
+  return [decoder.axis_size(config, a) for a in letters]
 
 
 def _hf_shape(config: ModelConfig, slot: Slot) -> tuple[int, ...]:
@@ -118,7 +118,7 @@ class _Entry(NamedTuple):
   shape: tuple[int, ...]
 
 
-def _read_header(path: str) -> dict[str, _Entry]:
+def read_header(path: str) -> dict[str, _Entry]:
   """The tensors of one safetensors file; checks that they fill the file exactly."""
   try:
     size = os.path.getsize(path)
@@ -161,7 +161,7 @@ def _find_tensors(directory: str) -> dict[str, _Entry]:
   index = os.path.join(directory, _INDEX)
   single = os.path.join(directory, _SINGLE)
   if os.path.exists(single) or not os.path.exists(index):
-    return _read_header(single)
+    return read_header(single)
   try:
     with open(index, encoding="utf-8") as f:
       weight_map = dict(json.load(f)["weight_map"])
@@ -174,7 +174,7 @@ def _find_tensors(directory: str) -> dict[str, _Entry]:
     if not os.path.exists(path):
       raise CheckpointError(f"{path}: the file is missing; {_INDEX} says that it holds {len(names)} tensors, "
                             f"{names[0]} among them")
-    header = _read_header(path)
+    header = read_header(path)
     for name in sorted(set(names) ^ set(header)):
       where = f"{_INDEX} says it is there" if name in names else f"{_INDEX} does not name it there"
       kind = "missing" if name in names else "extra"
@@ -197,7 +197,7 @@ def _read_bytes(entry: _Entry, name: str, begin: int = 0, end: int | None = None
   return buffer
 
 
-def _read_tensor(entry: _Entry, name: str) -> np.ndarray:
+def read_tensor(entry: _Entry, name: str) -> np.ndarray:
   return _read_bytes(entry, name).view(entry.dtype).reshape(entry.shape)
 
 
@@ -233,7 +233,8 @@ def _match(directory: str, config: ModelConfig, entries: dict[str, _Entry]) -> d
   return wanted
 
 
-def _local_directory(path_or_hub_id: str) -> str:
+def local_directory(path_or_hub_id) -> str:
+  """The checkpoint directory itself, or where the hub's files were downloaded to."""
   path = os.fspath(path_or_hub_id)
   if os.path.isdir(path):
     return path
@@ -247,7 +248,7 @@ def _local_directory(path_or_hub_id: str) -> str:
                           f"{str(e).strip().splitlines()[0]}") from e
 
 
-def _read_json(path: str) -> dict:
+def read_json(path: str) -> dict:
   try:
     with open(path, encoding="utf-8") as f:
       content = json.load(f)
@@ -261,11 +262,11 @@ def _read_json(path: str) -> dict:
 
 
 def read_config(path: str, *, dtype=jnp.bfloat16) -> ModelConfig:
-  """The ModelConfig of a checkpoint directory. End-of-turn tokens come from generation_config.json where it names them."""
-  hf = _read_json(os.path.join(path, "config.json"))
+  """The ModelConfig of a checkpoint directory, for weights and computation in `dtype`. End-of-turn tokens come from generation_config.json where it names them."""
+  hf = read_json(os.path.join(path, "config.json"))
   generation = os.path.join(path, "generation_config.json")
   if os.path.exists(generation):
-    hf["eos_token_id"] = _read_json(generation).get("eos_token_id") or hf.get("eos_token_id")
+    hf["eos_token_id"] = read_json(generation).get("eos_token_id") or hf.get("eos_token_id")
   name = jnp.dtype(dtype).name
   try:
     return model_config.from_hf(hf, dtype=name, param_dtype=name)
@@ -282,7 +283,7 @@ def _put_layer(stack, layer, i):
 
 def load_pretrained(path_or_hub_id, *, dtype=jnp.bfloat16, mesh=None) -> tuple[ModelConfig, dict]:
   """(config, params); `dtype` for weights and computation. With a mesh, weights lie on it as `sharding.WEIGHTS` says."""
-  directory = _local_directory(path_or_hub_id)
+  directory = local_directory(path_or_hub_id)
   config = read_config(directory, dtype=dtype)
   entries = _find_tensors(directory)
   wanted = _match(directory, config, entries)
@@ -301,7 +302,7 @@ def load_pretrained(path_or_hub_id, *, dtype=jnp.bfloat16, mesh=None) -> tuple[M
 
   params: dict = {}
   for name, slot in wanted.items():
-    their_view = _read_tensor(entries[name], name).reshape(_sizes(config, slot.hf_axes))
+    their_view = read_tensor(entries[name], name).reshape(_sizes(config, slot.hf_axes))
     value = place(their_view.transpose([slot.hf_axes.index(a) for a in slot.axes]), slot.axes)
     parent = params
     for key in slot.path[:-1]:
@@ -319,42 +320,43 @@ def load_pretrained(path_or_hub_id, *, dtype=jnp.bfloat16, mesh=None) -> tuple[M
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def _to_host(x: jax.Array) -> np.ndarray:
+def to_host(x: jax.Array) -> np.ndarray:
   """The whole array, also where other processes hold parts of it (then every process must call this)."""
   if not x.is_fully_addressable:
     x = jax.jit(lambda y: y, out_shardings=jax.NamedSharding(x.sharding.mesh, jax.P()))(x)
   return np.asarray(x)
 
 
-def _write_shard(path: str, parts: list[tuple[Slot, tuple[int, ...]]], config: ModelConfig, params: dict,
-                 dtype: np.dtype) -> None:
+def write_safetensors(path: str, tensors: list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]], dtype: np.dtype) -> None:
+  """One file from (name, shape, how to get it); one tensor is held at a time. Every process calls, process 0 writes."""
   header, offset = {"__metadata__": {"format": "pt"}}, 0
-  for slot, shape in parts:
+  for name, shape, _ in tensors:
     end = offset + math.prod(shape) * dtype.itemsize
-    header[slot.name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+    header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
     offset = end
   encoded = json.dumps(header, separators=(",", ":")).encode()
   encoded += b" " * (-len(encoded) % 8)
-  writes = jax.process_index() == 0
-  f = open(path, "wb") if writes else None
-  try:
-    if writes:
+  with contextlib.ExitStack() as stack:
+    f = stack.enter_context(open(path, "wb")) if jax.process_index() == 0 else None
+    if f:
       f.write(struct.pack("<Q", len(encoded)) + encoded)
-    for slot, shape in parts:
-      leaf = functools.reduce(lambda tree, key: tree[key], slot.path, params)
-      ours = _to_host(leaf if slot.layer is None else leaf[slot.layer])
-      theirs = ours.transpose([slot.axes.index(a) for a in slot.hf_axes]).reshape(shape)
-      if writes:
-        f.write(np.ascontiguousarray(theirs).view(np.uint8).data)
-    if writes:
+    for name, shape, fetch in tensors:
+      value = fetch()
+      assert (value.shape, value.dtype) == (shape, dtype), (name, value.shape, value.dtype, shape, dtype)
+      if f:
+        f.write(np.ascontiguousarray(value).view(np.uint8).data)
+    if f:
       f.flush()
       os.fsync(f.fileno())
-  finally:
-    if writes:
-      f.close()
 
 
-def _write_json(path: str, content: dict) -> None:
+def _fetch(slot: Slot, shape: tuple[int, ...], params: dict) -> np.ndarray:
+  leaf = functools.reduce(lambda tree, key: tree[key], slot.path, params)
+  ours = to_host(leaf if slot.layer is None else leaf[slot.layer])
+  return ours.transpose([slot.axes.index(a) for a in slot.hf_axes]).reshape(shape)
+
+
+def write_json(path: str, content: dict) -> None:
   with open(path, "w", encoding="utf-8") as f:
     json.dump(content, f, indent=2, sort_keys=True)
     f.write("\n")
@@ -387,7 +389,8 @@ def save_pretrained(path, config: ModelConfig, params: dict, *, tokenizer=None, 
   names = [_SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
                                               for i in range(len(shards))]
   for name, parts in zip(names, shards):
-    _write_shard(os.path.join(path, name + ".partial"), parts, config, params, dtype)
+    tensors = [(slot.name, shape, functools.partial(_fetch, slot, shape, params)) for slot, shape in parts]
+    write_safetensors(os.path.join(path, name + ".partial"), tensors, dtype)
   if not writes:
     return
   for old in os.listdir(path):   # a stale file beside a new index would be read instead of it
@@ -398,10 +401,10 @@ def save_pretrained(path, config: ModelConfig, params: dict, *, tokenizer=None, 
   if len(shards) > 1:
     total = sum(math.prod(shape) * dtype.itemsize for parts in shards for _, shape in parts)
     weight_map = {slot.name: name for name, parts in zip(names, shards) for slot, _ in parts}
-    _write_json(os.path.join(path, _INDEX), {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(os.path.join(path, _INDEX), {"metadata": {"total_size": total}, "weight_map": weight_map})
   hf = model_config.to_hf(dataclasses.replace(config, param_dtype=dtype.name))
-  _write_json(os.path.join(path, "config.json"), hf)
+  write_json(os.path.join(path, "config.json"), hf)
   ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[key] is not None}
-  _write_json(os.path.join(path, "generation_config.json"), ids)
+  write_json(os.path.join(path, "generation_config.json"), ids)
   if tokenizer is not None:
     tokenizer.save_pretrained(path)
