@@ -6,17 +6,48 @@ An environment is asked two things and knows nothing of models:
   judge(task, response) -> Feedback                      reward in [0, 1], text for the teacher, status
 
 `judge` is called from several threads at once. An exception, a reward that is not a number or no answer in time costs that one
-response (ENV_FAILED), never the run. One that generates its tasks also has `task(split, index) -> Task` and `splits`.
+response (ENV_FAILED), never the run. One that generates its tasks also has `task(split, index) -> Task`; one over a fixed data set has
+`task_from_row(row, split) -> Task` instead (`rows.py`), and `data/tasks.py` gives it the rest. One that holds processes or files has `close()`.
 Nothing here imports jax.
 """
 
-from sdpo_jax.envs.tinycode import TinyCode
+import importlib
+import inspect
 
-ENVS = {"tinycode": TinyCode}
+from sdpo_jax.envs.coding import Coding
+from sdpo_jax.envs.ifeval import IFEval
+from sdpo_jax.envs.math_qa import MathQA
+from sdpo_jax.envs.mcq import MCQ
+from sdpo_jax.envs.tinycode import TinyCode
+from sdpo_jax.envs.tool_use import ToolUse
+
+ENVS = {
+    "tinycode": TinyCode,
+    "coding": Coding,
+    "mcq": MCQ,
+    "math_qa": MathQA,
+    "tool_use": ToolUse,
+    "ifeval": IFEval,
+}
 
 
 def make_env(name: str, *, sandbox, **settings):
-  """ValueError with the choices if there is no environment of that name or it has no such setting."""
-  if name not in ENVS:
-    raise ValueError(f"config.env.name={name!r} is unknown; choose from {sorted(ENVS)}")
-  return ENVS[name](sandbox=sandbox, **settings)
+  """The environment of that name in ENVS, or of your own as "module.path:ClassName"; it gets the sandbox if it has a parameter of that name.
+
+  ValueError with the choices if there is no such environment or it has no such setting.
+  """
+  if name in ENVS:
+    env = ENVS[name]
+  elif ":" in name:
+    module, _, attribute = name.partition(":")
+    try:
+      env = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+      raise ValueError(f"config.env.name={name!r} cannot be imported: {error}") from error
+  else:
+    raise ValueError(f"config.env.name={name!r} is unknown; choose from {sorted(ENVS)} or name your own as 'module.path:ClassName'")
+  known = set(inspect.signature(env).parameters)
+  for key in settings:
+    if key not in known - {"sandbox"}:
+      raise ValueError(f"config.env.{key} is not a setting of {name}; choose from {sorted(known - {'sandbox'})}")
+  return env(**settings, **({"sandbox": sandbox} if "sandbox" in known else {}))
