@@ -75,3 +75,9 @@ def descendants():
     new = {p for p, parent in parents.items() if parent in new}
     found |= new
   return found
+
+
+def starved(verdict, limits):
+  """Whether the wall clock ended a test before it had its CPU time: so do sleepers, and everything on a machine that others use."""
+  last = verdict.tests[-1]
+  return verdict.kind == "time_limit" and last.cpu_s < limits.time_s

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from tests.sandbox_host import Host, check_text, descendants
+from tests.sandbox_host import Host, check_text, descendants, starved
 from sdpo_jax.envs.jail_worker import installed
 from sdpo_jax.envs.sandbox import Limits, Sandbox, TestCase
 
@@ -36,9 +36,13 @@ def sandbox():
     yield pool
 
 
+def limits(row):
+  return Limits(time_s=row["time_limit"], memory_mb=row["memory_mb"])
+
+
 def judge(sandbox, row, program=None):
-  return sandbox.run(row["program"] if program is None else program, [TestCase(t["input"], t["output"]) for t in row["tests"]],
-                     fn_name=row["fn_name"], limits=Limits(time_s=row["time_limit"], memory_mb=row["memory_mb"]))
+  tests = [TestCase(t["input"], t["output"]) for t in row["tests"]]
+  return sandbox.run(row["program"] if program is None else program, tests, fn_name=row["fn_name"], limits=limits(row))
 
 
 @needs_cases
@@ -50,6 +54,9 @@ def test_declared(sandbox, row):
   if row.get("stack_mb", 8) > 8 and sys.version_info >= (3, 12):
     pytest.skip("since 3.12 CPython limits recursion through C functions by itself")
   verdict = judge(sandbox, row)
+  for _ in range(3):   # again, where the machine gave it no time
+    if starved(verdict, limits(row)) and row["expect"]["kind"] != "time_limit":
+      verdict = judge(sandbox, row)
   assert verdict.kind == row["expect"]["kind"].replace("ok", "passed"), verdict.feedback
   assert verdict.passed == row["expect"]["passed"]
   error = next((t.error for t in verdict.tests if t.error), None)
@@ -81,6 +88,9 @@ def test_attacks(isolation, tmp_path_factory, monkeypatch):
     wrong = []
     for row, verdict, wall_s in done:
       expect = row["expect"]
+      for _ in range(3):   # again without the five others, where the machine gave it no time
+        if wall_s > expect["max_wall_s"] or starved(verdict, limits(row)) and "time_limit" not in expect["kinds"]:
+          row, verdict, wall_s = attack(row)
       if verdict.passed or verdict.kind not in expect["kinds"] or wall_s > expect["max_wall_s"]:
         wrong.append((row["name"], verdict.kind, wall_s, verdict.feedback))
       check_text(verdict.feedback, expect["feedback_must_not_contain"] + [host.token], expect["feedback_max_chars"])

@@ -23,12 +23,14 @@ import time
 from sdpo_jax.envs.jail_worker import installed
 from sdpo_jax.envs.sandbox import ISOLATIONS, Limits, Sandbox, TestCase
 
-COLUMNS = ("kind", "isolation", "workers", "load", "per_s", "p50_ms", "p99_ms", "busy_p99_ms", "rss_mb", "pss_mb", "cold_s", "late_ms")
+COLUMNS = ("kind", "isolation", "workers", "load", "per_s", "p50_ms", "p99_ms", "busy_p99_ms", "rss_mb", "pss_mb", "cold_s",
+           "late_ms")
 PROGRAMS = {"lean": "print(int(input()) + 1)", "numpy": "import numpy\nprint(int(input()) + 1)"}
 
 
 def main(argv):
-  parser = argparse.ArgumentParser(prog="python -m sdpo_jax.bench sandbox", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(prog="python -m sdpo_jax.bench sandbox", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--workers", type=int, help="default: as many as cores")
   parser.add_argument("--programs", type=int, default=2000, help="for the rate; half as many for each latency")
   parser.add_argument("--isolation", choices=("auto",) + ISOLATIONS, default="auto")
@@ -72,10 +74,10 @@ def _measure(kind, workers, programs, isolation):
     with concurrent.futures.ThreadPoolExecutor(workers) as callers:
       busy = sorted(callers.map(verdict_s, range(programs // 2)))
     pids = set(pool.worker_pids()) - lean or lean
-    limit = Limits(time_s=0.2)
-    late = [pool.run(PROGRAMS[kind].split("print")[0] + "while True: pass", [TestCase("", "")], limits=limit).tests[0] for _ in range(5)]
-    return {"kind": kind, "isolation": pool.isolation, "workers": workers, "load": load, "per_s": per_s, "p50_ms": _at(alone, 0.5), "p99_ms": _at(alone, 0.99),
-            "busy_p99_ms": _at(busy, 0.99), "rss_mb": max(_kib(pid, "status", "VmRSS") for pid in pids) * 1024 / 1e6,
+    limit, loop = Limits(time_s=0.2), PROGRAMS[kind].split("print")[0] + "while True: pass"
+    late = [pool.run(loop, [TestCase("", "")], limits=limit).tests[0] for _ in range(5)]
+    return {"kind": kind, "isolation": pool.isolation, "workers": workers, "load": load, "per_s": per_s,
+            "p50_ms": _at(alone, 0.5), "p99_ms": _at(alone, 0.99), "busy_p99_ms": _at(busy, 0.99), "rss_mb": max(_kib(pid, "status", "VmRSS") for pid in pids) * 1024 / 1e6,
             "pss_mb": _pss_mb(pids), "cold_s": cold_s, "late_ms": max(t.wall_s - limit.time_s for t in late) * 1e3}
 
 

@@ -6,14 +6,16 @@ A task's `data`:
             input and writes standard output
   starter   code that the question gives to begin with, if any
 
-The program of a response is its last fenced Python block, else its last unlabelled one. A response that ends inside its block was too long, and
-one without a block has the wrong form; both are told so and get reward 0. Reward is 1 where all tests pass, else 0.
+The program of a response is its last fenced Python block, else its last unlabelled one. A response that ends inside its
+block was too long, and one without a block has the wrong form; both are told so and get reward 0. Reward is 1 where all
+tests pass, else 0.
 Several correct answers to one test are not supported: the expected output is the only right one (`verdict.py` has the rules).
 
 Rows of public sets become tasks by `livecodebench_task`, `humaneval_task`, `mbpp_task`, and any row of LiveCodeBench's plain form
-(question, tests) by `task_from_row`. None of them runs anything of the row: private tests of LiveCodeBench are pickles, of which
-the one string is read and nothing is executed. An assert becomes an expression, which the jail evaluates, and a literal, which stays on
-the host; an assert whose expected side is no literal is evaluated in the jail as a whole, the only case where an answer is there.
+(question, tests) by `task_from_row`. None of them runs anything of the row: private tests of LiveCodeBench are pickles, of
+which the one string is read and nothing is executed. An assert becomes an expression, which the jail evaluates, and a
+literal, which stays on the host; an assert whose expected side is no literal is evaluated in the jail as a whole, the only
+case where an answer is there.
 """
 
 import ast
@@ -164,7 +166,8 @@ def _private_tests(field: str) -> list[dict]:
 
 def humaneval_task(row: dict, split: str) -> Task:
   """A row of HumanEval: the prompt is the beginning of the program, the tests are the asserts of `check(candidate)`."""
-  return _assert_task(row, split, row["entry_point"], "Complete this function.", row["prompt"], row["prompt"] + row["canonical_solution"])
+  return _assert_task(row, split, row["entry_point"], "Complete this function.", row["prompt"],
+                      row["prompt"] + row["canonical_solution"])
 
 
 def mbpp_task(row: dict, split: str) -> Task:
@@ -175,7 +178,8 @@ def mbpp_task(row: dict, split: str) -> Task:
   """
   head, description, _ = row["prompt"].split("'''")
   solution = head.rstrip() + "\n" + row["canonical_solution"]
-  called = [node.func.id for node in ast.walk(ast.parse(row["test"])) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+  called = [node.func.id for node in ast.walk(ast.parse(row["test"]))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
   defined = re.findall(r"^def +(\w+)", solution, re.MULTILINE)
   name = next((name for name in defined if name in called), row["entry_point"])
   example = next(line.strip() for line in row["test"].split("\n") if line.strip().startswith("assert"))
@@ -184,8 +188,8 @@ def mbpp_task(row: dict, split: str) -> Task:
 
 def _assert_task(row, split, name, question, starter, solution) -> Task:
   try:
-    return task_from_row({"id": row["task_id"], "question": question, "tests": tests_from_asserts(row["test"], name), "fn_name": name,
-                          "starter": starter, "solution": solution}, split)
+    return task_from_row({"id": row["task_id"], "question": question, "tests": tests_from_asserts(row["test"], name),
+                          "fn_name": name, "starter": starter, "solution": solution}, split)
   except (KeyError, SyntaxError, ValueError) as e:
     raise ValueError(f"asserts, split {split}, row {row.get('task_id')}: {type(e).__name__} {e}") from e
 

@@ -62,15 +62,15 @@ def _check(code, what):
   return code
 
 
-# What LeetCode's and LiveCodeBench's graders give a function without an import.
+# What LeetCode's and LiveCodeBench's graders give a function without an import, less names that programs like to give variables.
 GIVEN = {name: module for module, names in {
     "typing": "Any Callable DefaultDict Deque Dict Iterable Iterator List Optional Sequence Set Tuple Union",
     "collections": "Counter OrderedDict defaultdict deque namedtuple",
     "functools": "cache cmp_to_key lru_cache reduce partial",
     "heapq": "heapify heappop heappush heappushpop heapreplace nlargest nsmallest",
     "bisect": "bisect bisect_left bisect_right insort",
-    "itertools": "accumulate chain combinations count cycle groupby pairwise permutations product zip_longest",
-    "math": "ceil comb floor gcd inf isqrt lcm log2 sqrt",
+    "itertools": "accumulate chain combinations groupby pairwise permutations product zip_longest",
+    "math": "ceil comb floor gcd inf isqrt lcm sqrt",
 }.items() for name in names.split()}
 GIVEN_MODULES = {"bisect", "collections", "functools", "heapq", "itertools", "json", "math", "operator", "random", "re",
                  "string", "sys"}
@@ -81,7 +81,7 @@ LEAN_IMPORTS = ("atexit", "bisect", "collections", "copy", "functools", "heapq",
 
 def main():
   sock = socket.socket(fileno=int(sys.argv[1]))
-  config = json.loads(sock.recv(1 << 16))
+  config = json.loads(sock.recv(1 << 20))
   try:
     state = _lock_down(config)
   except Exception as e:  # told to the host, which tries the next kind of isolation or refuses

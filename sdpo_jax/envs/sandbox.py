@@ -50,7 +50,8 @@ def execute():
 def ptrace():
   if ctypes.CDLL(None).ptrace(0, 0, 0, 0) < 0: raise OSError
 tries = {"fork": fork, "exec": execute, "socket": socket.socket,
-         "kill": lambda: os.kill(os.getppid(), 0), "write": lambda: open("/tmp/canary", "w"), "mkdir": lambda: os.mkdir("/tmp/canary"),
+         "kill": lambda: os.kill(os.getppid(), 0), "write": lambda: open("/tmp/canary", "w"),
+         "mkdir": lambda: os.mkdir("/tmp/canary"),
          "memfd": lambda: os.memfd_create("canary"), "limits": lambda: __import__("resource").prlimit(os.getppid(), 7),
          "read": lambda: open("/etc/passwd"), "list": lambda: os.listdir("/"), "see": lambda: os.stat("/etc/passwd"),
          "ptrace": ptrace}
@@ -143,8 +144,8 @@ class Sandbox:
           _warn(isolation, "; ".join(reasons) or "asked for by name")
         return isolation
     self.close()
-    raise RuntimeError(f"no sandbox works here: {'; '.join(reasons)}. Install bubblewrap or use a kernel with Landlock and seccomp; "
-                       "weaker isolation must be asked for by name")
+    raise RuntimeError(f"no sandbox works here: {'; '.join(reasons)}. Install bubblewrap or use a kernel with Landlock and "
+                       "seccomp; weaker isolation must be asked for by name")
 
   def _place(self, isolation):
     layout = find_layout(PACKAGES)

@@ -324,9 +324,9 @@ def _program_error(fields, program: str) -> ProgramError | None:
 
 # Words.
 
-_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{4,}")
-_MARKERS = re.compile(r"<[|\uff5c]|[|\uff5c]>|\[/?INST\]|<</?SYS>>|</?s>|<(/?)(start_of_turn|end_of_turn|think|tool_call|tool_response|bos|eos|pad|unk)>",
-                      re.IGNORECASE)
+_ADDRESS = re.compile(r"(?<= at )0x[0-9a-fA-F]+")
+_MARKERS = re.compile(r"<[|\uff5c]|[|\uff5c]>|\[/?INST\]|<</?SYS>>|"
+                      r"</?(s|start_of_turn|end_of_turn|think|tool_call|tool_response|bos|eos|pad|unk)>", re.IGNORECASE)
 
 
 def clean(text: str) -> str:
