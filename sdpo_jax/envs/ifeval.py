@@ -72,7 +72,8 @@ def sentences(text: str) -> list[str]:
     word = text[begin:end.start()].rpartition(" ")[2].rpartition("\n")[2].lower().lstrip("(\"'“*_")
     following = text[end.end():end.end() + 1]
     if end[1][0] == "." and len(end[1]) == 1 and following and (
-        word in _ABBREVIATIONS or (len(word) == 1 and word.isalpha() and word != "i") or word.isdecimal() or following.islower()):
+        word in _ABBREVIATIONS or (len(word) == 1 and word.isalpha() and word != "i")
+        or text[begin:end.start()].strip().isdecimal() or following.islower()):
       continue
     found.append(text[begin:end.end()].strip())
     begin = end.end()

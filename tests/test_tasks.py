@@ -1,0 +1,214 @@
+"""Tasks: sources, malformed rows, mixtures, processes, exact resumption, and an environment of one's own."""
+
+import json
+import os
+import sys
+import types
+
+import pytest
+
+from sdpo_jax.data.tasks import RowEnv, TaskStream, first_tasks, with_rows
+from sdpo_jax.envs.base import ENVS, make_env
+from sdpo_jax.envs.coding import mbpp_task
+from sdpo_jax.envs.math_qa import MathQA
+from sdpo_jax.envs.tinycode import TinyCode
+from sdpo_jax.records import Feedback
+
+_DATA = os.environ.get("SDPO_JAX_DATA")
+needs_data = pytest.mark.skipif(_DATA is None, reason="SDPO_JAX_DATA is unset: no rows of benchmarks")
+
+
+def write(path, rows):
+  path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+  return str(path)
+
+
+def numbers(first, count):
+  return [{"question": f"What is {i}?", "answer": i} for i in range(first, first + count)]
+
+
+@pytest.fixture
+def two(tmp_path):
+  """Two sources of split train, 6 and 4 rows, and one of split test."""
+  write(tmp_path / "a.train.jsonl", numbers(0, 6))
+  write(tmp_path / "a.test.jsonl", numbers(50, 5))
+  write(tmp_path / "b.jsonl", numbers(100, 4))
+  return f"{tmp_path}/a.{{split}}.jsonl", f"train={tmp_path}/b.jsonl x3"
+
+
+def answers(tasks):
+  return [int(t.data["answer"]) for t in tasks]
+
+
+def test_splits_sizes_and_order(two):
+  env = with_rows(MathQA(), two, splits=("train", "test"))
+  assert env.size("train") == 10 and env.size("test") == 5 and env.skipped == 0
+  assert answers(env.task("train", i) for i in range(10)) == [0, 1, 2, 3, 4, 5, 100, 101, 102, 103]
+  assert len({env.task("train", i).id for i in range(10)}) == 10 and env.task("test", 0).split == "test"
+  assert env.judge(env.task("train", 9), "\\boxed{103}").reward == 1.0 and "What is 103?" in env.prompt(env.task("train", 9))[0]["content"]
+  with pytest.raises(IndexError):
+    env.task("train", 10)
+  with pytest.raises(ValueError, match="'dev' was not opened; choose from .'test', 'train'"):
+    env.task("dev", 0)
+
+
+def test_evaluation_sees_the_whole_range_or_all(two):
+  env = with_rows(MathQA(), two, splits=("train", "test"))
+  assert answers(first_tasks(env, "train", 5)) == [0, 2, 4, 100, 102] and answers(first_tasks(env, "test", 64)) == [50, 51, 52, 53, 54]
+  own = make_env("tests.my_env:ReverseWord", sandbox=None)
+  assert [t.id for t in first_tasks(own, "test", 3)] == ["test/0", "test/1", "test/2"]
+
+
+def test_weights_passes_and_seeds(two):
+  env = with_rows(MathQA(), two, splits=("train",))
+  drawn = answers(TaskStream(env, "train", seed=1).take(400))
+  assert sum(a >= 100 for a in drawn) == 300   # weights 1 and 3
+  small = [a for a in drawn if a < 100]
+  passes = [small[i:i + 6] for i in range(0, 96, 6)]
+  assert all(sorted(p) == list(range(6)) for p in passes) and len({tuple(p) for p in passes}) > 8   # each pass whole, in another order
+  assert drawn != answers(TaskStream(env, "train", seed=2).take(400)) and drawn == answers(TaskStream(env, "train", seed=1).take(400))
+
+
+def test_processes_divide_the_stream(two):
+  env = with_rows(MathQA(), two, splits=("train",))
+  whole = answers(TaskStream(env, "train").take(60))
+  shards = [answers(TaskStream(env, "train", process_index=p, process_count=3).take(20)) for p in range(3)]
+  assert [a for step in zip(*shards) for a in step] == whole
+
+
+@pytest.mark.parametrize("generated", [False, True])
+def test_resumed_exactly(two, generated):
+  env = TinyCode(level="easy", sandbox=None) if generated else with_rows(MathQA(), two, splits=("train",))
+  stream = TaskStream(env, "train", process_index=1, process_count=2)
+  stream.take(7)
+  state = json.loads(json.dumps(stream.state()))
+  expected = [t.id for t in stream.take(30)]
+  again = TaskStream(env, "train", process_index=1, process_count=2)
+  again.take(3)
+  again.restore(state)
+  assert [t.id for t in again.take(30)] == expected
+  if generated:
+    assert expected[0] == f"easy/0/train/{1 + 7 * 2}"
+
+
+def test_a_position_over_other_data_is_refused(two, tmp_path):
+  state = TaskStream(with_rows(MathQA(), two, splits=("train",)), "train").state()
+  write(tmp_path / "b.jsonl", numbers(100, 5))
+  with pytest.raises(ValueError, match="not what the checkpoint was written with"):
+    TaskStream(with_rows(MathQA(), two, splits=("train",)), "train").restore(state)
+
+
+@pytest.mark.parametrize("line, says", [
+    ("{not json", "the row is not JSON"), ("[1]", r"the row is not an object but '\[1\]'"), ('{"question": "Q"}', "field 'solution' is missing"), ('{"answer": 1}', "field 'prompt' is missing"),
+    ('{"question": "", "answer": 1}', "field 'question' is empty"), ('{"question": "Q", "answer": [1]}', "field 'answer' is of type list"), ("null", "the row is not")])
+def test_a_malformed_row_is_an_error_with_file_line_and_field_or_skipped(tmp_path, line, says):
+  path = tmp_path / "rows.jsonl"
+  path.write_text(json.dumps(numbers(0, 1)[0]) + "\n\n" + line + "\n" + json.dumps(numbers(2, 1)[0]) + "\n")
+  with pytest.raises(ValueError, match=rf"rows\.jsonl, line 3: {says}"):
+    with_rows(MathQA(), (f"train={path}",), splits=("train",))
+  env = with_rows(MathQA(), (f"train={path}",), splits=("train",), on_bad_row="skip")
+  assert env.skipped == 1 and env.size("train") == 2
+  path.write_text(line + "\n")
+  with pytest.raises(ValueError, match="holds no usable row; 1 are malformed"):
+    with_rows(MathQA(), (f"train={path}",), splits=("train",), on_bad_row="skip")
+
+
+@pytest.mark.parametrize("sources, splits, says", [
+    ((), ("train",), "config.data.sources is empty"), (("rows.jsonl",), ("train",), "must say which split"), (("train=rows.csv",), ("train",), "neither .jsonl nor .parquet"),
+    (("train=no.jsonl",), ("train", "test"), "no.jsonl"), (("test=no.jsonl",), ("train",), "nothing for the split 'train'"), (("train=no.jsonl x0",), ("train",), "above 0"), (("",), ("train",), "not of the form")])
+def test_sources_that_cannot_be_used(sources, splits, says):
+  with pytest.raises((ValueError, FileNotFoundError), match=says):
+    with_rows(MathQA(), sources, splits=splits)
+
+
+def test_rows_and_generators_do_not_mix(two):
+  with pytest.raises(ValueError, match="TinyCode makes its own tasks"):
+    with_rows(TinyCode(level="easy", sandbox=None), two, splits=("train",))
+  own = make_env("tests.my_env:ReverseWord", sandbox=None)
+  assert with_rows(own, (), splits=("train",)) is own
+  with pytest.raises(ValueError, match="on_bad_row='ignore' is unknown"):
+    with_rows(MathQA(), two, splits=("train",), on_bad_row="ignore")
+
+
+def test_patterns_of_files(tmp_path):
+  for i in range(3):
+    write(tmp_path / f"part-{i}.jsonl", numbers(10 * i, 2))
+  env = with_rows(MathQA(), (f"train={tmp_path}/part-*.jsonl",), splits=("train",))
+  assert answers(env.task("train", i) for i in range(6)) == [0, 1, 10, 11, 20, 21]
+
+
+def test_parquet(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'sdpo_jax[hub]'")
+  import pyarrow.parquet
+  row = {"question": "Which?", "options": ["a", "b", "c"], "answer": "C", "answer_index": 2}
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row] * 5), tmp_path / "r.parquet")
+  env = with_rows(ENVS["mcq"](), (f"test={tmp_path}/r.parquet",), splits=("test",))
+  assert env.size("test") == 5 and env.task("test", 4).data == {"answer": "C", "letters": "ABC"}
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, row | {"answer_index": 1}]), tmp_path / "bad.parquet")
+  with pytest.raises(ValueError, match="bad.parquet, row 1: field 'answer_index'"):
+    with_rows(ENVS["mcq"](), (f"test={tmp_path}/bad.parquet",), splits=("test",))
+
+
+def test_hub_names(monkeypatch):
+  asked = []
+  hub = types.SimpleNamespace(load_dataset=lambda name, config, split: asked.append((name, config, split)) or numbers(0, 3))
+  monkeypatch.setitem(sys.modules, "datasets", hub)
+  env = with_rows(MathQA(), ("hub:openai/gsm8k:main", "test=hub:me/own::validation x2"), splits=("train", "test"))
+  assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test"), ("me/own", None, "validation")]
+  assert env.size("train") == 3 and env.size("test") == 6
+  hub.load_dataset = lambda name, config, split: [{"question": "Q", "answer": None}]
+  with pytest.raises(ValueError, match="hub:openai/gsm8k:main, row 0: field 'answer' is missing"):
+    with_rows(MathQA(), ("hub:openai/gsm8k:main",), splits=("train",))
+
+
+@pytest.mark.parametrize("module, source", [("datasets", "hub:openai/gsm8k"), ("pyarrow.parquet", "train=rows.parquet")])
+def test_a_missing_extra_is_named(monkeypatch, module, source):
+  monkeypatch.setitem(sys.modules, module, None)
+  with pytest.raises(ValueError, match=rf"this source needs {module.split('.')[0]}: pip install 'sdpo_jax\[hub\]'"):
+    with_rows(MathQA(), (source,), splits=("train",))
+
+
+# An environment of one's own.
+
+def test_my_env_by_name():
+  env = make_env("tests.my_env:ReverseWord", sandbox="not asked for", length=4)
+  task = TaskStream(env, "train").take(1)[0]
+  assert task == env.task("train", 0) and len(task.solution) == 4
+  assert env.judge(task, task.solution).reward == 1.0 and env.judge(task, task.solution + "x").text == "The word is too long."
+  assert env.judge(task, "zzzz").text == "Wrong letters at places [1, 2, 3, 4]." and env.judge(task, "").reward == 0.0
+
+
+@pytest.mark.parametrize("name, settings, says", [
+    ("mqc", {}, "choose from .*'mcq'"), ("no_such_module:Env", {}, "cannot be imported: No module named"), ("tests.my_env:NoSuch", {}, "cannot be imported: .*NoSuch"),
+    ("tests.my_env:ReverseWord", {"lenght": 3}, r"config.env.lenght is not a setting of .*choose from \['length'\]"), ("mcq", {"level": "easy"}, "config.env.level is not a setting of mcq"),
+    ("tinycode", {"sandbox2": 1}, "config.env.sandbox2")])
+def test_wrong_names_and_settings_are_told(name, settings, says):
+  with pytest.raises(ValueError, match=says):
+    make_env(name, sandbox=None, **settings)
+
+
+def test_every_environment_is_made_from_its_name():
+  for name, env in ENVS.items():
+    made = make_env(name, sandbox=None)
+    assert isinstance(made, env) and callable(made.prompt) and callable(made.judge)
+    assert hasattr(made, "task") != hasattr(made, "task_from_row") or name == "coding"
+
+
+# Rows of the benchmarks, through sources.
+
+@needs_data
+@pytest.mark.parametrize("name, source, splits, size", [
+    ("mcq", "sciknoweval/*.{split}.jsonl", ("train", "test"), (3901, 434)), ("tool_use", "tooluse/{split}.jsonl", ("test",), (68,)),
+    ("math_qa", "gsm8k.{split}.jsonl", ("train", "test"), (1500, 500)), ("ifeval", "test=ifeval.jsonl", ("test",), (541,))])
+def test_benchmark_files(name, source, splits, size):
+  head, given, path = source.rpartition("=")
+  env = with_rows(make_env(name, sandbox=None), (f"{head}{given}{_DATA}/{path}",), splits=splits)
+  assert tuple(env.size(s) for s in splits) == size and env.skipped == 0
+  assert isinstance(env.judge(first_tasks(env, splits[-1], 2)[1], "nothing"), Feedback)
+
+
+@needs_data
+def test_mbpp_rows():
+  Rows = types.SimpleNamespace(prompt=None, judge=None, task_from_row=mbpp_task)
+  env = RowEnv(Rows, (f"train={_DATA}/mbpp_sanitized.jsonl",), splits=("train",))
+  assert env.size("train") == 427 and all(env.task("train", i).data["tests"] for i in range(427))
