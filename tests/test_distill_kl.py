@@ -77,7 +77,8 @@ def test_by_hand():
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_values_and_gradients(alpha, blocks, small_blocks):
   args = problem(21, 128, 256, 391, scale=3.0)
-  check(run(distill_kl_xla.distill_kl, *args, alpha=alpha, temperature=0.7, blocks=blocks), exact(*args, alpha=alpha, temperature=0.7))
+  check(run(distill_kl_xla.distill_kl, *args, alpha=alpha, temperature=0.7, blocks=blocks),
+        exact(*args, alpha=alpha, temperature=0.7))
 
 
 @pytest.mark.parametrize("alpha", (0, 0.5, 1))
@@ -88,3 +89,122 @@ def test_sharded_equals_unsharded(alpha, mesh_shape, small_blocks):
   args = problem(21, 64, 32, 8 * 131, scale=3.0)
   check(run(functools.partial(distill_kl_sharded, mesh=mesh), *args, alpha=alpha, temperature=0.7),
         run(distill_kl_ref.distill_kl, *args, alpha=alpha, temperature=0.7), 3e-6, 3e-6)
+
+
+@pytest.mark.parametrize("name,X,D,E,V", [("one_token", 1, 128, 128, 257), ("prime", 13, 4096, 128, 131), ("tiny", 3, 128, 128, 2)])
+def test_odd_sizes(name, X, D, E, V):
+  args = problem(X, D, E, V, scale=2.0)
+  for alpha in (0.5, 1):
+    check(run(distill_kl, *args, alpha=alpha), exact(*args, alpha=alpha, temperature=1.0))
+
+
+def extreme(kind):
+  """Logits that are the head's own entries: every token reads one row of it."""
+  (_, w, _, u), target, cotangents = problem(12, 128, 128, 391)
+  rng = np.random.default_rng(3)
+  hidden = np.eye(128, dtype=np.float32)[rng.integers(0, 128, 12)]
+  if kind == "eighty":
+    w, u = (rng.choice([-80.0, 0.0, 80.0], w.shape).astype(np.float32) for _ in range(2))
+  elif kind == "one_hot":  # each side sure of one entry, the policy of another one than the teacher
+    w, u = (np.where(np.arange(391) == rng.integers(0, 391, (128, 1)), 80, -80).astype(np.float32) for _ in range(2))
+  elif kind == "teacher_sure":
+    u = np.where(np.arange(391) == 5, 80, -80) * np.ones_like(u)
+  return (hidden, w, hidden, u), target, cotangents
+
+
+@pytest.mark.parametrize("blocks", ("one", "vocabulary"))
+@pytest.mark.parametrize("kind", ("eighty", "one_hot", "teacher_sure"))
+def test_extreme_logits(kind, blocks, small_blocks):
+  args = extreme(kind)
+  for alpha in (0, 0.5, 1):
+    check(run(distill_kl_xla.distill_kl, *args, alpha=alpha, temperature=1.0, blocks=blocks),
+          exact(*args, alpha=alpha, temperature=1.0))
+
+
+@pytest.mark.parametrize("blocks", ("one", "tokens", "vocabulary"))
+def test_teacher_equal_to_policy_gives_exactly_nothing(blocks, small_blocks):
+  (h, w, _, _), target, (weight, *_) = problem(21, 128, 128, 391, scale=5.0)
+  for alpha in ALPHAS:
+    cotangents = [weight] + [np.zeros_like(weight)] * 3
+    (value, *_), grads = run(distill_kl_xla.distill_kl, (h, w, h, w), target, cotangents, alpha=alpha, temperature=1.0, blocks=blocks)
+    assert np.abs(value).max() <= 1e-6 and not grads[0].any() and not grads[1].any()
+
+
+@pytest.mark.parametrize("blocks", ("one", "tokens", "vocabulary"))
+def test_bfloat16_inputs(blocks, small_blocks):
+  """Values as exact as for float32 inputs; gradients within the rounding of bfloat16 dlogits and results."""
+  args = problem(21, 256, 128, 391, scale=3.0, dtype=jnp.bfloat16)
+  for alpha in (0, 0.5, 1):
+    check(run(distill_kl_xla.distill_kl, *args, alpha=alpha, temperature=1.0, blocks=blocks),
+          exact(*args, alpha=alpha, temperature=1.0), gradient_tolerance=2**-7)
+
+
+@pytest.mark.parametrize("epsilon", (0.01, 0.1, 0.5))
+def test_gradient_survives_a_close_teacher_in_bfloat16(epsilon):
+  """KL of about 1e-4 to 0.1. bfloat16 logits would be off by more than 30 % at the small end."""
+  (h, w, _, _), target, (weight, *_) = problem(16, 256, 256, 2000, scale=3.0, dtype=jnp.bfloat16)
+  noise = np.random.default_rng(9).normal(size=w.shape).astype(np.float32) * epsilon / 16
+  teacher = np.asarray(jnp.asarray(w.astype(np.float32) + noise, jnp.bfloat16))
+  cotangents = [np.abs(weight)] + [np.zeros_like(weight)] * 3
+  for alpha in (0, 0.5, 1):
+    args = (h, w, h, teacher), target, cotangents
+    got, want = run(distill_kl, *args, alpha=alpha), exact(*args, alpha=alpha, temperature=1.0)
+    assert 1e-6 < want[0][0].mean() < 1
+    for a, b in zip(got[1][:2], want[1][:2]):
+      assert np.linalg.norm(a - b) <= 5e-3 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("alpha", (0, 0.5, 1))
+def test_weights_let_the_forward_pass_make_the_gradient(alpha, small_blocks):
+  arrays, target, (weight, c_logp, *_) = problem(21, 128, 256, 391, scale=3.0)
+  weight[3:5] = 0
+
+  def grads(scale, logp_weight, promised):
+    def loss(h, w):
+      out = distill_kl_xla.distill_kl(h, w, *arrays[2:], target, alpha=alpha, temperature=0.7, weights_X=promised, blocks="tokens")
+      loss = scale * jnp.sum(weight * out.divergence_X)
+      return loss if logp_weight is None else loss + jnp.sum(logp_weight * out.logp_X)
+    return [np.asarray(g) for g in jax.jit(jax.grad(loss, argnums=(0, 1)))(*arrays[:2])]
+
+  for scale, logp_weight in ((1.0, None), (-2.5, None), (0.0, None), (1.0, c_logp)):
+    for a, b in zip(grads(scale, logp_weight, weight), grads(scale, logp_weight, None)):
+      np.testing.assert_allclose(a, b, atol=3e-6 * max(np.abs(b).max(), 1e-3))
+  assert all(np.isnan(g).all() for g in grads(1.0, None, np.abs(weight) + 1)), "a broken promise must not pass for a gradient"
+
+
+def test_compiled_memory_at_a_real_vocabulary():
+  """X = 1024, D = 256, V = 151,936, float32, mixture form: at most 250 MB beside arguments and gradients."""
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  args = array(1024, 256), array(256, 151936), array(1024, 256), array(256, 151936)
+  loss = lambda *a: jnp.mean(distill_kl(*a[:4], a[4], alpha=0.5, implementation="xla").divergence_X)
+  compiled_ = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*args, jax.ShapeDtypeStruct((1024,), jnp.int32)).compile()
+  assert compiled_.memory_analysis().temp_size_in_bytes <= 250e6
+
+
+def test_tied_embedding_is_not_copied_for_small_problems():
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  loss = lambda h, e, g, y: jnp.mean(distill_kl(h, e.T, g, e.T, y, alpha=0.5).divergence_X)
+  lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(
+      array(64, 128), array(700, 128), array(64, 128), jax.ShapeDtypeStruct((64,), jnp.int32))
+  assert "f32[128,700]" not in lowered.compile().as_text()
+
+
+@pytest.mark.parametrize("wrong,message", [(dict(implementation="fast"), "implementation='fast'"), (dict(alpha=1.5), "alpha=1.5"),
+                                           (dict(temperature=0), "temperature=0")])
+def test_wrong_settings_are_named(wrong, message):
+  arrays, target, _ = problem(2, 128, 128, 9)
+  with pytest.raises(ValueError, match=message):
+    distill_kl(*arrays, target, **(dict(alpha=0.5) | wrong))
+  with pytest.raises(AssertionError):
+    distill_kl(*arrays, target[:1], alpha=0.5)
+
+
+def test_name_is_logged_once(caplog):
+  arrays, target, _ = problem(2, 128, 128, 9)
+  from sdpo_jax.kernels import distill_kl as module
+  module._log_once.cache_clear()
+  with caplog.at_level("INFO"):
+    for _ in range(2):
+      distill_kl(*arrays, target, alpha=1)
+  assert [r.getMessage() for r in caplog.records if "distillation" in r.getMessage()] == [
+      "distillation divergence: implementation xla on cpu"]

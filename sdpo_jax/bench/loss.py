@@ -28,7 +28,8 @@ import time
 SHAPES = {"cpu": "1024x256x151936,1024x128x704",
           "gpu": "8192x1024x151936,8192x2048x151936,8192x4096x151936",
           "tpu": "8192x1024x151936,8192x2048x151936,8192x4096x151936"}
-IMPLEMENTATIONS = {"cpu": "reference,xla,torch", "gpu": "reference,xla,xla:weights", "tpu": "reference,xla,xla:weights"}
+IMPLEMENTATIONS = {"cpu": "reference,xla,torch", "gpu": "reference,xla,xla:weights",
+                   "tpu": "reference,xla,xla:weights,pallas_tpu"}
 COLUMNS = ("shape", "dtype", "alpha", "implementation", "time_s", "cpu_s", "us_per_token", "floor_us_per_token",
            "temporaries_mb", "peak_mb")
 
