@@ -46,7 +46,7 @@ def export(workdir, out, *, step: int | None = None, dtype: str | None = None) -
     params = checkpoint.restore_params(workdir, decoder.shapes(config), step)
   if dtype is not None:
     config = dataclasses.replace(config, param_dtype=dtype)
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    params = jax.tree.map(lambda x: x.astype(jax.numpy.dtype(dtype)), params)
   hf_weights.save_pretrained(out, config, params, tokenizer=load_tokenizer(source))
   return step
 

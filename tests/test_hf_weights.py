@@ -497,7 +497,7 @@ print(json.dumps(dict(before=before, peak=peak, weights=sum(x.nbytes for x in ja
 @pytest.mark.slow
 def test_memory_of_loading_stays_near_the_weights(tmp_path):
   """1.5 GB in 4 shards onto 8 virtual devices of one host: peak below the checkpoint's bytes plus 1 GiB."""
-  config = model_config.ModelConfig(family="qwen3", vocab=65536, width=1024, layers=28, heads=16, kv_heads=8, head_dim=128,
+  config = model_config.ModelConfig(family="qwen3", vocab=65536, width=1024, layers=40, heads=16, kv_heads=8, head_dim=128,
                                     ff_width=3072, qk_norm="head", tied=False, param_dtype="bfloat16")
   params = jax.tree.map(lambda x: jnp.full(x.shape, 0.5, x.dtype), decoder.shapes(config))
   nbytes = sum(x.nbytes for x in jax.tree.leaves(params))
@@ -505,5 +505,5 @@ def test_memory_of_loading_stays_near_the_weights(tmp_path):
   assert len(list(tmp_path.glob("model-*.safetensors"))) == 4
   child = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True)
   used = json.loads(child.stdout)
-  assert used["weights"] == nbytes > 1.1e9
+  assert used["weights"] == nbytes > 1.5e9
   assert used["peak"] < nbytes + (1 << 30), used

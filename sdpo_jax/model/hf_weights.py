@@ -320,9 +320,9 @@ def load_pretrained(path_or_hub_id, *, dtype=jnp.bfloat16, mesh=None) -> tuple[M
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def to_host(x: jax.Array) -> np.ndarray:
+def to_host(x) -> np.ndarray:
   """The whole array, also where other processes hold parts of it (then every process must call this)."""
-  if not x.is_fully_addressable:
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
     x = jax.jit(lambda y: y, out_shardings=jax.NamedSharding(x.sharding.mesh, jax.P()))(x)
   return np.asarray(x)
 
