@@ -58,7 +58,6 @@ def test_plain_numbers(text, value):
   assert number(text) == value
 
 
-@pytest.mark.slow
 def test_equal_answers_in_a_worker(env):
   equal = [("\\frac{1}{2}", "0.5"), ("\\frac{1}{2}", "1/2"), ("2\\sqrt{3}", "\\sqrt{12}"), ("(1, 2)", "(1,2)"), ("x^2+2x+1", "(x+1)^2"), ("18", "18\\text{ eggs}"), ("\\{1,2\\}", "\\{2,1\\}")]
   different = [("\\frac{1}{2}", "\\frac{1}{3}"), ("x+1", "x+2"), ("(1, 2)", "(2, 1)"), ("18", "19 eggs"), ("5", "\\text{none}"), ("[0,1]", "(0,1)"), ("5", "}{"), ("5", "__import__('os')")]

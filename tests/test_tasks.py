@@ -61,12 +61,12 @@ def test_evaluation_sees_the_whole_range_or_all(two):
 
 def test_weights_passes_and_seeds(two):
   env = with_rows(MathQA(), two, splits=("train",))
-  drawn = answers(TaskStream(env, "train", seed=1).take(400))
-  assert sum(a >= 100 for a in drawn) == 300   # weights 1 and 3
+  drawn = answers(TaskStream(env, "train", seed=1).take(96))
+  assert sum(a >= 100 for a in drawn) == 72   # weights 1 and 3
   small = [a for a in drawn if a < 100]
-  passes = [small[i:i + 6] for i in range(0, 96, 6)]
-  assert all(sorted(p) == list(range(6)) for p in passes) and len({tuple(p) for p in passes}) > 8   # each pass whole, in another order
-  assert drawn != answers(TaskStream(env, "train", seed=2).take(400)) and drawn == answers(TaskStream(env, "train", seed=1).take(400))
+  passes = [small[i:i + 6] for i in range(0, 24, 6)]
+  assert all(sorted(p) == list(range(6)) for p in passes) and len({tuple(p) for p in passes}) > 1   # each pass whole, in another order
+  assert drawn[:24] != answers(TaskStream(env, "train", seed=2).take(24)) and drawn[:24] == answers(TaskStream(env, "train", seed=1).take(24))
 
 
 def test_processes_divide_the_stream(two):
@@ -100,15 +100,16 @@ def test_a_position_over_other_data_is_refused(two, tmp_path):
 
 @pytest.mark.parametrize("line, says", [
     ("{not json", "the row is not JSON"), ("[1]", r"the row is not an object but '\[1\]'"), ('{"question": "Q"}', "field 'solution' is missing"), ('{"answer": 1}', "field 'prompt' is missing"),
-    ('{"question": "", "answer": 1}', "field 'question' is empty"), ('{"question": "Q", "answer": [1]}', "field 'answer' is of type list"), ("null", "the row is not")])
+    ('{"question": "", "answer": 1}', "field 'question' is empty"), ('{"question": "Q", "answer": [1]}', "field 'answer' is of type list"), ("null", "the row is not"), ('{"question": "\udcff"}', "the row is not JSON"), ("[" * 100000, "the row is not JSON")],
+                         ids=range(9))
 def test_a_malformed_row_is_an_error_with_file_line_and_field_or_skipped(tmp_path, line, says):
   path = tmp_path / "rows.jsonl"
-  path.write_text(json.dumps(numbers(0, 1)[0]) + "\n\n" + line + "\n" + json.dumps(numbers(2, 1)[0]) + "\n")
+  path.write_bytes(f"{json.dumps(numbers(0, 1)[0])}\n\n{line}\n{json.dumps(numbers(2, 1)[0])}\n".encode(errors="surrogateescape"))
   with pytest.raises(ValueError, match=rf"rows\.jsonl, line 3: {says}"):
     with_rows(MathQA(), (f"train={path}",), splits=("train",))
   env = with_rows(MathQA(), (f"train={path}",), splits=("train",), on_bad_row="skip")
   assert env.skipped == 1 and env.size("train") == 2
-  path.write_text(line + "\n")
+  path.write_bytes(line.encode(errors="surrogateescape"))
   with pytest.raises(ValueError, match="holds no usable row; 1 are malformed"):
     with_rows(MathQA(), (f"train={path}",), splits=("train",), on_bad_row="skip")
 

@@ -144,7 +144,7 @@ def read_rows(location: str, split: str):
   paths = sorted(glob.glob(location)) or [location]
   for path in paths:
     if path.endswith(".jsonl"):
-      with open(path, encoding="utf-8") as lines:
+      with open(path, "rb") as lines:   # a line that is no UTF-8 is a malformed row as well
         for number, line in enumerate(lines, 1):
           if line.strip():
             yield f"{path}, line {number}", _json(line)
@@ -156,10 +156,10 @@ def read_rows(location: str, split: str):
       raise ValueError(f"config.data.sources: {path} is neither .jsonl nor .parquet, nor does it begin with hub:")
 
 
-def _json(line: str):
+def _json(line: bytes):
   try:
     return json.loads(line)
-  except ValueError:
+  except (ValueError, RecursionError):
     return None
 
 
@@ -177,7 +177,7 @@ class TaskStream:
   def __init__(self, env, split: str, *, seed: int = 0, process_index: int = 0, process_count: int = 1):
     if isinstance(env, RowEnv):
       sources = env.sources[split]
-      order = [grain.MapDataset.source(s.tasks).shuffle(seed=(seed + 7919 * i) % 2**32).repeat() for i, s in enumerate(sources)]
+      order = [grain.MapDataset.source(s.tasks).shuffle(seed=zlib.crc32(f"{seed}/{i}".encode())).repeat() for i, s in enumerate(sources)]
       dataset = grain.MapDataset.mix(order, [s.weight for s in sources])
       self._tasks = zlib.crc32("\n".join(f"{s.weight} {t.id}" for s in sources for t in s.tasks).encode())
     else:
