@@ -208,3 +208,17 @@ def test_name_is_logged_once(caplog):
       distill_kl(*arrays, target, alpha=1)
   assert [r.getMessage() for r in caplog.records if "distillation" in r.getMessage()] == [
       "distillation divergence: implementation xla on cpu"]
+
+
+def test_choice_on_a_tpu():
+  """Big enough and alone on its device: the kernel. Shared by several devices, or small: plain XLA."""
+  from sdpo_jax.kernels import distill_kl as module
+  from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+  tpu = AbstractMesh((), (), abstract_device=AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu"))
+  arrays = [jax.ShapeDtypeStruct((4096, 128), jnp.bfloat16)] * 4
+  with use_abstract_mesh(tpu):
+    assert module._choose(None, arrays, 4096, 151936, alone=True) == "pallas_tpu"
+    assert module._choose(None, arrays, 4096, 151936, alone=False) == "xla"
+    assert module._choose(None, arrays, 64, 700, alone=True) == "xla"
+    assert module._choose("xla", arrays, 4096, 151936, alone=True) == "xla"
+  assert module._choose(None, arrays, 4096, 151936, alone=True) == "xla", "on a CPU"

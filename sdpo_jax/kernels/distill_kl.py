@@ -9,8 +9,8 @@ temperature divides both sides' logits and applies to every output.
 weights_X, if given, promises that divergence_X will only ever be differentiated with cotangents c * weights_X (c any
 scalar), which lets an implementation make the gradient in the forward pass; a broken promise gives NaN gradients.
 All implementations but "reference" never hold X x V logits (but for sizes where those are a few MB).
-None chooses: "pallas_tpu" on TPU where it applies and the logits are worth avoiding, else "xla". Where several devices
-share the arrays, use distill_kl_sharded: XLA cannot split a Pallas kernel by itself.
+None chooses: "pallas_tpu" on a TPU where the logits are worth avoiding, else "xla". XLA cannot split a Pallas kernel
+by itself, so that where several devices share the arrays only distill_kl_sharded gets it.
 Errors: ValueError for an unknown implementation, alpha outside [0, 1] or temperature <= 0; AssertionError while
 tracing for shapes that disagree.
 """
@@ -37,7 +37,7 @@ def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_he
   """Divergence, log-probabilities of the target under policy and teacher, and the policy's entropy, per token."""
   arrays = student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X
   _check(*arrays, weights_X, alpha, temperature)
-  name = _choose(implementation, arrays, X=target_X.shape[0], V=student_head_DV.shape[1])
+  name = _choose(implementation, arrays, target_X.shape[0], student_head_DV.shape[1], alone=_on_one_device())
   if name == "reference":
     return distill_kl_ref.distill_kl(*arrays, alpha=alpha, temperature=temperature)
   if name == "pallas_tpu":
@@ -57,7 +57,7 @@ def distill_kl_sharded(student_hidden_XD, student_head_DV, teacher_hidden_XE, te
     raise ValueError(f"a head of {D} x {V} does not divide over mesh axes {head_axis}={mesh.shape[head_axis]}, "
                      f"{vocabulary_axis}={vocabulary_shards}")
   rows, V = -(-X // token_shards), V // vocabulary_shards
-  name = _choose(implementation, arrays, X=rows, V=V)
+  name = _choose(implementation, arrays, rows, V, alone=True)
   if name == "reference":
     raise ValueError("implementation='reference' has no sharded form of its own: call distill_kl")
   if name == "pallas_tpu":
@@ -85,16 +85,21 @@ def _check(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_E
     raise ValueError(f"temperature={temperature!r} must be > 0")
 
 
-def _choose(implementation, arrays, X, V):
-  """The implementation's name, for X tokens and V entries on one device."""
+def _choose(implementation, arrays, X, V, alone):
+  """The implementation's name, for X tokens and V entries on one device. alone: the compiler splits nothing here."""
   if implementation is not None and implementation not in IMPLEMENTATIONS:
     raise ValueError(f"implementation={implementation!r} is unknown; choose from {IMPLEMENTATIONS}")
   platform = distill_kl_xla.target_platform()
-  on_tpu = platform == "tpu" and X * V > distill_kl_xla.ONE_BLOCK_ENTRIES and all(
+  for_tpu = platform == "tpu" and alone and X * V > distill_kl_xla.ONE_BLOCK_ENTRIES and all(
       a.dtype in (jnp.float32, jnp.bfloat16) for a in arrays[:4])
-  name = implementation or ("pallas_tpu" if on_tpu else "xla")
+  name = implementation or ("pallas_tpu" if for_tpu else "xla")
   _log_once(name, platform)
   return name
+
+
+def _on_one_device():
+  mesh = jax.sharding.get_abstract_mesh()
+  return jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
 
 
 @functools.cache
