@@ -27,7 +27,7 @@ MODELS = {  # name: Hugging Face hub id; "tiny" ships with the package
 def base() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.seed = 0
-  c.total_steps = 120                        # generation batches
+  c.total_steps = 240                        # generation batches
   c.method = methods.row("sdpo")             # each cell can be overridden by itself
   c.model = dict(
       path="tiny",                           # a name of MODELS, a Hugging Face directory or a hub id
@@ -45,13 +45,13 @@ def base() -> ml_collections.ConfigDict:
       response_multiple=8,                   # likewise for the response columns, which the divergence is computed on
   )
   c.rollout = dict(
-      questions=8, group=8,                  # responses per generation batch = questions x group
+      questions=16, group=4,                 # responses per generation batch = questions x group
       max_new_tokens=24, temperature=1.0, top_p=1.0,
       rows=64,                               # sequences decoded together
       chunk=8,                               # tokens between two looks at which responses are done
       judge_threads=4, judge_timeout_s=60.0,
   )
-  c.optimizer = dict(name="adamw", lr=1e-3, warmup_steps=10, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
+  c.optimizer = dict(name="adamw", lr=1.5e-3, warmup_steps=10, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
   c.train = dict(
       updates_per_batch=1,                   # optimiser updates per generation batch
       micro_batches=1,                       # gradient accumulation within an update
@@ -61,7 +61,7 @@ def base() -> ml_collections.ConfigDict:
   )
   c.eval = dict(
       every_steps=20, splits=("heldout",), final_splits=("heldout", "unseen", "adversarial"),
-      questions=64, samples=4,               # per split; avg@samples
+      questions=100, samples=4,              # per split; avg@samples
       temperature=0.6, top_p=0.95,
   )
   c.discover = dict(                         # --mode=discover: test-time self-distillation
