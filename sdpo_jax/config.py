@@ -51,7 +51,7 @@ def base() -> ml_collections.ConfigDict:
       chunk=8,                               # tokens between two looks at which responses are done
       judge_threads=4, judge_timeout_s=60.0,
   )
-  c.optimizer = dict(name="adamw", lr=1.5e-3, warmup_steps=10, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
+  c.optimizer = dict(name="adamw", lr=1e-3, warmup_steps=10, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
   c.train = dict(
       updates_per_batch=1,                   # optimiser updates per generation batch
       micro_batches=1,                       # gradient accumulation within an update
