@@ -15,11 +15,6 @@ import sys
 
 from absl import flags
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "the run's work directory")
-_STEP = flags.DEFINE_integer("step", None, "checkpoint to take; default: the newest")
-_OUT = flags.DEFINE_string("out", None, "directory to write; absent or empty")
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "type of the written weights; default: the run's")
-
 
 def export(workdir, out, *, step: int | None = None, dtype: str | None = None) -> int:
   """Writes the policy of checkpoint `step` to `out`; returns the step taken. ValueError, FileNotFoundError or OSError, one line."""
@@ -52,18 +47,23 @@ def export(workdir, out, *, step: int | None = None, dtype: str | None = None) -
 
 
 def main(argv: list[str]) -> int:
+  f = flags.FlagValues()
+  flags.DEFINE_string("workdir", None, "the run's work directory", flag_values=f)
+  flags.DEFINE_integer("step", None, "checkpoint to take; default: the newest", flag_values=f)
+  flags.DEFINE_string("out", None, "directory to write; absent or empty", flag_values=f)
+  flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "type of the written weights; default: the run's", flag_values=f)
   try:
-    rest = flags.FLAGS(argv)
+    rest = f(argv)
     if len(rest) > 1:
       raise ValueError(f"unknown argument {rest[1]!r}")
-    for flag in (_WORKDIR, _OUT):
-      if flag.value is None:
-        raise ValueError(f"--{flag.name}=... is needed")
-    step = export(_WORKDIR.value, _OUT.value, step=_STEP.value, dtype=_DTYPE.value)
+    for name in ("workdir", "out"):
+      if f[name].value is None:
+        raise ValueError(f"--{name}=... is needed")
+    step = export(f.workdir, f.out, step=f.step, dtype=f.dtype)
   except (flags.Error, ValueError, OSError, KeyError) as error:
     print(f"sdpo_jax: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
-  print(f"step {step} of {os.path.abspath(_WORKDIR.value)} written to {os.path.abspath(_OUT.value)}")
+  print(f"step {step} of {os.path.abspath(f.workdir)} written to {os.path.abspath(f.out)}")
   return 0
 
 

@@ -17,25 +17,25 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 MODES = ("train", "eval", "discover")
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/tinycode.py", "settings: FILE[:key=value,...]", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "where everything about the run goes; default: a fresh directory under runs/")
-_MODE = flags.DEFINE_string("mode", "train", "train | eval | discover")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "eval: WORKDIR[:step] or a Hugging Face directory")
-
-
 class UsageError(Exception):
   """The command line or a setting is wrong; the message is one line."""
 
 
-def parse(argv: list[str]):
-  """Flags and configuration file -> the ConfigDict. UsageError says what is wrong."""
+def parse(argv: list[str]) -> flags.FlagValues:
+  """The flags, the configuration file read. UsageError says what is wrong. Flags are defined here: importing this file does nothing."""
+  f = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", "configs/tinycode.py", "settings: FILE[:key=value,...]", flag_values=f, lock_config=True)
+  flags.DEFINE_string("workdir", None, "where everything about the run goes; default: a fresh directory under runs/", flag_values=f)
+  flags.DEFINE_string("mode", "train", " | ".join(MODES), flag_values=f)
+  flags.DEFINE_string("checkpoint", None, "eval: WORKDIR[:step] or a Hugging Face directory", flag_values=f)
+  flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=f)
   try:
-    rest = flags.FLAGS(argv)
+    rest = f(argv)
     if len(rest) > 1:
       raise UsageError(f"unknown argument {rest[1]!r}")
-    if _MODE.value not in MODES:
-      raise UsageError(f"--mode={_MODE.value!r} is unknown; choose from {list(MODES)}")
-    return _CONFIG.value
+    if f.mode not in MODES:
+      raise UsageError(f"--mode={f.mode!r} is unknown; choose from {list(MODES)}")
+    return f
   except FileNotFoundError as error:
     raise UsageError(f"--config: no such file: {error.filename or error}") from error
   except (flags.Error, ValueError, AttributeError, KeyError, TypeError) as error:
@@ -60,11 +60,14 @@ def check_writable(workdir: str) -> None:
 
 def main(argv: list[str]) -> int:
   try:
-    c = parse(argv)
-    workdir = _WORKDIR.value or fresh_workdir()
+    f = parse(argv)
+    if f.help:
+      print(__doc__, f.get_help(), sep="\n")
+      return 0
+    c, workdir = f.config, f.workdir or fresh_workdir()
     from sdpo_jax import config   # after the flags: a wrong one answers at once, jax takes seconds to import
     config.validate(c)
-    if _MODE.value == "eval" and not _CHECKPOINT.value:
+    if f.mode == "eval" and not f.checkpoint:
       raise UsageError("--mode=eval needs --checkpoint=WORKDIR[:step] or a Hugging Face directory")
     check_writable(workdir)
   except (UsageError, ValueError) as error:
@@ -73,13 +76,13 @@ def main(argv: list[str]) -> int:
   absl_logging.use_absl_handler()
   absl_logging.set_verbosity(absl_logging.WARNING)
   try:
-    if _MODE.value == "train":
+    if f.mode == "train":
       print(f"work directory: {workdir}", file=sys.stderr)
       train.train(c, workdir)
       lines = metrics.read(workdir)
       results, base = lines[-1], lines[0]
-    elif _MODE.value == "eval":
-      results, base = train.evaluate_checkpoint(c, workdir, _CHECKPOINT.value), {}
+    elif f.mode == "eval":
+      results, base = train.evaluate_checkpoint(c, workdir, f.checkpoint), {}
     else:
       for line in discover.summary_lines(discover.discover(c, workdir)):
         print(line)
@@ -90,7 +93,7 @@ def main(argv: list[str]) -> int:
     return complain(error, 1)
   for line in train.summary_lines(results, base):
     print(line)
-  if _MODE.value == "train":
+  if f.mode == "train":
     print(f"      report  {os.path.join(workdir, 'report', 'index.html')}")
   return 0
 

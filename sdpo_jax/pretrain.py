@@ -10,9 +10,10 @@ writing a Hugging Face directory. Exit 0 on success, 2 on a wrong setting.
 
 import json
 import os
+import sys
 import time
 
-from absl import app, flags
+from absl import flags
 import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
@@ -139,14 +140,20 @@ def run(c, workdir: str, out: str) -> dict[str, float]:
   return results
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/pretrain_tiny.py", "settings: FILE[:key=value,...]", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", "runs/pretrain_tiny", "where checkpoints and metrics go")
-_OUT = flags.DEFINE_string("out", None, "where the Hugging Face directory goes; default: WORKDIR/hf")
-
-
-def main(_) -> None:
-  run(_CONFIG.value, _WORKDIR.value, _OUT.value or os.path.join(_WORKDIR.value, "hf"))
+def main(argv: list[str]) -> int:
+  f = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", "configs/pretrain_tiny.py", "settings: FILE[:key=value,...]", flag_values=f, lock_config=True)
+  flags.DEFINE_string("workdir", "runs/pretrain_tiny", "where checkpoints and metrics go", flag_values=f)
+  flags.DEFINE_string("out", None, "where the Hugging Face directory goes; default: WORKDIR/hf", flag_values=f)
+  try:
+    f(argv)
+    c = f.config
+  except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+    print(f"sdpo_jax.pretrain: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+  run(c, f.workdir, f.out or os.path.join(f.workdir, "hf"))
+  return 0
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main(sys.argv))
