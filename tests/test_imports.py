@@ -12,7 +12,7 @@ LEVELS = {   # a folder's level holds for its files unless they have their own
     "model": 1, "objectives": 1, "envs": 1, "data/chat": 1, "metrics": 1,
     "sampler": 2, "remote": 2, "train_step": 2, "data": 2, "checkpoint": 2,
     "rollout": 3, "counterfactual": 3,
-    "evaluate": 4, "report": 4, "plan": 4, "export": 4,
+    "evaluate": 4, "report": 4, "plan": 4, "export": 4.5,
     "config": 4,   # reads the METHODS table and the kernels' names alone; train asks it to validate
     "wiring": 4.5,   # from a configuration to what it names: shared by train and discover
     "train": 5, "discover": 5, "pretrain": 5, "experiment": 5, "bench": 5,
