@@ -13,7 +13,7 @@ gradient is complete at once, so only that of the hidden states is carried along
 In units of 2 X D V operations: forward 2 (mixture 4), backward 4. weights_X brings nothing here.
 
 Inside a tile the products of one sub-tile run on the matrix unit while the vector unit works on the sub-tile before. On
-v6e, at widths of 1024 / 4096, the compiler's schedule keeps the matrix unit 60 / 80 % busy or more. The vocabulary's
+v6e, at widths of 1024 / 4096, the compiler's schedule keeps the matrix unit about 60 / 80 % busy. The vocabulary's
 ragged tail is masked in the last tile only; rows past the last token compute garbage that is never written.
 
 Numerics: as distill_kl_xla.py. Off TPU the kernels run in interpret mode.
