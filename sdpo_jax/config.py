@@ -39,6 +39,8 @@ def base() -> ml_collections.ConfigDict:
   c.env = dict(name="tinycode", level="default", words_seed=0)
   c.sandbox = dict(workers=2, isolation="auto")
   c.data = dict(
+      sources=(),                            # "[SPLIT=]LOCATION[ xWEIGHT]" each (data/tasks.py); empty: the environment makes its own
+      on_bad_row="error",                    # error | skip: a row that the environment cannot use
       max_prompt_tokens=256,                 # a longer question stops the run
       max_teacher_tokens=512,                # a longer teacher prompt has its feedback and solution shortened
       length_multiple=32,                    # padded row lengths are rounded up to it: bounds the number of compilations
@@ -103,7 +105,7 @@ def _same_keys(given: ml_collections.ConfigDict, known: ml_collections.ConfigDic
     if key not in known:
       close = difflib.get_close_matches(key, list(known), n=1)
       raise ValueError(f"{name} is not a setting{f'; did you mean {path}.{close[0]}' if close else ''}; choose from {sorted(known)}")
-    if isinstance(known[key], ml_collections.ConfigDict) and name != "config.method":
+    if isinstance(known[key], ml_collections.ConfigDict) and name not in ("config.method", "config.env"):   # whose parts have settings of their own
       _same_keys(given[key], known[key], name)
   for key in known:
     if key not in given:

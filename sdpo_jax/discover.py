@@ -23,6 +23,7 @@ import numpy as np
 
 from sdpo_jax import stats
 from sdpo_jax.data.batch import pack
+from sdpo_jax.data.tasks import first_tasks
 from sdpo_jax.objectives import methods
 from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.objectives.teacher_context import Context
@@ -122,7 +123,7 @@ def discover(c, workdir: str) -> dict[str, Any]:
     done = {(line["arm"], line["task_id"], line["seed"]) for line in lines}
     with open(workdir / "discover.jsonl", "a", encoding="utf-8") as log:
       for seed in range(d.seeds):
-        for task in (w.collector.env.task(d.split, i) for i in range(d.questions)):
+        for task in first_tasks(w.collector.env, d.split, d.questions):
           for arm in d.arms:
             if (arm, task.id, seed) in done:
               continue

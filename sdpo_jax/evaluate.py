@@ -5,6 +5,7 @@ seeds depend on the split alone, so every evaluation of a run, and of runs that 
 """
 
 from sdpo_jax import stats
+from sdpo_jax.data.tasks import first_tasks
 from sdpo_jax.records import Sampling, Status
 from sdpo_jax.rollout import Collector, prompt_seed
 
@@ -13,8 +14,8 @@ def evaluate(collector: Collector, params, *, splits, questions: int, samples: i
   """-> {"eval/<split>/avg@k": ..., "..._low", "..._high", "eval/<split>/pass@k"}, k = samples."""
   metrics = {}
   for split in splits:
-    tasks = [collector.env.task(split, i) for i in range(questions)]
-    seeds = [prompt_seed(0, "eval", split, i) for i in range(questions)]
+    tasks = first_tasks(collector.env, split, questions)
+    seeds = [prompt_seed(0, "eval", split, i) for i in range(len(tasks))]
     groups = collector.collect(params, tasks, n=samples, sampling=sampling, seeds=seeds)
     judged = [[r.feedback.reward for r in g if r.feedback.status is not Status.ENV_FAILED] for g in groups]
     judged = [g for g in judged if g]   # a question without one verdict says nothing

@@ -123,7 +123,7 @@ def train(c, workdir: str) -> None:
       teacher, tx = parts["teacher_weights"](), make_optimizer(**c.optimizer)
       state = init_state(w.params, tx, keep_teacher=teacher.keep)
       host = {"tokens": 0, "failed_batches": 0, "data": None}
-      stream = TaskStream(w.collector.env, "train")
+      stream = TaskStream(w.collector.env, "train", seed=c.seed)
       if latest is not None:
         state, host = checkpoint.restore(workdir, state)
         stream.restore(host["data"])

@@ -18,6 +18,7 @@ import jax
 
 from sdpo_jax.config import MODELS
 from sdpo_jax.data.chat import Chat, load_tokenizer
+from sdpo_jax.data.tasks import with_rows
 from sdpo_jax.envs.base import make_env
 from sdpo_jax.envs.sandbox import Sandbox
 from sdpo_jax.model.config import ModelConfig
@@ -65,6 +66,8 @@ def wired(c, path: str | None = None):
                            f"the {model.max_positions} positions of {path}")
       sandbox = stack.enter_context(Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation))
       env = make_env(sandbox=sandbox, **c.env)
+      stack.callback(getattr(env, "close", lambda: None))
+      env = with_rows(env, c.data.sources, splits=("train", *c.eval.splits, *c.eval.final_splits), on_bad_row=c.data.on_bad_row)
       engine = Sampler(model, rows=c.rollout.rows, chunk=c.rollout.chunk, prompt_multiple=c.data.length_multiple, pad_token=chat.pad_token)
       collector = Collector(env, chat, engine, max_prompt_tokens=c.data.max_prompt_tokens, judge_threads=c.rollout.judge_threads,
                             judge_timeout_s=c.rollout.judge_timeout_s)

@@ -48,8 +48,9 @@ def test_splits_sizes_and_order(two):
   assert env.judge(env.task("train", 9), "\\boxed{103}").reward == 1.0 and "What is 103?" in env.prompt(env.task("train", 9))[0]["content"]
   with pytest.raises(IndexError):
     env.task("train", 10)
-  with pytest.raises(ValueError, match="'dev' was not opened; choose from .'test', 'train'"):
+  with pytest.raises(FileNotFoundError, match="a.dev.jsonl"):
     env.task("dev", 0)
+  assert with_rows(MathQA(), two, splits=("train",)).size("test") == 5   # opened when asked for
 
 
 def test_evaluation_sees_the_whole_range_or_all(two):

@@ -42,32 +42,33 @@ class RowEnv:
   """An environment together with its rows: judges like the environment, and has `task(split, index)` and `size(split)` besides."""
 
   def __init__(self, env, sources, *, splits, on_bad_row: str = "error"):
-    """Opens the sources of the given splits. ValueError for a source, or a row, that cannot be used."""
+    """Opens the sources of the given splits; others are opened when asked for. ValueError for a source, or a row, that cannot be used."""
     if on_bad_row not in ("error", "skip"):
       raise ValueError(f"config.data.on_bad_row={on_bad_row!r} is unknown; choose from ['error', 'skip']")
     self.env, self.prompt, self.judge = env, env.prompt, env.judge
-    self.sources = {split: open_split(sources, split, env.task_from_row, on_bad_row) for split in dict.fromkeys(splits)}
+    self._open = lambda split: open_split(sources, split, env.task_from_row, on_bad_row)
+    self._opened = {split: self._open(split) for split in dict.fromkeys(splits)}
 
   def size(self, split: str) -> int:
-    return sum(len(source.tasks) for source in self._of(split))
+    return sum(len(source.tasks) for source in self.sources(split))
 
   def task(self, split: str, index: int) -> Task:
     """The index-th task of the split, in the order of sources and rows."""
-    for source in self._of(split):
+    for source in self.sources(split):
       if index < len(source.tasks):
         return source.tasks[index]
       index -= len(source.tasks)
     raise IndexError(f"split {split!r} has {self.size(split)} tasks")
 
-  def _of(self, split: str) -> list[Source]:
-    if split not in self.sources:
-      raise ValueError(f"split {split!r} was not opened; choose from {sorted(self.sources)}")
-    return self.sources[split]
+  def sources(self, split: str) -> list[Source]:
+    if split not in self._opened:
+      self._opened[split] = self._open(split)
+    return self._opened[split]
 
   @property
   def skipped(self) -> int:
     """Malformed rows that were left out, over all splits."""
-    return sum(source.skipped for sources in self.sources.values() for source in sources)
+    return sum(source.skipped for sources in self._opened.values() for source in sources)
 
   def close(self) -> None:
     if hasattr(self.env, "close"):
@@ -176,7 +177,7 @@ class TaskStream:
 
   def __init__(self, env, split: str, *, seed: int = 0, process_index: int = 0, process_count: int = 1):
     if isinstance(env, RowEnv):
-      sources = env.sources[split]
+      sources = env.sources(split)
       order = [grain.MapDataset.source(s.tasks).shuffle(seed=zlib.crc32(f"{seed}/{i}".encode())).repeat() for i, s in enumerate(sources)]
       dataset = grain.MapDataset.mix(order, [s.weight for s in sources])
       self._tasks = zlib.crc32("\n".join(f"{s.weight} {t.id}" for s in sources for t in s.tasks).encode())

@@ -53,6 +53,14 @@ class Coding:
     self.max_failures = max_failures
     self.reveal_hidden = reveal_hidden
 
+  def task_from_row(self, row: dict, split: str) -> Task:
+    """A row of LiveCodeBench, HumanEval, MBPP or the plain form, told apart by its fields."""
+    if "question_content" in row:
+      return livecodebench_task(row, split)
+    if "canonical_solution" in row:
+      return humaneval_task(row, split) if str(row["task_id"]).startswith("HumanEval") else mbpp_task(row, split)
+    return task_from_row({"id": row["idx"]} | row, split)
+
   def prompt(self, task: Task) -> list[dict[str, str]]:
     starter = task.data.get("starter")
     parts = [task.prompt.strip(), form(task)]

@@ -22,6 +22,7 @@ Everything is a pure function of (level, words_seed, split, index): any problem 
 """
 
 import dataclasses
+import functools
 import json
 import random
 import zlib
@@ -141,6 +142,7 @@ def _informative(ops, kind: str) -> bool:
   return all(sum(execute(s, x) == o for x, o in zip(probe, outputs)) < 16 for s in shorter)
 
 
+@functools.cache   # pure, and half a second for three operations
 def compositions(length: int) -> dict[tuple[str, ...], str]:
   """{operations: input type} of every well-typed composition in which each operation matters."""
   chains = [((), kind, kind) for kind in INPUTS]
