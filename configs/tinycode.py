@@ -3,6 +3,10 @@ r"""TinyCode: the embedded task. A 1 M-parameter model learns what novel words m
 Run:    python -m sdpo_jax.main --config=configs/tinycode.py
 Other:  python -m sdpo_jax.main --config=configs/tinycode.py:method=grpo,level=hard,seed=1
 Smoke:  python -m sdpo_jax.main --config=configs/tinycode.py:local
+Cost:   170 s on two CPU cores (240 steps of 16 x 4 responses, evaluations included).
+Result: seed 0, avg@4 over 100 questions, base model -> after training, 95 % intervals over questions:
+        held-out 23.2 % [15.9, 31.1] -> 68.0 % [59.4, 76.6]; unseen compositions 10.0 % [4.7, 15.9] -> 60.5 % [51.6, 69.4];
+        adversarial paraphrases 22.2 % [14.9, 30.1] -> 28.2 % [19.9, 37.2]. One seed; the learning rate was chosen on this split.
 """
 
 from sdpo_jax import config
