@@ -30,16 +30,22 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_string("checkpoint", None, "eval: WORKDIR[:step] or a Hugging Face directory", flag_values=f)
   flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=f)
   try:
+    for argument in argv[1:]:
+      path = argument.removeprefix("--config=").partition(":")[0]
+      if argument.startswith("--config=") and not os.path.exists(path):
+        raise UsageError(f"--config={path}: no such file")
     rest = f(argv)
+    f.config   # a file that fails to load says so only when it is asked for
     if len(rest) > 1:
       raise UsageError(f"unknown argument {rest[1]!r}")
     if f.mode not in MODES:
       raise UsageError(f"--mode={f.mode!r} is unknown; choose from {list(MODES)}")
     return f
-  except FileNotFoundError as error:
-    raise UsageError(f"--config: no such file: {error.filename or error}") from error
-  except (flags.Error, ValueError, AttributeError, KeyError, TypeError) as error:
-    raise UsageError(str(error)) from error
+  except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+    message = str(error.args[0] if isinstance(error, KeyError) else error)   # a KeyError prints the repr of its text
+    if "Traceback (most recent call last)" in message:   # of the configuration file: what it raised is its last line
+      message = message.strip().splitlines()[-1].partition("Error: ")[2] or message.strip().splitlines()[-1]
+    raise UsageError(message) from error
 
 
 def fresh_workdir() -> str:

@@ -143,6 +143,11 @@ def check(method: dict) -> None:
   share = method["policy_share"]
   if not 0.0 <= share <= 1.0:
     raise ValueError(f"method.policy_share={share!r} must lie in [0, 1]")
+  alpha, top_k = (method["token_signal"].get(key) for key in ("alpha", "top_k"))
+  if alpha is not None and not 0.0 <= alpha <= 1.0:
+    raise ValueError(f"method.token_signal.alpha={alpha!r} must lie in [0, 1]: 0 is KL(teacher || policy), 1 is KL(policy || teacher)")
+  if top_k is not None and top_k < 1:
+    raise ValueError(f"method.token_signal.top_k={top_k!r} must be at least 1, or None for the whole vocabulary")
   taught = names["token_signal"] != "none"
   if taught and (names["teacher_context"] == "none" or names["teacher_weights"] == "none"):
     raise ValueError(f"method.token_signal.name={names['token_signal']!r} needs a teacher, but teacher_context is "
