@@ -292,3 +292,11 @@ def test_each_size_alone_changes_the_weights(field):
 def test_impossible_configurations_are_named(changes, words):
   with pytest.raises(ValueError, match=re.escape(words)):
     dataclasses.replace(QWEN, **changes)
+
+
+def test_scales_of_norms_are_not_rounded_to_the_compute_dtype():
+  config = dataclasses.replace(QWEN, dtype="bfloat16", param_dtype="float32")
+  grads = jit(jax.grad(lambda p: jnp.sum(decoder.hidden(p, config, tokens(2, 12)).astype(jnp.float32) ** 2)))(params_of(QWEN))
+  for path in (("norm",), ("layers", "attn_norm"), ("layers", "attn", "q_norm")):
+    g = functools.reduce(lambda tree, key: tree[key], path, grads)
+    assert np.any(np.asarray(g) != np.asarray(g.astype(jnp.bfloat16).astype(jnp.float32))), path

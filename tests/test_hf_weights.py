@@ -5,10 +5,12 @@ import functools
 import json
 import os
 import re
+import socket
 import struct
 import subprocess
 import sys
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -471,6 +473,58 @@ def test_other_files_are_named(checkpoint, tmp_path):
   assert "config.json: model_type='gpt2'" in complaint(directory)
   (directory / "config.json").unlink()
   assert "config.json: the file is missing" in complaint(directory)
+
+
+def test_a_hub_id_is_downloaded_and_a_failed_download_is_one_line(checkpoint, monkeypatch):
+  asked = []
+
+  def download(name, allow_patterns):
+    asked.append((name, allow_patterns))
+    return checkpoint("qwen3")[0]
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  config, _ = load_pretrained("Qwen/some-model", dtype=jnp.float32)
+  assert config.family == "qwen3" and asked[0][0] == "Qwen/some-model" and "*.safetensors" in asked[0][1]
+
+  def fail(name, allow_patterns):
+    raise huggingface_hub.errors.LocalEntryNotFoundError("cannot reach the hub\nsecond line")
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+  assert complaint("Qwen/some-model").endswith("the hub does not give it: cannot reach the hub")
+
+
+# ---- Several processes -----------------------------------------------------------------------------------------------
+
+PROCESS = r"""
+import sys
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from sdpo_jax.model import hf_weights
+mesh = jax.make_mesh((1, 4, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+config, params = hf_weights.load_pretrained(sys.argv[3], dtype=jnp.float32, mesh=mesh)
+assert not params["layers"]["mlp"]["gate"].is_fully_addressable
+hf_weights.save_pretrained(sys.argv[4], config, params, shard_bytes=50_000)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_load_and_save_one_checkpoint(checkpoint, tmp_path):
+  directory, _ = checkpoint("qwen3")
+  config, params = load_pretrained(directory, dtype=jnp.float32)
+  save_pretrained(tmp_path / "one", config, params, shard_bytes=50_000)
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    address = f"localhost:{s.getsockname()[1]}"
+  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  children = [subprocess.Popen([sys.executable, "-c", PROCESS, address, str(i), directory, str(tmp_path / "two")], env=env,
+                               stderr=subprocess.PIPE, text=True) for i in range(2)]
+  errors = [child.communicate(timeout=300)[1] for child in children]
+  assert [child.returncode for child in children] == [0, 0], errors
+  written = sorted(os.listdir(tmp_path / "one"))
+  assert written == sorted(os.listdir(tmp_path / "two")) and len(written) > 4
+  for file in written:
+    assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------

@@ -86,10 +86,15 @@ def _shape(config: ModelConfig, letters: str) -> tuple[int, ...]:
   return tuple(axis_size(config, a) for a in letters)
 
 
+def _for_use(name: str, w: jax.Array, config: ModelConfig) -> jax.Array:
+  """In the compute dtype; scales of norms stay as stored, since norms are computed in float32."""
+  return w if name.endswith("norm") else w.astype(config.dtype)
+
+
 def _declare(module: nn.Module, declared: dict[str, Weight], config: ModelConfig) -> dict[str, jax.Array]:
-  """Binds a table of weights to a Linen module and gives them out in the compute dtype."""
+  """Binds a table of weights to a Linen module and gives them out as the computation wants them."""
   values = {name: module.param(name, w.init, _shape(config, w.axes), config.param_dtype) for name, w in declared.items()}
-  return {name: value.astype(config.dtype) for name, value in values.items()}
+  return {name: _for_use(name, value, config) for name, value in values.items()}
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -207,13 +212,9 @@ def init(config: ModelConfig, key: jax.Array) -> dict:
   return params
 
 
-def _is_weight(x) -> bool:
-  return isinstance(x, Weight)
-
-
 def axes(config: ModelConfig) -> dict:
   """The tree of `params` with a string of axis letters at each leaf."""
-  tree = jax.tree.map(lambda w: w.axes, weights(config), is_leaf=_is_weight)
+  tree = jax.tree.map(lambda w: w.axes, weights(config), is_leaf=lambda x: isinstance(x, Weight))
   return {**tree, "layers": jax.tree.map(lambda a: "L" + a, tree["layers"])}
 
 
@@ -250,7 +251,7 @@ class _Stream(NamedTuple):
 
 
 def _stream(params: dict, config: ModelConfig, tokens_BT, positions_BT, mask_BTS, column_T, column_S) -> _Stream:
-  x_BTD = sharding.constrain(params["embed"].astype(config.dtype)[tokens_BT], "BTD")
+  x_BTD = sharding.constrain(params["embed"][tokens_BT].astype(config.dtype), "BTD")
   rotation = sliding_rotation = _rotation(config.rope, config.head_dim, positions_BT)
   if config.sliding_rope is not None:
     sliding_rotation = _rotation(config.sliding_rope, config.head_dim, positions_BT)
@@ -292,9 +293,9 @@ def _rows(params: dict, config: ModelConfig, tokens_BT, positions_BT, segment_id
 
 
 def _gather(config: ModelConfig, layer: dict) -> dict:
-  """One layer's weights in the compute dtype, whole along "fsdp": what moves between chips is the smaller dtype."""
-  cast = jax.tree.map(lambda w: w.astype(config.dtype), resolve(layer))
-  return jax.tree.map(lambda w, a: sharding.gather(w, a[1:]), cast, axes(config)["layers"])
+  """One layer's weights for use, whole along "fsdp": cast first, so that what moves between chips is the smaller dtype."""
+  gather = lambda path, w, a: sharding.gather(_for_use(path[-1].key, w, config), a[1:])
+  return jax.tree_util.tree_map_with_path(gather, resolve(layer), axes(config)["layers"])
 
 
 def _layer(config: ModelConfig, stream: _Stream, x_BTD, layer: dict, slides) -> jax.Array:

@@ -144,7 +144,7 @@ def load_adapters(path, config: ModelConfig, dtype=jnp.float32) -> tuple[Lora, d
   for field, only in neutral.items():
     if about.get(field, only) != only:
       raise hf_weights.CheckpointError(f"{path}/{_CONFIG}: {field}={about[field]!r} is not supported (only {only!r})")
-  lora = Lora(int(about["r"]), float(about["lora_alpha"]), tuple(about["target_modules"]))
+  lora = Lora(int(about["r"]), float(about["lora_alpha"]), tuple(sorted(about["target_modules"])))
   parts = _parts(config, lora)
   file = os.path.join(path, _WEIGHTS)
   entries = hf_weights.read_header(file)
