@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     message = str(error.args[0] if isinstance(error, KeyError) else error)   # a KeyError prints the repr of its text
     if "Traceback (most recent call last)" in message:   # of the configuration file: what it raised is its last line
       message = message.strip().splitlines()[-1].partition("Error: ")[2] or message.strip().splitlines()[-1]
-    raise UsageError(message) from error
+    raise UsageError(message.replace("\\n", " ").replace("\\'", "'").strip("'")) from error
 
 
 def fresh_workdir() -> str:

@@ -11,13 +11,13 @@ from sdpo_jax import config, experiment
 
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = [ROOT / "README.md", *sorted((ROOT / "configs").rglob("*.py")), *sorted((ROOT / "sdpo_jax").rglob("*.py"))]
-COMMAND = re.compile(r"python -m (sdpo_jax\.\w+)([^\n`|&)]*)")
+COMMAND = re.compile(r"python -m (sdpo_jax\.\w+)([^\n`|&)\"]*)")
 
 
 def commands():
   for path in SOURCES:
     for module, rest in COMMAND.findall(path.read_text(encoding="utf-8").replace("\\\n", " ")):
-      if not any(mark in rest for mark in ("FILE", "...", "[", "NAME", "{")):   # a synopsis, not a command
+      if rest.strip() and not any(mark in rest for mark in ("FILE", "...", "[", "NAME", "{", "WORKDIR")):   # a synopsis, not a command
         yield f"{path.relative_to(ROOT)}: {module}{rest.rstrip()}", module, rest
 
 

@@ -80,6 +80,7 @@ LEAN_IMPORTS = ("atexit", "bisect", "collections", "copy", "functools", "heapq",
 
 
 def main():
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # a trainer started in the background hands on an ignored SIGINT
   sock = socket.socket(fileno=int(sys.argv[1]))
   config = json.loads(sock.recv(1 << 20))
   try:

@@ -50,17 +50,23 @@ def make_objective(method: dict) -> Objective:
     return {term: normaliser for term, (_, normaliser) in terms(batch).items()}
 
   def token_loss(signals: Signals, batch: TrainBatch, norm: dict[str, jax.Array]):
+    # What stands where the weight is 0 may be anything. It is replaced before use, not only left out of the sum: 0 * inf is NaN,
+    # in the gradient even behind a `where`.
+    counted_BR = batch.weight_BR > 0
+    clean = lambda x_BR: None if x_BR is None else jnp.where(counted_BR, x_BR, 0.0)
+    signals = Signals(*map(clean, signals))
+    batch = batch._replace(logp_old_BR=clean(batch.logp_old_BR), logp_rollout_BR=clean(batch.logp_rollout_BR),
+                           advantage_B=jnp.where(jnp.any(counted_BR, -1), batch.advantage_B, 0.0))
     loss, metrics = 0.0, {}
     for term, (weight_BR, _) in terms(batch).items():
       if term == "distill":
         loss_BR, factor = signal(signals, batch) * weigh(signals, batch), 1.0 - share
       else:
         loss_BR, factor = surrogate(signals, batch), share
-      # where, not a product alone: a masked column may hold anything, and 0 * inf is NaN
-      total = jnp.sum(jnp.where(weight_BR > 0, loss_BR, 0.0) * weight_BR)
+      total = jnp.sum(loss_BR * weight_BR)
       loss += factor * total / norm[term]
       metrics[f"train/loss_{term}"] = Ratio(total, jnp.sum(weight_BR))
-    mean = lambda x_BR, w_BR: Ratio(jnp.sum(jnp.where(w_BR > 0, x_BR, 0.0) * w_BR), jnp.sum(w_BR))
+    mean = lambda x_BR, w_BR: Ratio(jnp.sum(x_BR * w_BR), jnp.sum(w_BR))
     metrics["train/entropy"] = mean(signals.entropy_BR, batch.weight_BR)
     metrics["train/rollout_kl"] = mean(batch.logp_rollout_BR - signals.logp_BR, batch.weight_BR)
     if signal is not None:
