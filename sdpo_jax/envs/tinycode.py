@@ -6,17 +6,17 @@ A problem composes one to three operations on a list of numbers, a string or a n
 
 The answer is a function `f`. Hidden tests run it in the sandbox; the feedback is what an online judge would say (failing
 input, output and expected output, or the exception with its line). Every operation has *known* phrases, which the base model
-has read in pre-training, and one *novel* word ("blick"), whose meaning is drawn by `words_seed` and stands nowhere but in
-what the tests expect. A scalar reward has to stumble on it; feedback shows it.
+has read in pre-training. A level names some operations by a *novel* word ("blick") alone, whose meaning is drawn by
+`words_seed` and stands nowhere but in what the tests expect. A scalar reward has to stumble on it; feedback shows it.
 
 Splits, disjoint by construction:
   train        statements whose hash does not fall into the held-out share
-  heldout      other statements over the same words and the same compositions
+  heldout      other statements over the same words (two novel words make one statement: there it is another composition)
   unseen       compositions (ordered pairs and triples) that neither pre-training nor `train` ever shows
   adversarial  misleading paraphrases of train and held-out compositions: an operation that is named but must not be done
                ("reverse it (do not sort it)"), or the order of the sentence against the order of the steps ("B after you A")
 
-Levels (`LEVELS`): how many operations, and the chance that an operation is named by its novel word.
+Levels (`LEVELS`): how many operations a problem has, and how many of the vocabulary are named by a novel word.
 
 Everything is a pure function of (level, words_seed, split, index): any problem can be rebuilt from its id.
 """
@@ -70,11 +70,11 @@ OPS = {
 # Two spare words, so that pre-training sees more words than meanings and no word is tied to the last meaning left.
 NOVEL_WORDS = ("blick", "dax", "wug", "fep", "toma", "zib", "gorp", "lorp", "mimsy", "rell", "snid", "vash", "plim", "quor",
                "jent", "krat", "hob", "yolt", "drim", "stave", "frop", "glim", "nork", "pell", "tiv", "ulm")
-LEVELS = {  # name: (weights of one, two, three operations; chance that an operation is named by its novel word)
-    "easy": ((1.0, 0.0, 0.0), 0.5),
-    "default": ((0.2, 0.8, 0.0), 0.7),
-    "hard": ((0.0, 1.0, 0.0), 1.0),
-    "very_hard": ((0.0, 0.0, 1.0), 1.0),
+LEVELS = {  # name: (weights of one, two, three operations; how many operations are named by their novel word, the others by known phrases)
+    "easy": ((1.0, 0.0, 0.0), 12),
+    "default": ((0.2, 0.8, 0.0), 12),
+    "hard": ((0.0, 1.0, 0.0), 24),
+    "very_hard": ((0.0, 0.0, 1.0), 24),
 }
 SPLITS = ("train", "heldout", "unseen", "adversarial")
 HEADERS = ("Write f(x) for {}: ", "f(x) takes {}: ")
@@ -90,10 +90,9 @@ def novel_phrase(word: str) -> str:
 
 
 def novel_meanings(words_seed: int) -> dict[str, str]:
-  """{operation: its novel word}. The only place where the meaning of a novel word is written down."""
-  words = list(NOVEL_WORDS)
-  random.Random(f"words/{words_seed}").shuffle(words)
-  return dict(zip(OPS, words))
+  """{operation: its novel word}, in random order. The only place where the meaning of a novel word is written down."""
+  rng = random.Random(f"words/{words_seed}")
+  return dict(zip(rng.sample(list(OPS), len(OPS)), rng.sample(NOVEL_WORDS, len(OPS))))
 
 
 def _share(*key) -> float:
@@ -188,8 +187,8 @@ class Problems:
     if level not in LEVELS:
       raise ValueError(f"env.level={level!r} is unknown; choose from {sorted(LEVELS)}")
     self.level = level
-    self.words = novel_meanings(words_seed)
-    weights, self.novel_share = LEVELS[level]
+    weights, novel = LEVELS[level]
+    self.words = dict(list(novel_meanings(words_seed).items())[:novel])
     self.pool = {n: compositions(n) for n, w in enumerate(weights, 1) if w}
     self.weights = {n: w for n, w in enumerate(weights, 1) if w}
     self.words_seed = words_seed
@@ -203,20 +202,22 @@ class Problems:
     while True:   # rejection: until the statement falls into the split
       n = rng.choices(lengths, [self.weights[n] for n in lengths])[0]
       *ops, kind = rng.choice(self._keys[n, split == "unseen"])
-      phrases = [novel_phrase(self.words[o]) if rng.random() < self.novel_share else rng.choice(OPS[o].phrases) for o in ops]
+      phrases = [self._phrase(rng, o) for o in ops]
       header = rng.randrange(len(HEADERS))
       twist = None
       if split == "adversarial":
         twist = rng.choice(("not", "order")) if n > 1 else "not"
       elif split != "unseen" and (_share("heldout", *phrases) < HELDOUT_SHARE) != (split == "heldout"):
         continue
-      other = rng.choice([o for o in OPS if o not in ops])
-      distractor = novel_phrase(self.words[other]) if rng.random() < self.novel_share else rng.choice(OPS[other].phrases)
+      distractor = self._phrase(rng, rng.choice([o for o in OPS if o not in ops]))
       inputs = distinct_inputs(rng, ops, kind, TESTS)
       tests = [(x, execute(ops, x)[0]) for x in inputs]
       return Task(id=f"{self.level}/{self.words_seed}/{split}/{index}", split=split,
                   prompt=render(phrases, kind, header, twist=twist, distractor=distractor), solution=program(ops),
                   data={"tests": tests, "ops": list(ops), "phrases": phrases})
+
+  def _phrase(self, rng: random.Random, op: str) -> str:
+    return novel_phrase(self.words[op]) if op in self.words else rng.choice(OPS[op].phrases)
 
 
 def distinct_inputs(rng: random.Random, ops, kind: str, count: int) -> list:
