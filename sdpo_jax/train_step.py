@@ -81,7 +81,7 @@ def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None
       logp_X, entropy_X = token_logp(at_positions(hidden_BTD, batch.student_pos_BR), decoder.head(params, config), target_X, temperature=temperature)
       return Signals(logp_X.reshape(B, R), entropy_X.reshape(B, R), None, None)
     halves = forward_pair(params, teacher, config, batch, mix=mix, remat=remat)
-    wanted = objective.divergence or {"alpha": 0.5, "top_k": None, "add_tail": True}   # sampled-token signals read the rest of the result
+    wanted = objective.divergence or {"alpha": 0.5, "top_k": None}   # sampled-token signals read the rest of the result
     if wanted["top_k"] is None:
       out = distill_kl(*halves, target_X, alpha=wanted["alpha"], temperature=temperature, implementation=implementation)
     else:

@@ -70,6 +70,23 @@ def test_top_k_bounds():
   assert by_k[-1] == pytest.approx(full, rel=1e-5)
 
 
+def test_advantage_clip_by_hand():
+  """Where no advantage leaves the bounds nothing changes; else the gradient is -p_v (a_v - sum_u p_u a_u) with a = clip(ln q - ln p)."""
+  student, teacher = logits(2), logits(3)
+  value_and_grad = lambda **k: jax.value_and_grad(lambda s: reference.sdpo_loss(s, teacher, RESPONSE, WEIGHT, DISTILL, alpha=1.0, **k))(student)
+  for kwargs in (dict(), dict(top_k=3), dict(top_k=3, add_tail=False)):
+    (free, free_grad), (wide, wide_grad) = value_and_grad(**kwargs), value_and_grad(advantage_clip=100.0, **kwargs)
+    assert float(wide) == pytest.approx(float(free), rel=1e-5)
+    np.testing.assert_allclose(wide_grad, free_grad, atol=1e-6)
+  value, grad = value_and_grad(advantage_clip=0.5)
+  p, q = (np.asarray(jax.nn.softmax(x), np.float64) for x in (student, teacher))
+  advantage_BRV = np.clip(np.log(q / p), -0.5, 0.5)
+  assert (np.abs(np.log(q / p)) > 0.5).mean() > 0.3   # the bounds matter here
+  mean_BR1 = (p * advantage_BRV).sum(-1, keepdims=True)
+  assert float(value) == pytest.approx(float((-mean_BR1[..., 0] * WEIGHT).sum() / WEIGHT.sum()), rel=1e-5)
+  np.testing.assert_allclose(grad, -p * (advantage_BRV - mean_BR1) * WEIGHT[..., None] / WEIGHT.sum(), atol=1e-6)
+
+
 def test_importance_weights_by_hand():
   """One token: ratio e^1 is capped at 2, the engine mismatch e^-0.5 is not; both multiply the divergence."""
   student, teacher = logits(4, (1, 1, 7)), logits(5, (1, 1, 7))
@@ -85,6 +102,7 @@ METHOD_CASES = {
     "forward": (dict(token_signal=dict(name="divergence", alpha=0.0)), dict(alpha=0.0)),
     "top_k": (dict(token_signal=dict(name="divergence", alpha=0.5, top_k=20)), dict(alpha=0.5, top_k=20)),
     "top_k_renormalised": (dict(token_signal=dict(name="divergence", alpha=1.0, top_k=5, add_tail=False)), dict(alpha=1.0, top_k=5, add_tail=False)),
+    "advantage_clip": (dict(token_signal=dict(name="divergence", alpha=1.0, top_k=20, advantage_clip=1.0)), dict(alpha=1.0, top_k=20, advantage_clip=1.0)),
     "reverse": (dict(token_signal=dict(name="divergence", alpha=1.0)), dict(alpha=1.0)),
     "skewed": (dict(token_signal=dict(name="divergence", alpha=0.2), token_weight=dict(name="importance", is_clip=None, rollout_is_clip=1.1)),
                dict(alpha=0.2, is_clip=None, rollout_is_clip=1.1)),
@@ -218,6 +236,7 @@ def test_blend_is_the_weighted_sum_of_its_two_losses():
     (dict(token_signal=dict(name="divergense")), "method.token_signal.name='divergense'"),
     (dict(token_signal=dict(name="divergence", alhpa=1.0)), "method.token_signal.alhpa"),
     (dict(teacher_context=dict(name="none")), "needs a teacher"),
+    (dict(token_signal=dict(name="divergence", alpha=1.0, advantage_clip=5.0)), "method.token_signal.advantage_clip=5.0 must be above 0 and needs"),
     (dict(policy_share=0.5), "needs a surrogate"),
     (dict(policy_share=1.5), "must lie in [0, 1]"),
 ])

@@ -39,13 +39,25 @@ class TopLogProbs(NamedTuple):
 
 
 def distill_topk(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, alpha, top_k,
-                 add_tail=True, temperature=1.0) -> DistillKL:
-  """The divergence over K + 1 buckets, or over K renormalised entries; the other results as in distill_kl."""
+                 add_tail=True, temperature=1.0, advantage_clip=None) -> DistillKL:
+  """The divergence over K + 1 buckets, or over K renormalised entries; the other results as in distill_kl.
+
+  advantage_clip: reverse KL only. The gradient of KL(pi || q) is a policy gradient with advantage ln q - ln pi for every entry
+  (arXiv 2601.20802, Prop. 2.1); each bucket's is held within +-advantage_clip, as in the paper's test-time runs. Nothing
+  changes, in value or gradient, where no bucket leaves these bounds.
+  """
+  if advantage_clip is not None and alpha != 1:
+    raise ValueError(f"advantage_clip={advantage_clip!r} needs alpha=1, the reverse KL, not alpha={alpha!r}")
   top = top_log_probs(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, top_k=top_k,
                       temperature=temperature)
   buckets = add_tail_bucket if add_tail else lambda x: x - logsumexp(x, axis=1, keepdims=True)
-  return DistillKL(divergence(buckets(top.logp_XK), buckets(top.logp_teacher_XK), alpha),
-                   top.logp_X, top.logp_teacher_X, top.entropy_X)
+  policy_XK, teacher_XK = buckets(top.logp_XK), buckets(top.logp_teacher_XK)
+  if advantage_clip is None:
+    divergence_X = divergence(policy_XK, teacher_XK, alpha)
+  else:
+    cost_XK = lax.stop_gradient(jnp.clip(policy_XK - teacher_XK, -advantage_clip, advantage_clip))
+    divergence_X = jnp.sum(jnp.exp(policy_XK) * cost_XK, axis=1)
+  return DistillKL(divergence_X, top.logp_X, top.logp_teacher_X, top.entropy_X)
 
 
 def add_tail_bucket(logp_XK):

@@ -30,10 +30,11 @@ class Signals(NamedTuple):
 
 
 def divergence(signals: Signals, batch: TrainBatch, *, alpha: float = 0.5, top_k: int | None = None, add_tail: bool = True,
-               clip: float | None = None) -> jax.Array:
-  """alpha = 0: KL(q || pi); 1: KL(pi || q); between: generalised JSD. The kernel has computed it, with alpha, top_k and add_tail.
+               clip: float | None = None, advantage_clip: float | None = None) -> jax.Array:
+  """alpha = 0: KL(q || pi); 1: KL(pi || q); between: generalised JSD. The kernel has computed it, with alpha, top_k, add_tail and advantage_clip.
 
   clip: a token above it counts as that much and has no gradient (OPSD, arXiv 2601.18734).
+  advantage_clip: with alpha = 1 and top_k, the advantage log q - log pi of each kept entry is held within +-advantage_clip.
   """
   return signals.divergence_BR if clip is None else jnp.minimum(signals.divergence_BR, clip)
 

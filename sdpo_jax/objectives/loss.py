@@ -26,7 +26,7 @@ class Objective(NamedTuple):
   """A method as functions of arrays."""
   token_loss: Callable     # (Signals, TrainBatch, normalisers) -> (scalar loss in nats, {metric: Ratio})
   normalisers: Callable    # TrainBatch -> {term: scalar}
-  divergence: dict | None  # alpha, top_k, add_tail of the divergence that the kernel must compute; None: none
+  divergence: dict | None  # alpha, top_k, add_tail, advantage_clip of the divergence that the kernel must compute; None: none
   needs_teacher: bool
 
 
@@ -76,4 +76,4 @@ def make_objective(method: dict) -> Objective:
     return loss, metrics
 
   wanted = methods.arguments(method, "token_signal") if method["token_signal"]["name"] == "divergence" else None
-  return Objective(token_loss, normalisers, wanted and {k: wanted[k] for k in ("alpha", "top_k", "add_tail")}, signal is not None)
+  return Objective(token_loss, normalisers, wanted and {k: wanted[k] for k in ("alpha", "top_k", "add_tail", "advantage_clip")}, signal is not None)

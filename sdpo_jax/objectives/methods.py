@@ -148,6 +148,9 @@ def check(method: dict) -> None:
     raise ValueError(f"method.token_signal.alpha={alpha!r} must lie in [0, 1]: 0 is KL(teacher || policy), 1 is KL(policy || teacher)")
   if top_k is not None and top_k < 1:
     raise ValueError(f"method.token_signal.top_k={top_k!r} must be at least 1, or None for the whole vocabulary")
+  clip = method["token_signal"].get("advantage_clip")
+  if clip is not None and (clip <= 0 or top_k is None or alpha != 1.0):
+    raise ValueError(f"method.token_signal.advantage_clip={clip!r} must be above 0 and needs alpha=1 (reverse KL) and a top_k, not alpha={alpha!r}, top_k={top_k!r}")
   taught = names["token_signal"] != "none"
   if taught and (names["teacher_context"] == "none" or names["teacher_weights"] == "none"):
     raise ValueError(f"method.token_signal.name={names['token_signal']!r} needs a teacher, but teacher_context is "

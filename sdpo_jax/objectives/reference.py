@@ -32,11 +32,12 @@ def keep_top_k(logp_BRV, logq_BRV, k: int, add_tail: bool):
 
 
 def sdpo_loss(student_logits_BRV, teacher_logits_BRV, response_BR, weight_BR, distill_B, *, logp_old_BR=None, logp_rollout_BR=None,
-              alpha=0.5, top_k=None, add_tail=True, granularity="logit", is_clip=2.0, rollout_is_clip=2.0):
+              alpha=0.5, top_k=None, add_tail=True, granularity="logit", is_clip=2.0, rollout_is_clip=2.0, advantage_clip=None):
   """Scalar loss: token mean over weight_BR * distill_B.
 
   granularity: "logit" | "token" | "sequence". A clip of None: that factor is absent. logp_old None: ratio 1; logp_rollout None:
-  no engine mismatch. No gradient reaches the teacher, the ratios or the detached advantages.
+  no engine mismatch. advantage_clip: reverse KL at logit level with each entry's advantage log q - log pi, a constant, held within
+  +-advantage_clip; the gradient is the policy gradient of Prop. 2.1 with these advantages. No gradient reaches the teacher, the ratios or the detached advantages.
   """
   sg = jax.lax.stop_gradient
   logp_BRV = jax.nn.log_softmax(student_logits_BRV)
@@ -46,7 +47,12 @@ def sdpo_loss(student_logits_BRV, teacher_logits_BRV, response_BR, weight_BR, di
   gap_BR = sg(logq_BR - logp_BR)
   if granularity == "logit":
     kept = keep_top_k(logp_BRV, logq_BRV, top_k, add_tail) if top_k else (logp_BRV, logq_BRV)
-    loss_BR = divergence(*kept, alpha)
+    if advantage_clip is None:
+      loss_BR = divergence(*kept, alpha)
+    else:
+      assert alpha == 1.0, f"the advantage of an entry is that of reverse KL: alpha must be 1, not {alpha}"
+      logp_kept, logq_kept = kept
+      loss_BR = -jnp.sum(jnp.exp(logp_kept) * sg(jnp.clip(logq_kept - logp_kept, -advantage_clip, advantage_clip)), -1)
   elif granularity == "token":
     assert alpha == 1.0, f"token-level credit is the score-function form of reverse KL: alpha must be 1, not {alpha}"
     loss_BR = -gap_BR * logp_BR
