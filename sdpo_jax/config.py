@@ -34,7 +34,8 @@ def base() -> ml_collections.ConfigDict:
       dtype="float32",                       # activations and matrix products
       param_dtype="float32",                 # weights
       remat="none",                          # none | block: what the backward pass recomputes
-      thinking=False,                        # passed to chat templates that know it
+      thinking=False, teacher_thinking=False,   # passed to chat templates that know it: for the policy's prompts, and the teacher's
+      lora=dict(rank=0, alpha=32.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),   # rank 0: all weights train
   )
   c.env = dict(name="tinycode", level="default", words_seed=0)
   c.sandbox = dict(workers=2, isolation="auto")
@@ -137,6 +138,8 @@ def validate(c: ml_collections.ConfigDict) -> None:
   for name, (value, allowed) in choices.items():
     if value not in allowed:
       raise ValueError(f"config.{name}={value!r} is unknown; choose from {list(allowed)}")
+  if c.model.lora.rank < 0:
+    raise ValueError(f"config.model.lora.rank={c.model.lora.rank} must be at least 0; 0 trains all weights")
   if c.method.advantage.name == "group_mean" and c.rollout.group < 2:
     raise ValueError(f"config.rollout.group={c.rollout.group} with advantage 'group_mean': a group of 1 has no baseline; use at least 2")
   rows, pieces = c.rollout.questions * c.rollout.group, c.train.updates_per_batch * c.train.micro_batches

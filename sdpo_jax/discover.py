@@ -112,9 +112,11 @@ def discover(c, workdir: str) -> dict[str, Any]:
     method = c.method.to_dict()
     objective, parts, tx = make_objective(method), methods.build(method), make_optimizer(**c.optimizer)
     teacher = parts["teacher_weights"]()
-    signals = make_signals(w.model, objective, mix=teacher.mix, temperature=c.rollout.temperature, remat=c.model.remat)
+    signals = make_signals(w.model, objective, mix=teacher.mix, temperature=c.rollout.temperature, remat=c.model.remat, join=w.join)
     step = jax.jit(make_train_step(signals, objective, tx, teacher_move=teacher.move), donate_argnums=0)
-    fresh = lambda: init_state(jax.tree.map(lambda x: x.copy(), w.params), tx, keep_teacher=teacher.keep)
+
+    params, frozen = w.trainable(c.seed)
+    fresh = lambda: init_state(jax.tree.map(lambda x: x.copy(), params), tx, keep_teacher=teacher.keep)
     sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
     make_batch = lambda groups: pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=parts["teacher_context"],
                                      advantage=parts["advantage"], max_teacher_tokens=c.data.max_teacher_tokens,
@@ -134,7 +136,8 @@ def discover(c, workdir: str) -> dict[str, Any]:
               return w.collector.collect(params, [task], n=min(n, d.attempts - attempts), sampling=sampling, seeds=seeds)
 
             if arm == "sdpo":
-              solve_by_learning(task, budget, fresh=fresh, collect=collect, make_batch=make_batch, step=step)
+              solve_by_learning(task, budget, fresh=fresh, collect=lambda params, *a: collect(w.weights(params, frozen), *a), make_batch=make_batch,
+                                step=lambda *a: step(*a, frozen))
             elif arm == "best_of_k":
               extra = solve_by_sampling(task, budget, params=w.params, collect=lambda *a: collect(*a, n=c.rollout.rows))
             else:

@@ -17,13 +17,15 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 MODES = ("train", "eval", "discover")
+
+
 class UsageError(Exception):
   """The command line or a setting is wrong; the message is one line."""
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
   """The flags, the configuration file read. UsageError says what is wrong. Flags are defined here: importing this file does nothing."""
-  f = flags.FlagValues()
+  f, sys.argv = flags.FlagValues(), argv   # config_flags reads the overrides off sys.argv
   config_flags.DEFINE_config_file("config", "configs/tinycode.py", "settings: FILE[:key=value,...]", flag_values=f, lock_config=True)
   flags.DEFINE_string("workdir", None, "where everything about the run goes; default: a fresh directory under runs/", flag_values=f)
   flags.DEFINE_string("mode", "train", " | ".join(MODES), flag_values=f)

@@ -46,7 +46,7 @@ def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, scor
   for i in range(first + 1, total_steps + 1):
     begun = time.monotonic()
     tasks = next_tasks()
-    groups = collect(state.params, tasks, i)
+    groups = collect(state, tasks, i)
     sampled = time.monotonic()
     packed = make_batch(groups)
     host["tokens"] += sum(len(r.tokens) for g in groups for r in g)
@@ -121,18 +121,19 @@ def train(c, workdir: str) -> None:
       method = c.method.to_dict()
       objective, parts = make_objective(method), methods.build(method)
       teacher, tx = parts["teacher_weights"](), make_optimizer(**c.optimizer)
-      state = init_state(w.params, tx, keep_teacher=teacher.keep)
+      params, frozen = w.trainable(c.seed)
+      state = init_state(params, tx, keep_teacher=teacher.keep)
       host = {"tokens": 0, "failed_batches": 0, "data": None}
       stream = TaskStream(w.collector.env, "train", seed=c.seed)
       if latest is not None:
         state, host = checkpoint.restore(workdir, state)
         stream.restore(host["data"])
     signals = make_signals(w.model, objective, mix=teacher.mix, temperature=c.rollout.temperature, remat=c.model.remat,
-                           implementation=None if c.train.loss_implementation == "auto" else c.train.loss_implementation)
+                           implementation=None if c.train.loss_implementation == "auto" else c.train.loss_implementation, join=w.join)
     several = c.train.updates_per_batch > 1
     step = jax.jit(make_train_step(signals, objective, tx, teacher_move=teacher.move, updates=c.train.updates_per_batch,
                                    micro_batches=c.train.micro_batches, recompute_old=several), donate_argnums=0)
-    score = jax.jit(lambda state, batch: signals(state.params, state.teacher, batch))
+    score = jax.jit(lambda state, batch, frozen: signals(state.params, state.teacher, batch, frozen))
     sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
     describe_run(workdir, c, {"sandbox_isolation": w.isolation})
     writer = Writer(workdir, total_steps=c.total_steps)
@@ -140,11 +141,11 @@ def train(c, workdir: str) -> None:
 
     def evaluate_at(state, i):
       splits = c.eval.final_splits if i in (0, c.total_steps) else c.eval.splits
-      return evaluate(w.collector, state.params, splits=splits, questions=c.eval.questions, samples=c.eval.samples, sampling=w.eval_sampling)
+      return evaluate(w.collector, w.weights(state.params, frozen), splits=splits, questions=c.eval.questions, samples=c.eval.samples, sampling=w.eval_sampling)
 
-    def collect(params, tasks, i):
+    def collect(state, tasks, i):
       seeds = [prompt_seed(c.seed, "train", i, q) for q in range(len(tasks))]
-      return w.collector.collect(params, tasks, n=c.rollout.group, sampling=sampling, seeds=seeds)
+      return w.collector.collect(w.weights(state.params, frozen), tasks, n=c.rollout.group, sampling=sampling, seeds=seeds)
 
     def make_batch(groups):
       return pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"],
@@ -166,7 +167,7 @@ def train(c, workdir: str) -> None:
 
     try:
       run(state, host, total_steps=c.total_steps, next_tasks=lambda: stream.take(c.rollout.questions), collect=collect, make_batch=make_batch,
-          step=step, score=score, evaluate=evaluate_at, due=due, write=writer.write, write_rollouts=write_rollouts, save=save,
+          step=lambda *args: step(*args, frozen), score=lambda *args: score(*args, frozen), evaluate=evaluate_at, due=due, write=writer.write, write_rollouts=write_rollouts, save=save,
           limits={"skipped": c.train.max_skipped_in_a_row, "env_failures": c.train.max_env_failures_in_a_row})
     finally:
       writer.close()
@@ -187,7 +188,8 @@ def evaluate_checkpoint(c, workdir: str, source: str) -> dict[str, float]:
     if is_run:
       with blame_settings():
         step = checkpoint.latest_step(root) if step is None else step
-        params, name = checkpoint.restore_params(root, w.params, step), f"step_{step:06d}"
+        trained, frozen = w.trainable(c.seed)
+        params, name = w.weights(checkpoint.restore_params(root, trained, step), frozen), f"step_{step:06d}"
     metrics = evaluate(w.collector, params, splits=c.eval.final_splits, questions=c.eval.questions, samples=c.eval.samples, sampling=w.eval_sampling)
   (workdir / "eval").mkdir(parents=True, exist_ok=True)
   about = {"checkpoint": source, "questions": c.eval.questions, "samples": c.eval.samples}

@@ -8,6 +8,7 @@ states and output matrices.
 A gradient that is not finite leaves parameters, optimiser and teacher as they were, and is counted in the state.
 """
 
+import functools
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -26,15 +27,15 @@ from sdpo_jax.records import Ratio, TrainBatch
 
 class TrainState(NamedTuple):
   step: jax.Array             # generation batches done
-  params: Any                 # the policy
+  params: Any                 # what is trained: the policy's weights, or its adapters
   opt_state: Any
-  teacher: Any                # None: the live policy teaches itself (or there is no teacher); else the second weight tree
+  teacher: Any                # None: the live policy teaches itself (or there is no teacher); else a second tree like params
   skipped: jax.Array          # updates skipped so far because the gradient was not finite
   skipped_in_a_row: jax.Array
 
 
 def init_state(params, tx: optax.GradientTransformation, *, keep_teacher: bool = False) -> TrainState:
-  """keep_teacher: a copy of the weights travels along as the teacher's (moving, frozen or the anchor of a trust region)."""
+  """keep_teacher: a copy of `params` travels along as the teacher's (moving, frozen or the anchor of a trust region)."""
   teacher = jax.tree.map(jnp.copy, params) if keep_teacher else None
   return TrainState(jnp.int32(0), params, tx.init(params), teacher, jnp.int32(0), jnp.int32(0))
 
@@ -69,10 +70,15 @@ def forward_pair(params, teacher, config: ModelConfig, batch: TrainBatch, *, mix
 
 
 def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None = None, temperature: float = 1.0, remat: str = "none",
-                 implementation: str | None = None) -> Callable:
-  """-> signals(params, teacher, batch) -> Signals. mix: see forward_pair. temperature: the rollout's; it applies to every quantity."""
+                 implementation: str | None = None, join: Callable | None = None) -> Callable:
+  """-> signals(params, teacher, batch, frozen=None) -> Signals. mix: see forward_pair. temperature: the rollout's; it applies to every quantity.
 
-  def signals(params, teacher, batch: TrainBatch) -> Signals:
+  join(frozen, params): the decoder's weights from what is trained and the weights it stands on (lora.attach); None: what is trained is all.
+  """
+
+  def signals(params, teacher, batch: TrainBatch, frozen=None) -> Signals:
+    if join is not None:
+      params, teacher = join(frozen, params), None if teacher is None else join(frozen, teacher)
     B, R = batch.response_BR.shape
     target_X = batch.response_BR.reshape(-1)
     if not objective.needs_teacher:
@@ -93,29 +99,29 @@ def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None
 
 def make_train_step(signals: Callable, objective: Objective, tx: optax.GradientTransformation, *, teacher_move: float = 0.0,
                     updates: int = 1, micro_batches: int = 1, recompute_old: bool = False) -> Callable:
-  """-> step(state, batch) -> (state, {metric: Ratio}).
+  """-> step(state, batch, frozen=None) -> (state, {metric: Ratio}). frozen: what adapters stand on; shared by policy and teacher, never moved.
 
   teacher_move: the teacher's rate towards the policy, 0 to leave it alone. updates: optimiser updates per generation batch; micro_batches: gradient accumulation within each. Rows must divide by their
   product. recompute_old: take logp_old from the batch (several updates) instead of the present policy's (one update: ratio 1).
   """
 
-  def loss_fn(params, teacher, batch: TrainBatch, norm):
-    said = signals(params, teacher, batch)
+  def loss_fn(params, teacher, batch: TrainBatch, norm, frozen):
+    said = signals(params, teacher, batch, frozen)
     if not recompute_old:   # on-policy: the policy before this update is the policy now
       batch = batch._replace(logp_old_BR=jax.lax.stop_gradient(said.logp_BR))
     loss, metrics = objective.token_loss(said, batch, norm)
     return loss, {"train/loss": Ratio(loss, 1.0), **metrics}
 
-  def mini_batch(state: TrainState, batch: TrainBatch):
+  def mini_batch(state: TrainState, batch: TrainBatch, frozen):
     norm = objective.normalisers(batch)
     pieces = jax.tree.map(lambda x: x.reshape(micro_batches, x.shape[0] // micro_batches, *x.shape[1:]), batch)
 
     def accumulate(grads, piece):
-      (_, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state.teacher, piece, norm)
+      (_, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state.teacher, piece, norm, frozen)
       return jax.tree.map(lambda a, g: a + g.astype(a.dtype), grads, new), metrics
 
     if micro_batches == 1:
-      (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state.teacher, batch, norm)
+      (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state.teacher, batch, norm, frozen)
     else:
       zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
       grads, metrics = jax.lax.scan(accumulate, zeros, pieces)
@@ -132,14 +138,14 @@ def make_train_step(signals: Callable, objective: Objective, tx: optax.GradientT
     metrics["train/update_skipped"] = Ratio((~finite).astype(jnp.float32), 1.0)
     return state, metrics
 
-  def step(state: TrainState, batch: TrainBatch):
+  def step(state: TrainState, batch: TrainBatch, frozen=None):
     rows = batch.response_BR.shape[0]
     assert rows % (updates * micro_batches) == 0, f"{rows} rows do not divide into {updates} updates x {micro_batches} micro-batches"
     if updates == 1:
-      state, metrics = mini_batch(state, batch)
+      state, metrics = mini_batch(state, batch, frozen)
     else:
       minis = jax.tree.map(lambda x: x.reshape(updates, rows // updates, *x.shape[1:]), batch)
-      state, metrics = jax.lax.scan(mini_batch, state, minis)
+      state, metrics = jax.lax.scan(functools.partial(mini_batch, frozen=frozen), state, minis)
       metrics = jax.tree.map(lambda x: jnp.sum(x, 0), metrics)
     if teacher_move:
       moved = jax.tree.map(lambda t, p: t + teacher_move * (p.astype(t.dtype) - t), state.teacher, state.params)

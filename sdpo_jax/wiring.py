@@ -6,6 +6,7 @@ What fails here fails because of a setting, a path or this machine, and becomes 
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -21,6 +22,7 @@ from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.tasks import with_rows
 from sdpo_jax.envs.base import make_env
 from sdpo_jax.envs.sandbox import Sandbox
+from sdpo_jax.model import lora
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.model.hf_weights import load_pretrained
 from sdpo_jax.records import Sampling
@@ -49,6 +51,25 @@ class Wired(NamedTuple):
   collector: Collector
   eval_sampling: Sampling
   isolation: str
+  adapters: lora.Lora | None   # None: all weights are trained
+
+  def trainable(self, seed: int) -> tuple[Any, Any]:
+    """(what training moves, what it stands on): fresh adapters and the loaded weights, or the weights and None."""
+    if self.adapters is None:
+      return self.params, None
+    return lora.init(self.model, self.adapters, jax.random.key(seed)), self.params
+
+  @property
+  def join(self):
+    """For make_signals: the decoder's weights from the two; None where all weights are trained."""
+    return None if self.adapters is None else functools.partial(lora.attach, lora=self.adapters)
+
+  def weights(self, params, frozen) -> Any:
+    """Plain weights, as sampling wants them."""
+    return params if self.adapters is None else _merge(frozen, params, self.adapters)
+
+
+_merge = jax.jit(lora.merge, static_argnums=2)
 
 
 @contextlib.contextmanager
@@ -57,9 +78,10 @@ def wired(c, path: str | None = None):
   path = path or MODELS.get(c.model.path, c.model.path)
   with contextlib.ExitStack() as stack:
     with blame_settings():
-      chat = Chat(load_tokenizer(path), thinking=c.model.thinking)
+      adapters = lora.from_settings(c.model)
       model, params = load_pretrained(path, dtype=c.model.param_dtype)
       model = dataclasses.replace(model, dtype=c.model.dtype)
+      chat = Chat(load_tokenizer(path), thinking=c.model.thinking, teacher_thinking=c.model.teacher_thinking, eos_ids=model.eos_ids)
       for name, tokens in (("max_prompt_tokens", c.data.max_prompt_tokens), ("max_teacher_tokens", c.data.max_teacher_tokens)):
         if tokens + c.rollout.max_new_tokens > model.max_positions:
           raise ValueError(f"config.data.{name}={tokens} and config.rollout.max_new_tokens={c.rollout.max_new_tokens} together exceed "
@@ -72,7 +94,7 @@ def wired(c, path: str | None = None):
       collector = Collector(env, chat, engine, max_prompt_tokens=c.data.max_prompt_tokens, judge_threads=c.rollout.judge_threads,
                             judge_timeout_s=c.rollout.judge_timeout_s)
     stack.callback(collector.close)
-    yield Wired(chat, model, params, collector, Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens), sandbox.isolation)
+    yield Wired(chat, model, params, collector, Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens), sandbox.isolation, adapters)
 
 
 def same_run(workdir: pathlib.Path, c, *, begun: bool) -> None:

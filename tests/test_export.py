@@ -20,7 +20,7 @@ from sdpo_jax.model import decoder, hf_weights
 def run(tmp_path_factory):
   """A work directory of the tiny model with checkpoints 2 and 4, the latter's weights 1.5 times the base model's."""
   workdir = tmp_path_factory.mktemp("run")
-  (workdir / "config.json").write_text(json.dumps(dict(model=dict(path="tiny", param_dtype="float32"))))
+  (workdir / "config.json").write_text(json.dumps(dict(model=dict(path="tiny", param_dtype="float32", lora=dict(rank=0)))))
   config, params = hf_weights.load_pretrained(MODELS["tiny"], dtype=jnp.float32)
   for step, factor in ((2, 1.25), (4, 1.5)):
     scaled = jax.tree.map(lambda x: factor * x, params)

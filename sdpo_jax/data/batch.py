@@ -40,7 +40,7 @@ def teacher_prompt(chat: Chat, messages: list[dict[str, str]], context: Context,
   """Tokens of the teacher's prompt and whether its texts had to be shortened. The user's last message carries the context."""
 
   def render(c: Context) -> list[int]:
-    return chat.prompt_tokens(messages[:-1] + [messages[-1] | {"content": c.render(messages[-1]["content"])}])
+    return chat.prompt_tokens(messages[:-1] + [messages[-1] | {"content": c.render(messages[-1]["content"])}], teacher=True)
 
   tokens = render(context)
   if len(tokens) <= max_tokens:

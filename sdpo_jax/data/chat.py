@@ -22,10 +22,15 @@ def load_tokenizer(path: str):
 
 
 class Chat:
-  """Renders messages for one tokenizer. thinking: passed to templates that know `enable_thinking` (Qwen3); others ignore it."""
+  """Renders messages for one tokenizer.
 
-  def __init__(self, tokenizer, *, thinking: bool = False):
-    self.tokenizer, self.thinking = tokenizer, thinking
+  thinking, teacher_thinking: passed to templates that know `enable_thinking` (Qwen3), for the policy's prompts and the teacher's; others ignore it.
+  eos_ids: tokens that end a response beside the tokenizer's own end of turn (the checkpoint's generation config names them).
+  """
+
+  def __init__(self, tokenizer, *, thinking: bool = False, teacher_thinking: bool = False, eos_ids: tuple[int, ...] = ()):
+    self.tokenizer, self.thinking, self.teacher_thinking = tokenizer, thinking, teacher_thinking
+    self.stop_tokens = tuple(dict.fromkeys(t for t in (tokenizer.eos_token_id, *eos_ids) if t is not None))
     special = sorted({t.content for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens), key=len, reverse=True)
     self._special = re.compile("|".join(re.escape(s) for s in special if len(s) > 1))
 
@@ -34,19 +39,14 @@ class Chat:
     pad = self.tokenizer.pad_token_id
     return self.tokenizer.eos_token_id if pad is None else pad
 
-  @property
-  def stop_tokens(self) -> tuple[int, ...]:
-    """End of turn, and end of text where that is another token."""
-    return tuple(dict.fromkeys(t for t in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id) if t is not None))
-
   def neutral(self, text: str) -> str:
     """The text with its special tokens made ordinary (the rule above)."""
     return self._special.sub(lambda m: m.group()[0] + " " + m.group()[1:], text)
 
-  def prompt_tokens(self, messages: list[dict[str, str]]) -> list[int]:
-    """Tokens of the conversation and of the header of the assistant's turn."""
+  def prompt_tokens(self, messages: list[dict[str, str]], *, teacher: bool = False) -> list[int]:
+    """Tokens of the conversation and of the header of the assistant's turn. teacher: the reader is the teacher."""
     safe = [message | {"content": self.neutral(message["content"])} for message in messages]
-    text = self.tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True, enable_thinking=self.thinking)
+    text = self.tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True, enable_thinking=self.teacher_thinking if teacher else self.thinking)
     return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
   def text_tokens(self, text: str) -> list[int]:

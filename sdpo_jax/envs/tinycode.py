@@ -104,6 +104,13 @@ def is_unseen(ops: tuple[str, ...]) -> bool:
   return len(ops) > 1 and _share("unseen", *ops) < UNSEEN_SHARE
 
 
+def is_heldout(phrases, kind: str, header: int) -> bool:
+  """A single operation is held out under one header at most: without its phrase, `train` could not teach what its word means."""
+  if len(phrases) > 1:
+    return _share("heldout", *phrases) < HELDOUT_SHARE
+  return int(_share("heldout", *phrases, kind) / HELDOUT_SHARE) == header   # one of the two headers, or neither
+
+
 def sample_input(rng: random.Random, kind: str):
   if kind == "list":
     items = []
@@ -207,7 +214,7 @@ class Problems:
       twist = None
       if split == "adversarial":
         twist = rng.choice(("not", "order")) if n > 1 else "not"
-      elif split != "unseen" and (_share("heldout", *phrases) < HELDOUT_SHARE) != (split == "heldout"):
+      elif split != "unseen" and is_heldout(phrases, kind, header) != (split == "heldout"):
         continue
       distractor = self._phrase(rng, rng.choice([o for o in OPS if o not in ops]))
       inputs = distinct_inputs(rng, ops, kind, TESTS)

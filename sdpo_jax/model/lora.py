@@ -46,6 +46,12 @@ class Lora:
     return self.alpha / self.rank
 
 
+def from_settings(model) -> Lora | None:
+  """From `config.model`, or "model" of a run's config.json; None where all weights are trained."""
+  settings = model["lora"]
+  return Lora(settings["rank"], settings["alpha"], tuple(settings["targets"])) if settings["rank"] else None
+
+
 def axes(config: ModelConfig, lora: Lora) -> dict:
   """The tree of adapters with axis letters at each leaf; r is the rank."""
   blocks = decoder.axes(config)["layers"]

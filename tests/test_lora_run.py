@@ -1,0 +1,76 @@
+"""A run with adapters: only they are trained and saved, a resumed run goes on, and export writes them merged or alone."""
+
+import json
+
+from absl.testing import flagsaver
+import jax
+import numpy as np
+import pytest
+
+from sdpo_jax import checkpoint, export, main, metrics
+from sdpo_jax.config import MODELS
+from sdpo_jax.model import decoder, hf_weights, lora
+
+LORA = lora.Lora(4, 8.0, ("q_proj", "down_proj"))
+ARGS = ["--config=configs/tinycode.py:local", "--config.model.lora.rank=4", "--config.model.lora.alpha=8.0",
+        "--config.model.lora.targets=('q_proj','down_proj')", "--config.eval.questions=2", "--config.eval.samples=1", "--config.checkpoint.every_steps=1",
+        "--config.optimizer.warmup_steps=0"]
+
+
+def run(workdir, *more):
+  with flagsaver.flagsaver():
+    return main.main(["main", *ARGS, f"--workdir={workdir}", *more])
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  path = tmp_path_factory.mktemp("lora")
+  assert run(path) == 0
+  return path
+
+
+def adapters(workdir, step):
+  config = hf_weights.read_config(MODELS["tiny"], dtype="float32")
+  return config, checkpoint.restore_params(workdir, lora.shapes(config, LORA), step)
+
+
+def test_only_adapters_are_trained_and_saved(workdir):
+  config, after = adapters(workdir, 2)
+  assert all(np.any(leaf) for leaf in jax.tree.leaves(after))   # b began at zero
+  saved = sum(p.stat().st_size for p in (workdir / "checkpoints" / "2" / "state").rglob("*") if p.is_file())
+  weights = sum(np.prod(s.shape) * 4 for s in jax.tree.leaves(decoder.shapes(config)))
+  assert saved < weights / 4   # adapters, their optimiser and their teacher
+
+
+def test_a_resumed_run_writes_the_same_metrics(workdir, tmp_path):
+  assert run(tmp_path, "--config.total_steps=1") == 0
+  assert run(tmp_path) == 0
+  ours, theirs = ([{k: v for k, v in metrics.reproducible(line).items() if not k.startswith("eval/")} for line in metrics.read(w)] for w in (tmp_path, workdir))
+  assert ours == theirs   # evaluations differ: step 1 was the last one once
+
+
+def test_export_merges_adapters_or_writes_them_alone(workdir, tmp_path):
+  config, trained = adapters(workdir, 2)
+  _, base = hf_weights.load_pretrained(MODELS["tiny"], dtype="float32")
+  assert export.export(workdir, tmp_path / "merged") == 2
+  _, merged = hf_weights.load_pretrained(tmp_path / "merged", dtype="float32")
+  expected = lora.merge(base, trained, LORA)
+  jax.tree.map(np.testing.assert_array_equal, merged, expected)
+  assert not np.array_equal(merged["layers"]["attn"]["q"], base["layers"]["attn"]["q"])
+  np.testing.assert_array_equal(merged["layers"]["attn"]["k"], base["layers"]["attn"]["k"])
+  assert export.export(workdir, tmp_path / "alone", adapters=True) == 2
+  about, alone = lora.load_adapters(tmp_path / "alone", config)
+  assert about == lora.Lora(4, 8.0, ("down_proj", "q_proj"))
+  jax.tree.map(np.testing.assert_array_equal, alone, trained)
+
+
+def test_adapters_of_a_run_without_them_is_an_error(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(dict(model=dict(path="tiny", param_dtype="float32", lora=dict(rank=0)))))
+  with pytest.raises(ValueError, match="its run trained all weights"):
+    export.export(tmp_path, tmp_path / "out", adapters=True)
+
+
+def test_the_evaluation_of_a_checkpoint_reads_the_adapters(workdir, tmp_path):
+  assert run(tmp_path, "--mode=eval", f"--checkpoint={workdir}") == 0
+  scored = json.loads((tmp_path / "eval" / "step_000002.json").read_text())
+  assert scored["eval/heldout/avg@k"] == metrics.read(workdir)[-1]["eval/heldout/avg@k"]
