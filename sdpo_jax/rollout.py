@@ -3,9 +3,13 @@
 Judging runs in threads (each waits for a sandboxed process, none computes) and starts as each response finishes, while others
 are still being sampled. A judge that raises, hangs or returns a reward that is not a number costs its own response only: the row
 becomes ENV_FAILED, is counted and never trained on.
+
+A judge sees text, not why it ended. What it says of a response that ran into `max_new_tokens` is therefore preceded by that fact,
+for every environment alike; where it says nothing, nothing is added.
 """
 
 import concurrent.futures
+import dataclasses
 import logging
 import math
 import zlib
@@ -30,7 +34,7 @@ class Collector:
   def close(self) -> None:
     self._pool.shutdown(wait=False, cancel_futures=True)
 
-  def _judge(self, task: Task, text: str) -> Feedback:
+  def _judge(self, task: Task, text: str, completion: Completion) -> Feedback:
     try:
       feedback = self.env.judge(task, text)
     except Exception as error:  # whatever a judge throws, the run goes on without this row
@@ -38,6 +42,9 @@ class Collector:
       return Feedback(0.0, f"{type(error).__name__}: {error}", Status.ENV_FAILED)
     if not math.isfinite(feedback.reward):
       return Feedback(0.0, f"the judge returned the reward {feedback.reward}", Status.ENV_FAILED)
+    if completion.finish_reason == "length" and feedback.text and feedback.status is not Status.ENV_FAILED:
+      said = f"The response was too long: it was cut off after {len(completion.tokens)} tokens.\n{feedback.text}"
+      return dataclasses.replace(feedback, text=said)
     return feedback
 
   def collect(self, params, tasks: list[Task], *, n: int, sampling: Sampling, seeds: list[int]) -> list[list[Rollout]]:
@@ -49,7 +56,7 @@ class Collector:
     pending: dict[tuple[int, int], tuple[Completion, str, concurrent.futures.Future]] = {}
     for c in self.engine.generate(params, prompts, n=n, sampling=sampling, seeds=seeds):
       text = self.chat.response_text(c.tokens)
-      pending[c.prompt_index, c.sample_index] = (c, text, self._pool.submit(self._judge, tasks[c.prompt_index], text))
+      pending[c.prompt_index, c.sample_index] = (c, text, self._pool.submit(self._judge, tasks[c.prompt_index], text, c))
     groups = []
     for q, task in enumerate(tasks):
       group = []

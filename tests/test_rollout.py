@@ -34,6 +34,19 @@ def test_a_judge_that_raises_hangs_or_returns_nan_costs_its_own_row():
   assert group[0].text == "good" and group[0].tokens[-1] == 257
 
 
+def test_a_response_that_was_cut_off_is_told_so():
+  """By the engine's word alone; not where it is right, where the judge is silent, or where the fault is ours."""
+  answers = {"right": Feedback(1.0, ""), "silent": Feedback(0.0, ""), "broken": fakes.FAILED, "late": Feedback(0.0, "time", Status.TIMEOUT)}
+  texts = ("right", "silent", "broken", "late", "def f(")
+  c = collector(answers, fakes.ScriptedEngine([[say(t)[:-1] for t in texts], [say(t) for t in texts]]))
+  cut_off, ended = c.collect(None, [c.env.task("train", i) for i in range(2)], n=5, sampling=SAMPLING, seeds=[0, 0])
+  c.close()
+  too_long = "The response was too long: it was cut off after {} tokens.\n"
+  assert [r.feedback.text for r in cut_off] == ["", "", "the judge broke", too_long.format(4) + "time", too_long.format(6) + "wrong: def f("]
+  assert [r.feedback.text for r in ended] == ["", "", "the judge broke", "time", "wrong: def f("]
+  assert [(r.feedback.reward, r.feedback.status) for r in cut_off] == [(r.feedback.reward, r.feedback.status) for r in ended]
+
+
 def test_judging_starts_before_sampling_ends():
   judged = threading.Event()
 

@@ -4,7 +4,7 @@
 First message: JSON, what to lock down (see `_lock_down`). Answer: JSON, what was achieved. After that, for each test:
 
   host -> here   JOB struct, then the function's name (UTF-8); descriptors program, input, stdout, stderr, result
-  here -> host   DONE struct: wait status, killed by the watchdog, CPU seconds, wall seconds, largest resident size in KiB
+  here -> host   DONE struct: wait status, killed by the watchdog, CPU seconds, wall seconds, largest resident size in KiB (0: killed)
 
 The warm process passes the descriptors on unread, so nothing of a test stays in it, and no test shares a process with another.
 The child takes limits, closes everything else, installs the system-call filter, and only then reads the program.
@@ -175,34 +175,36 @@ def _serve(sock, config, seccomp):
         os._exit(125)
     for fd in fds:
       os.close(fd)
-    killed = _watch(pid, start, cpu_s, wall_s, poll)
+    used_s = _watch(pid, start, cpu_s, wall_s, poll)
+    if used_s is not None:  # told at once: the kernel takes 50 ms to give back each GB of a killed process
+      sock.send(DONE.pack(signal.SIGKILL, True, used_s, time.monotonic() - start, 0))
     _, status, usage = os.wait4(pid, 0)
-    sock.send(DONE.pack(status, killed, usage.ru_utime + usage.ru_stime, time.monotonic() - start, usage.ru_maxrss))
+    if used_s is None:
+      sock.send(DONE.pack(status, False, usage.ru_utime + usage.ru_stime, time.monotonic() - start, usage.ru_maxrss))
 
 
 def _watch(pid, start, cpu_s, wall_s, poll):
-  """Waits for the child's end; kills it at its limits. -> whether it was killed."""
+  """Waits for the child's end, or kills it at its limits. -> None, or the CPU seconds it had used when it was killed."""
   pidfd = os.pidfd_open(pid)
   poll.register(pidfd, select.POLLIN)
   clock = (~pid << 3) | 2  # the child's CPU clock, all its threads
   cores = os.cpu_count() or 1
-  killed = False
   try:
     while True:
       wall_left = wall_s - (time.monotonic() - start)
-      # Threads on all cores use the rest of the CPU time this much sooner; on none of them it never ends.
-      cpu_left = cpu_s - time.clock_gettime(clock) if not killed else cpu_s
-      if not killed and (wall_left <= 0 or cpu_left <= 0):
+      cpu_left = cpu_s - time.clock_gettime(clock)
+      if wall_left <= 0 or cpu_left <= 0:
         os.kill(pid, signal.SIGKILL)
-        killed = True
-      wait_s = 1.0 if killed else max(0.001, min(wall_left, cpu_left / cores if cpu_left < 0.1 else cpu_left / cores + 0.001))
+        return cpu_s - cpu_left
+      # Threads on all cores use the rest of the CPU time this much sooner; on none of them it never ends.
+      wait_s = max(0.001, min(wall_left, cpu_left / cores))
       for fd, _ in poll.poll(wait_s * 1000):
         if fd == pidfd:
-          return killed
+          return None
         os.kill(pid, signal.SIGKILL)  # nothing is said to a busy worker: the host is gone
         os._exit(0)
   except OSError:  # it ended between two looks
-    return killed
+    return None
   finally:
     poll.unregister(pidfd)
     os.close(pidfd)

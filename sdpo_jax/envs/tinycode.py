@@ -27,6 +27,7 @@ import json
 import random
 import zlib
 
+from sdpo_jax.envs import coding
 from sdpo_jax.envs.sandbox import Limits, Sandbox, TestCase
 from sdpo_jax.records import Feedback, Status, Task
 
@@ -265,7 +266,8 @@ class TinyCode:
 
 def extract(response: str) -> str:
   """The program: the last fenced block if there is one, else the whole response."""
-  return response.split("```")[-2].removeprefix("python\n") if response.count("```") >= 2 else response
+  program, fault = coding.extract(response)
+  return response if fault else program
 
 
 def _complaint(test) -> str | None:
