@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from sdpo_jax import stats
-from sdpo_jax.data.batch import pack
+from sdpo_jax.data.batch import Shape, pack
 from sdpo_jax.data.tasks import first_tasks
 from sdpo_jax.objectives import methods
 from sdpo_jax.objectives.loss import make_objective
@@ -64,7 +64,7 @@ def solve_by_learning(task: Task, budget: Budget, *, fresh: Callable, collect: C
     budget.count(groups[0])
     if budget.first_success is None and not budget.spent:
       packed = make_batch(groups)
-      budget.teacher_tokens += int((np.asarray(packed.batch.teacher_pos_BR).max(1) + 1)[np.asarray(packed.batch.distill_B) > 0].sum())
+      budget.teacher_tokens += int((packed.batch.teacher.segment_CPT > 0).sum())
       state, _ = step(state, packed.batch)
 
 
@@ -118,9 +118,10 @@ def discover(c, workdir: str) -> dict[str, Any]:
     params, frozen = w.trainable(c.seed)
     fresh = lambda: init_state(jax.tree.map(lambda x: x.copy(), params), tx, keep_teacher=teacher.keep)
     sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
+    shapes: list[Shape] = []
     make_batch = lambda groups: pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=parts["teacher_context"],
                                      advantage=parts["advantage"], max_teacher_tokens=c.data.max_teacher_tokens,
-                                     length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple)
+                                     length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple, shapes=shapes)
     lines = read_lines(workdir)
     done = {(line["arm"], line["task_id"], line["seed"]) for line in lines}
     with open(workdir / "discover.jsonl", "a", encoding="utf-8") as log:

@@ -26,7 +26,7 @@ from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig, Rope
 from sdpo_jax.model.hf_weights import save_pretrained
 from sdpo_jax.objectives.loss import Objective
-from sdpo_jax.records import Ratio, Sampling, TrainBatch
+from sdpo_jax.records import Ratio, Rows, Sampling, TrainBatch
 from sdpo_jax.sampler import Sampler
 from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_train_step
 
@@ -73,8 +73,11 @@ class PackedRows:
       used[b] += n
       answered[b] += len(a)
     nothing = np.zeros((B,), np.float32)
-    batch = TrainBatch(token, zeros(B, 1), pos, zeros(B, 1), response, weight, nothing, nothing, np.zeros((B, R), np.float32),
-                       np.zeros((B, R), np.float32), student_segment_BT=segment, student_position_BT=position)
+    pos += T * np.arange(B)[:, None]   # one pack: columns of all rows, one after another
+    student = Rows(*(x[None] for x in (token, segment, position, pos.reshape(-1))))
+    teacher = Rows(*(np.zeros((1, 1, 1), np.int32),) * 3, np.zeros((1, B * R), np.int32))
+    batch = TrainBatch(student, teacher, np.arange(B, dtype=np.int32) * R, response, weight, nothing, nothing, np.zeros((B, R), np.float32),
+                       np.zeros((B, R), np.float32))
     return batch, {"data/useful_tokens": sum(used) / (B * T), "data/left_out": left_out / self.texts}
 
 

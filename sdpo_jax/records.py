@@ -8,6 +8,7 @@ Axis letters, used as name suffixes wherever the order of axes matters:
   S  key positions of a cache                     L        layers
   D  model width (E: the teacher's, if different) X        any leading axes, flattened
   Q, G  questions, responses per question (B = Q x G, question first)
+  C  packs of a batch                             P        rows of packed texts in a pack
 
 Log-probabilities and divergences are in nats.
 """
@@ -56,26 +57,30 @@ class Rollout:
   feedback: Feedback
 
 
+class Rows(NamedTuple):
+  """Texts packed into rows: several a row, told apart by segment (1, 2, ...; 0 is padding), positions counted from each start."""
+  token_CPT: np.ndarray      # int32
+  segment_CPT: np.ndarray    # int32
+  position_CPT: np.ndarray   # int32
+  at_CX: np.ndarray          # int32: column, among the pack's P x T, whose logits predict response token x, which is the next column's
+
+
 class TrainBatch(NamedTuple):
   """What one training step reads. A NamedTuple is already a pytree, so this file needs no jax.
 
-  Responses stand at the same column r in every *_BR array; rows are padded on the right.
+  Responses stand at the same column r in every *_BR array, padded on the right: a few bytes a token. What costs (the decoder, the
+  vocabulary) runs on packed rows and on the response tokens alone. A pack holds B / C consecutive responses and numbers its columns and
+  tokens by itself, so that packs can go to different micro-batches and devices; all packs have the same shapes.
   """
-  student_BT: np.ndarray       # int32: prompt then response
-  teacher_BT: np.ndarray       # int32: prompt with feedback, then the SAME response (its T may differ)
-  student_pos_BR: np.ndarray   # int32: column of student_BT whose logits predict response token r
-  teacher_pos_BR: np.ndarray   # int32: likewise for teacher_BT
+  student: Rows                # prompt then response
+  teacher: Rows                # prompt with feedback, then the SAME response at the same x
+  start_B: np.ndarray          # int32: response token r of row b is token start_B[b] + r of its pack
   response_BR: np.ndarray      # int32: the tokens being scored
-  weight_BR: np.ndarray        # float32 >= 0: 0 marks padding, tool output and dropped rows
+  weight_BR: np.ndarray        # float32 >= 0: 0 marks padding, tool output and dropped rows; only what weighs something is packed
   advantage_B: np.ndarray      # float32
-  distill_B: np.ndarray        # float32: 0 where the teacher has nothing to show
+  distill_B: np.ndarray        # float32: 0 where the teacher has nothing to show: no row of its then holds this response
   logp_rollout_BR: np.ndarray  # float32, nats: as the sampler reported it
   logp_old_BR: np.ndarray      # float32, nats: the trainer's, before this batch's updates
-  # Packed rows only: several texts in one row, told apart by segment id (1, 2, ...; 0 is padding), positions counted from each start.
-  student_segment_BT: np.ndarray | None = None
-  student_position_BT: np.ndarray | None = None
-  teacher_segment_BT: np.ndarray | None = None
-  teacher_position_BT: np.ndarray | None = None
 
 
 class Completion(NamedTuple):

@@ -17,7 +17,7 @@ import numpy as np
 
 from sdpo_jax import checkpoint, report
 from sdpo_jax.config import validate
-from sdpo_jax.data.batch import Packed, pack
+from sdpo_jax.data.batch import Packed, Shape, pack
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.tasks import TaskStream
 from sdpo_jax.evaluate import evaluate
@@ -26,7 +26,7 @@ from sdpo_jax.objectives import methods
 from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.records import Rollout, Sampling, Status
 from sdpo_jax.rollout import prompt_seed
-from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_train_step
+from sdpo_jax.train_step import init_state, make_optimizer, make_score, make_signals, make_train_step
 from sdpo_jax.wiring import blame_settings, describe_run, same_run, wired, write_atomically
 
 
@@ -59,7 +59,7 @@ def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, scor
     if said is not None:
       packed = packed._replace(batch=packed.batch._replace(logp_old_BR=np.asarray(said.logp_BR)))
     if due("rollouts", i):
-      write_rollouts(i, groups, packed, said)
+      write_rollouts(i, packed, said)
     state, stepped = step(state, packed.batch)   # the only line that changes weights
     metrics |= jax.device_get(stepped)
     ended = time.monotonic()
@@ -88,11 +88,10 @@ def rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
   return metrics
 
 
-def rollout_lines(step: int, groups, packed: Packed, said, chat: Chat, kept: int):
+def rollout_lines(step: int, packed: Packed, said, chat: Chat, kept: int):
   """One JSON-able object per response: what was asked, answered, said about it, read by the teacher, and the gap per token in nats."""
-  rows = [r for g in groups for r in g]
   gap_BR = np.asarray(said.logp_teacher_BR) - np.asarray(said.logp_BR) if said is not None and said.logp_teacher_BR is not None else None
-  for b, (r, context) in enumerate(list(zip(rows, packed.contexts))[:kept]):
+  for b, (r, context) in enumerate(list(zip(packed.rollouts, packed.contexts))[:kept]):
     line = {"step": step, "task_id": r.task.id, "prompt": r.task.prompt, "response": r.text, "reward": r.feedback.reward,
             "status": r.feedback.status.value, "finish_reason": r.finish_reason, "feedback": r.feedback.text,
             "teacher_context": None if context is None else context.render(r.task.prompt), "tokens": chat.token_strings(r.tokens)}
@@ -123,17 +122,18 @@ def train(c, workdir: str) -> None:
       teacher, tx = parts["teacher_weights"](), make_optimizer(**c.optimizer)
       params, frozen = w.trainable(c.seed)
       state = init_state(params, tx, keep_teacher=teacher.keep)
-      host = {"tokens": 0, "failed_batches": 0, "data": None}
+      host = {"tokens": 0, "failed_batches": 0, "data": None, "shapes": []}
       stream = TaskStream(w.collector.env, "train", seed=c.seed)
       if latest is not None:
         state, host = checkpoint.restore(workdir, state)
         stream.restore(host["data"])
+        host["shapes"] = [Shape(*sizes) for sizes in host["shapes"]]
     signals = make_signals(w.model, objective, mix=teacher.mix, temperature=c.rollout.temperature, remat=c.model.remat,
                            implementation=None if c.train.loss_implementation == "auto" else c.train.loss_implementation, join=w.join)
     several = c.train.updates_per_batch > 1
     step = jax.jit(make_train_step(signals, objective, tx, teacher_move=teacher.move, updates=c.train.updates_per_batch,
                                    micro_batches=c.train.micro_batches, recompute_old=several), donate_argnums=0)
-    score = jax.jit(lambda state, batch, frozen: signals(state.params, state.teacher, batch, frozen))
+    score = jax.jit(make_score(signals, pieces=c.train.updates_per_batch * c.train.micro_batches))
     sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
     describe_run(workdir, c, {"sandbox_isolation": w.isolation})
     writer = Writer(workdir, total_steps=c.total_steps)
@@ -149,7 +149,8 @@ def train(c, workdir: str) -> None:
 
     def make_batch(groups):
       return pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"],
-                  max_teacher_tokens=c.data.max_teacher_tokens, length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple)
+                  max_teacher_tokens=c.data.max_teacher_tokens, length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple,
+                  shapes=host["shapes"], updates=c.train.updates_per_batch, packs=c.train.updates_per_batch * c.train.micro_batches)
 
     def due(name, i):
       if name == "score":   # a pass of its own, only where somebody reads it
@@ -157,9 +158,9 @@ def train(c, workdir: str) -> None:
       every = {"eval": c.eval.every_steps, "checkpoint": c.checkpoint.every_steps, "rollouts": c.log.rollouts_every_steps}
       return i == c.total_steps or i % every[name] == 0 or (name == "rollouts" and i == 1)
 
-    def write_rollouts(i, groups, packed, said):
+    def write_rollouts(i, packed, said):
       (workdir / "rollouts").mkdir(exist_ok=True)
-      lines = rollout_lines(i, groups, packed, said, w.chat, c.log.rollouts_kept)
+      lines = rollout_lines(i, packed, said, w.chat, c.log.rollouts_kept)
       write_atomically(workdir / "rollouts" / f"step_{i:06d}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def save(i, state, host):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sdpo_jax import sharding
 from sdpo_jax.kernels.distill_kl import distill_kl
 from sdpo_jax.kernels.distill_topk import distill_topk
 from sdpo_jax.kernels.token_logp import token_logp
@@ -22,7 +23,7 @@ from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.objectives.divergence import Signals
 from sdpo_jax.objectives.loss import Objective
-from sdpo_jax.records import Ratio, TrainBatch
+from sdpo_jax.records import Ratio, Rows, TrainBatch
 
 
 class TrainState(NamedTuple):
@@ -40,33 +41,55 @@ def init_state(params, tx: optax.GradientTransformation, *, keep_teacher: bool =
   return TrainState(jnp.int32(0), params, tx.init(params), teacher, jnp.int32(0), jnp.int32(0))
 
 
-def at_positions(hidden_BTD: jax.Array, pos_BR: jax.Array) -> jax.Array:
-  """Hidden states [B*R, D] of the columns that predict the response tokens."""
-  B, R = pos_BR.shape
-  return jnp.take_along_axis(hidden_BTD, pos_BR[..., None], axis=1).reshape(B * R, hidden_BTD.shape[-1])
+def run_rows(hidden: Callable, *halves: Rows) -> list[jax.Array]:
+  """hidden((tokens_BT, positions_BT, segments_BT), ...) -> hidden_BTD of each half, and of those the columns that predict the response: [C * X, D] each."""
+  flat = lambda x_CPT: sharding.constrain(jnp.reshape(x_CPT, (-1, x_CPT.shape[-1])), "BT")
+  outs = hidden(*((flat(h.token_CPT), flat(h.position_CPT), flat(h.segment_CPT)) for h in halves))
+  found = []
+  for h, out_BTD in zip(halves, outs):
+    (C, P, T), D = h.token_CPT.shape, out_BTD.shape[-1]
+    out_CYD = sharding.constrain(out_BTD.reshape(C, P * T, D), "BTD")   # a pack lies on one device, and so does what is taken from it
+    out_CXD = jnp.take_along_axis(out_CYD, jnp.asarray(h.at_CX)[..., None], axis=1, mode="promise_in_bounds")
+    found.append(sharding.constrain(out_CXD, "BTD").reshape(-1, D))
+  return found
+
+
+def targets(rows: Rows) -> jax.Array:
+  """The response tokens [C * X]: each stands in the column after the one that predicts it."""
+  C, P, T = rows.token_CPT.shape
+  return jnp.take_along_axis(jnp.reshape(rows.token_CPT, (C, P * T)), rows.at_CX + 1, axis=1, mode="clip").reshape(-1)
+
+
+def by_response(x_X: jax.Array, batch: TrainBatch) -> jax.Array:
+  """Per token of the packs -> per response and position; what stands where the weight is 0 means nothing."""
+  C, X = batch.student.at_CX.shape
+  B, R = batch.response_BR.shape
+  x_CX = jnp.pad(x_X.reshape(C, X), ((0, 0), (0, R)))
+  take = jax.vmap(jax.vmap(lambda x_X, start: jax.lax.dynamic_slice_in_dim(x_X, start, R), (None, 0)))
+  return sharding.constrain(take(x_CX, jnp.reshape(batch.start_B, (C, B // C))).reshape(B, R), "BR")
 
 
 def forward_pair(params, teacher, config: ModelConfig, batch: TrainBatch, *, mix: float | None = None, remat: str = "none"):
-  """Hidden states and output matrices of the same response under the two prompts: (policy_XD, head_DV, teacher_XE, teacher_head_EV), X = B * R.
+  """Hidden states and output matrices of the same response tokens under the two prompts: (policy_XD, head_DV, teacher_XE, teacher_head_EV).
 
   Both halves go through each layer inside one scan, so each layer's weights are read once; the teacher's half is under
   stop_gradient from its input on, so no backward work is spent on it.
   mix: a trust region (arXiv 2601.20802), logits (1 - mix) of `teacher` + mix of the live policy, both on the teacher's prompt. A sum
   of two products is the product of two hidden states side by side with two matrices one above the other, so E = 2 D.
   """
-  student_half = batch.student_BT, batch.student_position_BT, batch.student_segment_BT
-  teacher_half = batch.teacher_BT, batch.teacher_position_BT, batch.teacher_segment_BT
-  policy_BTD, teacher_BTD = decoder.hidden_pair(params, teacher, config, student_half, teacher_half, remat=remat)
-  policy_XD, teacher_XD = at_positions(policy_BTD, batch.student_pos_BR), at_positions(teacher_BTD, batch.teacher_pos_BR)
+  pair = lambda student, teaching: decoder.hidden_pair(params, teacher, config, student, teaching, remat=remat)
+  policy_XD, teacher_XD = run_rows(pair, batch.student, batch.teacher)
   head_DV, teacher_head_DV = decoder.head(params, config), decoder.head(params if teacher is None else teacher, config)
   if mix is None:
     return policy_XD, head_DV, teacher_XD, teacher_head_DV
   live = jax.lax.stop_gradient(params)
-  tokens_BT, positions_BT, segment_ids_BT = teacher_half
-  live_BTD = decoder.hidden(live, config, tokens_BT, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT)
-  live_XD = at_positions(live_BTD, batch.teacher_pos_BR)
+  live_XD, = run_rows(_one_half(live, config, "none"), batch.teacher)
   return (policy_XD, head_DV, jnp.concatenate([(1.0 - mix) * teacher_XD, mix * live_XD], axis=1),
           jnp.concatenate([teacher_head_DV, decoder.head(live, config)], axis=0))
+
+
+def _one_half(params, config: ModelConfig, remat: str) -> Callable:
+  return lambda half: [decoder.hidden(params, config, half[0], positions_BT=half[1], segment_ids_BT=half[2], remat=remat)]
 
 
 def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None = None, temperature: float = 1.0, remat: str = "none",
@@ -79,30 +102,45 @@ def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None
   def signals(params, teacher, batch: TrainBatch, frozen=None) -> Signals:
     if join is not None:
       params, teacher = join(frozen, params), None if teacher is None else join(frozen, teacher)
-    B, R = batch.response_BR.shape
-    target_X = batch.response_BR.reshape(-1)
+    target_X = targets(batch.student)
     if not objective.needs_teacher:
-      hidden_BTD = decoder.hidden(params, config, batch.student_BT, positions_BT=batch.student_position_BT,
-                                  segment_ids_BT=batch.student_segment_BT, remat=remat)
-      logp_X, entropy_X = token_logp(at_positions(hidden_BTD, batch.student_pos_BR), decoder.head(params, config), target_X, temperature=temperature)
-      return Signals(logp_X.reshape(B, R), entropy_X.reshape(B, R), None, None)
+      policy_XD, = run_rows(_one_half(params, config, remat), batch.student)
+      logp_X, entropy_X = token_logp(policy_XD, decoder.head(params, config), target_X, temperature=temperature)
+      return Signals(by_response(logp_X, batch), by_response(entropy_X, batch), None, None)
     halves = forward_pair(params, teacher, config, batch, mix=mix, remat=remat)
     wanted = objective.divergence or {"alpha": 0.5, "top_k": None}   # sampled-token signals read the rest of the result
     if wanted["top_k"] is None:
       out = distill_kl(*halves, target_X, alpha=wanted["alpha"], temperature=temperature, implementation=implementation)
     else:
       out = distill_topk(*halves, target_X, temperature=temperature, **wanted)
-    return Signals(*(x.reshape(B, R) for x in (out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X)))
+    return Signals(*(by_response(x, batch) for x in (out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X)))
 
   return signals
+
+
+def cut(batch: TrainBatch, pieces: int) -> TrainBatch:
+  """A leading axis of `pieces`, each a batch of whole packs."""
+  packs = batch.student.at_CX.shape[0]
+  assert packs % pieces == 0, f"{packs} packs do not divide into {pieces} pieces"
+  return jax.tree.map(lambda x: jnp.reshape(x, (pieces, x.shape[0] // pieces, *x.shape[1:])), batch)
+
+
+def make_score(signals: Callable, pieces: int = 1) -> Callable:
+  """-> score(state, batch, frozen=None) -> Signals of the whole batch, one piece after another."""
+
+  def score(state: TrainState, batch: TrainBatch, frozen=None) -> Signals:
+    said = jax.lax.map(lambda piece: signals(state.params, state.teacher, piece, frozen), cut(batch, pieces))
+    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), said)
+
+  return score
 
 
 def make_train_step(signals: Callable, objective: Objective, tx: optax.GradientTransformation, *, teacher_move: float = 0.0,
                     updates: int = 1, micro_batches: int = 1, recompute_old: bool = False) -> Callable:
   """-> step(state, batch, frozen=None) -> (state, {metric: Ratio}). frozen: what adapters stand on; shared by policy and teacher, never moved.
 
-  teacher_move: the teacher's rate towards the policy, 0 to leave it alone. updates: optimiser updates per generation batch; micro_batches: gradient accumulation within each. Rows must divide by their
-  product. recompute_old: take logp_old from the batch (several updates) instead of the present policy's (one update: ratio 1).
+  teacher_move: the teacher's rate towards the policy, 0 to leave it alone. updates: optimiser updates per generation batch; micro_batches: gradient accumulation within each. The batch's packs must
+  divide by their product. recompute_old: take logp_old from the batch (several updates) instead of the present policy's (one update: ratio 1).
   """
 
   def loss_fn(params, teacher, batch: TrainBatch, norm, frozen):
@@ -114,7 +152,7 @@ def make_train_step(signals: Callable, objective: Objective, tx: optax.GradientT
 
   def mini_batch(state: TrainState, batch: TrainBatch, frozen):
     norm = objective.normalisers(batch)
-    pieces = jax.tree.map(lambda x: x.reshape(micro_batches, x.shape[0] // micro_batches, *x.shape[1:]), batch)
+    pieces = cut(batch, micro_batches)
 
     def accumulate(grads, piece):
       (_, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state.teacher, piece, norm, frozen)
@@ -139,13 +177,10 @@ def make_train_step(signals: Callable, objective: Objective, tx: optax.GradientT
     return state, metrics
 
   def step(state: TrainState, batch: TrainBatch, frozen=None):
-    rows = batch.response_BR.shape[0]
-    assert rows % (updates * micro_batches) == 0, f"{rows} rows do not divide into {updates} updates x {micro_batches} micro-batches"
     if updates == 1:
       state, metrics = mini_batch(state, batch, frozen)
     else:
-      minis = jax.tree.map(lambda x: x.reshape(updates, rows // updates, *x.shape[1:]), batch)
-      state, metrics = jax.lax.scan(functools.partial(mini_batch, frozen=frozen), state, minis)
+      state, metrics = jax.lax.scan(functools.partial(mini_batch, frozen=frozen), state, cut(batch, updates))
       metrics = jax.tree.map(lambda x: jnp.sum(x, 0), metrics)
     if teacher_move:
       moved = jax.tree.map(lambda t, p: t + teacher_move * (p.astype(t.dtype) - t), state.teacher, state.params)

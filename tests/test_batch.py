@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from sdpo_jax.data import batch as batch_module
 from sdpo_jax.data.batch import CUT, pack, shorten, teacher_prompt
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.objectives import advantage, teacher_context
@@ -30,7 +31,7 @@ GROUP = [rollout("wrong", 0.0, "it " + fakes.NASTY), rollout("<think>hm</think> 
 
 def packed(group=GROUP, max_teacher_tokens=4096, **context):
   return pack([group], chat=CHAT, messages=messages, teacher_context=lambda g, i: feedback_or_solution(g, i, **context),
-              advantage=advantage.group_mean, max_teacher_tokens=max_teacher_tokens, length_multiple=8, response_multiple=8)
+              advantage=advantage.group_mean, max_teacher_tokens=max_teacher_tokens, length_multiple=8, response_multiple=8, shapes=[])
 
 
 def test_who_is_shown_what():
@@ -74,15 +75,72 @@ def test_the_same_response_stands_under_both_prompts():
   p = packed()
   b = p.batch
   for row, r in enumerate(GROUP):
-    n = len(r.tokens)
-    assert b.response_BR[row, :n].tolist() == r.tokens
-    for tokens, pos in ((b.student_BT, b.student_pos_BR), (b.teacher_BT, b.teacher_pos_BR)):
-      assert tokens[row, pos[row, :n] + 1].tolist() == r.tokens   # the column before a token predicts it
-  assert b.student_BT.shape[1] % 8 == b.teacher_BT.shape[1] % 8 == b.response_BR.shape[1] % 8 == 0
+    assert b.response_BR[row, :len(r.tokens)].tolist() == r.tokens
+    for half, there in ((b.student, b.weight_BR[row].any()), (b.teacher, b.distill_B[row])):
+      tokens, segments, positions = (x.reshape(-1) for x in half[:3])
+      columns = half.at_CX[0, b.start_B[row]:b.start_B[row] + len(r.tokens)]
+      if there:
+        assert tokens[columns + 1].tolist() == r.tokens   # the column before a token predicts it
+        assert len(set(segments[columns])) == 1 and positions[columns].tolist() == (columns - columns[0] + positions[columns[0]]).tolist()
+  assert b.student.token_CPT.shape[2] % 8 == b.teacher.token_CPT.shape[2] % 8 == b.response_BR.shape[1] % 8 == 0
   assert b.weight_BR.sum(1).tolist() == [len(GROUP[0].tokens), len(GROUP[1].tokens), 0, len(GROUP[3].tokens)]
   assert b.distill_B.tolist() == [1, 1, 0, 1]
   np.testing.assert_allclose(b.advantage_B, [-2 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
   assert p.metrics["data/dropped"] == 1 and p.metrics["data/teacher_share"] == 0.75 and p.metrics["data/solution_share"] == 0.75
+
+
+def heavy_tailed(questions, group, seed, median=60, longest=1000):
+  """Rollouts whose response lengths are log-normal, with one of the greatest length."""
+  rng = np.random.default_rng(seed)
+  lengths = np.minimum(np.exp(rng.normal(np.log(median), 1.2, (questions, group))).astype(int) + 1, longest)
+  lengths.flat[rng.integers(lengths.size)] = longest
+  prompt = CHAT.prompt_tokens(messages(TASK))
+  return [[Rollout(TASK, prompt, [1] * n, [-0.5] * n, "length", "x", Feedback(float(i == 0), "no")) for i, n in enumerate(row)] for row in lengths]
+
+
+def pack_many(groups, shapes, **kwargs):
+  return pack(groups, chat=CHAT, messages=messages, teacher_context=feedback_or_solution, advantage=advantage.group_mean, max_teacher_tokens=512,
+              length_multiple=32, response_multiple=8, shapes=shapes, **kwargs)
+
+
+@pytest.mark.parametrize("packs, least", [(1, 0.9), (4, 0.87)])
+def test_heavy_tailed_lengths_waste_little_and_compile_seldom(packs, least):
+  """32 x 8 responses, median 60 and maximum 1000 tokens: the share of columns that hold text, on average over 20 batches."""
+  shapes, useful = [], []
+  for seed in range(20):
+    useful.append(pack_many(heavy_tailed(32, 8, seed), shapes, packs=packs).metrics["data/useful_tokens"])
+  assert np.mean(useful) >= least and len(shapes) <= batch_module.MAX_SHAPES + 1, (np.mean(useful), shapes)
+
+
+def test_packs_hold_whole_questions_and_about_as_much():
+  groups = heavy_tailed(8, 4, 0)
+  groups = [[dataclasses.replace(r, task=dataclasses.replace(TASK, id=str(q))) for r in group] for q, group in enumerate(groups)]
+  p = pack_many(groups, [], updates=2, packs=4)
+  for u in range(2):   # an update trains on its own questions, in some order
+    assert {r.task.id for r in p.rollouts[16 * u:16 * (u + 1)]} == {str(q) for q in range(4 * u, 4 * (u + 1))}
+  for c in range(4):
+    mine = p.rollouts[8 * c:8 * (c + 1)]
+    assert len({r.task.id for r in mine}) == 2
+    for r, start in zip(mine, p.batch.start_B[8 * c:8 * (c + 1)]):
+      columns = p.batch.student.at_CX[c, start:start + len(r.tokens)]
+      assert (p.batch.student.token_CPT[c].reshape(-1)[columns + 1] == r.tokens).all()
+  one = pack_many(groups, [])
+  assert [r.task.id for r in one.rollouts] == [str(q) for q in range(8) for _ in range(4)]   # a single pack keeps the order
+
+
+def test_a_shape_is_used_again_and_a_length_never_seen_gets_room():
+  shapes = []
+  pack_many(heavy_tailed(8, 4, 0), shapes)
+  first = list(shapes)
+  pack_many(heavy_tailed(8, 4, 0), shapes)
+  assert shapes == first
+  for seed in range(1, 30):
+    pack_many(heavy_tailed(4, 2, seed, longest=60 * seed), shapes)
+  before = len(shapes)
+  pack_many(heavy_tailed(8, 4, 3, longest=3000), shapes)
+  assert len(shapes) == before + 1 and all(max(a) <= b for a, b in zip(zip(*shapes), shapes[-1]))
+  pack_many(heavy_tailed(8, 4, 4, longest=2900), shapes)
+  assert len(shapes) == before + 1
 
 
 def test_system_message_is_kept_and_tags_in_feedback_end_no_turn():
@@ -118,6 +176,9 @@ def test_shorten_keeps_head_and_tail():
   assert len(shorten("a" * 100, 3)) <= len(CUT)
 
 
-def test_without_a_teacher_its_half_is_one_small_pad():
-  p = pack([GROUP], chat=CHAT, messages=messages, teacher_context=teacher_context.none, advantage=advantage.group_mean, max_teacher_tokens=64, length_multiple=8, response_multiple=8)
-  assert p.batch.teacher_BT.shape == (4, 8) and not p.batch.distill_B.any()
+def test_without_a_teacher_its_half_is_one_small_row():
+  p = pack_many([GROUP], [])
+  assert p.batch.teacher.segment_CPT.any()
+  p = pack([GROUP], chat=CHAT, messages=messages, teacher_context=teacher_context.none, advantage=advantage.group_mean, max_teacher_tokens=64,
+           length_multiple=8, response_multiple=8, shapes=[])
+  assert p.batch.teacher.token_CPT.shape == (1, 1, 8) and not p.batch.distill_B.any() and not p.batch.teacher.segment_CPT.any()

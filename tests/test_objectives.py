@@ -117,7 +117,7 @@ def test_fast_path_agrees_with_the_specification(case):
   changes, kwargs = METHOD_CASES[case]
   config, params = fakes.toy_model(0)
   _, teacher = fakes.toy_model(1)
-  batch = fakes.toy_batch()
+  batch = fakes.toy_batch(length=26, teacher_length=34)
   objective = make_objective(methods.row("sdpo") | changes)
   signals = make_signals(config, objective, temperature=1.3)
 
@@ -125,8 +125,8 @@ def test_fast_path_agrees_with_the_specification(case):
     return objective.token_loss(signals(p, teacher, batch), batch, objective.normalisers(batch))[0]
 
   def plain(p):
-    student = fakes.dense_logits(p, config, batch.student_BT, batch.student_pos_BR) / 1.3
-    q = fakes.dense_logits(teacher, config, batch.teacher_BT, batch.teacher_pos_BR) / 1.3
+    student = fakes.dense_logits(p, config, batch.student, batch) / 1.3
+    q = fakes.dense_logits(teacher, config, batch.teacher, batch) / 1.3
     return reference.sdpo_loss(student, q, batch.response_BR, batch.weight_BR, batch.distill_B, logp_old_BR=batch.logp_old_BR,
                                logp_rollout_BR=batch.logp_rollout_BR, **kwargs)
 
@@ -147,9 +147,9 @@ def test_trust_region_mixes_logits():
     return objective.token_loss(signals(p, anchor, batch), batch, objective.normalisers(batch))[0]
 
   def plain(p):
-    dense = lambda w, tokens, pos: fakes.dense_logits(w, config, tokens, pos)
-    q = 0.7 * dense(anchor, batch.teacher_BT, batch.teacher_pos_BR) + 0.3 * dense(jax.lax.stop_gradient(p), batch.teacher_BT, batch.teacher_pos_BR)
-    return reference.sdpo_loss(dense(p, batch.student_BT, batch.student_pos_BR), q, batch.response_BR, batch.weight_BR, batch.distill_B,
+    dense = lambda w, rows, batch: fakes.dense_logits(w, config, rows, batch)
+    q = 0.7 * dense(anchor, batch.teacher, batch) + 0.3 * dense(jax.lax.stop_gradient(p), batch.teacher, batch)
+    return reference.sdpo_loss(dense(p, batch.student, batch), q, batch.response_BR, batch.weight_BR, batch.distill_B,
                                logp_old_BR=batch.logp_old_BR, logp_rollout_BR=batch.logp_rollout_BR)
 
   (got, got_grad), (want, want_grad) = (jax.jit(jax.value_and_grad(f))(params) for f in (fast, plain))

@@ -30,7 +30,7 @@ def run(total_steps=3, *, status=Status.SCORED, skipped=0, start=0, due=lambda n
 
   def make_batch(groups):
     n = sum(r.feedback.status is Status.ENV_FAILED for g in groups for r in g)
-    return Packed(batch, [Context(feedback="f")] * sum(map(len, groups)), {"data/dropped": float(n)})
+    return Packed(batch, [], [Context(feedback="f")] * sum(map(len, groups)), {"data/dropped": float(n)})
 
   state = train.run(
       types.SimpleNamespace(step=start, params=None, skipped_in_a_row=0), {"tokens": 0, "failed_batches": 0}, total_steps=total_steps,
@@ -65,9 +65,9 @@ def test_gradients_that_are_never_finite_stop_the_run():
 
 def test_rollout_files_hold_what_was_said_and_read():
   said = types.SimpleNamespace(logp_BR=np.array([[-1.0, -2.0, -3.0, 0.0]] * 2), logp_teacher_BR=np.array([[-0.5, -2.0, -4.0, 9.0]] * 2))
-  packed = Packed(None, [Context(feedback=fakes.NASTY), None], {})
-  first, second = train.rollout_lines(7, [[rollout(), rollout()]], packed, said, CHAT, kept=8)
+  packed = Packed(None, [rollout(), rollout()], [Context(feedback=fakes.NASTY), None], {})
+  first, second = train.rollout_lines(7, packed, said, CHAT, kept=8)
   assert json.loads(json.dumps(first)) == first
   assert first["teacher_gap"] == [0.5, 0.0, -1.0] and first["tokens"] == ["a", "b", "<|im_end|>"] and fakes.NASTY in first["teacher_context"]
   assert second["teacher_context"] is None and "teacher_gap" not in second
-  assert len(list(train.rollout_lines(7, [[rollout(), rollout()]], packed, said, CHAT, kept=1))) == 1
+  assert len(list(train.rollout_lines(7, packed, said, CHAT, kept=1))) == 1

@@ -40,21 +40,30 @@ def assert_same(a, b, rel=1e-5):
 
 
 def test_padding_changes_nothing():
-  """Wider rows, and garbage in every masked column."""
-  narrow, wide = fakes.toy_batch(), fakes.toy_batch(width_multiple=32)
+  """More rows, columns and tokens, and garbage in all of them."""
+  narrow, wide = fakes.toy_batch(), fakes.toy_batch(spare=5)
   rng = np.random.default_rng(5)
   masked = wide.weight_BR == 0
   for field in ("response_BR", "logp_rollout_BR", "logp_old_BR"):
     getattr(wide, field)[masked] = rng.integers(1, 250, masked.sum())
-  for tokens, pos in ((wide.student_BT, wide.student_pos_BR), (wide.teacher_BT, wide.teacher_pos_BR)):
-    for b in range(len(tokens)):
-      end = pos[b].max() + 2   # one past the last response token
-      tokens[b, end:] = rng.integers(1, 250, tokens.shape[1] - end)
+  for half in (wide.student, wide.teacher):
+    padding = half.segment_CPT == 0
+    half.token_CPT[padding] = rng.integers(1, 250, padding.sum())
+    half.at_CX[0, -5:] = rng.integers(0, half.token_CPT.size, 5)
   assert_same(grads_of()(narrow), grads_of()(wide))
 
 
+def test_packed_rows_equal_rows_of_their_own():
+  """Several texts in a row, and in two packs that number by themselves."""
+  alone = grads_of()(fakes.toy_batch(rows=8))
+  packed = fakes.toy_batch(rows=8, length=33, teacher_length=41)
+  assert packed.student.segment_CPT.max() > 2 and packed.teacher.segment_CPT.max() > 2
+  assert_same(alone, grads_of()(packed))
+  assert_same(alone, grads_of()(fakes.toy_batch(rows=8, length=26, teacher_length=20, packs=2)))
+
+
 def test_row_order_changes_nothing():
-  batch = fakes.toy_batch()
+  batch = fakes.toy_batch(packs=4)
   order = np.array([2, 0, 3, 1])
   shuffled = jax.tree.map(lambda x: x[order], batch)
   assert_same(grads_of()(batch), grads_of()(shuffled))
@@ -62,7 +71,7 @@ def test_row_order_changes_nothing():
 
 def test_micro_batches_change_nothing():
   """Rows of unequal length and distill mask: a mean of means would differ."""
-  batch = fakes.toy_batch()
+  batch = fakes.toy_batch(rows=8, packs=4, length=20, teacher_length=26)
   assert_same(grads_of()(batch), grads_of(micro_batches=2)(batch))
 
 
@@ -79,7 +88,7 @@ def test_weight_zero_means_no_gradient():
 def test_live_teacher_on_the_same_prompt_gives_zero():
   config, params = fakes.toy_model(0)
   batch = fakes.toy_batch()
-  batch = batch._replace(teacher_BT=batch.student_BT, teacher_pos_BR=batch.student_pos_BR)
+  batch = batch._replace(teacher=batch.student)
   objective = make_objective(methods.row("sdpo") | dict(teacher_weights=dict(name="live")))
   step = jax.jit(make_train_step(make_signals(config, objective), objective, optax.sgd(1.0)))
   state, metrics = step(init_state(params, optax.sgd(1.0)), batch)
@@ -105,20 +114,20 @@ def test_learning_rate_zero_leaves_every_parameter_bit_identical():
 
 def test_the_moving_teacher_follows_once_per_generation_batch():
   step, state = adamw_step(lr=1e-2, updates=2)
-  new, _ = step(state, fakes.toy_batch())
+  new, _ = step(state, fakes.toy_batch(packs=2))
   jax.tree.map(lambda t, old, p: np.testing.assert_allclose(t, old + 0.05 * (p - old), atol=1e-7), new.teacher, state.teacher, new.params)
   assert not np.array_equal(new.params["embed"], state.params["embed"])
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
   step, state = adamw_step(lr=1e-2, updates=2)
-  batch = fakes.toy_batch()
+  batch = fakes.toy_batch(packs=2)
   batch.logp_rollout_BR[:] = np.nan
   broken, metrics = step(state, batch)
   for field in ("params", "teacher", "opt_state"):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), getattr(broken, field), getattr(state, field))
   assert int(broken.skipped) == 2 and int(broken.skipped_in_a_row) == 2 and metrics["train/update_skipped"].mean == 1.0
-  good, _ = step(broken, fakes.toy_batch())
+  good, _ = step(broken, fakes.toy_batch(packs=2))
   assert int(good.skipped) == 2 and int(good.skipped_in_a_row) == 0
 
 

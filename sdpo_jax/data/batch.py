@@ -1,7 +1,11 @@
-"""Groups of rollouts -> teacher prompts -> one padded TrainBatch, with a count of everything that was cut or dropped.
+"""Groups of rollouts -> teacher prompts -> one TrainBatch of packed rows, with a count of everything that was cut or dropped.
 
-Rows stand question first (B = Q x G), so that an optimiser update over consecutive rows sees whole groups. Lengths are rounded
-up to a bucket, which bounds the number of shapes the train step is compiled for.
+Several texts share a row of fixed length, told apart by segment ids, so that short responses do not pay for long ones; student and
+teacher rows are packed apart and linked by the response tokens' columns. The batch is cut into packs (see TrainBatch), each for one
+micro-batch on one device. Within an optimiser update whole questions are dealt to its packs so that all hold about as many tokens.
+
+Every new shape is a compilation of the train step. `shapes` holds those used so far: one of them is used again where it fits and wastes
+little; once there are MAX_SHAPES, wherever it fits, and where none does the next one holds all that was ever seen. It belongs to the run's state: a resumed run must choose the same shapes to write the same metrics.
 Over-long teacher prompts: the feedback is shortened first, then the solution; the question, the closing instruction and the
 generation header are never touched. What was shortened is counted.
 """
@@ -13,14 +17,18 @@ import numpy as np
 
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.objectives.teacher_context import Context
-from sdpo_jax.records import Rollout, Status, TrainBatch
+from sdpo_jax.records import Rollout, Rows, Status, TrainBatch
 
 CUT = "\n[...]\n"
+MAX_SHAPES = 6          # about one for every doubling of length that a run may see, and a few to grow into
+REUSE = 1.15            # a shape used before is taken where it costs at most this times the best new one
+ATTENTION_TOKENS = 512  # row length at which attention costs about as much as the matrix products of a small layer: longer rows pack better but cost more
 
 
 class Packed(NamedTuple):
   batch: TrainBatch
-  contexts: list[Context | None]   # what each row's teacher reads; None: nothing
+  rollouts: list[Rollout]          # row b of the batch
+  contexts: list[Context | None]   # what its teacher reads; None: nothing
   metrics: dict[str, float]        # counts of what was dropped, shortened, shown
 
 
@@ -62,46 +70,152 @@ def teacher_prompt(chat: Chat, messages: list[dict[str, str]], context: Context,
   raise ValueError(f"a question with its closing instruction takes {len(tokens)} tokens, more than data.max_teacher_tokens={max_tokens}")
 
 
+class Shape(NamedTuple):
+  """Sizes of one pack, and the response positions R. All that the compiled step depends on."""
+  rows: int
+  length: int
+  teacher_rows: int
+  teacher_length: int
+  tokens: int
+  responses: int
+
+  def cost(self) -> float:
+    """In passes of a token forward: the student's half goes forward and backward, and the vocabulary is met by the response tokens."""
+    half = lambda rows, length: rows * length * (1.0 + length / ATTENTION_TOKENS)
+    return 3.0 * half(self.rows, self.length) + half(self.teacher_rows, self.teacher_length) + 3.0 * self.tokens
+
+
+def first_fit(lengths: list[int], length: int) -> list[list[int]]:
+  """Rows of at most `length` tokens, each a list of indices: the longest text first, each into the first row with room."""
+  rows, room = [], []
+  for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    if not lengths[i]:
+      continue
+    assert lengths[i] <= length, (lengths[i], length)
+    row = next((k for k, free in enumerate(room) if free >= lengths[i]), len(rows))
+    if row == len(rows):
+      rows.append([])
+      room.append(length)
+    rows[row].append(i)
+    room[row] -= lengths[i]
+  return rows
+
+
+def deal(sizes: list[int], hands: int) -> list[list[int]]:
+  """Indices in `hands` lists of equal length and about equal sum: the largest first, to the smallest sum that still takes one."""
+  dealt, total, limit = [[] for _ in range(hands)], [0] * hands, len(sizes) // hands
+  for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+    hand = min((h for h in range(hands) if len(dealt[h]) < limit), key=lambda h: total[h])
+    dealt[hand].append(i)
+    total[hand] += sizes[i]
+  return [sorted(hand) for hand in dealt]
+
+
+def choose_shape(student: list[list[int]], teacher: list[list[int]], responses: list[list[int]], shapes: list[Shape], *, length_multiple: int,
+                 response_multiple: int) -> Shape:
+  """Lengths of each pack's texts -> a shape that holds them: one of `shapes`, or a new one, which is added to it."""
+
+  def best(packs):   # (rows, length) of the cheapest packing: rows as long as the longest text, or longer ones with less left over
+    longest = max(max(lengths, default=0) for lengths in packs)
+    fitting = []
+    for stretch in (1.0, 1.5, 2.0, 3.0):
+      length = bucket(int(longest * stretch), length_multiple)
+      rows = max(1, max(len(first_fit(lengths, length)) for lengths in packs))
+      fitting.append((rows * length * (1.0 + length / ATTENTION_TOKENS), rows, length))
+    return min(fitting)[1:]
+
+  def holds(shape: Shape) -> bool:
+    return (shape.tokens >= tokens and shape.responses >= longest
+            and all(max(lengths, default=0) <= shape.length and len(first_fit(lengths, shape.length)) <= shape.rows for lengths in student)
+            and all(max(lengths, default=0) <= shape.teacher_length and len(first_fit(lengths, shape.teacher_length)) <= shape.teacher_rows for lengths in teacher))
+
+  tokens, longest = max(map(sum, responses)), max(map(max, responses))
+  new = Shape(*best(student), *best(teacher), bucket(tokens, length_multiple), bucket(longest, response_multiple))
+  usable = sorted((s for s in shapes if holds(s)), key=Shape.cost)
+  if usable and (usable[0].cost() <= REUSE * new.cost() or len(shapes) >= MAX_SHAPES):
+    return usable[0]
+  room = lambda n: n + n // 16   # so that the next batch, a little larger, fits too
+  new = new._replace(rows=room(new.rows), teacher_rows=room(new.teacher_rows), tokens=bucket(room(new.tokens), length_multiple))
+  if len(shapes) >= MAX_SHAPES:   # a length never seen: from now on everything fits into this one
+    new = Shape(*(max(sizes) for sizes in zip(new, *shapes)))
+  shapes.append(new)
+  return new
+
+
+def lay_out(placed: list[list[int]], texts: list[list[int]], starts: list[int], at: list[int], rows: int, length: int, tokens: int, pad_token: int) -> Rows:
+  """One pack. placed: texts of each row; texts[i]: prompt and response; starts[i]: where its response begins; at[i]: its first token's number x."""
+  token_PT, segment_PT = np.full((rows, length), pad_token, np.int32), np.zeros((rows, length), np.int32)
+  position_PT, at_X = np.zeros((rows, length), np.int32), np.zeros(tokens, np.int32)
+  for p, row in enumerate(placed):
+    column = 0
+    for segment, i in enumerate(row, 1):
+      n, here = len(texts[i]), slice(column, column + len(texts[i]))
+      token_PT[p, here], segment_PT[p, here], position_PT[p, here] = texts[i], segment, np.arange(n)
+      answer = n - starts[i]
+      at_X[at[i]:at[i] + answer] = p * length + column + starts[i] - 1 + np.arange(answer)   # the column before a token predicts it
+      column += n
+  return Rows(token_PT, segment_PT, position_PT, at_X)
+
+
 def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, advantage, max_teacher_tokens: int, length_multiple: int,
-         response_multiple: int) -> Packed:
-  """groups[q][g]: rollouts. messages(task) -> chat messages; teacher_context(group, i) -> Context | None; advantage(reward_QG) -> advantage_QG."""
-  rows = [r for group in groups for r in group]
-  contexts = [teacher_context(group, i) for group in groups for i in range(len(group))]
-  valid = [r.feedback.status is not Status.ENV_FAILED and np.isfinite(r.feedback.reward) for r in rows]
+         response_multiple: int, shapes: list, updates: int = 1, packs: int = 1) -> Packed:
+  """groups[q][g]: rollouts. messages(task) -> chat messages; teacher_context(group, i) -> Context | None; advantage(reward_QG) -> advantage_QG.
+
+  packs: of the whole batch; each of the `updates` gets as many. shapes: used so far, see above; may grow by one.
+  """
+  valid = lambda r: r.feedback.status is not Status.ENV_FAILED and np.isfinite(r.feedback.reward)
   reward_QG = np.array([[r.feedback.reward if r.feedback.status is not Status.ENV_FAILED else np.nan for r in g] for g in groups], np.float32)
   advantage_B = advantage(reward_QG).reshape(-1).astype(np.float32)
+  rollouts = [r for group in groups for r in group]
+  contexts = [teacher_context(group, i) if valid(group[i]) else None for group in groups for i in range(len(group))]
+  prompts, shortened = [], 0
+  for r, context in zip(rollouts, contexts):
+    tokens, was_cut = ([], False) if context is None else teacher_prompt(chat, messages(r.task), context, max_teacher_tokens)
+    prompts.append(tokens)
+    shortened += was_cut
 
-  teacher_prompts, shortened = [], 0
-  for r, context in zip(rows, contexts):
-    if context is None:   # nothing to show: the teacher half reads the plain prompt and its row weighs nothing
-      teacher_prompts.append(r.prompt_tokens)
-    else:
-      tokens, was_cut = teacher_prompt(chat, messages(r.task), context, max_teacher_tokens)
-      teacher_prompts.append(tokens)
-      shortened += was_cut
+  B, G = len(rollouts), len(groups[0])
+  texts = [r.prompt_tokens + r.tokens if valid(r) else [] for r in rollouts]
+  taught = [context is not None for context in contexts]
+  order = balanced_order([len(t) for t in texts], G, updates, packs // updates)
+  rollouts, contexts, prompts, texts, taught = ([rows[b] for b in order] for rows in (rollouts, contexts, prompts, texts, taught))
 
-  B = len(rows)
-  R = bucket(max(len(r.tokens) for r in rows), response_multiple)
-  T = bucket(max(len(r.prompt_tokens) + len(r.tokens) for r in rows), length_multiple)
-  U = bucket(max(len(p) + len(r.tokens) for p, r in zip(teacher_prompts, rows)), length_multiple)
-  taught = any(c is not None for c in contexts)
-  zeros = lambda n, dtype=np.int32: np.zeros((B, n), dtype)
-  batch = TrainBatch(student_BT=np.full((B, T), chat.pad_token, np.int32), teacher_BT=np.full((B, U if taught else length_multiple), chat.pad_token, np.int32),
-                     student_pos_BR=zeros(R), teacher_pos_BR=zeros(R), response_BR=zeros(R), weight_BR=zeros(R, np.float32),
-                     advantage_B=advantage_B, distill_B=np.array([c is not None and v for c, v in zip(contexts, valid)], np.float32),
-                     logp_rollout_BR=zeros(R, np.float32), logp_old_BR=zeros(R, np.float32))
-  for b, r in enumerate(rows):
-    P, n = len(r.prompt_tokens), len(r.tokens)
-    batch.student_BT[b, :P + n] = r.prompt_tokens + r.tokens
-    batch.student_pos_BR[b, :n] = np.arange(P - 1, P - 1 + n)
+  teacher_texts = [prompt + r.tokens if t else [] for prompt, r, t in zip(prompts, rollouts, taught)]
+  answers = [len(r.tokens) if valid(r) else 0 for r in rollouts]
+  cut = lambda rows: [rows[first:first + B // packs] for first in range(0, B, B // packs)]
+  lengths = lambda rows: cut([len(t) for t in rows])
+  shape = choose_shape(lengths(texts), lengths(teacher_texts), cut(answers), shapes, length_multiple=length_multiple, response_multiple=response_multiple)
+  at = [int(sum(pack[:i])) for pack in cut(answers) for i in range(len(pack))]
+
+  def half(texts, starts, rows, length):
+    placed = [first_fit(sizes, length) for sizes in lengths(texts)]
+    layouts = [lay_out(*pack, rows, length, shape.tokens, chat.pad_token) for pack in zip(placed, *map(cut, (texts, starts, at)))]
+    return Rows(*map(np.stack, zip(*layouts)))
+
+  zeros = lambda dtype: np.zeros((B, shape.responses), dtype)
+  batch = TrainBatch(student=half(texts, [len(r.prompt_tokens) for r in rollouts], shape.rows, shape.length),
+                     teacher=half(teacher_texts, [len(p) for p in prompts], shape.teacher_rows, shape.teacher_length), start_B=np.array(at, np.int32), response_BR=zeros(np.int32),
+                     weight_BR=zeros(np.float32), advantage_B=advantage_B[order], distill_B=np.array(taught, np.float32),
+                     logp_rollout_BR=zeros(np.float32), logp_old_BR=zeros(np.float32))
+  for b, r in enumerate(rollouts):
+    n = len(r.tokens)
     batch.response_BR[b, :n], batch.logp_rollout_BR[b, :n] = r.tokens, r.logp
-    batch.weight_BR[b, :n] = float(valid[b])
-    if taught:
-      teacher = teacher_prompts[b]
-      batch.teacher_BT[b, :len(teacher) + n] = teacher + r.tokens
-      batch.teacher_pos_BR[b, :n] = np.arange(len(teacher) - 1, len(teacher) - 1 + n)
-  student_tokens = sum(len(r.prompt_tokens) + len(r.tokens) for r in rows)
-  metrics = {"data/dropped": float(B - sum(valid)), "data/teacher_share": float(batch.distill_B.mean()), "data/teacher_shortened": float(shortened),
-             "data/solution_share": float(np.mean([c is not None and bool(c.solution) for c in contexts])),
-             "data/useful_tokens": student_tokens / (B * T)}
-  return Packed(batch, contexts, metrics)
+    batch.weight_BR[b, :n] = float(valid(r))
+  halves = (batch.student, batch.teacher) if any(taught) else (batch.student,)
+  metrics = {"data/dropped": float(sum(not valid(r) for r in rollouts)), "data/teacher_share": float(batch.distill_B.mean()),
+             "data/teacher_shortened": float(shortened), "data/solution_share": float(np.mean([c is not None and bool(c.solution) for c in contexts])),
+             "data/useful_tokens": float(sum((half.segment_CPT > 0).sum() for half in halves) / sum(half.segment_CPT.size for half in halves)),
+             "perf/compiles": float(len(shapes))}   # of the train step, this run's earlier sessions included
+  return Packed(batch, rollouts, contexts, metrics)
+
+
+def balanced_order(lengths: list[int], group: int, updates: int, packs: int) -> list[int]:
+  """Where each row of the batch comes from: within an update, groups are dealt to its packs, or rows where the groups do not divide."""
+  if packs == 1:
+    return list(range(len(lengths)))
+  order, rows = [], len(lengths) // updates
+  unit = group if rows // group % packs == 0 and rows % group == 0 else 1
+  for first in range(0, len(lengths), rows):
+    sizes = [sum(lengths[i:i + unit]) for i in range(first, first + rows, unit)]
+    order += [first + u * unit + k for hand in deal(sizes, packs) for u in hand for k in range(unit)]
+  return order
