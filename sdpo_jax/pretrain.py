@@ -21,7 +21,7 @@ import numpy as np
 
 from sdpo_jax import checkpoint
 from sdpo_jax.data.chat import Chat
-from sdpo_jax.data.corpus import Corpus, Mixture, build_tokenizer, solves
+from sdpo_jax.data.corpus import Corpus, Mixture, build_tokenizer
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig, Rope
 from sdpo_jax.model.hf_weights import save_pretrained
@@ -91,7 +91,7 @@ def accuracy(params, model: ModelConfig, chat: Chat, corpus_settings: dict, *, q
     rows = [r for r in rows if any(r.novel)][:questions]   # seed -1: never trained on
     prompts = [chat.prompt_tokens([{"role": "user", "content": r.message}]) for r in rows]
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0, stop_tokens=chat.stop_tokens)
-    right = sum(solves(chat.response_text(c.tokens), rows[c.prompt_index]) for c in
+    right = sum(corpus.domain.solves(chat.response_text(c.tokens), *rows[c.prompt_index][2:5]) for c in
                 sampler.generate(params, prompts, n=1, sampling=sampling, seeds=[0] * len(prompts)))
     out[f"eval/{view}"] = right / len(rows)
   return out

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from sdpo_jax.data.chat import Chat
-from sdpo_jax.data.corpus import Corpus, Mixture, build_tokenizer, solves
-from sdpo_jax.envs import tinycode
+from sdpo_jax.data.corpus import Corpus, Mixture, build_tokenizer
+from sdpo_jax.envs import composed, tinycode
 from sdpo_jax.envs.sandbox import Sandbox
-from sdpo_jax.records import Status
+from sdpo_jax.records import Status, Task
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +17,10 @@ def env():
     yield tinycode.TinyCode(sandbox=sandbox)
 
 
-@pytest.mark.parametrize("level", tinycode.LEVELS)
+@pytest.mark.parametrize("level", composed.LEVELS)
 def test_every_solution_passes_and_tests_differ(env, level):
-  problems = tinycode.Problems(level)
-  for split in tinycode.SPLITS:
+  problems = composed.Problems(tinycode.DOMAIN, level)
+  for split in composed.SPLITS:
     if level == "easy" and split == "unseen":
       continue
     for i in range(10):
@@ -30,45 +30,45 @@ def test_every_solution_passes_and_tests_differ(env, level):
 
 
 def test_tasks_are_pure_functions_of_their_id():
-  a, b = tinycode.Problems("default", 3), tinycode.Problems("default", 3)
+  a, b = composed.Problems(tinycode.DOMAIN, "default", 3), composed.Problems(tinycode.DOMAIN, "default", 3)
   assert [a.task("train", i) for i in range(20)] == [b.task("train", i) for i in reversed(range(20))][::-1]
-  assert tinycode.Problems("default", 4).task("train", 0).prompt != a.task("train", 0).prompt or tinycode.novel_meanings(3) != tinycode.novel_meanings(4)
+  assert composed.Problems(tinycode.DOMAIN, "default", 4).task("train", 0).prompt != a.task("train", 0).prompt or composed.novel_meanings(tinycode.OPS, 3) != composed.novel_meanings(tinycode.OPS, 4)
 
 
 def test_splits_do_not_overlap():
-  problems = tinycode.Problems("default")
+  problems = composed.Problems(tinycode.DOMAIN, "default")
   tasks = {s: [problems.task(s, i) for i in range(400)] for s in ("train", "heldout", "unseen")}
   statements = {s: {tuple(t.data["phrases"]) for t in ts} for s, ts in tasks.items()}
   assert not statements["train"] & statements["heldout"]
   ops = {s: {tuple(t.data["ops"]) for t in ts} for s, ts in tasks.items()}
   assert not ops["train"] & ops["unseen"] and not ops["heldout"] & ops["unseen"]
-  corpus = Corpus()
+  corpus = Corpus(tinycode.DOMAIN)
   seen_by_pretraining = {corpus.problem(0, i).ops for i in range(400)}
   assert not seen_by_pretraining & ops["unseen"]
 
 
 def test_adversarial_statements_mislead():
-  problems = tinycode.Problems("default")
+  problems = composed.Problems(tinycode.DOMAIN, "default")
   prompts = [problems.task("adversarial", i).prompt for i in range(40)]
   assert all("(do not " in p or " after you " in p for p in prompts)
   assert any("(do not " in p for p in prompts) and any(" after you " in p for p in prompts)
 
 
 def test_novel_words_have_one_meaning_and_no_statement_reveals_it():
-  words = tinycode.novel_meanings(0)
-  assert len(set(words.values())) == len(tinycode.OPS) and tinycode.novel_meanings(1) != words
-  assert all(w not in p.split() for w in tinycode.NOVEL_WORDS for op in tinycode.OPS.values() for p in op.phrases)
+  words = composed.novel_meanings(tinycode.OPS, 0)
+  assert len(set(words.values())) == len(tinycode.OPS) and composed.novel_meanings(tinycode.OPS, 1) != words
+  assert all(w not in p.split() for w in composed.NOVEL_WORDS for op in tinycode.OPS.values() for p in op.phrases)
 
 
 def test_an_unknown_level_or_split_names_the_choices():
   with pytest.raises(ValueError, match="very_hard"):
-    tinycode.Problems("harder")
+    composed.Problems(tinycode.DOMAIN, "harder")
   with pytest.raises(ValueError, match="is empty at level 'easy'"):
-    tinycode.Problems("easy").task("unseen", 0)
+    composed.Problems(tinycode.DOMAIN, "easy").task("unseen", 0)
 
 
 def test_feedback_is_what_an_online_judge_says(env):
-  task = tinycode.Task("x", "", data={"tests": [([1, 2, 3], [3, 2, 1]), ([4, 5, 6], [6, 5, 4])]})
+  task = Task("x", "", data={"tests": [([1, 2, 3], [3, 2, 1]), ([4, 5, 6], [6, 5, 4])]})
   wrong = env.judge(task, "def f(x):\n    return x")
   assert wrong.reward == 0.0 and wrong.status is Status.SCORED
   assert wrong.text == "Wrong answer\nInput: [1, 2, 3]\nOutput: [1, 2, 3]\nExpected: [3, 2, 1]\nInput: [4, 5, 6]\nOutput: [4, 5, 6]\nExpected: [6, 5, 4]"
@@ -90,13 +90,13 @@ def test_the_corpus_shows_what_the_judge_says(env):
     inputs = tinycode.distinct_inputs(rng, ops, kind, tinycode.TESTS)
     attempt = [rng.choice(list(tinycode.OPS)) for _ in ops]
     failures = tinycode.failures_of(attempt, ops, inputs)
-    task = tinycode.Task("x", "", data={"tests": [(x, tinycode.execute(ops, x)[0]) for x in inputs]})
+    task = Task("x", "", data={"tests": [(x, tinycode.execute(ops, x)[0]) for x in inputs]})
     assert env.judge(task, tinycode.program(attempt)).text == (tinycode.feedback_text(failures) if failures else "")
 
 
 def test_novel_words_change_meaning_from_row_to_row_in_pre_training():
   meanings = {}
-  corpus = Corpus(Mixture(plain=1.0, feedback=0.0, solution=0.0, both=0.0, lengths=(1.0,), novel=1.0, twist=0.0))
+  corpus = Corpus(tinycode.DOMAIN, Mixture(plain=1.0, feedback=0.0, solution=0.0, both=0.0, lengths=(1.0,), novel=1.0, twist=0.0))
   for i in range(600):
     p = corpus.problem(0, i)
     meanings.setdefault(p.message.split(": ")[1], set()).add(p.ops[0])
@@ -104,7 +104,7 @@ def test_novel_words_change_meaning_from_row_to_row_in_pre_training():
 
 
 def test_solves_accepts_equivalent_programs_and_nothing_else():
-  corpus = Corpus(Mixture(lengths=(0.0, 1.0)))
+  corpus = Corpus(tinycode.DOMAIN, Mixture(lengths=(0.0, 1.0)))
   problem = corpus.problem(0, 0)._replace(ops=("reverse", "sort"), kind="list")
   program = lambda *ops: tinycode.program(ops)
   assert solves(program("reverse", "sort"), problem) and solves(program("sort"), problem)
@@ -113,7 +113,7 @@ def test_solves_accepts_equivalent_programs_and_nothing_else():
 
 def test_tokenizer_is_lossless_and_short():
   tokenizer = build_tokenizer()
-  corpus = Corpus()
+  corpus = Corpus(tinycode.DOMAIN)
   lengths = []
   for i in range(200):
     p = corpus.problem(1, i)

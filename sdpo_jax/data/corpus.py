@@ -12,9 +12,9 @@ written and a program takes about ten tokens.
 import dataclasses
 import random
 import string
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sdpo_jax.envs import tinycode
+from sdpo_jax.envs import composed, tinycode
 from sdpo_jax.objectives import teacher_context
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -43,64 +43,54 @@ class Problem(NamedTuple):
   response: str
   ops: tuple[str, ...]
   kind: str                 # input type
+  details: Any              # the domain's
   novel: tuple[bool, ...]   # per operation: named by a novel word
-
-
-def solves(response: str, problem: Problem) -> bool:
-  """Whether the response is a program of the known form that gives the right outputs. Executes nothing but our own operations."""
-  lines = response.split("\n")
-  code = {f"    x = {op.code}": name for name, op in tinycode.OPS.items()}
-  if lines[0] != "def f(x):" or lines[-1] != "    return x" or not all(line in code for line in lines[1:-1]):
-    return False
-  ops = tuple(code[line] for line in lines[1:-1])
-  rng = random.Random(f"solves/{problem.ops}")
-  inputs = tinycode.distinct_inputs(rng, problem.ops, problem.kind, 8)
-  return all(tinycode.execute(ops, x) == tinycode.execute(problem.ops, x) for x in inputs)
 
 
 class Corpus:
   """`problem(seed, index)` is a pure function: any row can be rebuilt, and reading resumes anywhere."""
 
-  def __init__(self, mixture: Mixture = Mixture()):
-    self.mixture = mixture
-    self.keys = {n: [k for k in tinycode.compositions(n) if not tinycode.is_unseen(k[:-1])]
-                 for n, weight in enumerate(mixture.lengths, 1) if weight}
+  def __init__(self, domain: composed.Domain, mixture: Mixture = Mixture()):
+    self.domain, self.mixture = domain, mixture
+    self.keys = {n: [k for k in domain.compositions(n) if not composed.is_unseen(k[:-1])] for n, weight in enumerate(mixture.lengths, 1) if weight}
 
   def problem(self, seed: int, index: int) -> Problem:
-    m, rng = self.mixture, random.Random(f"corpus/{seed}/{index}")
+    m, domain, rng = self.mixture, self.domain, random.Random(f"corpus/{seed}/{index}")
     n = rng.choices(range(1, len(m.lengths) + 1), m.lengths)[0]
     *ops, kind = rng.choice(self.keys[n])
     ops = tuple(ops)
-    words = dict(zip(tinycode.OPS, rng.sample(tinycode.NOVEL_WORDS, len(tinycode.OPS))))
-    novel = {o: rng.random() < m.novel for o in tinycode.OPS}
-    phrase = {o: tinycode.novel_phrase(words[o]) if novel[o] else rng.choice(tinycode.OPS[o].phrases) for o in tinycode.OPS}
+    words = dict(zip(domain.phrases, rng.sample(composed.NOVEL_WORDS, len(domain.phrases))))
+    novel = {o: rng.random() < m.novel for o in domain.phrases}
+    phrase = {o: composed.novel_phrase(words[o]) if novel[o] else rng.choice(domain.phrases[o]) for o in domain.phrases}
     twist = rng.choice(("not", "order")) if rng.random() < m.twist else None
-    distractor = phrase[rng.choice([o for o in tinycode.OPS if o not in ops])]
-    statement = tinycode.render([phrase[o] for o in ops], kind, rng.randrange(len(tinycode.HEADERS)), twist=twist, distractor=distractor)
+    distractor = phrase[rng.choice([o for o in domain.phrases if o not in ops])]
+    header = rng.randrange(composed.HEADERS)
     view = rng.choices(("plain", "feedback", "solution", "both"), (m.plain, m.feedback, m.solution, m.both))[0]
-    answer = Problem(statement, tinycode.program(ops), ops, kind, tuple(novel[o] for o in ops))
+    details = domain.draw(rng, ops, kind)
+    statement = domain.statement(composed.body([phrase[o] for o in ops], twist=twist, distractor=distractor), kind, details, header)
+    response, _ = domain.answer(ops, details)
+    answer = Problem(statement, response, ops, kind, details, tuple(novel[o] for o in ops))
     if view == "plain":
       return answer
-    context = teacher_context.Context(
-        solution=tinycode.program(ops) if view in ("solution", "both") else "",
-        feedback=self._feedback(rng, ops, kind, novel) if view in ("feedback", "both") else "")
+    context = teacher_context.Context(solution=response if view in ("solution", "both") else "",
+                                      feedback=self._feedback(rng, ops, kind, details, novel) if view in ("feedback", "both") else "")
     return answer._replace(message=context.render(statement))
 
-  def _feedback(self, rng: random.Random, ops, kind: str, novel: dict[str, bool]) -> str:
+  def _feedback(self, rng: random.Random, ops, kind: str, details, novel: dict[str, bool]) -> str:
     """What the judge would say of a failed attempt: the operations that the model could not know are guessed."""
-    inputs = tinycode.distinct_inputs(rng, ops, kind, tinycode.TESTS)
+    types = self.domain.types
     while True:
       attempt, now = [], kind
       for op in ops:
         guessed = novel[op] or rng.random() < self.mixture.slip
-        fits = [o for o in tinycode.OPS if now in tinycode.OPS[o].types]
+        fits = [o for o in types if now in types[o]]
         if guessed:   # mostly an operation that fits the type, sometimes one that raises
-          op = rng.choice(fits if rng.random() < 0.9 else list(tinycode.OPS))
+          op = rng.choice(fits if rng.random() < 0.9 else list(types))
         attempt.append(op)
-        now = tinycode.OPS[op].types.get(now, now)
-      failures = tinycode.failures_of(attempt, ops, inputs)
-      if failures:
-        return tinycode.feedback_text(failures)
+        now = types[op].get(now, now)
+      said = self.domain.complain(attempt, ops, details)
+      if said:
+        return said
       if not any(novel[o] for o in ops):   # every word known: let one operation slip for certain
         novel = novel | {rng.choice(ops): True}
 
@@ -109,8 +99,8 @@ def build_tokenizer():
   """The tokenizer of the tiny base model, as a transformers fast tokenizer."""
   import tokenizers
   import transformers
-  phrases = [p for op in tinycode.OPS.values() for p in op.phrases] + [tinycode.novel_phrase(w) for w in tinycode.NOVEL_WORDS]
-  statement = [h.format(i) for h in tinycode.HEADERS for i in tinycode.INPUTS.values()] + [
+  phrases = [p for op in tinycode.OPS.values() for p in op.phrases] + [composed.novel_phrase(w) for w in composed.NOVEL_WORDS]
+  statement = [h.removesuffix("{}.").format(i) for h in tinycode.HEADERS for i in tinycode.INPUTS.values()] + [
       ", then ", " after you ", " (do not ", ")."]
   code = ["def f(x):", "\n    x = ", "\n    return x", "x[", "::-1", "1:", ":-1", "::2", "]", "x + x", "sorted(x", ")", ", reverse=True)",
           "list(dict.fromkeys(x))", "[v for v in x if ", "v % 2 == 0", "v % 2 == 1", "v > 0", "[", " for v in x]", "v * 2", "v + 1", "-v",

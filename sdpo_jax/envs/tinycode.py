@@ -5,29 +5,15 @@ A problem composes one to three operations on a list of numbers, a string or a n
     Write f(x) for a list of numbers x: blick it, then keep the even numbers.
 
 The answer is a function `f`. Hidden tests run it in the sandbox; the feedback is what an online judge would say (failing
-input, output and expected output, or the exception with its line). Every operation has *known* phrases, which the base model
-has read in pre-training. A level names some operations by a *novel* word ("blick") alone, whose meaning is drawn by
-`words_seed` and stands nowhere but in what the tests expect. A scalar reward has to stumble on it; feedback shows it.
-
-Splits, disjoint by construction:
-  train        statements whose hash does not fall into the held-out share
-  heldout      other statements over the same words (two novel words make one statement: there it is another composition)
-  unseen       compositions (ordered pairs and triples) that neither pre-training nor `train` ever shows
-  adversarial  misleading paraphrases of train and held-out compositions: an operation that is named but must not be done
-               ("reverse it (do not sort it)"), or the order of the sentence against the order of the steps ("B after you A")
-
-Levels (`LEVELS`): how many operations a problem has, and how many of the vocabulary are named by a novel word.
-
-Everything is a pure function of (level, words_seed, split, index): any problem can be rebuilt from its id.
+input, output and expected output, or the exception with its line). Known and novel words, splits and levels: `composed`.
 """
 
 import dataclasses
 import functools
 import json
 import random
-import zlib
 
-from sdpo_jax.envs import coding
+from sdpo_jax.envs import coding, composed
 from sdpo_jax.envs.sandbox import Limits, Sandbox, TestCase
 from sdpo_jax.records import Feedback, Status, Task
 
@@ -68,48 +54,11 @@ OPS = {
     "upper": Op({"str": "str"}, "x.upper()", ("make it upper case", "write it in capitals")),
     "swap": Op({"str": "str"}, "x.swapcase()", ("swap the case", "exchange capitals and small letters")),
 }
-# Two spare words, so that pre-training sees more words than meanings and no word is tied to the last meaning left.
-NOVEL_WORDS = ("blick", "dax", "wug", "fep", "toma", "zib", "gorp", "lorp", "mimsy", "rell", "snid", "vash", "plim", "quor",
-               "jent", "krat", "hob", "yolt", "drim", "stave", "frop", "glim", "nork", "pell", "tiv", "ulm")
-LEVELS = {  # name: (weights of one, two, three operations; how many operations are named by their novel word, the others by known phrases)
-    "easy": ((1.0, 0.0, 0.0), 12),
-    "default": ((0.2, 0.8, 0.0), 12),
-    "hard": ((0.0, 1.0, 0.0), 24),
-    "very_hard": ((0.0, 0.0, 1.0), 24),
-}
-SPLITS = ("train", "heldout", "unseen", "adversarial")
-HEADERS = ("Write f(x) for {}: ", "f(x) takes {}: ")
+HEADERS = ("Write f(x) for {}: {}.", "f(x) takes {}: {}.")
 INPUTS = {"list": "a list of numbers x", "str": "a string x", "int": "a number x"}
-HELDOUT_SHARE, UNSEEN_SHARE = 0.2, 0.15
 TESTS = 5   # hidden tests of a problem
 SHOWN = 2   # failing tests that the feedback shows
 _APPLY = {name: eval("lambda x: " + op.code) for name, op in OPS.items()}  # our own expressions, not a model's
-
-
-def novel_phrase(word: str) -> str:
-  return f"{word} it"
-
-
-def novel_meanings(words_seed: int) -> dict[str, str]:
-  """{operation: its novel word}, in random order. The only place where the meaning of a novel word is written down."""
-  rng = random.Random(f"words/{words_seed}")
-  return dict(zip(rng.sample(list(OPS), len(OPS)), rng.sample(NOVEL_WORDS, len(OPS))))
-
-
-def _share(*key) -> float:
-  """A number in [0, 1) that depends on the key alone: the same on every machine and in every process."""
-  return zlib.crc32(repr(key).encode()) / 2**32
-
-
-def is_unseen(ops: tuple[str, ...]) -> bool:
-  return len(ops) > 1 and _share("unseen", *ops) < UNSEEN_SHARE
-
-
-def is_heldout(phrases, kind: str, header: int) -> bool:
-  """A single operation is held out under one header at most: without its phrase, `train` could not teach what its word means."""
-  if len(phrases) > 1:
-    return _share("heldout", *phrases) < HELDOUT_SHARE
-  return int(_share("heldout", *phrases, kind) / HELDOUT_SHARE) == header   # one of the two headers, or neither
 
 
 def sample_input(rng: random.Random, kind: str):
@@ -158,15 +107,6 @@ def compositions(length: int) -> dict[tuple[str, ...], str]:
   return {(*ops, start): start for ops, start, _ in chains if _informative(ops, start)}
 
 
-def render(phrases, kind: str, header: int, *, twist: str | None = None, distractor: str = "") -> str:
-  """The statement. twist: None | "not" (names something that must not be done) | "order" (last step first)."""
-  phrases = list(phrases)
-  if twist == "not":
-    phrases[-1] = f"{phrases[-1]} (do not {distractor})"
-  body = f"{phrases[-1]} after you {', then '.join(phrases[:-1])}" if twist == "order" and len(phrases) > 1 else ", then ".join(phrases)
-  return HEADERS[header].format(INPUTS[kind]) + body + "."
-
-
 def feedback_text(failures: list[dict]) -> str:
   """What the judge says of failing tests: [{input, output, expected, error}], as texts; error is None where there was none."""
   lines = ["Runtime error" if failures[0]["error"] else "Wrong answer"]
@@ -188,46 +128,6 @@ def failures_of(attempt, ops, inputs) -> list[dict]:
   return failures
 
 
-class Problems:
-  """The problem generator: `task(split, index)` is a pure function of the arguments and the settings."""
-
-  def __init__(self, level: str = "default", words_seed: int = 0):
-    if level not in LEVELS:
-      raise ValueError(f"env.level={level!r} is unknown; choose from {sorted(LEVELS)}")
-    self.level = level
-    weights, novel = LEVELS[level]
-    self.words = dict(list(novel_meanings(words_seed).items())[:novel])
-    self.pool = {n: compositions(n) for n, w in enumerate(weights, 1) if w}
-    self.weights = {n: w for n, w in enumerate(weights, 1) if w}
-    self.words_seed = words_seed
-    self._keys = {(n, unseen): [k for k in pool if is_unseen(k[:-1]) == unseen] for n, pool in self.pool.items() for unseen in (False, True)}
-
-  def task(self, split: str, index: int) -> Task:
-    rng = random.Random(f"{self.level}/{self.words_seed}/{split}/{index}")
-    lengths = [n for n in self.weights if self._keys[n, split == "unseen"]]
-    if split not in SPLITS or not lengths:
-      raise ValueError(f"split {split!r} is empty at level {self.level!r}; choose from {[s for s in SPLITS if s != split]}")
-    while True:   # rejection: until the statement falls into the split
-      n = rng.choices(lengths, [self.weights[n] for n in lengths])[0]
-      *ops, kind = rng.choice(self._keys[n, split == "unseen"])
-      phrases = [self._phrase(rng, o) for o in ops]
-      header = rng.randrange(len(HEADERS))
-      twist = None
-      if split == "adversarial":
-        twist = rng.choice(("not", "order")) if n > 1 else "not"
-      elif split != "unseen" and is_heldout(phrases, kind, header) != (split == "heldout"):
-        continue
-      distractor = self._phrase(rng, rng.choice([o for o in OPS if o not in ops]))
-      inputs = distinct_inputs(rng, ops, kind, TESTS)
-      tests = [(x, execute(ops, x)[0]) for x in inputs]
-      return Task(id=f"{self.level}/{self.words_seed}/{split}/{index}", split=split,
-                  prompt=render(phrases, kind, header, twist=twist, distractor=distractor), solution=program(ops),
-                  data={"tests": tests, "ops": list(ops), "phrases": phrases})
-
-  def _phrase(self, rng: random.Random, op: str) -> str:
-    return novel_phrase(self.words[op]) if op in self.words else rng.choice(OPS[op].phrases)
-
-
 def distinct_inputs(rng: random.Random, ops, kind: str, count: int) -> list:
   """`count` different inputs on which the composition runs (max of an empty list does not)."""
   inputs = []
@@ -238,13 +138,42 @@ def distinct_inputs(rng: random.Random, ops, kind: str, count: int) -> list:
   return sorted(inputs, key=lambda x: (len(repr(x)), repr(x)))   # the judge goes through them in order: the shortest come first
 
 
+def statement(body: str, kind: str, details, header: int) -> str:
+  return HEADERS[header].format(INPUTS[kind], body)
+
+
+def _answer(ops, inputs) -> tuple[str, dict]:
+  return program(ops), {"tests": [(x, execute(ops, x)[0]) for x in inputs]}
+
+
+def _complain(attempt, ops, inputs) -> str:
+  failures = failures_of(attempt, ops, inputs)
+  return feedback_text(failures) if failures else ""
+
+
+def solves(response: str, ops, kind: str, inputs=None) -> bool:
+  """Whether the response is a program of the known form that gives the right outputs, on inputs that no feedback showed."""
+  lines = response.split("\n")
+  code = {f"    x = {op.code}": name for name, op in OPS.items()}
+  if lines[0] != "def f(x):" or lines[-1] != "    return x" or not all(line in code for line in lines[1:-1]):
+    return False
+  attempt = tuple(code[line] for line in lines[1:-1])
+  fresh = distinct_inputs(random.Random(f"solves/{tuple(ops)}"), ops, kind, 8)
+  return all(execute(attempt, x) == execute(ops, x) for x in fresh)
+
+
+DOMAIN = composed.Domain(
+    phrases={name: op.phrases for name, op in OPS.items()}, types={name: op.types for name, op in OPS.items()}, compositions=compositions,
+    draw=lambda rng, ops, kind: distinct_inputs(rng, ops, kind, TESTS), statement=statement, answer=_answer, complain=_complain, solves=solves)
+
+
 class TinyCode:
   """Judges responses by running them. Thread-safe; close() ends the sandbox."""
 
   LIMITS = Limits(time_s=2.0, memory_mb=256, output_kb=64)
 
   def __init__(self, *, level: str = "default", words_seed: int = 0, sandbox: Sandbox):
-    self.problems = Problems(level, words_seed)
+    self.problems = composed.Problems(DOMAIN, level, words_seed)
     self.sandbox = sandbox
 
   def task(self, split: str, index: int) -> Task:
@@ -260,7 +189,7 @@ class TinyCode:
       return Feedback(0.0, verdict.feedback, Status.ENV_FAILED)
     if verdict.passed:
       return Feedback(1.0, "")
-    failures = [{"input": t.input, "output": t.output, "expected": t.expected, "error": _complaint(t)} for t in verdict.tests if not t.passed]
+    failures = [{"input": t.input, "output": t.output, "expected": t.expected, "error": _error(t)} for t in verdict.tests if not t.passed]
     return Feedback(0.0, feedback_text(failures), Status.TIMEOUT if verdict.kind == "time_limit" else Status.SCORED)
 
 
@@ -270,7 +199,7 @@ def extract(response: str) -> str:
   return response if fault else program
 
 
-def _complaint(test) -> str | None:
+def _error(test) -> str | None:
   """What stands in the place of an output: the exception with its line, or why there is no output; None for a wrong answer."""
   if test.kind == "wrong_answer":
     return None
