@@ -16,9 +16,9 @@ from sdpo_jax.data.corpus import Mixture
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-  a = parse_arg(arg, seed=0, local=False)
+  a = parse_arg(arg, domain="tinycode", seed=0, local=False)
   c = ml_collections.ConfigDict()
-  c.seed = a.seed
+  c.seed, c.domain = a.seed, a.domain
   c.total_steps = 7_000
   c.log_every_steps = 50
   c.checkpoint_every_steps = 500

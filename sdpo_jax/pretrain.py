@@ -1,8 +1,8 @@
-"""Supervised pre-training of the tiny base model: the same train step, another loss.
+"""Supervised pre-training of the tiny base models: the same train step, another loss.
 
-  python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py --workdir=DIR [--out=HF_DIR]
+  python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py[:domain=arithmetic] --workdir=DIR [--out=HF_DIR]
 
-Reads the synthetic corpus (data/corpus.py): statements to programs, with and without hindsight, packed into fixed rows with
+Reads a synthetic corpus (data/corpus.py): statements to programs, with and without hindsight, packed into fixed rows with
 segment ids. The batch of step i is a pure function of (seed, i), so a killed run resumes from its checkpoint exactly. Ends by
 printing the accuracy on problems with novel words, alone and given feedback or a solution (greedy, exact behaviour), and by
 writing a Hugging Face directory. Exit 0 on success, 2 on a wrong setting.
@@ -21,7 +21,7 @@ import numpy as np
 
 from sdpo_jax import checkpoint
 from sdpo_jax.data.chat import Chat
-from sdpo_jax.data.corpus import Corpus, Mixture, build_tokenizer
+from sdpo_jax.data.corpus import DOMAINS, Corpus, Mixture, build_tokenizer
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig, Rope
 from sdpo_jax.model.hf_weights import save_pretrained
@@ -81,17 +81,17 @@ class PackedRows:
     return batch, {"data/useful_tokens": sum(used) / (B * T), "data/left_out": left_out / self.texts}
 
 
-def accuracy(params, model: ModelConfig, chat: Chat, corpus_settings: dict, *, questions: int, sampler: Sampler, max_new_tokens: int) -> dict[str, float]:
+def accuracy(params, model: ModelConfig, chat: Chat, domain, corpus_settings: dict, *, questions: int, sampler: Sampler, max_new_tokens: int) -> dict[str, float]:
   """Share of problems with at least one novel word that greedy decoding solves, by what the prompt shows."""
   out = {}
   for view in ("plain", "feedback", "solution"):
     only = dict(plain=0.0, feedback=0.0, solution=0.0, both=0.0) | {view: 1.0}
-    corpus = Corpus(Mixture(**(corpus_settings | only | {"twist": 0.0})))
+    corpus = Corpus(domain, Mixture(**(corpus_settings | only | {"twist": 0.0})))
     rows = [corpus.problem(-1, i) for i in range(4 * questions)]
     rows = [r for r in rows if any(r.novel)][:questions]   # seed -1: never trained on
     prompts = [chat.prompt_tokens([{"role": "user", "content": r.message}]) for r in rows]
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0, stop_tokens=chat.stop_tokens)
-    right = sum(corpus.domain.solves(chat.response_text(c.tokens), *rows[c.prompt_index][2:5]) for c in
+    right = sum(domain.solves(chat.response_text(c.tokens), *rows[c.prompt_index][2:5]) for c in
                 sampler.generate(params, prompts, n=1, sampling=sampling, seeds=[0] * len(prompts)))
     out[f"eval/{view}"] = right / len(rows)
   return out
@@ -99,14 +99,14 @@ def accuracy(params, model: ModelConfig, chat: Chat, corpus_settings: dict, *, q
 
 def run(c, workdir: str, out: str) -> dict[str, float]:
   """Trains to c.total_steps, resuming if the workdir holds a checkpoint; returns the final accuracies."""
-  tokenizer = build_tokenizer()
+  tokenizer, (domain, _) = build_tokenizer(c.domain), DOMAINS[c.domain]
   chat = Chat(tokenizer)
   model = ModelConfig(family="qwen3", vocab=len(tokenizer), eos_ids=(tokenizer.eos_token_id,), pad_id=tokenizer.pad_token_id,
                       rope=Rope(theta=c.model.rope_theta), qk_norm="head", tied=True, width=c.model.width, layers=c.model.layers,
                       heads=c.model.heads, kv_heads=c.model.kv_heads, head_dim=c.model.head_dim, ff_width=c.model.ff_width,
                       max_positions=c.model.max_positions)
   mixture = dict(c.corpus)
-  data = PackedRows(Corpus(Mixture(**mixture)), chat, seed=c.seed, **c.batch)
+  data = PackedRows(Corpus(domain, Mixture(**mixture)), chat, seed=c.seed, **c.batch)
   tx = make_optimizer(**c.optimizer)
   params = jax.jit(lambda key: decoder.init(model, key))(jax.random.key(c.seed))
   state = init_state(params, tx)
@@ -124,7 +124,7 @@ def run(c, workdir: str, out: str) -> dict[str, float]:
     state, metrics = step(state, batch)
     last = i + 1 == c.total_steps
     if last or (i + 1) % c.eval.every_steps == 0:
-      results = accuracy(state.params, model, chat, mixture, questions=c.eval.questions, sampler=sampler, max_new_tokens=c.eval.max_new_tokens)
+      results = accuracy(state.params, model, chat, domain, mixture, questions=c.eval.questions, sampler=sampler, max_new_tokens=c.eval.max_new_tokens)
     if last or (i + 1) % c.log_every_steps == 0:
       line = {"step": i + 1} | {k: r.mean for k, r in jax.device_get(metrics).items()} | counts | results
       line |= {"time_s": time.time() - begun, "perf/steps_per_s": (i + 1 - begun_step) / (time.time() - begun)}
@@ -135,7 +135,7 @@ def run(c, workdir: str, out: str) -> dict[str, float]:
     if last or (i + 1) % c.checkpoint_every_steps == 0:
       checkpoint.save(workdir, i + 1, state, {})
   if not results:   # a finished run, started again
-    results = accuracy(state.params, model, chat, mixture, questions=c.eval.questions, sampler=sampler, max_new_tokens=c.eval.max_new_tokens)
+    results = accuracy(state.params, model, chat, domain, mixture, questions=c.eval.questions, sampler=sampler, max_new_tokens=c.eval.max_new_tokens)
   save_pretrained(out, model, state.params, tokenizer=tokenizer)
   print(f"problems with novel words solved (greedy, {c.eval.questions} problems): "
         f"{results['eval/plain']:.1%} alone, {results['eval/feedback']:.1%} given feedback, {results['eval/solution']:.1%} given a solution")

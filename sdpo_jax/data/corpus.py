@@ -1,11 +1,11 @@
-"""The pre-training corpus of the tiny base model: TinyCode statements to programs, with and without hindsight.
+"""The pre-training corpora of the tiny base models: statements to programs or steps, with and without hindsight.
 
 A row is one user message and one response. The message is the bare statement, or the very prompt that the teacher reads in
 SDPO: the statement with the feedback on a failed attempt, or with a correct solution, or both. Novel words get a *new* random
 meaning in every row, so the model can only learn that such a word means something that the feedback shows. Compositions of the
 `unseen` split never occur.
 
-Also the tokenizer: a Unigram model over the natural pieces of these texts, with all bytes as fallback, so that any text can be
+Also the tokenizers: Unigram models over the natural pieces of these texts, with all bytes as fallback, so that any text can be
 written and a program takes about ten tokens.
 """
 
@@ -14,7 +14,7 @@ import random
 import string
 from typing import Any, NamedTuple
 
-from sdpo_jax.envs import composed, tinycode
+from sdpo_jax.envs import arithmetic, composed, tinycode
 from sdpo_jax.objectives import teacher_context
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -95,13 +95,8 @@ class Corpus:
         novel = novel | {rng.choice(ops): True}
 
 
-def build_tokenizer():
-  """The tokenizer of the tiny base model, as a transformers fast tokenizer."""
-  import tokenizers
-  import transformers
-  phrases = [p for op in tinycode.OPS.values() for p in op.phrases] + [composed.novel_phrase(w) for w in composed.NOVEL_WORDS]
-  statement = [h.removesuffix("{}.").format(i) for h in tinycode.HEADERS for i in tinycode.INPUTS.values()] + [
-      ", then ", " after you ", " (do not ", ")."]
+def _tinycode_pieces() -> list[str]:
+  statement = [h.removesuffix("{}.").format(i) for h in tinycode.HEADERS for i in tinycode.INPUTS.values()]
   code = ["def f(x):", "\n    x = ", "\n    return x", "x[", "::-1", "1:", ":-1", "::2", "]", "x + x", "sorted(x", ")", ", reverse=True)",
           "list(dict.fromkeys(x))", "[v for v in x if ", "v % 2 == 0", "v % 2 == 1", "v > 0", "[", " for v in x]", "v * 2", "v + 1", "-v",
           "v * v", "sum(x)", "max(x)", "min(x)", "len(x)", "x + 10", "x * 3", "x % 7", "x.upper()", "x.swapcase()"]
@@ -111,8 +106,30 @@ def build_tokenizer():
            "bad operand type for ", "not supported between instances of ", "not all arguments converted during string formatting",
            "can only concatenate str (not \"int\") to str", "can only concatenate list (not \"int\") to list", "can't multiply sequence by non-int of type ",
            "must be str, not int", "iterable argument is empty", "max() ", "min() ", "'str' and 'int'", "'int' and 'str'", "'list' and 'int'", "+: ", "%: ", "unary -: "]
+  return statement + _SENTENCE + code + judge
+
+
+def _arithmetic_pieces() -> list[str]:
+  statement = [*arithmetic.NAMES, *arithmetic.THINGS, " has ", " ", ". Take their number: ", ". What is the result?", "Start from the number of ",
+               " that ", " has: ", ". What comes out?"]
+  steps = [")", " + ", " - ", " * ", " // ", " % ", " = ", "\n", "\\boxed{", "}"]
+  judge = ["Wrong answer\n", "Wrong format\n", "Step ", ": ", " came to ", ".\nExpected: ", " is ", ", not ", ".", " does not go on from ", " divides by zero.",
+           "There are ", " steps", "The box says ", ", the steps come to ", "The last line must be the result in a box: \\boxed{...}", " is not a calculation: "]
+  return statement + _SENTENCE + steps + judge
+
+
+_SENTENCE = [", then ", " after you ", " (do not ", ")."]
+DOMAINS = {"tinycode": (tinycode.DOMAIN, _tinycode_pieces), "arithmetic": (arithmetic.DOMAIN, _arithmetic_pieces)}
+
+
+def build_tokenizer(name: str):
+  """The tokenizer of a domain's base model, as a transformers fast tokenizer."""
+  import tokenizers
+  import transformers
+  domain, pieces = DOMAINS[name]
+  phrases = [p for known in domain.phrases.values() for p in known] + [composed.novel_phrase(w) for w in composed.NOVEL_WORDS]
   chat = ["system\n", "user\n", "assistant\n", teacher_context.SOLUTION, teacher_context.FEEDBACK, teacher_context.CLOSING]
-  natural = dict.fromkeys(phrases + statement + code + judge + chat + [str(i) for i in range(-99, 100)])
+  natural = dict.fromkeys(phrases + pieces() + chat + [str(i) for i in range(-99, 100)])
   letters = [c for c in string.printable if c not in "\x0b\x0c" and c not in natural]
   byte_pieces = [f"<0x{b:02X}>" for b in range(256)]
   # The fewest pieces win, and among equals the longest first piece: a constant price with a small bonus for length.

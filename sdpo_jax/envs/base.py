@@ -14,6 +14,7 @@ Nothing here imports jax.
 import importlib
 import inspect
 
+from sdpo_jax.envs.arithmetic import Arithmetic
 from sdpo_jax.envs.coding import Coding
 from sdpo_jax.envs.ifeval import IFEval
 from sdpo_jax.envs.math_qa import MathQA
@@ -23,6 +24,7 @@ from sdpo_jax.envs.tool_use import ToolUse
 
 ENVS = {
     "tinycode": TinyCode,
+    "arithmetic": Arithmetic,
     "coding": Coding,
     "mcq": MCQ,
     "math_qa": MathQA,
