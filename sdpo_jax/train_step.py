@@ -113,7 +113,10 @@ def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None
       out = distill_kl(*halves, target_X, alpha=wanted["alpha"], temperature=temperature, implementation=implementation)
     else:
       out = distill_topk(*halves, target_X, temperature=temperature, **wanted)
-    return Signals(*(by_response(x, batch) for x in (out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X)))
+    found = [out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X]
+    if objective.needs_teacher_entropy:
+      found.append(token_logp(*map(jax.lax.stop_gradient, halves[2:]), target_X, temperature=temperature)[1])
+    return Signals(*(by_response(x, batch) for x in found))
 
   return signals
 

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdpo_jax.objectives import advantage, methods, reference
+from sdpo_jax.kernels.distill_kl import distill_kl
+from sdpo_jax.kernels.distill_topk import distill_topk
+from sdpo_jax.objectives import advantage, methods, reference, token_weight
 from sdpo_jax.objectives.divergence import Signals
 from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.train_step import make_signals
@@ -95,6 +97,72 @@ def test_importance_weights_by_hand():
   plain = reference.sdpo_loss(student, teacher, response, one, one[0])
   weighted = reference.sdpo_loss(student, teacher, response, one, one[0], logp_old_BR=logp[None, None] - 1.0, logp_rollout_BR=logp[None, None] - 0.5)
   assert float(weighted) == pytest.approx(float(plain) * 2.0 * np.exp(-0.5), rel=1e-5)
+
+
+def by_hand(student, teacher, old, rollout, distill, *, alpha, top_k, add_tail, granularity, is_clip, rollout_is_clip):
+  """The paper's formulas once more in plain NumPy, float64, token by token."""
+  log_softmax = lambda x: x - np.log(np.exp(x - x.max()).sum()) - x.max()
+  total = count = 0.0
+  for b, r in np.argwhere(WEIGHT > 0):
+    gaps = [log_softmax(teacher[b, t])[RESPONSE[b, t]] - log_softmax(student[b, t])[RESPONSE[b, t]] for t in np.flatnonzero(WEIGHT[b])]
+    p, q, y = log_softmax(student[b, r]), log_softmax(teacher[b, r]), RESPONSE[b, r]
+    logp = p[y]
+    if granularity == "logit":
+      if top_k:
+        kept = np.argsort(-p)[:top_k]
+        p, q = p[kept], q[kept]
+        if add_tail:
+          p, q = (np.append(x, np.log(1 - np.exp(x).sum())) for x in (p, q))
+        else:
+          p, q = log_softmax(p), log_softmax(q)
+      kl = lambda a, b: (np.exp(a) * (a - b)).sum()
+      m = np.log((1 - alpha) * np.exp(p) + alpha * np.exp(q))
+      loss = kl(q, p) if alpha == 0 else kl(p, q) if alpha == 1 else (1 - alpha) * kl(p, m) + alpha * kl(q, m)
+    else:
+      loss = -logp * (q[y] - p[y] if granularity == "token" else np.mean(gaps))
+    if is_clip is not None:
+      loss *= min(np.exp(logp - old[b, r]), is_clip)
+    if rollout_is_clip is not None:
+      loss *= min(np.exp(old[b, r] - rollout[b, r]), rollout_is_clip)
+    total, count = total + loss * distill[b], count + distill[b]
+  return total / count
+
+
+GRID = [dict(alpha=a, top_k=k, add_tail=t, granularity="logit") for a in (0.0, 0.3, 0.5, 1.0) for k, t in ((None, True), (3, True), (3, False), (1, True))]
+GRID += [dict(alpha=1.0, top_k=None, add_tail=True, granularity=g) for g in ("token", "sequence")]
+
+
+@pytest.mark.parametrize("distill", [DISTILL, np.array([0, 1], np.float32)], ids=["all", "one"])
+@pytest.mark.parametrize("kwargs", GRID, ids=lambda k: "-".join(map(str, k.values())))
+def test_specification_and_fast_path_over_the_whole_grid(kwargs, distill):
+  """Every alpha, top-K with and without tail, granularity and pair of clips: plain NumPy, the specification, and row + kernel, loss and gradient."""
+  rng = np.random.default_rng(7)
+  student, teacher = rng.normal(size=(2, 2, 3, 7)) * 2
+  logp = np.take_along_axis(np.log(np.exp(student) / np.exp(student).sum(-1, keepdims=True)), RESPONSE[..., None], -1)[..., 0]
+  old, rollout = logp - rng.normal(size=(2, 3)), logp - rng.normal(size=(2, 3))
+  batch = fakes.toy_batch(rows=2, response=3)._replace(response_BR=RESPONSE, weight_BR=WEIGHT, distill_B=distill, logp_old_BR=old.astype(np.float32),
+                                                       logp_rollout_BR=rollout.astype(np.float32))
+  signal = {"logit": dict(name="divergence", **{k: kwargs[k] for k in ("alpha", "top_k", "add_tail")}), "token": dict(name="sampled_token"), "sequence": dict(name="sequence")}
+  flat = lambda x: jnp.asarray(x, jnp.float32).reshape(6, 7)
+  for is_clip in (None, 1.5):
+    for rollout_is_clip in (None, 2.0):
+      clips = dict(is_clip=is_clip, rollout_is_clip=rollout_is_clip)
+      with jax.enable_x64(True):
+        spec = lambda s: reference.sdpo_loss(s, teacher, RESPONSE, WEIGHT, distill, logp_old_BR=old, logp_rollout_BR=rollout, **kwargs, **clips)
+        want, want_grad = jax.value_and_grad(spec)(jnp.asarray(student))
+        assert float(want) == pytest.approx(by_hand(student, teacher, old, rollout, distill, **kwargs, **clips), rel=1e-5)
+      objective = make_objective(methods.row("sdpo") | dict(token_signal=signal[kwargs["granularity"]], token_weight=dict(name="importance", **clips)))
+
+      def fast(s):
+        halves = s, jnp.eye(7, dtype=jnp.float32), flat(teacher), jnp.eye(7, dtype=jnp.float32), RESPONSE.reshape(-1)   # logits are hidden states under the identity
+        wanted = objective.divergence or dict(alpha=0.5, top_k=None)
+        out = distill_kl(*halves, alpha=wanted["alpha"]) if wanted["top_k"] is None else distill_topk(*halves, **wanted)
+        said = Signals(*(x.reshape(2, 3) for x in (out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X)))
+        return objective.token_loss(said, batch, objective.normalisers(batch))[0]
+
+      got, got_grad = jax.value_and_grad(fast)(flat(student))
+      assert float(got) == pytest.approx(float(want), rel=1e-5)
+      np.testing.assert_allclose(np.reshape(got_grad, (2, 3, 7)), want_grad, atol=2e-5 * np.abs(want_grad).max())
 
 
 METHOD_CASES = {
@@ -221,6 +289,76 @@ def test_group_mean_leaves_out_what_was_not_judged():
   np.testing.assert_allclose(std, np.array([[0.5, -0.5, 0.5, -0.5]]) / np.std([1, 0, 1, 0], ddof=1), rtol=1e-4)
 
 
+def test_group_mean_within_a_clip():
+  np.testing.assert_allclose(advantage.group_mean(np.array([[1.0, 0.0, 0.0, 0.0]]), clip=0.5), [[0.5, -0.25, -0.25, -0.25]])
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_rewards_that_are_not_numbers_change_nothing_else(name):
+  """A row whose judge failed (NaN, weight 0) and the same batch without it: same advantages, loss and gradient for every method."""
+  row = methods.row(name)
+  if row["reduction"]["name"] == "constant":
+    row["reduction"]["length"] = 6.0
+  objective, parts = make_objective(row), methods.build(row)
+  rng = np.random.default_rng(3)
+  signals = rng.normal(size=(5, 4, 6)).astype(np.float32)
+  signals[2] = np.abs(signals[2])
+  batch = fakes.toy_batch(rows=4)
+  reward = np.array([[1.0, 0.0, np.nan, 0.75]])
+  broken = batch._replace(advantage_B=parts["advantage"](reward)[0].astype(np.float32), weight_BR=batch.weight_BR * np.array([1, 1, 0, 1], np.float32)[:, None],
+                          distill_B=np.array([0, 1, 0, 1], np.float32))
+  assert np.isfinite(broken.advantage_B).all() and broken.advantage_B[2] == 0
+  signals[:, 2] = np.nan   # whatever the passes say of that row
+  keep = np.array([0, 1, 3])
+  without = jax.tree.map(lambda x: x[keep], broken._replace(advantage_B=np.insert(parts["advantage"](reward[:, keep])[0], 2, 0).astype(np.float32)))
+
+  def value_and_grad(signals, batch):
+    loss = lambda x: objective.token_loss(Signals(*x[:4], x[4]), batch, objective.normalisers(batch))[0]
+    return jax.value_and_grad(loss)(jnp.asarray(signals))
+
+  (got, got_grad), (want, want_grad) = value_and_grad(signals, broken), value_and_grad(signals[:, keep], without)
+  assert np.isfinite(got) and float(got) == pytest.approx(float(want), rel=1e-5)
+  np.testing.assert_allclose(got_grad[:, keep], want_grad, atol=1e-6)
+  assert not np.asarray(got_grad[:, 2]).any()
+
+
+def test_srpo_by_hand():
+  """Row 0 has a teacher: its divergence, weighted by the teacher's certainty with mean 1. Row 1 has none: the policy gradient. Both over all 3 tokens."""
+  batch, old = two_responses()
+  batch = batch._replace(weight_BR=np.array([[1, 1, 0], [1, 0, 0]], np.float32), distill_B=np.array([1, 0], np.float32))
+  objective = make_objective(methods.row("srpo"))
+  divergence, entropy = np.array([[0.3, 0.7, 9], [9, 9, 9]], np.float32), np.array([[0.0, 2.0, 5], [0, 0, 0]], np.float32)
+  loss = lambda x, d: objective.token_loss(Signals(x, jnp.zeros((2, 3)), d, jnp.asarray(old), jnp.asarray(entropy)), batch, objective.normalisers(batch))[0]
+  value, (grad, grad_divergence) = jax.value_and_grad(loss, argnums=(0, 1))(jnp.asarray(old), jnp.asarray(divergence))
+  sure = np.exp([0.0, -2.0])
+  sure /= sure.mean()
+  assert float(value) == pytest.approx((sure[0] * 0.3 + sure[1] * 0.7 + 1.0) / 3, rel=1e-5)   # advantage -1: loss +1 at ratio 1
+  np.testing.assert_allclose(grad_divergence, [[sure[0] / 3, sure[1] / 3, 0], [0, 0, 0]], rtol=1e-5)
+  np.testing.assert_allclose(grad, [[0, 0, 0], [1 / 3, 0, 0]], atol=1e-6)
+  assert np.isclose(token_weight.certainty(Signals(jnp.asarray(old), None, None, None, jnp.asarray(entropy)), batch)[0, :2].mean(), 1.0)
+
+
+def test_the_teachers_entropy_is_that_of_its_distribution():
+  config, params = fakes.toy_model(0)
+  _, teacher = fakes.toy_model(1)
+  batch = fakes.toy_batch()
+  said = jax.jit(make_signals(config, make_objective(methods.row("srpo")), temperature=1.3))(params, teacher, batch)
+  logq_BRV = jax.nn.log_softmax(fakes.dense_logits(teacher, config, batch.teacher_BT, batch.teacher_pos_BR) / 1.3)
+  np.testing.assert_allclose(said.entropy_teacher_BR, -(jnp.exp(logq_BRV) * logq_BRV).sum(-1), rtol=1e-4)
+
+
+def test_sc_sdpo_weighs_questions_by_how_open_they_are():
+  reward = np.array([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, np.nan], [1.0] * 4, [0.0] * 4])
+  weight = advantage.question_spread(reward)
+  np.testing.assert_allclose(weight[:, 0], [0.5, np.sqrt(2) / 3, 0, 0], rtol=1e-6)
+  assert weight[1, 3] == 0
+  batch, old = two_responses()
+  batch = batch._replace(advantage_B=np.array([0.5, 0.25], np.float32), distill_B=np.ones(2, np.float32))
+  objective = make_objective(methods.row("sc_sdpo"))
+  loss = lambda d: objective.token_loss(Signals(jnp.asarray(old), jnp.zeros((2, 3)), d, jnp.asarray(old)), batch, objective.normalisers(batch))[0]
+  np.testing.assert_allclose(jax.grad(loss)(jnp.ones((2, 3))), [[0.5 / 4, 0, 0], [0.25 / 4] * 3], rtol=1e-6)
+
+
 def test_blend_is_the_weighted_sum_of_its_two_losses():
   config, params = fakes.toy_model(0)
   batch = fakes.toy_batch()
@@ -239,6 +377,9 @@ def test_blend_is_the_weighted_sum_of_its_two_losses():
     (dict(token_signal=dict(name="divergence", alpha=1.0, advantage_clip=5.0)), "method.token_signal.advantage_clip=5.0 must be above 0 and needs"),
     (dict(policy_share=0.5), "needs a surrogate"),
     (dict(policy_share=1.5), "must lie in [0, 1]"),
+    (dict(policy_share="routed"), "method.policy_share='routed' must lie in [0, 1], or be 'untaught'"),
+    (dict(advantage=dict(name="question_spread")), "set both or neither"),
+    (dict(advantage=dict(name="question_spread"), surrogate=dict(name="clipped"), policy_share=0.5), "needs the advantage 'group_mean'"),
 ])
 def test_a_row_that_cannot_be_built_says_why(change, named):
   with pytest.raises(ValueError, match=named.replace("[", r"\[").replace("]", r"\]").replace(".", r"\.")):

@@ -22,8 +22,19 @@ def zero(reward_QG: np.ndarray) -> np.ndarray:
   return np.zeros_like(reward_QG)
 
 
-def group_mean(reward_QG: np.ndarray, *, normalize_std: bool = False, epsilon: float = 1e-6) -> np.ndarray:
-  """A = r - mean(r) of the valid rewards of the group, divided by their (sample) standard deviation if asked."""
+def question_spread(reward_QG: np.ndarray, *, success_threshold: float = 0.5) -> np.ndarray:
+  """(p (1 - p))^.5, p the share of successes in the group: a weight for each question, not a baseline (SC-SDPO, arXiv 2605.27765).
+
+  A token weight with `by_question` applies it. Questions that the policy always or never solves get 0.
+  """
+  valid_QG = np.isfinite(reward_QG)
+  success_QG = np.where(valid_QG, reward_QG, 0.0) >= success_threshold
+  p_Q1 = success_QG.sum(1, keepdims=True) / np.maximum(valid_QG.sum(1, keepdims=True), 1)
+  return np.where(valid_QG, np.sqrt(p_Q1 * (1.0 - p_Q1)), 0.0)
+
+
+def group_mean(reward_QG: np.ndarray, *, normalize_std: bool = False, epsilon: float = 1e-6, clip: float | None = None) -> np.ndarray:
+  """A = r - mean(r) of the valid rewards of the group, divided by their (sample) standard deviation if asked, then held within +-clip."""
   valid_QG = np.isfinite(reward_QG)
   count_Q1 = np.maximum(valid_QG.sum(1, keepdims=True), 1)
   mean_Q1 = np.where(valid_QG, reward_QG, 0.0).sum(1, keepdims=True) / count_Q1
@@ -31,7 +42,7 @@ def group_mean(reward_QG: np.ndarray, *, normalize_std: bool = False, epsilon: f
   if normalize_std:
     std_Q1 = np.sqrt((advantage_QG**2).sum(1, keepdims=True) / np.maximum(count_Q1 - 1, 1))
     advantage_QG = advantage_QG / (std_Q1 + epsilon)
-  return advantage_QG
+  return advantage_QG if clip is None else np.clip(advantage_QG, -clip, clip)
 
 
 def clipped(signals: Signals, batch: TrainBatch, *, low: float = 0.2, high: float = 0.28, rollout_is_clip: float | None = 2.0) -> jax.Array:
@@ -75,6 +86,6 @@ def constant(weight_BR: jax.Array, *, length: float) -> tuple[jax.Array, jax.Arr
   return weight_BR, jnp.maximum(jnp.sum(jnp.any(weight_BR > 0, -1)) * length, 1.0)
 
 
-ADVANTAGES = {"zero": zero, "group_mean": group_mean}
+ADVANTAGES = {"zero": zero, "group_mean": group_mean, "question_spread": question_spread}
 SURROGATES = {"none": None, "clipped": clipped, "gspo": gspo, "cispo": cispo}
 REDUCTIONS = {"token_mean": token_mean, "sequence_mean": sequence_mean, "constant": constant}

@@ -22,6 +22,7 @@ class Signals(NamedTuple):
   entropy_BR: jax.Array                 # H(pi)
   divergence_BR: jax.Array | None       # D(pi, q); None where the method computes none
   logp_teacher_BR: jax.Array | None     # log q(y_t); None without a teacher
+  entropy_teacher_BR: jax.Array | None = None   # H(q); None where the method reads none
 
   @property
   def gap_BR(self) -> jax.Array:

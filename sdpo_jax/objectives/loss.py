@@ -7,6 +7,9 @@ A loss is a sum of terms; each term is a mean over its own tokens:
   distill  weight_BR * distill_B: tokens of responses whose teacher has something to show
   policy   weight_BR: all response tokens, weighted and divided as the method's reduction says
 
+With policy_share="untaught" every response belongs to one term alone: to `distill` if its teacher has something to show, else to
+`policy`. Both sums are then divided by the tokens of the whole batch and added as they are.
+
 The normalisers depend on the batch alone, so they are taken over the whole batch before it is cut into micro-batches, and the
 cut changes neither loss nor gradient. A different reduction is a different weight.
 """
@@ -28,6 +31,7 @@ class Objective(NamedTuple):
   normalisers: Callable    # TrainBatch -> {term: scalar}
   divergence: dict | None  # alpha, top_k, add_tail, advantage_clip of the divergence that the kernel must compute; None: none
   needs_teacher: bool
+  needs_teacher_entropy: bool
 
 
 def make_objective(method: dict) -> Objective:
@@ -36,10 +40,15 @@ def make_objective(method: dict) -> Objective:
   share = method["policy_share"]
   signal, weigh, surrogate = parts["token_signal"], parts["token_weight"], parts["surrogate"]
   reduction = parts["reduction"]
+  factors = {"distill": 1.0, "policy": 1.0} if share == "untaught" else {"distill": 1.0 - share, "policy": share}
 
   def terms(batch: TrainBatch) -> dict[str, tuple[jax.Array, jax.Array]]:
     """{term: (weight_BR, normaliser)}"""
     found = {}
+    if share == "untaught":
+      taught_B1 = (batch.distill_B > 0)[:, None]
+      weight_BR, normaliser = reduction(batch.weight_BR)
+      return {"distill": (weight_BR * taught_B1, normaliser), "policy": (weight_BR * ~taught_B1, normaliser)}
     if signal is not None:
       found["distill"] = token_mean(batch.weight_BR * batch.distill_B[:, None])
     if surrogate is not None:
@@ -60,11 +69,11 @@ def make_objective(method: dict) -> Objective:
     loss, metrics = 0.0, {}
     for term, (weight_BR, _) in terms(batch).items():
       if term == "distill":
-        loss_BR, factor = signal(signals, batch) * weigh(signals, batch), 1.0 - share
+        loss_BR = signal(signals, batch) * weigh(signals, batch)
       else:
-        loss_BR, factor = surrogate(signals, batch), share
+        loss_BR = surrogate(signals, batch)
       total = jnp.sum(loss_BR * weight_BR)
-      loss += factor * total / norm[term]
+      loss += factors[term] * total / norm[term]
       metrics[f"train/loss_{term}"] = Ratio(total, jnp.sum(weight_BR))
     mean = lambda x_BR, w_BR: Ratio(jnp.sum(x_BR * w_BR), jnp.sum(w_BR))
     metrics["train/entropy"] = mean(signals.entropy_BR, batch.weight_BR)
@@ -76,4 +85,5 @@ def make_objective(method: dict) -> Objective:
     return loss, metrics
 
   wanted = methods.arguments(method, "token_signal") if method["token_signal"]["name"] == "divergence" else None
-  return Objective(token_loss, normalisers, wanted and {k: wanted[k] for k in ("alpha", "top_k", "add_tail", "advantage_clip")}, signal is not None)
+  return Objective(token_loss, normalisers, wanted and {k: wanted[k] for k in ("alpha", "top_k", "add_tail", "advantage_clip")}, signal is not None,
+                   method["token_weight"]["name"] == "certainty")

@@ -8,7 +8,8 @@ token_weight     a detached factor on it                                        
 advantage        the baseline of the rewards of a group (host: numpy)                advantage.ADVANTAGES
 surrogate        the policy-gradient term that uses the advantage                    advantage.SURROGATES
 reduction        how the tokens of that term add up                                  advantage.REDUCTIONS
-policy_share     the blend: policy_share * surrogate + (1 - policy_share) * token_signal (arXiv 2601.20802)
+policy_share     the blend: policy_share * surrogate + (1 - policy_share) * token_signal (arXiv 2601.20802); or "untaught": responses with
+                 a teacher get the token signal, the others the surrogate
 
 SDPO and GRPO differ in what stands in their rows and in nothing else.
 """
@@ -92,6 +93,11 @@ METHODS = {name: dict(row, name=name) for name, row in {
     "sdpo_blend": _SDPO | {k: _GRPO[k] for k in ("advantage", "surrogate")} | dict(policy_share=0.9),   # lambda of arXiv 2601.20802
     "opsd": _SDPO | dict(teacher_context=dict(name="reference_solution"), teacher_weights=dict(name="frozen"),   # arXiv 2601.18734
                          token_signal=dict(name="divergence", alpha=0.5, clip=0.05), token_weight=dict(name="uniform")),
+    "srpo": _SDPO | {k: _GRPO[k] for k in ("advantage", "surrogate")} | dict(policy_share="untaught",   # 2604.02288
+                         teacher_context=dict(name="feedback_or_solution", only_failures=True),
+                         token_weight=dict(name="certainty", is_clip=2.0, rollout_is_clip=2.0)),
+    "sc_sdpo": _SDPO | dict(advantage=dict(name="question_spread"),                                     # 2605.27765
+                            token_weight=dict(name="importance", is_clip=2.0, rollout_is_clip=2.0, by_question=True)),
     "grpo": _GRPO,                                                                                      # SDPO's baseline: no std, token mean
     "grpo_std": _GRPO | dict(advantage=_STD, surrogate=dict(name="clipped", low=0.2, high=0.2), reduction=dict(name="sequence_mean")),  # 2402.03300
     "dapo": _GRPO | dict(advantage=_STD),                                                               # 2503.14476 without its dynamic sampling
@@ -141,8 +147,10 @@ def check(method: dict) -> None:
   """Combinations that cannot mean anything stop here."""
   names = {axis: method[axis]["name"] for axis in AXES}
   share = method["policy_share"]
-  if not 0.0 <= share <= 1.0:
-    raise ValueError(f"method.policy_share={share!r} must lie in [0, 1]")
+  if share == "untaught":
+    share = 0.5   # what follows is the same for every share between 0 and 1
+  if isinstance(share, str) or not 0.0 <= share <= 1.0:
+    raise ValueError(f"method.policy_share={share!r} must lie in [0, 1], or be 'untaught'")
   alpha, top_k = (method["token_signal"].get(key) for key in ("alpha", "top_k"))
   if alpha is not None and not 0.0 <= alpha <= 1.0:
     raise ValueError(f"method.token_signal.alpha={alpha!r} must lie in [0, 1]: 0 is KL(teacher || policy), 1 is KL(policy || teacher)")
@@ -163,5 +171,9 @@ def check(method: dict) -> None:
   if (share > 0.0) != (names["surrogate"] != "none"):
     raise ValueError(f"method.policy_share={share!r} with surrogate {names['surrogate']!r}: a share above 0 needs a surrogate, "
                      "and a surrogate needs a share above 0")
-  if names["surrogate"] != "none" and names["advantage"] == "zero":
-    raise ValueError(f"method.surrogate.name={names['surrogate']!r} needs an advantage other than 'zero'")
+  if names["surrogate"] != "none" and names["advantage"] != "group_mean":
+    raise ValueError(f"method.surrogate.name={names['surrogate']!r} needs the advantage 'group_mean', not {names['advantage']!r}")
+  if (names["advantage"] == "question_spread") != bool(method["token_weight"].get("by_question")):
+    raise ValueError("method.advantage.name='question_spread' is a weight that method.token_weight.by_question=True applies: set both or neither")
+  if names["token_weight"] == "certainty" and not taught:
+    raise ValueError("method.token_weight.name='certainty' is the teacher's, and method.token_signal.name='none' has no teacher")

@@ -66,16 +66,17 @@ def none(group: list[Rollout], i: int) -> Context | None:
 
 
 def feedback_or_solution(group: list[Rollout], i: int, *, success_threshold: float = 0.5, use_solution: bool = True, demonstration: str = "first",
-                         feedback: str = "without_solution", show_attempt: bool = False, templates: dict[str, str] | None = None) -> Context | None:
+                         feedback: str = "without_solution", show_attempt: bool = False, only_failures: bool = False,
+                         templates: dict[str, str] | None = None) -> Context | None:
   """Context of rollout i of one question's group.
 
   demonstration: which success is shown: "first" | "shortest" | "random" (the same one whenever the same rollout is asked about)
-  feedback: "without_solution" | "always" | "never"; templates: replaces entries of TEMPLATES
+  feedback: "without_solution" | "always" | "never"; only_failures: a success has no teacher; templates: replaces entries of TEMPLATES
   """
   for name, value, allowed in (("feedback", feedback, ("always", "never", "without_solution")), ("demonstration", demonstration, ("first", "random", "shortest"))):
     if value not in allowed:
       raise ValueError(f"method.teacher_context.{name}={value!r} is unknown; choose from {list(allowed)}")
-  if group[i].feedback.status is Status.ENV_FAILED:
+  if group[i].feedback.status is Status.ENV_FAILED or (only_failures and group[i].feedback.reward >= success_threshold):
     return None
   successes = [without_thinking(r.text) for j, r in enumerate(group)
                if use_solution and j != i and r.feedback.status is not Status.ENV_FAILED and r.feedback.reward >= success_threshold]
