@@ -41,8 +41,8 @@ def base() -> ml_collections.ConfigDict:
   c.sandbox = dict(workers=2, isolation="auto")
   c.data = dict(
       sources=(),                            # "[SPLIT=]LOCATION[ xWEIGHT]" each (data/tasks.py); empty: the environment makes its own
-      on_bad_row="error",                    # error | skip: a row that the environment cannot use
-      max_prompt_tokens=256,                 # a longer question stops the run
+      on_bad_row="error",                    # error | skip (and count): a row that the environment cannot use, or whose question is too long
+      max_prompt_tokens=256,                 # a longer question is a bad row; from a generator, it stops the run
       max_teacher_tokens=512,                # a longer teacher prompt has its feedback and solution shortened
       length_multiple=32,                    # padded row lengths are rounded up to it: bounds the number of compilations
       response_multiple=8,                   # likewise for the response columns, which the divergence is computed on
@@ -76,6 +76,46 @@ def base() -> ml_collections.ConfigDict:
   c.checkpoint = dict(every_steps=20, keep=2)
   c.log = dict(rollouts_every_steps=10, rollouts_kept=16)   # rollout files: how often, how many rows
   return c
+
+
+def paper(a: types.SimpleNamespace, *, rich_feedback: bool) -> ml_collections.ConfigDict:
+  """The hyper-parameters of arXiv 2601.20802 for training on a set of questions: its column without feedback (science, tools) or with it (code).
+
+  a: method, model, seed, top_k (0: the whole vocabulary), local. What the paper does not state is ours: total_steps without feedback (it
+  trains by the clock), micro_batches, and the rates of other methods than its two. GRPO is its default one: four updates at 1e-6.
+  """
+  c = base()
+  c.seed, c.model.path, c.method = a.seed, a.model, methods.row(a.method)
+  c.model.update(dtype="bfloat16", param_dtype="bfloat16", remat="block")
+  c.data.update(max_prompt_tokens=2048, max_teacher_tokens=10_240, length_multiple=512, response_multiple=512)
+  c.rollout.update(questions=32, group=8, max_new_tokens=8192, rows=256, chunk=64)
+  c.optimizer.update(lr=1e-6 if rich_feedback else 1e-5, warmup_steps=0 if rich_feedback else 10)
+  c.train.update(updates_per_batch=32 if rich_feedback else 1, micro_batches=1 if rich_feedback else 32)   # 8 rows at a time
+  if c.method.teacher_weights.name == "ema":   # the method's own column: rows with other teachers keep theirs
+    c.method.teacher_weights.rate = 0.01 if rich_feedback else 0.05
+    c.method.token_signal.alpha = 1.0 if rich_feedback else 0.5
+    c.method.token_signal.top_k = a.top_k or None
+  if c.method.teacher_context.name == "feedback_or_solution" and not rich_feedback:
+    c.method.teacher_context.feedback = "never"
+  if c.method.policy_share == 1.0:
+    c.optimizer.lr = 1e-6
+    c.train.update(updates_per_batch=4, micro_batches=8)
+  c.total_steps = 80 if rich_feedback else 100
+  c.eval.update(splits=("test",), final_splits=("test",), questions=10_000, samples=4 if rich_feedback else 16, every_steps=10)   # every question of the split
+  c.discover.split = "test"
+  if a.local:   # same path, toy sizes, seconds on a CPU: the tiny model reads any text, byte by byte where it must, and solves nothing
+    c.total_steps = 2
+    c.model.update(path="tiny", dtype="float32", param_dtype="float32", remat="none")
+    c.data.update(max_prompt_tokens=700, max_teacher_tokens=1000, length_multiple=128, response_multiple=8)
+    c.rollout.update(questions=2, group=2, max_new_tokens=16, rows=4, chunk=16)
+    c.train.update(updates_per_batch=min(c.train.updates_per_batch, 2), micro_batches=1)
+    c.eval.update(every_steps=2, questions=2, samples=1)
+    c.checkpoint.every_steps = 2
+    c.log.rollouts_every_steps = 1
+  return c
+
+
+ROWS = os.path.join(os.path.dirname(__file__), "assets", "rows")   # a handful of our own questions a task, for `:local`
 
 
 def parse_arg(arg: str, **defaults) -> types.SimpleNamespace:

@@ -19,7 +19,7 @@ from sdpo_jax import checkpoint, report
 from sdpo_jax.config import validate
 from sdpo_jax.data.batch import Packed, Shape, pack
 from sdpo_jax.data.chat import Chat
-from sdpo_jax.data.tasks import TaskStream
+from sdpo_jax.data.tasks import RowEnv, TaskStream
 from sdpo_jax.evaluate import evaluate
 from sdpo_jax.metrics import Writer
 from sdpo_jax.objectives import methods
@@ -147,10 +147,13 @@ def train(c, workdir: str) -> None:
       seeds = [prompt_seed(c.seed, "train", i, q) for q in range(len(tasks))]
       return w.collector.collect(w.weights(state.params, frozen), tasks, n=c.rollout.group, sampling=sampling, seeds=seeds)
 
+    skipped = {"data/skipped_rows": float(w.collector.env.skipped)} if isinstance(w.collector.env, RowEnv) else {}
+
     def make_batch(groups):
-      return pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"],
-                  max_teacher_tokens=c.data.max_teacher_tokens, length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple,
-                  shapes=host["shapes"], updates=c.train.updates_per_batch, packs=c.train.updates_per_batch * c.train.micro_batches)
+      packed = pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"],
+                    max_teacher_tokens=c.data.max_teacher_tokens, length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple,
+                    shapes=host["shapes"], updates=c.train.updates_per_batch, packs=c.train.updates_per_batch * c.train.micro_batches)
+      return packed._replace(metrics=packed.metrics | skipped)
 
     def due(name, i):
       if name == "score":   # a pass of its own, only where somebody reads it

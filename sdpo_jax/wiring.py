@@ -89,9 +89,15 @@ def wired(c, path: str | None = None):
       sandbox = stack.enter_context(Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation))
       env = make_env(sandbox=sandbox, **c.env)
       stack.callback(getattr(env, "close", lambda: None))
-      env = with_rows(env, c.data.sources, splits=("train", *c.eval.splits, *c.eval.final_splits), on_bad_row=c.data.on_bad_row)
+
+      def fits(task):
+        length = len(chat.prompt_tokens(env.prompt(task)))
+        if length > c.data.max_prompt_tokens:
+          raise ValueError(f"the question takes {length} tokens, more than config.data.max_prompt_tokens={c.data.max_prompt_tokens}")
+
+      asked = with_rows(env, c.data.sources, splits=("train", *c.eval.splits, *c.eval.final_splits), on_bad_row=c.data.on_bad_row, check=fits)
       engine = Sampler(model, rows=c.rollout.rows, chunk=c.rollout.chunk, prompt_multiple=c.data.length_multiple, pad_token=chat.pad_token)
-      collector = Collector(env, chat, engine, max_prompt_tokens=c.data.max_prompt_tokens, judge_threads=c.rollout.judge_threads,
+      collector = Collector(asked, chat, engine, max_prompt_tokens=c.data.max_prompt_tokens, judge_threads=c.rollout.judge_threads,
                             judge_timeout_s=c.rollout.judge_timeout_s)
     stack.callback(collector.close)
     yield Wired(chat, model, params, collector, Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens), sandbox.isolation, adapters)

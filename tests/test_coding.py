@@ -103,6 +103,32 @@ def test_livecodebench_rows(sandbox):
   assert env.judge(task, "```python\nclass Solution:\n    def add(self, a, b):\n        return a\n```").reward == 0.0
 
 
+def test_livecodebench_window_of_dates():
+  row = _lcb_row([{"input": "1\n2", "output": "3"}], "[]")
+  env = Coding(sandbox=None, first_date="2025-02-01", last_date="2025-05-01")
+  kept = [date for date in ("2025-01-31T23:00:00", "2025-02-01T00:00:00", "2025-04-06T00:00:00", "2025-05-01T00:00:00", "2025-05-02T00:00:00")
+          if env.task_from_row(row | {"idx": 0, "contest_date": date}, "test") is not None]
+  assert kept == ["2025-02-01T00:00:00", "2025-04-06T00:00:00", "2025-05-01T00:00:00"]
+  with pytest.raises(ValueError, match="Invalid isoformat"):
+    Coding(sandbox=None, first_date="February")
+
+
+def test_mbpp_rows_of_the_hub(sandbox):
+  sanitized = {"idx": 0, "source_file": "x", "task_id": 11, "prompt": "Write a function to add.", "code": "def helper(a):\r\n    return a\r\ndef add(a, b):\r\n    return helper(a) + b",
+               "test_imports": ["import math"], "test_list": ["assert add(1, 2) == 3", "assert math.isclose(add(0.1, 0.2), 0.3, rel_tol=0.001)"]}
+  full = {"idx": 0, "task_id": 12, "text": "Write a function to add.", "code": sanitized["code"], "test_list": sanitized["test_list"][:1], "test_setup_code": "", "challenge_test_list": []}
+  env = Coding(sandbox=sandbox)
+  for row, name, count in ((sanitized, "MBPP/11", 2), (full, "MBPP/12", 1)):
+    task = env.task_from_row(row, "train")
+    assert task.id == name and task.data["fn_name"] == "add" and len(task.data["tests"]) == count and "assert add(1, 2) == 3" in task.prompt
+    assert env.judge(task, f"```python\n{task.solution}\n```").reward == 1.0
+    assert env.judge(task, "```python\ndef add(a, b): return 0\n```").reward == 0.0
+  for change, said in (({"test_setup_code": "root = Node(1)"}, "test_setup_code"), ({"test_list": ["assert add(math.pi, 0) > 3"]}, r"the tests use \['math'\]"),
+                       ({"test_list": ["assert ("]}, "not Python"), ({"test_list": ["assert other(1) == 1"]}, "call none of the functions")):
+    with pytest.raises(ValueError, match=said):
+      env.task_from_row(sanitized | change, "train")
+
+
 def test_private_tests_are_never_unpickled(tmp_path):
   class Runs:
     def __reduce__(self):

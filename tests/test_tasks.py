@@ -163,6 +163,30 @@ def test_hub_names(monkeypatch):
     with_rows(MathQA(), ("hub:openai/gsm8k:main",), splits=("train",))
 
 
+def test_one_file_of_a_hub_repository(monkeypatch, tmp_path):
+  asked = []
+  def download(repository, path, repo_type):
+    asked.append((repository, path, repo_type))
+    return write(tmp_path / "cached.jsonl", numbers(0, 3))
+  monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=download))
+  env = with_rows(MathQA(), ("hub:me/own/data/rows.jsonl",), splits=("train", "test"))
+  assert asked == [("me/own", "data/rows.jsonl", "dataset")] * 2 and env.size("train") == env.size("test") == 3
+
+
+def test_rows_outside_the_set_and_questions_that_the_run_cannot_use(tmp_path):
+  path = write(tmp_path / "r.jsonl", numbers(0, 6))
+  even = types.SimpleNamespace(prompt=None, judge=None, task_from_row=lambda row, split: None if row["answer"] % 2 else MathQA().task_from_row(row, split))
+
+  def check(task):
+    if task.data["answer"] == "4":
+      raise ValueError("the question takes 9 tokens")
+
+  with pytest.raises(ValueError, match="line 5: the question takes 9 tokens .*on_bad_row='skip'"):
+    with_rows(even, (f"train={path}",), splits=("train",), check=check)
+  env = with_rows(even, (f"train={path}",), splits=("train",), check=check, on_bad_row="skip")
+  assert answers(env.task("train", i) for i in range(env.size("train"))) == [0, 2] and env.skipped == 1
+
+
 @pytest.mark.parametrize("module, source", [("datasets", "hub:openai/gsm8k"), ("pyarrow.parquet", "train=rows.parquet")])
 def test_a_missing_extra_is_named(monkeypatch, module, source):
   monkeypatch.setitem(sys.modules, module, None)

@@ -3,13 +3,14 @@
 A source is a text "[SPLIT=]LOCATION[ xWEIGHT]"; LOCATION is
 
   a path of .jsonl or .parquet; it may be a pattern (`tests-*.parquet`), and "{split}" in it stands for the split
-  hub:NAME[:CONFIG[:SPLIT]], a data set of the Hugging Face hub
+  hub:NAME[:CONFIG[:SPLIT]], a data set of the Hugging Face hub; or hub:OWNER/NAME/FILE, one .jsonl or .parquet of its repository
 
 A location without "{split}" must name the split it serves; one of the hub serves every split unless told otherwise. Examples:
 "sciknoweval/chemistry.{split}.jsonl", "train=gsm8k.jsonl x2", "hub:openai/gsm8k:main", "test=hub:Idavidrein/gpqa:gpqa_diamond:train".
 
 Rows become tasks by the environment's `task_from_row`, all at once when the source is opened, and stay in memory: a malformed row is an
-error there, with file, line and field, before anything is trained; or it is skipped and counted.
+error there, with file, line and field, before anything is trained; or it is skipped and counted. So is a question that is too long
+for the run. A row for which `task_from_row` returns None (outside a window of dates) is simply not part of the set.
 
 The stream draws from the sources of a split by weight (equal by default), each shuffled anew in each pass, and deals the
 questions to the processes in turn. Its position is grain's own iterator state, saved with the checkpoint; it continues only over the same tasks.
@@ -41,12 +42,22 @@ class Source(NamedTuple):
 class RowEnv:
   """An environment together with its rows: judges like the environment, and has `task(split, index)` and `size(split)` besides."""
 
-  def __init__(self, env, sources, *, splits, on_bad_row: str = "error"):
-    """Opens the sources of the given splits; others are opened when asked for. ValueError for a source, or a row, that cannot be used."""
+  def __init__(self, env, sources, *, splits, on_bad_row: str = "error", check=None):
+    """Opens the sources of the given splits; others are opened when asked for. ValueError for a source, or a row, that cannot be used.
+
+    check(task): raises ValueError for a task that the run cannot use.
+    """
     if on_bad_row not in ("error", "skip"):
       raise ValueError(f"config.data.on_bad_row={on_bad_row!r} is unknown; choose from ['error', 'skip']")
     self.env, self.prompt, self.judge = env, env.prompt, env.judge
-    self._open = lambda split: open_split(sources, split, env.task_from_row, on_bad_row)
+
+    def task_from_row(row, split):
+      task = env.task_from_row(row, split)
+      if task is not None and check is not None:
+        check(task)
+      return task
+
+    self._open = lambda split: open_split(sources, split, task_from_row, on_bad_row)
     self._opened = {split: self._open(split) for split in dict.fromkeys(splits)}
 
   def size(self, split: str) -> int:
@@ -75,13 +86,13 @@ class RowEnv:
       self.env.close()
 
 
-def with_rows(env, sources, *, splits, on_bad_row: str = "error"):
+def with_rows(env, sources, *, splits, on_bad_row: str = "error", check=None):
   """The environment as it is if it makes its own tasks, else with the rows of `sources`. ValueError where the two do not go together."""
   name = type(env).__name__
   if hasattr(env, "task_from_row"):
     if not sources:
       raise ValueError(f"config.data.sources is empty, and {name} makes no tasks of its own: name files or hub data sets")
-    return RowEnv(env, sources, splits=splits, on_bad_row=on_bad_row)
+    return RowEnv(env, sources, splits=splits, on_bad_row=on_bad_row, check=check)
   if sources:
     raise ValueError(f"config.data.sources={sources!r}, but {name} makes its own tasks (it has no task_from_row)")
   return env
@@ -123,13 +134,15 @@ def _tasks(location: str, split: str, task_from_row, on_bad_row: str) -> tuple[l
     try:
       if not isinstance(row, dict):
         raise ValueError(f"the row is not an object but {str(row)[:100]!r}" if row is not None else "the row is not JSON")
-      tasks.append(task_from_row({"idx": index} | row, split))
+      task = task_from_row({"idx": index} | row, split)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
       if on_bad_row == "skip":
         skipped += 1
         continue
       said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
       raise ValueError(f"{where}: {said} (config.data.on_bad_row='skip' leaves such rows out)") from error
+    if task is not None:
+      tasks.append(task)
   if not tasks:
     raise ValueError(f"{location} holds no usable row" + (f"; {skipped} are malformed" if skipped else ""))
   return tasks, skipped
@@ -139,6 +152,11 @@ def read_rows(location: str, split: str):
   """Yields (where it stands, row); the row is None for a line that is not JSON."""
   if location.startswith("hub:"):
     name, config, part = (location.removeprefix("hub:").split(":") + [None, None])[:3]
+    if name.count("/") > 1:
+      owner, repository, path = name.split("/", 2)
+      download = optional("huggingface_hub", "hub").hf_hub_download
+      yield from read_rows(download(f"{owner}/{repository}", path, repo_type="dataset"), split)
+      return
     rows = optional("datasets", "hub").load_dataset(name, config or None, split=part or split)
     yield from ((f"{location}, row {i}", dict(row)) for i, row in enumerate(rows))
     return

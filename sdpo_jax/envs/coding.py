@@ -20,10 +20,12 @@ case where an answer is there.
 
 import ast
 import base64
+import datetime
 import json
 import pickletools
 import random
 import re
+import textwrap
 import zlib
 
 from sdpo_jax.envs.sandbox import Limits, Sandbox, TestCase
@@ -43,20 +45,25 @@ _FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*([^`\s]*)[^`]*$")
 class Coding:
   """Judges programs. Thread-safe as its sandbox is.
 
-  reveal_hidden  show inputs and expected outputs of hidden tests as well, as the SDPO release does
+  reveal_hidden         show inputs and expected outputs of hidden tests as well, as the SDPO release does
+  first_date, last_date of a question of LiveCodeBench, both inclusive, as "2025-02-01"; others are not part of the set
   """
 
   def __init__(self, *, sandbox: Sandbox, time_s: float = 6.0, memory_mb: int = 1024, output_kb: int = 4096,
-               max_failures: int = 2, reveal_hidden: bool = False):
+               max_failures: int = 2, reveal_hidden: bool = False, first_date: str = "0001-01-01", last_date: str = "9999-12-31"):
     self.sandbox = sandbox
     self.limits = Limits(time_s=time_s, memory_mb=memory_mb, output_kb=output_kb)
     self.max_failures = max_failures
     self.reveal_hidden = reveal_hidden
+    self.first, self.last = datetime.date.fromisoformat(first_date), datetime.date.fromisoformat(last_date)
 
-  def task_from_row(self, row: dict, split: str) -> Task:
-    """A row of LiveCodeBench, HumanEval, MBPP or the plain form, told apart by its fields."""
+  def task_from_row(self, row: dict, split: str) -> Task | None:
+    """A row of LiveCodeBench, HumanEval, MBPP or the plain form, told apart by its fields. None: outside the dates."""
     if "question_content" in row:
-      return livecodebench_task(row, split)
+      inside = self.first <= datetime.date.fromisoformat(str(row["contest_date"])[:10]) <= self.last
+      return livecodebench_task(row, split) if inside else None
+    if "test_list" in row:
+      return mbpp_hub_task(row, split)
     if "canonical_solution" in row:
       return humaneval_task(row, split) if str(row["task_id"]).startswith("HumanEval") else mbpp_task(row, split)
     return task_from_row({"id": row["idx"]} | row, split)
@@ -182,16 +189,37 @@ def mbpp_task(row: dict, split: str) -> Task:
   """A row of MBPP sanitized in HumanEval's form.
 
   Bodies indent by two or four, so the docstring is left out of the solution. `entry_point` is the first function, which need not
-  be the one that the asserts call; the question names that one, and shows the first assert for the arguments' sake.
+  be the one that the asserts call; the question names that one, and shows the first assert for the arguments' sake (`_mbpp`).
   """
   head, description, _ = row["prompt"].split("'''")
-  solution = head.rstrip() + "\n" + row["canonical_solution"]
-  called = [node.func.id for node in ast.walk(ast.parse(row["test"]))
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+  return _mbpp(row, split, description, head.rstrip() + "\n" + row["canonical_solution"], row["test"], row["entry_point"])
+
+
+def mbpp_hub_task(row: dict, split: str) -> Task:
+  """A row of MBPP as the hub has it: `test_list` holds the asserts; the question is `prompt` (sanitized) or `text` (full)."""
+  if (row.get("test_setup_code") or "").strip():
+    raise ValueError("field 'test_setup_code' is not empty: tests that need it are not supported")
+  test = "def check(candidate):\n" + textwrap.indent("\n".join(row["test_list"]), "  ")
+  task = _mbpp(row | {"task_id": f"MBPP/{row['task_id']}"}, split, row.get("prompt") or row["text"], row["code"].replace("\r\n", "\n"), test, None)
+  imported = {word for line in row.get("test_imports") or [] for word in re.findall(r"\w+", line)} - {"import", "from", "as"}
+  used = imported & {word for t in task.data["tests"] for word in re.findall(r"\w+", t["expression"])}
+  if used:   # isclose, which most of them import math for, is compared on the host and stands in no expression
+    raise ValueError(f"field 'test_imports': the tests use {sorted(used)}, which is not supported")
+  return task
+
+
+def _mbpp(row, split, description, solution, test, entry_point) -> Task:
+  try:
+    tree = ast.parse(test)
+  except SyntaxError as e:
+    raise ValueError(f"the asserts are not Python: {e}") from e
+  called = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
   defined = re.findall(r"^def +(\w+)", solution, re.MULTILINE)
-  name = next((name for name in defined if name in called), row["entry_point"])
-  example = next(line.strip() for line in row["test"].split("\n") if line.strip().startswith("assert"))
-  return _assert_task(row, split, name, f"{description.strip()}\n\nFor example:\n{example}", None, solution)
+  name = next((name for name in defined if name in called), entry_point)
+  if name is None:
+    raise ValueError(f"the tests call none of the functions {defined} of the solution")
+  example = next((line.strip() for line in test.split("\n") if line.strip().startswith("assert")), "")
+  return _assert_task(row | {"test": test}, split, name, f"{description.strip()}\n\nFor example:\n{example}", None, solution)
 
 
 def _assert_task(row, split, name, question, starter, solution) -> Task:

@@ -1,0 +1,92 @@
+"""Every configuration file, for real and tiny: its `:local` form goes through the command line's own main, and its full form says what the paper says."""
+
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+from sdpo_jax import config, main, metrics
+from sdpo_jax.data.tasks import with_rows
+from sdpo_jax.envs.base import make_env
+from sdpo_jax.objectives import methods
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "pretrain_tiny")   # which sdpo_jax.pretrain reads
+PAPER = ("science_mcq", "tool_use", "math_qa", "coding")
+
+
+def load(name, argument=""):
+  spec = importlib.util.spec_from_file_location("config_file", ROOT / "configs" / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  c = module.get_config(argument)
+  config.validate(c)
+  return c
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_local_runs_through_main(name, tmp_path):
+  assert main.main(["main", f"--config={ROOT}/configs/{name}.py:local", f"--workdir={tmp_path}"]) == 0
+  lines = metrics.read(tmp_path)
+  assert [line["step"] for line in lines] == [0, 1, 2]
+  assert all("train/loss" in line and "train/reward" in line for line in lines[1:]) and any(k.endswith("/avg@k") for k in lines[2])
+  rows = [json.loads(line) for line in (tmp_path / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
+  assert rows and all(r["status"] != "env_failed" for r in rows)
+  if name in PAPER:
+    assert lines[1]["data/skipped_rows"] == 0 and {r["task_id"].split("/")[0] for r in rows} <= {"examples", "math"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_docstrings_say_how_to_run_and_what_came_of_it(name):
+  said = (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
+  assert all(f"\n{word}:" in said for word in ("Run", "Smoke", "Cost", "Result"))
+
+
+@pytest.mark.parametrize("name, alpha, top_k, rate, lr, warmup, updates, samples", [
+    ("science_mcq", 0.5, 100, 0.05, 1e-5, 10, 1, 16), ("tool_use", 0.5, 100, 0.05, 1e-5, 10, 1, 16), ("math_qa", 0.5, 100, 0.05, 1e-5, 10, 1, 16),
+    ("coding", 1.0, 20, 0.01, 1e-6, 0, 32, 4)])
+def test_settings_are_the_papers(name, alpha, top_k, rate, lr, warmup, updates, samples):
+  c = load(name)
+  assert (c.method.token_signal.alpha, c.method.token_signal.top_k, c.method.teacher_weights.rate) == (alpha, top_k, rate)
+  assert (c.optimizer.lr, c.optimizer.warmup_steps, c.optimizer.weight_decay, c.optimizer.clip_norm) == (lr, warmup, 0.01, 1.0)
+  assert (c.rollout.questions, c.rollout.group, c.rollout.temperature, c.rollout.max_new_tokens) == (32, 8, 1.0, 8192)
+  assert (c.train.updates_per_batch, c.data.max_prompt_tokens, c.model.thinking) == (updates, 2048, False)
+  assert (c.eval.temperature, c.eval.top_p, c.eval.samples) == (0.6, 0.95, samples)
+  assert ("feedback" in c.method.teacher_context) == (name != "coding")   # without feedback: never shown
+  assert load(name, "top_k=0").method.token_signal.top_k is None
+  grpo = load(name, "method=grpo,seed=3,model=olmo3-7b-instruct")
+  assert (grpo.optimizer.lr, grpo.train.updates_per_batch, grpo.seed, grpo.model.path) == (1e-6, 4, 3, "olmo3-7b-instruct")
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("name", FILES)
+def test_every_method_is_a_valid_setting_of_every_file(name, method):
+  if "method" in (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8").partition("parse_arg(")[2].partition(")\n")[0]:
+    assert load(name, f"method={method},local").method.name == method
+
+
+def test_coding_chooses_its_questions():
+  assert load("coding").env.first_date == "2025-02-01" and load("coding").data.on_bad_row == "skip"
+  assert load("coding", "tasks=mbpp").eval.final_splits == ("test", "humaneval")
+  assert load("coding", "data=hub:me/own").data.sources == ("hub:me/own",)
+  with pytest.raises(ValueError, match="tasks='apps' is unknown; choose from"):
+    load("coding", "tasks=apps")
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_shipped_rows_are_right(name):
+  """Every row that comes with the package: the environment accepts it and its own answer scores 1, a wrong one 0."""
+  from sdpo_jax.envs.sandbox import Sandbox
+  c = load(name, "local")
+  with Sandbox(workers=1) as sandbox:
+    env = with_rows(make_env(sandbox=sandbox, **c.env), c.data.sources, splits=("train", "test"))
+    try:
+      assert (env.size("train"), env.size("test"), env.skipped) == (4, 2, 0)
+      for split in ("train", "test"):
+        for task in (env.task(split, i) for i in range(env.size(split))):
+          assert env.judge(task, task.solution).reward == 1.0, task.id
+          wrong = env.judge(task, "I do not know.")
+          assert wrong.reward == 0.0 and wrong.text, task.id
+    finally:
+      env.close()
