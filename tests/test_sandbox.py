@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -129,6 +130,9 @@ def test_functions_and_expressions(sandbox):
   assert sandbox.run(program, [TestCase(expression="nothing(1)", output="1")], fn_name="nothing").feedback == (
       "Test 1: wrong form\nReason: the program defines no function nothing\nInput: nothing(1)")
   assert sandbox.run("def f(x): return x + 1", [TestCase("1", "2")], fn_name="g").kind == "format"
+  state = "class Solution:\n  seen = []\n  def __init__(self):\n    self.n = 10\n  def _more(self, x):\n    self.n += x\n    Solution.seen.append(x)\n  def f(self, x: int) -> List[int]:\n    self._more(x)\n    self._more(x)\n    return [self.n, len(self.seen)]"
+  assert sandbox.run(state, [TestCase("1", "[12, 2]")] * 2, fn_name="f").passed   # within one call it stays, from test to test it does not
+  assert sandbox.run("print('noise')\ndef f(x):\n  print(x)\n  return (x, None)\nif __name__ == '__main__':\n  f(input())", [TestCase("true", "[true, null]")], fn_name="f").passed
   numpy = "import numpy as np\ndef f(x): return np.int64(x)"
   if jail_worker.installed("numpy"):
     assert sandbox.run(numpy, [TestCase("1", "1")], fn_name="f").passed
@@ -243,6 +247,31 @@ def test_no_worker_or_no_memory_is_our_fault(monkeypatch):
     assert kind(pool, "print(1)", output="1") == "passed"
 
 
+def test_no_descriptors_left_is_our_fault():
+  """However few are left, there is a verdict, it is never one on the program, and none is lost."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  before, taken = len(os.listdir("/proc/self/fd")), []
+  with Sandbox(workers=1) as pool:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, hard))
+    try:
+      with pytest.raises(OSError, match="Too many open files"):
+        while True:
+          taken.append(os.dup(0))
+      kinds = []
+      while taken and "passed" not in kinds:
+        kinds.append(kind(pool, "print(1)", output="1"))
+        os.close(taken.pop())
+      if pool.isolation == "bubblewrap":   # the others first copy a Python, which takes descriptors too
+        with pytest.raises(RuntimeError, match="Too many open files"):
+          Sandbox(workers=8, isolation="bubblewrap")
+    finally:
+      for fd in taken:
+        os.close(fd)
+      resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(kinds) > 4 and kinds == ["sandbox_failed"] * (len(kinds) - 1) + ["passed"]
+  assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_missing_bubblewrap(monkeypatch, caplog):
   monkeypatch.setattr(shutil, "which", lambda name: None)
   sandbox_module._warn.cache_clear()
@@ -352,9 +381,11 @@ def test_kinds_are_the_contract():
 
 
 @pytest.mark.slow
-def test_ten_thousand_programs_leave_nothing():
+@pytest.mark.parametrize("isolation", ["bubblewrap", "landlock"])
+def test_ten_thousand_programs_leave_nothing(isolation):
   before, descriptors = descendants(), len(os.listdir("/proc/self/fd"))
-  with Sandbox(workers=2) as pool:
+  with Sandbox(workers=2, isolation=isolation) as pool:
+    staged = pool._staged and pool._staged.name
     workers = descendants() - before
     def job(i):
       if i % 50 == 0:
@@ -368,6 +399,7 @@ def test_ten_thousand_programs_leave_nothing():
       assert all(threads.map(job, range(10_000)))
     assert len(descendants() - before) == len(workers)
   assert descendants() == before and len(os.listdir("/proc/self/fd")) == descriptors
+  assert not staged or not os.path.exists(staged)
 
 
 @pytest.mark.slow

@@ -107,6 +107,20 @@ attempt(passwd=lambda: open("/etc/passwd"), canary=lambda: open("@CANARY_FILE@")
         opath=lambda: open(os.dup(os.open("@CANARY_FILE@", os.O_PATH))).read(),
         setxattr=lambda: os.setxattr("@CANARY_FILE@", "user.x", b"1"), lock=lambda: __import__("fcntl").flock(1, 2))
 ''',
+    "runner_files": _TRY + '''
+import json
+def tries():
+  here = os.path.dirname(json.__file__)
+  for path in ("/jail.py", sys.executable or "/py/bin/python", os.__file__, json.__file__, here + "/x.py", here + "/__pycache__/x.pyc"):
+    for flags in (os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_CREAT, os.O_WRONLY | os.O_TRUNC, os.O_RDONLY | os.O_TRUNC, os.O_WRONLY | os.O_APPEND):
+      yield lambda p=path, f=flags: os.open(p, f)
+    yield from (lambda p=path: os.unlink(p), lambda p=path: os.rename(p, p + "~"), lambda p=path: os.utime(p), lambda p=path: os.chmod(p, 0o777),
+                lambda p=path: os.replace("/tmp", p), lambda p=path: os.link(p, p + "~"), lambda p=path: os.chown(p, 0, 0))
+  for fd in range(64):   # no descriptor of the runner's, under any name
+    yield lambda fd=fd: os.listdir(fd)
+    yield lambda fd=fd: os.write(fd, b"") if fd > 3 else os.close(-1)
+attempt(**{f"try{i}": f for i, f in enumerate(tries())}, source=lambda: open("/jail.py"), own=lambda: open("/proc/self/exe", "r+b"))
+''',
     "limits": _TRY + '''
 import resource
 before = {w: resource.getrlimit(w) for w in range(16)}
@@ -165,6 +179,10 @@ ENDED = {
     "thread_bomb_small_stacks": ({"runtime_error", "time_limit", "memory_limit"},
         "import threading, time\nthreading.stack_size(32768)\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()"),
     "stops_itself": ({"time_limit"}, "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)"),
+    "exits_early": ({"wrong_answer"}, "import sys\nprint('all tests passed')\nsys.exit(0)"),
+    "exits_early_by_number": ({"wrong_answer"}, "import ctypes\nctypes.CDLL(None).syscall(231, 0)"),
+    "ignores_every_signal": ({"time_limit"},
+        "import signal\nfor s in signal.valid_signals():\n  try: signal.signal(s, signal.SIG_IGN)\n  except OSError: pass\nsignal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\nwhile True: pass"),
     "kills_itself": ({"runtime_error"}, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"),
     "swallows_exceptions": ({"time_limit"}, "while True:\n  try:\n    while True: pass\n  except BaseException: pass"),
     "ignores_xcpu": ({"time_limit"},
@@ -267,6 +285,8 @@ RETURNED = {
         "class C:\n  def __call__(self, n): return n\n  __eq__ = lambda s, o: True\nsecret = C()"),
     "deletes_machinery": ({"runtime_error", "wrong_answer", "format"},
         "import sys\nfor m in list(sys.modules):\n  if m != 'sys': sys.modules.pop(m)\ndef secret(n): return n"),
+    "exits_early": ({"runtime_error"}, "import os\ndef secret(n): os._exit(0)"),
+    "exits_early_by_number": ({"runtime_error"}, "import ctypes\nctypes.CDLL(None).syscall(231, 0)\ndef secret(n): return 0"),
     "raises_keyboard_interrupt": ({"runtime_error"}, "def secret(n): raise KeyboardInterrupt"),
     "raises_from_del": ({"wrong_answer"}, "class D:\n  def __del__(self): raise SystemExit(0)\ndef secret(n):\n  D()\n  return 0"),
 }

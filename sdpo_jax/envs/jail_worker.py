@@ -218,13 +218,17 @@ class Worker:
     self.pid = None   # as the host sees it, once it said hello
     self._pidfd = None
     self._errors = os.memfd_create("errors")
-    self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-      # -I would also refuse PYTHONHASHSEED; -s, -P and an environment from scratch keep out everything else that it does.
-      self._process = subprocess.Popen(
-          ["/bin/sh", "-c", shell, "sh", *view.command, "-s", "-P", "-S", "-B", "-X", "utf8", view.script, str(theirs.fileno())],
-          env=environment, cwd="/", pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-          stderr=self._errors, start_new_session=True)
+    try:
+      self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+      with theirs:
+        # -I would also refuse PYTHONHASHSEED; -s, -P and an environment from scratch keep out everything else that it does.
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", shell, "sh", *view.command, "-s", "-P", "-S", "-B", "-X", "utf8", view.script, str(theirs.fileno())],
+            env=environment, cwd="/", pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=self._errors, start_new_session=True)
+    except OSError:  # no descriptor or no process left; the sockets close themselves
+      os.close(self._errors)
+      raise
     self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     self._sock.settimeout(START_S)
     try:

@@ -80,10 +80,15 @@ class Sandbox:
     self._idle = queue.LifoQueue()  # the worker used last has the warmest caches
     self._closed = False
     self.isolation = self._choose(ISOLATIONS[:2] if isolation == "auto" else (isolation,))
-    self._slots += [_Slot(self._start) for _ in range(1, workers or len(os.sched_getaffinity(0)))]
-    started = [slot.begin() for slot in self._slots[1:]]
-    for worker in started:
-      worker.hello()
+    workers = workers or len(os.sched_getaffinity(0))
+    self._slots += [_Slot(self._start) for _ in range(1, workers)]
+    try:
+      started = [slot.begin() for slot in self._slots[1:]]
+      for worker in started:
+        worker.hello()
+    except (WorkerLost, OSError) as e:
+      self.close()
+      raise RuntimeError(f"the sandbox could not start {workers} workers: {e}") from e
     for slot in self._slots:
       self._idle.put(slot)
 

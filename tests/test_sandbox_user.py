@@ -1,0 +1,45 @@
+"""The sandbox's tests again, as an ordinary user where the tests run as root (elsewhere they do so anyway)."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+USER = "65534"   # nobody
+
+
+def _python() -> str | None:
+  """A Python of this version that everybody may run: this one may lie in root's home."""
+  for path in (os.path.realpath(sys.executable), "/usr/bin/python3"):
+    says = subprocess.run(["setpriv", "--reuid", USER, "--regid", USER, "--clear-groups", path, "-c", "import sys; open(sys.executable, 'rb').close(); print(sys.version_info[:2])"],
+                          capture_output=True, text=True)
+    if says.stdout == f"{sys.version_info[:2]}\n":
+      return path
+  return None
+
+
+def _run(*arguments) -> str:
+  if os.geteuid() != 0:
+    pytest.skip("the tests run as an ordinary user already")
+  if shutil.which("setpriv") is None or _python() is None:
+    pytest.skip("needs setpriv and a Python of this version that an ordinary user may run")
+  packages = os.path.dirname(os.path.dirname(pytest.__file__))
+  environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{os.getcwd()}:{packages}", "PYTHONDONTWRITEBYTECODE": "1"}
+  if "SDPO_JAX_DATA" in os.environ:
+    environment["SDPO_JAX_DATA"] = os.environ["SDPO_JAX_DATA"]
+  done = subprocess.run(["setpriv", "--reuid", USER, "--regid", USER, "--clear-groups", _python(), "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+                        env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+  return done.stdout
+
+
+def test_a_few():
+  assert "3 passed" in _run("tests/test_sandbox.py", "-k", "functions_and_expressions or verdict_of_each or missing_bubblewrap")
+
+
+@pytest.mark.slow
+def test_everything():
+  said = _run("tests/test_sandbox.py", "tests/test_sandbox_attacks.py", "tests/test_sandbox_cases.py")
+  assert "passed" in said and "failed" not in said
