@@ -92,7 +92,7 @@ def gradients(plan, h, w, g, u, target, scalars, cotangents, dtype):
 
   def body(start, size, carry):
     dh, dw = carry
-    hidden, dh = lax.optimization_barrier((h, dh))  # one workspace at a time
+    hidden, dh, dw = lax.optimization_barrier((h, dh, dw))  # one workspace at a time
     d = _dlogits(plan, hidden, w, g, u, target, columns_X8, start, size, dlogits_dtype)
     dh_part, dw_part = gradient_products(plan, d, h, lax.dynamic_slice_in_dim(w, start, size, axis=1), jnp.float32)
     return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(dtype), start, 1)
