@@ -10,7 +10,8 @@ weights_X, if given, promises that divergence_X will only ever be differentiated
 scalar), which lets an implementation make the gradient in the forward pass; a broken promise gives NaN gradients.
 All implementations but "reference" never hold X x V logits (but for sizes where those are a few MB).
 None chooses: "pallas_tpu" on a TPU where the logits are worth avoiding, else "xla". XLA cannot split a Pallas kernel
-by itself, so that where several devices share the arrays only distill_kl_sharded gets it.
+by itself, so that where several devices share the arrays only distill_kl_sharded gets it. "pallas_gpu" (Hopper) is
+taken only when asked for, until a GPU has shown where it wins.
 Errors: ValueError for an unknown implementation, alpha outside [0, 1] or temperature <= 0; AssertionError while
 tracing for shapes that disagree.
 """
@@ -22,6 +23,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from sdpo_jax.kernels import distill_kl_gpu
 from sdpo_jax.kernels import distill_kl_ref
 from sdpo_jax.kernels import distill_kl_tpu
 from sdpo_jax.kernels import distill_kl_xla
@@ -29,7 +31,7 @@ from sdpo_jax.kernels.distill_kl_ref import DistillKL
 from sdpo_jax.kernels.distill_kl_sweeps import distill
 from sdpo_jax.kernels.distill_kl_sweeps import Layout
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, alpha, temperature=1.0,
@@ -42,6 +44,8 @@ def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_he
     return distill_kl_ref.distill_kl(*arrays, alpha=alpha, temperature=temperature)
   if name == "pallas_tpu":
     return distill_kl_tpu.distill_kl(*arrays, alpha=alpha, temperature=temperature)
+  if name == "pallas_gpu":
+    return distill_kl_gpu.distill_kl(*arrays, alpha=alpha, temperature=temperature)
   return distill_kl_xla.distill_kl(*arrays, alpha=alpha, temperature=temperature, weights_X=weights_X)
 
 
@@ -64,6 +68,8 @@ def distill_kl_sharded(student_hidden_XD, student_head_DV, teacher_hidden_XE, te
     shapes = [jax.ShapeDtypeStruct((rows, a.shape[1]) if i % 2 == 0 else (a.shape[0], V), a.dtype)
               for i, a in enumerate(arrays[:4])]
     module, plan = distill_kl_tpu, distill_kl_tpu.make_plan(*shapes, alpha, temperature)
+  elif name == "pallas_gpu":
+    module, plan = distill_kl_gpu, distill_kl_gpu.make_plan(alpha, temperature)
   else:
     module, plan = distill_kl_xla, distill_kl_xla.vocabulary_plan(rows, alpha, temperature)
   pad = lambda x: jnp.pad(x, [(0, rows * token_shards - X)] + [(0, 0)] * (x.ndim - 1))  # padded rows are cut off again
