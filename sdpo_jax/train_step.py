@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from sdpo_jax import sharding
-from sdpo_jax.kernels.distill_kl import distill_kl
+from sdpo_jax.kernels.distill_kl import distill_kl, distill_kl_sharded
 from sdpo_jax.kernels.distill_topk import distill_topk
 from sdpo_jax.kernels.token_logp import token_logp
 from sdpo_jax.model import decoder
@@ -79,13 +79,14 @@ def forward_pair(params, teacher, config: ModelConfig, batch: TrainBatch, *, mix
   """
   pair = lambda student, teaching: decoder.hidden_pair(params, teacher, config, student, teaching, remat=remat)
   policy_XD, teacher_XD = run_rows(pair, batch.student, batch.teacher)
-  head_DV, teacher_head_DV = decoder.head(params, config), decoder.head(params if teacher is None else teacher, config)
+  head = lambda weights: decoder.head(weights, config).astype(config.dtype)
+  head_DV, teacher_head_DV = head(params), jax.lax.stop_gradient(head(params if teacher is None else teacher))
   if mix is None:
     return policy_XD, head_DV, teacher_XD, teacher_head_DV
   live = jax.lax.stop_gradient(params)
   live_XD, = run_rows(_one_half(live, config, "none"), batch.teacher)
   return (policy_XD, head_DV, jnp.concatenate([(1.0 - mix) * teacher_XD, mix * live_XD], axis=1),
-          jnp.concatenate([teacher_head_DV, decoder.head(live, config)], axis=0))
+          jnp.concatenate([teacher_head_DV, head(live)], axis=0))
 
 
 def _one_half(params, config: ModelConfig, remat: str) -> Callable:
@@ -110,7 +111,9 @@ def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None
     halves = forward_pair(params, teacher, config, batch, mix=mix, remat=remat)
     wanted = objective.divergence or {"alpha": 0.5, "top_k": None}   # sampled-token signals read the rest of the result
     if wanted["top_k"] is None:
-      out = distill_kl(*halves, target_X, alpha=wanted["alpha"], temperature=temperature, implementation=implementation)
+      mesh = jax.sharding.get_abstract_mesh()
+      kernel = distill_kl if mesh.empty else functools.partial(distill_kl_sharded, mesh=mesh)
+      out = kernel(*halves, target_X, alpha=wanted["alpha"], temperature=temperature, implementation=implementation)
     else:
       out = distill_topk(*halves, target_X, temperature=temperature, **wanted)
     found = [out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X]

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpo_jax import sharding
+from sdpo_jax.kernels import attention
 from sdpo_jax.model.config import ModelConfig, Rope
 
 Initializer = jax.nn.initializers.Initializer
@@ -138,11 +139,6 @@ def _rotate(x_BTNH: jax.Array, rotation) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-  """Grouped-query attention; softmax in float32. A row with nothing to see averages everything, so it stays finite."""
-  return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
-
-
 def _product(x: jax.Array, w: jax.Array, contracted: int = 1) -> jax.Array:
   """x[B, T, *c] times w[*c, *out], the `contracted` axes c summed.
 
@@ -246,20 +242,17 @@ class _Stream(NamedTuple):
   x_BTD: jax.Array
   rotation: tuple             # of the full layers
   sliding_rotation: tuple
-  mask_BTS: jax.Array
-  sliding_mask_BTS: jax.Array
+  mask_BTS: jax.Array | None  # None: splash masks by segments
+  sliding_mask_BTS: jax.Array | None
+  segment_BT: jax.Array | None = None
 
 
-def _stream(params: dict, config: ModelConfig, tokens_BT, positions_BT, mask_BTS, column_T, column_S) -> _Stream:
+def _stream(params: dict, config: ModelConfig, tokens_BT, positions_BT, mask_BTS, sliding_mask_BTS, segment_BT=None) -> _Stream:
   x_BTD = sharding.constrain(params["embed"][tokens_BT].astype(config.dtype), "BTD")
   rotation = sliding_rotation = _rotation(config.rope, config.head_dim, positions_BT)
   if config.sliding_rope is not None:
     sliding_rotation = _rotation(config.sliding_rope, config.head_dim, positions_BT)
-  sliding_mask_BTS = mask_BTS
-  if config.sliding:
-    near_TS = column_T[:, None] - column_S[None, :] < config.sliding_window
-    sliding_mask_BTS = mask_BTS & near_TS
-  return _Stream(x_BTD, rotation, sliding_rotation, mask_BTS, sliding_mask_BTS)
+  return _Stream(x_BTD, rotation, sliding_rotation, mask_BTS, sliding_mask_BTS, segment_BT)
 
 
 def _pick(stream: _Stream, config: ModelConfig, slides: jax.Array) -> tuple:
@@ -277,19 +270,18 @@ def _slides(config: ModelConfig) -> jax.Array:
 def _rows(params: dict, config: ModelConfig, tokens_BT, positions_BT, segment_ids_BT) -> _Stream:
   """The stream of whole rows, as training and scoring see them."""
   B, T = tokens_BT.shape
-  column_T = jnp.arange(T)
-  mask_BTS = jnp.broadcast_to(column_T[:, None] >= column_T[None, :], (B, T, T))
-  if segment_ids_BT is not None:
-    assert segment_ids_BT.shape == (B, T), (segment_ids_BT.shape, tokens_BT.shape)
-    mask_BTS &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    mask_BTS &= segment_ids_BT[:, None, :] != 0
+  assert segment_ids_BT is None or segment_ids_BT.shape == (B, T), (segment_ids_BT.shape, tokens_BT.shape)
   if positions_BT is None:
-    positions_BT = jnp.broadcast_to(column_T, (B, T))
+    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     if segment_ids_BT is not None:
       starts_BT = jnp.diff(segment_ids_BT, axis=1, prepend=0) != 0
       positions_BT -= jax.lax.cummax(jnp.where(starts_BT, positions_BT, 0), axis=1)
   assert positions_BT.shape == (B, T), (positions_BT.shape, tokens_BT.shape)
-  return _stream(params, config, tokens_BT, positions_BT, mask_BTS, column_T, column_T)
+  if attention.splash_fits(T):
+    segment_BT = jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT
+    return _stream(params, config, tokens_BT, positions_BT, None, None, segment_BT)
+  masks = [attention.mask(segment_ids_BT, (B, T), window) for window in (None, config.sliding_window)]
+  return _stream(params, config, tokens_BT, positions_BT, *masks)
 
 
 def _gather(config: ModelConfig, layer: dict) -> dict:
@@ -300,7 +292,15 @@ def _gather(config: ModelConfig, layer: dict) -> dict:
 
 def _layer(config: ModelConfig, stream: _Stream, x_BTD, layer: dict, slides) -> jax.Array:
   rotation, mask_BTS = _pick(stream, config, slides)
-  attend = lambda q, k, v: (attention(q, k, v, mask_BTS), None)
+
+  def attend(q, k, v):
+    if mask_BTS is not None:
+      return attention.reference(q, k, v, mask_BTS), None
+    full = lambda *qkv: attention.splash(*qkv, stream.segment_BT)
+    if not config.sliding:
+      return full(q, k, v), None
+    return jax.lax.cond(slides, lambda *qkv: attention.splash(*qkv, stream.segment_BT, config.sliding_window), full, q, k, v), None
+
   return Block(config).apply({"params": layer}, x_BTD, rotation, attend)[0]
 
 
@@ -393,7 +393,8 @@ def extend(params: dict, config: ModelConfig, tokens_BT, cache: Cache, *, start,
   valid_BS = jax.lax.dynamic_update_slice(cache.valid_BS, valid_BT.astype(bool), (0, start))
   column_T, column_S = start + jnp.arange(T), jnp.arange(S)
   mask_BTS = valid_BS[:, None, :] & (column_S[None, :] <= column_T[:, None])
-  stream = _stream(params, config, tokens_BT, positions_BT, mask_BTS, column_T, column_S)
+  sliding_mask_BTS = mask_BTS & (column_T[:, None] - column_S[None, :] < config.sliding_window) if config.sliding else mask_BTS
+  stream = _stream(params, config, tokens_BT, positions_BT, mask_BTS, sliding_mask_BTS)
 
   def body(carry, xs):   # the whole cache is carried, so that XLA updates it in place instead of restacking it
     x_BTD, k_LBSKH, v_LBSKH = carry
@@ -403,7 +404,7 @@ def extend(params: dict, config: ModelConfig, tokens_BT, cache: Cache, *, start,
     def attend(q, k, v):
       k_all = jax.lax.dynamic_update_slice(k_LBSKH, k[None], (i, 0, start, 0, 0))
       v_all = jax.lax.dynamic_update_slice(v_LBSKH, v[None], (i, 0, start, 0, 0))
-      return attention(q, k_all[i], v_all[i], mask_BTS), (k_all, v_all)
+      return attention.reference(q, k_all[i], v_all[i], mask_BTS), (k_all, v_all)
 
     x_BTD, (k_LBSKH, v_LBSKH) = Block(config).apply({"params": resolve(layer)}, x_BTD, rotation, attend)
     return (x_BTD, k_LBSKH, v_LBSKH), None
