@@ -37,6 +37,7 @@ def base() -> ml_collections.ConfigDict:
       thinking=False, teacher_thinking=False,   # passed to chat templates that know it: for the policy's prompts, and the teacher's
       lora=dict(rank=0, alpha=32.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),   # rank 0: all weights train
   )
+  c.mesh = dict(data=1, fsdp=-1, tensor=1)   # devices along each axis of the mesh (sharding.py); -1: what the devices leave
   c.env = dict(name="tinycode", level="default", words_seed=0)
   c.sandbox = dict(workers=2, isolation="auto")
   c.data = dict(

@@ -1,9 +1,10 @@
 r"""The command line.
 
-  python -m sdpo_jax.main --config=configs/FILE.py[:key=value,...] --workdir=DIR [--mode=train|eval|discover] [--config.section.key=value ...]
+  python -m sdpo_jax.main --config=configs/FILE.py[:key=value,...] --workdir=DIR [--mode=train|eval|discover|plan] [--config.section.key=value ...]
 
 train (default) runs, resumes if the work directory holds a checkpoint, and ends with a report. eval scores a checkpoint:
---checkpoint=WORKDIR[:step] or a Hugging Face directory. discover is test-time self-distillation on single hard questions. Without --workdir a fresh directory under runs/ is made and printed.
+--checkpoint=WORKDIR[:step] or a Hugging Face directory. discover is test-time self-distillation on single hard questions.
+plan compiles the train and decode steps for --topology (v5p:2x2x2, v5e:8x8, v6e:4x4), without the hardware, and says whether they fit. Without --workdir a fresh directory under runs/ is made and printed.
 Exit status: 0 success, 2 a wrong command line or setting (one line on stderr), 1 a failed run.
 """
 
@@ -16,7 +17,9 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-MODES = ("train", "eval", "discover")
+MODES = ("train", "eval", "discover", "plan")
+
+
 
 
 class UsageError(Exception):
@@ -30,6 +33,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_string("workdir", None, "where everything about the run goes; default: a fresh directory under runs/", flag_values=f)
   flags.DEFINE_string("mode", "train", " | ".join(MODES), flag_values=f)
   flags.DEFINE_string("checkpoint", None, "eval: WORKDIR[:step] or a Hugging Face directory", flag_values=f)
+  flags.DEFINE_string("topology", None, "plan: chip and shape, such as v5p:2x2x2", flag_values=f)
   flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=f)
   try:
     for argument in argv[1:]:
@@ -77,6 +81,12 @@ def main(argv: list[str]) -> int:
     config.validate(c)
     if f.mode == "eval" and not f.checkpoint:
       raise UsageError("--mode=eval needs --checkpoint=WORKDIR[:step] or a Hugging Face directory")
+    if f.mode == "plan":
+      if not f.topology:
+        raise UsageError("--mode=plan needs --topology, such as v5p:2x2x2")
+      for line in plan_lines(c, f.topology):
+        print(line, flush=True)
+      return 0
     check_writable(workdir)
   except (UsageError, ValueError) as error:
     return complain(error, 2)
@@ -104,6 +114,16 @@ def main(argv: list[str]) -> int:
   if f.mode == "train":
     print(f"      report  {os.path.join(workdir, 'report', 'index.html')}")
   return 0
+
+
+def plan_lines(c, topology: str):
+  import dataclasses
+  import jax
+  from sdpo_jax import plan, wiring
+  jax.config.update("jax_platforms", "cpu")   # the compiler alone is wanted: neither a TPU nor its lock
+  os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+  model = dataclasses.replace(wiring.model_shape(c.model.path), dtype=c.model.dtype, param_dtype=c.model.param_dtype)
+  return plan.plan(c, topology, model, wiring.learner(c, model))
 
 
 def complain(error: Exception, status: int) -> int:

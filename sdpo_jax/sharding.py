@@ -5,6 +5,7 @@ Logical axes are the letters of `records`. Errors: ValueError where two dimensio
 """
 
 import functools
+import math
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -31,12 +32,55 @@ def named(mesh: jax.sharding.Mesh, axes, rules: dict = WEIGHTS):
   return jax.tree.map(lambda a: NamedSharding(mesh, spec(a, rules)), axes)
 
 
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(devices, *, data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+  """One of the sizes may be -1: what the devices leave. ValueError where they do not multiply to the number of devices."""
+  sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
+  open_axes = [name for name, size in sizes.items() if size == -1]
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if len(open_axes) == 1 and known > 0 and len(devices) % known == 0:
+    sizes[open_axes[0]] = len(devices) // known
+  if math.prod(sizes.values()) != len(devices) or min(sizes.values()) < 1:
+    raise ValueError(f"config.mesh={dict(data=data, fsdp=fsdp, tensor=tensor)} does not multiply to the {len(devices)} devices; one size may be -1")
+  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
+
+
+def row_shards(mesh: jax.sharding.Mesh) -> int:
+  """Among how many devices rows are split."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def over_rows(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Of an array whose leading axis is rows, or packs."""
+  return NamedSharding(mesh, PartitionSpec(ACTIVATIONS["B"]))
+
+
+def state_shardings(mesh: jax.sharding.Mesh, state, axes):
+  """Of a state that holds trees like `axes` (parameters, moments, a teacher): those lie like the parameters, the rest on every device."""
+  known = {path: letters for path, letters in jax.tree_util.tree_leaves_with_path(axes)}
+
+  def of(path, leaf):
+    letters = next((known[path[i:]] for i in range(len(path)) if path[i:] in known), "")
+    return NamedSharding(mesh, spec(letters if len(letters) == leaf.ndim else "", WEIGHTS))
+
+  return jax.tree_util.tree_map_with_path(of, state)
+
+
 def constrain(x: jax.Array, axes: str) -> jax.Array:
   """Places an activation by its letters where a mesh is set (`jax.set_mesh`); without one, x unchanged."""
   assert x.ndim == len(axes), (x.shape, axes)
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec(axes, ACTIVATIONS))
+
+
+def constrain_rows(x: jax.Array, axis: int) -> jax.Array:
+  """The rows (or packs) that stand at `axis` over the mesh's row axes; without a mesh, x unchanged."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, ACTIVATIONS["B"]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -22,12 +22,10 @@ from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.tasks import RowEnv, TaskStream
 from sdpo_jax.evaluate import evaluate
 from sdpo_jax.metrics import Writer
-from sdpo_jax.objectives import methods
-from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.records import Rollout, Sampling, Status
 from sdpo_jax.rollout import prompt_seed
-from sdpo_jax.train_step import init_state, make_optimizer, make_score, make_signals, make_train_step
-from sdpo_jax.wiring import blame_settings, describe_run, same_run, wired, write_atomically
+from sdpo_jax.train_step import init_state
+from sdpo_jax.wiring import blame_settings, describe_run, learner, same_run, wired, write_atomically
 
 
 class RunError(Exception):
@@ -117,23 +115,16 @@ def train(c, workdir: str) -> None:
 
   with wired(c) as w:
     with blame_settings():
-      method = c.method.to_dict()
-      objective, parts = make_objective(method), methods.build(method)
-      teacher, tx = parts["teacher_weights"](), make_optimizer(**c.optimizer)
+      learn = learner(c, w.model, w.join)
       params, frozen = w.trainable(c.seed)
-      state = init_state(params, tx, keep_teacher=teacher.keep)
+      state = init_state(params, learn.tx, keep_teacher=learn.teacher.keep)
       host = {"tokens": 0, "failed_batches": 0, "data": None, "shapes": []}
       stream = TaskStream(w.collector.env, "train", seed=c.seed)
       if latest is not None:
         state, host = checkpoint.restore(workdir, state)
         stream.restore(host["data"])
         host["shapes"] = [Shape(*sizes) for sizes in host["shapes"]]
-    signals = make_signals(w.model, objective, mix=teacher.mix, temperature=c.rollout.temperature, remat=c.model.remat,
-                           implementation=None if c.train.loss_implementation == "auto" else c.train.loss_implementation, join=w.join)
-    several = c.train.updates_per_batch > 1
-    step = jax.jit(make_train_step(signals, objective, tx, teacher_move=teacher.move, updates=c.train.updates_per_batch,
-                                   micro_batches=c.train.micro_batches, recompute_old=several), donate_argnums=0)
-    score = jax.jit(make_score(signals, pieces=c.train.updates_per_batch * c.train.micro_batches))
+    step, score = jax.jit(learn.step, donate_argnums=0), jax.jit(learn.score)
     sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
     describe_run(workdir, c, {"sandbox_isolation": w.isolation})
     writer = Writer(workdir, total_steps=c.total_steps)
@@ -150,14 +141,14 @@ def train(c, workdir: str) -> None:
     skipped = {"data/skipped_rows": float(w.collector.env.skipped)} if isinstance(w.collector.env, RowEnv) else {}
 
     def make_batch(groups):
-      packed = pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"],
+      packed = pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=learn.parts["teacher_context"], advantage=learn.parts["advantage"],
                     max_teacher_tokens=c.data.max_teacher_tokens, length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple,
                     shapes=host["shapes"], updates=c.train.updates_per_batch, packs=c.train.updates_per_batch * c.train.micro_batches)
       return packed._replace(metrics=packed.metrics | skipped)
 
     def due(name, i):
       if name == "score":   # a pass of its own, only where somebody reads it
-        return several or due("rollouts", i)
+        return learn.score_first or due("rollouts", i)
       every = {"eval": c.eval.every_steps, "checkpoint": c.checkpoint.every_steps, "rollouts": c.log.rollouts_every_steps}
       return i == c.total_steps or i % every[name] == 0 or (name == "rollouts" and i == 1)
 

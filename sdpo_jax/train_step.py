@@ -128,7 +128,8 @@ def cut(batch: TrainBatch, pieces: int) -> TrainBatch:
   """A leading axis of `pieces`, each a batch of whole packs."""
   packs = batch.student.at_CX.shape[0]
   assert packs % pieces == 0, f"{packs} packs do not divide into {pieces} pieces"
-  return jax.tree.map(lambda x: jnp.reshape(x, (pieces, x.shape[0] // pieces, *x.shape[1:])), batch)
+  split = lambda x: sharding.constrain_rows(jnp.reshape(x, (pieces, x.shape[0] // pieces, *x.shape[1:])), 1)
+  return jax.tree.map(split, batch)
 
 
 def make_score(signals: Callable, pieces: int = 1) -> Callable:
@@ -162,6 +163,7 @@ def make_train_step(signals: Callable, objective: Objective, tx: optax.GradientT
 
     def accumulate(grads, piece):
       (_, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state.teacher, piece, norm, frozen)
+      new = jax.lax.optimization_barrier(new)   # else the TPU compiler tries to move the sums over devices out of the loop, and fails
       return jax.tree.map(lambda a, g: a + g.astype(a.dtype), grads, new), metrics
 
     if micro_batches == 1:

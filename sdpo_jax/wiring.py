@@ -23,11 +23,15 @@ from sdpo_jax.data.tasks import with_rows
 from sdpo_jax.envs.base import make_env
 from sdpo_jax.envs.sandbox import Sandbox
 from sdpo_jax.model import lora
-from sdpo_jax.model.config import ModelConfig
-from sdpo_jax.model.hf_weights import load_pretrained
+from sdpo_jax.model.config import PRESETS, ModelConfig
+from sdpo_jax.model.hf_weights import load_pretrained, local_directory, read_config
+from sdpo_jax.objectives import methods
+from sdpo_jax.objectives.loss import Objective, make_objective
+from sdpo_jax.objectives.methods import TeacherWeights
 from sdpo_jax.records import Sampling
 from sdpo_jax.rollout import Collector
 from sdpo_jax.sampler import Sampler
+from sdpo_jax.train_step import make_optimizer, make_score, make_signals, make_train_step
 
 
 class SettingError(ValueError):
@@ -101,6 +105,35 @@ def wired(c, path: str | None = None):
                             judge_timeout_s=c.rollout.judge_timeout_s)
     stack.callback(collector.close)
     yield Wired(chat, model, params, collector, Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens), sandbox.isolation, adapters)
+
+
+class Learner(NamedTuple):
+  """A method as what training compiles. step(state, batch, frozen), score(state, batch, frozen): not jitted yet."""
+  objective: Objective
+  parts: dict
+  teacher: TeacherWeights
+  tx: Any
+  step: Any
+  score: Any
+  score_first: bool   # several updates a batch: log-probabilities from before the first one are needed
+
+
+def learner(c, model: ModelConfig, join=None) -> Learner:
+  """From the settings of method, optimiser and training."""
+  method = c.method.to_dict()
+  objective, parts = make_objective(method), methods.build(method)
+  teacher, tx = parts["teacher_weights"](), make_optimizer(**c.optimizer)
+  signals = make_signals(model, objective, mix=teacher.mix, temperature=c.rollout.temperature, remat=c.model.remat, join=join,
+                         implementation=None if c.train.loss_implementation == "auto" else c.train.loss_implementation)
+  several = c.train.updates_per_batch > 1
+  step = make_train_step(signals, objective, tx, teacher_move=teacher.move, updates=c.train.updates_per_batch,
+                         micro_batches=c.train.micro_batches, recompute_old=several)
+  return Learner(objective, parts, teacher, tx, step, make_score(signals, c.train.updates_per_batch * c.train.micro_batches), several)
+
+
+def model_shape(path: str) -> ModelConfig:
+  """The shape of a named model, of a directory or of a hub id, without its weights; a named one needs no hub."""
+  return PRESETS[path] if path in PRESETS else read_config(local_directory(MODELS.get(path, path)))
 
 
 def same_run(workdir: pathlib.Path, c, *, begun: bool) -> None:

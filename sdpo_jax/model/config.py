@@ -90,6 +90,18 @@ ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
 _EPS = {"olmo3": 1e-5}                       # transformers' default where the file is silent, else 1e-6
 _THETA = {"olmo3": 500000.0}                 # likewise, else 10000
 _HEAD_DIM = {"qwen3": 128}                   # likewise, else width / heads
+# Named shapes, for planning without a checkpoint; a run reads the checkpoint's own config.json.
+_QWEN3 = dict(family="qwen3", vocab=151936, head_dim=128, kv_heads=8, rope=Rope(1e6), qk_norm="head", max_positions=40960)
+PRESETS = {
+    "qwen3-0.6b": ModelConfig(**_QWEN3, width=1024, layers=28, heads=16, ff_width=3072, tied=True),
+    "qwen3-1.7b": ModelConfig(**_QWEN3, width=2048, layers=28, heads=16, ff_width=6144, tied=True),
+    "qwen3-4b": ModelConfig(**_QWEN3, width=2560, layers=36, heads=32, ff_width=9728, tied=True),
+    "qwen3-8b": ModelConfig(**_QWEN3, width=4096, layers=36, heads=32, ff_width=12288),
+    "olmo3-7b-instruct": ModelConfig(
+        family="olmo3", vocab=100278, width=4096, layers=32, heads=32, kv_heads=32, head_dim=128, ff_width=11008, qk_norm="all", norm_placement="post",
+        rope=Rope(5e5, "yarn", 8.0, 8192, attention_factor=0.1 * math.log(8.0) + 1.0), sliding_rope=Rope(5e5), sliding_window=4096,
+        sliding=tuple(i % 4 != 3 for i in range(32)), max_positions=65536),
+}
 # Fields that would change the output, with the only values that mean "absent".
 _ABSENT = {
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "partial_rotary_factor": (1, None),

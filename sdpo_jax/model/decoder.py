@@ -377,7 +377,8 @@ class Cache(NamedTuple):
 
 def init_cache(config: ModelConfig, rows: int, length: int) -> Cache:
   shape = (config.layers, rows, length, config.kv_heads, config.head_dim)
-  return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.zeros((rows, length), bool))
+  empty = lambda: sharding.constrain(jnp.zeros(shape, config.dtype), "LBSKH")
+  return Cache(empty(), empty(), jnp.zeros((rows, length), bool))
 
 
 def extend(params: dict, config: ModelConfig, tokens_BT, cache: Cache, *, start, positions_BT, valid_BT
@@ -406,7 +407,7 @@ def extend(params: dict, config: ModelConfig, tokens_BT, cache: Cache, *, start,
       v_all = jax.lax.dynamic_update_slice(v_LBSKH, v[None], (i, 0, start, 0, 0))
       return attention.reference(q, k_all[i], v_all[i], mask_BTS), (k_all, v_all)
 
-    x_BTD, (k_LBSKH, v_LBSKH) = Block(config).apply({"params": resolve(layer)}, x_BTD, rotation, attend)
+    x_BTD, (k_LBSKH, v_LBSKH) = Block(config).apply({"params": _gather(config, layer)}, x_BTD, rotation, attend)
     return (x_BTD, k_LBSKH, v_LBSKH), None
 
   carry = (stream.x_BTD, cache.k_LBSKH, cache.v_LBSKH)

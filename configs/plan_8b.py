@@ -1,0 +1,26 @@
+r"""Will Qwen3-8B or Olmo-3-7B fit? The lengths of the paper's coding runs (arXiv 2601.20802), for --mode=plan.
+
+Run:    python -m sdpo_jax.main --mode=plan --topology=v5p:2x2x2 --config=configs/plan_8b.py
+Other:  --config=configs/plan_8b.py:model=olmo3-7b-instruct   --topology=v5e:8x8 | v6e:4x4
+Smoke:  --config=configs/plan_8b.py:local
+"""
+
+from sdpo_jax import config
+from sdpo_jax.objectives import methods
+
+
+def get_config(arg: str = ""):
+  a = config.parse_arg(arg, method="sdpo", model="qwen3-8b", local=False)
+  c = config.base()
+  c.method = methods.row(a.method)
+  c.model.update(path=a.model, dtype="bfloat16", remat="block")   # weights, moments and teacher in float32: steps of 1e-6 vanish in bfloat16
+  c.data.update(max_prompt_tokens=2048, max_teacher_tokens=10240, length_multiple=1024, response_multiple=1024)
+  c.rollout.update(questions=32, group=8, max_new_tokens=8192, rows=256)
+  c.train.micro_batches = 32
+  c.optimizer.lr = 1e-6
+  if a.local:   # a small model, short texts
+    c.model.path = "qwen3-0.6b"
+    c.data.update(max_prompt_tokens=128, max_teacher_tokens=256, length_multiple=128, response_multiple=128)
+    c.rollout.update(questions=2, group=8, max_new_tokens=128, rows=16)
+    c.train.micro_batches = 2
+  return c

@@ -1,0 +1,323 @@
+"""What a run would need, without its hardware: compiles the real train step and the real decode step for a TPU topology, from shapes alone.
+
+  python -m sdpo_jax.main --mode=plan --topology=v5p:2x2x2 --config=configs/plan_8b.py
+
+The workload is the worst one that the configuration allows: every prompt, teacher prompt and response at its limit, no row shared. Needs
+libtpu (`pip install "jax[tpu]"`); its compiler runs on any machine. Nothing is loaded or downloaded for a model of
+`model.config.PRESETS`.
+
+Memory is the compiler's own account, per chip. The train state stays where it is during decoding, so that both programs must fit beside it.
+Operations are counted on the traced program, scans times their lengths (the compiler's cost model counts a scan's body once); one
+multiply-add is two. Collectives are read off the compiled program, loops times their trip counts; bytes are those that one chip
+receives. Times are what the stated peak rates allow, not predictions: nothing is lost to waiting, and nothing overlaps. GB = 10^9 bytes.
+"""
+
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+import numpy as np
+
+from sdpo_jax import sharding
+from sdpo_jax.data.batch import bucket
+from sdpo_jax.model import decoder
+from sdpo_jax.model.config import ModelConfig
+from sdpo_jax.records import Rows, Sampling, TrainBatch
+from sdpo_jax.sampler import DecodeState, decode
+from sdpo_jax.train_step import TrainState, init_state
+
+
+class Chip(NamedTuple):
+  """As their maker states them. Interconnect: all links of a chip together, one direction each."""
+  memory_gb: float
+  tflops: float        # bfloat16
+  memory_gb_s: float
+  links_gb_s: float
+
+
+CHIPS = {"v4": Chip(32, 275, 1228, 300), "v5e": Chip(16, 197, 819, 200), "v5p": Chip(95, 459, 2765, 600), "v6e": Chip(32, 918, 1640, 448)}
+
+
+class Program(NamedTuple):
+  """One compiled program, per chip. Bytes, but for operations (multiply-adds count two)."""
+  arguments: float
+  temporaries: float
+  peak: float
+  operations: float
+  collectives: dict[str, tuple[int, float]]   # kind -> (how often it runs, bytes received)
+  text: str
+
+
+class OutOfMemory(Exception):
+  """The compiler refused: `needed` bytes a chip, as far as it says."""
+
+  def __init__(self, needed: float):
+    super().__init__(f"{needed / 1e9:.1f} GB")
+    self.needed = needed
+
+
+# ---- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def state_shapes(model: ModelConfig, tx, mesh, *, keep_teacher: bool) -> TrainState:
+  """The train state as shapes with their places."""
+  params = decoder.shapes(model)
+  state = jax.eval_shape(lambda p: init_state(p, tx, keep_teacher=keep_teacher), params)
+  return _placed(state, sharding.state_shardings(mesh, state, decoder.axes(model)))
+
+
+def batch_shapes(mesh, *, packs: int, rows: int, length: int, teacher_length: int, responses: int) -> TrainBatch:
+  """`packs` packs of `rows` responses each, every text in a row of its own."""
+  ints, floats = (lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)), (lambda *s: jax.ShapeDtypeStruct(s, jnp.float32))
+  half = lambda T: Rows(*(ints(packs, rows, T),) * 3, ints(packs, rows * responses))
+  B, R = packs * rows, responses
+  batch = TrainBatch(half(length), half(teacher_length), ints(B), ints(B, R), floats(B, R), floats(B), floats(B), floats(B, R), floats(B, R))
+  return _placed(batch, jax.tree.map(lambda _: sharding.over_rows(mesh), batch))
+
+
+def decode_shapes(model: ModelConfig, mesh, *, rows: int, prompt: int, new: int) -> tuple[DecodeState, jax.ShapeDtypeStruct]:
+  """(state, keys) of a decode step with full caches."""
+  cache = jax.eval_shape(lambda: decoder.init_cache(model, rows, prompt + new))
+  put = lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, sharding.spec(axes, sharding.ACTIVATIONS)))
+  by_row = lambda dtype, *rest: put(jax.ShapeDtypeStruct((rows, *rest), dtype), "BTT"[:1 + len(rest)])
+  cache = decoder.Cache(put(cache.k_LBSKH, "LBSKH"), put(cache.v_LBSKH, "LBSKH"), put(cache.valid_BS, "BS"))
+  state = DecodeState(cache, by_row(jnp.dtype(model.dtype), model.width), by_row(jnp.int32), by_row(bool), by_row(jnp.int32, new), by_row(jnp.float32, new),
+                      jax.ShapeDtypeStruct((), jnp.int32))
+  key = jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32)))
+  return state, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.over_rows(mesh))
+
+
+def _placed(tree, shardings):
+  return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings)
+
+
+# ---- one program ------------------------------------------------------------------------------------------------------
+
+
+def compile_for(mesh, function, *args, **kwargs) -> Program:
+  """function: jitted. OutOfMemory where the compiler finds no place."""
+  with jax.set_mesh(mesh):
+    traced = function.trace(*args, **kwargs)
+    try:
+      compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+      used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT]? hbm", str(error))
+      if used is None:
+        raise
+      raise OutOfMemory(float(used[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30, "T": 40}[used[2]]) from error
+  m, text = compiled.memory_analysis(), compiled.as_text()
+  peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+  return Program(m.argument_size_in_bytes, m.temp_size_in_bytes, peak, operations(traced.jaxpr.jaxpr) / mesh.size, collectives(text), text)
+
+
+def operations(jaxpr) -> float:
+  """Of the matrix products of a traced program, on all chips. A `while` of unknown length counts once, of a `cond` the larger branch."""
+  total = 0.0
+  for eqn in jaxpr.eqns:
+    inner = [operations(getattr(j, "jaxpr", j)) for p in eqn.params.values() for j in (p if isinstance(p, (tuple, list)) else (p,))
+             if isinstance(getattr(j, "jaxpr", j), jax.extend.core.Jaxpr)]
+    if eqn.primitive.name == "dot_general":
+      (contracted, _), _ = eqn.params["dimension_numbers"]
+      total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+    elif eqn.primitive.name == "cond":
+      total += max(inner)
+    elif eqn.primitive.name == "scan":
+      total += sum(inner) * eqn.params["length"]
+    elif eqn.primitive.name == "shard_map":
+      total += sum(inner) * math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
+    elif eqn.primitive.name == "pallas_call":
+      total += sum(inner) * math.prod(eqn.params["grid_mapping"].grid) * _share_computed(eqn)
+    else:
+      total += sum(inner)
+  return total
+
+
+def _share_computed(eqn) -> float:
+  """Causal attention visits every block of the square and computes those on and below the diagonal."""
+  if not eqn.params["name_and_src_info"].name.startswith("splash"):
+    return 1.0
+  blocks = max(eqn.params["grid_mapping"].grid[1:])
+  return (blocks + 1) / (2 * blocks)
+
+
+# ---- collectives of a compiled program ----------------------------------------------------------------------------------
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
+
+
+def collectives(text: str) -> dict[str, tuple[int, float]]:
+  """{kind: (times run, bytes that one chip receives)}, loops times their trip counts."""
+  bodies, name, entry = {}, None, None
+  for line in text.splitlines():
+    header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+    if header:
+      name = header[2]
+      bodies[name] = []
+      entry = name if header[1] else entry
+    elif name is not None:
+      bodies[name].append(line)
+  found: dict[str, tuple[int, float]] = {}
+
+  def visit(name: str, times: int):
+    for line in bodies[name]:
+      op = re.search(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(", line)
+      if op:
+        kind, size = op[2], _received(op[1], op[2], bool(op[3]), _group_size(line))
+        if "all-reduce-scatter" in name:   # how the TPU compiler writes a fused reduce-scatter
+          kind, size = "reduce-scatter", size / 2
+        count, total = found.get(kind, (0, 0.0))
+        found[kind] = count + times, total + times * size
+      loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+      if loop:
+        known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)   # the CPU compiler says so; the TPU's condition is read
+        visit(loop[2], times * (int(known[1]) if known else _trips(bodies[loop[1]])))
+        continue
+      for group in re.findall(r"(?:calls|branch_computations|called_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)", line):
+        for callee in re.split(r", ", group):
+          if callee.strip("%") in bodies:
+            visit(callee.strip("%"), times)
+
+  visit(entry, 1)
+  return found
+
+
+def _received(shape: str, kind: str, start: bool, group: int) -> float:
+  sizes = [math.prod(map(int, filter(None, dims.split(",")))) * _BYTES.get(dtype, 4) for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)]
+  total = float(max(sizes) if start and kind in ("all-gather", "collective-permute") else sum(sizes))   # a start names its operand too
+  share = (group - 1) / group
+  return total * {"all-gather": share, "all-reduce": 2 * share, "reduce-scatter": group - 1.0, "all-to-all": share, "collective-permute": 1.0}[kind]
+
+
+def _group_size(line: str) -> int:
+  named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+  if named:
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+  iota = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+  if iota:
+    return int(iota[1])
+  listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+  return len(listed[1].split(",")) if listed else 2
+
+
+def _trips(condition: list[str]) -> int:
+  """Of a loop counted up from 0; 1 where the length is not a constant."""
+  constants = {name: int(value) for line in condition for name, value in re.findall(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", line)}
+  for line in condition:
+    compare = re.search(r"compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT", line)
+    if compare and compare[1] in constants:
+      return constants[compare[1]]
+  return 1
+
+
+def kernels(text: str) -> list[str]:
+  """Names of the Pallas kernels that a compiled program calls."""
+  return sorted({re.sub(r"\.\d+$", "", name) for name in re.findall(r"%([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", text)})
+
+
+def logit_arrays(text: str, tokens: int, entries: int) -> list[str]:
+  """Types of a compiled program that have both sizes among their dimensions."""
+  types = set(re.findall(r"\w+\[[\d,]+\]", text))
+  return sorted(t for t in types if {tokens, entries} <= set(map(int, t.partition("[")[2][:-1].split(","))))
+
+
+# ---- the report -------------------------------------------------------------------------------------------------------
+
+
+def topology_devices(name: str):
+  """Devices of a topology such as "v5p:2x2x2". ValueError with the choices."""
+  chip, _, shape = name.partition(":")
+  if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
+    raise ValueError(f"--topology={name!r} must look like v5p:2x2x2, v5e:8x8 or v6e:4x4; choose the chip from {sorted(CHIPS)}")
+  try:
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+  except (RuntimeError, ValueError, NotImplementedError) as error:
+    raise ValueError(f"--topology={name!r}: {str(error).splitlines()[0]} (plan needs libtpu: pip install \"jax[tpu]\")") from error
+
+
+def plan(c, topology: str, model: ModelConfig, learn):
+  """Yields the lines of the report. learn: the wiring.Learner of this configuration. ValueError for a workload that does not divide over the mesh."""
+  devices, chip = topology_devices(topology), CHIPS[topology.partition(":")[0]]
+  mesh = sharding.make_mesh(devices, **c.mesh)
+  shards = sharding.row_shards(mesh)
+  rollouts, pieces = c.rollout.questions * c.rollout.group, c.train.updates_per_batch * c.train.micro_batches
+  if rollouts % (pieces * shards):
+    raise ValueError(f"{rollouts} responses do not divide into {pieces} micro-batches on {shards} row shards of config.mesh")
+  limit = chip.memory_gb * 1e9
+  up = functools.partial(bucket, multiple=c.data.length_multiple)
+  prompt, new, teacher = up(c.data.max_prompt_tokens), up(c.rollout.max_new_tokens), up(c.data.max_teacher_tokens)
+  weights = sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.shapes(model)))
+  yield (f"{c.model.path}: {weights / 1e9:.2f} G weights ({c.model.param_dtype}, products in {c.model.dtype}); method {c.method.name}, teacher {c.method.teacher_weights.name}")
+  yield f"{len(devices)} x {topology.partition(':')[0]} ({chip.memory_gb} GB, {chip.tflops} TFLOP/s, {chip.memory_gb_s} GB/s memory, {chip.links_gb_s} GB/s links), mesh {dict(mesh.shape)}"
+  yield f"{rollouts} responses of {prompt} + {new} tokens, teacher prompts of {teacher}; remat {c.model.remat}"
+
+  state = state_shapes(model, learn.tx, mesh, keep_teacher=learn.teacher.keep)
+  places = jax.tree.map(lambda x: x.sharding, state)
+  shapes = lambda rows: batch_shapes(mesh, packs=pieces * shards, rows=rows, length=up(prompt + new), teacher_length=up(teacher + new) if learn.objective.needs_teacher else c.data.length_multiple,
+                                     responses=new)
+  rows = rollouts // (pieces * shards)
+  step = jax.jit(learn.step, donate_argnums=0, out_shardings=(places, None))
+  state_bytes = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+  yield f"train state {state_bytes / 1e9:.1f} GB per chip"
+  peaks, programs = [], []
+
+  def report(name, resident, *args, **kwargs):
+    try:
+      program = compile_for(mesh, *args, **kwargs)
+    except OutOfMemory as error:
+      peaks.append(error.needed + resident)
+      yield f"{name}: the compiler needs {error.needed / 1e9:.1f} GB per chip and gives up"
+      return
+    peaks.append(program.peak + resident)
+    programs.append(program)
+    yield from lines(name, program, chip, resident)
+
+  yield from report(f"train step, {pieces} micro-batches of {rows * shards} responses", 0.0, step, state, shapes(rows))
+  if programs:
+    yield f"  Pallas kernels: {', '.join(kernels(programs[0].text)) or 'none'}"
+    found = logit_arrays(programs[0].text, rows * new, model.vocab // mesh.shape["tensor"])
+    yield f"  arrays of {rows * new} tokens x {model.vocab // mesh.shape['tensor']} entries of the vocabulary: {', '.join(found) or 'none'}"
+  sampling = Sampling(new, c.rollout.temperature, c.rollout.top_p, (0,))
+  decode_rows = -(-c.rollout.rows // shards) * shards
+  resident = state_bytes - sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state.params))
+  args = decode_shapes(model, mesh, rows=decode_rows, prompt=prompt, new=new)
+  yield from report(f"decode step, one token of {decode_rows} responses", resident, decode, state.params, *args, config=model, sampling=sampling, chunk=1)
+  yield from suggestion(peaks[0], limit, rows, pieces, shards, lambda rows: compile_for(mesh, step, state, shapes(rows)).peak)
+  worst = max(peaks)
+  yield f"plan: {'fits' if worst <= limit else 'does not fit'} ({worst / 1e9:.1f} of {chip.memory_gb} GB per chip)"
+
+
+def lines(name: str, program: Program, chip: Chip, resident: float):
+  gb = lambda n: f"{n / 1e9:.2f} GB"
+  yield f"{name}:"
+  beside = f" + {gb(resident)} of the state beside it" if resident else ""
+  yield f"  memory per chip: arguments {gb(program.arguments)}, temporaries {gb(program.temporaries)}, peak {gb(program.peak)}{beside}"
+  for kind, (times, size) in sorted(program.collectives.items()):
+    yield f"  {kind}: {times} runs, {gb(size)} received per chip"
+  moved = sum(size for _, size in program.collectives.values())
+  times = program.operations / (chip.tflops * 1e12), program.arguments / (chip.memory_gb_s * 1e9), moved / (chip.links_gb_s * 1e9)
+  yield (f"  {program.operations / 1e12:.2f} T operations per chip; at peak rates {times[0]:.3f} s of products, {times[1]:.3f} s to read the arguments once, "
+         f"{times[2]:.3f} s of collectives; step at least {max(times):.3f} s, {sum(times):.3f} s without overlap")
+
+
+def suggestion(peak: float, limit: float, rows: int, pieces: int, shards: int, peak_of):
+  """The most responses per micro-batch that fit: temporaries grow in proportion, so a second size gives the slope."""
+  other = rows * 2 if peak <= limit else max(rows // 2, 1)
+  if other == rows:
+    return
+  try:
+    slope = (peak_of(other) - peak) / (other - rows)
+  except OutOfMemory as error:
+    slope = (error.needed - peak) / (other - rows)
+  most = rows + int((limit - peak) // max(slope, 1.0))
+  total = rows * pieces * shards
+  fitting = [m for m in range(1, most + 1) if total % (m * shards) == 0]
+  if fitting:
+    yield f"largest micro-batch: {fitting[-1] * shards} responses ({total // (fitting[-1] * shards)} micro-batches), from the slope between {rows * shards} and {other * shards}"
+  else:
+    yield f"no micro-batch of whole responses fits: less is needed per response, or more chips"

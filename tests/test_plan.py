@@ -1,0 +1,94 @@
+"""The plan: operations and collectives counted against programs whose numbers are known, and the real TPU compiler on a small model."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sdpo_jax import plan, sharding
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler")
+
+
+def test_operations_count_scans_branches_and_shards():
+  square = jnp.ones((16, 16))
+  product = 2.0 * 16**3
+
+  def f(x):
+    x, _ = jax.lax.scan(lambda x, _: (jax.checkpoint(lambda y: y @ square)(x), None), x, length=5)
+    x = jax.lax.cond(x[0, 0] > 0, lambda x: x @ square @ square, lambda x: x @ square, x)
+    return jax.shard_map(lambda a: a @ square, in_specs=jax.P("data"), out_specs=jax.P("data"), check_vma=False)(x)
+
+  with jax.set_mesh(sharding.make_mesh(jax.devices()[:4], data=2, fsdp=1, tensor=-1)):
+    found = plan.operations(jax.make_jaxpr(f)(square).jaxpr)
+  assert found == (5 + 2 + 1 * 2) * product   # the last one is computed by both devices along "tensor"
+
+
+def test_collectives_of_a_real_program_count_every_turn_of_the_loop():
+  mesh = sharding.make_mesh(jax.devices(), data=1, fsdp=8, tensor=1)
+  whole = jax.NamedSharding(mesh, jax.P())
+
+  def f(x):
+    def body(y, _):
+      y = jax.lax.with_sharding_constraint(jnp.sin(y), whole)
+      return jax.lax.with_sharding_constraint(y * 2.0, jax.NamedSharding(mesh, jax.P("fsdp"))), None
+    return jax.lax.scan(body, x, length=7)[0]
+
+  x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("fsdp")))
+  found = plan.collectives(jax.jit(f).lower(x).compile().as_text())
+  assert found == {"all-gather": (7, 7 * 64 * 32 * 4 * 7 / 8)}
+
+
+def test_collectives_in_the_words_of_the_tpu_compiler():
+  text = """
+%add (a: f32[], b: f32[]) -> f32[] {
+}
+%all-reduce-scatter.3 (p: bf16[64,128]) -> bf16[8,128] {
+  %all-reduce.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-reduce(%p), replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}, to_apply=%add
+}
+%cond.1 (t: (s32[], f32[8])) -> pred[] {
+  %constant.5 = s32[]{:T(128)} constant(36), backend_config={}
+  ROOT %lt.1 = pred[]{:T(512)} compare(%gte.1, %constant.5), direction=LT
+}
+%body.1 (t: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %all-gather-start.1 = (bf16[8,128]{1,0}, bf16[64,128]{1,0:T(8,128)(2,1)}) all-gather-start(%x), replica_groups=[1,8]<=[8], dimensions={0}
+  %fusion.2 = bf16[8,128]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.3
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %while.1 = (s32[]{:T(128)}, f32[8]{0}) while(%tuple), condition=%cond.1, body=%body.1, metadata={}
+  %all-reduce.9 = (f32[8]{0}, f32[4]{0}) all-reduce(%a, %b), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+"""
+  size = 64 * 128 * 2
+  assert plan.collectives(text) == {"all-gather": (36, 36 * size * 7 / 8), "reduce-scatter": (36, 36 * size * 7 / 8), "all-reduce": (1, 2 * 48 * 3 / 4)}
+
+
+def test_the_suggestion_divides_the_responses():
+  say = lambda limit: list(plan.suggestion(30e9, limit, 2, 16, 8, lambda rows: 10e9 + 10e9 * rows))
+  assert say(95e9) == ["largest micro-batch: 64 responses (4 micro-batches), from the slope between 16 and 32"]
+  assert say(25e9)[0].startswith("largest micro-batch: 8 responses (32 micro-batches)")
+  assert say(15e9)[0].startswith("no micro-batch")
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:2xx"])
+def test_a_topology_that_does_not_exist_is_named(name):
+  with pytest.raises(ValueError, match=re.escape(name)):
+    plan.topology_devices(name)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_plan_of_a_small_model_from_the_command_line():
+  """The real compiler: ends with the promised line, the pair is on the chip's own kernels, and no array is tokens x vocabulary."""
+  root = os.path.dirname(os.path.dirname(__file__))
+  child = subprocess.run([sys.executable, "-m", "sdpo_jax.main", "--mode=plan", "--topology=v5p:2x2x2", "--config=configs/plan_8b.py:local"], cwd=root,
+                         env=os.environ | {"XLA_FLAGS": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+  assert child.returncode == 0, child.stderr[-2000:]
+  lines = child.stdout.splitlines()
+  assert re.fullmatch(r"plan: fits \([\d.]+ of 95 GB per chip\)", lines[-1]), lines
+  assert any(line.startswith("train step") for line in lines) and any(line.startswith("decode step") for line in lines)
