@@ -71,8 +71,12 @@ def base() -> ml_collections.ConfigDict:
   c.discover = dict(                         # --mode=discover: test-time self-distillation
       arms=("sdpo", "best_of_k"),            # of sdpo, best_of_k, multi_turn
       split="heldout", questions=20, seeds=5,
-      attempts=256,                          # budget of one (question, seed)
+      indices=(),                            # tasks of the split by index; empty: the first `questions`
+      below_pass_at_64=1.0,                  # below 1: only questions that the base model solves more seldom, out of the first `candidates`
+      candidates=200, calibration=2048,      # base attempts at each candidate, beside all budgets
+      attempts=256, tokens=0,                # budgets of one (question, seed): attempts, and generated tokens (0: no limit)
       rollouts=16,                           # attempts per update
+      history="feedback",                    # feedback | attempt_and_feedback: what multi_turn's prompt keeps of a turn
   )
   c.checkpoint = dict(every_steps=20, keep=2)
   c.log = dict(rollouts_every_steps=10, rollouts_kept=16)   # rollout files: how often, how many rows

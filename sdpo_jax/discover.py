@@ -3,16 +3,24 @@ r"""Test-time self-distillation: one hard question, binary reward, no solution k
 Source: arXiv 2601.20802, section 5. Arms, all with the same sampler, judge and accounting:
   sdpo        batches of `rollouts` attempts from fresh weights; each batch without a success is one update on its feedback alone
   best_of_k   independent attempts of the base model
-  multi_turn  one attempt after another; the prompt holds the feedback on the earlier ones, the oldest dropped first at the limit
+  multi_turn  one attempt after another; the prompt holds the feedback on the earlier ones (`history` says whether the attempts as
+              well), the oldest dropped first at the limit of the prompt
 
-A run is one (arm, question, seed). It stops at its first success or at the budget; a run that is not solved by then counts as not
-found at every k (the paper's convention; `stats.discovery_at_k`). best_of_k spends its whole budget, so that discovery@k is the unbiased
-estimator pass@k with n = budget.
+A run is one (arm, question, seed). It stops at its first success or when a budget (attempts, generated tokens) is spent. best_of_k spends
+its whole budget, so that discovery@k is the unbiased estimator pass@k with n = budget. What the figures mean: `discovery.py`.
 
-A run is a pure function of (weights, settings, question, seed) and starts from the base weights, so nothing leaks between questions. Each
-finished run is one line of WORKDIR/discover.jsonl; a killed session repeats the run that it was in, to the same end.
+Hard questions: with `below_pass_at_64` < 1 the base model first attempts each candidate `calibration` times, and only questions whose
+estimated pass@64 lies below it are used. These attempts have seeds of their own and count for no arm.
+
+A run is a pure function of (weights, settings, question, seed) and starts from the base weights, so nothing leaks between questions, and
+neither the order of the runs nor what shares a batch changes a result. Files of the work directory:
+  difficulty.jsonl  one candidate a line: attempts, successes, pass@64
+  attempts.jsonl    the judged batches of the run under way. A killed session replays them (the updates are done again, nothing is
+                    sampled or judged again) and goes on in mid-question to the same end
+  discover.jsonl    one finished run a line; then discover.json (summary) and discover.png
 """
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -21,81 +29,145 @@ from typing import Any, Callable
 import jax
 import numpy as np
 
-from sdpo_jax import stats
-from sdpo_jax.data.batch import Shape, pack
+from sdpo_jax import discovery, stats
+from sdpo_jax.data.batch import pack
 from sdpo_jax.data.tasks import first_tasks
 from sdpo_jax.objectives import methods
 from sdpo_jax.objectives.loss import make_objective
-from sdpo_jax.objectives.teacher_context import Context
-from sdpo_jax.records import Sampling, Status, Task
+from sdpo_jax.objectives.teacher_context import CLOSING, TEMPLATES, Context, fill
+from sdpo_jax.records import Feedback, Rollout, Sampling, Status, Task
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_train_step
 from sdpo_jax.wiring import blame_settings, describe_run, same_run, wired, write_atomically
 
 ARMS = ("sdpo", "best_of_k", "multi_turn")
+HISTORIES = ("feedback", "attempt_and_feedback")
+
+
+def solved(rollout: Rollout) -> bool:
+  return rollout.feedback.status is not Status.ENV_FAILED and rollout.feedback.reward >= 1.0
 
 
 class Budget:
-  """Attempts, generated tokens and teacher tokens of one run."""
+  """Attempts, generated tokens and teacher tokens of one run, and what they were when the first success came. tokens None: no limit."""
 
-  def __init__(self, attempts: int):
-    self.limit, self.attempts, self.tokens, self.teacher_tokens, self.first_success = attempts, 0, 0, 0, None
+  def __init__(self, attempts: int, tokens: int | None = None):
+    self.limit, self.token_limit, self.attempts, self.tokens, self.teacher_tokens, self.successes = attempts, tokens, 0, 0, 0, 0
+    self.first: dict[str, Any] = {"first_success": None, "first_success_tokens": None, "response": None}
 
-  def count(self, rollouts) -> None:
+  def count(self, rollouts: list[Rollout]) -> None:
     for r in rollouts:
       self.attempts += 1
       self.tokens += len(r.tokens)
-      if self.first_success is None and r.feedback.status is not Status.ENV_FAILED and r.feedback.reward >= 1.0:
-        self.first_success = self.attempts
+      if solved(r):
+        self.successes += 1
+        if not self.found:
+          self.first = {"first_success": self.attempts, "first_success_tokens": self.tokens, "response": r.text}
 
   @property
-  def spent(self) -> bool:
-    return self.attempts >= self.limit
+  def found(self) -> bool:
+    return self.first["first_success"] is not None
+
+  @property
+  def left(self) -> int:
+    """Attempts that may still be made."""
+    return 0 if self.token_limit is not None and self.tokens >= self.token_limit else self.limit - self.attempts
 
   def record(self) -> dict[str, Any]:
-    return {"first_success": self.first_success, "attempts": self.attempts, "tokens": self.tokens, "teacher_tokens": self.teacher_tokens}
+    return self.first | {"attempts": self.attempts, "successes": self.successes, "tokens": self.tokens, "teacher_tokens": self.teacher_tokens}
 
 
 def solve_by_learning(task: Task, budget: Budget, *, fresh: Callable, collect: Callable, make_batch: Callable, step: Callable) -> None:
-  """SDPO on one question from fresh weights, until a success or the budget's end."""
+  """SDPO on one question from fresh weights, until a success or the budget's end. collect(params, [(task, first attempt)]) -> groups."""
   state = fresh()
-  while budget.first_success is None and not budget.spent:
-    groups = collect(state.params, task, budget.attempts)
+  while not budget.found and budget.left:
+    groups = collect(state.params, [(task, budget.attempts)])
     budget.count(groups[0])
-    if budget.first_success is None and not budget.spent:
+    if not budget.found and budget.left:
       packed = make_batch(groups)
-      budget.teacher_tokens += int((packed.batch.teacher.segment_CPT > 0).sum())
+      budget.teacher_tokens += int((np.asarray(packed.batch.teacher_pos_BR).max(1) + 1)[np.asarray(packed.batch.distill_B) > 0].sum())
       state, _ = step(state, packed.batch)
 
 
-def solve_by_sampling(task: Task, budget: Budget, *, params, collect: Callable) -> dict[str, int]:
-  """All of the budget, independent; returns how many attempts succeeded."""
-  successes = 0
-  while not budget.spent:
-    group = collect(params, task, budget.attempts)[0]
-    budget.count(group)
-    successes += sum(r.feedback.reward >= 1.0 for r in group)
-  return {"successes": successes}
+def solve_by_sampling(task: Task, budget: Budget, *, params, collect: Callable, rollouts: int, together: int = 1) -> None:
+  """All of the budget, independent, in `together` batches of `rollouts` attempts at a time."""
+  while budget.left:
+    for group in collect(params, [(task, budget.attempts + i * rollouts) for i in range(together) if i * rollouts < budget.left]):
+      budget.count(group[:budget.limit - budget.attempts])
 
 
-def solve_by_turns(task: Task, budget: Budget, *, params, collect_one: Callable, fits: Callable) -> None:
-  """Feedback on earlier attempts stays in the prompt, newest last; the oldest is dropped while the prompt does not fit."""
-  history: list[str] = []
-  while budget.first_success is None and not budget.spent:
-    shown = list(history)
-    while shown and not fits(prompt_with(task, shown)):
+def solve_by_turns(task: Task, budget: Budget, *, params, collect: Callable, fits: Callable, history: str = "feedback") -> None:
+  """What was said of earlier attempts stays in the prompt, newest last; the oldest is dropped while the prompt does not fit."""
+  turns: list[Rollout] = []
+  while not budget.found and budget.left:
+    shown = list(turns)
+    while shown and not fits(prompt_with(task, shown, history)):
       shown.pop(0)
-    rollout = collect_one(params, prompt_with(task, shown), budget.attempts)
+    rollout, = collect(params, [(prompt_with(task, shown, history), budget.attempts)])[0]
     budget.count([rollout])
-    if rollout.feedback.text:
-      history.append(rollout.feedback.text)
+    if rollout.feedback.text and rollout.feedback.status is not Status.ENV_FAILED:
+      turns.append(rollout)
 
 
-def prompt_with(task: Task, feedbacks: list[str]) -> Task:
-  """The task with the feedback on earlier attempts in its prompt, in the words that the teacher reads."""
-  if not feedbacks:
+def prompt_with(task: Task, turns: list[Rollout], history: str) -> Task:
+  """The task with earlier turns in its prompt, in the words that the teacher reads."""
+  if not turns:
     return task
-  return Task(task.id, Context(feedback="\n\n".join(feedbacks)).render(task.prompt), task.system, task.solution, task.split, task.data)
+  if history == "feedback":
+    prompt = Context(feedback="\n\n".join(r.feedback.text for r in turns)).render(task.prompt)
+  else:
+    said = [fill(TEMPLATES["attempt"], {"text": r.text}) + fill(TEMPLATES["feedback"], {"text": r.feedback.text}) for r in turns]
+    prompt = task.prompt + "".join(said) + CLOSING
+  return dataclasses.replace(task, prompt=prompt)
+
+
+class Attempts:
+  """The judged batches of the run under way, on disk: what a killed session has sampled and judged is read back, not done again."""
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+    self.stored = read_lines(path)
+
+  def begin(self, run: list) -> None:
+    """The batches of another run are of no use."""
+    self.stored = [line for line in self.stored if line["run"] == run]
+    self.run = run
+    write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in self.stored))
+
+  def around(self, collect: Callable) -> Callable:
+    """collect(params, [(task, first attempt)]) -> groups, those on disk first."""
+
+    def collect_or_read(params, asked):
+      if self.stored:
+        line = self.stored.pop(0)
+        assert line["first"] == [first for _, first in asked], f"{self.path} does not belong to this run"
+        return [[from_json(r, task) for r in group] for (task, _), group in zip(asked, line["groups"])]
+      groups = collect(params, asked)
+      with open(self.path, "a", encoding="utf-8") as log:
+        log.write(json.dumps({"run": self.run, "first": [first for _, first in asked], "groups": [[to_json(r) for r in g] for g in groups]}) + "\n")
+      return groups
+
+    return collect_or_read
+
+
+def to_json(r: Rollout) -> dict:
+  return dataclasses.asdict(dataclasses.replace(r, task=None)) | {"feedback": [r.feedback.reward, r.feedback.text, r.feedback.status.value]}
+
+
+def from_json(line: dict, task: Task) -> Rollout:
+  reward, text, status = line["feedback"]
+  return Rollout(**line | {"task": task, "feedback": Feedback(reward, text, Status(status))})
+
+
+def calibrate(task: Task, *, below: float, attempts: int, collect: Callable) -> dict[str, Any]:
+  """Base attempts on one candidate; ends early once it is too easy even if all that would come failed, when its pass@64 is a rough figure."""
+  n = c = 0
+  while n < attempts:
+    group = collect(n)
+    n, c = n + len(group), c + sum(map(solved, group))
+    if stats.pass_at_k(attempts, min(c, attempts), 64) >= below:
+      break
+  return {"task_id": task.id, "attempts": n, "successes": c, "pass@64": stats.pass_at_k(n, c, min(64, n)), "used": n >= attempts}
 
 
 def discover(c, workdir: str) -> dict[str, Any]:
@@ -106,56 +178,92 @@ def discover(c, workdir: str) -> dict[str, Any]:
     for arm in d.arms:
       if arm not in ARMS:
         raise ValueError(f"config.discover.arms={arm!r} is unknown; choose from {list(ARMS)}")
-    same_run(workdir, c, begun=(workdir / "discover.jsonl").exists())
+    if d.history not in HISTORIES:
+      raise ValueError(f"config.discover.history={d.history!r} is unknown; choose from {list(HISTORIES)}")
+    if d.below_pass_at_64 < 1 and d.calibration < 64:
+      raise ValueError(f"config.discover.calibration={d.calibration} must be at least 64 where below_pass_at_64={d.below_pass_at_64} asks for it")
+    same_run(workdir, c, begun=(workdir / "discover.jsonl").exists() or (workdir / "difficulty.jsonl").exists())
   with wired(c) as w:
     describe_run(workdir, c, {"sandbox_isolation": w.isolation})
+    env = w.collector.env
     method = c.method.to_dict()
     objective, parts, tx = make_objective(method), methods.build(method), make_optimizer(**c.optimizer)
     teacher = parts["teacher_weights"]()
     signals = make_signals(w.model, objective, mix=teacher.mix, temperature=c.rollout.temperature, remat=c.model.remat, join=w.join)
     step = jax.jit(make_train_step(signals, objective, tx, teacher_move=teacher.move), donate_argnums=0)
-
     params, frozen = w.trainable(c.seed)
     fresh = lambda: init_state(jax.tree.map(lambda x: x.copy(), params), tx, keep_teacher=teacher.keep)
     sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
-    shapes: list[Shape] = []
-    make_batch = lambda groups: pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=parts["teacher_context"],
+    fits = lambda task: len(w.chat.prompt_tokens(env.prompt(task))) <= c.data.max_prompt_tokens
+    make_batch = lambda groups: pack(groups, chat=w.chat, messages=env.prompt, teacher_context=parts["teacher_context"],
                                      advantage=parts["advantage"], max_teacher_tokens=c.data.max_teacher_tokens,
-                                     length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple, shapes=shapes)
-    lines = read_lines(workdir)
+                                     length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple)
+
+    def collect(weights, asked, *, path, n):
+      """n attempts for each (task, first attempt); a batch has a seed of its own, so it is the same whatever is sampled beside it."""
+      seeds = [prompt_seed(c.seed, *path, task.id, first) for task, first in asked]
+      return w.collector.collect(weights, [task for task, _ in asked], n=n, sampling=sampling, seeds=seeds)
+
+    together = max(1, c.rollout.rows // d.rollouts)
+    with blame_settings():
+      tasks = [env.task(d.split, i) for i in d.indices] or first_tasks(env, d.split, d.candidates if d.below_pass_at_64 < 1 else d.questions)
+    if d.below_pass_at_64 < 1:
+      tasks = choose_hard(tasks, d, workdir, lambda task, n: sum(collect(
+          w.params, [(task, n + i * d.rollouts) for i in range(together)], path=("calibration",), n=d.rollouts), []))
+    difficulty = {line["task_id"]: line["pass@64"] for line in read_lines(workdir / "difficulty.jsonl")}
+
+    lines, attempts = read_lines(workdir / "discover.jsonl"), Attempts(workdir / "attempts.jsonl")
     done = {(line["arm"], line["task_id"], line["seed"]) for line in lines}
     with open(workdir / "discover.jsonl", "a", encoding="utf-8") as log:
-      for seed in range(d.seeds):
-        for task in first_tasks(w.collector.env, d.split, d.questions):
-          for arm in d.arms:
-            if (arm, task.id, seed) in done:
-              continue
-            begun, budget, extra = time.monotonic(), Budget(d.attempts), {}
+      for arm, task, seed in ((arm, task, seed) for seed in range(d.seeds) for task in tasks for arm in d.arms):
+        if (arm, task.id, seed) in done:
+          continue
+        attempts.begin([arm, task.id, seed])
+        begun, budget = time.monotonic(), Budget(d.attempts, d.tokens or None)
+        path = ("discover", seed)
 
-            def collect(params, task, attempts, n=d.rollouts):
-              seeds = [prompt_seed(c.seed, "discover", task.id, seed, attempts)]
-              return w.collector.collect(params, [task], n=min(n, d.attempts - attempts), sampling=sampling, seeds=seeds)
-
-            if arm == "sdpo":
-              solve_by_learning(task, budget, fresh=fresh, collect=lambda params, *a: collect(w.weights(params, frozen), *a), make_batch=make_batch,
-                                step=lambda *a: step(*a, frozen))
-            elif arm == "best_of_k":
-              extra = solve_by_sampling(task, budget, params=w.params, collect=lambda *a: collect(*a, n=c.rollout.rows))
-            else:
-              solve_by_turns(task, budget, params=w.params, collect_one=lambda *a: collect(*a, n=1)[0][0],
-                             fits=lambda t: len(w.chat.prompt_tokens(w.collector.env.prompt(t))) <= c.data.max_prompt_tokens)
-            line = {"arm": arm, "task_id": task.id, "seed": seed} | budget.record() | extra | {"time_s": round(time.monotonic() - begun, 3)}
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            lines.append(line)
-  summary = summarise(lines, d.attempts)
+        if arm == "sdpo":
+          ask = attempts.around(lambda p, asked: collect(w.weights(p, frozen), asked, path=path, n=min(d.rollouts, d.attempts - asked[0][1])))
+          solve_by_learning(task, budget, fresh=fresh, collect=ask, make_batch=make_batch, step=lambda *a: step(*a, frozen))
+        elif arm == "best_of_k":
+          ask = attempts.around(lambda p, asked: collect(p, asked, path=path, n=min(d.rollouts, d.attempts)))
+          solve_by_sampling(task, budget, params=w.params, collect=ask, rollouts=min(d.rollouts, d.attempts), together=together)
+        else:
+          ask = attempts.around(lambda p, asked: collect(p, asked, path=path, n=1))
+          solve_by_turns(task, budget, params=w.params, collect=ask, fits=fits, history=d.history)
+        line = {"arm": arm, "task_id": task.id, "seed": seed} | budget.record() | {"time_s": round(time.monotonic() - begun, 3)}
+        log.write(json.dumps(line) + "\n")
+        log.flush()
+        lines.append(line)
+    (workdir / "attempts.jsonl").unlink(missing_ok=True)
+  summary = discovery.summarise(lines, d.attempts, difficulty=difficulty)
   write_atomically(workdir / "discover.json", json.dumps(summary, indent=2) + "\n")
+  discovery.plot(lines, d.attempts, workdir / "discover.png")
   return summary
 
 
-def read_lines(workdir: pathlib.Path) -> list[dict]:
-  """Finished runs; a last line that a kill cut short is removed from the file, and its run is repeated."""
-  path = workdir / "discover.jsonl"
+def choose_hard(candidates: list[Task], d, workdir: pathlib.Path, collect: Callable) -> list[Task]:
+  """The first `d.questions` candidates that are hard enough. collect(task, n) -> judged attempts, n being how many were made before."""
+  known = {line["task_id"]: line for line in read_lines(workdir / "difficulty.jsonl")}
+  chosen = []
+  with open(workdir / "difficulty.jsonl", "a", encoding="utf-8") as log:
+    for task in candidates:
+      if len(chosen) == d.questions:
+        break
+      if task.id not in known:
+        known[task.id] = calibrate(task, below=d.below_pass_at_64, attempts=d.calibration, collect=lambda n, task=task: collect(task, n))
+        log.write(json.dumps(known[task.id]) + "\n")
+        log.flush()
+      if known[task.id]["used"]:
+        chosen.append(task)
+  with blame_settings():
+    if not chosen:
+      raise ValueError(f"config.discover.below_pass_at_64={d.below_pass_at_64}: none of {len(candidates)} candidates is as hard as that")
+  return chosen
+
+
+def read_lines(path: pathlib.Path) -> list[dict]:
+  """Whole lines; a last one that a kill cut short is removed from the file."""
   if not path.exists():
     return []
   text = path.read_text(encoding="utf-8")
@@ -163,37 +271,3 @@ def read_lines(workdir: pathlib.Path) -> list[dict]:
   if whole != text:
     write_atomically(path, whole)
   return [json.loads(line) for line in whole.splitlines()]
-
-
-def summarise(lines: list[dict], budget: int, *, level: float = 0.9) -> dict[str, Any]:
-  """discovery@k per arm at powers of two and at the budget, with bootstrapped intervals over questions, and what it cost."""
-  ks = sorted({2**i for i in range(budget.bit_length()) if 2**i <= budget} | {budget})
-  summary: dict[str, Any] = {"budget": budget, "level": level, "arms": {}}
-  for arm in dict.fromkeys(line["arm"] for line in lines):
-    mine = [line for line in lines if line["arm"] == arm]
-    by_question: dict[str, list[dict]] = {}
-    for line in mine:
-      by_question.setdefault(line["task_id"], []).append(line)
-
-    def at(k):
-      if arm == "best_of_k":   # unbiased, from all attempts
-        return [float(np.mean([stats.pass_at_k(line["attempts"], line["successes"], min(k, line["attempts"])) for line in runs])) for runs in by_question.values()]
-      return [stats.discovery_at_k([line["first_success"] for line in runs], k) for runs in by_question.values()]
-
-    summary["arms"][arm] = {
-        "discovery": {str(k): stats.mean_interval(at(k), level=level)._asdict() for k in ks},
-        "questions": len(by_question), "runs": len(mine), "solved": sum(line["first_success"] is not None for line in mine),
-        "mean_attempts": float(np.mean([line["first_success"] or line["attempts"] for line in mine])),
-        "mean_tokens": float(np.mean([line["tokens"] for line in mine])), "mean_teacher_tokens": float(np.mean([line["teacher_tokens"] for line in mine])),
-        "time_s": float(np.sum([line["time_s"] for line in mine]))}
-  return summary
-
-
-def summary_lines(summary: dict[str, Any]) -> list[str]:
-  """A table of discovery@k with intervals, one line an arm and k."""
-  lines = []
-  for arm, result in summary["arms"].items():
-    lines.append(f"{arm}: {result['solved']} of {result['runs']} runs solved; on average {result['mean_attempts']:.0f} attempts, "
-                 f"{result['mean_tokens']:.0f} tokens generated, {result['mean_teacher_tokens']:.0f} read by the teacher")
-    lines += [f"  discovery@{k}: {x['mean']:.1%}" + (f" [{x['low']:.1%}, {x['high']:.1%}]" if x["low"] is not None else "") for k, x in result["discovery"].items()]
-  return lines

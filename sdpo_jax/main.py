@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     check_writable(workdir)
   except (UsageError, ValueError) as error:
     return complain(error, 2)
-  from sdpo_jax import discover, metrics, train, wiring
+  from sdpo_jax import discover, discovery, metrics, train, wiring
   absl_logging.use_absl_handler()
   absl_logging.set_verbosity(absl_logging.WARNING)
   try:
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
     elif f.mode == "eval":
       results, base = train.evaluate_checkpoint(c, workdir, f.checkpoint), {}
     else:
-      for line in discover.summary_lines(discover.discover(c, workdir)):
+      for line in discovery.summary_lines(discover.discover(c, workdir)):
         print(line)
       return 0
   except (wiring.SettingError, FileNotFoundError) as error:

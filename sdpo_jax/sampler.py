@@ -1,7 +1,7 @@
 """Sampling from the decoder: a jitted prefill and a jitted decode loop over a key-value cache; tokens and log-probabilities out.
 
 Prompts are padded on the LEFT, so that all rows write the same cache column and a write is one dynamic_update_slice. Shapes are
-bucketed (prompt length to a multiple, rows to a fixed number), which bounds the number of compilations. Decoding runs in chunks
+bucketed (prompt length to a multiple, rows to a power of two or the most allowed), which bounds the number of compilations. Decoding runs in chunks
 of tokens; rows that have finished are handed out after each chunk, so that judging starts while others are still being sampled.
 
 Randomness: one seed a prompt, folded with the sample index and then with the token's index: a response depends on its own seed
@@ -90,7 +90,7 @@ class Sampler:
   """The plain engine. `generate` has the engine interface's signature."""
 
   def __init__(self, config: ModelConfig, *, rows: int, prompt_multiple: int = 16, chunk: int = 8, pad_token: int = 0):
-    """rows: sequences decoded together; prompt_multiple: prompt lengths are rounded up to it; chunk: tokens between hand-outs."""
+    """rows: most sequences decoded together; prompt_multiple: prompt lengths are rounded up to it; chunk: tokens between hand-outs."""
     self.config, self.rows, self.prompt_multiple, self.chunk, self.pad_token = config, rows, prompt_multiple, chunk, pad_token
 
   def generate(self, params, prompts: list[list[int]], *, n: int, sampling: Sampling, seeds: list[int]) -> Iterator[Completion]:
@@ -103,16 +103,17 @@ class Sampler:
   def _wave(self, params, prompts, jobs, sampling: Sampling, seeds) -> Iterator[Completion]:
     longest = max(len(prompts[p]) for p, _ in jobs)
     P = -(-longest // self.prompt_multiple) * self.prompt_multiple
-    prompt_BP = np.full((self.rows, P), self.pad_token, np.int32)
-    length_B = np.ones(self.rows, np.int32)   # rows beyond the jobs read one padding token and are thrown away
-    seed_B, sample_B = np.zeros(self.rows, np.uint32), np.zeros(self.rows, np.uint32)
+    rows = min(self.rows, 1 << (len(jobs) - 1).bit_length())
+    prompt_BP = np.full((rows, P), self.pad_token, np.int32)
+    length_B = np.ones(rows, np.int32)   # rows beyond the jobs read one padding token and are thrown away
+    seed_B, sample_B = np.zeros(rows, np.uint32), np.zeros(rows, np.uint32)
     for b, (p, s) in enumerate(jobs):
       prompt_BP[b, P - len(prompts[p]):] = prompts[p]
       length_B[b], seed_B[b], sample_B[b] = len(prompts[p]), seeds[p], s
     key_B = jax.vmap(lambda seed, sample: jax.random.fold_in(jax.random.key(seed), sample))(seed_B, sample_B)
     state = prefill(params, prompt_BP, length_B, config=self.config, max_new_tokens=sampling.max_new_tokens)
-    if len(jobs) < self.rows:
-      state = state._replace(done_B=jnp.arange(self.rows) >= len(jobs))
+    if len(jobs) < rows:
+      state = state._replace(done_B=jnp.arange(rows) >= len(jobs))
     waiting = set(range(len(jobs)))
     while waiting:
       state = decode(params, state, key_B, config=self.config, sampling=sampling, chunk=self.chunk)

@@ -78,6 +78,22 @@ def discovery_at_k(first_success, k):
   return float(value) if value.ndim == 0 else value
 
 
+def kaplan_meier(first_success, attempts, k):
+  """Probability of a success within k attempts where runs may have ended early: 1 - prod over j <= k of (1 - successes at j / runs still going at j).
+
+  first_success: as in discovery_at_k, any shape; attempts: how many each run made. A run without success is censored after its attempts. With
+  every unsolved run observed up to k this is discovery_at_k. Beyond the last attempt of any run the estimate stays where it was.
+  """
+  first_X, attempts_X = np.array(first_success, dtype=float).ravel(), np.array(attempts, dtype=float).ravel()
+  if not first_X.size or first_X.shape != attempts_X.shape:
+    raise ValueError(f"kaplan_meier needs as many numbers of attempts as runs, and at least one; got {first_X.size} and {attempts_X.size}")
+  end_X = np.where(np.isfinite(first_X), first_X, attempts_X)
+  survival = 1.0
+  for j in np.unique(first_X[np.isfinite(first_X) & (first_X <= k)]):
+    survival *= 1.0 - np.sum(first_X == j) / np.sum(end_X >= j)
+  return float(1.0 - survival)
+
+
 def paired_bootstrap(a_QS, b_QS, *, level=0.95, seed=0) -> Difference:
   """mean(a) - mean(b) over the same questions and as many seeds, with an interval and a two-sided p-value.
 
