@@ -5,7 +5,7 @@ Other:  python -m sdpo_jax.main --mode=discover --config=configs/discover.py --c
 Smoke:  python -m sdpo_jax.main --mode=discover --config=configs/discover.py:local
 Setting of arXiv 2601.20802, section 5: the teacher reads the feedback alone (no solution is known), its weights follow the policy at 0.01,
 reverse KL over the top 20 with a tail, advantages clipped at 5, 16 attempts an update, stop at the first success. The questions are TinyCode's
-three operations, each named by a novel word; those are used that the base model solves with pass@64 < 0.03 in 2,048 attempts.
+three operations, each named by a novel word; those are used that the base model solves with pass@64 < 0.03.
 The learning rate is 3e-3: on 24 questions of `train` (any difficulty, one seed) 3e-3 and 1e-3 both found 9 within 85 attempts and 19 within 256.
 """
 

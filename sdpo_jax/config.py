@@ -73,7 +73,7 @@ def base() -> ml_collections.ConfigDict:
       split="heldout", questions=20, seeds=5,
       indices=(),                            # tasks of the split by index; empty: the first `questions`
       below_pass_at_64=1.0,                  # below 1: only questions that the base model solves more seldom, out of the first `candidates`
-      candidates=200, calibration=2048,      # base attempts at each candidate, beside all budgets
+      candidates=200, calibration=2048,      # base attempts at each candidate where the environment cannot list the solutions; beside all budgets
       attempts=256, tokens=0,                # budgets of one (question, seed): attempts, and generated tokens (0: no limit)
       rollouts=16,                           # attempts per update
       history="feedback",                    # feedback | attempt_and_feedback: what multi_turn's prompt keeps of a turn

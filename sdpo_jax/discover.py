@@ -9,12 +9,13 @@ Source: arXiv 2601.20802, section 5. Arms, all with the same sampler, judge and 
 A run is one (arm, question, seed). It stops at its first success or when a budget (attempts, generated tokens) is spent. best_of_k spends
 its whole budget, so that discovery@k is the unbiased estimator pass@k with n = budget. What the figures mean: `discovery.py`.
 
-Hard questions: with `below_pass_at_64` < 1 the base model first attempts each candidate `calibration` times, and only questions whose
-estimated pass@64 lies below it are used. These attempts have seeds of their own and count for no arm.
+Hard questions: with `below_pass_at_64` < 1 only candidates are used whose pass@64 under the base model lies below it. Where the environment
+can list the solutions of a task (TinyCode), this is 1 - (1 - p)^64 with p the model's probability of writing one of them, which no luck
+enters; elsewhere the base model attempts each candidate `calibration` times, with seeds of their own, which count for no arm.
 
 A run is a pure function of (weights, settings, question, seed) and starts from the base weights, so nothing leaks between questions, and
 neither the order of the runs nor what shares a batch changes a result. Files of the work directory:
-  difficulty.jsonl  one candidate a line: attempts, successes, pass@64
+  difficulty.jsonl  one candidate a line: its pass@64 and whether it is used
   attempts.jsonl    the judged batches of the run under way. A killed session replays them (the updates are done again, nothing is
                     sampled or judged again) and goes on in mid-question to the same end
   discover.jsonl    one finished run a line; then discover.json (summary) and discover.png
@@ -167,7 +168,31 @@ def calibrate(task: Task, *, below: float, attempts: int, collect: Callable) -> 
     n, c = n + len(group), c + sum(map(solved, group))
     if stats.pass_at_k(attempts, min(c, attempts), 64) >= below:
       break
-  return {"task_id": task.id, "attempts": n, "successes": c, "pass@64": stats.pass_at_k(n, c, min(64, n)), "used": n >= attempts}
+  pass_at_64 = stats.pass_at_k(n, c, min(64, n))
+  return {"task_id": task.id, "attempts": n, "successes": c, "pass@64": pass_at_64, "used": n >= attempts and pass_at_64 < below}
+
+
+def exact_difficulty(task: Task, programs: list[str], *, below: float, prompt: list[int], chat, logp: Callable) -> dict[str, Any]:
+  """From the probability of the known solutions: a lower bound, in which solutions of another form are missing. logp([rollout]) -> nats each."""
+  rows = [Rollout(task, prompt, tokens, [0.0] * len(tokens), "stop", text, Feedback(1.0, ""))
+          for text in programs for tokens in [chat.text_tokens(text) + [chat.stop_tokens[0]]]]
+  p = min(float(np.exp(logp(rows)).sum()), 1.0)
+  pass_at_64 = 1.0 - (1.0 - p)**64
+  return {"task_id": task.id, "pass@1": p, "solutions": len(rows), "pass@64": pass_at_64, "used": pass_at_64 < below}
+
+
+def make_logp(score: Callable, make_batch: Callable, rows: int) -> Callable:
+  """-> logp([rollout]) -> log-probability of each whole response, in batches of one shape. score(batch) -> logp_BR."""
+
+  def logp(rollouts: list[Rollout]) -> np.ndarray:
+    said = []
+    for first in range(0, len(rollouts), rows):
+      part = rollouts[first:first + rows]
+      batch = make_batch([part + part[:1] * (rows - len(part))]).batch
+      said.append(np.where(batch.weight_BR > 0, np.asarray(score(batch)), 0.0).sum(1)[:len(part)])
+    return np.concatenate(said)
+
+  return logp
 
 
 def discover(c, workdir: str) -> dict[str, Any]:
@@ -195,9 +220,9 @@ def discover(c, workdir: str) -> dict[str, Any]:
     fresh = lambda: init_state(jax.tree.map(lambda x: x.copy(), params), tx, keep_teacher=teacher.keep)
     sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
     fits = lambda task: len(w.chat.prompt_tokens(env.prompt(task))) <= c.data.max_prompt_tokens
-    make_batch = lambda groups: pack(groups, chat=w.chat, messages=env.prompt, teacher_context=parts["teacher_context"],
-                                     advantage=parts["advantage"], max_teacher_tokens=c.data.max_teacher_tokens,
-                                     length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple)
+    make_batch = lambda groups, teacher_context=parts["teacher_context"]: pack(
+        groups, chat=w.chat, messages=env.prompt, teacher_context=teacher_context, advantage=parts["advantage"], max_teacher_tokens=c.data.max_teacher_tokens,
+        length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple)
 
     def collect(weights, asked, *, path, n):
       """n attempts for each (task, first attempt); a batch has a seed of its own, so it is the same whatever is sampled beside it."""
@@ -208,8 +233,15 @@ def discover(c, workdir: str) -> dict[str, Any]:
     with blame_settings():
       tasks = [env.task(d.split, i) for i in d.indices] or first_tasks(env, d.split, d.candidates if d.below_pass_at_64 < 1 else d.questions)
     if d.below_pass_at_64 < 1:
-      tasks = choose_hard(tasks, d, workdir, lambda task, n: sum(collect(
-          w.params, [(task, n + i * d.rollouts) for i in range(together)], path=("calibration",), n=d.rollouts), []))
+      if hasattr(env, "solutions"):
+        plain = make_signals(w.model, make_objective(methods.row("grpo")), temperature=c.rollout.temperature)
+        score = jax.jit(lambda batch: plain(w.params, None, batch).logp_BR)
+        logp = make_logp(score, lambda groups: make_batch(groups, teacher_context=methods.TEACHER_CONTEXTS["none"]), d.rollouts)
+        measure = lambda task: exact_difficulty(task, env.solutions(task), below=d.below_pass_at_64, prompt=w.chat.prompt_tokens(env.prompt(task)), chat=w.chat, logp=logp)
+      else:
+        measure = lambda task: calibrate(task, below=d.below_pass_at_64, attempts=d.calibration, collect=lambda n: sum(collect(
+            w.params, [(task, n + i * d.rollouts) for i in range(together)], path=("calibration",), n=d.rollouts), []))
+      tasks = choose_hard(tasks, d, workdir, measure)
     difficulty = {line["task_id"]: line["pass@64"] for line in read_lines(workdir / "difficulty.jsonl")}
 
     lines, attempts = read_lines(workdir / "discover.jsonl"), Attempts(workdir / "attempts.jsonl")
@@ -242,8 +274,8 @@ def discover(c, workdir: str) -> dict[str, Any]:
   return summary
 
 
-def choose_hard(candidates: list[Task], d, workdir: pathlib.Path, collect: Callable) -> list[Task]:
-  """The first `d.questions` candidates that are hard enough. collect(task, n) -> judged attempts, n being how many were made before."""
+def choose_hard(candidates: list[Task], d, workdir: pathlib.Path, measure: Callable) -> list[Task]:
+  """The first `d.questions` candidates that measure(task) finds hard enough."""
   known = {line["task_id"]: line for line in read_lines(workdir / "difficulty.jsonl")}
   chosen = []
   with open(workdir / "difficulty.jsonl", "a", encoding="utf-8") as log:
@@ -251,7 +283,7 @@ def choose_hard(candidates: list[Task], d, workdir: pathlib.Path, collect: Calla
       if len(chosen) == d.questions:
         break
       if task.id not in known:
-        known[task.id] = calibrate(task, below=d.below_pass_at_64, attempts=d.calibration, collect=lambda n, task=task: collect(task, n))
+        known[task.id] = measure(task)
         log.write(json.dumps(known[task.id]) + "\n")
         log.flush()
       if known[task.id]["used"]:

@@ -1,38 +1,34 @@
-"""Test-time self-distillation: accounting, stopping, history, estimators; and the whole mode, tiny."""
+"""Test-time self-distillation: accounting, stopping, history, estimators, resume; and the whole mode on a toy model."""
 
+import dataclasses
 import json
+import pathlib
 import types
 
 import numpy as np
 import pytest
 
-from sdpo_jax import discover, stats
-from sdpo_jax.discover import Budget, prompt_with, solve_by_learning, solve_by_sampling, solve_by_turns, summarise
-from sdpo_jax.records import Feedback, Status, Task
+from sdpo_jax import discover, discovery, stats
+from sdpo_jax.discover import Attempts, Budget, calibrate, prompt_with, solve_by_learning, solve_by_sampling, solve_by_turns
+from sdpo_jax.discovery import compare, summarise
+from sdpo_jax.records import Feedback, Rollout, Status, Task
 
 TASK = Task("q", "question")
 
 
-def attempt(right, tokens=3, status=Status.SCORED, text="no"):
-  return types.SimpleNamespace(tokens=[0] * tokens, feedback=Feedback(float(right), "" if right else text, status))
+def attempt(right, tokens=3, status=Status.SCORED, text="no", task=TASK):
+  return Rollout(task, [1, 2], [0] * tokens, [-0.1] * tokens, "stop", "tried", Feedback(float(right), "" if right else text, status))
 
 
 def scripted(outcomes, size):
   """collect(...) that hands out the outcomes in batches of `size`."""
-  pending = list(outcomes)
-
-  def collect(params, task, attempts):
-    assert attempts == len(outcomes) - len(pending)
-    batch, pending[:] = pending[:size], pending[size:]
-    return [[attempt(x) for x in batch]]
-
-  return collect
+  return lambda params, asked: [[attempt(x) for x in outcomes[first:first + size]] for _, first in asked]
 
 
-def learn(outcomes, limit, size=4):
+def learn(outcomes, limit, size=4, tokens=None):
   updates = []
-  budget = Budget(limit)
-  batch = types.SimpleNamespace(batch=types.SimpleNamespace(teacher=types.SimpleNamespace(segment_CPT=np.array([[[1, 1, 1, 1], [2, 2, 2, 0]]]))))
+  budget = Budget(limit, tokens)
+  batch = types.SimpleNamespace(batch=types.SimpleNamespace(teacher_pos_BR=np.array([[4, 5, 6], [7, 8, 0]]), distill_B=np.array([1.0, 0.0])))
   solve_by_learning(TASK, budget, fresh=lambda: types.SimpleNamespace(params=None), collect=scripted(outcomes, size), make_batch=lambda groups: batch,
                     step=lambda state, b: (updates.append(1) or state, {}))
   return budget, len(updates)
@@ -40,51 +36,131 @@ def learn(outcomes, limit, size=4):
 
 def test_learning_stops_at_the_first_success():
   budget, updates = learn([0, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0], limit=12)
-  assert budget.record() == {"first_success": 6, "attempts": 8, "tokens": 24, "teacher_tokens": 7} and updates == 1
+  assert budget.record() == {"first_success": 6, "first_success_tokens": 18, "response": "tried", "attempts": 8, "successes": 2, "tokens": 24,
+                             "teacher_tokens": 7}
+  assert updates == 1
 
 
 def test_learning_stops_at_the_budget_without_a_last_useless_update():
   budget, updates = learn([0] * 12, limit=12)
-  assert budget.first_success is None and budget.attempts == 12 and updates == 2
+  assert not budget.found and budget.attempts == 12 and updates == 2
+  budget, updates = learn([0] * 12, limit=12, tokens=20)
+  assert not budget.found and budget.attempts == 8 and updates == 1
 
 
 def test_a_judge_that_failed_is_no_success():
   budget = Budget(4)
   budget.count([attempt(1, status=Status.ENV_FAILED), attempt(0)])
-  assert budget.first_success is None and budget.attempts == 2
+  assert not budget.found and budget.attempts == 2
 
 
-def test_sampling_spends_everything_and_counts_successes():
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_sampling_spends_everything_whatever_is_sampled_together(together):
   budget = Budget(6)
-  assert solve_by_sampling(TASK, budget, params=None, collect=scripted([0, 0, 1, 0, 1, 1], 4)) == {"successes": 3}
-  assert budget.first_success == 3 and budget.spent
+  solve_by_sampling(TASK, budget, params=None, collect=scripted([0, 0, 1, 0, 1, 1, 1, 1], 4), rollouts=4, together=together)
+  assert budget.record()["successes"] == 3 and budget.first["first_success"] == 3 and budget.attempts == 6 and not budget.left
 
 
 def test_turns_show_feedback_newest_last_and_drop_the_oldest():
   budget, seen = Budget(4), []
 
-  def collect_one(params, task, attempts):
+  def collect(params, asked):
+    (task, first), = asked
     seen.append(task.prompt)
-    return attempt(attempts == 3, text=f"F{attempts}")
+    return [[attempt(first == 3, text=f"F{first}")]]
 
-  solve_by_turns(TASK, budget, params=None, collect_one=collect_one, fits=lambda t: t.prompt.count("F") <= 2)
-  assert budget.first_success == 4 and seen[0] == "question"
-  assert seen[1] == prompt_with(TASK, ["F0"]).prompt and seen[3] == prompt_with(TASK, ["F1", "F2"]).prompt
+  solve_by_turns(TASK, budget, params=None, collect=collect, fits=lambda t: t.prompt.count("F") <= 2)
+  assert budget.first["first_success"] == 4 and seen[0] == "question"
+  turns = [attempt(0, text=f"F{i}") for i in range(3)]
+  assert seen[1] == prompt_with(TASK, turns[:1], "feedback").prompt and seen[3] == prompt_with(TASK, turns[1:], "feedback").prompt
+
+
+def test_attempts_stand_before_their_feedback_where_asked_for():
+  turns = [dataclasses.replace(attempt(0, text="F1"), text="A1"), dataclasses.replace(attempt(0, text="F2"), text="A2")]
+  prompt = prompt_with(TASK, turns, "attempt_and_feedback").prompt
+  assert prompt.startswith("question") and [prompt.index(x) for x in ("A1", "F1", "A2", "F2")] == sorted(prompt.index(x) for x in ("A1", "F1", "A2", "F2"))
+  assert "A1" not in prompt_with(TASK, turns, "feedback").prompt
+
+
+def test_calibration_is_unbiased_to_the_end_and_stops_where_nothing_can_help():
+  outcomes = [0] * 100 + [1] + [0] * 1000
+  ask = lambda n: [attempt(x) for x in outcomes[n:n + 64]]
+  assert calibrate(TASK, below=0.03, attempts=512, collect=ask) == {"task_id": "q", "attempts": 128, "successes": 1, "pass@64": 0.5, "used": False}
+  assert calibrate(TASK, below=0.2, attempts=512, collect=ask) == {"task_id": "q", "attempts": 512, "successes": 1, "pass@64": 64 / 512, "used": True}
+
+
+def run_line(arm, q, s, first, attempts=8, successes=None, per_attempt=10, teacher=5):
+  tokens = (attempts if arm == "best_of_k" or first is None else first) * per_attempt
+  return {"arm": arm, "task_id": q, "seed": s, "first_success": first, "first_success_tokens": None if first is None else first * per_attempt,
+          "successes": int(first is not None) if successes is None else successes, "attempts": attempts, "tokens": tokens,
+          "teacher_tokens": teacher, "time_s": 1.0}
 
 
 def test_summary_counts_unsolved_runs_as_not_found_and_best_of_k_without_bias():
-  learned = [{"arm": "sdpo", "task_id": q, "seed": s, "first_success": f, "attempts": 8, "tokens": 10, "teacher_tokens": 5, "time_s": 1.0}
-             for q, s, f in (("a", 0, 3), ("a", 1, None), ("b", 0, 1), ("b", 1, 8))]
-  sampled = [{"arm": "best_of_k", "task_id": q, "seed": 0, "first_success": f, "successes": c, "attempts": 8, "tokens": 10, "teacher_tokens": 0, "time_s": 1.0}
-             for q, f, c in (("a", 2, 2), ("b", None, 0))]
-  summary = summarise(learned + sampled, 8)
+  learned = [run_line("sdpo", q, s, f) for q, s, f in (("a", 0, 3), ("a", 1, None), ("b", 0, 1), ("b", 1, 8))]
+  sampled = [run_line("best_of_k", q, 0, f, successes=c) for q, f, c in (("a", 2, 2), ("b", None, 0))]
+  summary = summarise(learned + sampled, 8, difficulty={"a": 0.01, "b": 0.2})
   at = {arm: {int(k): x["mean"] for k, x in r["discovery"].items()} for arm, r in summary["arms"].items()}
   assert at["sdpo"] == {1: 0.25, 2: 0.25, 4: 0.5, 8: 0.75}
   assert at["best_of_k"] == {k: pytest.approx(stats.pass_at_k(8, 2, k) / 2) for k in (1, 2, 4, 8)}
   assert summary["arms"]["sdpo"]["solved"] == 3 and json.loads(json.dumps(summary)) == summary
+  assert summary["arms"]["sdpo"]["discovery_by_difficulty"]["very hard"]["8"]["mean"] == 0.5
+  assert summary["arms"]["sdpo"]["discovery_by_difficulty"]["hard"]["8"]["mean"] == 1.0
+  assert summary["arms"]["sdpo"]["discovery_kaplan_meier"] == {k: pytest.approx(x["mean"]) for k, x in summary["arms"]["sdpo"]["discovery"].items()}
+  assert any("a (0.010)" in line for line in discovery.summary_lines(summary))
+
+
+def test_attempts_and_tokens_to_reach_the_baseline_by_hand():
+  learned = [run_line("sdpo", q, s, f, attempts=90) for q, fs in (("a", (4, 20)), ("b", (None, 60))) for s, f in enumerate(fs)]
+  sampled = [run_line("best_of_k", q, s, f, attempts=90) for q, fs in (("a", (50, None)), ("b", (None, None))) for s, f in enumerate(fs)]
+  said = compare(learned + sampled, 90, level=0.9)
+  assert said["target"] == 0.25 and said["attempts"]["to_reach"] == 4 and said["tokens"]["to_reach"] == 40
+  assert said["tokens_with_teacher"]["to_reach"] == 45 and said["baseline_tokens"] == 900
+  # Draws of questions: both a -> best_of_k finds 1/2, sdpo needs 4; one of each -> 4; both b -> nothing is found, 0 are needed.
+  assert said["attempts"]["low"] == 0 and said["attempts"]["high"] == 4
+  assert said["difference_at_a_third"]["difference"] == pytest.approx(2 / 4 - 1 / 4)
+  never = compare([run_line("sdpo", "a", 0, None), run_line("best_of_k", "a", 0, 3)], 8, level=0.9)
+  assert never["attempts"] == {"to_reach": None, "low": None, "high": None}
+
+
+def test_intervals_cover_in_this_very_design():
+  """20 questions x 5 seeds, nominal 90 %: questions of very unlike difficulty, seeds nested in them."""
+  rng, trials, budget = np.random.default_rng(0), 400, 256
+  for rate in (0.002, 0.01):   # mean success probability of one attempt; log-uniform spread over questions
+    true_Q = lambda: rate * np.exp(rng.uniform(-1.5, 1.5, 20))
+    expected = np.mean([np.mean(1 - (1 - rate * np.exp(rng.uniform(-1.5, 1.5, 2000))) ** budget) for _ in range(10)])
+    hits = 0
+    for trial in range(trials):
+      first_QS = rng.geometric(true_Q()[:, None], (20, 5))
+      score_Q = (first_QS <= budget).mean(1)
+      interval = stats.mean_interval(score_Q, level=0.9, seed=trial)
+      hits += interval.low <= expected <= interval.high
+    assert 0.86 <= hits / trials <= 0.96, (rate, hits / trials)
 
 
 def test_a_line_cut_short_by_a_kill_is_removed_and_its_run_repeated(tmp_path):
   (tmp_path / "discover.jsonl").write_text('{"arm": "sdpo"}\n{"arm": "be')
-  assert discover.read_lines(tmp_path) == [{"arm": "sdpo"}]
+  assert discover.read_lines(tmp_path / "discover.jsonl") == [{"arm": "sdpo"}]
   assert (tmp_path / "discover.jsonl").read_text() == '{"arm": "sdpo"}\n'
+
+
+def test_batches_on_disk_are_not_sampled_again(tmp_path):
+  path, calls = tmp_path / "attempts.jsonl", []
+
+  def collect(params, asked):
+    calls.append(asked)
+    return [[attempt(0, text="{}\n\u2028\\"), attempt(1)] for _ in asked]
+
+  first = Attempts(path)
+  first.begin(["sdpo", "q", 0])
+  original = first.around(collect)(None, [(TASK, 0)])
+  again = Attempts(path)
+  again.begin(["sdpo", "q", 0])
+  ask = again.around(collect)
+  assert ask(None, [(TASK, 0)]) == original and len(calls) == 1
+  ask(None, [(TASK, 2)])
+  assert len(calls) == 2
+  other = Attempts(path)
+  other.begin(["sdpo", "q", 1])   # another run: what is on disk is not its own
+  other.around(collect)(None, [(TASK, 0)])
+  assert len(calls) == 3

@@ -107,6 +107,23 @@ def compositions(length: int) -> dict[tuple[str, ...], str]:
   return {(*ops, start): start for ops, start, _ in chains if _informative(ops, start)}
 
 
+def solutions(task: Task) -> list[str]:
+  """Every program of one to three operations, in the form that the base model writes, that passes the tests of the task."""
+  (first, wanted), *rest = task.data["tests"]
+  alive, found = [((), first)], []
+  for _ in range(3):
+    grown = []
+    for ops, x in alive:
+      for name, apply in _APPLY.items():
+        try:
+          grown.append((ops + (name,), apply(x)))
+        except Exception:   # the operation does not fit the type: no program that goes on from here runs
+          continue
+    alive = grown
+    found += [ops for ops, x in alive if x == wanted and all(execute(ops, y) == (z, None) for y, z in rest)]
+  return [program(ops) for ops in found]
+
+
 def feedback_text(failures: list[dict]) -> str:
   """What the judge says of failing tests: [{input, output, expected, error}], as texts; error is None where there was none."""
   lines = ["Runtime error" if failures[0]["error"] else "Wrong answer"]
@@ -178,6 +195,9 @@ class TinyCode:
 
   def task(self, split: str, index: int) -> Task:
     return self.problems.task(split, index)
+
+  def solutions(self, task: Task) -> list[str]:
+    return solutions(task)
 
   def prompt(self, task: Task) -> list[dict[str, str]]:
     return [{"role": "user", "content": task.prompt}]
