@@ -2,7 +2,13 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+import time
 import types
 
 import numpy as np
@@ -13,6 +19,7 @@ from sdpo_jax.discover import Attempts, Budget, calibrate, prompt_with, solve_by
 from sdpo_jax.discovery import compare, summarise
 from sdpo_jax.records import Feedback, Rollout, Status, Task
 
+ROOT = pathlib.Path(__file__).parent.parent
 TASK = Task("q", "question")
 
 
@@ -164,3 +171,69 @@ def test_batches_on_disk_are_not_sampled_again(tmp_path):
   other.begin(["sdpo", "q", 1])   # another run: what is on disk is not its own
   other.around(collect)(None, [(TASK, 0)])
   assert len(calls) == 3
+
+
+def small(**changes):
+  c = runpy.run_path(str(ROOT / "configs" / "discover.py"))["get_config"]("local")
+  c.discover.update({"below_pass_at_64": 1.0, "seeds": 1, "attempts": 24, "indices": (37, 6)} | changes)
+  return c
+
+
+def repeatable(workdir):
+  return [{k: v for k, v in json.loads(line).items() if k != "time_s"} for line in (workdir / "discover.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """An uninterrupted session over two questions and all arms."""
+  workdir = tmp_path_factory.mktemp("whole")
+  return workdir, discover.discover(small(), workdir)
+
+
+def test_a_session_leaves_everything_that_was_promised(whole):
+  workdir, summary = whole
+  assert len(repeatable(workdir)) == 6 and set(summary["arms"]) == set(discover.ARMS)
+  assert json.loads((workdir / "discover.json").read_text()) == summary
+  assert (workdir / "discover.png").stat().st_size > 10_000 and not (workdir / "attempts.jsonl").exists()
+  learned = [line for line in repeatable(workdir) if line["arm"] == "sdpo"]
+  assert all(line["teacher_tokens"] > 0 for line in learned if line["attempts"] > 8)   # there was an update
+  first, = {line["response"] for line in repeatable(workdir) if line["arm"] == "sdpo" and line["first_success"]} or {None}
+  assert first is None or first.startswith("def f")
+
+
+def test_an_interrupt_in_mid_question_changes_nothing(whole, tmp_path, monkeypatch):
+  original, calls = discover.Attempts.around, []
+
+  def cut(self, collect):
+    def counted(params, asked):
+      calls.append(asked)
+      if len(calls) == 3:   # the first question's learning has made two of its three batches
+        raise KeyboardInterrupt
+      return collect(params, asked)
+    return original(self, counted)
+
+  monkeypatch.setattr(discover.Attempts, "around", cut)
+  c = small(indices=(6, 37))
+  with pytest.raises(KeyboardInterrupt):
+    discover.discover(c, tmp_path)
+  assert len((tmp_path / "attempts.jsonl").read_text().splitlines()) == 2 and not repeatable(tmp_path)
+  discover.discover(c, tmp_path)
+  # The other order of the questions, too: nothing leaks from one to the next.
+  line_of = lambda workdir: {(line["arm"], line["task_id"]): line for line in repeatable(workdir)}
+  assert line_of(tmp_path) == line_of(whole[0])
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(whole, tmp_path):
+  command = [sys.executable, "-m", "sdpo_jax.main", "--mode=discover", f"--config={ROOT}/configs/discover.py:local", f"--workdir={tmp_path}",
+             "--config.discover.below_pass_at_64=1.0", "--config.discover.seeds=1", "--config.discover.attempts=24", "--config.discover.indices=(37,6)"]
+  options = dict(cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  process = subprocess.Popen(command, start_new_session=True, **options)
+  attempts, deadline = tmp_path / "attempts.jsonl", time.monotonic() + 300
+  while not (attempts.exists() and attempts.read_text().count("\n") == 2) and process.poll() is None and time.monotonic() < deadline:
+    time.sleep(0.005)
+  os.killpg(process.pid, signal.SIGKILL)
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+  assert subprocess.run(command, timeout=600, **options).returncode == 0
+  assert repeatable(tmp_path) == repeatable(whole[0])
