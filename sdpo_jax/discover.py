@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 from sdpo_jax import discovery, stats
-from sdpo_jax.data.batch import pack
+from sdpo_jax.data.batch import MAX_SHAPES, Shape, bucket, pack
 from sdpo_jax.data.tasks import first_tasks
 from sdpo_jax.objectives import methods
 from sdpo_jax.objectives.loss import make_objective
@@ -86,7 +86,7 @@ def solve_by_learning(task: Task, budget: Budget, *, fresh: Callable, collect: C
     budget.count(groups[0])
     if not budget.found and budget.left:
       packed = make_batch(groups)
-      budget.teacher_tokens += int((np.asarray(packed.batch.teacher_pos_BR).max(1) + 1)[np.asarray(packed.batch.distill_B) > 0].sum())
+      budget.teacher_tokens += int((packed.batch.teacher.segment_CPT > 0).sum())
       state, _ = step(state, packed.batch)
 
 
@@ -172,6 +172,20 @@ def calibrate(task: Task, *, below: float, attempts: int, collect: Callable) -> 
   return {"task_id": task.id, "attempts": n, "successes": c, "pass@64": pass_at_64, "used": n >= attempts and pass_at_64 < below}
 
 
+def fixed_shapes(rows: int, data, max_new_tokens: int) -> list[Shape]:
+  """Shapes of a pack of `rows` responses, one a row: whatever is sampled, one of them holds it, so that what a run computes depends on nothing that ran before.
+
+  Responses up to max_new_tokens halved a few times; prompts up to their limits halved a few times, and half-way steps for the teacher's.
+  """
+  down = lambda most, multiple, steps: sorted({bucket(int(most * step), multiple) for step in steps})
+  halves = [2.0**-i for i in range(6)]
+  shapes = [Shape(rows, bucket(p + r, data.length_multiple), rows, bucket(t + r, data.length_multiple), bucket(rows * r, data.length_multiple), r)
+          for r in down(max_new_tokens, data.response_multiple, halves)
+          for p in down(data.max_prompt_tokens, data.length_multiple, halves)
+          for t in down(data.max_teacher_tokens, data.length_multiple, [*halves, 0.75, 0.375])]
+  return shapes + shapes[:1] * MAX_SHAPES   # full: pack adds none
+
+
 def exact_difficulty(task: Task, programs: list[str], *, below: float, prompt: list[int], chat, logp: Callable) -> dict[str, Any]:
   """From the probability of the known solutions: a lower bound, in which solutions of another form are missing. logp([rollout]) -> nats each."""
   rows = [Rollout(task, prompt, tokens, [0.0] * len(tokens), "stop", text, Feedback(1.0, ""))
@@ -205,6 +219,8 @@ def discover(c, workdir: str) -> dict[str, Any]:
         raise ValueError(f"config.discover.arms={arm!r} is unknown; choose from {list(ARMS)}")
     if d.history not in HISTORIES:
       raise ValueError(f"config.discover.history={d.history!r} is unknown; choose from {list(HISTORIES)}")
+    if d.rollouts % c.train.micro_batches:
+      raise ValueError(f"config.discover.rollouts={d.rollouts} rows do not divide into train.micro_batches={c.train.micro_batches}")
     if d.below_pass_at_64 < 1 and d.calibration < 64:
       raise ValueError(f"config.discover.calibration={d.calibration} must be at least 64 where below_pass_at_64={d.below_pass_at_64} asks for it")
     same_run(workdir, c, begun=(workdir / "discover.jsonl").exists() or (workdir / "difficulty.jsonl").exists())
@@ -215,14 +231,15 @@ def discover(c, workdir: str) -> dict[str, Any]:
     objective, parts, tx = make_objective(method), methods.build(method), make_optimizer(**c.optimizer)
     teacher = parts["teacher_weights"]()
     signals = make_signals(w.model, objective, mix=teacher.mix, temperature=c.rollout.temperature, remat=c.model.remat, join=w.join)
-    step = jax.jit(make_train_step(signals, objective, tx, teacher_move=teacher.move), donate_argnums=0)
+    step = jax.jit(make_train_step(signals, objective, tx, teacher_move=teacher.move, micro_batches=c.train.micro_batches), donate_argnums=0)
     params, frozen = w.trainable(c.seed)
     fresh = lambda: init_state(jax.tree.map(lambda x: x.copy(), params), tx, keep_teacher=teacher.keep)
     sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
     fits = lambda task: len(w.chat.prompt_tokens(env.prompt(task))) <= c.data.max_prompt_tokens
+    shapes = fixed_shapes(d.rollouts // c.train.micro_batches, c.data, c.rollout.max_new_tokens)
     make_batch = lambda groups, teacher_context=parts["teacher_context"]: pack(
         groups, chat=w.chat, messages=env.prompt, teacher_context=teacher_context, advantage=parts["advantage"], max_teacher_tokens=c.data.max_teacher_tokens,
-        length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple)
+        length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple, shapes=shapes, packs=c.train.micro_batches)
 
     def collect(weights, asked, *, path, n):
       """n attempts for each (task, first attempt); a batch has a seed of its own, so it is the same whatever is sampled beside it."""

@@ -35,7 +35,7 @@ def scripted(outcomes, size):
 def learn(outcomes, limit, size=4, tokens=None):
   updates = []
   budget = Budget(limit, tokens)
-  batch = types.SimpleNamespace(batch=types.SimpleNamespace(teacher_pos_BR=np.array([[4, 5, 6], [7, 8, 0]]), distill_B=np.array([1.0, 0.0])))
+  batch = types.SimpleNamespace(batch=types.SimpleNamespace(teacher=types.SimpleNamespace(segment_CPT=np.array([[[1, 1, 1, 2, 2, 2, 2, 0]]]))))
   solve_by_learning(TASK, budget, fresh=lambda: types.SimpleNamespace(params=None), collect=scripted(outcomes, size), make_batch=lambda groups: batch,
                     step=lambda state, b: (updates.append(1) or state, {}))
   return budget, len(updates)
