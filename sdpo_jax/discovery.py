@@ -12,7 +12,6 @@ ones, up to and with the successful response; with the teacher's, those that it 
 the unfavourable count).
 """
 
-import json
 import pathlib
 from typing import Any
 
@@ -118,8 +117,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
           f" {arm} {row[arm]['solved']}/{row[arm]['runs']}" for arm in summary["arms"]) for row in summary["questions"]))
   if "sdpo_against_best_of_k" in summary:
     said, budget = summary["sdpo_against_best_of_k"], summary["budget"]
-    show = lambda name: ("not reached" if said[name]["to_reach"] is None else f"{said[name]['to_reach']:.0f}") + \
-        f" [{said[name]['low'] if said[name]['low'] is not None else 'not reached'}, {said[name]['high'] if said[name]['high'] is not None else 'not reached'}]"
+    whole = lambda x: "not reached" if x is None else f"{x:.0f}"
+    show = lambda name: f"{whole(said[name]['to_reach'])} [{whole(said[name]['low'])}, {whole(said[name]['high'])}]"
     difference = said["difference_at_a_third"]
     lines.append(f"sdpo reaches best_of_k's discovery@{budget} of {said['target']:.1%} with {show('attempts')} attempts, {show('tokens')} generated tokens "
                  f"(best_of_k: {said['baseline_tokens']:.0f}), {show('tokens_with_teacher')} with those that the teacher read")
@@ -145,7 +144,3 @@ def plot(lines: list[dict], budget: int, path: pathlib.Path, *, level: float = 0
   tokens.set(xlabel="generated tokens", ylabel="runs solved", ylim=(0, None))
   attempts.legend()
   figure.savefig(path, format="png")
-
-
-def read(path: pathlib.Path) -> list[dict]:
-  return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
