@@ -9,19 +9,20 @@ evaluation of the base model.
 """
 
 import json
+import logging
 import pathlib
 import time
 
 import jax
 import numpy as np
 
-from sdpo_jax import checkpoint, report
+from sdpo_jax import checkpoint, monitors, report
 from sdpo_jax.config import validate
 from sdpo_jax.data.batch import Packed, Shape, pack
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.tasks import RowEnv, TaskStream
 from sdpo_jax.evaluate import evaluate
-from sdpo_jax.metrics import Writer
+from sdpo_jax.metrics import Writer, read, reduce
 from sdpo_jax.records import Rollout, Sampling, Status
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.train_step import init_state
@@ -144,7 +145,18 @@ def train(c, workdir: str) -> None:
       packed = pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=learn.parts["teacher_context"], advantage=learn.parts["advantage"],
                     max_teacher_tokens=c.data.max_teacher_tokens, length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple,
                     shapes=host["shapes"], updates=c.train.updates_per_batch, packs=c.train.updates_per_batch * c.train.micro_batches)
-      return packed._replace(metrics=packed.metrics | skipped)
+      return packed._replace(metrics=packed.metrics | skipped | {"data/copy_rate": monitors.copy_rate(packed.rollouts, packed.contexts, w.chat)})
+
+    history, signs = read(workdir), set()   # lines as they stand in the file, so that a resumed run sees the same ones
+
+    def write(i, measured):
+      history.append({"step": i} | reduce(measured))
+      found = monitors.warnings(history)
+      for sign in sorted(found.keys() - signs):
+        logging.warning("step %d: %s", i, found[sign])
+      signs.clear()
+      signs.update(found)
+      writer.write(i, measured | {"train/warnings": len(found)})
 
     def due(name, i):
       if name == "score":   # a pass of its own, only where somebody reads it
@@ -162,7 +174,7 @@ def train(c, workdir: str) -> None:
 
     try:
       run(state, host, total_steps=c.total_steps, next_tasks=lambda: stream.take(c.rollout.questions), collect=collect, make_batch=make_batch,
-          step=lambda *args: step(*args, frozen), score=lambda *args: score(*args, frozen), evaluate=evaluate_at, due=due, write=writer.write, write_rollouts=write_rollouts, save=save,
+          step=lambda *args: step(*args, frozen), score=lambda *args: score(*args, frozen), evaluate=evaluate_at, due=due, write=write, write_rollouts=write_rollouts, save=save,
           limits={"skipped": c.train.max_skipped_in_a_row, "env_failures": c.train.max_env_failures_in_a_row})
     finally:
       writer.close()

@@ -1,0 +1,174 @@
+"""Every environment from its questions to a gradient: a scripted sampler gives right and wrong responses, the real judge, teacher context, batch and step do the rest.
+
+The tiny model solves none of these tasks, so that without a script nothing would ever be shown, or taught. All environments share one shape, so
+that a step is compiled once a method.
+"""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sdpo_jax.config import ROWS
+from sdpo_jax.data.batch import Shape, pack
+from sdpo_jax.data.chat import Chat
+from sdpo_jax.data.tasks import first_tasks, with_rows
+from sdpo_jax.envs.base import ENVS, make_env
+from sdpo_jax.envs.sandbox import Sandbox
+from sdpo_jax.objectives import methods
+from sdpo_jax.objectives.loss import make_objective
+from sdpo_jax.objectives.teacher_context import CLOSING, FEEDBACK, SOLUTION
+from sdpo_jax.records import Feedback, Sampling, Status
+from sdpo_jax.rollout import Collector
+from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_train_step
+from tests import fakes
+
+CHAT = Chat(fakes.ByteTokenizer())
+SHAPES = [Shape(rows=4, length=1024, teacher_rows=4, teacher_length=2048, tokens=1024, responses=256)] * 6   # full: nothing else is compiled
+IFEVAL = {"key": 1, "prompt": "Describe rain.", "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+          "kwargs": [{}, {"relation": "at least", "num_words": 4}]}
+
+# name: settings, source, (a second right response from the first, a wrong one, what the judge says of it; a malformed one, what the judge says of it)
+CASES = {
+    "tinycode": (dict(level="easy"), None, lambda s: f"So:\n```python\n{s}\n```", "def f(x):\n    return [x]", "Wrong answer\nInput: ", "def f(x:", "Runtime error"),
+    "arithmetic": (dict(level="easy"), None, lambda s: s.split("\n")[-1], "\\boxed{98}", "Wrong answer", "98", "Wrong format"),
+    "coding": ({}, "coding", lambda s: "Sum them.\n" + s, "```python\nprint(7)\n```", "Test 1: wrong answer\nInput: 1 2 3\nOutput: 7\nExpected: 6", "print(6)", "no Python code block"),
+    "mcq": (dict(tell_correctness=True), "science_mcq", lambda s: "<reasoning>\nI know.\n</reasoning>\n" + s, "<answer>\nD\n</answer>", "The answer D is not correct.",
+            "It is carbon dioxide.", "has no <answer>"),
+    "math_qa": (dict(tell_correctness=True), "math_qa", lambda s: "\\boxed{19.0}", "\\boxed{29}", "The final answer 29 is not correct.", "It is 19.", "has no \\boxed{}"),
+    "tool_use": ({}, "tool_use", lambda s: "Thought: look it up.\n" + s, 'Action: getTime\nAction Input: {"city": "Rome"}', "The argument 'city' has a wrong value: \"Rome\".",
+                 "Action: getTime\nAction Input: {city}", "Action Input 1 is not valid JSON"),
+    "ifeval": ({}, "ifeval", lambda s: s + " too", "Water falls, and falls.", "punctuation:no_comma", "", "The response is empty."),
+}
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+  with Sandbox(workers=1) as pool:
+    yield pool
+
+
+def judged(name, sandbox, tmp_path, *, broken=None):
+  """(environment, one group of four judged rollouts: right, wrong, right, malformed). broken: judges instead, by response."""
+  settings, source, again, wrong, _, malformed, _ = CASES[name]
+  if name == "ifeval":
+    (tmp_path / "ifeval.train.jsonl").write_text(json.dumps(IFEVAL) + "\n")
+  env = make_env(name, sandbox=sandbox, **settings)
+  env = with_rows(env, (f"{tmp_path if name == 'ifeval' else ROWS}/{source}.{{split}}.jsonl",) if source else (), splits=("train",))
+  task = first_tasks(env, "train", 1)[0]
+  right = task.solution or "Water falls from the clouds."
+  thought = "" if name in ("tinycode", "arithmetic") else "<think>\nhm, 5?\n</think>\n\n"
+  responses = [thought + right, wrong, again(right), malformed]
+  if broken:
+    env.judge = lambda task, response, judge=env.judge: broken[responses.index(response)]() if responses.index(response) in broken else judge(task, response)
+  collector = Collector(env, CHAT, fakes.ScriptedEngine([[CHAT.text_tokens(r) + [257] for r in responses]]), max_prompt_tokens=1024, judge_threads=2, judge_timeout_s=20.0)
+  try:
+    (group,) = collector.collect(None, [task], n=4, sampling=Sampling(256, stop_tokens=(257,)), seeds=[0])
+  finally:
+    collector.close()
+    if hasattr(env, "close"):
+      env.close()
+  return env, group, right
+
+
+@functools.cache
+def machine(name):
+  """(initial state, step, signals) of a method with a frozen teacher on a toy model; plain descent, so that a direction is one."""
+  config, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
+  row = methods.row(name)
+  if name == "sdpo":
+    row |= dict(teacher_weights=dict(name="frozen"), token_weight=dict(name="uniform"))
+  objective, tx = make_objective(row), optax.sgd(0.01)
+  signals = make_signals(config, objective)
+  step = jax.jit(make_train_step(signals, objective, tx))
+  return init_state(params, tx, keep_teacher=name == "sdpo"), step, jax.jit(lambda state, batch: signals(state.params, state.teacher, batch).logp_BR)
+
+
+def batch_of(env, group, name, **context):
+  parts = methods.build(methods.row(name))
+  if context:
+    parts["teacher_context"] = functools.partial(parts["teacher_context"], **context)
+  return pack([group], chat=CHAT, messages=env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"], max_teacher_tokens=2000,
+              length_multiple=8, response_multiple=8, shapes=list(SHAPES))
+
+
+def text_before(half, batch, b):
+  """The tokens of row b's text, read off the packed rows."""
+  start = half.at_CX[0, batch.start_B[b]]
+  row, segments = start // half.token_CPT.shape[2], half.segment_CPT[0].reshape(-1)
+  mine = (half.segment_CPT[0, row] == segments[start])
+  return half.token_CPT[0, row][mine].tolist()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_from_responses_to_a_gradient(name, sandbox, tmp_path):
+  _, _, _, _, said, _, said_of_form = CASES[name]
+  env, group, right = judged(name, sandbox, tmp_path)
+  assert [r.feedback.reward for r in group] == [1.0, 0.0, 1.0, 0.0] and not group[0].feedback.text
+  assert said in group[1].feedback.text and said_of_form in group[3].feedback.text
+
+  # Teacher's text: another success without its thinking, then the feedback; the question and the closing around them.
+  batch = batch_of(env, group, "sdpo", feedback="always").batch
+  question = env.prompt(group[0].task)
+  for b, (solution, feedback) in enumerate([(group[2].text, ""), (right, group[1].feedback.text), (right, ""), (right, group[3].feedback.text)]):
+    asked = question[-1]["content"] + SOLUTION + solution + (FEEDBACK + feedback if feedback else "") + CLOSING
+    assert text_before(batch.teacher, batch, b) == CHAT.prompt_tokens(question[:-1] + [{"role": "user", "content": asked}]) + group[b].tokens
+    assert text_before(batch.student, batch, b) == CHAT.prompt_tokens(question) + group[b].tokens
+  # Mask: every token of every judged response, and nothing else.
+  assert batch.weight_BR.sum(1).tolist() == [len(r.tokens) for r in group] and batch.distill_B.tolist() == [1, 1, 1, 1]
+  assert all(batch.weight_BR[b, :len(r.tokens)].all() for b, r in enumerate(group))
+
+  # Divergence: not zero, and one step lowers it.
+  state, step, _ = machine("sdpo")
+  state, first = step(state, batch)
+  _, second = step(state, batch)
+  assert first["train/loss"].mean > 1e-3 and second["train/loss"].mean < first["train/loss"].mean and first["train/grad_norm"].mean > 0
+
+  # Rewards: one step makes right responses likelier and wrong ones less likely.
+  batch = batch_of(env, group, "grpo").batch
+  np.testing.assert_allclose(batch.advantage_B, [0.5, -0.5, 0.5, -0.5])
+  state, step, logp = machine("grpo")
+  before = logp(state, batch)
+  after = logp(step(state, batch)[0], batch)
+  gained_B = jnp.sum((after - before) * batch.weight_BR, -1)
+  assert gained_B[0] + gained_B[2] > 0 > gained_B[1] + gained_B[3]
+
+
+def test_every_environment_has_a_script():
+  assert CASES.keys() == ENVS.keys()
+
+
+def test_a_judge_that_raises_or_returns_nan_for_one_response_costs_that_row_alone(sandbox, tmp_path):
+  """The step goes on, as if the row had not been there."""
+  def boom():
+    raise RuntimeError("boom")
+  env, group, _ = judged("mcq", sandbox, tmp_path, broken={1: boom, 3: lambda: Feedback(float("nan"), "")})
+  assert [r.feedback.status for r in group] == [Status.SCORED, Status.ENV_FAILED, Status.SCORED, Status.ENV_FAILED]
+  packed = batch_of(env, group, "sdpo")
+  assert packed.metrics["data/dropped"] == 2 and packed.batch.distill_B.tolist() == [1, 0, 1, 0] and not packed.batch.weight_BR[[1, 3]].any()
+  state, step, _ = machine("sdpo")
+  _, metrics = step(state, packed.batch)
+  assert metrics["train/loss"].mean > 1e-3 and metrics["train/update_skipped"].mean == 0 and np.isfinite(metrics["train/grad_norm"].mean)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_runs_two_steps(name, sandbox, tmp_path):
+  """Its own context, advantage, teacher and optimiser; the loss and the update are numbers, and something is learned from the group."""
+  env, group, _ = judged("math_qa", sandbox, tmp_path)
+  config, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
+  row = methods.row(name)
+  objective, teacher = make_objective(row), methods.build(row)["teacher_weights"]()
+  batch = batch_of(env, group, name).batch
+  assert batch.distill_B.any() == objective.needs_teacher
+  tx = make_optimizer(name="adamw", lr=1e-3, warmup_steps=0, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
+  step = jax.jit(make_train_step(make_signals(config, objective, mix=teacher.mix), objective, tx, teacher_move=teacher.move))
+  state = init_state(params, tx, keep_teacher=teacher.keep)
+  for i in (1, 2):
+    state, metrics = step(state, batch)
+    assert int(state.step) == i and np.isfinite(metrics["train/loss"].mean) and metrics["train/grad_norm"].mean > 0 and int(state.skipped) == 0
+  moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, params)
+  assert max(jax.tree.leaves(moved)) > 0
