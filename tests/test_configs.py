@@ -44,6 +44,17 @@ def test_local_runs_through_main(name, tmp_path):
     assert lines[1]["data/skipped_rows"] == 0 and {r["task_id"].split("/")[0] for r in rows} <= {"examples", "math"}
 
 
+def test_an_environment_of_ones_own_is_a_file_and_a_setting(tmp_path):
+  """tests/my_env.py, through the command line's own main: its questions are asked, its feedback is what the teacher reads."""
+  assert main.main(["main", f"--config={ROOT}/configs/math_qa.py:local", "--config.env.name=tests.my_env:ReverseWord", "--config.data.sources=()",
+                    "--config.method.teacher_context.feedback=without_solution", f"--workdir={tmp_path}"]) == 0
+  last = metrics.read(tmp_path)[-1]
+  assert last["data/teacher_share"] == 1.0 and last["train/loss"] > 0 and "data/skipped_rows" not in last
+  for row in (json.loads(line) for line in (tmp_path / "rollouts" / "step_000002.jsonl").read_text().splitlines()):
+    assert row["prompt"].endswith("backwards.") and row["feedback"] in row["teacher_context"]
+    assert row["feedback"].startswith("Wrong letters at places") or row["feedback"] == "The word is too long."
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_docstrings_say_how_to_run_and_what_came_of_it(name):
   said = (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
