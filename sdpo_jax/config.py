@@ -190,6 +190,10 @@ def validate(c: ml_collections.ConfigDict) -> None:
   rows, pieces = c.rollout.questions * c.rollout.group, c.train.updates_per_batch * c.train.micro_batches
   if rows % pieces:
     raise ValueError(f"config.rollout.questions x group = {rows} rows do not divide into train.updates_per_batch x micro_batches = {pieces}")
+  updates = c.total_steps * c.train.updates_per_batch
+  if 0 < c.optimizer.decay_steps < updates:
+    raise ValueError(f"config.total_steps={c.total_steps} means {updates} updates, but the learning rate is 0 after config.optimizer.decay_steps="
+                     f"{c.optimizer.decay_steps}: set both, or decay_steps=0 for a constant rate")
   if c.rollout.temperature <= 0:
     raise ValueError(f"config.rollout.temperature={c.rollout.temperature} must be above 0: the loss is taken at the rollout's temperature")
   if c.eval.temperature < 0 or not 0 < c.eval.top_p <= 1 or not 0 < c.rollout.top_p <= 1:
