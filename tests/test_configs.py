@@ -92,6 +92,18 @@ def test_coding_chooses_its_questions():
     load("coding", "tasks=apps")
 
 
+def test_discovery_reads_the_papers_questions():
+  hard, very_hard = load("discover", "task=livecodebench"), load("discover", "task=livecodebench,subset=very_hard")
+  assert len(hard.discover.indices) == 19 and len(very_hard.discover.indices) == 9 and set(very_hard.discover.indices) < set(hard.discover.indices)
+  assert hard.data.sources == load("coding").data.sources and hard.env.first_date == "2025-02-01"
+  for c in (hard, load("discover")):
+    assert (c.method.token_signal.alpha, c.method.token_signal.top_k, c.method.token_signal.advantage_clip) == (1.0, 20, 5.0)
+    assert (c.method.teacher_weights.rate, c.discover.rollouts, c.discover.seeds, c.rollout.temperature, c.optimizer.warmup_steps) == (0.01, 16, 5, 1.0, 0)
+    assert not c.method.teacher_context.use_solution
+  with pytest.raises(ValueError, match="subset='easy' is unknown; choose from"):
+    load("discover", "task=livecodebench,subset=easy")
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_the_shipped_rows_are_right(name):
   """Every row that comes with the package: the environment accepts it and its own answer scores 1, a wrong one 0."""
