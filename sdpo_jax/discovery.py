@@ -139,7 +139,8 @@ def plot(lines: list[dict], budget: int, path: pathlib.Path, *, level: float = 0
       attempts.fill_between(ks, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.2, linewidth=0)
     costs = sorted(r["first_success_tokens"] for runs in groups.values() for r in runs if r["first_success"] is not None)
     runs = sum(map(len, groups.values()))
-    tokens.step([0, *costs], np.arange(len(costs) + 1) / runs, where="post", color=colour, label=arm)
+    most = max(r["tokens"] for runs_of in groups.values() for r in runs_of)   # nothing more was found up to there
+    tokens.step([0, *costs, most], np.append(np.arange(len(costs) + 1), len(costs)) / runs, where="post", color=colour, label=arm)
   attempts.set(xscale="log", xlabel="attempts k", ylabel="discovery@k", title=f"bands: {level:.0%} over questions", ylim=(0, None))
   tokens.set(xlabel="generated tokens", ylabel="runs solved", ylim=(0, None))
   attempts.legend()
