@@ -1,7 +1,7 @@
 r"""Test-time self-distillation: one hard question, binary reward, feedback alone; SDPO against independent sampling.
 
 Run:    python -m sdpo_jax.main --mode=discover --config=configs/discover.py --workdir=runs/discover
-Other:  python -m sdpo_jax.main --mode=discover --config=configs/discover.py --config.discover.arms='("sdpo","best_of_k","multi_turn")'
+Other:  python -m sdpo_jax.main --mode=discover --config=configs/discover.py:multi_turn
         python -m sdpo_jax.main --mode=discover --config=configs/discover.py:task=livecodebench,subset=very_hard --config.model.lora.rank=32
 Smoke:  python -m sdpo_jax.main --mode=discover --config=configs/discover.py:local
 Setting of arXiv 2601.20802, section 5: the teacher reads the feedback alone (no solution is known), its weights follow the policy at 0.01,
@@ -29,7 +29,7 @@ LIVECODEBENCH = {"hard": (1, 3, 10, 43, 46, 59, 69, 74, 86, 91, 92, 95, 100, 103
 
 
 def get_config(arg: str = ""):
-  a = config.parse_arg(arg, task="tinycode", subset="hard", model="", level="very_hard", seed=0, local=False)
+  a = config.parse_arg(arg, task="tinycode", subset="hard", model="", level="very_hard", seed=0, multi_turn=False, local=False)
   if a.task == "tinycode":
     c = config.base()
     c.seed, c.model.path, c.env.level = a.seed, a.model or "tiny", a.level
@@ -48,6 +48,8 @@ def get_config(arg: str = ""):
   c.method.teacher_context = dict(name="feedback_or_solution", use_solution=False, feedback="always")
   c.method.teacher_weights.rate = 0.01
   c.method.token_signal = dict(name="divergence", alpha=1.0, top_k=20, advantage_clip=5.0)
+  if a.multi_turn or a.local:
+    c.discover.arms = ("sdpo", "best_of_k", "multi_turn")
   if a.local:   # same path, toy sizes
-    c.discover.update(questions=2, indices=(), seeds=2, attempts=16, rollouts=8, candidates=4, calibration=64, arms=("sdpo", "best_of_k", "multi_turn"))
+    c.discover.update(questions=2, indices=(), seeds=2, attempts=16, rollouts=8, candidates=4, calibration=64)
   return c
