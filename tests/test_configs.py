@@ -55,6 +55,13 @@ def test_an_environment_of_ones_own_is_a_file_and_a_setting(tmp_path):
     assert row["feedback"].startswith("Wrong letters at places") or row["feedback"] == "The word is too long."
 
 
+def test_a_question_that_is_too_long_stops_the_run_before_anything_compiles(tmp_path, capsys):
+  assert main.main(["main", f"--config={ROOT}/configs/math_qa.py:local", "--config.data.max_prompt_tokens=100", f"--workdir={tmp_path}"]) == 2
+  said = capsys.readouterr().err.strip().splitlines()[-1]
+  assert "math_qa.train.jsonl, line 1: the question takes" in said and "config.data.max_prompt_tokens=100 (config.data.on_bad_row='skip'" in said
+  assert not metrics.read(tmp_path)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_docstrings_say_how_to_run_and_what_came_of_it(name):
   said = (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
