@@ -6,6 +6,7 @@ that a step is compiled once a method.
 
 import functools
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_t
 from tests import fakes
 
 CHAT = Chat(fakes.ByteTokenizer())
-SHAPES = [Shape(rows=4, length=1024, teacher_rows=4, teacher_length=2048, tokens=1024, responses=256)] * 6   # full: nothing else is compiled
+SHAPES = [Shape(rows=4, length=768, teacher_rows=4, teacher_length=1280, tokens=640, responses=256)] * 6   # full: nothing else is compiled
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}   # for what is compiled to run twice
 IFEVAL = {"key": 1, "prompt": "Describe rain.", "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
           "kwargs": [{}, {"relation": "at least", "num_words": 4}]}
 
@@ -65,7 +67,7 @@ def judged(name, sandbox, tmp_path, *, broken=None):
   responses = [thought + right, wrong, again(right), malformed]
   if broken:
     env.judge = lambda task, response, judge=env.judge: broken[responses.index(response)]() if responses.index(response) in broken else judge(task, response)
-  collector = Collector(env, CHAT, fakes.ScriptedEngine([[CHAT.text_tokens(r) + [257] for r in responses]]), max_prompt_tokens=1024, judge_threads=2, judge_timeout_s=20.0)
+  collector = Collector(env, CHAT, fakes.ScriptedEngine([[CHAT.text_tokens(r) + [257] for r in responses]]), max_prompt_tokens=1024, judge_threads=2, judge_timeout_s=3.0 if broken else 60.0)
   try:
     (group,) = collector.collect(None, [task], n=4, sampling=Sampling(256, stop_tokens=(257,)), seeds=[0])
   finally:
@@ -88,12 +90,12 @@ def machine(name):
   return init_state(params, tx, keep_teacher=name == "sdpo"), step, jax.jit(lambda state, batch: signals(state.params, state.teacher, batch).logp_BR)
 
 
-def batch_of(env, group, name, **context):
+def batch_of(env, group, name, shapes=SHAPES, **context):
   parts = methods.build(methods.row(name))
   if context:
     parts["teacher_context"] = functools.partial(parts["teacher_context"], **context)
   return pack([group], chat=CHAT, messages=env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"], max_teacher_tokens=2000,
-              length_multiple=8, response_multiple=8, shapes=list(SHAPES))
+              length_multiple=8, response_multiple=8, shapes=list(shapes))
 
 
 def text_before(half, batch, b):
@@ -142,11 +144,18 @@ def test_every_environment_has_a_script():
   assert CASES.keys() == ENVS.keys()
 
 
-def test_a_judge_that_raises_or_returns_nan_for_one_response_costs_that_row_alone(sandbox, tmp_path):
+@pytest.mark.parametrize("how", ["raises", "hangs"])
+def test_a_judge_that_fails_or_returns_nan_for_one_response_costs_that_row_alone(how, sandbox, tmp_path):
   """The step goes on, as if the row had not been there."""
-  def boom():
-    raise RuntimeError("boom")
-  env, group, _ = judged("mcq", sandbox, tmp_path, broken={1: boom, 3: lambda: Feedback(float("nan"), "")})
+  over = threading.Event()
+
+  def fail():
+    if how == "raises":
+      raise RuntimeError("boom")
+    over.wait(60)
+
+  env, group, _ = judged("mcq", sandbox, tmp_path, broken={1: fail, 3: lambda: Feedback(float("nan"), "")})
+  over.set()
   assert [r.feedback.status for r in group] == [Status.SCORED, Status.ENV_FAILED, Status.SCORED, Status.ENV_FAILED]
   packed = batch_of(env, group, "sdpo")
   assert packed.metrics["data/dropped"] == 2 and packed.batch.distill_B.tolist() == [1, 0, 1, 0] and not packed.batch.weight_BR[[1, 3]].any()
@@ -162,10 +171,10 @@ def test_every_method_runs_two_steps(name, sandbox, tmp_path):
   config, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
   row = methods.row(name)
   objective, teacher = make_objective(row), methods.build(row)["teacher_weights"]()
-  batch = batch_of(env, group, name).batch
+  batch = batch_of(env, group, name, shapes=()).batch
   assert batch.distill_B.any() == objective.needs_teacher
   tx = make_optimizer(name="adamw", lr=1e-3, warmup_steps=0, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
-  step = jax.jit(make_train_step(make_signals(config, objective, mix=teacher.mix), objective, tx, teacher_move=teacher.move))
+  step = jax.jit(make_train_step(make_signals(config, objective, mix=teacher.mix), objective, tx, teacher_move=teacher.move), compiler_options=QUICK)
   state = init_state(params, tx, keep_teacher=teacher.keep)
   for i in (1, 2):
     state, metrics = step(state, batch)
