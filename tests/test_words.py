@@ -11,7 +11,7 @@ from sdpo_jax import config, experiment
 
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = [ROOT / "README.md", *sorted((ROOT / "configs").rglob("*.py")), *sorted((ROOT / "sdpo_jax").rglob("*.py"))]
-COMMAND = re.compile(r"python -m (sdpo_jax\.\w+)([^\n`|&)\"]*)")
+COMMAND = re.compile(r"python -m (sdpo_jax\.\w+)((?:'[^'\n]*'|[^\n`|&)\"'])*)")   # what is quoted may hold anything
 
 
 def commands():
