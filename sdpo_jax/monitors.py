@@ -8,6 +8,8 @@ The copy rate is the share of a response's n-grams of tokens that stand in what 
 question. The policy has not read that text: a rate that climbs means that it recites rather than solves.
 """
 
+import functools
+
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.records import Ratio, Rollout
 
@@ -17,13 +19,13 @@ NGRAM = 8      # tokens
 
 def copy_rate(rollouts: list[Rollout], contexts, chat: Chat) -> Ratio:
   """n-grams that were copied, over all n-grams of responses that have a teacher. contexts[b]: what the teacher of rollouts[b] read, or None."""
+  grams = functools.cache(lambda text: frozenset(ngrams(chat.text_tokens(text))))   # a group shows one solution to many
   copied = total = 0
   for rollout, context in zip(rollouts, contexts):
     if context is None:
       continue
-    shown = set().union(*(ngrams(chat.text_tokens(text)) for text in (context.solution, context.feedback))) - set(ngrams(rollout.prompt_tokens))
-    said = ngrams(rollout.tokens)
-    copied, total = copied + sum(gram in shown for gram in said), total + len(said)
+    shown, asked, said = grams(context.solution) | grams(context.feedback), set(ngrams(rollout.prompt_tokens)), ngrams(rollout.tokens)
+    copied, total = copied + sum(gram in shown and gram not in asked for gram in said), total + len(said)
   return Ratio(copied, total)
 
 

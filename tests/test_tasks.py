@@ -173,7 +173,7 @@ def test_one_file_of_a_hub_repository(monkeypatch, tmp_path):
   assert asked == [("me/own", "data/rows.jsonl", "dataset")] * 2 and env.size("train") == env.size("test") == 3
 
 
-def test_rows_outside_the_set_and_questions_that_the_run_cannot_use(tmp_path):
+def test_rows_outside_the_set_and_questions_that_the_run_cannot_use(tmp_path, caplog):
   path = write(tmp_path / "r.jsonl", numbers(0, 6))
   even = types.SimpleNamespace(prompt=None, judge=None, task_from_row=lambda row, split: None if row["answer"] % 2 else MathQA().task_from_row(row, split))
 
@@ -185,6 +185,7 @@ def test_rows_outside_the_set_and_questions_that_the_run_cannot_use(tmp_path):
     with_rows(even, (f"train={path}",), splits=("train",), check=check)
   env = with_rows(even, (f"train={path}",), splits=("train",), check=check, on_bad_row="skip")
   assert answers(env.task("train", i) for i in range(env.size("train"))) == [0, 2] and env.skipped == 1
+  assert caplog.messages == [f"1 rows of {path} are left out, the first of them {path}, line 5: the question takes 9 tokens"]
 
 
 @pytest.mark.parametrize("module, source", [("datasets", "hub:openai/gsm8k"), ("pyarrow.parquet", "train=rows.parquet")])

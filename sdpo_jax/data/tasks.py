@@ -20,6 +20,7 @@ import dataclasses
 import glob
 import importlib
 import json
+import logging
 import re
 import zlib
 from typing import NamedTuple
@@ -129,20 +130,22 @@ def open_split(sources, split: str, task_from_row, on_bad_row: str) -> list[Sour
 
 
 def _tasks(location: str, split: str, task_from_row, on_bad_row: str) -> tuple[list[Task], int]:
-  tasks, skipped = [], 0
+  tasks, skipped, first = [], 0, ""
   for index, (where, row) in enumerate(read_rows(location, split)):
     try:
       if not isinstance(row, dict):
         raise ValueError(f"the row is not an object but {str(row)[:100]!r}" if row is not None else "the row is not JSON")
       task = task_from_row({"idx": index} | row, split)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-      if on_bad_row == "skip":
-        skipped += 1
-        continue
       said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+      if on_bad_row == "skip":
+        skipped, first = skipped + 1, first or f"{where}: {said}"
+        continue
       raise ValueError(f"{where}: {said} (config.data.on_bad_row='skip' leaves such rows out)") from error
     if task is not None:
       tasks.append(task)
+  if skipped:
+    logging.warning("%d rows of %s are left out, the first of them %s", skipped, location, first)
   if not tasks:
     raise ValueError(f"{location} holds no usable row" + (f"; {skipped} are malformed" if skipped else ""))
   return tasks, skipped
