@@ -17,6 +17,7 @@ def test_measures_both_in_children(tmp_path, capfd):
     assert row["time_s"] > 0 and row["us_per_token"] == pytest.approx(row["time_s"] / 16 * 1e6)
     assert row["floor_us_per_token"] == pytest.approx(8 * 128 * 300 / row["matrix_tflops"] / 1e6)
     assert row["peak_mb"] > 0 and row["temporaries_mb"] >= 0
+    assert row["value_error"] < 1e-4 and row["gradient_error"] < 1e-4 and row["cores"] >= 1
   assert "| 16x128x300 | float32 | 0.5 | xla |" in capfd.readouterr().out
 
 
@@ -35,3 +36,11 @@ def test_malformed_shape(capsys):
   with pytest.raises(SystemExit) as stop:
     loss.main(["--shapes=16x128"])
   assert stop.value.code == 2 and "16x128" in capsys.readouterr().err
+
+
+def test_speedup_is_the_peers_cost_over_ours():
+  row = lambda implementation, **more: dict(shape=[1, 2, 3], alpha=1, dtype="float32", implementation=implementation) | more
+  cpu = loss.with_speedups([row("xla", device="cpu", cpu_s=2.0, time_s=1.0), row("torch", device="cpu", cpu_s=8.0, time_s=9.0)])
+  assert [r["peer_speedup"] for r in cpu] == [4, 1]
+  gpu = loss.with_speedups([row("xla", device="gpu", time_s=3.0, cpu_s=1.0), row("liger", device="gpu", error="exit 1: no GPU")])
+  assert not any("peer_speedup" in r for r in gpu)
