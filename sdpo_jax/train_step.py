@@ -110,12 +110,12 @@ def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None
       return Signals(by_response(logp_X, batch), by_response(entropy_X, batch), None, None)
     halves = forward_pair(params, teacher, config, batch, mix=mix, remat=remat)
     wanted = objective.divergence or {"alpha": 0.5, "top_k": None}   # sampled-token signals read the rest of the result
+    mesh = jax.sharding.get_abstract_mesh()
     if wanted["top_k"] is None:
-      mesh = jax.sharding.get_abstract_mesh()
       kernel = distill_kl if mesh.empty else functools.partial(distill_kl_sharded, mesh=mesh)
       out = kernel(*halves, target_X, alpha=wanted["alpha"], temperature=temperature, implementation=implementation)
     else:
-      out = distill_topk(*halves, target_X, temperature=temperature, **wanted)
+      out = distill_topk(*halves, target_X, temperature=temperature, mesh=None if mesh.empty else mesh, **wanted)
     found = [out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X]
     if objective.needs_teacher_entropy:
       found.append(token_logp(*map(jax.lax.stop_gradient, halves[2:]), target_X, temperature=temperature)[1])

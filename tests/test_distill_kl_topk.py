@@ -66,6 +66,20 @@ def test_equals_the_plain_formula(alpha, add_tail):
     assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
 
 
+@pytest.mark.parametrize("mesh_shape", ((2, 2, 2), (1, 1, 8)))
+def test_sharded_equals_unsharded(mesh_shape):
+  """9 tokens divide by no mesh; more entries are wanted (41) than a device of the second mesh has (38)."""
+  mesh = jax.make_mesh(mesh_shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  arrays, target = problem(V=304)
+  cotangents = np.random.default_rng(1).normal(size=(4, 9)).astype(np.float32)
+  static = dict(alpha=0.5, top_k=41, temperature=0.8)
+  whole = value_and_gradients(distill_topk, arrays, target, cotangents, **static)
+  for a, b in zip(value_and_gradients(distill_topk, arrays, target, cotangents, mesh=mesh, **static), whole):
+    np.testing.assert_allclose(a, b, rtol=3e-6, atol=3e-6 * np.abs(b).max())
+  at = lambda **mesh: np.asarray(top_log_probs(*arrays, target, top_k=41, **mesh).index_XK)
+  np.testing.assert_array_equal(at(mesh=mesh), at())
+
+
 def test_entries_are_the_policys_best():
   arrays, target = problem()
   top = top_log_probs(*arrays, target, top_k=5)

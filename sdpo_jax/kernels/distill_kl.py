@@ -18,7 +18,6 @@ tracing for shapes that disagree.
 
 import functools
 import logging
-import math
 
 import jax
 import jax.numpy as jnp
@@ -55,12 +54,8 @@ def distill_kl_sharded(student_hidden_XD, student_head_DV, teacher_hidden_XE, te
   """The same over a mesh: tokens split over token_axes, heads over (head_axis, vocabulary_axis); same values, same gradients."""
   arrays = student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X
   _check(*arrays, None, alpha, temperature)
-  (X, D), V = student_hidden_XD.shape, student_head_DV.shape[1]
-  token_shards, vocabulary_shards = math.prod(mesh.shape[a] for a in token_axes), mesh.shape[vocabulary_axis]
-  if V % vocabulary_shards or D % mesh.shape[head_axis]:
-    raise ValueError(f"a head of {D} x {V} does not divide over mesh axes {head_axis}={mesh.shape[head_axis]}, "
-                     f"{vocabulary_axis}={vocabulary_shards}")
-  rows, V = -(-X // token_shards), V // vocabulary_shards
+  layout = Layout(mesh, tuple(token_axes), vocabulary_axis, head_axis)
+  rows, V = layout.sizes(*student_hidden_XD.shape, student_head_DV.shape[1])
   name = _choose(implementation, arrays, rows, V, alone=True)
   if name == "reference":
     raise ValueError("implementation='reference' has no sharded form of its own: call distill_kl")
@@ -72,10 +67,9 @@ def distill_kl_sharded(student_hidden_XD, student_head_DV, teacher_hidden_XE, te
     module, plan = distill_kl_gpu, distill_kl_gpu.make_plan(alpha, temperature)
   else:
     module, plan = distill_kl_xla, distill_kl_xla.vocabulary_plan(rows, alpha, temperature)
-  pad = lambda x: jnp.pad(x, [(0, rows * token_shards - X)] + [(0, 0)] * (x.ndim - 1))  # padded rows are cut off again
   h, w, g, u, target = arrays
-  out = distill(module, plan, Layout(mesh, tuple(token_axes), vocabulary_axis, head_axis), pad(h), w, pad(g), u, pad(target))
-  return jax.tree.map(lambda x: x[:X], out)
+  out = distill(module, plan, layout, layout.pad(h), w, layout.pad(g), u, layout.pad(target))
+  return jax.tree.map(lambda x: x[:target.shape[0]], out)  # padded rows are cut off again
 
 
 def _check(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, weights_X, alpha, temperature):

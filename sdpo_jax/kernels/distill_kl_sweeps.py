@@ -14,6 +14,7 @@ differentiated through a collective. X need not divide by the devices (it is pad
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,26 @@ class Layout(NamedTuple):
   vocabulary_axis: str
   head_axis: str
 
+  def sizes(self, X, D, V):
+    """(tokens, entries of the vocabulary) of one device; tokens rounded up."""
+    vocabulary_shards, head_shards = self.mesh.shape[self.vocabulary_axis], self.mesh.shape[self.head_axis]
+    if V % vocabulary_shards or D % head_shards:
+      raise ValueError(f"a head of {D} x {V} does not divide over mesh axes {self.head_axis}={head_shards}, "
+                       f"{self.vocabulary_axis}={vocabulary_shards}")
+    return -(-X // self.token_shards), V // vocabulary_shards
+
+  @property
+  def token_shards(self):
+    return math.prod(self.mesh.shape[a] for a in self.token_axes)
+
+  def pad(self, x):
+    """x [X, ...] with tokens appended that are nobody's, so that it divides."""
+    return jnp.pad(x, [(0, -x.shape[0] % self.token_shards)] + [(0, 0)] * (x.ndim - 1))
+
+  def gather(self, head):
+    """A head, whole over head_axis."""
+    return lax.with_sharding_constraint(head, NamedSharding(self.mesh, P(None, self.vocabulary_axis)))
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def distill(implementation, plan, layout, h, w, g, u, target):
@@ -43,7 +64,7 @@ def _forward_rule(implementation, plan, layout, h, w, g, u, target):
   if layout is None:
     out, scalars = _forward(implementation, plan, None, h, w, g, u, target)
   else:
-    w, u = (lax.with_sharding_constraint(x, NamedSharding(layout.mesh, P(None, layout.vocabulary_axis))) for x in (w, u))
+    w, u = layout.gather(w), layout.gather(u)
     tokens, heads = P(layout.token_axes), P(None, layout.vocabulary_axis)
     out, scalars = jax.shard_map(
         functools.partial(_forward, implementation, plan, layout), mesh=layout.mesh, check_vma=False,
@@ -53,7 +74,7 @@ def _forward_rule(implementation, plan, layout, h, w, g, u, target):
 
 def _forward(implementation, plan, layout, h, w, g, u, target):
   """(DistillKL, Scalars) of one device's tokens, the vocabulary's shards combined."""
-  target = _own(layout, target, w.shape[1])
+  target = own(layout, target, w.shape[1])
   stats = implementation.statistics(plan, h, w, g, u, target)
   if layout is not None:
     stats = dm.add_shards(stats, plan.alpha, layout.vocabulary_axis)
@@ -81,14 +102,19 @@ def _backward_rule(implementation, plan, layout, saved, cotangents):
 
 
 def _backward(implementation, plan, layout, h, w, g, u, target, scalars, cotangents):
-  target = _own(layout, target, w.shape[1])
+  target = own(layout, target, w.shape[1])
   dh, dw = implementation.gradients(plan, h, w, g, u, target, scalars, cotangents, scalars.entropy.dtype)
+  return reduce_gradients(layout, dh, dw)
+
+
+def reduce_gradients(layout, dh, dw):
+  """One device's parts -> dh of its tokens, dw of its rows of the head."""
   dw = lax.psum_scatter(dw, layout.head_axis, scatter_dimension=0, tiled=True)
   others = tuple(a for a in layout.token_axes if a != layout.head_axis)
   return lax.psum(dh, layout.vocabulary_axis), lax.psum(dw, others) if others else dw
 
 
-def _own(layout, target, V):
+def own(layout, target, V):
   """Targets counted from this shard's first entry; -1 where another shard has them."""
   if layout is None:
     return target

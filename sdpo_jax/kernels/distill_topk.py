@@ -11,6 +11,8 @@ divergence of distill_kl_ref.py on the buckets.
 One sweep over blocks of the vocabulary forward, one backward; the best K so far travel along with the teacher's
 logits at the same entries. Gradient with respect to a logit, for cotangents c_k of the K log-probabilities:
 sum over k of c_k (1[v = index_k] - pi_v). The choice of the K entries itself carries no gradient.
+Over a mesh (`mesh`) the layout and the collectives are those of distill_kl_sweeps.py; beside them each device offers
+its own best K, of which vocabulary_axis gathers 3 K numbers a token and shard.
 Numerics as in distill_kl_xla.py; the bucket is log(-expm1(min(logsumexp, -1e-7))), as released.
 """
 
@@ -21,11 +23,15 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
+from jax.sharding import PartitionSpec as P
 
 from sdpo_jax.kernels import distill_kl_math as dm
 from sdpo_jax.kernels import distill_kl_xla as blocked
 from sdpo_jax.kernels.distill_kl_ref import divergence
 from sdpo_jax.kernels.distill_kl_ref import DistillKL
+from sdpo_jax.kernels.distill_kl_sweeps import Layout
+from sdpo_jax.kernels.distill_kl_sweeps import own
+from sdpo_jax.kernels.distill_kl_sweeps import reduce_gradients
 
 
 class TopLogProbs(NamedTuple):
@@ -39,7 +45,7 @@ class TopLogProbs(NamedTuple):
 
 
 def distill_topk(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, alpha, top_k,
-                 add_tail=True, temperature=1.0, advantage_clip=None) -> DistillKL:
+                 add_tail=True, temperature=1.0, advantage_clip=None, mesh=None) -> DistillKL:
   """The divergence over K + 1 buckets, or over K renormalised entries; the other results as in distill_kl.
 
   advantage_clip: reverse KL only. The gradient of KL(pi || q) is a policy gradient with advantage ln q - ln pi for every entry
@@ -49,7 +55,7 @@ def distill_topk(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_
   if advantage_clip is not None and alpha != 1:
     raise ValueError(f"advantage_clip={advantage_clip!r} needs alpha=1, the reverse KL, not alpha={alpha!r}")
   top = top_log_probs(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, top_k=top_k,
-                      temperature=temperature)
+                      temperature=temperature, mesh=mesh)
   buckets = add_tail_bucket if add_tail else lambda x: x - logsumexp(x, axis=1, keepdims=True)
   policy_XK, teacher_XK = buckets(top.logp_XK), buckets(top.logp_teacher_XK)
   if advantage_clip is None:
@@ -67,23 +73,42 @@ def add_tail_bucket(logp_XK):
 
 
 def top_log_probs(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, top_k,
-                  temperature=1.0) -> TopLogProbs:
+                  temperature=1.0, mesh=None, token_axes=("data", "fsdp"), vocabulary_axis="tensor",
+                  head_axis="fsdp") -> TopLogProbs:
   """Log-probabilities at the policy's top_k entries (all of them if the vocabulary is smaller)."""
   if top_k < 1:
     raise ValueError(f"top_k={top_k!r} must be at least 1")
-  plan = blocked.vocabulary_plan(target_X.shape[0], 0.5, temperature)  # alpha 0.5: statistics without a divergence
-  return _top(plan, min(top_k, student_head_DV.shape[1]), student_hidden_XD, student_head_DV, teacher_hidden_XE,
-              teacher_head_EV, target_X)
+  X, V = target_X.shape[0], student_head_DV.shape[1]
+  arrays = student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X
+  layout, rows = None, X
+  if mesh is not None:
+    layout = Layout(mesh, tuple(token_axes), vocabulary_axis, head_axis)
+    rows, _ = layout.sizes(*student_hidden_XD.shape, V)
+    arrays = [x if i in (1, 3) else layout.pad(x) for i, x in enumerate(arrays)]
+  plan = blocked.vocabulary_plan(rows, 0.5, temperature)  # alpha 0.5: statistics without a divergence
+  return jax.tree.map(lambda x: x[:X], _top(plan, min(top_k, V), layout, *arrays))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _top(plan, K, h, w, g, u, target):
-  return _forward_rule(plan, K, h, w, g, u, target)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _top(plan, K, layout, h, w, g, u, target):
+  return _forward_rule(plan, K, layout, h, w, g, u, target)[0]
 
 
-def _forward_rule(plan, K, h, w, g, u, target):
+def _forward_rule(plan, K, layout, h, w, g, u, target):
+  run = functools.partial(_forward, plan, K, layout)
+  if layout is not None:
+    w, u = layout.gather(w), layout.gather(u)
+    tokens, heads = P(layout.token_axes), P(None, layout.vocabulary_axis)
+    run = jax.shard_map(run, mesh=layout.mesh, check_vma=False, in_specs=(tokens, heads, tokens, heads, tokens), out_specs=tokens)
+  out, scalars = run(h, w, g, u, target)
+  return out, (h, w, target, out.index_XK, scalars)
+
+
+def _forward(plan, K, layout, h, w, g, u, target):
+  """(TopLogProbs, Scalars) of one device's tokens."""
   X, V = target.shape[0], w.shape[1]
   dtype = blocked.logit_dtype(h, w, g, u)
+  kept, target = min(K, V), own(layout, target, V)
 
   def body(start, size, carry):
     stats, *best = carry
@@ -91,22 +116,43 @@ def _forward_rule(plan, K, h, w, g, u, target):
     stats = dm.add_block(stats, s, t, blocked.hit(target, start, size), plan.alpha)
     block = s, t, jnp.broadcast_to(start + lax.iota(jnp.int32, size), (X, size))
     both = [jnp.concatenate(pair, axis=1) for pair in zip(best, block)]
-    value, at = lax.top_k(both[0], K)
+    value, at = lax.top_k(both[0], kept)
     return stats, value, *[jnp.take_along_axis(x, at, axis=1) for x in both[1:]]
 
-  nothing = jnp.full((X, K), dm.NEG, dtype), jnp.zeros((X, K), dtype), jnp.zeros((X, K), jnp.int32)
+  nothing = jnp.full((X, kept), dm.NEG, dtype), jnp.zeros((X, kept), dtype), jnp.zeros((X, kept), jnp.int32)
   stats, s, t, index = blocked.over_blocks(V, plan.size, body, (dm.empty_stats(X, dtype), *nothing))
+  if layout is not None:
+    stats = dm.add_shards(stats, plan.alpha, layout.vocabulary_axis)
+    offered = s, t, index + V * lax.axis_index(layout.vocabulary_axis)
+    s, t, index = (lax.all_gather(x, layout.vocabulary_axis, axis=1, tiled=True) for x in offered)
+    s, at = lax.top_k(s, K)
+    t, index = (jnp.take_along_axis(x, at, axis=1) for x in (t, index))
   _, logp, logp_teacher, scalars = dm.finish(stats, plan.alpha)
   out = TopLogProbs(s - scalars.log_z_s, t - scalars.log_z_t, index, logp[:, 0], logp_teacher[:, 0], scalars.entropy[:, 0])
-  return out, (h, w, target, index, scalars)
+  return out, scalars
 
 
-def _backward_rule(plan, K, saved, cotangents):
-  h, w, target, index, scalars = saved
+def _backward_rule(plan, K, layout, saved, cotangents):
+  del K
+  h, w, *_ = saved
+  run = functools.partial(_backward, plan, layout)
+  if layout is not None:
+    tokens, heads = P(layout.token_axes), P(None, layout.vocabulary_axis)
+    run = jax.shard_map(run, mesh=layout.mesh, check_vma=False, in_specs=(tokens, heads, tokens, tokens, tokens, tokens),
+                        out_specs=(tokens, P(layout.head_axis, layout.vocabulary_axis)))
+  dh, dw = run(*saved, cotangents)
+  return dh.astype(h.dtype), dw.astype(w.dtype), None, None, None
+
+
+def _backward(plan, layout, h, w, target, index, scalars, cotangents):
   X, V = target.shape[0], w.shape[1]
   dtype = scalars.entropy.dtype
   c_XK, g_logp, g_entropy = cotangents.logp_XK, cotangents.logp_X[:, None], cotangents.entropy_X[:, None]
   from_all = g_logp + jnp.sum(c_XK, axis=1, keepdims=True)
+  dw_dtype = w.dtype  # a column of dw is complete at once
+  if layout is not None:
+    index, dw_dtype = index - V * lax.axis_index(layout.vocabulary_axis), dtype  # until the devices' parts are added
+    target = own(layout, target, V)
 
   def body(start, size, carry):
     dh, dw = carry
@@ -117,10 +163,10 @@ def _backward_rule(plan, K, saved, cotangents):
     column = jnp.where((index >= start) & (index < start + size), index - start, size)  # size: nowhere
     d = d.at[jnp.arange(X)[:, None], column].add(c_XK, mode="drop")
     dh_part, dw_part = blocked.gradient_products(plan, d, h, head, dtype)
-    return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(w.dtype), start, 1)
+    return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(dw_dtype), start, 1)
 
-  dh, dw = blocked.over_blocks(V, plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros_like(w)))
-  return dh.astype(h.dtype), dw, None, None, None
+  dh, dw = blocked.over_blocks(V, plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dw_dtype)))
+  return (dh, dw) if layout is None else reduce_gradients(layout, dh, dw)
 
 
 _top.defvjp(_forward_rule, _backward_rule)
