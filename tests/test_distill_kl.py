@@ -139,17 +139,18 @@ def test_bfloat16_inputs(blocks, small_blocks):
           exact(*args, alpha=alpha, temperature=1.0), gradient_tolerance=2**-7)
 
 
-@pytest.mark.parametrize("epsilon", (0.01, 0.1, 0.5))
-def test_gradient_survives_a_close_teacher_in_bfloat16(epsilon):
-  """KL of about 1e-4 to 0.1. bfloat16 logits would be off by more than 30 % at the small end."""
+@pytest.mark.parametrize("implementation", ("xla", pytest.param("pallas_tpu", marks=pytest.mark.slow)))
+@pytest.mark.parametrize("epsilon", (0.016, 0.15, 1.5))
+def test_gradient_survives_a_close_teacher_in_bfloat16(epsilon, implementation):
+  """KL of about 1e-4, 1e-2 and 1. bfloat16 logits would be off by more than 30 % at the small end."""
   (h, w, _, _), target, (weight, *_) = problem(16, 256, 256, 2000, scale=3.0, dtype=jnp.bfloat16)
   noise = np.random.default_rng(9).normal(size=w.shape).astype(np.float32) * epsilon / 16
   teacher = np.asarray(jnp.asarray(w.astype(np.float32) + noise, jnp.bfloat16))
   cotangents = [np.abs(weight)] + [np.zeros_like(weight)] * 3
   for alpha in (0, 0.5, 1):
     args = (h, w, h, teacher), target, cotangents
-    got, want = run(distill_kl, *args, alpha=alpha), exact(*args, alpha=alpha, temperature=1.0)
-    assert 1e-6 < want[0][0].mean() < 1
+    got, want = run(distill_kl, *args, alpha=alpha, implementation=implementation), exact(*args, alpha=alpha, temperature=1.0)
+    assert alpha == 0.5 or 0.5 < want[0][0].mean() / {0.016: 1.2e-4, 0.15: 9e-3, 1.5: 0.85}[epsilon] < 2
     for a, b in zip(got[1][:2], want[1][:2]):
       assert np.linalg.norm(a - b) <= 5e-3 * np.linalg.norm(b)
 

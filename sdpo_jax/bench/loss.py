@@ -7,8 +7,9 @@ Every figure is taken in a child process of its own, so that no measurement sees
 One JSON object a line as they come in, then a table. Units and definitions:
 
   time_s            shortest of --repeats runs after one warm-up, wall clock; cpu_s: processor seconds of that run, all threads
-  us_per_token      time_s / X
-  floor_us_per_token  4 products of 2 X D V operations at `matrix_tflops`, the rate of a large product in the same process
+  us_per_token      time_s / X; on CPU cpu_s / X, which other work on the machine disturbs less
+  floor_us_per_token  4 products of 2 X D V operations at `matrix_tflops`, the rate of a large product in the same process (on CPU: of
+                    one core)
   temporaries_mb    what the compiled program allocates beside arguments and results (the compiler's own figure)
   peak_mb           on CPU: highest resident memory of the whole process, runtime and compiler included, less the inputs;
                     on GPU and TPU: highest device memory in use during the runs, less the inputs. Gradients count:
@@ -95,9 +96,13 @@ def main(argv):
 def with_speedups(rows):
   """rows, with peer_speedup where the same shape's peer was measured."""
   key = lambda row: (tuple(row["shape"]), row["alpha"], row["dtype"])
-  cost = lambda row: row["cpu_s" if row["device"] == "cpu" else "time_s"]
+  cost = lambda row: _cost(row["device"], row)
   peers = {key(row): cost(row) for row in rows if row["implementation"] in PEERS and "error" not in row}
   return [row | {"peer_speedup": peers[key(row)] / cost(row)} if key(row) in peers and "error" not in row else row for row in rows]
+
+
+def _cost(device, row):
+  return row["cpu_s" if device == "cpu" else "time_s"]
 
 
 def table(rows):
@@ -122,7 +127,7 @@ def _measure(*, device, shape, alpha, dtype, implementation, repeats):
   if implementation not in PEERS and not (result["value_error"] <= value and result["gradient_error"] <= gradient):
     raise ArithmeticError(f"off the reference at {CHECKED}: values by {result['value_error']}, gradients by {result['gradient_error']}")
   return dict(device=device, shape=shape, alpha=alpha, dtype=dtype, implementation=implementation) | result | {
-      "us_per_token": result["time_s"] / X * 1e6, "floor_us_per_token": floor, "gradients_mb": 4 * D * (X + V) / 1e6,
+      "us_per_token": _cost(device, result) / X * 1e6, "floor_us_per_token": floor, "gradients_mb": 4 * D * (X + V) / 1e6,
       "cores": len(os.sched_getaffinity(0))}
 
 
@@ -186,7 +191,7 @@ def _jax(problem, alpha, implementation, device, repeats, checked):
   n = 2048 if here.platform == "cpu" else 8192
   a = jax.random.normal(jax.random.key(0), (n, n)).astype(checked[0].dtype)
   product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-  rate = 2 * n**3 / _best(lambda: product(a).block_until_ready(), repeats)[0] / 1e12
+  rate = 2 * n**3 / _best(lambda: product(a).block_until_ready(), repeats)[here.platform == "cpu"] / 1e12
 
   both = lambda name: jax.jit(jax.value_and_grad(functools.partial(loss, name=name), argnums=(0, 1), has_aux=True))
   (_, got), got_grads = both(name)(*checked)
@@ -238,7 +243,7 @@ def _peer(problem, alpha, implementation, device, repeats, checked):
   del inputs
   n = 2048 if where == "cpu" else 8192
   a = torch.randn(n, n, dtype=dtype, device=where)
-  rate = 2 * n**3 / _best(lambda: (a @ a, wait()), repeats)[0] / 1e12
+  rate = 2 * n**3 / _best(lambda: (a @ a, wait()), repeats)[where == "cpu"] / 1e12
 
   numpy = lambda x: x.detach().float().cpu().numpy()
   exact = [torch.from_numpy(x.astype(np.float32)) for x in checked[:4]]  # on the CPU: no shortened products
