@@ -25,6 +25,9 @@ cotangents (weights_X); `torch` is the dense one in PyTorch (CPU), `liger` the f
 (GPU), each only where it is installed. A peer returns a mean alone: its value_error is that of the mean.
 Shapes on GPU and TPU are the heads of Qwen3-0.6B, 1.7B and 8B.
 The gradient is taken of the mean divergence. Heads repeat after 4096 random columns. MB = 10^6 bytes.
+
+results/loss_cpu.json: `taskset -c 1 python -m sdpo_jax.bench loss --shapes=1024x256x151936 --repeats=1 --json=FILE`, jax 0.10.2
+and torch 2.13.0 on one core of an Intel(R) Xeon(R) Processor shared with other work: its processor seconds count, not its wall clock.
 """
 
 import argparse
