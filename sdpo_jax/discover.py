@@ -30,7 +30,7 @@ from typing import Any, Callable
 import jax
 import numpy as np
 
-from sdpo_jax import discovery, stats
+from sdpo_jax import discovery, sharding, stats
 from sdpo_jax.data.batch import MAX_SHAPES, Shape, bucket, pack
 from sdpo_jax.data.tasks import first_tasks
 from sdpo_jax.objectives import methods
@@ -38,7 +38,7 @@ from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.objectives.teacher_context import CLOSING, TEMPLATES, Context, fill
 from sdpo_jax.records import Feedback, Rollout, Sampling, Status, Task
 from sdpo_jax.rollout import prompt_seed
-from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_train_step
+from sdpo_jax.train_step import make_optimizer, make_signals, make_train_step
 from sdpo_jax.wiring import blame_settings, describe_run, same_run, wired, write_atomically
 
 ARMS = ("sdpo", "best_of_k", "multi_turn")
@@ -217,6 +217,8 @@ def discover(c, workdir: str) -> dict[str, Any]:
     for arm in d.arms:
       if arm not in ARMS:
         raise ValueError(f"config.discover.arms={arm!r} is unknown; choose from {list(ARMS)}")
+    if jax.process_count() > 1:
+      raise ValueError("--mode=discover runs in one process; it uses all of its devices")
     if d.history not in HISTORIES:
       raise ValueError(f"config.discover.history={d.history!r} is unknown; choose from {list(HISTORIES)}")
     if d.rollouts % c.train.micro_batches:
@@ -233,13 +235,14 @@ def discover(c, workdir: str) -> dict[str, Any]:
     signals = make_signals(w.model, objective, mix=teacher.mix, temperature=c.rollout.temperature, remat=c.model.remat, join=w.join)
     step = jax.jit(make_train_step(signals, objective, tx, teacher_move=teacher.move, micro_batches=c.train.micro_batches), donate_argnums=0)
     params, frozen = w.trainable(c.seed)
-    fresh = lambda: init_state(jax.tree.map(lambda x: x.copy(), params), tx, keep_teacher=teacher.keep)
+    fresh = lambda: w.fresh_state(jax.tree.map(lambda x: x.copy(), params), tx, keep_teacher=teacher.keep)
     sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
     fits = lambda task: len(w.chat.prompt_tokens(env.prompt(task))) <= c.data.max_prompt_tokens
-    shapes = fixed_shapes(d.rollouts // c.train.micro_batches, c.data, c.rollout.max_new_tokens)
+    packs = c.train.micro_batches * sharding.row_shards(w.mesh)
+    shapes = fixed_shapes(d.rollouts // packs, c.data, c.rollout.max_new_tokens)
     make_batch = lambda groups, teacher_context=parts["teacher_context"]: pack(
         groups, chat=w.chat, messages=env.prompt, teacher_context=teacher_context, advantage=parts["advantage"], max_teacher_tokens=c.data.max_teacher_tokens,
-        length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple, shapes=shapes, packs=c.train.micro_batches)
+        length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple, shapes=shapes, packs=packs)
 
     def collect(weights, asked, *, path, n):
       """n attempts for each (task, first attempt); a batch has a seed of its own, so it is the same whatever is sampled beside it."""
@@ -252,7 +255,7 @@ def discover(c, workdir: str) -> dict[str, Any]:
     if d.below_pass_at_64 < 1:
       if hasattr(env, "solutions"):
         plain = make_signals(w.model, make_objective(methods.row("grpo")), temperature=c.rollout.temperature)
-        score = jax.jit(lambda batch: plain(w.params, None, batch).logp_BR)
+        score = jax.jit(lambda batch: plain(w.params, None, batch).logp_BR, out_shardings=w.everywhere)
         logp = make_logp(score, lambda groups: make_batch(groups, teacher_context=methods.TEACHER_CONTEXTS["none"]), d.rollouts)
         measure = lambda task: exact_difficulty(task, env.solutions(task), below=d.below_pass_at_64, prompt=w.chat.prompt_tokens(env.prompt(task)), chat=w.chat, logp=logp)
       else:
@@ -273,7 +276,7 @@ def discover(c, workdir: str) -> dict[str, Any]:
 
         if arm == "sdpo":
           ask = attempts.around(lambda p, asked: collect(w.weights(p, frozen), asked, path=path, n=min(d.rollouts, d.attempts - asked[0][1])))
-          solve_by_learning(task, budget, fresh=fresh, collect=ask, make_batch=make_batch, step=lambda *a: step(*a, frozen))
+          solve_by_learning(task, budget, fresh=fresh, collect=ask, make_batch=make_batch, step=lambda state, batch: step(state, sharding.put_rows(w.mesh, batch), frozen))
         elif arm == "best_of_k":
           ask = attempts.around(lambda p, asked: collect(p, asked, path=path, n=min(d.rollouts, d.attempts)))
           solve_by_sampling(task, budget, params=w.params, collect=ask, rollouts=min(d.rollouts, d.attempts), together=together)

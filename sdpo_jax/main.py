@@ -33,6 +33,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_string("workdir", None, "where everything about the run goes; default: a fresh directory under runs/", flag_values=f)
   flags.DEFINE_string("mode", "train", " | ".join(MODES), flag_values=f)
   flags.DEFINE_string("checkpoint", None, "eval: WORKDIR[:step] or a Hugging Face directory", flag_values=f)
+  flags.DEFINE_string("distributed", None, "several processes: auto (TPU pods, Slurm, ...) or HOST:PORT,PROCESSES,RANK; needs --workdir", flag_values=f)
   flags.DEFINE_string("topology", None, "plan: chip and shape, such as v5p:2x2x2", flag_values=f)
   flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=f)
   try:
@@ -65,7 +66,7 @@ def check_writable(workdir: str) -> None:
     path.mkdir(parents=True, exist_ok=True)
     probe = path / ".writable"
     probe.write_text("")
-    probe.unlink()
+    probe.unlink(missing_ok=True)   # several processes may try at once
   except OSError as error:
     raise UsageError(f"--workdir={workdir}: cannot write there: {error.strerror}") from error
 
@@ -76,6 +77,11 @@ def main(argv: list[str]) -> int:
     if f.help:
       print(__doc__, f.get_help(), sep="\n")
       return 0
+    if f.distributed:
+      if not f.workdir:
+        raise UsageError("--distributed needs --workdir: all processes write to one place")
+      from sdpo_jax import hosts
+      hosts.start(f.distributed)   # before anything asks for devices
     c, workdir = f.config, f.workdir or fresh_workdir()
     from sdpo_jax import config   # after the flags: a wrong one answers at once, jax takes seconds to import
     config.validate(c)

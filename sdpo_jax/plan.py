@@ -137,11 +137,9 @@ def operations(jaxpr) -> float:
 
 
 def _share_computed(eqn) -> float:
-  """Causal attention visits every block of the square and computes those on and below the diagonal."""
-  if not eqn.params["name_and_src_info"].name.startswith("splash"):
-    return 1.0
-  blocks = max(eqn.params["grid_mapping"].grid[1:])
-  return (blocks + 1) / (2 * blocks)
+  """Causal attention visits every block of the square and computes those on and below the diagonal; with a window it visits what it computes."""
+  queries, keys = eqn.params["grid_mapping"].grid[-2:]
+  return (queries + 1) / (2 * queries) if eqn.params["name"].startswith("splash") and queries == keys else 1.0
 
 
 # ---- collectives of a compiled program ----------------------------------------------------------------------------------

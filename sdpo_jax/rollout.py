@@ -14,6 +14,9 @@ import logging
 import math
 import zlib
 
+import jax
+
+from sdpo_jax import hosts
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.records import Completion, Feedback, Rollout, Sampling, Status, Task
 
@@ -53,20 +56,26 @@ class Collector:
     for task, prompt in zip(tasks, prompts):
       if len(prompt) > self.max_prompt_tokens:
         raise ValueError(f"the prompt of task {task.id} takes {len(prompt)} tokens, more than config.data.max_prompt_tokens={self.max_prompt_tokens}")
-    pending: dict[tuple[int, int], tuple[Completion, str, concurrent.futures.Future]] = {}
+    pending: dict[tuple[int, int], tuple[Completion, str, concurrent.futures.Future | None]] = {}
     for c in self.engine.generate(params, prompts, n=n, sampling=sampling, seeds=seeds):
       text = self.chat.response_text(c.tokens)
-      pending[c.prompt_index, c.sample_index] = (c, text, self._pool.submit(self._judge, tasks[c.prompt_index], text, c))
-    groups = []
-    for q, task in enumerate(tasks):
-      group = []
-      for g in range(n):
-        completion, text, future = pending[q, g]
-        try:
-          feedback = future.result(timeout=self.judge_timeout_s)
-        except concurrent.futures.TimeoutError:
-          logging.error("judging a response to %s took more than %g s", task.id, self.judge_timeout_s)
-          feedback = Feedback(0.0, "the judge did not answer in time", Status.ENV_FAILED)
-        group.append(Rollout(task, prompts[q], completion.tokens, completion.logp, completion.finish_reason, text, feedback))
-      groups.append(group)
-    return groups
+      mine = (c.prompt_index * n + c.sample_index) % jax.process_count() == jax.process_index()   # every process samples all, judges its share
+      future = self._pool.submit(self._judge, tasks[c.prompt_index], text, c) if mine else None
+      pending[c.prompt_index, c.sample_index] = (c, text, future)
+    said = {}
+    for (q, g), (_, _, future) in pending.items():
+      if future is None:
+        continue
+      try:
+        said[q, g] = future.result(timeout=self.judge_timeout_s)
+      except concurrent.futures.TimeoutError:
+        logging.error("judging a response to %s took more than %g s", tasks[q].id, self.judge_timeout_s)
+        said[q, g] = Feedback(0.0, "the judge did not answer in time", Status.ENV_FAILED)
+    for told in hosts.share([[q, g, f.reward, f.text, f.status.value] for (q, g), f in said.items()]):
+      said |= {(q, g): Feedback(reward, text, Status(status)) for q, g, reward, text, status in told}
+
+    def rollout(q: int, g: int) -> Rollout:
+      completion, text, _ = pending[q, g]
+      return Rollout(tasks[q], prompts[q], completion.tokens, completion.logp, completion.finish_reason, text, said[q, g])
+
+    return [[rollout(q, g) for g in range(n)] for q in range(len(tasks))]

@@ -19,6 +19,7 @@ import numpy as np
 
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
+from sdpo_jax.model.hf_weights import to_host
 from sdpo_jax.records import Completion, Sampling
 
 
@@ -51,6 +52,12 @@ def choose(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling) -> tuple[
     token_B = jax.vmap(jax.random.categorical)(key_B, allowed_BV).astype(jnp.int32)
   logp_BV = jax.nn.log_softmax(logits_BV)
   return token_B, jnp.take_along_axis(logp_BV, token_B[:, None], -1)[:, 0]
+
+
+@jax.jit
+def sample_keys(seed_B, sample_B) -> jax.Array:
+  """One key a row: the prompt's seed folded with the sample's index."""
+  return jax.vmap(lambda seed, sample: jax.random.fold_in(jax.random.key(seed), sample))(seed_B, sample_B)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"))
@@ -89,9 +96,9 @@ def decode(params, state: DecodeState, key_B: jax.Array, *, config: ModelConfig,
 class Sampler:
   """The plain engine. `generate` has the engine interface's signature."""
 
-  def __init__(self, config: ModelConfig, *, rows: int, prompt_multiple: int = 16, chunk: int = 8, pad_token: int = 0):
-    """rows: most sequences decoded together; prompt_multiple: prompt lengths are rounded up to it; chunk: tokens between hand-outs."""
-    self.config, self.rows, self.prompt_multiple, self.chunk, self.pad_token = config, rows, prompt_multiple, chunk, pad_token
+  def __init__(self, config: ModelConfig, *, rows: int, row_multiple: int = 1, prompt_multiple: int = 16, chunk: int = 8, pad_token: int = 0):
+    """rows: most sequences decoded together, which row_multiple (the row shards of a mesh) divides; prompt_multiple: prompt lengths are rounded up to it; chunk: tokens between hand-outs."""
+    self.config, self.rows, self.row_multiple, self.prompt_multiple, self.chunk, self.pad_token = config, rows, row_multiple, prompt_multiple, chunk, pad_token
 
   def generate(self, params, prompts: list[list[int]], *, n: int, sampling: Sampling, seeds: list[int]) -> Iterator[Completion]:
     """Yields n completions of each prompt, as they finish, in no promised order. seeds: one per prompt."""
@@ -103,21 +110,21 @@ class Sampler:
   def _wave(self, params, prompts, jobs, sampling: Sampling, seeds) -> Iterator[Completion]:
     longest = max(len(prompts[p]) for p, _ in jobs)
     P = -(-longest // self.prompt_multiple) * self.prompt_multiple
-    rows = min(self.rows, 1 << (len(jobs) - 1).bit_length())
+    rows = min(self.rows, -(-(1 << (len(jobs) - 1).bit_length()) // self.row_multiple) * self.row_multiple)
     prompt_BP = np.full((rows, P), self.pad_token, np.int32)
     length_B = np.ones(rows, np.int32)   # rows beyond the jobs read one padding token and are thrown away
     seed_B, sample_B = np.zeros(rows, np.uint32), np.zeros(rows, np.uint32)
     for b, (p, s) in enumerate(jobs):
       prompt_BP[b, P - len(prompts[p]):] = prompts[p]
       length_B[b], seed_B[b], sample_B[b] = len(prompts[p]), seeds[p], s
-    key_B = jax.vmap(lambda seed, sample: jax.random.fold_in(jax.random.key(seed), sample))(seed_B, sample_B)
+    key_B = sample_keys(seed_B, sample_B)
     state = prefill(params, prompt_BP, length_B, config=self.config, max_new_tokens=sampling.max_new_tokens)
     if len(jobs) < rows:
-      state = state._replace(done_B=jnp.arange(rows) >= len(jobs))
+      state = state._replace(done_B=np.arange(rows) >= len(jobs))
     waiting = set(range(len(jobs)))
     while waiting:
       state = decode(params, state, key_B, config=self.config, sampling=sampling, chunk=self.chunk)
-      done_B, tokens_BR, logp_BR, t = jax.device_get((state.done_B, state.tokens_BR, state.logp_BR, state.t))
+      done_B, tokens_BR, logp_BR, t = map(to_host, (state.done_B, state.tokens_BR, state.logp_BR, state.t))
       for b in sorted(waiting):
         if done_B[b] or t >= sampling.max_new_tokens:
           stops = np.flatnonzero(np.isin(tokens_BR[b, :t], sampling.stop_tokens))

@@ -47,14 +47,22 @@ def make_mesh(devices, *, data: int, fsdp: int, tensor: int) -> jax.sharding.Mes
   return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
 
 
-def row_shards(mesh: jax.sharding.Mesh) -> int:
+def row_shards(mesh: jax.sharding.Mesh | None) -> int:
   """Among how many devices rows are split."""
-  return mesh.shape["data"] * mesh.shape["fsdp"]
+  return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def over_rows(mesh: jax.sharding.Mesh) -> NamedSharding:
   """Of an array whose leading axis is rows, or packs."""
   return NamedSharding(mesh, PartitionSpec(ACTIVATIONS["B"]))
+
+
+def put_rows(mesh: jax.sharding.Mesh | None, batch):
+  """A host batch, the same on every process, onto the mesh: each process hands over what its own devices hold. Without a mesh, unchanged."""
+  if mesh is None:
+    return batch
+  where = over_rows(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, where, lambda at: x[at]), batch)
 
 
 def state_shardings(mesh: jax.sharding.Mesh, state, axes):

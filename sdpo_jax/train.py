@@ -8,6 +8,7 @@ Metrics of step i belong to the i-th generation batch (from 1) and, where due, t
 evaluation of the base model.
 """
 
+import functools
 import json
 import logging
 import pathlib
@@ -16,7 +17,7 @@ import time
 import jax
 import numpy as np
 
-from sdpo_jax import checkpoint, monitors, report
+from sdpo_jax import checkpoint, hosts, monitors, report, sharding
 from sdpo_jax.config import validate
 from sdpo_jax.data.batch import Packed, Shape, pack
 from sdpo_jax.data.chat import Chat
@@ -25,7 +26,6 @@ from sdpo_jax.evaluate import evaluate
 from sdpo_jax.metrics import Writer, read, reduce
 from sdpo_jax.records import Rollout, Sampling, Status
 from sdpo_jax.rollout import prompt_seed
-from sdpo_jax.train_step import init_state
 from sdpo_jax.wiring import blame_settings, describe_run, learner, same_run, wired, write_atomically
 
 
@@ -110,7 +110,7 @@ def train(c, workdir: str) -> None:
     same_run(workdir, c, begun=checkpoint.latest_step(workdir) is not None)
     latest = checkpoint.latest_step(workdir)
   if latest is not None and latest >= c.total_steps:
-    if not (workdir / "report" / "index.html").exists():   # killed between the last step and the report
+    if hosts.leads() and not (workdir / "report" / "index.html").exists():   # killed between the last step and the report
       report.write_report([workdir], workdir / "report")
     return
 
@@ -118,18 +118,27 @@ def train(c, workdir: str) -> None:
     with blame_settings():
       learn = learner(c, w.model, w.join)
       params, frozen = w.trainable(c.seed)
-      state = init_state(params, learn.tx, keep_teacher=learn.teacher.keep)
+      state = w.fresh_state(params, learn.tx, keep_teacher=learn.teacher.keep)
+      packs = c.train.updates_per_batch * c.train.micro_batches * sharding.row_shards(w.mesh)
+      if c.rollout.questions * c.rollout.group % packs:
+        raise ValueError(f"config.rollout.questions x group = {c.rollout.questions * c.rollout.group} responses do not divide into {packs} packs: "
+                         "train.updates_per_batch x micro_batches x the mesh's data x fsdp")
       host = {"tokens": 0, "failed_batches": 0, "data": None, "shapes": []}
       stream = TaskStream(w.collector.env, "train", seed=c.seed)
       if latest is not None:
         state, host = checkpoint.restore(workdir, state)
         stream.restore(host["data"])
         host["shapes"] = [Shape(*sizes) for sizes in host["shapes"]]
-    step, score = jax.jit(learn.step, donate_argnums=0), jax.jit(learn.score)
+    places = None if w.mesh is None else jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(learn.step, donate_argnums=0, out_shardings=(places, w.everywhere))
+    score = jax.jit(learn.score, out_shardings=w.everywhere)
+    on_mesh = functools.partial(sharding.put_rows, w.mesh)
     sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
-    describe_run(workdir, c, {"sandbox_isolation": w.isolation})
-    writer = Writer(workdir, total_steps=c.total_steps)
-    writer.truncate(0 if latest is None else latest + 1)
+    writer = None
+    if hosts.leads():
+      describe_run(workdir, c, {"sandbox_isolation": w.isolation, "mesh": None if w.mesh is None else dict(w.mesh.shape)})
+      writer = Writer(workdir, total_steps=c.total_steps)
+      writer.truncate(0 if latest is None else latest + 1)
 
     def evaluate_at(state, i):
       splits = c.eval.final_splits if i in (0, c.total_steps) else c.eval.splits
@@ -144,12 +153,14 @@ def train(c, workdir: str) -> None:
     def make_batch(groups):
       packed = pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=learn.parts["teacher_context"], advantage=learn.parts["advantage"],
                     max_teacher_tokens=c.data.max_teacher_tokens, length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple,
-                    shapes=host["shapes"], updates=c.train.updates_per_batch, packs=c.train.updates_per_batch * c.train.micro_batches)
+                    shapes=host["shapes"], updates=c.train.updates_per_batch, packs=packs)
       return packed._replace(metrics=packed.metrics | skipped | {"data/copy_rate": monitors.copy_rate(packed.rollouts, packed.contexts, w.chat)})
 
     history, signs = read(workdir), set()   # lines as they stand in the file, so that a resumed run sees the same ones
 
     def write(i, measured):
+      if not hosts.leads():
+        return
       history.append({"step": i} | reduce(measured))
       found = monitors.warnings(history)
       for sign in sorted(found.keys() - signs):
@@ -165,6 +176,8 @@ def train(c, workdir: str) -> None:
       return i == c.total_steps or i % every[name] == 0 or (name == "rollouts" and i == 1)
 
     def write_rollouts(i, packed, said):
+      if not hosts.leads():
+        return
       (workdir / "rollouts").mkdir(exist_ok=True)
       lines = rollout_lines(i, packed, said, w.chat, c.log.rollouts_kept)
       write_atomically(workdir / "rollouts" / f"step_{i:06d}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -174,11 +187,14 @@ def train(c, workdir: str) -> None:
 
     try:
       run(state, host, total_steps=c.total_steps, next_tasks=lambda: stream.take(c.rollout.questions), collect=collect, make_batch=make_batch,
-          step=lambda *args: step(*args, frozen), score=lambda *args: score(*args, frozen), evaluate=evaluate_at, due=due, write=write, write_rollouts=write_rollouts, save=save,
+          step=lambda state, batch: step(state, on_mesh(batch), frozen), score=lambda state, batch: score(state, on_mesh(batch), frozen), evaluate=evaluate_at, due=due,
+          write=write, write_rollouts=write_rollouts, save=save,
           limits={"skipped": c.train.max_skipped_in_a_row, "env_failures": c.train.max_env_failures_in_a_row})
     finally:
-      writer.close()
-  report.write_report([workdir], workdir / "report")
+      if writer:
+        writer.close()
+  if hosts.leads():
+    report.write_report([workdir], workdir / "report")
 
 
 def evaluate_checkpoint(c, workdir: str, source: str) -> dict[str, float]:
@@ -198,6 +214,8 @@ def evaluate_checkpoint(c, workdir: str, source: str) -> dict[str, float]:
         trained, frozen = w.trainable(c.seed)
         params, name = w.weights(checkpoint.restore_params(root, trained, step), frozen), f"step_{step:06d}"
     metrics = evaluate(w.collector, params, splits=c.eval.final_splits, questions=c.eval.questions, samples=c.eval.samples, sampling=w.eval_sampling)
+  if not hosts.leads():
+    return metrics
   (workdir / "eval").mkdir(parents=True, exist_ok=True)
   about = {"checkpoint": source, "questions": c.eval.questions, "samples": c.eval.samples}
   write_atomically(workdir / "eval" / f"{name}.json", json.dumps(about | metrics, indent=2) + "\n")

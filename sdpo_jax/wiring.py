@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from sdpo_jax import sharding
 from sdpo_jax.config import MODELS
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.tasks import with_rows
 from sdpo_jax.envs.base import make_env
 from sdpo_jax.envs.sandbox import Sandbox
-from sdpo_jax.model import lora
+from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import PRESETS, ModelConfig
 from sdpo_jax.model.hf_weights import load_pretrained, local_directory, read_config
 from sdpo_jax.objectives import methods
@@ -31,7 +32,7 @@ from sdpo_jax.objectives.methods import TeacherWeights
 from sdpo_jax.records import Sampling
 from sdpo_jax.rollout import Collector
 from sdpo_jax.sampler import Sampler
-from sdpo_jax.train_step import make_optimizer, make_score, make_signals, make_train_step
+from sdpo_jax.train_step import TrainState, init_state, make_optimizer, make_score, make_signals, make_train_step
 
 
 class SettingError(ValueError):
@@ -55,7 +56,21 @@ class Wired(NamedTuple):
   collector: Collector
   eval_sampling: Sampling
   isolation: str
-  adapters: lora.Lora | None   # None: all weights are trained
+  adapters: lora.Lora | None        # None: all weights are trained
+  mesh: jax.sharding.Mesh | None    # None: one device
+
+  def fresh_state(self, trained, tx, *, keep_teacher: bool) -> TrainState:
+    """init_state, each array made where it belongs."""
+    make = lambda p: init_state(p, tx, keep_teacher=keep_teacher)
+    if self.mesh is None:
+      return make(trained)
+    axes = decoder.axes(self.model) if self.adapters is None else lora.axes(self.model, self.adapters)
+    return jax.jit(make, out_shardings=sharding.state_shardings(self.mesh, jax.eval_shape(make, trained), axes))(trained)
+
+  @property
+  def everywhere(self) -> jax.NamedSharding | None:
+    """What every process reads: metrics, scores."""
+    return None if self.mesh is None else jax.NamedSharding(self.mesh, jax.P())
 
   def trainable(self, seed: int) -> tuple[Any, Any]:
     """(what training moves, what it stands on): fresh adapters and the loaded weights, or the weights and None."""
@@ -82,8 +97,15 @@ def wired(c, path: str | None = None):
   path = path or MODELS.get(c.model.path, c.model.path)
   with contextlib.ExitStack() as stack:
     with blame_settings():
+      mesh = sharding.make_mesh(jax.devices(), **c.mesh)
+      mesh = None if mesh.size == 1 else mesh
+      shards = sharding.row_shards(mesh)
+      if c.rollout.rows % shards:
+        raise ValueError(f"config.rollout.rows={c.rollout.rows} does not divide among the {shards} row shards of config.mesh")
+      if mesh is not None:
+        stack.enter_context(jax.set_mesh(mesh))
       adapters = lora.from_settings(c.model)
-      model, params = load_pretrained(path, dtype=c.model.param_dtype)
+      model, params = load_pretrained(path, dtype=c.model.param_dtype, mesh=mesh)
       model = dataclasses.replace(model, dtype=c.model.dtype)
       chat = Chat(load_tokenizer(path), thinking=c.model.thinking, teacher_thinking=c.model.teacher_thinking, eos_ids=model.eos_ids)
       for name, tokens in (("max_prompt_tokens", c.data.max_prompt_tokens), ("max_teacher_tokens", c.data.max_teacher_tokens)):
@@ -100,11 +122,11 @@ def wired(c, path: str | None = None):
           raise ValueError(f"the question takes {length} tokens, more than config.data.max_prompt_tokens={c.data.max_prompt_tokens}")
 
       asked = with_rows(env, c.data.sources, splits=("train", *c.eval.splits, *c.eval.final_splits), on_bad_row=c.data.on_bad_row, check=fits)
-      engine = Sampler(model, rows=c.rollout.rows, chunk=c.rollout.chunk, prompt_multiple=c.data.length_multiple, pad_token=chat.pad_token)
+      engine = Sampler(model, rows=c.rollout.rows, row_multiple=shards, chunk=c.rollout.chunk, prompt_multiple=c.data.length_multiple, pad_token=chat.pad_token)
       collector = Collector(asked, chat, engine, max_prompt_tokens=c.data.max_prompt_tokens, judge_threads=c.rollout.judge_threads,
                             judge_timeout_s=c.rollout.judge_timeout_s)
     stack.callback(collector.close)
-    yield Wired(chat, model, params, collector, Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens), sandbox.isolation, adapters)
+    yield Wired(chat, model, params, collector, Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens), sandbox.isolation, adapters, mesh)
 
 
 class Learner(NamedTuple):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from sdpo_jax import plan, sharding
+from sdpo_jax.kernels import attention
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler")
 
@@ -27,6 +28,14 @@ def test_operations_count_scans_branches_and_shards():
   with jax.set_mesh(sharding.make_mesh(jax.devices()[:4], data=2, fsdp=1, tensor=-1)):
     found = plan.operations(jax.make_jaxpr(f)(square).jaxpr)
   assert found == (5 + 2 + 1 * 2) * product   # the last one is computed by both devices along "tensor"
+
+
+def test_causal_attention_counts_the_blocks_on_and_below_the_diagonal():
+  B, T, N, K, H = 2, 2048, 4, 2, 128
+  q, k = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16), jax.ShapeDtypeStruct((B, T, K, H), jnp.bfloat16)
+  count = lambda window: plan.operations(jax.make_jaxpr(lambda q, k, v, s: attention.splash(q, k, v, s, window))(q, k, k, jax.ShapeDtypeStruct((B, T), jnp.int32)).jaxpr)
+  square = 2 * 2.0 * B * N * T * T * H   # two products; blocks of 1024: three of four are on or below the diagonal
+  assert count(None) == 0.75 * square and count(512) <= square
 
 
 def test_collectives_of_a_real_program_count_every_turn_of_the_loop():

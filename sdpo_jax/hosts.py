@@ -1,0 +1,42 @@
+"""What the processes of one run tell each other: plain values, over the devices' own network.
+
+Every process runs the same loop on the same data; where one of them alone knows something (a verdict), all have to hear it before they
+go on. With one process nothing is sent. Every process must call `share` equally often and in the same order.
+"""
+
+import json
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+
+def start(address: str) -> None:
+  """Joins the processes of a run before any device is used: "auto" where the cluster tells (TPU pods, Slurm, Open MPI, Kubernetes), else
+  "HOST:PORT,PROCESSES,RANK" with the address of process 0. ValueError for anything else."""
+  if address == "auto":
+    jax.distributed.initialize()
+    return
+  coordinator, _, counts = address.partition(",")
+  try:
+    processes, rank = map(int, counts.split(","))
+  except ValueError:
+    raise ValueError(f"--distributed={address!r} must be auto or HOST:PORT,PROCESSES,RANK") from None
+  jax.distributed.initialize(coordinator, processes, rank)
+
+
+def leads() -> bool:
+  """Whether this process is the one that writes."""
+  return jax.process_index() == 0
+
+
+def share(value: Any) -> list[Any]:
+  """The JSON-able values of all processes, by rank."""
+  if jax.process_count() == 1:
+    return [value]
+  mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array([mine.size]))[:, 0]
+  padded = np.zeros(sizes.max(), np.uint8)
+  padded[:mine.size] = mine
+  return [json.loads(row[:size].tobytes()) for row, size in zip(multihost_utils.process_allgather(padded), sizes)]
