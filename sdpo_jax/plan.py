@@ -20,7 +20,6 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
-import numpy as np
 
 from sdpo_jax import sharding
 from sdpo_jax.data.batch import bucket
@@ -318,4 +317,4 @@ def suggestion(peak: float, limit: float, rows: int, pieces: int, shards: int, p
   if fitting:
     yield f"largest micro-batch: {fitting[-1] * shards} responses ({total // (fitting[-1] * shards)} micro-batches), from the slope between {rows * shards} and {other * shards}"
   else:
-    yield f"no micro-batch of whole responses fits: less is needed per response, or more chips"
+    yield "no micro-batch of whole responses fits: less is needed per response, or more chips"
