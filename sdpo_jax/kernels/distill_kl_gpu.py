@@ -21,7 +21,7 @@ float32 inputs to 10 bits; they are split into three bfloat16 terms instead, who
 six times wider D. So float32 is there to be exact, not fast.
 X and D or E are padded where they do not divide a tile (cheap); a vocabulary that is no multiple of 128 costs one padded
 copy of both heads, and so does a head that is a transposed view of a [V, D] embedding. No public model's vocabulary
-needs the former. Off a GPU the kernels run in GPU interpret mode.
+needs the former. Off a GPU the kernels run in GPU interpret mode, which simulates one device of a process at a time.
 
 No figure of time stands here: the kernels have been held against the reference in interpret mode with race detection
 and compiled for an H200, not yet run on one. So distill_kl chooses "xla" on a GPU unless told otherwise.
