@@ -104,10 +104,11 @@ def compile_for(mesh, function, *args, **kwargs) -> Program:
     try:
       compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-      used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT]? hbm", str(error))
+      used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT]? hbm|HLO temporaries \(([\d.]+)([KMGT])\)", str(error))
       if used is None:
         raise
-      raise OutOfMemory(float(used[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30, "T": 40}[used[2]]) from error
+      size, unit = filter(None, used.groups())
+      raise OutOfMemory(float(size) * 2.0 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit]) from error
   m, text = compiled.memory_analysis(), compiled.as_text()
   peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
   return Program(m.argument_size_in_bytes, m.temp_size_in_bytes, peak, operations(traced.jaxpr.jaxpr) / mesh.size, collectives(text), text)

@@ -1,0 +1,189 @@
+"""Time and memory of one optimiser step of SDPO (both forward passes, loss, backward pass, update), on the present device.
+
+  python -m sdpo_jax.bench step [--device=cpu|gpu|tpu] [--cases=small:equal,small:heavy,...] [--micro_batches=1] [--remat=none] [--json=FILE]
+
+A case is SHAPE:LENGTHS. Shapes are those of SHAPES, random weights, an EMA teacher. Lengths: `equal`, prompt 128, teacher prompt 256 and
+response 128 tokens; `heavy`, the same prompts and log-normal responses of median 60 and at most 1,000 tokens. Rows are packed as in training.
+Every case runs in a child process of its own. One JSON object a line as they come in, then a table. Units and definitions:
+
+  time_s           shortest of --repeats steps after one warm-up, wall clock; cpu_s: processor seconds of that step, all threads
+  tokens_per_s     tokens of student texts (prompt and response, no padding) / time_s;  useful: share of columns that hold text, both halves
+  mfu              operations of the step's matrix products, recomputation included / time_s / matrix_tflops, the rate of a large product here
+  forward_s, pair_s, signals_s   the student's half alone, both halves, and those with the divergence; each a program of its own
+  temporaries_mb   what the compiled step allocates beside arguments and results (the compiler's own figure)
+  peak_mb          on CPU: highest resident memory of the whole process; on GPU and TPU: highest device memory in use
+
+MB = 10^6 bytes.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+
+SHAPES = {  # name: sizes of a Qwen3-like decoder
+    "tiny": dict(width=256, layers=4, heads=4, kv_heads=2, head_dim=64, ff_width=704, vocab=4096),
+    "small": dict(width=512, layers=8, heads=8, kv_heads=4, head_dim=64, ff_width=1536, vocab=32768),
+    "wide-vocab": dict(width=256, layers=2, heads=4, kv_heads=2, head_dim=64, ff_width=704, vocab=151936),
+    "qwen3-0.6b": dict(width=1024, layers=28, heads=16, kv_heads=8, head_dim=128, ff_width=3072, vocab=151936),
+    "qwen3-1.7b": dict(width=2048, layers=28, heads=16, kv_heads=8, head_dim=128, ff_width=6144, vocab=151936),
+}
+CASES = {"cpu": "tiny:equal,tiny:heavy,small:equal,small:heavy", "gpu": "qwen3-0.6b:equal,qwen3-1.7b:equal,qwen3-1.7b:heavy",
+         "tpu": "qwen3-0.6b:equal,qwen3-1.7b:equal,qwen3-1.7b:heavy"}
+COLUMNS = ("case", "responses", "time_s", "cpu_s", "tokens_per_s", "useful", "mfu", "forward_s", "pair_s", "signals_s", "temporaries_mb", "peak_mb")
+
+
+def main(argv):
+  parser = argparse.ArgumentParser(prog="python -m sdpo_jax.bench step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--device", choices=sorted(CASES), default="cpu")
+  parser.add_argument("--cases", help="comma-separated SHAPE:LENGTHS")
+  parser.add_argument("--responses", type=int, default=32)
+  parser.add_argument("--micro_batches", type=int, default=1)
+  parser.add_argument("--remat", choices=("none", "block"), default="none")
+  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--json", metavar="FILE", help="also write all results there, as one JSON list")
+  parser.add_argument("--child", help=argparse.SUPPRESS)  # one measurement, as JSON: what the parent starts
+  args = parser.parse_args(argv)
+  if args.child:
+    print(json.dumps(_measure(**json.loads(args.child))))
+    return 0
+  cases = (args.cases or CASES[args.device]).split(",")
+  for case in cases:
+    shape, _, lengths = case.partition(":")
+    if shape not in SHAPES or lengths not in ("equal", "heavy"):
+      parser.error(f"--cases: {case!r} must be SHAPE:equal or SHAPE:heavy with a shape of {sorted(SHAPES)}")
+  if args.responses % args.micro_batches:
+    parser.error(f"--micro_batches={args.micro_batches} does not divide --responses={args.responses}")
+  rows, failed = [], 0
+  for case in cases:
+    request = dict(case=case, device=args.device, responses=args.responses, micro_batches=args.micro_batches, remat=args.remat, repeats=args.repeats)
+    child = subprocess.run([sys.executable, "-m", "sdpo_jax.bench", "step", "--child", json.dumps(request)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True, check=False, env=os.environ | {"JAX_PLATFORMS": {"gpu": "cuda"}.get(args.device, args.device), "JAX_TRACEBACK_FILTERING": "off"})
+    if child.returncode:
+      result = request | {"error": f"exit {child.returncode}: {(child.stderr.strip().splitlines() or ['no output'])[-1]}"}
+      failed += 1
+    else:
+      result = json.loads(child.stdout.splitlines()[-1])
+    print(json.dumps(result), flush=True)
+    rows.append(result)
+  if args.json:
+    with open(args.json, "w") as f:
+      json.dump(rows, f, indent=1)
+  print(table(rows))
+  return 1 if failed else 0
+
+
+def table(rows):
+  """Markdown; a missing figure is left empty, a failed measurement says so."""
+  def cell(row, column):
+    value = row.get(column, row.get("error", "") if column == "time_s" else "")
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+  lines = [list(COLUMNS), ["---"] * len(COLUMNS)] + [[cell(row, c) for c in COLUMNS] for row in rows]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def lengths_of(kind, responses, seed=0):
+  """(prompt, teacher prompt, response) tokens of each row."""
+  import numpy as np
+
+  if kind == "equal":
+    return [(128, 256, 128)] * responses
+  drawn = np.exp(np.random.default_rng(seed).normal(np.log(60), 1.2, responses)).astype(int) + 1
+  drawn[0] = 1000
+  return [(128, 256, int(n)) for n in np.minimum(drawn, 1000)]
+
+
+def make_batch(lengths, vocab, packs):
+  """Random tokens of these lengths, packed as training packs them, `packs` packs of consecutive rows."""
+  import numpy as np
+
+  from sdpo_jax.data.batch import balanced_order, choose_shape, first_fit, lay_out
+  from sdpo_jax.records import Rows, TrainBatch
+
+  order = balanced_order([p + n for p, _, n in lengths], 1, 1, packs)
+  lengths = [lengths[b] for b in order]
+  rng, B = np.random.default_rng(0), len(lengths)
+  answers = [rng.integers(1, vocab, n).tolist() for _, _, n in lengths]
+  cut = lambda rows: [rows[first:first + B // packs] for first in range(0, B, B // packs)]
+  shape = choose_shape(cut([p + n for p, _, n in lengths]), cut([q + n for _, q, n in lengths]), cut([n for _, _, n in lengths]), [], length_multiple=128,
+                       response_multiple=8)
+  at = [int(sum(pack[:i])) for pack in cut([n for _, _, n in lengths]) for i in range(len(pack))]
+
+  def half(starts, rows, length):
+    texts = [rng.integers(1, vocab, start).tolist() + answer for start, answer in zip(starts, answers)]
+    packed = [lay_out(first_fit([len(t) for t in t_C], length), t_C, s_C, at_C, rows, length, shape.tokens, 0) for t_C, s_C, at_C in zip(cut(texts), cut(starts), cut(at))]
+    return Rows(*map(np.stack, zip(*packed)))
+
+  zeros = lambda: np.zeros((B, shape.responses), np.float32)
+  batch = TrainBatch(half([p for p, _, _ in lengths], shape.rows, shape.length), half([q for _, q, _ in lengths], shape.teacher_rows, shape.teacher_length),
+                     np.array(at, np.int32), zeros().astype(np.int32), zeros(), np.zeros(B, np.float32), np.ones(B, np.float32), zeros(), zeros())
+  for b, answer in enumerate(answers):
+    batch.response_BR[b, :len(answer)], batch.weight_BR[b, :len(answer)] = answer, 1.0
+    batch.logp_rollout_BR[b, :len(answer)] = -1.0
+  return batch
+
+
+def _best(run, repeats):
+  """(wall seconds, processor seconds) of the fastest of several runs after a warm-up."""
+  run()
+  times = []
+  for _ in range(repeats):
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    times.append((time.perf_counter() - wall, time.process_time() - cpu))
+  return min(times)
+
+
+def _measure(*, case, device, responses, micro_batches, remat, repeats):
+  import resource
+
+  import jax
+  import jax.numpy as jnp
+
+  from sdpo_jax import plan
+  from sdpo_jax.model import decoder
+  from sdpo_jax.model.config import ModelConfig
+  from sdpo_jax.objectives import methods
+  from sdpo_jax.objectives.loss import make_objective
+  from sdpo_jax.train_step import forward_pair, init_state, make_optimizer, make_score, make_signals, make_train_step
+
+  shape, kind = case.split(":")
+  dtype = "float32" if device == "cpu" else "bfloat16"
+  model = ModelConfig(family="qwen3", qk_norm="head", tied=True, dtype=dtype, **SHAPES[shape])
+  objective = make_objective(methods.row("sdpo"))
+  tx = make_optimizer(name="adamw", lr=1e-6, warmup_steps=0, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
+  signals = make_signals(model, objective, remat=remat)
+  lengths = lengths_of(kind, responses)
+  batch = jax.tree.map(jnp.asarray, make_batch(lengths, model.vocab, micro_batches))
+  state = jax.jit(lambda key: init_state(decoder.init(model, key), tx, keep_teacher=True))(jax.random.key(0))
+  traced = jax.jit(make_train_step(signals, objective, tx, teacher_move=0.05, micro_batches=micro_batches), donate_argnums=0).trace(state, batch)
+  operations, step = plan.operations(traced.jaxpr.jaxpr), traced.lower().compile()
+
+  def one():
+    nonlocal state
+    state, _ = step(state, batch)
+    jax.block_until_ready(state)
+
+  wall, cpu = _best(one, repeats)
+  if jax.devices()[0].platform == "cpu":   # before the parts below, which are programs of their own
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  else:
+    peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+  first = jax.tree.map(lambda x: x[:x.shape[0] // micro_batches], batch)
+  flat = lambda x: x.reshape(-1, x.shape[-1])
+  student = jax.jit(lambda s, b: decoder.hidden(s.params, model, flat(b.student.token_CPT), positions_BT=flat(b.student.position_CPT), segment_ids_BT=flat(b.student.segment_CPT)))
+  parts = {"forward_s": (student, first), "pair_s": (jax.jit(lambda s, b: forward_pair(s.params, s.teacher, model, b)[::2]), first),
+           "signals_s": (jax.jit(make_score(signals, micro_batches)), batch)}
+  timed = {name: _best(lambda f=f, b=b: jax.block_until_ready(f(state, b)), repeats)[0] * (1 if b is batch else micro_batches) for name, (f, b) in parts.items()}
+  n = 2048 if device == "cpu" else 8192
+  a = jnp.ones((n, n), dtype)
+  product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
+  rate = 2 * n**3 / _best(lambda: product(a).block_until_ready(), repeats)[0]
+  halves = (batch.student, batch.teacher)
+  return dict(case=case, device=device, responses=responses, micro_batches=micro_batches, remat=remat, dtype=dtype, time_s=wall, cpu_s=cpu,
+              tokens_per_s=sum(p + n for p, _, n in lengths) / wall, useful=float(sum((h.segment_CPT > 0).sum() for h in halves) / sum(h.segment_CPT.size for h in halves)),
+              mfu=operations / wall / rate, temporaries_mb=step.memory_analysis().temp_size_in_bytes / 1e6, peak_mb=peak / 1e6, matrix_tflops=rate / 1e12,
+              device_kind=jax.devices()[0].device_kind, jax=jax.__version__, **timed)
