@@ -158,7 +158,7 @@ def test_the_teacher_half_costs_one_forward_pass_and_no_residuals(remat):
   teacher_flops, teacher_bytes = cost(lambda p: decoder.hidden(p, config, teacher[0]))
   pair_flops, pair_bytes = cost(jax.value_and_grad(pair))
   _, differentiated_bytes = cost(jax.grad(lambda p: jnp.sum(decoder.hidden(p, config, teacher[0]))))
-  assert pair_flops <= 1.05 * (policy_flops + teacher_flops), (pair_flops, policy_flops, teacher_flops)
+  assert pair_flops <= (1.03 if remat == "none" else 1.05) * (policy_flops + teacher_flops), (pair_flops, policy_flops, teacher_flops)
   assert pair_bytes < 0.7 * differentiated_bytes, (pair_bytes, teacher_bytes, differentiated_bytes)
 
 
