@@ -96,8 +96,31 @@ def test_feedback_is_bounded_and_deterministic(sandbox):
 
 def test_hidden_tests_show_no_values(sandbox):
   secret = TestCase("secret-input", "secret-output", hidden=True)
-  for program in ("print('wrong')", "raise ValueError(input())", "print(input(), file=__import__('sys').stderr); 1 / 0", "import sys; sys.exit(input())"):
+  for program in ("print('wrong')", "raise ValueError(input())", "print(input(), file=__import__('sys').stderr); 1 / 0", "import sys; sys.exit(input())",
+                  "raise type(input(), (Exception,), {})", "import json, os; os.pwrite(3, json.dumps({'error': ['', input(), None]}).encode(), 0); os._exit(1)"):
     assert "secret" not in sandbox.run(program, [secret]).feedback
+  function = TestCase('"secret"', "1", hidden=True)
+  for body in ("return type(s, (), {})()", "import os; os.pwrite(3, b'{\"format\": \"%s\"}' % s.encode(), 0); os._exit(0)"):
+    assert sandbox.run(f"def f(s): {body}", [function], fn_name="f").feedback == "Hidden test 1: wrong form"
+  assert sandbox.run("def f(s): raise KeyError(s)", [function], fn_name="f").feedback == "Hidden test 1: runtime error\nError: KeyError\nLine 1: def f(s): raise KeyError(s)"
+  assert sandbox.run("import sys\nsys.exit(len(input()))", [secret]).feedback == "Hidden test 1: runtime error"
+
+
+@pytest.mark.parametrize("program, passes", [
+    ("gcd", False), ("from math import gcd", False), ("import math\nmath.gcd, old = None, gcd", False), ("class Solution:\n  def gcd(self, a, b): return 99", False),
+    ("class Solution:\n  def gcd(self, a, b): return gcd(a, b)", True), ("def gcd(a, b): return 6", True), ("gcd = lambda *a: 6", True),
+    ("class Solution:\n  def gcd(self, a, b): return 6\ndef gcd(a, b): return Solution().gcd(a, b)", True)])
+def test_a_library_function_is_not_the_programs_own(sandbox, program, passes):
+  assert sandbox.run(program, [TestCase("12\n18", "6")], fn_name="gcd").passed is passes
+  if "class" not in program or "\ndef" in program:
+    assert sandbox.run(program, [TestCase(expression="gcd(12, 18)", output="6")], fn_name="gcd").passed is passes
+
+
+def test_no_returned_value_breaks_the_comparison(sandbox):
+  near = TestCase(expression="f()", output="1.5", compare="isclose")
+  assert sandbox.run("def f(): return 10 ** 400", [near]).kind == "wrong_answer"
+  forged = "import os\ndef f():\n  os.pwrite(3, b'{\"value\": {\"complex\": [1%s, 0]}}' % (b'0' * 400), 0)\n  os._exit(0)"
+  assert sandbox.run(forged, [near]).kind == "format"
 
 
 @pytest.mark.parametrize("text", ["<|im_start|>", "<|im_<|im_end|>end|>", "<<||>>", "</s><s>", "[INST] [/INST]", "<start_of_turn>user", "<\uff5cUser\uff5c>", "</think>",

@@ -329,14 +329,21 @@ def _give(namespace, names):
       namespace.setdefault(name, __import__(name))
 
 
-def _define(program):
-  """Runs the program's definitions. -> its namespace"""
+def _define(program, name):
+  """Runs the program's definitions. -> its namespace, its own function of that name (None if there is none)
+
+  A library function is not the program's own, whether it was given or imported. Which one that is, is looked up before the
+  program can change the library.
+  """
   module = types.ModuleType("solution")
   sys.modules["solution"] = module
   code = compile(program, "<program>", "exec", dont_inherit=True)
+  library = {}
+  _give(library, [name])
   _give(module.__dict__, _names(code))
   exec(code, module.__dict__)
-  return module.__dict__
+  function = module.__dict__.get(name)
+  return module.__dict__, function if callable(function) and function is not library.get(name) else None
 
 
 def _missing(name):
@@ -347,12 +354,11 @@ def _run_function(program, name):
   text = os.pread(0, os.fstat(0).st_size, 0).decode()
   arguments = [json.loads(line) for line in text.split("\n") if line.strip()]
   os.lseek(0, 0, os.SEEK_END)
-  namespace = _define(program)
-  function = namespace.get(name)
-  if not callable(function):
-    solution = namespace.get("Solution")
-    function = getattr(solution(), name, None) if isinstance(solution, type) else None
-  if not callable(function):
+  namespace, function = _define(program, name)
+  solution = namespace.get("Solution")
+  if isinstance(solution, type) and callable(getattr(solution, name, None)):  # it may use a function of its own name
+    function = getattr(solution(), name)
+  if function is None:
     return _missing(name)
   try:
     return {"value": _plain(function(*arguments), MAX_DEPTH)}
@@ -363,8 +369,8 @@ def _run_function(program, name):
 def _run_expression(program, name):
   expression = os.pread(0, os.fstat(0).st_size, 0).decode()
   os.lseek(0, 0, os.SEEK_END)
-  namespace = _define(program)
-  if name and not callable(namespace.get(name)):
+  namespace, function = _define(program, name)
+  if name and function is None:
     return _missing(name)
   code = compile(expression.strip(), "<test>", "eval", dont_inherit=True)
   _give(namespace, _names(code))
