@@ -38,6 +38,7 @@ from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.objectives.teacher_context import CLOSING, TEMPLATES, Context, fill
 from sdpo_jax.records import Feedback, Rollout, Sampling, Status, Task
 from sdpo_jax.rollout import prompt_seed
+from sdpo_jax.train import RunError
 from sdpo_jax.train_step import make_optimizer, make_signals, make_train_step
 from sdpo_jax.wiring import blame_settings, describe_run, same_run, wired, write_atomically
 
@@ -45,25 +46,43 @@ ARMS = ("sdpo", "best_of_k", "multi_turn")
 HISTORIES = ("feedback", "attempt_and_feedback")
 
 
-def solved(rollout: Rollout) -> bool:
-  return rollout.feedback.status is not Status.ENV_FAILED and rollout.feedback.reward >= 1.0
+def judged(rollouts: list[Rollout]) -> bool:
+  """Whether the environment said anything at all."""
+  return any(r.feedback.status is not Status.ENV_FAILED for r in rollouts)
 
 
 class Budget:
-  """Attempts, generated tokens and teacher tokens of one run, and what they were when the first success came. tokens None: no limit."""
+  """Attempts, generated tokens and teacher tokens of one run, and what they were when the first success came.
 
-  def __init__(self, attempts: int, tokens: int | None = None):
-    self.limit, self.token_limit, self.attempts, self.tokens, self.teacher_tokens, self.successes = attempts, tokens, 0, 0, 0, 0
+  attempts, tokens: limits; tokens None: no limit. An attempt counts if the budget was not spent before it, so the last one may go beyond the
+  limit of tokens. What could not be judged is neither an attempt nor a failure, and its tokens do not count: `env_failed` says how many those
+  were, and RunError ends a run that has `env_failures` batches of them in a row. asked: attempts sampled, counted or not; seeds are numbered by it.
+  """
+
+  def __init__(self, attempts: int, tokens: int | None = None, env_failures: int = 3):
+    self.limit, self.token_limit, self.env_failures = attempts, tokens, env_failures
+    self.asked = self.attempts = self.tokens = self.teacher_tokens = self.successes = self.env_failed = self.failed_batches = 0
     self.first: dict[str, Any] = {"first_success": None, "first_success_tokens": None, "response": None}
 
   def count(self, rollouts: list[Rollout]) -> None:
+    """One batch, in order; what comes after the end of the budget is ignored, a success as well: it must not matter what shared the batch."""
+    self.asked += len(rollouts)
     for r in rollouts:
+      if not self.left:
+        break
+      if r.feedback.status is Status.ENV_FAILED:
+        self.env_failed += 1
+        continue
       self.attempts += 1
       self.tokens += len(r.tokens)
-      if solved(r):
+      if r.feedback.reward >= 1.0:
         self.successes += 1
         if not self.found:
           self.first = {"first_success": self.attempts, "first_success_tokens": self.tokens, "response": r.text}
+    self.failed_batches = 0 if judged(rollouts) else self.failed_batches + 1
+    if self.failed_batches >= self.env_failures:
+      raise RunError(f"no attempt could be judged in {self.failed_batches} batches in a row: the environment or its sandbox is broken, see the log above; "
+                     "finished runs are intact, and the same command goes on with the one under way")
 
   @property
   def found(self) -> bool:
@@ -75,16 +94,17 @@ class Budget:
     return 0 if self.token_limit is not None and self.tokens >= self.token_limit else self.limit - self.attempts
 
   def record(self) -> dict[str, Any]:
-    return self.first | {"attempts": self.attempts, "successes": self.successes, "tokens": self.tokens, "teacher_tokens": self.teacher_tokens}
+    return self.first | {"attempts": self.attempts, "successes": self.successes, "env_failed": self.env_failed, "tokens": self.tokens,
+                         "teacher_tokens": self.teacher_tokens}
 
 
 def solve_by_learning(task: Task, budget: Budget, *, fresh: Callable, collect: Callable, make_batch: Callable, step: Callable) -> None:
   """SDPO on one question from fresh weights, until a success or the budget's end. collect(params, [(task, first attempt)]) -> groups."""
   state = fresh()
   while not budget.found and budget.left:
-    groups = collect(state.params, [(task, budget.attempts)])
+    groups = collect(state.params, [(task, budget.asked)])
     budget.count(groups[0])
-    if not budget.found and budget.left:
+    if not budget.found and budget.left and judged(groups[0]):
       packed = make_batch(groups)
       budget.teacher_tokens += int((packed.batch.teacher.segment_CPT > 0).sum())
       state, _ = step(state, packed.batch)
@@ -93,8 +113,8 @@ def solve_by_learning(task: Task, budget: Budget, *, fresh: Callable, collect: C
 def solve_by_sampling(task: Task, budget: Budget, *, params, collect: Callable, rollouts: int, together: int = 1) -> None:
   """All of the budget, independent, in `together` batches of `rollouts` attempts at a time."""
   while budget.left:
-    for group in collect(params, [(task, budget.attempts + i * rollouts) for i in range(together) if i * rollouts < budget.left]):
-      budget.count(group[:budget.limit - budget.attempts])
+    groups = collect(params, [(task, budget.asked + i * rollouts) for i in range(together) if i * rollouts < budget.left])
+    budget.count(sum(groups, []))
 
 
 def solve_by_turns(task: Task, budget: Budget, *, params, collect: Callable, fits: Callable, history: str = "feedback") -> None:
@@ -104,7 +124,7 @@ def solve_by_turns(task: Task, budget: Budget, *, params, collect: Callable, fit
     shown = list(turns)
     while shown and not fits(prompt_with(task, shown, history)):
       shown.pop(0)
-    rollout, = collect(params, [(prompt_with(task, shown, history), budget.attempts)])[0]
+    rollout, = collect(params, [(prompt_with(task, shown, history), budget.asked)])[0]
     budget.count([rollout])
     if rollout.feedback.text and rollout.feedback.status is not Status.ENV_FAILED:
       turns.append(rollout)
@@ -132,6 +152,8 @@ class Attempts:
   def begin(self, run: list) -> None:
     """The batches of another run are of no use."""
     self.stored = [line for line in self.stored if line["run"] == run]
+    while self.stored and not judged([from_json(r, None) for group in self.stored[-1]["groups"] for r in group]):
+      self.stored.pop()   # the sandbox that broke there may work now
     self.run = run
     write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in self.stored))
 
@@ -155,19 +177,19 @@ def to_json(r: Rollout) -> dict:
   return dataclasses.asdict(dataclasses.replace(r, task=None)) | {"feedback": [r.feedback.reward, r.feedback.text, r.feedback.status.value]}
 
 
-def from_json(line: dict, task: Task) -> Rollout:
+def from_json(line: dict, task: Task | None) -> Rollout:
   reward, text, status = line["feedback"]
   return Rollout(**line | {"task": task, "feedback": Feedback(reward, text, Status(status))})
 
 
-def calibrate(task: Task, *, below: float, attempts: int, collect: Callable) -> dict[str, Any]:
+def calibrate(task: Task, *, below: float, attempts: int, collect: Callable, env_failures: int = 3) -> dict[str, Any]:
   """Base attempts on one candidate; ends early once it is too easy even if all that would come failed, when its pass@64 is a rough figure."""
-  n = c = 0
-  while n < attempts:
-    group = collect(n)
-    n, c = n + len(group), c + sum(map(solved, group))
-    if stats.pass_at_k(attempts, min(c, attempts), 64) >= below:
+  budget = Budget(attempts, env_failures=env_failures)
+  while budget.left:
+    budget.count(collect(budget.asked))
+    if stats.pass_at_k(attempts, budget.successes, 64) >= below:
       break
+  n, c = budget.attempts, budget.successes
   pass_at_64 = stats.pass_at_k(n, c, min(64, n))
   return {"task_id": task.id, "attempts": n, "successes": c, "pass@64": pass_at_64, "used": n >= attempts and pass_at_64 < below}
 
@@ -259,8 +281,8 @@ def discover(c, workdir: str) -> dict[str, Any]:
         logp = make_logp(score, lambda groups: make_batch(groups, teacher_context=methods.TEACHER_CONTEXTS["none"]), d.rollouts)
         measure = lambda task: exact_difficulty(task, env.solutions(task), below=d.below_pass_at_64, prompt=w.chat.prompt_tokens(env.prompt(task)), chat=w.chat, logp=logp)
       else:
-        measure = lambda task: calibrate(task, below=d.below_pass_at_64, attempts=d.calibration, collect=lambda n: sum(collect(
-            w.params, [(task, n + i * d.rollouts) for i in range(together)], path=("calibration",), n=d.rollouts), []))
+        measure = lambda task: calibrate(task, below=d.below_pass_at_64, attempts=d.calibration, env_failures=c.train.max_env_failures_in_a_row, collect=lambda n: sum(
+            collect(w.params, [(task, n + i * d.rollouts) for i in range(together)], path=("calibration",), n=d.rollouts), []))
       tasks = choose_hard(tasks, d, workdir, measure)
     difficulty = {line["task_id"]: line["pass@64"] for line in read_lines(workdir / "difficulty.jsonl")}
 
@@ -271,15 +293,15 @@ def discover(c, workdir: str) -> dict[str, Any]:
         if (arm, task.id, seed) in done:
           continue
         attempts.begin([arm, task.id, seed])
-        begun, budget = time.monotonic(), Budget(d.attempts, d.tokens or None)
+        begun, budget = time.monotonic(), Budget(d.attempts, d.tokens or None, c.train.max_env_failures_in_a_row)
         path = ("discover", seed)
 
         if arm == "sdpo":
-          ask = attempts.around(lambda p, asked: collect(w.weights(p, frozen), asked, path=path, n=min(d.rollouts, d.attempts - asked[0][1])))
+          ask = attempts.around(lambda p, asked: collect(w.weights(p, frozen), asked, path=path, n=d.rollouts))
           solve_by_learning(task, budget, fresh=fresh, collect=ask, make_batch=make_batch, step=lambda state, batch: step(state, sharding.put_rows(w.mesh, batch), frozen))
         elif arm == "best_of_k":
-          ask = attempts.around(lambda p, asked: collect(p, asked, path=path, n=min(d.rollouts, d.attempts)))
-          solve_by_sampling(task, budget, params=w.params, collect=ask, rollouts=min(d.rollouts, d.attempts), together=together)
+          ask = attempts.around(lambda p, asked: collect(p, asked, path=path, n=d.rollouts))
+          solve_by_sampling(task, budget, params=w.params, collect=ask, rollouts=d.rollouts, together=together)
         else:
           ask = attempts.around(lambda p, asked: collect(p, asked, path=path, n=1))
           solve_by_turns(task, budget, params=w.params, collect=ask, fits=fits, history=d.history)

@@ -17,6 +17,7 @@ from sdpo_jax import discover, discovery, main, stats
 from sdpo_jax.discover import Attempts, Budget, calibrate, prompt_with, solve_by_learning, solve_by_sampling, solve_by_turns
 from sdpo_jax.discovery import compare, summarise
 from sdpo_jax.records import Feedback, Rollout, Status, Task
+from sdpo_jax.train import RunError
 
 ROOT = pathlib.Path(__file__).parent.parent
 TASK = Task("q", "question")
@@ -42,8 +43,8 @@ def learn(outcomes, limit, size=4, tokens=None):
 
 def test_learning_stops_at_the_first_success():
   budget, updates = learn([0, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0], limit=12)
-  assert budget.record() == {"first_success": 6, "first_success_tokens": 18, "response": "tried", "attempts": 8, "successes": 2, "tokens": 24,
-                             "teacher_tokens": 7}
+  assert budget.record() == {"first_success": 6, "first_success_tokens": 18, "response": "tried", "attempts": 8, "successes": 2, "env_failed": 0,
+                             "tokens": 24, "teacher_tokens": 7}
   assert updates == 1
 
 
@@ -51,13 +52,28 @@ def test_learning_stops_at_the_budget_without_a_last_useless_update():
   budget, updates = learn([0] * 12, limit=12)
   assert not budget.found and budget.attempts == 12 and updates == 2
   budget, updates = learn([0] * 12, limit=12, tokens=20)
-  assert not budget.found and budget.attempts == 8 and updates == 1
+  assert not budget.found and budget.attempts == 7 and budget.tokens == 21 and updates == 1   # the 7th began below the limit
 
 
-def test_a_judge_that_failed_is_no_success():
+FAILED = attempt(1, status=Status.ENV_FAILED)
+
+
+def test_what_could_not_be_judged_is_neither_success_nor_failure():
   budget = Budget(4)
-  budget.count([attempt(1, status=Status.ENV_FAILED), attempt(0)])
-  assert not budget.found and budget.attempts == 2
+  budget.count([FAILED, attempt(0)])
+  assert not budget.found and budget.left == 3 and (budget.asked, budget.attempts, budget.env_failed, budget.tokens) == (2, 1, 1, 3)
+
+
+def test_a_broken_sandbox_ends_the_run_and_no_update_is_made_without_a_verdict():
+  budget, asked, updates = Budget(8, env_failures=2), [], []
+  broken = lambda params, ask: asked.append(ask[0][1]) or [[FAILED] * 4 if len(asked) != 2 else [FAILED, attempt(0)] * 2]
+  step = lambda state, b: updates.append(1) or (state, {})
+  batch = types.SimpleNamespace(batch=types.SimpleNamespace(teacher=types.SimpleNamespace(segment_CPT=np.zeros((1, 1, 1)))))
+  with pytest.raises(RunError, match="in 2 batches in a row"):
+    solve_by_learning(TASK, budget, fresh=lambda: types.SimpleNamespace(params=None), collect=broken, make_batch=lambda groups: batch, step=step)
+  assert asked == [0, 4, 8, 12] and updates == [1] and (budget.attempts, budget.env_failed) == (2, 14)
+  with pytest.raises(RunError):
+    calibrate(TASK, below=0.03, attempts=64, collect=lambda n: [FAILED])
 
 
 @pytest.mark.parametrize("together", [1, 2, 5])
@@ -65,6 +81,13 @@ def test_sampling_spends_everything_whatever_is_sampled_together(together):
   budget = Budget(6)
   solve_by_sampling(TASK, budget, params=None, collect=scripted([0, 0, 1, 0, 1, 1, 1, 1], 4), rollouts=4, together=together)
   assert budget.record()["successes"] == 3 and budget.first["first_success"] == 3 and budget.attempts == 6 and not budget.left
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_a_limit_of_tokens_counts_the_same_whatever_is_sampled_together(together):
+  budget, outcomes = Budget(64, tokens=16), [0, 0, 1, 0, 1, 1, 1, 1] * 8
+  solve_by_sampling(TASK, budget, params=None, collect=scripted(outcomes, 4), rollouts=4, together=together)
+  assert (budget.attempts, budget.tokens, budget.successes, budget.first["first_success"]) == (6, 18, 3, 3)
 
 
 def test_turns_show_feedback_newest_last_and_drop_the_oldest():
@@ -170,6 +193,10 @@ def test_batches_on_disk_are_not_sampled_again(tmp_path):
   other.begin(["sdpo", "q", 1])   # another run: what is on disk is not its own
   other.around(collect)(None, [(TASK, 0)])
   assert len(calls) == 3
+  other.around(lambda params, asked: [[FAILED]])(None, [(TASK, 2)])
+  repaired = Attempts(path)
+  repaired.begin(["sdpo", "q", 1])   # what a broken sandbox left behind is asked again
+  assert [line["first"] for line in repaired.stored] == [[0]]
 
 
 LOCAL = ["--mode=discover", f"--config={ROOT}/configs/discover.py:local", "--config.discover.below_pass_at_64=1.0", "--config.discover.seeds=1",
