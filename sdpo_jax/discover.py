@@ -32,15 +32,15 @@ import numpy as np
 
 from sdpo_jax import discovery, sharding, stats
 from sdpo_jax.data.batch import MAX_SHAPES, Shape, bucket, pack
-from sdpo_jax.data.tasks import first_tasks
+from sdpo_jax.data.tasks import RowEnv, first_tasks
 from sdpo_jax.objectives import methods
 from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.objectives.teacher_context import CLOSING, TEMPLATES, Context, fill
 from sdpo_jax.records import Feedback, Rollout, Sampling, Status, Task
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.train import RunError
-from sdpo_jax.train_step import make_optimizer, make_signals, make_train_step
-from sdpo_jax.wiring import blame_settings, describe_run, same_run, wired, write_atomically
+from sdpo_jax.train_step import make_signals
+from sdpo_jax.wiring import blame_settings, describe_run, learner, same_run, wired, write_atomically
 
 ARMS = ("sdpo", "best_of_k", "multi_turn")
 HISTORIES = ("feedback", "attempt_and_feedback")
@@ -243,6 +243,12 @@ def discover(c, workdir: str) -> dict[str, Any]:
       raise ValueError("--mode=discover runs in one process; it uses all of its devices")
     if d.history not in HISTORIES:
       raise ValueError(f"config.discover.history={d.history!r} is unknown; choose from {list(HISTORIES)}")
+    if "sdpo" in d.arms and not make_objective(c.method.to_dict()).needs_teacher:
+      raise ValueError("config.discover.arms holds 'sdpo', but config.method has no teacher to learn from: its reward is 0 until the first success; choose one that has")
+    if c.train.updates_per_batch != 1:
+      raise ValueError(f"config.train.updates_per_batch={c.train.updates_per_batch} must be 1: --mode=discover makes one update a batch")
+    if any(i < 0 for i in d.indices):
+      raise ValueError(f"config.discover.indices={tuple(d.indices)} must not be negative")
     if d.rollouts % c.train.micro_batches:
       raise ValueError(f"config.discover.rollouts={d.rollouts} rows do not divide into train.micro_batches={c.train.micro_batches}")
     if d.below_pass_at_64 < 1 and d.calibration < 64:
@@ -251,19 +257,17 @@ def discover(c, workdir: str) -> dict[str, Any]:
   with wired(c) as w:
     describe_run(workdir, c, {"sandbox_isolation": w.isolation})
     env = w.collector.env
-    method = c.method.to_dict()
-    objective, parts, tx = make_objective(method), methods.build(method), make_optimizer(**c.optimizer)
-    teacher = parts["teacher_weights"]()
-    signals = make_signals(w.model, objective, mix=teacher.mix, temperature=c.rollout.temperature, remat=c.model.remat, join=w.join)
-    step = jax.jit(make_train_step(signals, objective, tx, teacher_move=teacher.move, micro_batches=c.train.micro_batches), donate_argnums=0)
+    with blame_settings():
+      learn = learner(c, w.model, w.join)
+    step = jax.jit(learn.step, donate_argnums=0)
     params, frozen = w.trainable(c.seed)
-    fresh = lambda: w.fresh_state(jax.tree.map(lambda x: x.copy(), params), tx, keep_teacher=teacher.keep)
+    fresh = lambda: w.fresh_state(jax.tree.map(lambda x: x.copy(), params), learn.tx, keep_teacher=learn.teacher.keep)
     sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
     fits = lambda task: len(w.chat.prompt_tokens(env.prompt(task))) <= c.data.max_prompt_tokens
     packs = c.train.micro_batches * sharding.row_shards(w.mesh)
     shapes = fixed_shapes(d.rollouts // packs, c.data, c.rollout.max_new_tokens)
-    make_batch = lambda groups, teacher_context=parts["teacher_context"]: pack(
-        groups, chat=w.chat, messages=env.prompt, teacher_context=teacher_context, advantage=parts["advantage"], max_teacher_tokens=c.data.max_teacher_tokens,
+    make_batch = lambda groups, teacher_context=learn.parts["teacher_context"]: pack(
+        groups, chat=w.chat, messages=env.prompt, teacher_context=teacher_context, advantage=learn.parts["advantage"], max_teacher_tokens=c.data.max_teacher_tokens,
         length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple, shapes=shapes, packs=packs)
 
     def collect(weights, asked, *, path, n):
@@ -273,6 +277,8 @@ def discover(c, workdir: str) -> dict[str, Any]:
 
     together = max(1, c.rollout.rows // d.rollouts)
     with blame_settings():
+      if isinstance(env, RowEnv) and max(d.indices, default=0) >= env.size(d.split):
+        raise ValueError(f"config.discover.indices={tuple(d.indices)}: split {d.split!r} has {env.size(d.split)} tasks, numbered from 0")
       tasks = [env.task(d.split, i) for i in d.indices] or first_tasks(env, d.split, d.candidates if d.below_pass_at_64 < 1 else d.questions)
     if d.below_pass_at_64 < 1:
       if hasattr(env, "solutions"):

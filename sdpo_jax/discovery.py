@@ -3,7 +3,7 @@
 discovery@k = P(first success within k attempts): mean over questions of the share of their seeds. Default convention (arXiv 2601.20802): a run
 that ended without a success, for whatever reason, counts as not found at every k. Beside it stands the Kaplan-Meier estimate, which takes
 a run that ended early (its tokens were spent) for censored: its failure is known only up to the attempts that it made. Where every unsolved
-run made all attempts of the budget, the two are equal. best_of_k's discovery@k is the unbiased pass@k of its n = budget attempts.
+run made all attempts of the budget, the two are equal. Means per run (attempts, tokens) end at the first success, best_of_k's too. best_of_k's discovery@k is the unbiased pass@k of its n = budget attempts.
 
 Intervals are 90 % bootstrap intervals over questions; a question takes its seeds with it, since seeds are nested in questions.
 "Attempts to reach": the least k at which sdpo's discovery@k is at least best_of_k's at its whole budget; in each draw both are taken over the same
@@ -57,7 +57,9 @@ def summarise(lines: list[dict], budget: int, *, difficulty: dict[str, float] | 
         "discovery_kaplan_meier": {str(k): stats.kaplan_meier([r["first_success"] for r in mine], [r["attempts"] for r in mine], k) for k in ks},
         "questions": len(groups), "runs": len(mine), "solved": sum(r["first_success"] is not None for r in mine),
         "mean_attempts": float(np.mean([r["first_success"] or r["attempts"] for r in mine])),
-        **{f"mean_{name}": float(np.mean([r[name] for r in mine])) for name in ("tokens", "teacher_tokens")},
+        "mean_tokens": float(np.mean([r["first_success_tokens"] or r["tokens"] for r in mine])),
+        "mean_teacher_tokens": float(np.mean([r["teacher_tokens"] for r in mine])),
+        "env_failed": sum(r["env_failed"] for r in mine) if all("env_failed" in r for r in mine) else None,   # None: not recorded
         "time_s": float(np.sum([r["time_s"] for r in mine]))}
   for question in dict.fromkeys(line["task_id"] for line in lines):
     row: dict[str, Any] = {"task_id": question, "pass@64": difficulty.get(question)}
@@ -109,8 +111,9 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
   span = lambda x, form: f" [{x['low']:{form}}, {x['high']:{form}}]" if x["low"] is not None else ""
   lines = []
   for arm, result in summary["arms"].items():
-    lines.append(f"{arm}: {result['solved']} of {result['runs']} runs solved; on average {result['mean_attempts']:.0f} attempts, "
-                 f"{result['mean_tokens']:.0f} tokens generated, {result['mean_teacher_tokens']:.0f} read by the teacher; {result['time_s']:.0f} s in all")
+    lines.append(f"{arm}: {result['solved']} of {result['runs']} runs solved; up to the first success or the budget's end, on average {result['mean_attempts']:.0f} attempts, "
+                 f"{result['mean_tokens']:.0f} tokens generated, {result['mean_teacher_tokens']:.0f} read by the teacher; {result['time_s']:.0f} s in all"
+                 + (f"; {result['env_failed']} attempts could not be judged and do not count" if result["env_failed"] else ""))
     lines += [f"  discovery@{k}: {x['mean']:.1%}{span(x, '.1%')}" for k, x in result["discovery"].items()]
   lines.append("runs solved by question (base pass@64): " + "; ".join(
       f"{row['task_id']}" + (f" ({row['pass@64']:.3f})" if row["pass@64"] is not None else "") + "".join(

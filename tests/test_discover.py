@@ -136,6 +136,8 @@ def test_summary_counts_unsolved_runs_as_not_found_and_best_of_k_without_bias():
   assert summary["arms"]["sdpo"]["discovery_by_difficulty"]["very hard"]["8"]["mean"] == 0.5
   assert summary["arms"]["sdpo"]["discovery_by_difficulty"]["hard"]["8"]["mean"] == 1.0
   assert summary["arms"]["sdpo"]["discovery_kaplan_meier"] == {k: pytest.approx(x["mean"]) for k, x in summary["arms"]["sdpo"]["discovery"].items()}
+  means = {arm: (r["mean_attempts"], r["mean_tokens"], r["env_failed"]) for arm, r in summary["arms"].items()}
+  assert means == {"sdpo": (5.0, 50.0, None), "best_of_k": (5.0, 50.0, None)}   # (3 + 8 + 1 + 8) / 4 and (2 + 8) / 2 attempts, 10 tokens each
   assert any("a (0.010)" in line for line in discovery.summary_lines(summary))
 
 
@@ -197,6 +199,17 @@ def test_batches_on_disk_are_not_sampled_again(tmp_path):
   repaired = Attempts(path)
   repaired.begin(["sdpo", "q", 1])   # what a broken sandbox left behind is asked again
   assert [line["first"] for line in repaired.stored] == [[0]]
+
+
+@pytest.mark.parametrize("config, override, words", [
+    ("tinycode.py:method=grpo", "--config.discover.seeds=1", "config.method has no teacher"),
+    ("discover.py:local", "--config.train.updates_per_batch=2", "config.train.updates_per_batch=2"),
+    ("discover.py:local", "--config.discover.indices=(3,-1)", "config.discover.indices=(3, -1)"),
+    ("discover.py:task=livecodebench,local", "--config.discover.indices=(0,99) --config.rollout.rows=8", "config.discover.indices=(0, 99): split")])
+def test_what_cannot_run_says_so_in_one_line(config, override, words, tmp_path, capsys):
+  assert main.main(["main", "--mode=discover", f"--config={ROOT}/configs/{config}", *override.split(), f"--workdir={tmp_path}"]) == 2
+  said = capsys.readouterr().err.strip()
+  assert words in said and "\n" not in said
 
 
 LOCAL = ["--mode=discover", f"--config={ROOT}/configs/discover.py:local", "--config.discover.below_pass_at_64=1.0", "--config.discover.seeds=1",

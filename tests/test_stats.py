@@ -42,6 +42,15 @@ def test_discovery_counts_runs_that_never_succeed():
     stats.discovery_at_k([], 3)
 
 
+def test_kaplan_meier_of_runs_that_ended_early_by_hand():
+  """Successes at 2, 4 and 4; two runs without one ended after 1 and 3 attempts, one made all 5."""
+  first, attempts = [2, 4, 4, None, None, None], [2, 4, 4, 1, 3, 5]
+  # At 2: one of the 5 still going. At 4: two of the 3 still going (the run that ended after 3 has left).
+  for k, survival in ((1, 1.0), (2, 4 / 5), (3, 4 / 5), (4, 4 / 5 * 1 / 3), (5, 4 / 15)):
+    assert stats.kaplan_meier(first, attempts, k) == pytest.approx(1 - survival)
+  assert stats.kaplan_meier(first, [5] * 6, 5) == pytest.approx(stats.discovery_at_k(first, 5))   # all observed to the end
+
+
 def test_discovery_of_independent_attempts_is_pass_at_k():
   rng = np.random.default_rng(0)
   p, k = 0.1, 8
