@@ -9,12 +9,19 @@ Source: arXiv 2601.20802, section 5. Arms, all with the same sampler, judge and 
 A run is one (arm, question, seed). It stops at its first success or when a budget (attempts, generated tokens) is spent. best_of_k spends
 its whole budget, so that discovery@k is the unbiased estimator pass@k with n = budget. What the figures mean: `discovery.py`.
 
+An attempt that the environment could not judge is no attempt: it enters no count but `env_failed`, and the run goes on; RunError where batches
+without any verdict follow one another (train.max_env_failures_in_a_row). A wrong setting is a SettingError before anything is sampled.
+
+Not done: several questions at a time (a mesh shares out the rows of one question's batch; questions follow one another, in one process); warm starts
+(a run begins from the base weights only, never from those of another question or of training); a counterfactual arm (say, the same updates on
+another question's feedback), so that what the feedback itself contributes is not told apart from what updating alone does.
+
 Hard questions: with `below_pass_at_64` < 1 only candidates are used whose pass@64 under the base model lies below it. Where the environment
 can list the solutions of a task (TinyCode), this is 1 - (1 - p)^64 with p the model's probability of writing one of them, which no luck
 enters; elsewhere the base model attempts each candidate `calibration` times, with seeds of their own, which count for no arm.
 
-A run is a pure function of (weights, settings, question, seed) and starts from the base weights, so nothing leaks between questions, and
-neither the order of the runs nor what shares a batch changes a result. Files of the work directory:
+A run is a pure function of (weights, settings, question, seed), as long as every attempt is judged, and starts from the base weights: nothing
+leaks between questions, and neither the order of the runs nor what shares a batch changes a result. Files of the work directory:
   difficulty.jsonl  one candidate a line: its pass@64 and whether it is used
   attempts.jsonl    the judged batches of the run under way. A killed session replays them (the updates are done again, nothing is
                     sampled or judged again) and goes on in mid-question to the same end
