@@ -123,7 +123,7 @@ def test_mbpp_rows_of_the_hub(sandbox):
     assert task.id == name and task.data["fn_name"] == "add" and len(task.data["tests"]) == count and "assert add(1, 2) == 3" in task.prompt
     assert env.judge(task, f"```python\n{task.solution}\n```").reward == 1.0
     assert env.judge(task, "```python\ndef add(a, b): return 0\n```").reward == 0.0
-  for change, said in (({"test_setup_code": "root = Node(1)"}, "test_setup_code"), ({"test_list": ["assert add(math.pi, 0) > 3"]}, r"the tests use \['math'\]"),
+  for change, said in (({"test_setup_code": "root = Node(1)"}, "test_setup_code"), ({"test_list": ["assert add(math.pi, 0) == 3"]}, r"the tests use \['math'\]"),
                        ({"test_list": ["assert ("]}, "not Python"), ({"test_list": ["assert other(1) == 1"]}, "call none of the functions")):
     with pytest.raises(ValueError, match=said):
       env.task_from_row(sanitized | change, "train")
@@ -144,15 +144,38 @@ def test_humaneval_rows(sandbox):
   row = {"task_id": "HumanEval/0", "entry_point": "mean", "prompt": "from typing import List\n\ndef mean(x: List[float]) -> float:\n    \"\"\" Mean. \"\"\"\n",
          "canonical_solution": "    return sum(x) / len(x)\n",
          "test": "\n\nMETADATA = {'author': 'x'}\n\ndef check(candidate):\n    assert candidate([1.0, 2.0]) == 1.5, 'first'\n    assert abs(candidate([0.1, 0.2]) - 0.15) < 1e-6\n"
-                 "    assert candidate([1]) in (1, 2)\n    assert True, 'always'\n"}
+                 "    assert candidate([1]) in (1, 2)\n    assert candidate([2]) == candidate([2])\n    assert True, 'always'\n"}
   task = humaneval_task(row, "test")
-  assert [t["expression"] for t in task.data["tests"]] == ["mean([1.0, 2.0])", "mean([0.1, 0.2])", "bool(mean([1]) in (1, 2))"]
+  assert [t["expression"] for t in task.data["tests"]] == ["mean([1.0, 2.0])", "mean([0.1, 0.2])", "mean([1])"]
   env = Coding(sandbox=sandbox)
   assert env.judge(task, f"```python\n{task.solution}```").reward == 1.0
   assert env.judge(task, "```python\ndef mean(x): return 1.5\n```").text.startswith(
       "Test 2: wrong answer\nInput: mean([0.1, 0.2])\nOutput: 1.5\nExpected: 0.15\n")
   with pytest.raises(ValueError, match="not an assert"):
     humaneval_task(row | {"test": "def check(candidate):\n  for i in range(3):\n    assert candidate([i]) == i\n"}, "test")
+
+
+@pytest.mark.parametrize("condition, test", [
+    ("candidate(1)", {"expression": "not not f(1)", "output": "True"}), ("not candidate(1)", {"expression": "not not f(1)", "output": "False"}),
+    ("3 == candidate(1)", {"expression": "f(1)", "output": "3"}), ("candidate(1) is None", {"expression": "f(1)", "output": "None"}),
+    ("candidate(1) in [1, 2]", {"expression": "f(1)", "output": "[1, 2]", "compare": "in"}), ("candidate(1) == 6.0 / 5", {"expression": "f(1)", "output": "1.2"}),
+    ("tuple(candidate(1)) == tuple([1])", {"expression": "tuple(f(1))", "output": "(1,)"}), ("candidate(1) == sys.getsizeof(())", {"expression": "f(1)", "output": str(sys.getsizeof(()))})])
+def test_an_asserts_answer_stays_on_the_host(condition, test):
+  assert tests_from_asserts(f"def check(candidate):\n  assert {condition}", "f") == [test]
+
+
+@pytest.mark.parametrize("condition", ["candidate(1) == g(1)", "all(candidate(1))", "not all(candidate(1))", "candidate(1) > 2", "candidate(1) == 2 and candidate(2) == 3", "candidate(1) == 1 / 0"])
+def test_an_assert_that_the_program_could_decide_makes_a_bad_row(condition):
+  with pytest.raises(ValueError, match="no literal answer"):
+    tests_from_asserts(f"def check(candidate):\n  assert {condition}", "f")
+
+
+def test_a_program_cannot_decide_its_tests(sandbox):
+  tests = [TestCase(**t) for t in tests_from_asserts("def check(candidate):\n  assert candidate(1)\n  assert not candidate(2)\n  assert candidate(3) in (3, 4)", "f")]
+  assert sandbox.run("def f(x): return x if x != 2 else []", tests, fn_name="f").passed
+  assert sandbox.run("def f(x): return x", tests[2:], fn_name="f").passed
+  for program in ("bool = lambda x: True\ndef f(x): return 5", "class A:\n  __eq__ = lambda s, o: True\n  __hash__ = None\ndef f(x): return A()", "def f(x): return 0"):
+    assert not sandbox.run(program, tests[1:], fn_name="f").passed and not sandbox.run(program, tests[2:], fn_name="f").passed
 
 
 @pytest.mark.parametrize("row", [{}, {"id": 1, "question": "x", "tests": []}, {"id": 1, "question": "x", "tests": [{"inptu": "1"}]}])

@@ -14,8 +14,8 @@ Several correct answers to one test are not supported: the expected output is th
 Rows of public sets become tasks by `livecodebench_task`, `humaneval_task`, `mbpp_task`, and any row of LiveCodeBench's plain form
 (question, tests) by `task_from_row`. None of them runs anything of the row: private tests of LiveCodeBench are pickles, of
 which the one string is read and nothing is executed. An assert becomes an expression, which the jail evaluates, and a
-literal, which stays on the host; an assert whose expected side is no literal is evaluated in the jail as a whole, the only
-case where an answer is there.
+literal, which stays on the host. An assert that cannot be split so (a comparison of two calls, say) makes its row a bad one: in
+the jail the program could decide it, by an `__eq__` or a `bool` of its own.
 """
 
 import ast
@@ -25,6 +25,7 @@ import json
 import pickletools
 import random
 import re
+import sys
 import textwrap
 import zlib
 
@@ -233,11 +234,16 @@ def _assert_task(row, split, name, question, starter, solution) -> Task:
 def tests_from_asserts(source: str, fn_name: str) -> list[dict]:
   """The asserts of a function `check(candidate)` as expression tests.
 
-  f(x) == LITERAL             the expression f(x), expected LITERAL
+  f(x) == LITERAL             the expression f(x), expected LITERAL; also the other way round, and `is None`
   set(f(x)) == set(LITERAL)   the expression set(f(x)), expected as a set
   math.isclose(f(x), LITERAL, rel_tol=t), abs(f(x) - LITERAL) < t    within that tolerance
-  anything else               the whole condition, expected True
-  ValueError if `check` holds other statements (loops, assignments): such a test has no literal answer.
+  f(x) in LITERAL             the expression f(x), expected to be an element
+  f(x), not f(x)              the expression `not not f(x)`, expected True or False; no name in it but the function's decides
+  f(x) == f(x)                left out, as asserts without the function are: it holds whatever f is
+  ValueError for anything else, and if `check` holds other statements (loops, assignments): such a test has no literal answer.
+  A LITERAL may be arithmetic on numbers, a set or a tuple of a literal, or the size of one, which the host computes.
+  What remains to the program: names of an expression other than the function's (`set`, `sorted`, `math`) are looked up beside
+  it, so it may redefine them. It gains nothing that it could not return, since the expected value is not there.
   """
   check = next((node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "check"), None)
   if check is None:
@@ -252,19 +258,35 @@ def tests_from_asserts(source: str, fn_name: str) -> list[dict]:
     for node in ast.walk(statement):
       if isinstance(node, ast.Name) and node.id == candidate:
         node.id = fn_name
-    tests.append(_expression_test(statement.test))
+    if (test := _expression_test(statement.test, fn_name)) is not None:
+      tests.append(test)
   tests = [test for test in tests if fn_name in test["expression"]]   # HumanEval has asserts of True
   if not tests:
     raise ValueError("check holds no assert on the function")
   return tests
 
 
-def _expression_test(condition: ast.expr) -> dict:
+def _expression_test(condition: ast.expr, fn_name: str) -> dict | None:
   match condition:
+    case ast.Constant():
+      return None
     case ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]):
+      if ast.dump(left) == ast.dump(right):
+        return None
+      if (value := _literal_value(right)) is not None:
+        return {"expression": ast.unparse(left), "output": value}
+      if (value := _literal_value(left)) is not None:
+        return {"expression": ast.unparse(right), "output": value}
+    case ast.Compare(left=left, ops=[ast.Is()], comparators=[ast.Constant(value=None)]):
+      return {"expression": ast.unparse(left), "output": "None"}
+    case ast.Compare(left=left, ops=[ast.In()], comparators=[right]):
       value = _literal_value(right)
       if value is not None:
-        return {"expression": ast.unparse(left), "output": value}
+        return {"expression": ast.unparse(left), "output": value, "compare": "in"}
+    case ast.Call(func=ast.Name(id=name)) if name == fn_name:
+      return {"expression": f"not not {ast.unparse(condition)}", "output": "True"}
+    case ast.UnaryOp(op=ast.Not(), operand=ast.Call(func=ast.Name(id=name)) as call) if name == fn_name:
+      return {"expression": f"not not {ast.unparse(call)}", "output": "False"}
     case ast.Compare(left=ast.Call(func=ast.Name(id="abs"), args=[ast.BinOp(left=left, op=ast.Sub(), right=right)]),
                      ops=[ast.Lt() | ast.LtE()], comparators=[tolerance]):
       value, within = _literal_value(right), _literal_value(tolerance)
@@ -275,14 +297,22 @@ def _expression_test(condition: ast.expr) -> dict:
       tolerances = {k.arg: float(_literal_value(k.value)) for k in keywords}
       if value is not None:
         return {"expression": ast.unparse(left), "output": value, "compare": "isclose"} | tolerances
-  return {"expression": f"bool({ast.unparse(condition)})", "output": "True"}
+  raise ValueError(f"an assert has no literal answer: {ast.unparse(condition)[:100]}")
+
+
+_ARITHMETIC = (ast.Constant, ast.BinOp, ast.UnaryOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.UAdd, ast.USub)
+_OF_LITERAL = {"set": set, "tuple": tuple, "sys.getsizeof": sys.getsizeof}
 
 
 def _literal_value(node: ast.expr) -> str | None:
-  """The expression as a literal's text, None where it is none; `set(LITERAL)` counts."""
+  """The expression as a literal's text, None where it is none."""
   try:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "set" and len(node.args) == 1:
-      return repr(set(ast.literal_eval(node.args[0])))
+    match node:
+      case ast.Call(func=ast.Name() | ast.Attribute() as function, args=[argument], keywords=[]):
+        apply = _OF_LITERAL.get(ast.unparse(function))
+        return repr(apply(ast.literal_eval(argument))) if apply else None
+      case ast.BinOp() if all(isinstance(x, _ARITHMETIC) and type(getattr(x, "value", 0)) in (int, float) for x in ast.walk(node)):
+        return repr(eval(compile(ast.Expression(node), "<literal>", "eval"), {}))
     return repr(ast.literal_eval(node))
-  except (ValueError, TypeError):
+  except (ValueError, TypeError, ArithmeticError):
     return None

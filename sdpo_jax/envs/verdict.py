@@ -39,7 +39,7 @@ class TestCase:
   """One test. `input` is standard input, or one JSON argument a line for a function; `output` is what is expected.
 
   With `expression`, the jail evaluates it after the program and returns its value, and `output` is a Python literal.
-  compare  "equal": by the rule of the test's mode; "set": as sets; "isclose": a number within `rel_tol` or `abs_tol`
+  compare  "equal": by the rule of the test's mode; "set": as sets; "in": one of its elements; "isclose": a number within `rel_tol` or `abs_tol`
   hidden   the feedback shows neither its input nor what was expected, nor a word that the program chose; what a program can
            still tell of the input is which kind of failure, built-in exception and line of its own it ends with
   """
@@ -53,8 +53,8 @@ class TestCase:
   hidden: bool = False
 
   def __post_init__(self):
-    if self.compare not in ("equal", "set", "isclose"):
-      raise ValueError(f"TestCase.compare={self.compare!r} is unknown; choose from equal, isclose, set")
+    if self.compare not in ("equal", "set", "in", "isclose"):
+      raise ValueError(f"TestCase.compare={self.compare!r} is unknown; choose from equal, in, isclose, set")
     if self.compare != "equal" and self.expression is None:
       raise ValueError(f"TestCase.compare={self.compare!r} needs an expression")
 
@@ -184,6 +184,8 @@ def _same_literal(tagged, test: TestCase) -> bool:
       return False
   if test.compare == "set":
     return set(value) == set(expected)
+  if test.compare == "in":
+    return value in expected
   return value == expected
 
 
