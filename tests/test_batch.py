@@ -64,6 +64,7 @@ def test_options_of_the_context():
   assert teacher_context.reference_solution(group, 0) is None
   solved = dataclasses.replace(group[0], task=dataclasses.replace(TASK, solution="<think>x</think>def f"))
   assert teacher_context.reference_solution([solved], 0) == Context("def f")
+  assert [teacher_context.without_thinking(t) for t in ("thought</think>\nX", "<think>a</think>X", "X")] == ["X"] * 3   # the template may have opened the block
 
 
 def test_the_teacher_reads_question_solution_feedback_and_closing_in_this_order():

@@ -54,9 +54,10 @@ def test_extract(name):
 
 
 @pytest.mark.parametrize("response, says", [
-    ("The answer is 5.", "no Python code block"), ("", "no Python code block"), ("```cpp\nint x;\n```", "no Python code block"),
+    ("The answer is 5.", "no Python code block"), ("", "response is empty"), ("```cpp\nint x;\n```", "no Python code block"),
     ("`x = 1`", "no Python code block"), ("<think>\n```python\nx = 1\n```\n</think> So 5.", "no Python code block"),
-    ("```python\nx = 1", "too long"), ("```python\nx = 1\n```\n```python\nx =", "too long"), ("```", "too long")])
+    ("```python\nx = 1", "inside its code block"), ("```python\nx = 1\n```\n```python\nx =", "inside its code block"), ("```", "inside its code block"),
+    ("<think>\n```python\nx = 1\n```\n", "inside its thinking block")])
 def test_wrong_form_is_told(sandbox, response, says):
   program, fault = extract(response)
   assert program == "" and says in fault

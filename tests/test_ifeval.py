@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 
@@ -109,6 +110,15 @@ def test_languages():
     ("1. First item.\n2. Second item.", 2), ("A line\nand its end. Next", 2), ("It costs 3.50. Buy!", 2), ("So do I. You too.", 2), ("यह है। वह है।", 2)])
 def test_sentences(text, count):
   assert len(sentences(text)) == count, sentences(text)
+
+
+@pytest.mark.parametrize("piece", [".", ". a", ".)", "[", "[a", "*", "* ", "<<", "<<a", " ", "\n", "- ", "a-", "SECTION"])
+def test_no_check_takes_quadratic_time(piece):
+  text = piece * (30_000 // len(piece)) + "a"
+  for name, (arguments, _, _) in CASES.items():
+    begun = time.monotonic()
+    CONSTRAINTS[name](text, **arguments)
+    assert time.monotonic() - begun < 1.0, name
 
 
 @needs_data

@@ -65,6 +65,10 @@ def test_equal_answers_in_a_worker(env):
   assert [env.same(a, b) for a, b in different] == [False] * len(different)
 
 
+def test_white_space_between_numbers_counts(env):
+  assert env.same("21/2", "2 1/2") is False and env.same("x +  1", "x + 1\n") is True
+
+
 def test_a_comparison_that_hangs_is_killed_and_the_next_one_works(env):
   task = env.task_from_row({"idx": 0, "question": "Q", "answer": "\\frac{1}{2}"}, "train")
   assert env.judge(task, "\\boxed{0.5}").reward == 1.0   # starts the worker and has it load everything

@@ -47,6 +47,16 @@ def test_wrong_responses_are_told_what_does_not_match(name):
   assert said.reward == 0.0 and said.status is Status.SCORED and says in said.text
 
 
+def test_deeply_nested_arguments_are_a_wrong_answer():
+  for depth in range(50, 1100, 10):
+    for deep in ("[" * depth + "]" * depth, '{"x": ' * depth + "1" + "}" * depth):
+      said = ToolUse().judge(TASK, RIGHT.replace("null", deep))
+      assert (said.reward, said.status) == (0.0, Status.SCORED) and said.text
+  calls = row(("find", {"a": json.loads("[" * 600 + "]" * 600)}))
+  said = ToolUse().judge(ToolUse().task_from_row(calls, "test"), 'Action: find\nAction Input: {"a": ' + "[" * 600 + "1" + "]" * 600 + "}")
+  assert said.reward == 0.0 and said.text
+
+
 def test_a_known_tool_that_should_not_be_called():
   task = ToolUse().task_from_row(row(("find", {})), "test")
   assert "'book' should not be called here" in ToolUse().judge(task, "Action: book\nAction Input: {}").text

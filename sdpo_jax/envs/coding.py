@@ -7,7 +7,7 @@ A task's `data`:
   starter   code that the question gives to begin with, if any
 
 The program of a response is its last fenced Python block, else its last unlabelled one. A response that ends inside its
-block was too long, and one without a block has the wrong form; both are told so and get reward 0. Reward is 1 where all
+thinking or its code block, and one without a block, has the wrong form, is told so and gets reward 0. Reward is 1 where all
 tests pass, else 0.
 Several correct answers to one test are not supported: the expected output is the only right one (`verdict.py` has the rules).
 
@@ -29,6 +29,7 @@ import sys
 import textwrap
 import zlib
 
+from sdpo_jax.envs.rows import final_text
 from sdpo_jax.envs.sandbox import Limits, Sandbox, TestCase
 from sdpo_jax.records import Feedback, Status, Task
 
@@ -100,8 +101,11 @@ def extract(response: str) -> tuple[str, str]:
   A fence closes with its own character, at least its own length, no label and no deeper indentation, so a docstring may hold
   an indented one. A Python label always opens a block, even inside another (a Markdown document that holds the program).
   """
+  text, fault = final_text(response)
+  if fault:
+    return "", fault
   blocks, opened = [], None   # blocks: (is Python, text, terminated)
-  for line in response.rpartition("</think>")[2].split("\n"):
+  for line in text.split("\n"):
     fence = _FENCE.match(line.rstrip("\r"))
     if fence:
       indent, mark, label = fence[1], fence[2], fence[3].lower()
@@ -123,7 +127,7 @@ def extract(response: str) -> tuple[str, str]:
     return "", "The response holds no Python code block."
   _, lines, terminated = chosen[-1]
   if not terminated:
-    return "", "The response was too long: it ended inside its code block."
+    return "", "The response ends inside its code block."
   return "\n".join(lines) + "\n", ""
 
 

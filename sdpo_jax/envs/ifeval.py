@@ -19,7 +19,7 @@ from sdpo_jax.envs.rows import field, final_text, messages
 from sdpo_jax.records import Feedback, Task
 
 OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
-_SENTENCE_END = re.compile(r"([.!?…。？！।]+[\"'”’)\]*_]*)(\s+|$)")
+_SENTENCE_END = re.compile(r"(?<![.!?…。？！।])([.!?…。？！।]++[\"'”’)\]*_]*+)(\s+|$)")
 _ABBREVIATIONS = frozenset("mr mrs ms dr prof st jr sr vs etc inc ltd co corp no vol fig eq e.g i.e a.m p.m u.s capt gen rev".split())
 
 
@@ -153,7 +153,7 @@ def capital_word_frequency(text, *, capital_frequency, capital_relation):
 # detectable_content and detectable_format
 
 def number_placeholders(text, *, num_placeholders):
-  return _count(len(re.findall(r"\[.*?\]", text)), "placeholders in square brackets", "at least", num_placeholders)
+  return _count(len(re.findall(r"\[[^\[\]\n]*\]", text)), "placeholders in square brackets", "at least", num_placeholders)
 
 
 def postscript(text, *, postscript_marker):
@@ -163,7 +163,7 @@ def postscript(text, *, postscript_marker):
 
 
 def number_bullet_lists(text, *, num_bullets):
-  found = len(re.findall(r"^\s*\*[^*].*$", text, re.MULTILINE)) + len(re.findall(r"^\s*-.*$", text, re.MULTILINE))
+  found = len(re.findall(r"^[^\S\n]*\*[^*].*$", text, re.MULTILINE)) + len(re.findall(r"^[^\S\n]*-.*$", text, re.MULTILINE))
   return "" if found == num_bullets else f"the response has {found} bullet points; it must have exactly {num_bullets}."
 
 
@@ -182,7 +182,9 @@ def multiple_sections(text, *, section_spliter, num_sections):
 
 
 def title(text):
-  return "" if any(t.strip("<>").strip() for t in re.findall(r"<<[^\n]+>>", text)) else "the response has no title in double angular brackets, such as <<title>>."
+  # from the first << of a line to its last >>; the pattern <<.+>> takes quadratic time
+  spans = [(line, line.find("<<"), line.rfind(">>")) for line in text.split("\n")]
+  return "" if any(0 <= begin < end - 2 and line[begin:end].strip("<>").strip() for line, begin, end in spans) else "the response has no title in double angular brackets, such as <<title>>."
 
 
 def json_format(text):

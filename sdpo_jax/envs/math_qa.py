@@ -81,7 +81,7 @@ class MathQA:
 
   def same(self, reference: str, answer: str) -> bool | None:
     """Whether two answers are equal; None if a worker could not tell within its limits. RuntimeError if workers do not start."""
-    if "".join(reference.split()) == "".join(answer.split()):
+    if " ".join(reference.split()) == " ".join(answer.split()):
       return True
     numbers = number(reference), number(answer)
     if None not in numbers:
@@ -121,8 +121,10 @@ class Worker:
   def _line(self, time_s: float) -> bytes | None:
     """One line of its output, without the newline; None if it ends, or does not come in time."""
     deadline, text = time.monotonic() + time_s, b""
+    poll = select.poll()   # select takes no descriptor above 1023
+    poll.register(self._process.stdout, select.POLLIN)
     while not text.endswith(b"\n"):
-      readable, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+      readable = poll.poll(1000 * max(0.0, deadline - time.monotonic()))
       piece = os.read(self._process.stdout.fileno(), 4096) if readable else b""
       if not piece:
         return None
@@ -156,7 +158,7 @@ def last_boxed(text: str) -> tuple[str, str]:
       if not depth:
         content = text[begin:end].strip()
         return content, "" if content else "The last \\boxed{} is empty."
-  return "", "The response ends inside \\boxed{: it was too long, or a brace is missing."
+  return "", "The response ends inside \\boxed{: a brace is not closed."
 
 
 def extract(response: str) -> tuple[str, str]:

@@ -34,7 +34,7 @@ def final_text(response: str) -> tuple[str, str]:
   """-> the response after its thinking block, and what is wrong with it ("" if nothing)."""
   text = response.rpartition("</think>")[2]
   if "<think>" in text:
-    return "", "The response ends inside its thinking block: it was too long."
+    return "", "The response ends inside its thinking block."
   if not text.strip():
     return "", "The response is empty."
   return text, ""

@@ -56,7 +56,10 @@ class ToolUse:
     if faults:
       return [*faults, FORM]
     # Where optional calls allow several answers, the one that the response comes closest to is spoken of.
-    return min((mismatches(names, arguments, calls, task.data["tools"]) for calls in _variants(task.data["calls"])), key=len)
+    try:
+      return min((mismatches(names, arguments, calls, task.data["tools"]) for calls in _variants(task.data["calls"])), key=len)
+    except RecursionError:   # read, but too deep to be compared or shown
+      return ["The arguments are nested too deeply.", FORM]
 
 
 def parse(text: str) -> tuple[list[str], dict, list[str]]:

@@ -27,7 +27,7 @@ TEMPLATES = {
     "solution": SOLUTION + "{text}",
     "feedback": FEEDBACK + "{text}",
 }
-_THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+_THINKING = re.compile(r"\A.*</think>\s*", re.DOTALL)   # the chat template may have opened the block
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -57,6 +57,7 @@ def fill(template: str, texts: dict[str, str]) -> str:
 
 
 def without_thinking(text: str) -> str:
+  """What the environments judge: the text after the last thinking block."""
   return _THINKING.sub("", text)
 
 
