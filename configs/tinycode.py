@@ -21,8 +21,8 @@ def get_config(arg: str = ""):
   c.optimizer.update(lr=1.5e-3, decay_steps=c.total_steps)
   if c.method.teacher_weights.name == "ema":
     c.method.teacher_weights.rate = 0.01   # the paper's rate for rich feedback; at 0.05 accuracy falls again once most problems are solved
-  if c.method.policy_share == 1.0:   # rewards alone: larger groups, so that one of them holds a success, and smaller steps; at 1e-3 it falls before it recovers
-    c.optimizer.lr = 6e-4
+  if c.method.policy_share == 1.0:   # rewards alone: larger groups, so that one of them holds a success, and smaller steps at a constant rate
+    c.optimizer.update(lr=5e-4, decay_steps=0)
     c.rollout.update(questions=8, group=8)
   if a.local:   # same path, toy sizes, seconds on a CPU
     c.total_steps = 2

@@ -39,7 +39,7 @@ def supervised() -> Objective:
     total = -jnp.sum(signals.logp_BR * batch.weight_BR)
     return total / norm["nll"], {"train/nll": Ratio(total, jnp.sum(batch.weight_BR))}
 
-  return Objective(token_loss, normalisers, None, False)
+  return Objective(token_loss, normalisers, None, needs_teacher=False, needs_teacher_entropy=False)
 
 
 class PackedRows:
@@ -144,13 +144,15 @@ def run(c, workdir: str, out: str) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> int:
-  f = flags.FlagValues()
+  f, sys.argv = flags.FlagValues(), argv   # config_flags reads the overrides off sys.argv
   config_flags.DEFINE_config_file("config", "configs/pretrain_tiny.py", "settings: FILE[:key=value,...]", flag_values=f, lock_config=True)
   flags.DEFINE_string("workdir", "runs/pretrain_tiny", "where checkpoints and metrics go", flag_values=f)
   flags.DEFINE_string("out", None, "where the Hugging Face directory goes; default: WORKDIR/hf", flag_values=f)
   try:
     f(argv)
     c = f.config
+    if c.domain not in DOMAINS:
+      raise ValueError(f"domain={c.domain!r} is unknown; choose from {sorted(DOMAINS)}")
   except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
     print(f"sdpo_jax.pretrain: {' '.join(str(error).split())}", file=sys.stderr)
     return 2

@@ -111,7 +111,7 @@ def test_another_configuration_does_not_continue_a_run(whole):
     (["--config=configs/tinycode.py:method=gspoo"], "method='gspoo' is unknown; choose from ['cispo', 'dapo'"),
     (["--config=configs/tinycode.py:local", "--config.rollout.grup=4"], "grup"),
     (["--config=configs/tinycode.py:local", "--config.rollout.group=four"], "four"),
-    (["--config=configs/tinycode.py:local", "--mode=training"], "choose from ['train', 'eval', 'discover']"),
+    (["--config=configs/tinycode.py:local", "--mode=training"], "choose from ['train', 'eval', 'discover', 'plan']"),
     (["--config=configs/tinycode.py:local", "--nonsense"], "nonsense"),
     (["--config=configs/tinycode.py:local,method=grpo", "--config.rollout.group=1"], "config.rollout.group=1 with advantage 'group_mean'"),
     (["--config=configs/tinycode.py:local", "--config.method.token_signal.alpha=2.0"], "alpha"),
@@ -151,4 +151,4 @@ def test_summary_lines_show_both_models_with_intervals():
   base = {"eval/heldout/avg@k": 0.1, "eval/heldout/avg@k_low": 0.05, "eval/heldout/avg@k_high": 0.15}
   (line,) = train.summary_lines(base | {"eval/heldout/avg@k": 0.4}, base)
   assert line.split() == ["heldout", "avg@k", "40.0%", "[5.0%,", "15.0%]", "base", "model", "avg@k", "10.0%", "[5.0%,", "15.0%]"]
-  assert main.MODES == ("train", "eval", "discover")
+  assert main.MODES == ("train", "eval", "discover", "plan")

@@ -1,0 +1,36 @@
+"""Pre-training through its command, both domains: it learns, resumes to the same weights, and writes what the trainer loads."""
+
+import json
+
+from absl.testing import flagsaver
+import jax
+import numpy as np
+import pytest
+
+from sdpo_jax import pretrain
+from sdpo_jax.data.corpus import DOMAINS
+from sdpo_jax.model.hf_weights import load_pretrained
+
+
+def run(domain, workdir, *more):
+  with flagsaver.flagsaver():
+    return pretrain.main(["pretrain", f"--config=configs/pretrain_tiny.py:domain={domain},local", f"--workdir={workdir}", *more])
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_a_killed_run_resumes_to_the_same_weights(domain, tmp_path):
+  assert run(domain, tmp_path / "whole") == 0
+  lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["train/nll"] < lines[0]["train/nll"]
+  assert {"eval/plain", "eval/feedback", "eval/solution"} <= lines[-1].keys() and lines[-1]["data/left_out"] == 0
+  assert run(domain, tmp_path / "cut", "--config.total_steps=2") == 0
+  assert run(domain, tmp_path / "cut") == 0
+  (config, whole), (_, cut) = (load_pretrained(tmp_path / name / "hf", dtype="float32") for name in ("whole", "cut"))
+  jax.tree.map(np.testing.assert_array_equal, whole, cut)
+  assert config.eos_ids and config.max_positions == 1024
+
+
+def test_an_unknown_domain_is_one_line(tmp_path, capsys):
+  assert run("poetry", tmp_path) == 2
+  said = capsys.readouterr().err
+  assert "poetry" in said and "arithmetic" in said and said.count("\n") == 1
