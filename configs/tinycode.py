@@ -24,6 +24,10 @@ def get_config(arg: str = ""):
   if c.method.policy_share == 1.0:   # rewards alone: larger groups, so that one of them holds a success, and smaller steps at a constant rate
     c.optimizer.update(lr=5e-4, decay_steps=0)
     c.rollout.update(questions=8, group=8)
+  if a.level == "easy":
+    c.eval.final_splits = ("heldout", "adversarial")   # one operation alone: there is no unseen composition
+  if c.method.reduction.name == "constant":
+    c.method.reduction.length = float(c.rollout.max_new_tokens)
   if a.local:   # same path, toy sizes, seconds on a CPU
     c.total_steps = 2
     c.rollout.update(questions=2, group=4, rows=8)

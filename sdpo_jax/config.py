@@ -174,11 +174,13 @@ def validate(c: ml_collections.ConfigDict) -> None:
               "eval.samples": c.eval.samples, "checkpoint.every_steps": c.checkpoint.every_steps, "checkpoint.keep": c.checkpoint.keep,
               "data.length_multiple": c.data.length_multiple, "data.response_multiple": c.data.response_multiple, "log.rollouts_every_steps": c.log.rollouts_every_steps,
               "sandbox.workers": c.sandbox.workers, "discover.questions": c.discover.questions, "discover.seeds": c.discover.seeds,
-              "discover.attempts": c.discover.attempts, "discover.rollouts": c.discover.rollouts, "train.max_skipped_in_a_row": c.train.max_skipped_in_a_row}
+              "discover.attempts": c.discover.attempts, "discover.rollouts": c.discover.rollouts, "train.max_skipped_in_a_row": c.train.max_skipped_in_a_row,
+              "train.max_env_failures_in_a_row": c.train.max_env_failures_in_a_row}
   for name, value in positive.items():
     if value < 1:
       raise ValueError(f"config.{name}={value} must be at least 1")
   choices = {"model.remat": (c.model.remat, ("none", "block")), "train.loss_implementation": (c.train.loss_implementation, ("auto", *IMPLEMENTATIONS)),
+             "optimizer.state_dtype": (c.optimizer.state_dtype, ("float32", "bfloat16")),
              "model.dtype": (c.model.dtype, ("float32", "bfloat16")), "model.param_dtype": (c.model.param_dtype, ("float32", "bfloat16"))}
   for name, (value, allowed) in choices.items():
     if value not in allowed:
@@ -194,6 +196,8 @@ def validate(c: ml_collections.ConfigDict) -> None:
   if 0 < c.optimizer.decay_steps < updates:
     raise ValueError(f"config.total_steps={c.total_steps} means {updates} updates, but the learning rate is 0 after config.optimizer.decay_steps="
                      f"{c.optimizer.decay_steps}: set both, or decay_steps=0 for a constant rate")
+  if c.optimizer.lr < 0:
+    raise ValueError(f"config.optimizer.lr={c.optimizer.lr} must be at least 0")
   if c.rollout.temperature <= 0:
     raise ValueError(f"config.rollout.temperature={c.rollout.temperature} must be above 0: the loss is taken at the rollout's temperature")
   if c.eval.temperature < 0 or not 0 < c.eval.top_p <= 1 or not 0 < c.rollout.top_p <= 1:

@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
     check_writable(workdir)
   except (UsageError, ValueError) as error:
     return complain(error, 2)
-  from sdpo_jax import discover, discovery, metrics, train, wiring
+  from sdpo_jax import discover, discovery, metrics, records, train, wiring
   absl_logging.use_absl_handler()
   absl_logging.set_verbosity(absl_logging.WARNING)
   try:
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> int:
       for line in discovery.summary_lines(discover.discover(c, workdir)):
         print(line)
       return 0
-  except (wiring.SettingError, FileNotFoundError) as error:
+  except (wiring.SettingError, records.TaskError, FileNotFoundError) as error:
     return complain(error, 2)
   except train.RunError as error:
     return complain(error, 1)

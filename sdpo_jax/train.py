@@ -204,6 +204,9 @@ def evaluate_checkpoint(c, workdir: str, source: str) -> dict[str, float]:
   root, step = (head, int(tail)) if head and tail.isdigit() else (source, None)
   with blame_settings():
     is_run = checkpoint.latest_step(root) is not None
+    if is_run:   # what it stands on, and with which adapters, the run itself says
+      c = c.copy_and_resolve_references()
+      c.model.update(json.loads((pathlib.Path(root) / "config.json").read_text())["model"])
     if not is_run and not (pathlib.Path(source) / "config.json").exists():
       raise ValueError(f"--checkpoint={source}: neither a work directory with a checkpoint nor a Hugging Face directory")
   with wired(c, None if is_run else source) as w:

@@ -11,6 +11,8 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import shlex
+import shutil
 import subprocess
 import sys
 from typing import Any, NamedTuple
@@ -44,7 +46,7 @@ def blame_settings():
   """What fails while a run is being wired fails because of what it was given: one line, not a traceback."""
   try:
     yield
-  except (ValueError, FileNotFoundError, RuntimeError) as error:
+  except (ValueError, OSError, RuntimeError) as error:
     raise SettingError(str(error)) from error
 
 
@@ -123,6 +125,8 @@ def wired(c, path: str | None = None):
 
       asked = with_rows(env, c.data.sources, splits=("train", *c.eval.splits, *c.eval.final_splits), on_bad_row=c.data.on_bad_row, check=fits)
       engine = Sampler(model, rows=c.rollout.rows, row_multiple=shards, chunk=c.rollout.chunk, prompt_multiple=c.data.length_multiple, pad_token=chat.pad_token)
+      for split in {"train", *c.eval.splits, *c.eval.final_splits}:   # a split that is not there, a question too long: now, not at the first evaluation
+        fits(asked.task(split, 0))
       collector = Collector(asked, chat, engine, max_prompt_tokens=c.data.max_prompt_tokens, judge_threads=c.rollout.judge_threads,
                             judge_timeout_s=c.rollout.judge_timeout_s)
     stack.callback(collector.close)
@@ -175,9 +179,10 @@ def describe_run(workdir: pathlib.Path, c, extra: dict) -> None:
   """config.json (resolved) and run.json (command, commit, versions, devices, seed), before anything is trained. A resumed run adds a start."""
   path = workdir / "run.json"
   earlier = json.loads(path.read_text()).get("started", []) if path.exists() else []
-  commit = subprocess.run(["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+  git = shutil.which("git")   # an installed package has neither git nor a commit
+  commit = git and subprocess.run([git, "-C", os.path.dirname(__file__), "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
   packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
-  about = {"command": " ".join([os.path.basename(sys.executable), "-m", "sdpo_jax.main", *sys.argv[1:]]), "commit": commit or None,
+  about = {"command": shlex.join([os.path.basename(sys.executable), "-m", "sdpo_jax.main", *sys.argv[1:]]), "commit": commit or None,
            "started": earlier + [datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")],
            "python": sys.version.split()[0], "versions": {p: importlib.metadata.version(p) for p in packages},
            "devices": [str(d) for d in jax.devices()], "seed": c.seed} | extra

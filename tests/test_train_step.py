@@ -151,3 +151,15 @@ def test_warm_up_starts_at_zero_and_ends_at_the_rate():
     update, state = tx.update(jnp.ones(3), state, params)
     sizes.append(-float(update[0]))
   np.testing.assert_allclose(sizes, [0.0, 0.25, 0.5, 0.75, 1.0, 1.0], atol=1e-4)
+
+
+def test_both_moments_have_the_dtype_that_is_asked_for():
+  settings = dict(name="adamw", lr=1e-2, warmup_steps=0, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999)
+  params = {"w": jnp.ones(4, jnp.bfloat16)}
+  for dtype, expected in (("float32", jnp.float32), (None, jnp.bfloat16)):
+    tx = make_optimizer(**settings, state_dtype=dtype)
+    state = tx.init(params)
+    update, state = tx.update({"w": jnp.full(4, 0.5, jnp.bfloat16)}, state, params)
+    moments = [x for x in jax.tree.leaves(state) if x.shape == (4,)]
+    assert len(moments) == 2 and all(m.dtype == expected for m in moments)
+    assert optax.apply_updates(params, update)["w"].dtype == jnp.bfloat16

@@ -17,7 +17,7 @@ import numpy as np
 
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.objectives.teacher_context import Context
-from sdpo_jax.records import Rollout, Rows, Status, TrainBatch
+from sdpo_jax.records import Rollout, Rows, Status, TaskError, TrainBatch
 
 CUT = "\n[...]\n"
 MAX_SHAPES = 6          # about one for every doubling of length that a run may see, and a few to grow into
@@ -53,7 +53,7 @@ def teacher_prompt(chat: Chat, messages: list[dict[str, str]], context: Context,
   tokens = render(context)
   if len(tokens) <= max_tokens:
     return tokens, False
-  for field in ("feedback", "solution"):
+  for field in ("attempt", "feedback", "solution"):
     low, high = 0, len(getattr(context, field))   # the longest text that fits, by bisection
     if not high:
       continue
@@ -67,7 +67,7 @@ def teacher_prompt(chat: Chat, messages: list[dict[str, str]], context: Context,
     tokens = render(context)
     if len(tokens) <= max_tokens:
       return tokens, True
-  raise ValueError(f"a question with its closing instruction takes {len(tokens)} tokens, more than data.max_teacher_tokens={max_tokens}")
+  raise TaskError(f"a question with its closing instruction takes {len(tokens)} tokens, more than data.max_teacher_tokens={max_tokens}")
 
 
 class Shape(NamedTuple):
@@ -138,6 +138,8 @@ def choose_shape(student: list[list[int]], teacher: list[list[int]], responses: 
   new = new._replace(rows=room(new.rows), teacher_rows=room(new.teacher_rows), tokens=bucket(room(new.tokens), length_multiple))
   if len(shapes) >= MAX_SHAPES:   # a length never seen: from now on everything fits into this one
     new = Shape(*(max(sizes) for sizes in zip(new, *shapes)))
+    rows = lambda packs, length: max(len(first_fit(lengths, length)) for lengths in packs)   # longer rows can pack worse
+    new = new._replace(rows=max(new.rows, rows(student, new.length)), teacher_rows=max(new.teacher_rows, rows(teacher, new.teacher_length)))
   shapes.append(new)
   return new
 
