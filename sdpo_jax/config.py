@@ -112,6 +112,7 @@ def paper(a: types.SimpleNamespace, *, rich_feedback: bool) -> ml_collections.Co
     c.total_steps = 2
     c.model.update(path="tiny", dtype="float32", remat="none")
     c.data.update(max_prompt_tokens=700, max_teacher_tokens=1000, length_multiple=128, response_multiple=8)
+    c.mesh.fsdp = 1   # too few rows to share
     c.rollout.update(questions=2, group=2, max_new_tokens=16, rows=4, chunk=16)
     c.train.update(updates_per_batch=min(c.train.updates_per_batch, 2), micro_batches=1)
     c.eval.update(every_steps=2, questions=2, samples=1)

@@ -36,7 +36,10 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(devices, *, data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-  """One of the sizes may be -1: what the devices leave. ValueError where they do not multiply to the number of devices."""
+  """One of the sizes may be -1: what the devices leave. Sizes of 1 take one device and leave the others idle. ValueError where they do not multiply
+  to the number of devices."""
+  if (data, fsdp, tensor) == (1, 1, 1):
+    devices = devices[:1]
   sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
   open_axes = [name for name, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
