@@ -1,12 +1,13 @@
-r"""TinyCode: the embedded task. A 1 M-parameter model learns what novel words mean from its own runtime errors.
+r"""TinyCode: the embedded task. A 0.7 M-parameter model learns what novel words mean from its own runtime errors.
 
 Run:    python -m sdpo_jax.main --config=configs/tinycode.py
 Other:  python -m sdpo_jax.main --config=configs/tinycode.py:method=grpo,level=hard,seed=1
 Smoke:  python -m sdpo_jax.main --config=configs/tinycode.py:local
-Cost:   170 s on two CPU cores (240 steps of 16 x 4 responses, evaluations included).
+Cost:   six minutes on one free core (240 steps of 16 x 4 responses, evaluations included), four with method=grpo.
 Result: seed 0, avg@4 over 100 questions, base model -> after training, 95 % intervals over questions:
-        held-out 23.2 % [15.9, 31.1] -> 68.0 % [59.4, 76.6]; unseen compositions 10.0 % [4.7, 15.9] -> 60.5 % [51.6, 69.4];
-        adversarial paraphrases 22.2 % [14.9, 30.1] -> 28.2 % [19.9, 37.2]. One seed; the learning rate was chosen on this split.
+        held-out 38.5 % [29.6, 47.9] -> 88.2 % [81.6, 93.8]; unseen compositions 24.2 % [16.4, 32.6] -> 74.5 % [65.9, 82.6];
+        adversarial paraphrases 35.5 % [27.1, 44.1] -> 70.0 % [61.4, 78.4]. The learning rate was chosen on this seed and split; four
+        other seeds: experiments/tinycode_seeds.py.
 """
 
 from sdpo_jax import config

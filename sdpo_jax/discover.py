@@ -45,9 +45,8 @@ from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.objectives.teacher_context import CLOSING, TEMPLATES, Context, fill
 from sdpo_jax.records import Feedback, Rollout, Sampling, Status, Task
 from sdpo_jax.rollout import prompt_seed
-from sdpo_jax.train import RunError
 from sdpo_jax.train_step import make_signals
-from sdpo_jax.wiring import blame_settings, describe_run, learner, same_run, wired, write_atomically
+from sdpo_jax.wiring import RunError, blame_settings, describe_run, learner, same_run, wired, write_atomically
 
 ARMS = ("sdpo", "best_of_k", "multi_turn")
 HISTORIES = ("feedback", "attempt_and_feedback")

@@ -113,7 +113,7 @@ def main(argv: list[str]) -> int:
       return 0
   except (wiring.SettingError, records.TaskError, FileNotFoundError) as error:
     return complain(error, 2)
-  except train.RunError as error:
+  except wiring.RunError as error:
     return complain(error, 1)
   for line in train.summary_lines(results, base):
     print(line)

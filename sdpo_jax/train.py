@@ -26,11 +26,7 @@ from sdpo_jax.evaluate import evaluate
 from sdpo_jax.metrics import Writer, read, reduce
 from sdpo_jax.records import Rollout, Sampling, Status
 from sdpo_jax.rollout import prompt_seed
-from sdpo_jax.wiring import blame_settings, describe_run, learner, same_run, wired, write_atomically
-
-
-class RunError(Exception):
-  """The run cannot go on; the message says what happened and what is intact."""
+from sdpo_jax.wiring import RunError, blame_settings, describe_run, learner, same_run, wired, write_atomically
 
 
 def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, score, evaluate, due, write, write_rollouts, save, limits):

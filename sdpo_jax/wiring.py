@@ -41,6 +41,10 @@ class SettingError(ValueError):
   """A setting, a path or this machine does not allow the run; raised before anything is trained."""
 
 
+class RunError(Exception):
+  """The run cannot go on; the message says what happened and what is intact."""
+
+
 @contextlib.contextmanager
 def blame_settings():
   """What fails while a run is being wired fails because of what it was given: one line, not a traceback."""

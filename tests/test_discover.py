@@ -17,7 +17,7 @@ from sdpo_jax import discover, discovery, main, stats
 from sdpo_jax.discover import Attempts, Budget, calibrate, prompt_with, solve_by_learning, solve_by_sampling, solve_by_turns
 from sdpo_jax.discovery import compare, summarise
 from sdpo_jax.records import Feedback, Rollout, Status, Task
-from sdpo_jax.train import RunError
+from sdpo_jax.wiring import RunError
 
 ROOT = pathlib.Path(__file__).parent.parent
 TASK = Task("q", "question")

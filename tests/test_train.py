@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from sdpo_jax import train
+from sdpo_jax import train, wiring
 from sdpo_jax.data.batch import Packed
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.objectives.teacher_context import Context
@@ -54,12 +54,12 @@ def test_a_resumed_run_goes_on_where_it_was():
 
 
 def test_a_judge_that_always_fails_stops_the_run():
-  with pytest.raises(train.RunError, match=r"2 generation batches in a row \(step 2\)"):
+  with pytest.raises(wiring.RunError, match=r"2 generation batches in a row \(step 2\)"):
     run(status=Status.ENV_FAILED)
 
 
 def test_gradients_that_are_never_finite_stop_the_run():
-  with pytest.raises(train.RunError, match=r"not finite in 2 updates in a row \(step 2\); the last checkpoint is intact"):
+  with pytest.raises(wiring.RunError, match=r"not finite in 2 updates in a row \(step 2\); the last checkpoint is intact"):
     run(skipped=1)
 
 
