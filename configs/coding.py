@@ -33,6 +33,8 @@ def get_config(arg: str = ""):
     c.env.update(first_date="2025-02-01", last_date="2025-05-01")
   else:
     c.eval.final_splits = ("test", "humaneval")
+  if a.local and not a.data:
+    config.refuse(a, "tasks", because=config.EXAMPLES)
   if a.data or a.local:
     c.data.sources, c.eval.final_splits = (a.data or os.path.join(config.ROWS, "coding.{split}.jsonl"),), ("test",)
   c.sandbox.workers, c.rollout.judge_threads, c.rollout.judge_timeout_s = 16, 16, 300.0

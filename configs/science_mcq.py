@@ -21,5 +21,8 @@ def get_config(arg: str = ""):
                        method="sdpo", model="qwen3-8b", seed=0, local=False)
   c = config.paper(a, rich_feedback=False)
   c.env = dict(name="mcq")
-  c.data.sources = (os.path.join(config.ROWS, "science_mcq.{split}.jsonl") if a.local else os.path.join(a.data, a.subject + ".{split}.jsonl"),)
+  c.data.sources = (os.path.join(a.data, a.subject + ".{split}.jsonl"),)
+  if a.local and "data" not in a.given:
+    config.refuse(a, "subject", because=config.EXAMPLES)
+    c.data.sources = (os.path.join(config.ROWS, "science_mcq.{split}.jsonl"),)
   return c

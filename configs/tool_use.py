@@ -19,5 +19,5 @@ def get_config(arg: str = ""):
                        local=False)
   c = config.paper(a, rich_feedback=False)
   c.env = dict(name="tool_use")
-  c.data.sources = (os.path.join(config.ROWS, "tool_use.{split}.jsonl") if a.local else os.path.join(a.data, "{split}.jsonl"),)
+  c.data.sources = (os.path.join(config.ROWS, "tool_use.{split}.jsonl") if a.local and "data" not in a.given else os.path.join(a.data, "{split}.jsonl"),)
   return c

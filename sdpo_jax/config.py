@@ -1,16 +1,24 @@
-"""Every setting of a run: its name, default and unit, in one function; and the checks that stop a wrong one.
+"""Every setting of a run: its name, default and unit, in one function; how a file's settings are read; and the checks that stop a wrong one.
 
 A configuration file is a docstring and a handful of changes to `base()`. A setting that `base()` does not have, a method part
 that does not exist and a combination that cannot run are a ValueError naming the field, the value and the choices, before
 anything compiles.
 """
 
+import contextlib
 import difflib
+import inspect
 import os
+import re
+import runpy
+import traceback
 import types
 
+from absl import flags
 import ml_collections
+from ml_collections import config_flags
 
+from sdpo_jax.envs.base import env_settings
 from sdpo_jax.kernels.distill_kl import IMPLEMENTATIONS
 from sdpo_jax.objectives import methods
 
@@ -28,7 +36,7 @@ def base() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.seed = 0
   c.total_steps = 240                        # generation batches
-  c.method = methods.row("sdpo")             # each cell can be overridden by itself
+  c.method = methods.row("sdpo")             # each cell can be overridden by itself, and so can its part (`complete`)
   c.model = dict(
       path="tiny",                           # a name of MODELS, a Hugging Face directory or a hub id
       dtype="float32",                       # activations and matrix products
@@ -100,6 +108,10 @@ def paper(a: types.SimpleNamespace, *, rich_feedback: bool) -> ml_collections.Co
     c.method.teacher_weights.rate = 0.01 if rich_feedback else 0.05
     c.method.token_signal.alpha = 1.0 if rich_feedback else 0.5
     c.method.token_signal.top_k = a.top_k or None
+  elif c.method.token_signal.name != "divergence":
+    refuse(a, "top_k", because=f"method={a.method} has no divergence")
+  elif "top_k" in a.given:
+    c.method.token_signal.top_k = a.top_k or None
   if c.method.teacher_context.name == "feedback_or_solution" and not rich_feedback:
     c.method.teacher_context.feedback = "never"
   if c.method.policy_share == 1.0:
@@ -121,7 +133,8 @@ def paper(a: types.SimpleNamespace, *, rich_feedback: bool) -> ml_collections.Co
   return c
 
 
-ROWS = os.path.join(os.path.dirname(__file__), "assets", "rows")   # a handful of our own questions a task, for `:local`
+ROWS = os.path.join(os.path.dirname(__file__), "assets", "rows")   # a handful of our own questions a task, for `:local` without data=
+EXAMPLES = "`local` reads the examples that come with the package, unless data= names others"
 
 
 def parse_arg(arg: str, **defaults) -> types.SimpleNamespace:
@@ -143,15 +156,126 @@ def parse_arg(arg: str, **defaults) -> types.SimpleNamespace:
         values[key] = kind(text)
       except ValueError:
         raise ValueError(f"argument {key}={text!r} must be of type {kind.__name__}") from None
-  return types.SimpleNamespace(**values)
+  return types.SimpleNamespace(**values, given=frozenset(item.partition("=")[0] for item in filter(None, arg.split(","))))
+
+
+def refuse(a: types.SimpleNamespace, *names: str, because: str) -> None:
+  """ValueError for an argument of the config file that was given although nothing reads it in this combination."""
+  for name in names:
+    if name in a.given:
+      raise ValueError(f"argument {name}={getattr(a, name)!r} of the config file would not be read: {because}")
+
+
+def load(file_and_argument: str) -> ml_collections.ConfigDict:
+  """"FILE[:argument]" -> what the file's get_config(argument) returns. ValueError for a file that cannot be read so, with its line."""
+  path, _, argument = file_and_argument.partition(":")
+  if not os.path.isfile(path):
+    raise ValueError(f"--config={path}: no such file")
+  try:
+    names = runpy.run_path(path)
+    if "get_config" not in names:
+      raise ValueError(f"--config={path}: it has no get_config()" + ("; a grid of runs is for python -m sdpo_jax.experiment" if "get_grid" in names else ""))
+    c = names["get_config"](argument) if argument else names["get_config"]()
+    if not isinstance(c, ml_collections.ConfigDict):
+      raise ValueError(f"--config={path}: get_config() returns {type(c).__name__}, not a ConfigDict")
+    return c
+  except ValueError:   # says what is wrong with the argument or a setting
+    raise
+  except Exception as error:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    raise ValueError(f"--config={path}" + (f", line {lines[-1]}" if lines else "") + f": {type(error).__name__}: {error}") from error
+
+
+_OVERRIDE = re.compile(r"--?(?:no)?(config(?:\.\w+)+)(?:=(.*))?", re.DOTALL)
+
+
+def _overrides(arguments: list[str]) -> list[tuple[str, str]]:
+  """[("config.section.key", text)] of --config.section.key=text, or with the text as the next argument."""
+  found = [(_OVERRIDE.fullmatch(argument), following) for argument, following in zip(arguments, [*arguments[1:], ""])]
+  return [(match[1], following if match[2] is None else match[2]) for match, following in found if match]
+
+
+def complete(c: ml_collections.ConfigDict, arguments: list[str]) -> None:
+  """Gives the environment and each part of the method every setting that it has, with its default: so the command line can set it and config.json shows it.
+
+  arguments: of the command line, which may choose other parts. A part of the method chosen so begins with its own defaults. An environment keeps the
+  settings that it shares with the file's; of the others, one that the file has changed is a ValueError, since it would be lost.
+  """
+  _same_keys(c, base(), "config")
+  chosen = {path.removeprefix("config.").removesuffix(".name"): value for path, value in _overrides(arguments) if path.endswith(".name")}
+  if chosen.get("method", c.method.name) != c.method.name:
+    raise ValueError(f"config.method.name is the row's own name: choose another row by the config file's argument, --config=FILE:method={chosen['method']}")
+  for axis in methods.AXES.keys() & c.method.keys():   # `validate` says so if one is missing
+    part = {"name": chosen[name]} if (name := f"method.{axis}") in chosen else c.method[axis].to_dict()
+    with _named_in_full():
+      known = methods.parameters(axis, part["name"])
+    c.method[axis] = {key: _field(known.get(key), value) for key, value in methods.cell(axis, **part).items()}
+  before, name = c.env.to_dict(), chosen.get("env", c.env.name)
+  known = env_settings(name)
+  if name != before["name"]:
+    defaults = env_settings(before["name"])
+    for key in before.keys() - known.keys() - {"name"}:
+      if key not in defaults or before[key] != defaults[key].default:
+        raise ValueError(f"config.env.{key}={before[key]!r} is not a setting of {name}; choose from {sorted(known)}, or begin with another config file")
+    before = {key: value for key, value in before.items() if key in known}
+  filled = {key: None if p.default is p.empty else p.default for key, p in known.items()} | before
+  c.env = {key: _field(known.get(key), value) for key, value in (filled | {"name": name}).items()}
+
+
+def _field(parameter: inspect.Parameter | None, value):
+  """The value of a setting as the command line is to read it: as a number, text, ...; as whatever stands there if it may be None or is not set yet."""
+  if parameter and (value is None or parameter.default is None or isinstance(parameter.annotation, types.UnionType)):
+    return ml_collections.FieldReference(value, field_type=object)
+  return float(value) if parameter and parameter.annotation is float and isinstance(value, int) else value
+
+
+@contextlib.contextmanager
+def _named_in_full():
+  """A method's own errors begin with method.; the setting is config.method."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"config.{error}" if str(error).startswith("method.") else str(error)) from error
+
+
+def unknown(c: ml_collections.ConfigDict, path: str) -> str:
+  """What is wrong with "config.section.key" as the name of a setting of c: "" if nothing."""
+  node, name = c, "config"
+  for key in path.split(".")[1:]:
+    if not isinstance(node, ml_collections.ConfigDict):
+      return f"{name}.{key} is not a setting: {name} has no parts"
+    if key not in node:
+      return _not_a_setting(name, key, node)
+    node, name = node[key], f"{name}.{key}"
+  return ""
+
+
+def overridden(c: ml_collections.ConfigDict, arguments: list[str]) -> ml_collections.ConfigDict:
+  """With every --config.section.key=value of the arguments, then locked. ValueError for a setting that it does not have, a wrong type or anything else among them."""
+  for path, _ in _overrides(arguments):
+    if said := unknown(c, path):
+      raise ValueError(said)
+  f = flags.FlagValues()
+  config_flags.DEFINE_config_dict("config", c, flag_values=f, sys_argv=arguments)
+  try:
+    left = f(arguments)
+  except flags.Error as error:
+    raise ValueError(str(error)) from error
+  if len(left) > 1:
+    raise ValueError(f"unknown argument {left[1]!r}")
+  return f.config
+
+
+def _not_a_setting(path: str, key: str, known) -> str:
+  close = difflib.get_close_matches(key, list(known), n=1)
+  return f"{path}.{key} is not a setting{f'; did you mean {path}.{close[0]}' if close else ''}; choose from {sorted(known)}"
 
 
 def _same_keys(given: ml_collections.ConfigDict, known: ml_collections.ConfigDict, path: str) -> None:
   for key in given:
     name = f"{path}.{key}"
     if key not in known:
-      close = difflib.get_close_matches(key, list(known), n=1)
-      raise ValueError(f"{name} is not a setting{f'; did you mean {path}.{close[0]}' if close else ''}; choose from {sorted(known)}")
+      raise ValueError(_not_a_setting(path, key, known))
     if isinstance(known[key], ml_collections.ConfigDict) and name not in ("config.method", "config.env"):   # whose parts have settings of their own
       _same_keys(given[key], known[key], name)
   for key in known:
@@ -166,7 +290,8 @@ def validate(c: ml_collections.ConfigDict) -> None:
   for key in c.method:
     if key not in known_method:
       raise ValueError(f"config.method.{key} is not a part of a method; choose from {sorted(known_method)}")
-  methods.build(c.method.to_dict())
+  with _named_in_full():
+    methods.build(c.method.to_dict())
 
   positive = {"total_steps": c.total_steps, "rollout.questions": c.rollout.questions, "rollout.group": c.rollout.group,
               "rollout.max_new_tokens": c.rollout.max_new_tokens, "rollout.rows": c.rollout.rows, "rollout.chunk": c.rollout.chunk,

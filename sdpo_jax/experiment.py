@@ -9,10 +9,10 @@ DIR/curves.json with every evaluation of every run. Exit 0 if all runs ended wel
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 import time
@@ -21,10 +21,16 @@ from sdpo_jax import metrics, report
 
 
 def load_grid(path: str) -> dict[str, list[str]]:
-  spec = importlib.util.spec_from_file_location("grid", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_grid()
+  """What the file's get_grid() returns. ValueError for a file that has none."""
+  if not os.path.isfile(path):
+    raise ValueError(f"--config={path}: no such file")
+  try:
+    names = runpy.run_path(path)
+  except SyntaxError as error:
+    raise ValueError(f"--config={path}: SyntaxError: {error}") from error
+  if "get_grid" not in names:
+    raise ValueError(f"--config={path}: it has no get_grid()" + ("; a single run is for python -m sdpo_jax.main" if "get_config" in names else ""))
+  return names["get_grid"]()
 
 
 def launch(workdir: pathlib.Path, arguments: list[str], cores: list[int]) -> subprocess.Popen:
@@ -75,10 +81,13 @@ def main(argv=None) -> int:
   parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
   parser.add_argument("--report", action="store_true", help="only summarise what is there")
   a = parser.parse_args(argv)
-  if not os.path.exists(a.config) or a.jobs < 1:
-    print(f"sdpo_jax.experiment: --config={a.config}: no such file" if a.jobs >= 1 else f"sdpo_jax.experiment: --jobs={a.jobs} must be at least 1", file=sys.stderr)
+  try:
+    if a.jobs < 1:
+      raise ValueError(f"--jobs={a.jobs} must be at least 1")
+    grid, root = load_grid(a.config), pathlib.Path(a.workdir)
+  except ValueError as error:
+    print(f"sdpo_jax.experiment: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
-  grid, root = load_grid(a.config), pathlib.Path(a.workdir)
   failed = [] if a.report else run_grid(grid, root, a.jobs)
   begun = [root / name for name in grid if (root / name / "config.json").exists()]
   if begun:

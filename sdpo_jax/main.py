@@ -15,21 +15,21 @@ import sys
 
 from absl import flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
 
 MODES = ("train", "eval", "discover", "plan")
-
-
 
 
 class UsageError(Exception):
   """The command line or a setting is wrong; the message is one line."""
 
 
-def parse(argv: list[str]) -> flags.FlagValues:
-  """The flags, the configuration file read. UsageError says what is wrong. Flags are defined here: importing this file does nothing."""
-  f, sys.argv = flags.FlagValues(), argv   # config_flags reads the overrides off sys.argv
-  config_flags.DEFINE_config_file("config", "configs/tinycode.py", "settings: FILE[:key=value,...]", flag_values=f, lock_config=True)
+def parse(argv: list[str]):
+  """-> the flags, and the configuration: the file's, each setting of its parts filled in, with the overrides. UsageError says what is wrong.
+
+  Flags are defined here: importing this file does nothing.
+  """
+  f, sys.argv = flags.FlagValues(), argv   # run.json tells the command
+  flags.DEFINE_string("config", "configs/tinycode.py", "settings: FILE[:key=value,...]; --config.section.key=value changes one", flag_values=f)
   flags.DEFINE_string("workdir", None, "where everything about the run goes; default: a fresh directory under runs/", flag_values=f)
   flags.DEFINE_string("mode", "train", " | ".join(MODES), flag_values=f)
   flags.DEFINE_string("checkpoint", None, "eval: WORKDIR[:step] or a Hugging Face directory", flag_values=f)
@@ -37,22 +37,22 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_string("topology", None, "plan: chip and shape, such as v5p:2x2x2", flag_values=f)
   flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=f)
   try:
-    for argument in argv[1:]:
-      path = argument.removeprefix("--config=").partition(":")[0]
-      if argument.startswith("--config=") and not os.path.exists(path):
-        raise UsageError(f"--config={path}: no such file")
-    rest = f(argv)
-    f.config   # a file that fails to load says so only when it is asked for
-    if len(rest) > 1:
-      raise UsageError(f"unknown argument {rest[1]!r}")
+    rest = f(argv, known_only=True)
     if f.mode not in MODES:
       raise UsageError(f"--mode={f.mode!r} is unknown; choose from {list(MODES)}")
-    return f
-  except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
-    message = str(error.args[0] if isinstance(error, KeyError) else error)   # a KeyError prints the repr of its text
-    if "Traceback (most recent call last)" in message:   # of the configuration file: what it raised is its last line
-      message = message.strip().splitlines()[-1].partition("Error: ")[2] or message.strip().splitlines()[-1]
-    raise UsageError(message.replace("\\n", " ").replace("\\'", "'").strip("'")) from error
+    if f.help:
+      return f, None
+    for argument in rest[1:]:
+      if not argument.lstrip("-").startswith(("config.", "noconfig.")) and argument.startswith("-"):
+        raise UsageError(f"unknown flag {argument!r}")
+    if not os.path.isfile(path := f.config.partition(":")[0]):   # at once: what follows imports jax, which takes seconds
+      raise UsageError(f"--config={path}: no such file")
+    from sdpo_jax import config
+    c = config.load(f.config)
+    config.complete(c, rest)
+    return f, config.overridden(c, rest)
+  except (flags.Error, ValueError) as error:
+    raise UsageError(str(error)) from error
 
 
 def fresh_workdir() -> str:
@@ -73,7 +73,7 @@ def check_writable(workdir: str) -> None:
 
 def main(argv: list[str]) -> int:
   try:
-    f = parse(argv)
+    f, c = parse(argv)
     if f.help:
       print(__doc__, f.get_help(), sep="\n")
       return 0
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
         raise UsageError("--distributed needs --workdir: all processes write to one place")
       from sdpo_jax import hosts
       hosts.start(f.distributed)   # before anything asks for devices
-    c, workdir = f.config, f.workdir or fresh_workdir()
+    workdir = f.workdir or fresh_workdir()
     from sdpo_jax import config   # after the flags: a wrong one answers at once, jax takes seconds to import
     config.validate(c)
     if f.mode == "eval" and not f.checkpoint:

@@ -82,5 +82,6 @@ def warnings(history: list[dict]) -> dict[str, str]:
   copied = both("data/copy_rate")
   if copied and copied[1] > 0.5 and copied[1] > copied[0] + 0.25:
     found["copy_rate"] = (f"{copied[1]:.0%} of what the responses say stands word for word in what their teachers read, {copied[0]:.0%} at first: show "
-                          "another success each time (config.method.teacher_context.demonstration=random) or feedback alone (use_solution=False)")
+                          "another success each time (config.method.teacher_context.demonstration=random) or feedback alone "
+                          "(config.method.teacher_context.use_solution=False)")
   return found

@@ -5,21 +5,22 @@
 Reads a synthetic corpus (data/corpus.py): statements to programs, with and without hindsight, packed into fixed rows with
 segment ids. The batch of step i is a pure function of (seed, i), so a killed run resumes from its checkpoint exactly. Ends by
 printing the accuracy on problems with novel words, alone and given feedback or a solution (greedy, exact behaviour), and by
-writing a Hugging Face directory. Exit 0 on success, 2 on a wrong setting.
+writing a Hugging Face directory. Exit 0 on success, 2 on a wrong setting or a work directory that was begun with other ones.
 """
 
 import json
 import os
+import pathlib
 import sys
 import time
 
 from absl import flags
 import jax
 import jax.numpy as jnp
-from ml_collections import config_flags
 import numpy as np
 
-from sdpo_jax import checkpoint
+from sdpo_jax import checkpoint, metrics
+from sdpo_jax.config import load, overridden
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.corpus import DOMAINS, Corpus, Mixture, build_tokenizer
 from sdpo_jax.model import decoder
@@ -29,6 +30,7 @@ from sdpo_jax.objectives.loss import Objective
 from sdpo_jax.records import Ratio, Rows, Sampling, TrainBatch
 from sdpo_jax.sampler import Sampler
 from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_train_step
+from sdpo_jax.wiring import same_run, write_atomically
 
 
 def supervised() -> Objective:
@@ -116,17 +118,20 @@ def run(c, workdir: str, out: str) -> dict[str, float]:
   os.makedirs(workdir, exist_ok=True)
   if checkpoint.latest_step(workdir) is not None:
     state, _ = checkpoint.restore(workdir, state)
+  kept = [line for line in metrics.read(workdir) if line["step"] <= int(state.step)]   # what came after the checkpoint is written again
+  write_atomically(pathlib.Path(workdir) / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")
+  write_atomically(pathlib.Path(workdir) / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
   log = open(os.path.join(workdir, "metrics.jsonl"), "a")
   begun, begun_step = time.time(), int(state.step)
   results = {}
   for i in range(int(state.step), c.total_steps):
     batch, counts = data[i]
-    state, metrics = step(state, batch)
+    state, measured = step(state, batch)
     last = i + 1 == c.total_steps
     if last or (i + 1) % c.eval.every_steps == 0:
       results = accuracy(state.params, model, chat, domain, mixture, questions=c.eval.questions, sampler=sampler, max_new_tokens=c.eval.max_new_tokens)
     if last or (i + 1) % c.log_every_steps == 0:
-      line = {"step": i + 1} | {k: r.mean for k, r in jax.device_get(metrics).items()} | counts | results
+      line = {"step": i + 1} | {k: r.mean for k, r in jax.device_get(measured).items()} | counts | results
       line |= {"time_s": time.time() - begun, "perf/steps_per_s": (i + 1 - begun_step) / (time.time() - begun)}
       log.write(json.dumps(line) + "\n")
       log.flush()
@@ -144,16 +149,17 @@ def run(c, workdir: str, out: str) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> int:
-  f, sys.argv = flags.FlagValues(), argv   # config_flags reads the overrides off sys.argv
-  config_flags.DEFINE_config_file("config", "configs/pretrain_tiny.py", "settings: FILE[:key=value,...]", flag_values=f, lock_config=True)
+  f = flags.FlagValues()
+  flags.DEFINE_string("config", "configs/pretrain_tiny.py", "settings: FILE[:key=value,...]; --config.section.key=value changes one", flag_values=f)
   flags.DEFINE_string("workdir", "runs/pretrain_tiny", "where checkpoints and metrics go", flag_values=f)
   flags.DEFINE_string("out", None, "where the Hugging Face directory goes; default: WORKDIR/hf", flag_values=f)
   try:
-    f(argv)
-    c = f.config
+    rest = f(argv, known_only=True)
+    c = overridden(load(f.config), rest)
     if c.domain not in DOMAINS:
       raise ValueError(f"domain={c.domain!r} is unknown; choose from {sorted(DOMAINS)}")
-  except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+    same_run(pathlib.Path(f.workdir), c, begun=checkpoint.latest_step(f.workdir) is not None)
+  except (flags.Error, ValueError, OSError) as error:
     print(f"sdpo_jax.pretrain: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
   run(c, f.workdir, f.out or os.path.join(f.workdir, "hf"))

@@ -78,7 +78,7 @@ def test_settings_are_the_papers(name, alpha, top_k, rate, lr, warmup, updates, 
   assert (c.rollout.questions, c.rollout.group, c.rollout.temperature, c.rollout.max_new_tokens) == (32, 8, 1.0, 8192)
   assert (c.train.updates_per_batch, c.data.max_prompt_tokens, c.model.thinking) == (updates, 2048, False)
   assert (c.eval.temperature, c.eval.top_p, c.eval.samples) == (0.6, 0.95, samples)
-  assert ("feedback" in c.method.teacher_context) == (name != "coding")   # without feedback: never shown
+  assert c.method.teacher_context.feedback == ("without_solution" if name == "coding" else "never")
   assert load(name, "top_k=0").method.token_signal.top_k is None
   grpo = load(name, "method=grpo,seed=3,model=olmo3-7b-instruct")
   assert (grpo.optimizer.lr, grpo.train.updates_per_batch, grpo.seed, grpo.model.path) == (1e-6, 4, 3, "olmo3-7b-instruct")

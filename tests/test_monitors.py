@@ -1,16 +1,17 @@
 """Monitors: each sign is seen where it is and only there, and names settings that exist."""
 
+import pathlib
 import re
 
 import pytest
 
-from sdpo_jax import config, monitors
+from sdpo_jax import config, main, monitors
 from sdpo_jax.data.chat import Chat
-from sdpo_jax.objectives import methods
 from sdpo_jax.objectives.teacher_context import Context
 from sdpo_jax.records import Feedback, Rollout, Task
 from tests import fakes
 
+TINYCODE = f"--config={pathlib.Path(__file__).parent.parent}/configs/tinycode.py"
 HEALTHY = {"train/loss": 0.1, "train/loss_distill": 0.1, "train/reward": 0.4, "rollout/length": 200.0, "rollout/truncated": 0.1, "train/entropy": 0.5,
            "train/teacher_gap_abs": 0.2, "data/teacher_share": 0.8, "data/copy_rate": 0.2}
 
@@ -29,13 +30,16 @@ def test_each_sign_is_seen_and_says_what_to_change(last, sign, says):
   found = monitors.warnings(history(**last))
   assert list(found) == [sign] and says in found[sign]
   assert not monitors.warnings(history(steps=2 * monitors.WINDOW - 1, **last))   # too early to tell
-  c = config.base()
-  c.method = methods.row("sdpo")
-  named = re.findall(r"config((?:\.\w+)+)", found[sign])
-  assert named or "method=" in found[sign]
-  for path in named:
-    section, *rest = path.strip(".").split(".")
-    assert section in c and (rest[0] in c[section])
+  named = re.findall(r"(config(?:\.\w+)+)(?:=(\w+))?", found[sign])
+  rows = re.findall(r"(?<!\.)\bmethod=(\w+)", found[sign])
+  assert named or rows
+  for row in rows or ["sdpo"]:   # each can be typed as it stands there; where no value is told, the one that it has
+    for path, value in named:
+      _, c = main.parse(["main", f"{TINYCODE}:method={row}"])
+      for key in path.split(".")[1:]:
+        c = c[key]
+      _, c = main.parse(["main", f"{TINYCODE}:method={row}", f"--{path}={value or c}"])
+      config.validate(c)
 
 
 def test_a_healthy_run_and_one_that_improves_are_left_alone():

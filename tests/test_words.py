@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from sdpo_jax import config, experiment
+from sdpo_jax import config, experiment, main
 
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = [ROOT / "README.md", *sorted((ROOT / "configs").rglob("*.py")), *sorted((ROOT / "sdpo_jax").rglob("*.py"))]
@@ -24,46 +24,32 @@ def commands():
 ALL = {label: (module, rest) for label, module, rest in commands()}
 
 
-def load(path):
-  spec = importlib.util.spec_from_file_location("config_file", ROOT / path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
 def test_there_are_commands_to_check():
   assert len(ALL) > 8 and any("README" in label for label in ALL)
 
 
 @pytest.mark.parametrize("label", ALL)
-def test_commands_parse(label):
+def test_commands_parse(label, monkeypatch):
+  monkeypatch.chdir(ROOT)
   module, rest = ALL[label]
   assert importlib.util.find_spec(module), module
-  for word in shlex.split(rest, comments=True):
-    if not word.startswith("--config"):
-      continue
-    name, _, value = word.removeprefix("--").partition("=")
-    if name == "config":
-      path, _, argument = value.partition(":")
-      loaded = load(path)
-      if hasattr(loaded, "get_grid"):
-        assert loaded.get_grid()
-      else:
-        c = loaded.get_config(argument) if argument else loaded.get_config()
-        if module == "sdpo_jax.main":
-          config.validate(c)
-    else:   # an override of a setting
-      node = c
-      for key in name.split(".")[1:]:
-        assert key in node, f"{name} is not a setting"
-        node = node[key]
+  words = shlex.split(rest, comments=True)
+  if module == "sdpo_jax.main":
+    _, c = main.parse(["main", *words])
+    config.validate(c)
+  for word in words:
+    if word.startswith("--config=") and module == "sdpo_jax.experiment":
+      assert experiment.load_grid(word.removeprefix("--config="))
+    elif word.startswith("--config="):
+      assert config.load(word.removeprefix("--config="))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "experiments").glob("*.py")), ids=lambda p: p.name)
-def test_every_run_of_a_grid_is_a_valid_configuration(path):
+def test_every_run_of_a_grid_is_a_valid_configuration(path, monkeypatch):
+  monkeypatch.chdir(ROOT)
   for arguments in experiment.load_grid(str(path)).values():
-    name, _, argument = arguments[0].removeprefix("--config=").partition(":")
-    config.validate(load(name).get_config(argument))
+    _, c = main.parse(["main", *arguments])
+    config.validate(c)
 
 
 def test_the_first_screen_has_exactly_two_commands():

@@ -38,18 +38,28 @@ def make_env(name: str, *, sandbox, **settings):
 
   ValueError with the choices if there is no such environment or it has no such setting.
   """
-  if name in ENVS:
-    env = ENVS[name]
-  elif ":" in name:
-    module, _, attribute = name.partition(":")
-    try:
-      env = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-      raise ValueError(f"config.env.name={name!r} cannot be imported: {error}") from error
-  else:
-    raise ValueError(f"config.env.name={name!r} is unknown; choose from {sorted(ENVS)} or name your own as 'module.path:ClassName'")
-  known = set(inspect.signature(env).parameters)
+  env, known = find_env(name), env_settings(name)
   for key in settings:
-    if key not in known - {"sandbox"}:
-      raise ValueError(f"config.env.{key} is not a setting of {name}; choose from {sorted(known - {'sandbox'})}")
-  return env(**settings, **({"sandbox": sandbox} if "sandbox" in known else {}))
+    if key not in known:
+      raise ValueError(f"config.env.{key} is not a setting of {name}; choose from {sorted(known)}")
+  for key, parameter in known.items():
+    if parameter.default is parameter.empty and settings.get(key) is None:
+      raise ValueError(f"config.env.{key} is not set, and {name} has no default for it")
+  return env(**settings, **({"sandbox": sandbox} if "sandbox" in inspect.signature(env).parameters else {}))
+
+
+def find_env(name: str):
+  if name in ENVS:
+    return ENVS[name]
+  if ":" not in name:
+    raise ValueError(f"config.env.name={name!r} is unknown; choose from {sorted(ENVS)} or name your own as 'module.path:ClassName'")
+  module, _, attribute = name.partition(":")
+  try:
+    return getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise ValueError(f"config.env.name={name!r} cannot be imported: {error}") from error
+
+
+def env_settings(name: str) -> dict[str, inspect.Parameter]:
+  """What a configuration can set of an environment: the arguments of its constructor, the sandbox aside."""
+  return {key: p for key, p in inspect.signature(find_env(name)).parameters.items() if key != "sandbox" and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}

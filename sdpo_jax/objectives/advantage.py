@@ -22,10 +22,11 @@ def zero(reward_QG: np.ndarray) -> np.ndarray:
   return np.zeros_like(reward_QG)
 
 
-def question_spread(reward_QG: np.ndarray, *, success_threshold: float = 0.5) -> np.ndarray:
+def question_spread(reward_QG: np.ndarray, success_threshold: float = 0.5) -> np.ndarray:
   """(p (1 - p))^.5, p the share of successes in the group: a weight for each question, not a baseline (SC-SDPO, arXiv 2605.27765).
 
-  A token weight with `by_question` applies it. Questions that the policy always or never solves get 0.
+  A token weight with `by_question` applies it. Questions that the policy always or never solves get 0. What a success is, the teacher
+  context of the method says, where it has such an argument.
   """
   valid_QG = np.isfinite(reward_QG)
   success_QG = np.where(valid_QG, reward_QG, 0.0) >= success_threshold

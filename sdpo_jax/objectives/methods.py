@@ -11,18 +11,22 @@ reduction        how the tokens of that term add up                             
 policy_share     the blend: policy_share * surrogate + (1 - policy_share) * token_signal (arXiv 2601.20802); or "untaught": responses with
                  a teacher get the token signal, the others the surrogate
 
-SDPO and GRPO differ in what stands in their rows and in nothing else.
+SDPO and GRPO differ in what stands in their rows and in nothing else. A row names what its method is about; `row` adds every other argument
+of its parts with its default, so that a run's settings are all visible and can all be changed.
 """
 
 import copy
 import functools
 import inspect
+import types
+import typing
 from typing import NamedTuple
 
 from sdpo_jax.objectives.advantage import ADVANTAGES, REDUCTIONS, SURROGATES
 from sdpo_jax.objectives.divergence import TOKEN_SIGNALS
 from sdpo_jax.objectives.teacher_context import TEACHER_CONTEXTS
 from sdpo_jax.objectives.token_weight import TOKEN_WEIGHTS
+from sdpo_jax.records import Feedback, Rollout, Task
 
 
 class TeacherWeights(NamedTuple):
@@ -108,19 +112,31 @@ METHODS = {name: dict(row, name=name) for name, row in {
 
 
 def row(name: str) -> dict:
-  """A private copy of a named row; ValueError with the choices if there is none."""
+  """A private copy of a named row with every argument of its parts; ValueError with the choices if there is none."""
   if name not in METHODS:
     raise ValueError(f"method={name!r} is unknown; choose from {sorted(METHODS)}")
-  return copy.deepcopy(METHODS[name])
+  return METHODS[name] | {axis: cell(axis, **METHODS[name][axis]) for axis in AXES}
+
+
+def parameters(axis: str, name: str) -> dict[str, inspect.Parameter]:
+  """What can be set of a part: its function's keyword-only arguments. ValueError names the choices if there is no such part."""
+  if name not in AXES[axis]:
+    raise ValueError(f"method.{axis}.name={name!r} is unknown; choose from {sorted(AXES[axis])}")
+  function = AXES[axis][name]
+  return {} if function is None else {k: p for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def cell(axis: str, name: str, **given) -> dict:
+  """A part with every argument that it has: as given, else its default; None where it has no default and must be given."""
+  defaults = {k: None if p.default is p.empty else p.default for k, p in parameters(axis, name).items()}
+  return {"name": name} | copy.deepcopy(defaults | given)
 
 
 def arguments(method: dict, axis: str) -> dict:
   """The named arguments of one part, its function's defaults filled in."""
-  part = dict(method[axis])
-  function = AXES[axis][part.pop("name")]
-  defaults = {} if function is None else {
-      k: p.default for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
-  return defaults | part
+  filled = cell(axis, **method[axis])
+  del filled["name"]
+  return filled
 
 
 def build(method: dict) -> dict:
@@ -131,16 +147,29 @@ def build(method: dict) -> dict:
       raise ValueError(f"method.{axis} is missing; choose from {sorted(table)}")
     given = dict(method[axis])
     name = given.pop("name")
-    if name not in table:
-      raise ValueError(f"method.{axis}.name={name!r} is unknown; choose from {sorted(table)}")
-    function = table[name]
-    accepted = [] if function is None else [k for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    for key in given:
+    accepted = parameters(axis, name)
+    for key, value in given.items():
       if key not in accepted:
         raise ValueError(f"method.{axis}.{key} is not an argument of {name!r}; choose from {sorted(accepted)}")
+      kinds = _kinds(accepted[key].annotation)
+      if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+        said = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
+        raise ValueError(f"method.{axis}.{key}={value!r} of {name!r} must be of type {said}")
+    function = table[name]
     built[axis] = None if function is None else functools.partial(function, **given)
   check(method)
+  made_up = Rollout(Task("", ""), [], [], [], "stop", "", Feedback(0.0, ""))
+  built["teacher_context"]([made_up], 0)   # refuses wrong choices and templates: now, not when the first batch has been sampled
+  threshold = arguments(method, "teacher_context").get("success_threshold")
+  if method["advantage"]["name"] == "question_spread" and threshold is not None:   # one setting says what a success is
+    built["advantage"] = functools.partial(built["advantage"], threshold)
   return built
+
+
+def _kinds(annotation) -> tuple[type, ...]:
+  """The types that an argument may have. An integer is a number."""
+  kinds = tuple(typing.get_origin(kind) or kind for kind in (typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)))
+  return (int, *kinds) if float in kinds else kinds
 
 
 def check(method: dict) -> None:
@@ -175,5 +204,8 @@ def check(method: dict) -> None:
     raise ValueError(f"method.surrogate.name={names['surrogate']!r} needs the advantage 'group_mean', not {names['advantage']!r}")
   if (names["advantage"] == "question_spread") != bool(method["token_weight"].get("by_question")):
     raise ValueError("method.advantage.name='question_spread' is a weight that method.token_weight.by_question=True applies: set both or neither")
-  if names["token_weight"] == "certainty" and not taught:
-    raise ValueError("method.token_weight.name='certainty' is the teacher's, and method.token_signal.name='none' has no teacher")
+  for axis, idle, unread, reader in (("token_weight", "uniform", not taught, "token_signal"), ("reduction", "token_mean", names["surrogate"] == "none", "surrogate")):
+    if unread and names[axis] != idle:
+      raise ValueError(f"method.{axis}.name={names[axis]!r} would not be read: method.{reader}.name is 'none'")
+  if names["advantage"] == "group_mean" and names["surrogate"] == "none":
+    raise ValueError("method.advantage.name='group_mean' would not be read: method.surrogate.name is 'none'")

@@ -68,7 +68,7 @@ def none(group: list[Rollout], i: int) -> Context | None:
 
 def feedback_or_solution(group: list[Rollout], i: int, *, success_threshold: float = 0.5, use_solution: bool = True, demonstration: str = "first",
                          feedback: str = "without_solution", show_attempt: bool = False, only_failures: bool = False,
-                         templates: dict[str, str] | None = None) -> Context | None:
+                         templates: dict[str, str] = TEMPLATES) -> Context | None:
   """Context of rollout i of one question's group.
 
   demonstration: which success is shown: "first" | "shortest" | "random" (the same one whenever the same rollout is asked about)
@@ -77,6 +77,7 @@ def feedback_or_solution(group: list[Rollout], i: int, *, success_threshold: flo
   for name, value, allowed in (("feedback", feedback, ("always", "never", "without_solution")), ("demonstration", demonstration, ("first", "random", "shortest"))):
     if value not in allowed:
       raise ValueError(f"method.teacher_context.{name}={value!r} is unknown; choose from {list(allowed)}")
+  templates = _own_templates(templates)
   if group[i].feedback.status is Status.ENV_FAILED or (only_failures and group[i].feedback.reward >= success_threshold):
     return None
   successes = [without_thinking(r.text) for j, r in enumerate(group)
@@ -88,14 +89,24 @@ def feedback_or_solution(group: list[Rollout], i: int, *, success_threshold: flo
   shown = group[i].feedback.text if feedback == "always" or (feedback == "without_solution" and not solution) else ""
   if not solution and not shown:
     return None
-  return Context(solution, shown, group[i].text if show_attempt else "", tuple(sorted((templates or {}).items())))
+  return Context(solution, shown, group[i].text if show_attempt else "", templates)
 
 
-def reference_solution(group: list[Rollout], i: int, *, templates: dict[str, str] | None = None) -> Context | None:
+def reference_solution(group: list[Rollout], i: int, *, templates: dict[str, str] = TEMPLATES) -> Context | None:
   """The task's own solution, where it has one (OPSD)."""
+  templates = _own_templates(templates)
   if group[i].feedback.status is Status.ENV_FAILED or not group[i].task.solution:
     return None
-  return Context(without_thinking(group[i].task.solution), templates=tuple(sorted((templates or {}).items())))
+  return Context(without_thinking(group[i].task.solution), templates=templates)
+
+
+def _own_templates(templates: dict[str, str]) -> tuple[tuple[str, str], ...]:
+  """Those that differ from TEMPLATES. ValueError for one that does not exist, or asks for a text that it does not get."""
+  for name, template in templates.items():
+    if name not in TEMPLATES:
+      raise ValueError(f"method.teacher_context.templates.{name} is not a template; choose from {sorted(TEMPLATES)}")
+    fill(template, dict.fromkeys(("prompt", "attempt", "solution", "feedback") if name == "reprompt" else ("text",), ""))
+  return tuple(sorted((name, template) for name, template in templates.items() if template != TEMPLATES[name]))
 
 
 TEACHER_CONTEXTS = {"none": none, "feedback_or_solution": feedback_or_solution, "reference_solution": reference_solution}

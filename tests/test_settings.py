@@ -1,0 +1,184 @@
+"""Settings from the command line: every argument of every part of a method and of every environment can be set and seen, and a wrong one is told by name."""
+
+import inspect
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdpo_jax import config, experiment, main
+from sdpo_jax.envs.base import ENVS, env_settings, make_env
+from sdpo_jax.objectives import methods
+from sdpo_jax.objectives.divergence import Signals
+from sdpo_jax.objectives.loss import make_objective
+from tests import fakes
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINYCODE = f"--config={ROOT}/configs/tinycode.py"
+SAMPLES = {bool: True, int: 3, float: 0.25, str: "text"}
+PARTS = [(axis, name) for axis, table in methods.AXES.items() for name in table]
+
+
+def parse(*arguments):
+  _, c = main.parse(["main", *arguments])
+  return c
+
+
+def checked(*arguments):
+  c = parse(*arguments)
+  config.validate(c)
+  return c
+
+
+@pytest.mark.parametrize("axis, name", PARTS)
+def test_every_argument_of_every_part_can_be_set(axis, name):
+  given = {}
+  for key, parameter in methods.parameters(axis, name).items():
+    if key == "templates":
+      given["templates.solution"] = "{text} it is"
+    else:
+      given[key] = next(sample for kind, sample in SAMPLES.items() if kind in methods._kinds(parameter.annotation)[-1:] or type(parameter.default) is kind
+                        or parameter.default is None and kind in methods._kinds(parameter.annotation))
+  c = parse(TINYCODE, f"--config.method.{axis}.name={name}", *(f"--config.method.{axis}.{key}={value}" for key, value in given.items()))
+  part = c.method[axis].to_dict()
+  assert part.keys() == {"name", *methods.parameters(axis, name)}
+  for key, value in given.items():
+    first, _, last = key.partition(".")
+    assert (part[first][last] if last else part[first]) == value
+
+
+def test_what_may_be_none_can_be_set_and_unset():
+  c = checked(TINYCODE, "--config.method.token_signal.top_k=20", "--config.method.token_weight.is_clip=None")
+  assert c.method.token_signal.top_k == 20 and c.method.token_weight.is_clip is None and c.method.token_weight.rollout_is_clip == 2.0
+  assert checked(f"--config={ROOT}/configs/math_qa.py", "--config.method.token_signal.top_k=None").method.token_signal.top_k is None
+
+
+@pytest.mark.parametrize("row", methods.METHODS)
+def test_another_part_makes_a_working_row_or_one_clear_line(row):
+  """Every part in the place of every row's: what passes gives a loss that is a number."""
+  r = np.random.default_rng(0)
+  batch = fakes.toy_batch()
+  signals = Signals(*(jnp.asarray(r.normal(size=batch.weight_BR.shape), jnp.float32) for _ in range(5)))
+  worked = 0
+  for axis, name in PARTS:
+    try:
+      c = checked(f"{TINYCODE}:method={row}", f"--config.method.{axis}.name={name}", *["--config.method.reduction.length=24"] * (name == "constant"))
+    except ValueError as error:
+      assert "config.method." in str(error) and "\n" not in str(error)
+      continue
+    objective = make_objective(c.method.to_dict())
+    assert jnp.isfinite(objective.token_loss(signals, batch, objective.normalisers(batch))[0])
+    worked += 1
+  assert worked >= len(methods.AXES)   # its own parts, at least
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_every_setting_of_every_environment_can_be_set(name):
+  given = {key: {"level": "hard", "first_date": "2025-01-01", "last_date": "2025-01-02"}.get(key, SAMPLES[type(p.default)]) for key, p in env_settings(name).items()}
+  c = parse(TINYCODE, f"--config.env.name={name}", *(f"--config.env.{key}={value}" for key, value in given.items()))
+  assert c.env.to_dict() == given | {"name": name}
+
+
+def test_an_environment_of_ones_own_takes_its_own_settings():
+  own = "--config.env.name=tests.my_env:ReverseWord"
+  c = checked(TINYCODE, own, "--config.env.length=7")
+  assert c.env.to_dict() == {"name": "tests.my_env:ReverseWord", "length": 7}
+  env = make_env(sandbox=None, **c.env)
+  assert len(env.task("train", 0).solution) == 7
+  assert checked(f"{TINYCODE}:level=hard", "--config.env.name=arithmetic").env.level == "hard"   # what both have stays
+  with pytest.raises(main.UsageError, match=r"config.env.level='hard' is not a setting of tests.my_env:ReverseWord; choose from \['length'\]"):
+    parse(f"{TINYCODE}:level=hard", own)
+
+
+class Demanding:
+  """An environment with a setting that has no default."""
+
+  def __init__(self, *, depth: int):
+    self.depth = depth
+
+
+def test_a_setting_without_a_default_must_be_given():
+  own = "--config.env.name=tests.test_settings:Demanding"
+  with pytest.raises(ValueError, match="config.env.depth is not set, and tests.test_settings:Demanding has no default"):
+    make_env(sandbox=None, **parse(TINYCODE, own).env)
+  assert make_env(sandbox=None, **parse(TINYCODE, own, "--config.env.depth=2").env).depth == 2
+  with pytest.raises(ValueError, match="config.method.reduction.length=None of 'constant' must be of type"):
+    checked(f"{TINYCODE}:method=grpo", "--config.method.reduction.name=constant")
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--config.method.token_signal.topk=20"], "config.method.token_signal.topk is not a setting; did you mean config.method.token_signal.top_k; choose from ['add_tail',"),
+    (["--config.method.tokensignal.alpha=1"], "config.method.tokensignal is not a setting; did you mean config.method.token_signal"),
+    (["--config.method.token_signal.top_k=many"], "config.method.token_signal.top_k='many' of 'divergence' must be of type int or None"),
+    (["--config.method.advantage.name=mean"], "config.method.advantage.name='mean' is unknown; choose from ['group_mean'"),
+    (["--config.method.name=grpo"], "choose another row by the config file's argument, --config=FILE:method=grpo"),
+    (["--config.method.teacher_context.feedback=alway"], "config.method.teacher_context.feedback='alway' is unknown; choose from ['always'"),
+    (["--config.method.teacher_context.templates.solution={answer}"], "asks for {answer}; choose from ['text']"),
+    (["--config.method.reduction.name=sequence_mean"], "config.method.reduction.name='sequence_mean' would not be read"),
+    (["--config.env.levle=hard"], "config.env.levle is not a setting; did you mean config.env.level; choose from ['level', 'name', 'words_seed']"),
+    (["--config.env.name=tests.my_env:Nothing"], "config.env.name='tests.my_env:Nothing' cannot be imported"),
+    (["--config.env.name", "chess"], "config.env.name='chess' is unknown; choose from ['arithmetic'"),
+    (["--config.seed.more=1"], "config.seed has no parts"),
+    (["left", "over"], "unknown argument 'left'"),
+])
+def test_a_wrong_setting_is_told_by_name(arguments, says):
+  with pytest.raises(ValueError) as error:
+    try:
+      checked(TINYCODE, *arguments)
+    except main.UsageError as usage:
+      raise ValueError(str(usage)) from usage
+  assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, says", [
+    (None, "no such file"), ("x = 1\n", "it has no get_config()"), ("def get_grid(): return {}\n", "a grid of runs is for python -m sdpo_jax.experiment"),
+    ("def get_config():\n  return 1\n", "get_config() returns int, not a ConfigDict"), ("def get_config(\n", "SyntaxError"),
+    ("def get_config(arg=''):\n  return missing\n", "line 2: NameError: name 'missing' is not defined")])
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_file_that_is_no_configuration(text, says, joined, tmp_path, capsys):
+  path = tmp_path / "own.py"
+  if text is not None:
+    path.write_text(text)
+  assert main.main(["main", *([f"--config={path}"] if joined else ["--config", str(path)])]) == 2
+  said = capsys.readouterr().err
+  assert says in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("text, says", [(None, "no such file"), ("def get_config(): return 1\n", "a single run is for python -m sdpo_jax.main"), ("(\n", "SyntaxError")])
+def test_a_file_that_is_no_grid(text, says, tmp_path, capsys):
+  path = tmp_path / "own.py"
+  if text is not None:
+    path.write_text(text)
+  assert experiment.main([f"--config={path}", f"--workdir={tmp_path}"]) == 2
+  said = capsys.readouterr().err
+  assert says in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("file, says", [
+    ("science_mcq.py:local,subject=physics", "argument subject='physics'"), ("coding.py:local,tasks=mbpp", "argument tasks='mbpp'"),
+    ("math_qa.py:method=grpo,top_k=20", "argument top_k=20"), ("tool_use.py:method=dapo,top_k=0", "argument top_k=0")])
+def test_an_argument_of_a_file_that_nothing_reads_is_refused(file, says):
+  with pytest.raises(main.UsageError, match="would not be read") as error:
+    parse(f"--config={ROOT}/configs/{file}")
+  assert says in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["science_mcq", "tool_use", "math_qa", "coding"])
+def test_own_data_is_read_in_every_combination(name):
+  assert all("mine" in source for source in parse(f"--config={ROOT}/configs/{name}.py:data=mine,local").data.sources)
+  assert parse(f"--config={ROOT}/configs/{name}.py:method=opsd,top_k=7").method.token_signal.top_k == 7
+
+
+def test_rows_hold_every_argument():
+  for name in methods.METHODS:
+    for axis in methods.AXES:
+      assert methods.row(name)[axis].keys() == {"name", *methods.parameters(axis, methods.row(name)[axis]["name"])}
+  assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for axis, name in PARTS for p in methods.parameters(axis, name).values())
+
+
+def test_one_setting_says_what_a_success_is():
+  row = methods.row("sc_sdpo")
+  row["teacher_context"]["success_threshold"] = 0.9
+  spread = methods.build(row)["advantage"]
+  np.testing.assert_allclose(spread(np.array([[1.0, 0.6], [0.95, 0.92]])), [[0.5, 0.5], [0.0, 0.0]])
