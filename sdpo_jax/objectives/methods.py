@@ -162,7 +162,7 @@ def build(method: dict) -> dict:
   built["teacher_context"]([made_up], 0)   # refuses wrong choices and templates: now, not when the first batch has been sampled
   threshold = arguments(method, "teacher_context").get("success_threshold")
   if method["advantage"]["name"] == "question_spread" and threshold is not None:   # one setting says what a success is
-    built["advantage"] = functools.partial(built["advantage"], threshold)
+    built["advantage"] = functools.partial(built["advantage"], success_threshold=threshold)
   return built
 
 
@@ -193,7 +193,7 @@ def check(method: dict) -> None:
     raise ValueError(f"method.token_signal.name={names['token_signal']!r} needs a teacher, but teacher_context is "
                      f"{names['teacher_context']!r} and teacher_weights {names['teacher_weights']!r}")
   if not taught and names["surrogate"] == "none":
-    raise ValueError("method has neither a token_signal nor a surrogate: nothing would be learned")
+    raise ValueError("method.token_signal.name and method.surrogate.name are both 'none': nothing would be learned")
   if (share < 1.0) != taught:
     raise ValueError(f"method.policy_share={share!r} with token_signal {names['token_signal']!r}: a share below 1 needs a token signal, "
                      "and a token signal needs a share below 1")
