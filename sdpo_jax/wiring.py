@@ -121,6 +121,7 @@ def wired(c, path: str | None = None):
       sandbox = stack.enter_context(Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation))
       env = make_env(sandbox=sandbox, **c.env)
       stack.callback(getattr(env, "close", lambda: None))
+      getattr(env, "start", lambda: None)()
 
       def fits(task):
         length = len(chat.prompt_tokens(env.prompt(task)))

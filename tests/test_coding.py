@@ -179,7 +179,11 @@ def test_a_program_cannot_decide_its_tests(sandbox):
     assert not sandbox.run(program, tests[1:], fn_name="f").passed and not sandbox.run(program, tests[2:], fn_name="f").passed
 
 
-@pytest.mark.parametrize("row", [{}, {"id": 1, "question": "x", "tests": []}, {"id": 1, "question": "x", "tests": [{"inptu": "1"}]}])
+@pytest.mark.parametrize("row", [{}, {"id": 1, "question": "x", "tests": []}, {"id": 1, "question": "x", "tests": [{"inptu": "1"}]}, *(
+    {"id": 1, "question": "x"} | more for more in (
+        {"tests": [{"input": "1", "output": "[1, 2"}], "fn_name": "f"}, {"tests": [{"input": "[1", "output": "1"}], "fn_name": "f"},
+        {"tests": [{"input": "", "output": "[" * 100_000}], "fn_name": "f"}, {"tests": [{"input": [1], "output": "1"}]}, {"tests": [{"input": "1", "output": 1}]},
+        {"tests": [{"expression": "f(1)", "output": "g(1)"}], "fn_name": "f"}))])
 def test_bad_rows_are_named(row):
   with pytest.raises(ValueError, match=f"split train, row {row.get('id')}"):
     task_from_row(row, "train")

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from sdpo_jax.envs.math_qa import MathQA, extract, number
+from sdpo_jax import config
+from sdpo_jax.envs.math_qa import RESTART_S, MathQA, extract, number
 from sdpo_jax.records import Status
 
 _DATA = os.environ.get("SDPO_JAX_DATA")
@@ -94,6 +95,21 @@ def test_workers_that_do_not_start_are_our_failure(monkeypatch):
   for _ in range(2):   # the place is given back
     with pytest.raises(RuntimeError, match="did not start"):
       broken.judge(task, "\\boxed{y}")
+  with pytest.raises(RuntimeError, match="did not start"):
+    broken.start()
+
+
+def test_a_slow_start_is_no_failed_judgement(monkeypatch):
+  """Workers that were started before the first judge are those that judge; one that is replaced comes up within a judge's own time."""
+  env = MathQA(workers=2, time_s=20.0)
+  env.start()
+  try:
+    monkeypatch.setattr("sdpo_jax.envs.math_qa.math_worker.__file__", "/nowhere.py")
+    task = env.task_from_row({"idx": 0, "question": "Q", "answer": "\\frac{1}{2}"}, "train")
+    assert [env.judge(task, "\\boxed{\\frac{2}{4}}").reward for _ in range(3)] == [1.0] * 3
+  finally:
+    env.close()
+  assert RESTART_S + MathQA().time_s < config.base().rollout.judge_timeout_s
 
 
 def test_that_an_answer_is_wrong_is_said_only_when_asked():

@@ -2,11 +2,13 @@
 
 import concurrent.futures
 import os
+import pathlib
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -305,6 +307,27 @@ def test_missing_bubblewrap(monkeypatch, caplog):
     assert pool.isolation == "landlock"
     assert kind(pool, "print(1)", output="1") == "passed"
   assert len([r for r in caplog.records if "WEAKER" in r.message and "bwrap is not installed" in r.message]) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes copies, for the workers' own users")
+def test_no_copy_is_left_behind(monkeypatch):
+  """Neither by close(), nor by an end without it, nor, once another sandbox is made, by a kill."""
+  directory = tempfile.mkdtemp()
+  tmp_path = pathlib.Path(directory)
+  tmp_path.chmod(0o755)   # the workers' users read there, which pytest's own directories do not allow
+  monkeypatch.setattr(tempfile, "tempdir", directory)
+  with Sandbox(workers=1, isolation="landlock") as living:
+    (held,) = tmp_path.iterdir()
+    end = "import os, signal; from sdpo_jax.envs.sandbox import Sandbox; s = Sandbox(workers=1, isolation='landlock'); "
+    run = lambda code: subprocess.run([sys.executable, "-c", end + code], env=os.environ | {"TMPDIR": str(tmp_path)}, check=False, capture_output=True).returncode
+    assert run("s.close()") == 0 and run("") == 0 and list(tmp_path.iterdir()) == [held]
+    assert run("os.kill(os.getpid(), signal.SIGKILL)") == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 2
+    for path in tmp_path.iterdir():
+      os.utime(path, (0, 0))
+    with Sandbox(workers=1, isolation="landlock"):
+      assert len(list(tmp_path.iterdir())) == 2 and held.exists()
+    assert list(tmp_path.iterdir()) == [held] and kind(living, "import json; print(1)", output="1") == "passed"
+  tmp_path.rmdir()
 
 
 def test_weak_isolation_only_by_name(monkeypatch):

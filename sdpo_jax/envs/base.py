@@ -7,7 +7,8 @@ An environment is asked two things and knows nothing of models:
 
 `judge` is called from several threads at once. An exception, a reward that is not a number or no answer in time costs that one
 response (ENV_FAILED), never the run. One that generates its tasks also has `task(split, index) -> Task`; one over a fixed data set has
-`task_from_row(row, split) -> Task` instead (`rows.py`), and `data/tasks.py` gives it the rest. One that holds processes or files has `close()`.
+`task_from_row(row, split) -> Task` instead (`rows.py`), and `data/tasks.py` gives it the rest. One that holds processes or files has `close()`; one
+whose processes are slow to start has `start()`, called once before anything is judged.
 Nothing here imports jax.
 """
 

@@ -31,6 +31,7 @@ import zlib
 
 from sdpo_jax.envs.rows import final_text
 from sdpo_jax.envs.sandbox import Limits, Sandbox, TestCase
+from sdpo_jax.envs.verdict import check_tests
 from sdpo_jax.records import Feedback, Status, Task
 
 STDIN_FORM = ("Write a Python program that reads the input from standard input and writes the answer to standard output. "
@@ -137,10 +138,9 @@ def task_from_row(row: dict, split: str) -> Task:
   """A row {id, question, tests: [{input, output}], fn_name?, starter?, solution?} of any JSONL."""
   try:
     tests = [dict(test) for test in row["tests"]]
-    for test in tests:
-      TestCase(**test)
     if not tests:
       raise ValueError("no tests")
+    check_tests([TestCase(**test) for test in tests], row.get("fn_name"))
     return Task(id=str(row["id"]), prompt=row["question"], split=split, solution=row.get("solution"),
                 data={"tests": tests, "fn_name": row.get("fn_name"), "starter": row.get("starter")})
   except (KeyError, TypeError, ValueError) as e:

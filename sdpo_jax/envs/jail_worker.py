@@ -6,6 +6,7 @@ answers nonsense raises `WorkerLost` and must be replaced.
 """
 
 import dataclasses
+import fcntl
 import functools
 import glob
 import importlib.util
@@ -22,6 +23,8 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
+import time
 
 from sdpo_jax.envs import jail_filter
 from sdpo_jax.envs.verdict import Limits, Outcome
@@ -35,6 +38,8 @@ START_S = 20.0             # for a worker to come up
 GRACE_S = 1.0              # for a worker to answer after the test's own deadline
 FIRST_UID, UIDS = 61000, 4000
 SPARE_PROCESSES = 512      # allowed on top of those a shared uid has at the start
+STAGING_S = 60.0           # within which a directory is locked, once it is there
+_STAGE_PREFIX = "sdpo-sandbox-"
 _JAIL = pathlib.Path(__file__).with_name("jail.py")
 _UNNEEDED = ("test", "site-packages", "dist-packages", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip")
 
@@ -87,6 +92,38 @@ _uids = itertools.count(os.getpid() * 61)   # so that two trainers on one machin
 def worker_uid() -> int:
   """Another uid for each worker when root can give it one, else 0: stay who we are."""
   return FIRST_UID + next(_uids) % UIDS if os.geteuid() == 0 else 0
+
+
+class StageDirectory:
+  """A directory for `stage`, locked while its process lives. cleanup() removes it; so does the end of the interpreter, and of a killed one `remove_abandoned`."""
+
+  def __init__(self):
+    self._directory = tempfile.TemporaryDirectory(prefix=_STAGE_PREFIX)
+    self.name = self._directory.name
+    self._lock = os.open(self.name, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+  def cleanup(self) -> None:
+    self._directory.cleanup()
+    os.close(self._lock)
+
+
+def remove_abandoned() -> None:
+  """Removes what processes that were killed could not: directories of ours that nobody has locked."""
+  for path in glob.glob(os.path.join(tempfile.gettempdir(), _STAGE_PREFIX + "*")):
+    try:
+      fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+      continue
+    try:
+      about = os.fstat(fd)
+      if about.st_uid == os.geteuid() and time.time() - about.st_mtime > STAGING_S:   # a younger one may be about to be locked
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
+    except BlockingIOError:
+      pass
+    finally:
+      os.close(fd)
 
 
 def stage(layout: Layout, directory: str) -> Layout:

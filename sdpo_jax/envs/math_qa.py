@@ -26,13 +26,14 @@ from sdpo_jax.records import Feedback, Status, Task
 INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 FORM = "Put the final answer within \\boxed{}."
 MAX_ANSWER = 1000   # characters
-START_S = 120.0     # importing sympy on a busy machine
+START_S = 120.0     # importing sympy on a busy machine, before anything is judged
+RESTART_S = 40.0    # the same while a judge waits for it: with the comparison, less than config.rollout.judge_timeout_s
 _NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d*)?")
 _CALCULATION = re.compile(r"<<[^<>]*>>")   # GSM8K's calculator annotations
 
 
 class MathQA:
-  """Judges final answers. Thread-safe; close() ends the workers. tell_correctness: say that a wrong answer is wrong."""
+  """Judges final answers. Thread-safe; start() starts the workers, else the first judges do; close() ends them. tell_correctness: say that a wrong answer is wrong."""
 
   def __init__(self, *, tell_correctness: bool = False, time_s: float = 5.0, memory_mb: int = 2048, workers: int = 2):
     if workers < 1 or time_s <= 0:
@@ -42,6 +43,20 @@ class MathQA:
     self._workers = workers
     for _ in range(workers):
       self._places.put(None)
+
+  def start(self) -> None:
+    """Starts all workers at once and waits for them. RuntimeError if one does not start."""
+    workers = [Worker(self.memory_mb, self.time_s) for _ in range(self._workers)]
+    try:
+      for worker in workers:
+        worker.wait(START_S)
+    except RuntimeError:
+      for worker in workers:
+        worker.kill()
+      raise
+    for worker in workers:
+      self._places.get()
+      self._places.put(worker)
 
   def close(self) -> None:
     for _ in range(self._workers):
@@ -88,7 +103,10 @@ class MathQA:
       return numbers[0] == numbers[1]
     worker = self._places.get()
     try:
-      worker = worker or Worker(self.memory_mb, self.time_s)
+      if worker is None:
+        started = Worker(self.memory_mb, self.time_s)
+        started.wait(RESTART_S)
+        worker = started
       verdict = worker.ask(reference, answer, self.time_s)
       if verdict is None:
         worker = None
@@ -98,14 +116,16 @@ class MathQA:
 
 
 class Worker:
-  """One comparing process; of use until it has once not answered."""
+  """One comparing process; of use once `wait` has returned, and until it has once not answered."""
 
   def __init__(self, memory_mb: int, time_s: float):
-    command = [sys.executable, "-P", math_worker.__file__, str(memory_mb), str(time_s)]
-    self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
-    if self._line(START_S) != b"ready":
+    self._command = [sys.executable, "-P", math_worker.__file__, str(memory_mb), str(time_s)]
+    self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+
+  def wait(self, within_s: float) -> None:
+    if self._line(within_s) != b"ready":
       self.kill()
-      raise RuntimeError(f"the process that runs math-verify did not start within {START_S:g} s: try {' '.join(command)}")
+      raise RuntimeError(f"the process that runs math-verify did not start within {within_s:g} s: try {' '.join(self._command)}")
 
   def ask(self, reference: str, answer: str, time_s: float) -> bool | None:
     try:

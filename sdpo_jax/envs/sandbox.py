@@ -25,9 +25,9 @@ import functools
 import logging
 import os
 import queue
-import tempfile
 
-from sdpo_jax.envs.jail_worker import (EXPRESSION, FUNCTION, STDIN, Worker, WorkerLost, find_layout, installed, memory_file, stage)
+from sdpo_jax.envs.jail_worker import (EXPRESSION, FUNCTION, STDIN, StageDirectory, Worker, WorkerLost, find_layout, installed, memory_file,
+                                       remove_abandoned, stage)
 from sdpo_jax.envs.verdict import (KINDS, Limits, ProgramError, TestCase, TestResult, Verdict, check_tests, judge_test,
                                    make_verdict)
 
@@ -112,7 +112,7 @@ class Sandbox:
     """Runs the tests in order until one ends in an error or `max_failures` of them gave a wrong answer.
 
     fn_name  None: a program that reads standard input; else the function, or method of class Solution, to call
-    A test whose expected output is not of its form (JSON for a function, a literal for an expression) is a ValueError.
+    A test whose input or expected output is not of its form (JSON for a function, a literal for an expression) is a ValueError.
     """
     if self._closed:
       raise RuntimeError("the sandbox is closed")
@@ -157,7 +157,8 @@ class Sandbox:
     if isolation == "bubblewrap" or os.geteuid() != 0:
       return layout
     if self._staged is None:
-      self._staged = tempfile.TemporaryDirectory(prefix="sandbox-")
+      remove_abandoned()
+      self._staged = StageDirectory()
     return stage(layout, self._staged.name)
 
   def _start(self, packages: tuple[str, ...]) -> Worker:

@@ -249,16 +249,22 @@ def _literal_text(tagged) -> str:
 
 
 def check_tests(tests: list[TestCase], fn_name: str | None):
-  """ValueError for a test that no program could pass because its expected output has the wrong form."""
+  """ValueError for a test that no program could pass because its input or its expected output has the wrong form."""
   for number, test in enumerate(tests, 1):
+    for name, text in (("input", test.input), ("expected output", test.output), ("expression", test.expression or "")):
+      if not isinstance(text, str):
+        raise ValueError(f"test {number}: the {name} is {cut(repr(text), 80)}, not text")
+    what = "the expected output", test.output
     try:
       if test.expression is not None:
         ast.literal_eval(test.output.strip())
       elif fn_name is not None:
         json.loads(test.output)
-    except (ValueError, SyntaxError) as e:
-      raise ValueError(f"test {number}: the expected output {cut(test.output, 80)!r} is not "
-                       f"{'JSON' if test.expression is None else 'a literal'}") from e
+        what = "a line of the input", test.input
+        for line in filter(str.strip, test.input.split("\n")):
+          json.loads(line)
+    except (ValueError, SyntaxError, RecursionError) as e:
+      raise ValueError(f"test {number}: {what[0]} {cut(what[1], 80)!r} is not {'JSON' if test.expression is None else 'a literal'}") from e
 
 
 # From what a process left behind to a result.
