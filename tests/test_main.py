@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from sdpo_jax import config, main, metrics, train
+from sdpo_jax import config, export, main, metrics, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENV = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
@@ -98,6 +98,11 @@ def test_eval_scores_a_checkpoint_and_a_hugging_face_directory(whole, tmp_path):
   assert status == 0, err
   scored = json.loads((tmp_path / "eval" / "step_000006.json").read_text())
   assert scored["eval/heldout/avg@k"] == metrics.read(workdir)[-1]["eval/heldout/avg@k"]
+  assert export.export(workdir, tmp_path / "exported", step=6) == 6
+  status, out, err = run(LOCAL, "--mode=eval", f"--checkpoint={tmp_path / 'exported'}", f"--workdir={tmp_path}")
+  assert status == 0, err
+  again = json.loads((tmp_path / "eval" / "exported.json").read_text())
+  assert {k: v for k, v in again.items() if k.startswith("eval/")} == {k: v for k, v in scored.items() if k.startswith("eval/")}   # the same weights
 
 
 def test_another_configuration_does_not_continue_a_run(whole):

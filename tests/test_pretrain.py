@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from sdpo_jax import pretrain
+from sdpo_jax import metrics, pretrain
 from sdpo_jax.data.corpus import DOMAINS
 from sdpo_jax.model.hf_weights import load_pretrained
 
@@ -18,13 +18,18 @@ def run(domain, workdir, *more):
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_a_killed_run_resumes_to_the_same_weights(domain, tmp_path):
+def test_a_killed_run_resumes_to_the_same_weights(domain, tmp_path, capsys):
   assert run(domain, tmp_path / "whole") == 0
   lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["train/nll"] < lines[0]["train/nll"]
   assert {"eval/plain", "eval/feedback", "eval/solution"} <= lines[-1].keys() and lines[-1]["data/left_out"] == 0
   assert run(domain, tmp_path / "cut", "--config.total_steps=2") == 0
+  with open(tmp_path / "cut" / "metrics.jsonl", "a") as log:   # killed after a line, before its checkpoint
+    log.write(json.dumps(lines[2]) + "\n" + '{"step": 4, "tra')
   assert run(domain, tmp_path / "cut") == 0
+  assert list(map(metrics.reproducible, metrics.read(tmp_path / "cut"))) == list(map(metrics.reproducible, lines))
+  assert run(domain, tmp_path / "cut", "--config.optimizer.lr=1.0") == 2
+  assert "config.optimizer.lr=1.0" in (said := capsys.readouterr().err) and "was begun with" in said and said.count("\n") == 1
   (config, whole), (_, cut) = (load_pretrained(tmp_path / name / "hf", dtype="float32") for name in ("whole", "cut"))
   jax.tree.map(np.testing.assert_array_equal, whole, cut)
   assert config.eos_ids and config.max_positions == 1024

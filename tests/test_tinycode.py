@@ -32,7 +32,12 @@ def test_every_solution_passes_and_tests_differ(env, level):
 def test_tasks_are_pure_functions_of_their_id():
   a, b = composed.Problems(tinycode.DOMAIN, "default", 3), composed.Problems(tinycode.DOMAIN, "default", 3)
   assert [a.task("train", i) for i in range(20)] == [b.task("train", i) for i in reversed(range(20))][::-1]
-  assert composed.Problems(tinycode.DOMAIN, "default", 4).task("train", 0).prompt != a.task("train", 0).prompt or composed.novel_meanings(tinycode.OPS, 3) != composed.novel_meanings(tinycode.OPS, 4)
+  again = composed.Problems(tinycode.DOMAIN, "default", 3)
+  for split in ("heldout", "unseen", "adversarial"):   # nor do other splits, or what was asked before, change a task
+    assert [again.task(split, i) for i in (7, 2)] == [a.task(split, i) for i in (7, 2)]
+  assert [a.task("train", i) for i in (0, 19)] == [again.task("train", i) for i in (0, 19)]
+  other = composed.Problems(tinycode.DOMAIN, "default", 4)
+  assert all(other.task("train", i) != a.task("train", i) for i in range(20))
 
 
 def test_splits_do_not_overlap():

@@ -9,14 +9,12 @@ Errors: ValueError naming the target and the choices; CheckpointError naming fil
 """
 
 import dataclasses
-import json
 import math
 import os
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sdpo_jax.model import decoder, hf_weights
 from sdpo_jax.model.config import ModelConfig
@@ -139,28 +137,3 @@ def save_adapters(path, config: ModelConfig, lora: Lora, adapters: dict, *, base
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank, "lora_alpha": lora.alpha,
         "target_modules": sorted(lora.targets), "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
         "use_dora": False, "inference_mode": True})
-
-
-def load_adapters(path, config: ModelConfig, dtype=jnp.float32) -> tuple[Lora, dict]:
-  """(lora, adapters) from a PEFT directory for a model of this shape."""
-  path = os.fspath(path)
-  about = hf_weights.read_json(os.path.join(path, _CONFIG))
-  neutral = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
-             "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None}
-  for field, only in neutral.items():
-    if about.get(field, only) != only:
-      raise hf_weights.CheckpointError(f"{path}/{_CONFIG}: {field}={about[field]!r} is not supported (only {only!r})")
-  lora = Lora(int(about["r"]), float(about["lora_alpha"]), tuple(sorted(about["target_modules"])))
-  parts = _parts(config, lora)
-  file = os.path.join(path, _WEIGHTS)
-  entries = hf_weights.read_header(file)
-  for name in sorted(set(entries) ^ {p.name for p in parts}):
-    raise hf_weights.CheckpointError(f"{file}: {'extra' if name in entries else 'missing'} tensor {name}")
-  stacks = jax.tree.map(lambda s: np.empty(s.shape, s.dtype), shapes(config, lora, dtype))
-  for part in parts:
-    if entries[part.name].shape != part.shape:
-      raise hf_weights.CheckpointError(f"{file}: tensor {part.name} has shape {list(entries[part.name].shape)}, "
-                                       f"rank and model ask for {list(part.shape)}")
-    into = stacks["layers"][part.path[0]][part.path[1]][part.leaf]
-    into[part.layer] = hf_weights.read_tensor(entries[part.name], part.name).T.reshape(into.shape[1:])
-  return lora, jax.tree.map(jnp.asarray, stacks)
