@@ -205,7 +205,7 @@ def complete(c: ml_collections.ConfigDict, arguments: list[str]) -> None:
   chosen = {path.removeprefix("config.").removesuffix(".name"): value for path, value in _overrides(arguments) if path.endswith(".name")}
   if chosen.get("method", c.method.name) != c.method.name:
     raise ValueError(f"config.method.name is the row's own name: choose another row by the config file's argument, --config=FILE:method={chosen['method']}")
-  for axis in methods.AXES.keys() & c.method.keys():   # `validate` says so if one is missing
+  for axis in [axis for axis in methods.AXES if axis in c.method]:   # `validate` says so if one is missing
     part = {"name": chosen[name]} if (name := f"method.{axis}") in chosen else c.method[axis].to_dict()
     with _named_in_full():
       known = methods.parameters(axis, part["name"])
@@ -226,7 +226,7 @@ def _field(parameter: inspect.Parameter | None, value):
   """The value of a setting as the command line is to read it: as a number, text, ...; as whatever stands there if it may be None or is not set yet."""
   if parameter and (value is None or parameter.default is None or isinstance(parameter.annotation, types.UnionType)):
     return ml_collections.FieldReference(value, field_type=object)
-  return float(value) if parameter and parameter.annotation is float and isinstance(value, int) else value
+  return float(value) if parameter and parameter.annotation is float and type(value) is int else value
 
 
 @contextlib.contextmanager

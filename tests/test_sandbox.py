@@ -312,22 +312,28 @@ def test_missing_bubblewrap(monkeypatch, caplog):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes copies, for the workers' own users")
 def test_no_copy_is_left_behind(monkeypatch):
   """Neither by close(), nor by an end without it, nor, once another sandbox is made, by a kill."""
-  directory = tempfile.mkdtemp()
-  tmp_path = pathlib.Path(directory)
-  tmp_path.chmod(0o755)   # the workers' users read there, which pytest's own directories do not allow
-  monkeypatch.setattr(tempfile, "tempdir", directory)
-  with Sandbox(workers=1, isolation="landlock") as living:
-    (held,) = tmp_path.iterdir()
-    end = "import os, signal; from sdpo_jax.envs.sandbox import Sandbox; s = Sandbox(workers=1, isolation='landlock'); "
-    run = lambda code: subprocess.run([sys.executable, "-c", end + code], env=os.environ | {"TMPDIR": str(tmp_path)}, check=False, capture_output=True).returncode
-    assert run("s.close()") == 0 and run("") == 0 and list(tmp_path.iterdir()) == [held]
-    assert run("os.kill(os.getpid(), signal.SIGKILL)") == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 2
-    for path in tmp_path.iterdir():
+  directory = pathlib.Path(tempfile.mkdtemp())
+  directory.chmod(0o755)   # the workers' users read there, which pytest's own directories do not allow
+  monkeypatch.setattr(tempfile, "tempdir", str(directory))
+
+  def left(end):
+    """What there is once a process that has made a directory has come to this end."""
+    begin = "import os, signal; from sdpo_jax.envs import jail_worker; stage = jail_worker.StageDirectory(); "
+    subprocess.run([sys.executable, "-c", begin + end], env=os.environ | {"TMPDIR": str(directory)}, check=False)
+    return set(directory.iterdir())
+
+  with Sandbox(workers=1, isolation="landlock") as pool:
+    held = set(directory.iterdir())
+    assert len(held) == 1 and left("stage.cleanup()") == held and left("") == held
+    killed = left("os.kill(os.getpid(), signal.SIGKILL)") - held
+    assert len(killed) == 1
+    jail_worker.remove_abandoned()
+    assert set(directory.iterdir()) == held | killed   # too young: its process may be about to lock it
+    for path in held | killed:
       os.utime(path, (0, 0))
-    with Sandbox(workers=1, isolation="landlock"):
-      assert len(list(tmp_path.iterdir())) == 2 and held.exists()
-    assert list(tmp_path.iterdir()) == [held] and kind(living, "import json; print(1)", output="1") == "passed"
-  tmp_path.rmdir()
+    jail_worker.remove_abandoned()
+    assert set(directory.iterdir()) == held and kind(pool, "import json; print(1)", output="1") == "passed"
+  directory.rmdir()   # which must be empty
 
 
 def test_weak_isolation_only_by_name(monkeypatch):
