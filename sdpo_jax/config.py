@@ -22,8 +22,9 @@ from sdpo_jax.envs.base import env_settings
 from sdpo_jax.kernels.distill_kl import IMPLEMENTATIONS
 from sdpo_jax.objectives import methods
 
-MODELS = {  # name: Hugging Face hub id; "tiny" ships with the package
+MODELS = {  # name: Hugging Face hub id; the tiny ones ship with the package
     "tiny": os.path.join(os.path.dirname(__file__), "assets", "tiny"),
+    "tiny_arithmetic": os.path.join(os.path.dirname(__file__), "assets", "tiny_arithmetic"),
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
     "qwen3-1.7b": "Qwen/Qwen3-1.7B",
     "qwen3-4b": "Qwen/Qwen3-4B",

@@ -59,6 +59,17 @@ class Rollout:
   finish_reason: str       # "stop" | "length"
   text: str                # the response as text, without the stop token
   feedback: Feedback
+  alternatives: list["Alternative"] = dataclasses.field(default_factory=list)   # what else might have been said to this question
+  extra_tokens: int = 0    # generated to find them and to imagine their feedback; what a question's attempts share, its first failed one bears
+  extra_calls: int = 0     # judged for them
+
+
+@dataclasses.dataclass(frozen=True)
+class Alternative:
+  """Another response to the question of a failed attempt, judged; never trained on."""
+  rollout: Rollout
+  source: str                  # samples | branches | siblings
+  imagined: str | None = None  # the feedback that the model imagined for it and the teacher reads; None: it reads the judge's
 
 
 class Rows(NamedTuple):
@@ -67,6 +78,12 @@ class Rows(NamedTuple):
   segment_CPT: np.ndarray    # int32
   position_CPT: np.ndarray   # int32
   at_CX: np.ndarray          # int32: column, among the pack's P x T, whose logits predict response token x, which is the next column's
+
+
+class Counterfactual(NamedTuple):
+  """One more reading of a batch's responses: by a teacher that is told what alternatives would have received."""
+  teacher: Rows                # prompt with feedback and notes, then the SAME response at the same x as in the batch
+  weight_B: np.ndarray         # float32 >= 0: of the divergence from this reading; 0: nothing is told, no row holds this response
 
 
 class TrainBatch(NamedTuple):
@@ -85,6 +102,7 @@ class TrainBatch(NamedTuple):
   distill_B: np.ndarray        # float32: 0 where the teacher has nothing to show: no row of its then holds this response
   logp_rollout_BR: np.ndarray  # float32, nats: as the sampler reported it
   logp_old_BR: np.ndarray      # float32, nats: the trainer's, before this batch's updates
+  counterfactuals: tuple[Counterfactual, ...] = ()
 
 
 class Completion(NamedTuple):

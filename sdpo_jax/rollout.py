@@ -71,14 +71,18 @@ class Collector:
       return dataclasses.replace(feedback, text=said)
     return feedback
 
-  def collect(self, params, tasks: list[Task], *, n: int, sampling: Sampling, seeds: list[int]) -> list[list[Rollout]]:
-    """n judged rollouts of each task, as groups[q][g]."""
+  def collect(self, params, tasks: list[Task], *, n: int, sampling: Sampling, seeds: list[int],
+              begun: list[tuple[list[int], list[float]]] | None = None) -> list[list[Rollout]]:
+    """n judged rollouts of each task, as groups[q][g]. begun[q]: tokens, and their log-probabilities, with which all responses to task q begin."""
     prompts = [self.chat.prompt_tokens(self.env.prompt(task)) for task in tasks]
     for task, prompt in zip(tasks, prompts):
       if len(prompt) > self.max_prompt_tokens:
         raise TaskError(f"the prompt of task {task.id} takes {len(prompt)} tokens, more than config.data.max_prompt_tokens={self.max_prompt_tokens}")
     pending: dict[tuple[int, int], tuple[Completion, str, concurrent.futures.Future | None]] = {}
-    for c in self.engine.generate(params, prompts, n=n, sampling=sampling, seeds=seeds):
+    begun = begun or [([], [])] * len(tasks)
+    for c in self.engine.generate(params, [prompt + head for prompt, (head, _) in zip(prompts, begun)], n=n, sampling=sampling, seeds=seeds):
+      head, logp = begun[c.prompt_index]
+      c = c._replace(tokens=head + c.tokens, logp=logp + c.logp)
       text = self.chat.response_text(c.tokens)
       mine = (c.prompt_index * n + c.sample_index) % jax.process_count() == jax.process_index()   # every process samples all, judges its share
       future = self._submit(tasks[c.prompt_index], text, c) if mine else None

@@ -44,7 +44,7 @@ def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, scor
     groups = collect(state, tasks, i)
     sampled = time.monotonic()
     packed = make_batch(groups)
-    host["tokens"] += sum(len(r.tokens) for g in groups for r in g)
+    host["tokens"] += sum(len(r.tokens) + r.extra_tokens for g in groups for r in g)
     metrics = packed.metrics | rollout_metrics(groups) | {"train/generations": i * sum(map(len, groups)), "train/sampled_tokens": host["tokens"]}
     host["failed_batches"] = host["failed_batches"] + 1 if metrics["data/dropped"] == len(packed.contexts) else 0
     if host["failed_batches"] >= limits["env_failures"]:
@@ -92,7 +92,11 @@ def rollout_lines(step: int, packed: Packed, said, chat: Chat, kept: int):
             "teacher_context": None if context is None else context.render(r.task.prompt), "tokens": chat.token_strings(r.tokens)}
     if gap_BR is not None and context is not None:
       line["teacher_gap"] = [round(float(x), 4) for x in gap_BR[b, :len(r.tokens)]]
-    yield line
+    if r.alternatives:
+      line["counterfactuals"] = [{"source": a.source, "response": a.rollout.text, "reward": a.rollout.feedback.reward, "feedback": a.rollout.feedback.text,
+                                  "imagined": a.imagined} for a in r.alternatives]
+    told = [c[b].render(r.task.prompt) for c in packed.counterfactuals if c[b] is not None]
+    yield line | ({"counterfactual_contexts": told} if told else {})
 
 
 def train(c, workdir: str) -> None:
@@ -142,15 +146,20 @@ def train(c, workdir: str) -> None:
 
     def collect(state, tasks, i):
       seeds = [prompt_seed(c.seed, "train", i, q) for q in range(len(tasks))]
-      return w.collector.collect(w.weights(state.params, frozen), tasks, n=c.rollout.group, sampling=sampling, seeds=seeds)
+      params = w.weights(state.params, frozen)
+      groups = w.collector.collect(params, tasks, n=c.rollout.group, sampling=sampling, seeds=seeds)
+      if learn.explore:
+        explored.update(learn.explore(w.collector, params, groups, sampling=sampling, seed=c.seed, step=i, max_prompt_tokens=c.data.max_teacher_tokens))
+      return groups
 
+    explored = {}   # what the last batch's alternatives cost and said
     skipped = {"data/skipped_rows": float(w.collector.env.skipped)} if isinstance(w.collector.env, RowEnv) else {}
 
     def make_batch(groups):
       packed = pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=learn.parts["teacher_context"], advantage=learn.parts["advantage"],
                     max_teacher_tokens=c.data.max_teacher_tokens, length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple,
-                    shapes=host["shapes"], updates=c.train.updates_per_batch, packs=packs)
-      return packed._replace(metrics=packed.metrics | skipped | {"data/copy_rate": monitors.copy_rate(packed.rollouts, packed.contexts, w.chat)})
+                    shapes=host["shapes"], updates=c.train.updates_per_batch, packs=packs, counterfactual=learn.counterfactual)
+      return packed._replace(metrics=packed.metrics | explored | skipped | {"data/copy_rate": monitors.copy_rate(packed.rollouts, packed.contexts, w.chat)})
 
     history, signs = read(workdir), set()   # lines as they stand in the file, so that a resumed run sees the same ones
 

@@ -84,9 +84,20 @@ def forward_pair(params, teacher, config: ModelConfig, batch: TrainBatch, *, mix
   if mix is None:
     return policy_XD, head_DV, teacher_XD, teacher_head_DV
   live = jax.lax.stop_gradient(params)
-  live_XD, = run_rows(_one_half(live, config, "none"), batch.teacher)
-  return (policy_XD, head_DV, jnp.concatenate([(1.0 - mix) * teacher_XD, mix * live_XD], axis=1),
+  return (policy_XD, head_DV, _with_live(teacher_XD, live, config, batch.teacher, mix),
           jnp.concatenate([teacher_head_DV, head(live)], axis=0))
+
+
+def _with_live(teacher_XD, live, config: ModelConfig, rows: Rows, mix: float) -> jax.Array:
+  live_XD, = run_rows(_one_half(live, config, "none"), rows)
+  return jnp.concatenate([(1.0 - mix) * teacher_XD, mix * live_XD], axis=1)
+
+
+def read_again(params, teacher, config: ModelConfig, rows: Rows, *, mix: float | None = None) -> jax.Array:
+  """The teacher's hidden states [X, E] of the same response tokens under one more prompt; its output matrix is that of forward_pair."""
+  weights = jax.lax.stop_gradient(params if teacher is None else teacher)
+  teacher_XD, = run_rows(_one_half(weights, config, "none"), rows)
+  return teacher_XD if mix is None else _with_live(teacher_XD, jax.lax.stop_gradient(params), config, rows, mix)
 
 
 def _one_half(params, config: ModelConfig, remat: str) -> Callable:
@@ -111,15 +122,21 @@ def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None
     halves = forward_pair(params, teacher, config, batch, mix=mix, remat=remat)
     wanted = objective.divergence or {"alpha": 0.5, "top_k": None}   # sampled-token signals read the rest of the result
     mesh = jax.sharding.get_abstract_mesh()
-    if wanted["top_k"] is None:
-      kernel = distill_kl if mesh.empty else functools.partial(distill_kl_sharded, mesh=mesh)
-      out = kernel(*halves, target_X, alpha=wanted["alpha"], temperature=temperature, implementation=implementation)
-    else:
-      out = distill_topk(*halves, target_X, temperature=temperature, mesh=None if mesh.empty else mesh, **wanted)
-    found = [out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X]
-    if objective.needs_teacher_entropy:
-      found.append(token_logp(*map(jax.lax.stop_gradient, halves[2:]), target_X, temperature=temperature)[1])
-    return Signals(*(by_response(x, batch) for x in found))
+
+    def compare(*halves) -> Signals:
+      if wanted["top_k"] is None:
+        kernel = distill_kl if mesh.empty else functools.partial(distill_kl_sharded, mesh=mesh)
+        out = kernel(*halves, target_X, alpha=wanted["alpha"], temperature=temperature, implementation=implementation)
+      else:
+        out = distill_topk(*halves, target_X, temperature=temperature, mesh=None if mesh.empty else mesh, **wanted)
+      found = [out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X]
+      if objective.needs_teacher_entropy:
+        found.append(token_logp(*map(jax.lax.stop_gradient, halves[2:]), target_X, temperature=temperature)[1])
+      return Signals(*(by_response(x, batch) for x in found))
+
+    policy_XD, head_DV, _, teacher_head_EV = halves
+    more = [compare(policy_XD, head_DV, read_again(params, teacher, config, c.teacher, mix=mix), teacher_head_EV) for c in batch.counterfactuals]
+    return compare(*halves)._replace(counterfactuals=tuple(more))
 
   return signals
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sdpo_jax import sharding
+from sdpo_jax import counterfactual, sharding
 from sdpo_jax.config import MODELS
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.tasks import with_rows
@@ -29,6 +29,7 @@ from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import PRESETS, ModelConfig
 from sdpo_jax.model.hf_weights import load_pretrained, local_directory, read_config
 from sdpo_jax.objectives import methods
+from sdpo_jax.objectives.counterfactual import readings
 from sdpo_jax.objectives.loss import Objective, make_objective
 from sdpo_jax.objectives.methods import TeacherWeights
 from sdpo_jax.records import Sampling
@@ -147,6 +148,8 @@ class Learner(NamedTuple):
   step: Any
   score: Any
   score_first: bool   # several updates a batch: log-probabilities from before the first one are needed
+  explore: Any         # finds the alternatives of failed rollouts; None: the method asks for none
+  counterfactual: Any  # what the teacher reads of them, for `pack`; None likewise
 
 
 def learner(c, model: ModelConfig, join=None) -> Learner:
@@ -157,9 +160,14 @@ def learner(c, model: ModelConfig, join=None) -> Learner:
   signals = make_signals(model, objective, mix=teacher.mix, temperature=c.rollout.temperature, remat=c.model.remat, join=join,
                          implementation=None if c.train.loss_implementation == "auto" else c.train.loss_implementation)
   several = c.train.updates_per_batch > 1
+  part, explore, told = parts["counterfactual"](), None, None
+  if part is not None:
+    threshold = methods.arguments(method, "teacher_context")["success_threshold"]
+    explore = functools.partial(counterfactual.explore, part, success_threshold=threshold)
+    told = functools.partial(readings, part, parts["teacher_context"], success_threshold=threshold)
   step = make_train_step(signals, objective, tx, teacher_move=teacher.move, updates=c.train.updates_per_batch,
                          micro_batches=c.train.micro_batches, recompute_old=several)
-  return Learner(objective, parts, teacher, tx, step, make_score(signals, c.train.updates_per_batch * c.train.micro_batches), several)
+  return Learner(objective, parts, teacher, tx, step, make_score(signals, c.train.updates_per_batch * c.train.micro_batches), several, explore, told)
 
 
 def model_shape(path: str) -> ModelConfig:

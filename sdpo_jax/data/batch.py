@@ -17,7 +17,7 @@ import numpy as np
 
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.objectives.teacher_context import Context
-from sdpo_jax.records import Rollout, Rows, Status, TaskError, TrainBatch
+from sdpo_jax.records import Counterfactual, Rollout, Rows, Status, TaskError, TrainBatch
 
 CUT = "\n[...]\n"
 MAX_SHAPES = 6          # about one for every doubling of length that a run may see, and a few to grow into
@@ -30,6 +30,7 @@ class Packed(NamedTuple):
   rollouts: list[Rollout]          # row b of the batch
   contexts: list[Context | None]   # what its teacher reads; None: nothing
   metrics: dict[str, float]        # counts of what was dropped, shortened, shown
+  counterfactuals: tuple[list[Context | None], ...] = ()   # what the teacher reads in each of the batch's further readings
 
 
 def bucket(length: int, multiple: int) -> int:
@@ -53,7 +54,7 @@ def teacher_prompt(chat: Chat, messages: list[dict[str, str]], context: Context,
   tokens = render(context)
   if len(tokens) <= max_tokens:
     return tokens, False
-  for field in ("attempt", "feedback", "solution"):
+  for field in ("notes", "attempt", "feedback", "solution"):
     low, high = 0, len(getattr(context, field))   # the longest text that fits, by bisection
     if not high:
       continue
@@ -78,11 +79,13 @@ class Shape(NamedTuple):
   teacher_length: int
   tokens: int
   responses: int
+  more_rows: int = 0     # of each further reading by the teacher, if the method has any
+  more_length: int = 0
 
   def cost(self) -> float:
     """In passes of a token forward: the student's half goes forward and backward, and the vocabulary is met by the response tokens."""
     half = lambda rows, length: rows * length * (1.0 + length / ATTENTION_TOKENS)
-    return 3.0 * half(self.rows, self.length) + half(self.teacher_rows, self.teacher_length) + 3.0 * self.tokens
+    return 3.0 * half(self.rows, self.length) + half(self.teacher_rows, self.teacher_length) + half(self.more_rows, self.more_length) + 3.0 * self.tokens
 
 
 def first_fit(lengths: list[int], length: int) -> list[list[int]]:
@@ -112,8 +115,8 @@ def deal(sizes: list[int], hands: int) -> list[list[int]]:
 
 
 def choose_shape(student: list[list[int]], teacher: list[list[int]], responses: list[list[int]], shapes: list[Shape], *, length_multiple: int,
-                 response_multiple: int) -> Shape:
-  """Lengths of each pack's texts -> a shape that holds them: one of `shapes`, or a new one, which is added to it."""
+                 response_multiple: int, more: list[list[int]] = ()) -> Shape:
+  """Lengths of each pack's texts -> a shape that holds them: one of `shapes`, or a new one, which is added to it. more: packs of all further readings."""
 
   def best(packs):   # (rows, length) of the cheapest packing: rows as long as the longest text, or longer ones with less left over
     longest = max(max(lengths, default=0) for lengths in packs)
@@ -125,21 +128,22 @@ def choose_shape(student: list[list[int]], teacher: list[list[int]], responses: 
     return min(fitting)[1:]
 
   def holds(shape: Shape) -> bool:
-    return (shape.tokens >= tokens and shape.responses >= longest
-            and all(max(lengths, default=0) <= shape.length and len(first_fit(lengths, shape.length)) <= shape.rows for lengths in student)
-            and all(max(lengths, default=0) <= shape.teacher_length and len(first_fit(lengths, shape.teacher_length)) <= shape.teacher_rows for lengths in teacher))
+    fit = lambda packs, rows, length: all(max(lengths, default=0) <= length and len(first_fit(lengths, length)) <= rows for lengths in packs)
+    return (shape.tokens >= tokens and shape.responses >= longest and fit(student, shape.rows, shape.length)
+            and fit(teacher, shape.teacher_rows, shape.teacher_length) and (not more or shape.more_rows > 0 and fit(more, shape.more_rows, shape.more_length)))
 
   tokens, longest = max(map(sum, responses)), max(map(max, responses))
-  new = Shape(*best(student), *best(teacher), bucket(tokens, length_multiple), bucket(longest, response_multiple))
+  new = Shape(*best(student), *best(teacher), bucket(tokens, length_multiple), bucket(longest, response_multiple), *(best(more) if more else ()))
   usable = sorted((s for s in shapes if holds(s)), key=Shape.cost)
   if usable and (usable[0].cost() <= REUSE * new.cost() or len(shapes) >= MAX_SHAPES):
     return usable[0]
   room = lambda n: n + n // 16   # so that the next batch, a little larger, fits too
-  new = new._replace(rows=room(new.rows), teacher_rows=room(new.teacher_rows), tokens=bucket(room(new.tokens), length_multiple))
+  new = new._replace(rows=room(new.rows), teacher_rows=room(new.teacher_rows), more_rows=room(new.more_rows), tokens=bucket(room(new.tokens), length_multiple))
   if len(shapes) >= MAX_SHAPES:   # a length never seen: from now on everything fits into this one
     new = Shape(*(max(sizes) for sizes in zip(new, *shapes)))
     rows = lambda packs, length: max(len(first_fit(lengths, length)) for lengths in packs)   # longer rows can pack worse
-    new = new._replace(rows=max(new.rows, rows(student, new.length)), teacher_rows=max(new.teacher_rows, rows(teacher, new.teacher_length)))
+    new = new._replace(rows=max(new.rows, rows(student, new.length)), teacher_rows=max(new.teacher_rows, rows(teacher, new.teacher_length)),
+                       more_rows=max(new.more_rows, rows(more, new.more_length)) if more else new.more_rows)
   shapes.append(new)
   return new
 
@@ -160,9 +164,10 @@ def lay_out(placed: list[list[int]], texts: list[list[int]], starts: list[int], 
 
 
 def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, advantage, max_teacher_tokens: int, length_multiple: int,
-         response_multiple: int, shapes: list, updates: int = 1, packs: int = 1) -> Packed:
+         response_multiple: int, shapes: list, updates: int = 1, packs: int = 1, counterfactual=None) -> Packed:
   """groups[q][g]: rollouts. messages(task) -> chat messages; teacher_context(group, i) -> Context | None; advantage(reward_QG) -> advantage_QG.
 
+  counterfactual(group, i) -> (Context, weight) or None for each further reading, equally many for all; None: there is none.
   packs: of the whole batch; each of the `updates` gets as many. shapes: used so far, see above; may grow by one.
   """
   valid = lambda r: r.feedback.status is not Status.ENV_FAILED and np.isfinite(r.feedback.reward)
@@ -170,23 +175,32 @@ def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, 
   advantage_B = advantage(reward_QG).reshape(-1).astype(np.float32)
   rollouts = [r for group in groups for r in group]
   contexts = [teacher_context(group, i) if valid(group[i]) else None for group in groups for i in range(len(group))]
-  prompts, shortened = [], 0
-  for r, context in zip(rollouts, contexts):
-    tokens, was_cut = ([], False) if context is None else teacher_prompt(chat, messages(r.task), context, max_teacher_tokens)
-    prompts.append(tokens)
-    shortened += was_cut
+  readings = [counterfactual(group, i) for group in groups for i in range(len(group))] if counterfactual else []
+  more_contexts = [[None if r is None else r[0] for r in reading] for reading in zip(*readings)]
+  more_weights = [np.array([0.0 if r is None else r[1] for r in reading], np.float32) for reading in zip(*readings)]
+
+  def teacher_prompts(contexts) -> tuple[list[list[int]], int]:
+    found = [([], False) if c is None else teacher_prompt(chat, messages(r.task), c, max_teacher_tokens) for r, c in zip(rollouts, contexts)]
+    return [tokens for tokens, _ in found], sum(was_cut for _, was_cut in found)
+
+  prompts, shortened = teacher_prompts(contexts)
+  more = [teacher_prompts(c) for c in more_contexts]
 
   B, G = len(rollouts), len(groups[0])
   texts = [r.prompt_tokens + r.tokens if valid(r) else [] for r in rollouts]
   taught = [context is not None for context in contexts]
   order = balanced_order([len(t) for t in texts], G, updates, packs // updates)
   rollouts, contexts, prompts, texts, taught = ([rows[b] for b in order] for rows in (rollouts, contexts, prompts, texts, taught))
+  more_contexts = [[rows[b] for b in order] for rows in more_contexts]
+  more_prompts = [[rows[b] for b in order] for rows, _ in more]
+  more_texts = [[prompt + r.tokens if prompt else [] for prompt, r in zip(rows, rollouts)] for rows in more_prompts]
 
   teacher_texts = [prompt + r.tokens if t else [] for prompt, r, t in zip(prompts, rollouts, taught)]
   answers = [len(r.tokens) if valid(r) else 0 for r in rollouts]
   cut = lambda rows: [rows[first:first + B // packs] for first in range(0, B, B // packs)]
   lengths = lambda rows: cut([len(t) for t in rows])
-  shape = choose_shape(lengths(texts), lengths(teacher_texts), cut(answers), shapes, length_multiple=length_multiple, response_multiple=response_multiple)
+  shape = choose_shape(lengths(texts), lengths(teacher_texts), cut(answers), shapes, length_multiple=length_multiple, response_multiple=response_multiple,
+                       more=[pack for rows in more_texts for pack in lengths(rows)])
   at = [int(sum(pack[:i])) for pack in cut(answers) for i in range(len(pack))]
 
   def half(texts, starts, rows, length):
@@ -198,7 +212,9 @@ def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, 
   batch = TrainBatch(student=half(texts, [len(r.prompt_tokens) for r in rollouts], shape.rows, shape.length),
                      teacher=half(teacher_texts, [len(p) for p in prompts], shape.teacher_rows, shape.teacher_length), start_B=np.array(at, np.int32), response_BR=zeros(np.int32),
                      weight_BR=zeros(np.float32), advantage_B=advantage_B[order], distill_B=np.array(taught, np.float32),
-                     logp_rollout_BR=zeros(np.float32), logp_old_BR=zeros(np.float32))
+                     logp_rollout_BR=zeros(np.float32), logp_old_BR=zeros(np.float32),
+                     counterfactuals=tuple(Counterfactual(half(t, [len(p) for p in ps], shape.more_rows, shape.more_length), w[order])
+                                           for t, ps, w in zip(more_texts, more_prompts, more_weights)))
   for b, r in enumerate(rollouts):
     n = len(r.tokens)
     batch.response_BR[b, :n], batch.logp_rollout_BR[b, :n] = r.tokens, r.logp
@@ -208,7 +224,10 @@ def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, 
              "data/teacher_shortened": float(shortened), "data/solution_share": float(np.mean([c is not None and bool(c.solution) for c in contexts])),
              "data/useful_tokens": float(sum((half.segment_CPT > 0).sum() for half in halves) / sum(half.segment_CPT.size for half in halves)),
              "perf/compiles": float(len(shapes))}   # of the train step, this run's earlier sessions included
-  return Packed(batch, rollouts, contexts, metrics)
+  if counterfactual:
+    metrics |= {"counterfactual/teacher_tokens": float(sum(map(len, sum(more_texts, [])))), "counterfactual/shortened": float(sum(n for _, n in more)),
+                "counterfactual/told_share": float(np.mean([c is not None for row in more_contexts for c in row]))}
+  return Packed(batch, rollouts, contexts, metrics, tuple(more_contexts))
 
 
 def balanced_order(lengths: list[int], group: int, updates: int, packs: int) -> list[int]:

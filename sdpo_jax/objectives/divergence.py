@@ -23,6 +23,7 @@ class Signals(NamedTuple):
   divergence_BR: jax.Array | None       # D(pi, q); None where the method computes none
   logp_teacher_BR: jax.Array | None     # log q(y_t); None without a teacher
   entropy_teacher_BR: jax.Array | None = None   # H(q); None where the method reads none
+  counterfactuals: tuple["Signals", ...] = ()   # the same of each further reading of the batch
 
   @property
   def gap_BR(self) -> jax.Array:

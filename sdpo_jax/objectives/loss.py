@@ -6,6 +6,9 @@ A loss is a sum of terms; each term is a mean over its own tokens:
 
   distill  weight_BR * distill_B: tokens of responses whose teacher has something to show
   policy   weight_BR: all response tokens, weighted and divided as the method's reduction says
+  counterfactual   for each further reading of the batch (`objectives/counterfactual`), weight_BR * its weight_B; all are divided by the
+           tokens of responses that any reading teaches, so that a failed response adds D(feedback) + sum over readings of weight * D(reading).
+           With `gate` only tokens of which both readings say the same: sign(log q - log pi) of the feedback's and of the alternatives' agree.
 
 With policy_share="untaught" every response belongs to one term alone: to `distill` if its teacher has something to show, else to
 `policy`. Both sums are then divided by the tokens of the whole batch and added as they are.
@@ -14,6 +17,7 @@ The normalisers depend on the batch alone, so they are taken over the whole batc
 cut changes neither loss nor gradient. A different reduction is a different weight.
 """
 
+import functools
 from typing import Callable, NamedTuple
 
 import jax
@@ -37,7 +41,7 @@ class Objective(NamedTuple):
 def make_objective(method: dict) -> Objective:
   """method: a row of METHODS (or one like it). Raises ValueError as `methods.build` does."""
   parts = methods.build(method)
-  share = method["policy_share"]
+  share, gate = method["policy_share"], method["counterfactual"].get("gate", False)
   signal, weigh, surrogate = parts["token_signal"], parts["token_weight"], parts["surrogate"]
   reduction = parts["reduction"]
   factors = {"distill": 1.0, "policy": 1.0} if share == "untaught" else {"distill": 1.0 - share, "policy": share}
@@ -56,14 +60,18 @@ def make_objective(method: dict) -> Objective:
     return found
 
   def normalisers(batch: TrainBatch) -> dict[str, jax.Array]:
-    return {term: normaliser for term, (_, normaliser) in terms(batch).items()}
+    found = {term: normaliser for term, (_, normaliser) in terms(batch).items()}
+    if batch.counterfactuals:
+      taught_B = functools.reduce(jnp.maximum, [c.weight_B > 0 for c in batch.counterfactuals], batch.distill_B > 0)
+      found["counterfactual"] = jnp.maximum(jnp.sum(batch.weight_BR * taught_B[:, None]), 1.0)
+    return found
 
   def token_loss(signals: Signals, batch: TrainBatch, norm: dict[str, jax.Array]):
     # What stands where the weight is 0 may be anything. It is replaced before use, not only left out of the sum: 0 * inf is NaN,
     # in the gradient even behind a `where`.
     counted_BR = batch.weight_BR > 0
-    clean = lambda x_BR: None if x_BR is None else jnp.where(counted_BR, x_BR, 0.0)
-    signals = Signals(*map(clean, signals))
+    clean = lambda x_BR: jnp.where(counted_BR, x_BR, 0.0)
+    signals = jax.tree.map(clean, signals)
     batch = batch._replace(logp_old_BR=clean(batch.logp_old_BR), logp_rollout_BR=clean(batch.logp_rollout_BR),
                            advantage_B=jnp.where(jnp.any(counted_BR, -1), batch.advantage_B, 0.0))
     loss, metrics = 0.0, {}
@@ -75,6 +83,20 @@ def make_objective(method: dict) -> Objective:
       total = jnp.sum(loss_BR * weight_BR)
       loss += factors[term] * total / norm[term]
       metrics[f"train/loss_{term}"] = Ratio(total, jnp.sum(weight_BR))
+    agreed, read, added, told = 0.0, 0.0, 0.0, 0.0
+    for counterfactual, said in zip(batch.counterfactuals, signals.counterfactuals):
+      weight_BR = batch.weight_BR * counterfactual.weight_B[:, None]
+      both_BR = (weight_BR > 0) & (batch.distill_B > 0)[:, None]
+      agree_BR = jnp.sign(said.gap_BR) == jnp.sign(signals.gap_BR)
+      agreed, read = agreed + jnp.sum(agree_BR & both_BR), read + jnp.sum(both_BR)
+      if gate:
+        weight_BR = jnp.where(both_BR & ~agree_BR, 0.0, weight_BR)
+      total = jnp.sum(signal(said, batch) * weigh(said, batch) * weight_BR)
+      loss += factors["distill"] * total / norm["counterfactual"]
+      added, told = added + total, told + jnp.sum(weight_BR)
+    if batch.counterfactuals:
+      metrics["train/loss_counterfactual"] = Ratio(added, told)
+      metrics["counterfactual/agreement"] = Ratio(agreed, read)
     mean = lambda x_BR, w_BR: Ratio(jnp.sum(x_BR * w_BR), jnp.sum(w_BR))
     metrics["train/entropy"] = mean(signals.entropy_BR, batch.weight_BR)
     metrics["train/rollout_kl"] = mean(batch.logp_rollout_BR - signals.logp_BR, batch.weight_BR)

@@ -8,6 +8,7 @@ token_weight     a detached factor on it                                        
 advantage        the baseline of the rewards of a group (host: numpy)                advantage.ADVANTAGES
 surrogate        the policy-gradient term that uses the advantage                    advantage.SURROGATES
 reduction        how the tokens of that term add up                                  advantage.REDUCTIONS
+counterfactual   what failed responses also learn from what might have been          counterfactual.COUNTERFACTUALS
 policy_share     the blend: policy_share * surrogate + (1 - policy_share) * token_signal (arXiv 2601.20802); or "untaught": responses with
                  a teacher get the token signal, the others the surrogate
 
@@ -23,6 +24,7 @@ import typing
 from typing import NamedTuple
 
 from sdpo_jax.objectives.advantage import ADVANTAGES, REDUCTIONS, SURROGATES
+from sdpo_jax.objectives.counterfactual import COUNTERFACTUALS
 from sdpo_jax.objectives.divergence import TOKEN_SIGNALS
 from sdpo_jax.objectives.teacher_context import TEACHER_CONTEXTS
 from sdpo_jax.objectives.token_weight import TOKEN_WEIGHTS
@@ -69,7 +71,8 @@ def frozen() -> TeacherWeights:
 
 TEACHER_WEIGHTS = {"none": none, "live": live, "ema": ema, "trust_region": trust_region, "frozen": frozen}
 AXES = {"teacher_context": TEACHER_CONTEXTS, "teacher_weights": TEACHER_WEIGHTS, "token_signal": TOKEN_SIGNALS,
-        "token_weight": TOKEN_WEIGHTS, "advantage": ADVANTAGES, "surrogate": SURROGATES, "reduction": REDUCTIONS}
+        "token_weight": TOKEN_WEIGHTS, "advantage": ADVANTAGES, "surrogate": SURROGATES, "reduction": REDUCTIONS,
+        "counterfactual": COUNTERFACTUALS}
 
 _SDPO = dict(
     teacher_context=dict(name="feedback_or_solution"),
@@ -79,6 +82,7 @@ _SDPO = dict(
     advantage=dict(name="zero"),
     surrogate=dict(name="none"),
     reduction=dict(name="token_mean"),
+    counterfactual=dict(name="none"),
     policy_share=0.0,
 )
 _GRPO = dict(
@@ -89,6 +93,7 @@ _GRPO = dict(
     advantage=dict(name="group_mean", normalize_std=False),
     surrogate=dict(name="clipped", low=0.2, high=0.28, rollout_is_clip=2.0),
     reduction=dict(name="token_mean"),
+    counterfactual=dict(name="none"),
     policy_share=1.0,
 )
 _STD = dict(name="group_mean", normalize_std=True)
@@ -102,6 +107,8 @@ METHODS = {name: dict(row, name=name) for name, row in {
                          token_weight=dict(name="certainty", is_clip=2.0, rollout_is_clip=2.0)),
     "sc_sdpo": _SDPO | dict(advantage=dict(name="question_spread"),                                     # 2605.27765
                             token_weight=dict(name="importance", is_clip=2.0, rollout_is_clip=2.0, by_question=True)),
+    "counterfactual": _SDPO | dict(counterfactual=dict(name="notes", eta=1.0, alternatives=2, sources=("samples",), feedback="verified", kappa=0.5,
+                                                       gate=False, joint=True, imagined_tokens=64)),
     "grpo": _GRPO,                                                                                      # SDPO's baseline: no std, token mean
     "grpo_std": _GRPO | dict(advantage=_STD, surrogate=dict(name="clipped", low=0.2, high=0.2), reduction=dict(name="sequence_mean")),  # 2402.03300
     "dapo": _GRPO | dict(advantage=_STD),                                                               # 2503.14476 without its dynamic sampling
@@ -189,6 +196,10 @@ def check(method: dict) -> None:
   if clip is not None and (clip <= 0 or top_k is None or alpha != 1.0):
     raise ValueError(f"method.token_signal.advantage_clip={clip!r} must be above 0 and needs alpha=1 (reverse KL) and a top_k, not alpha={alpha!r}, top_k={top_k!r}")
   taught = names["token_signal"] != "none"
+  part = dict(method["counterfactual"])
+  if COUNTERFACTUALS[part.pop("name")](**part) is not None and (names["teacher_context"] != "feedback_or_solution" or method["policy_share"] == "untaught"):
+    raise ValueError(f"method.counterfactual.name={names['counterfactual']!r} adds to the teacher context 'feedback_or_solution', not to "
+                     f"{names['teacher_context']!r}, and to a policy_share that is a number, not {method['policy_share']!r}")
   if taught and (names["teacher_context"] == "none" or names["teacher_weights"] == "none"):
     raise ValueError(f"method.token_signal.name={names['token_signal']!r} needs a teacher, but teacher_context is "
                      f"{names['teacher_context']!r} and teacher_weights {names['teacher_weights']!r}")

@@ -22,10 +22,11 @@ SOLUTION = "\nCorrect solution:\n\n"
 FEEDBACK = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
 CLOSING = "\n\nCorrectly solve the original question."
 TEMPLATES = {
-    "reprompt": "{prompt}{attempt}{solution}{feedback}" + CLOSING,
+    "reprompt": "{prompt}{attempt}{solution}{feedback}{notes}" + CLOSING,
     "attempt": "\nYour earlier attempt:\n\n{text}",
     "solution": SOLUTION + "{text}",
     "feedback": FEEDBACK + "{text}",
+    "note": "\nIf you had tried\n{alternative}\ninstead of\n{attempt}\nyou would have received\n{feedback}",   # `counterfactual`
 }
 _THINKING = re.compile(r"\A.*</think>\s*", re.DOTALL)   # the chat template may have opened the block
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -33,18 +34,19 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """The privileged part of one teacher prompt. Solution and feedback are not both empty."""
+  """The privileged part of one teacher prompt. Solution, feedback and notes are not all empty."""
   solution: str = ""
   feedback: str = ""
   attempt: str = ""
   templates: tuple[tuple[str, str], ...] = ()   # those that differ from TEMPLATES
+  notes: str = ""                               # what alternatives would have received, templates filled in (`counterfactual`)
 
   def render(self, question: str) -> str:
     """The teacher's user message: question, what is shown, closing instruction."""
     templates = TEMPLATES | dict(self.templates)
     parts = {name: fill(templates[name], {"text": text}) if text else "" for name, text in
              (("attempt", self.attempt), ("solution", self.solution), ("feedback", self.feedback))}
-    return fill(templates["reprompt"], {"prompt": question} | parts)
+    return fill(templates["reprompt"], {"prompt": question, "notes": self.notes} | parts)
 
 
 def fill(template: str, texts: dict[str, str]) -> str:

@@ -1,0 +1,84 @@
+r"""Counterfactual self-distillation against SDPO and GRPO, at matched generated tokens.
+
+Run:    python -m sdpo_jax.main --config=configs/counterfactual.py:domain=tinycode,arm=counterfactual --workdir=runs/counterfactual
+Grid:   python -m sdpo_jax.experiment --config=configs/experiments/counterfactual.py --workdir=runs/counterfactual_grid --jobs=2
+Smoke:  python -m sdpo_jax.main --config=configs/counterfactual.py:local --workdir=runs/counterfactual_smoke
+Arms:   sdpo, grpo; sdpo_extra, grpo_extra (larger groups: what counterfactual samples beside its rollouts); counterfactual (two more samples a
+        question, judged), counterfactual_imagined (the policy imagines their feedback), counterfactual_siblings (the group's own: nothing
+        more is generated). Numbers of steps are such that all arms generate about as many tokens.
+Data:   domain=tinycode and arithmetic make their own questions, for the tiny models of the package; coding and math_qa are those of configs/coding.py
+        (livecodebench) and configs/math_qa.py (GSM8K) and their models.
+Cost:   the full run has not been measured.
+Result: the full run has not been measured.
+"""
+
+import os
+
+from sdpo_jax import config
+from sdpo_jax.objectives import methods
+
+TINY = {"tinycode": "tiny", "arithmetic": "tiny_arithmetic"}
+PAPER = {"coding": "hub:livecodebench/code_generation_lite/test6.jsonl", "math_qa": "hub:openai/gsm8k:main"}
+ARMS = {  # method, changes to its counterfactual part, responses generated for one that is trained on
+    "sdpo": ("sdpo", {}, 1.0),
+    "sdpo_extra": ("sdpo", {}, 1.5),
+    "counterfactual": ("counterfactual", {}, 1.5),
+    "counterfactual_imagined": ("counterfactual", dict(feedback="imagined"), 2.0),
+    "counterfactual_siblings": ("counterfactual", dict(sources=("siblings",)), 1.0),
+    "grpo": ("grpo", {}, 1.0),
+    "grpo_extra": ("grpo", {}, 1.5),
+}
+
+
+def get_config(arg: str = ""):
+  a = config.parse_arg(arg, domain="tinycode", arm="counterfactual", model="", data="", top_k=0, steps=0, seed=0, local=False)
+  for name, value, choices in (("domain", a.domain, [*TINY, *PAPER]), ("arm", a.arm, list(ARMS))):
+    if value not in choices:
+      raise ValueError(f"{name}={value!r} is unknown; choose from {choices}")
+  a.method, changes, generated = ARMS[a.arm]
+  c = tiny(a) if a.domain in TINY else paper(a)
+  c.method.counterfactual.update(changes)
+  if a.arm.endswith("_extra") and not a.local:
+    c.rollout.group = round(generated * c.rollout.group)
+  if not a.local:
+    c.total_steps = round((a.steps or c.total_steps) / generated)
+  if a.domain in TINY and a.method != "grpo":
+    c.optimizer.decay_steps = max(c.total_steps, 20)   # past the warm-up
+  return c
+
+
+def tiny(a):
+  """The settings of configs/tinycode.py, for as many steps as two minutes on one core allow."""
+  c = config.base()
+  c.seed, c.model.path, c.method, c.total_steps = a.seed, a.model or TINY[a.domain], methods.row(a.method), 80
+  c.env = dict(name=a.domain, level="default", words_seed=0)
+  c.optimizer.lr = 1.5e-3
+  if a.method == "grpo":
+    c.optimizer.lr = 5e-4
+    c.rollout.update(questions=8, group=8)
+  else:
+    c.method.teacher_weights.rate = 0.01
+  c.eval.every_steps = 10
+  c.data.max_teacher_tokens = 700   # with two notes
+  if a.local:
+    c.total_steps = 2
+    c.rollout.update(questions=2, group=4, rows=8)
+    c.eval.update(every_steps=2, questions=4, samples=2, final_splits=("heldout",))
+    c.checkpoint.every_steps = 2
+    c.log.rollouts_every_steps = 1
+  return c
+
+
+def paper(a):
+  a.model, rich = a.model or "qwen3-8b", a.domain == "coding"
+  a.top_k = a.top_k or (20 if rich else 100)
+  c = config.paper(a, rich_feedback=rich)
+  c.env = dict(name=a.domain, **(dict(first_date="2025-02-01", last_date="2025-05-01") if rich else dict(tell_correctness=True)))
+  c.data.sources = (os.path.join(config.ROWS, f"{a.domain}.{{split}}.jsonl") if a.local else a.data or PAPER[a.domain],)
+  c.data.on_bad_row = "error" if a.local or not rich else "skip"
+  if rich and not a.local:
+    c.sandbox.workers, c.rollout.judge_threads, c.rollout.judge_timeout_s = 16, 16, 300.0
+  if rich and a.local:
+    del c.env["first_date"], c.env["last_date"]
+    c.sandbox.workers, c.rollout.judge_threads = 1, 2
+  return c

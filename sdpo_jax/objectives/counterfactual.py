@@ -1,0 +1,119 @@
+r"""What failed responses also learn from what might have been: other responses to the question, and what they would have received.
+
+  L = L_SDPO(y; f) + eta * 1/M * sum over m of w_m * L_SDPO(y; f + note_m)          always on the student's own tokens y
+
+f is what plain SDPO shows; note_m says "If you had tried X instead of Y, you would have received Z" of alternative m, X and Y being the lines
+in which the two differ and Z its feedback, word for word. Two forms (`joint`): one further reading by the teacher with all notes, weight
+eta * mean(w), which costs one teacher pass; or one reading for each alternative. w is 1 where the environment ran the alternative and kappa
+where the model imagined the feedback. A verified alternative that succeeds has no note: it joins the group's other successes, as a solution
+that may be shown. M is the number of alternatives that are left after duplicates and those like the attempt are dropped. An attempt that
+nothing is told about has no further reading. With eta = 0 or alternatives = 0 the part is None and nothing of it runs.
+
+Derived here; there is no paper. The mixture of teachers, log q = logsumexp(log w_m + log q_m), is left out: a mixture of softmaxes
+is no product of one hidden state with one matrix, which is what the full-vocabulary kernels take. Host code: text in, text out.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from sdpo_jax.objectives.teacher_context import TEMPLATES, Context, fill, without_thinking
+from sdpo_jax.records import Alternative, Rollout, Status
+
+SOURCES = ("samples", "branches", "siblings")
+
+
+class Part(NamedTuple):
+  """The settings of `notes`."""
+  eta: float
+  alternatives: int
+  sources: tuple[str, ...]
+  feedback: str
+  kappa: float
+  gate: bool
+  joint: bool
+  imagined_tokens: int
+
+  @property
+  def readings(self) -> int:
+    return 1 if self.joint else self.alternatives
+
+
+def none() -> None:
+  """Failed responses learn from their own feedback alone."""
+
+
+def notes(*, eta: float = 1.0, alternatives: int = 2, sources: tuple[str, ...] = ("samples",), feedback: str = "verified", kappa: float = 0.5,
+          gate: bool = False, joint: bool = True, imagined_tokens: int = 64) -> Part | None:
+  """alternatives: M, the most that are told to one failed attempt. sources, in this order: "samples" (M draws a question, which its failed attempts
+  share), "branches" (M continuations from the attempt's most uncertain position, for each attempt), "siblings" (the rest of the group, free).
+
+  feedback: "verified" | "imagined" (siblings are verified in any case); imagined_tokens: the longest feedback that the model may imagine.
+  gate: only tokens of which the readings with and without notes say the same.
+  """
+  if unknown := set(sources) - set(SOURCES):
+    raise ValueError(f"method.counterfactual.sources={tuple(sources)!r}: {sorted(unknown)[0]!r} is unknown; choose from {list(SOURCES)}")
+  if feedback not in ("verified", "imagined"):
+    raise ValueError(f"method.counterfactual.feedback={feedback!r} is unknown; choose from ['imagined', 'verified']")
+  for name, value, most in (("eta", eta, float("inf")), ("alternatives", alternatives, float("inf")), ("kappa", kappa, 1.0)):
+    if not 0 <= value <= most:
+      raise ValueError(f"method.counterfactual.{name}={value!r} must be at least 0{f' and at most {most:g}' if most == 1.0 else ''}")
+  if imagined_tokens < 1:
+    raise ValueError(f"method.counterfactual.imagined_tokens={imagined_tokens!r} must be at least 1")
+  return Part(eta, alternatives, tuple(sources), feedback, kappa, gate, joint, imagined_tokens) if eta and alternatives and sources else None
+
+
+COUNTERFACTUALS = {"none": none, "notes": notes}
+
+
+def failed(rollout: Rollout, success_threshold: float) -> bool:
+  return rollout.feedback.status is not Status.ENV_FAILED and rollout.feedback.reward < success_threshold
+
+
+def distinct(alternatives: list[Alternative], attempt: Rollout, *, most: int, success_threshold: float, behaviour) -> list[Alternative]:
+  """At most `most`, verified successes first; without those that say or do the same as the attempt or as an earlier one.
+
+  behaviour(rollout): equal for responses that do the same. Of an imagined alternative nobody knows what it does: its text alone counts.
+  """
+  texts, behaviours, kept = {without_thinking(attempt.text).strip()}, {behaviour(attempt)}, []
+  for a in sorted(alternatives, key=lambda a: a.imagined is not None or failed(a.rollout, success_threshold)):
+    text = without_thinking(a.rollout.text).strip()
+    if a.rollout.feedback.status is Status.ENV_FAILED or text in texts or (a.imagined is None and behaviour(a.rollout) in behaviours):
+      continue
+    kept.append(a)
+    texts.add(text)
+    if a.imagined is None:
+      behaviours.add(behaviour(a.rollout))
+  return kept[:most]
+
+
+def differing(alternative: str, attempt: str) -> tuple[str, str]:
+  """Both without the lines that they begin and end with alike; at least one line of each stays."""
+  x, y = alternative.split("\n"), attempt.split("\n")
+  while len(x) > 1 and len(y) > 1 and x[0] == y[0]:
+    del x[0], y[0]
+  while len(x) > 1 and len(y) > 1 and x[-1] == y[-1]:
+    del x[-1], y[-1]
+  return "\n".join(x), "\n".join(y)
+
+
+def note(alternative: Alternative, attempt: Rollout, template: str) -> str:
+  """"" where nothing was said of the alternative."""
+  said = alternative.rollout.feedback.text if alternative.imagined is None else alternative.imagined
+  x, y = differing(without_thinking(alternative.rollout.text).strip(), without_thinking(attempt.text).strip())
+  return fill(template, {"alternative": x, "attempt": y, "feedback": said}) if said else ""
+
+
+def readings(part: Part, teacher_context, group: list[Rollout], i: int, *, success_threshold: float) -> list[tuple[Context, float] | None]:
+  """What the teacher reads of rollout i in each further reading, and its weight; None: nothing that it has not read already."""
+  attempt, found = group[i], []
+  told = [attempt.alternatives] if part.joint else [[a] for a in attempt.alternatives]
+  for chosen in filter(None, told):
+    verified = [a.rollout for a in chosen if a.imagined is None]
+    shown = teacher_context(group + verified, i)   # one that succeeds is a success like any other
+    template = (TEMPLATES | dict(shown.templates if shown else ()))["note"]
+    text = "".join(note(a, attempt, template) for a in chosen if a.imagined is not None or failed(a.rollout, success_threshold))
+    context = dataclasses.replace(shown or Context(), notes=text)
+    weight = part.eta * sum(1.0 if a.imagined is None else part.kappa for a in chosen) / len(attempt.alternatives)
+    changed = context not in (Context(), teacher_context(group, i))
+    found.append((context, weight) if changed and weight else None)
+  return found + [None] * (part.readings - len(found))
