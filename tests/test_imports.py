@@ -11,7 +11,7 @@ LEVELS = {   # a folder's level holds for its files unless they have their own
     "records": 0, "stats": 0, "sharding": 0, "hosts": 0, "kernels": 0,
     "model": 1, "objectives": 1, "envs": 1, "data/chat": 1, "metrics": 1,
     "sampler": 2, "remote": 2, "monitors": 2, "train_step": 2, "data": 2, "checkpoint": 2,
-    "rollout": 3, "counterfactual": 3,
+    "rollout": 3, "counterfactual": 3.5,
     "evaluate": 4, "report": 4, "discovery": 4, "plan": 4, "export": 4.5,
     "config": 4,   # reads the METHODS table and the kernels' names alone; train asks it to validate
     "wiring": 4.5,   # from a configuration to what it names: shared by train and discover

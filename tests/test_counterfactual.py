@@ -1,0 +1,267 @@
+"""Counterfactual self-distillation: which alternatives count, what the teacher is told of them, and what that adds to the loss."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sdpo_jax import config, counterfactual, wiring
+from sdpo_jax.data.batch import pack
+from sdpo_jax.data.chat import Chat
+from sdpo_jax.envs.sandbox import Sandbox
+from sdpo_jax.envs.tinycode import SHOWN, TinyCode, program
+from sdpo_jax.objectives import methods, reference
+from sdpo_jax.objectives.counterfactual import differing, distinct, notes, readings
+from sdpo_jax.objectives.loss import make_objective
+from sdpo_jax.objectives.teacher_context import Context, feedback_or_solution
+from sdpo_jax.records import Alternative, Counterfactual, Feedback, Rollout, Sampling, Status, Task
+from sdpo_jax.rollout import Collector
+from sdpo_jax.train_step import init_state, make_signals, make_train_step
+from tests import fakes
+
+CHAT = Chat(fakes.ByteTokenizer())
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}   # for what is compiled to run once
+SAMPLING = Sampling(32, stop_tokens=(257,))
+say = lambda text: CHAT.text_tokens(text) + [257]
+
+
+def rollout(text, reward=0.0, feedback=None, status=Status.SCORED, task=Task("t/0", "Say it."), logp=None):
+  tokens = say(text)
+  return Rollout(task, CHAT.prompt_tokens([{"role": "user", "content": task.prompt}]), tokens, logp or [-1.0] * len(tokens), "stop", text,
+                 Feedback(reward, ("" if reward else "wrong: " + text) if feedback is None else feedback, status))
+
+
+def told(attempt, *alternatives, **settings):
+  """The attempt, with these alternatives left after duplicates."""
+  attempt.alternatives = distinct(list(alternatives), attempt, most=notes(**settings).alternatives, success_threshold=0.5,
+                                  behaviour=lambda r: (r.feedback.reward, r.feedback.text))
+  return attempt
+
+
+def read(attempt, group=None, **settings):
+  group = group or [attempt]
+  return readings(notes(**settings), feedback_or_solution, group, group.index(attempt), success_threshold=0.5)
+
+
+verified = lambda *args, **kwargs: Alternative(rollout(*args, **kwargs), "samples")
+
+
+def test_one_alternative_for_each_behaviour_and_none_like_the_attempt():
+  attempt = rollout("a", feedback="is 1")
+  others = [verified("a", feedback="says the same"), verified("a2", feedback="is 1"), verified("b", feedback="is 2"), verified("b2", feedback="is 2"),
+            verified("broken", status=Status.ENV_FAILED), verified("c", reward=1.0), verified("c2", reward=1.0), verified(" b\n", feedback="is 3")]
+  assert [a.rollout.text for a in told(attempt, *others, alternatives=9).alternatives] == ["c", "b"]   # a success comes first
+  assert [a.rollout.text for a in told(attempt, *others, alternatives=1).alternatives] == ["c"]
+  imagined = [Alternative(rollout(t, feedback="is 1"), "samples", "perhaps") for t in ("a", "b", "b", "c")]
+  assert [a.rollout.text for a in told(attempt, *imagined, alternatives=9).alternatives] == ["b", "c"]   # what it does is not known
+
+
+def test_a_note_says_what_the_differing_lines_would_have_received():
+  attempt = rollout("def f(x):\n  x = 1\n  return x", feedback="is 1")
+  told(attempt, verified("<think>hm</think>def f(x):\n  x = 2\n  y = {x}\n  return x", feedback="is " + fakes.NASTY))
+  (context, weight), = read(attempt)
+  assert context.feedback == "is 1" and weight == 1.0
+  assert context.notes == f"\nIf you had tried\n  x = 2\n  y = {{x}}\ninstead of\n  x = 1\nyou would have received\nis {fakes.NASTY}"
+  assert context.render("Q").startswith("Q\nThe following is feedback") and context.render("Q").endswith(context.notes + "\n\nCorrectly solve the original question.")
+  assert differing("a\nb", "a") == ("a\nb", "a") and differing("a\nb\nc", "a\nc") == ("b\nc", "c")   # a line of each stays
+
+
+def test_a_verified_success_is_used_as_a_solution():
+  attempt, success = rollout("a"), rollout("<think>hm</think>c", reward=1.0)
+  told(attempt, Alternative(success, "samples"), verified("b"))
+  for settings in ({}, {"feedback": "always"}, {"use_solution": False}, {"demonstration": "shortest"}):
+    context = functools.partial(feedback_or_solution, **settings)
+    (found, _), = readings(notes(), context, [attempt], 0, success_threshold=0.5)
+    assert Context(found.solution, found.feedback) == context([attempt, success], 0) and "wrong: b" in found.notes and "<think>" not in found.notes
+  imagined = told(rollout("a"), Alternative(success, "samples", "Correct"))   # nobody ran it: it is told, with its imagined feedback
+  (found, weight), = read(imagined, feedback="imagined", kappa=0.25, eta=2.0)
+  assert not found.solution and "c\ninstead of\na\nyou would have received\nCorrect" in found.notes and weight == 0.5
+  group = [told(rollout("a"), Alternative(success, "samples")), rollout("d", reward=1.0)]
+  assert read(group[0], group) == [None]   # the group has a solution already: nothing more is told
+
+
+def test_weights_and_readings():
+  attempt = told(rollout("a"), verified("b"), Alternative(rollout("c"), "samples", "no"), alternatives=3)
+  (joint, weight), = read(attempt, alternatives=3, eta=0.5, kappa=0.5)
+  assert weight == 0.5 * 0.75 and "wrong: b" in joint.notes and "\nno" in joint.notes
+  one, two, none = read(attempt, alternatives=3, eta=0.5, kappa=0.5, joint=False)
+  assert (one[1], two[1], none) == (0.25, 0.125, None) and one[0].notes + two[0].notes == joint.notes
+  assert read(rollout("a")) == [None] and read(rollout("a", reward=1.0), alternatives=2, joint=False) == [None, None]
+  assert notes(eta=0.0) is None and notes(alternatives=0) is None and notes(sources=()) is None
+  for wrong in (dict(eta=-1.0), dict(kappa=1.5), dict(feedback="dreamt"), dict(sources=("cousins",)), dict(imagined_tokens=0)):
+    with pytest.raises(ValueError, match=f"method.counterfactual.{next(iter(wrong))}"):
+      methods.build(methods.row("counterfactual") | dict(counterfactual=dict(name="notes", **wrong)))
+  with pytest.raises(ValueError, match="teacher context 'feedback_or_solution'"):
+    methods.build(methods.row("grpo") | dict(counterfactual=dict(name="notes")))
+
+
+def explored(groups, script, answers, **settings):
+  collector = Collector(fakes.ListEnv(answers), CHAT, fakes.ScriptedEngine(script), max_prompt_tokens=300, judge_threads=2, judge_timeout_s=5.0)
+  asked = []
+  generate = collector.engine.generate
+  collector.engine.generate = lambda params, prompts, **kwargs: (asked.append(prompts), generate(params, prompts, **kwargs))[1]
+  try:
+    metrics = counterfactual.explore(notes(**settings), collector, None, groups, sampling=SAMPLING, seed=0, step=1, success_threshold=0.5, max_prompt_tokens=400)
+  finally:
+    collector.close()
+  return metrics, asked
+
+
+def test_samples_are_drawn_once_a_question_and_siblings_cost_nothing():
+  groups = [[rollout("a"), rollout("right", 1.0), rollout("b")], [rollout("right", 1.0)] * 3]
+  metrics, asked = explored(groups, [[say("b"), say("right"), say("b")]], {"right": Feedback(1.0, "")}, sources=("samples", "siblings"), alternatives=3)
+  assert asked == [[groups[0][0].prompt_tokens]]   # the solved question is not asked again
+  assert [(a.rollout.text, a.source) for a in groups[0][0].alternatives] == [("right", "samples"), ("b", "samples")]
+  assert [(a.rollout.text, a.source) for a in groups[0][2].alternatives] == [("right", "samples"), ("a", "siblings")]
+  assert [r.extra_tokens for r in groups[0]] == [10, 0, 0] and [r.extra_calls for r in groups[0]] == [3, 0, 0] and not groups[1][0].alternatives
+  assert metrics["counterfactual/successes"].mean == 0.5 and metrics["counterfactual/generated_tokens"] == 10.0
+
+
+def test_branches_begin_at_the_least_likely_token():
+  attempt = rollout("abc", logp=[-1.0, -3.0, -2.0, -0.5])
+  metrics, asked = explored([[attempt]], [[say("xy"), say("bc")]], {}, sources=("branches",))
+  assert asked == [[attempt.prompt_tokens + CHAT.text_tokens("a")]]
+  (branch,) = attempt.alternatives   # the other one is the attempt again
+  assert branch.rollout.text == "axy" and branch.rollout.logp == [-1.0] * 4 and branch.rollout.feedback.text == "wrong: axy"
+  assert attempt.extra_tokens == 6 and metrics["counterfactual/env_calls"] == 2.0
+
+
+def test_imagined_feedback_is_asked_for_once_and_measured_against_the_judge():
+  groups = [[rollout("a"), rollout("b")]]
+  script = [[say("c"), say("d")]], [[say("wrong: c")], [say("Correct")]]   # first the alternatives, then what the policy thinks of them
+
+  class InTurn:
+    def generate(self, params, prompts, **kwargs):
+      asked.append((prompts, kwargs["sampling"].max_new_tokens))
+      return fakes.ScriptedEngine(script[len(asked) - 1]).generate(params, prompts, **kwargs)
+
+  asked = []
+  collector = Collector(fakes.ListEnv({}), CHAT, InTurn(), max_prompt_tokens=300, judge_threads=2, judge_timeout_s=5.0)
+  metrics = counterfactual.explore(notes(feedback="imagined", imagined_tokens=9), collector, None, groups, sampling=SAMPLING, seed=0, step=1,
+                                   success_threshold=0.5, max_prompt_tokens=400)
+  collector.close()
+  (prompts, longest), = asked[1:]
+  text = CHAT.tokenizer.decode(prompts[0])
+  assert longest == 9 and len(prompts) == 2 and "Say it.\n\nThis answer\n\na\n\nreceived the verdict\n\nwrong: a" in text and "\n\nc\n\nReply with" in text
+  assert [[(a.rollout.text, a.imagined) for a in r.alternatives] for r in groups[0]] == [[("c", "wrong: c"), ("d", "Correct")]] * 2
+  assert metrics["counterfactual/imagined_wrong"].mean == 0.5 == metrics["counterfactual/imagined_verdict_wrong"].mean
+  assert metrics["counterfactual/alternatives"].mean == 2.0 and "counterfactual/successes" in metrics
+  assert [r.extra_tokens for r in groups[0]] == [2 + 2 + 9 + 8, 0]
+  (context, weight), = read(groups[0][0], groups[0], feedback="imagined")
+  assert "wrong: d" not in context.render("Q") and weight == 0.5   # what the judge says of it reaches no teacher
+  groups = [[rollout("a" * 300)]]
+  asked.clear()
+  metrics, _ = explored(groups, script[0], {}, feedback="imagined")
+  assert metrics["counterfactual/not_imagined"] == 2.0 and not groups[0][0].alternatives
+
+
+def test_notes_tell_no_more_of_the_hidden_tests_than_feedback_does():
+  """TinyCode, its real judge: whatever expected output the teacher reads stands in the feedback that an attempt received."""
+  with Sandbox(workers=1) as sandbox:
+    env = TinyCode(sandbox=sandbox)
+    for task in (env.task("train", i) for i in range(6)):
+      *attempts, success = [rollout(text, task=task) for text in [program([name]) for name in ("reverse", "sort", "sum", "upper", "twice")] + [task.solution]]
+      for r in (*attempts, success):
+        r.feedback = env.judge(task, r.text)
+      attempts = [r for r in attempts if not r.feedback.reward]
+      attempt = told(attempts[0], *(Alternative(r, "samples") for r in (*attempts[1:], success)), alternatives=9)
+      assert success.feedback.reward == 1.0 and len(attempt.alternatives) > 1
+      (context, _), = read(attempt, alternatives=9)
+      said = [r.feedback.text for r in attempts]
+      assert context.solution == task.solution and context.notes
+      for text in re.split("\nIf you had tried\n", context.notes)[1:]:
+        assert text.split("\nyou would have received\n")[1] in said and text.count("Expected: ") <= SHOWN
+      shown = set(re.findall("Expected: (.*)", context.render(task.prompt)))
+      assert shown <= {line for text in said for line in re.findall("Expected: (.*)", text)}
+      assert not context.feedback or context.feedback == attempt.feedback.text
+
+
+def batches(method, groups):
+  """The batch that training would make of the groups under these settings."""
+  c = config.base()
+  c.method = method
+  learn = wiring.learner(c, fakes.toy_config(layers=1, width=16, heads=2, kv_heads=1))
+  return learn, pack(groups, chat=CHAT, messages=lambda task: [{"role": "user", "content": task.prompt}], teacher_context=learn.parts["teacher_context"],
+                     advantage=learn.parts["advantage"], max_teacher_tokens=400, length_multiple=8, response_multiple=8, shapes=[], counterfactual=learn.counterfactual)
+
+
+def test_without_weight_or_alternatives_it_is_sdpo_bit_for_bit():
+  """Loss, gradient and parameters after five steps; no alternative is asked for."""
+  group = [told(rollout("a"), verified("b"), verified("c", 1.0)), rollout("d"), rollout("right", 1.0)]
+  rows = [methods.row("sdpo"), methods.row("counterfactual"), methods.row("counterfactual")]
+  rows[1]["counterfactual"]["eta"], rows[2]["counterfactual"]["alternatives"] = 0.0, 0
+  _, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
+  ended = []
+  for method in rows:
+    learn, packed = batches(method, [group])
+    assert learn.explore is None and packed.batch.counterfactuals == ()
+    state, step, said = init_state(params, learn.tx, keep_teacher=learn.teacher.keep), jax.jit(learn.step, compiler_options=QUICK), []
+    for _ in range(5):
+      state, metrics = step(state, packed.batch)
+      said.append((state, metrics["train/loss"]))   # the optimiser's moments after the first step are the gradient and its square, scaled
+    ended.append(said)
+  assert ended[0][0][1].mean > 0
+  for other in ended[1:]:
+    jax.tree.map(np.testing.assert_array_equal, ended[0], other)
+
+
+def test_the_batch_holds_the_same_responses_under_the_notes():
+  group = [told(rollout("a"), verified("bb"), verified("ccc")), rollout("dd", 0.0, ""), rollout("e", 0.0, "no")]
+  row = methods.row("counterfactual")
+  row["counterfactual"].update(eta=0.5)
+  learn, packed = batches(row, [group])
+  (more,), (contexts,) = packed.batch.counterfactuals, packed.counterfactuals
+  assert more.weight_B.tolist() == [0.5, 0, 0] and [c is not None for c in contexts] == [True, False, False]
+  asked = CHAT.prompt_tokens([{"role": "user", "content": contexts[0].render("Say it.")}], teacher=True)
+  assert "wrong: ccc" in contexts[0].notes and more.teacher.token_CPT[more.teacher.segment_CPT > 0].tolist() == asked + group[0].tokens
+  at, n = packed.batch.start_B[0], len(group[0].tokens)
+  assert more.teacher.token_CPT.reshape(-1)[more.teacher.at_CX[0, at:at + n] + 1].tolist() == group[0].tokens
+  assert packed.metrics["counterfactual/teacher_tokens"] == len(asked) + n and packed.metrics["counterfactual/told_share"] == pytest.approx(1 / 3)
+  again = batches(row, [[rollout("a"), rollout("b"), rollout("c")]])[1].batch.counterfactuals   # nothing to tell: the same program, no weight
+  assert len(again) == 1 and not again[0].weight_B.any()
+  row["counterfactual"]["joint"] = False
+  assert [c.weight_B.tolist() for c in batches(row, [group])[1].batch.counterfactuals] == [[0.25, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("gate, pieces", [(False, 1), (True, 2)])
+def test_the_loss_is_the_specifications(gate, pieces):
+  """sdpo_loss + eta w of it under other prompts, over the tokens of one batch; on dense logits, value and gradient."""
+  setup, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
+  _, teacher = fakes.toy_model(1, layers=1, width=16, heads=2, kv_heads=1)
+  batch = fakes.toy_batch(rows=4, packs=pieces)
+  one, two = np.array([0.5, 0, 0.25, 0], np.float32), np.array([0.5, 0, 0, 0.125], np.float32)   # row 2 has no feedback
+  batch = batch._replace(counterfactuals=(Counterfactual(batch.student, one), Counterfactual(batch.teacher, two)))
+  row = methods.row("counterfactual") | dict(token_weight=dict(name="uniform"))
+  row["counterfactual"] = dict(name="notes", gate=gate)
+  objective, tx = make_objective(row), optax.sgd(1.0)
+  step = jax.jit(make_train_step(make_signals(setup, objective), objective, tx, micro_batches=pieces), compiler_options=QUICK)
+  state, metrics = step(init_state(params, tx)._replace(teacher=teacher), batch)
+
+  def dense(params, half):
+    packs = [jax.tree.map(lambda x: x[c:c + 1], half) for c in range(pieces)]
+    rows = [batch._replace(**{n: x[c * 4 // pieces:(c + 1) * 4 // pieces] for n, x in batch._asdict().items() if n.endswith(("_B", "_BR"))}) for c in range(pieces)]
+    return jnp.concatenate([fakes.dense_logits(params, setup, p, b) for p, b in zip(packs, rows)])
+
+  taught_B = (batch.distill_B > 0) | (one > 0) | (two > 0)
+  tokens = (batch.weight_BR * taught_B[:, None]).sum()
+  pick = lambda logits: jnp.take_along_axis(jax.nn.log_softmax(logits), batch.response_BR[..., None], -1)[..., 0]
+
+  def loss(params):
+    policy, plain = dense(params, batch.student), dense(teacher, batch.teacher)
+    total = reference.sdpo_loss(policy, plain, batch.response_BR, batch.weight_BR, batch.distill_B, is_clip=None, rollout_is_clip=None)
+    for weight_B, half in ((one, batch.student), (two, batch.teacher)):
+      other = dense(teacher, half)
+      agree_BR = jnp.sign(pick(other) - pick(policy)) == jnp.sign(pick(plain) - pick(policy))
+      weight_BR = batch.weight_BR * weight_B[:, None] * (agree_BR | (batch.distill_B == 0)[:, None] if gate else 1.0)
+      mean = reference.sdpo_loss(policy, other, batch.response_BR, weight_BR, np.ones(4), is_clip=None, rollout_is_clip=None)
+      total += mean * jnp.maximum(weight_BR.sum(), 1.0) / tokens
+    return total
+
+  want, grads = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params)
+  assert float(metrics["train/loss"].mean) == pytest.approx(float(want), rel=1e-5) and 0 <= metrics["counterfactual/agreement"].mean <= 1
+  scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(grads))
+  jax.tree.map(lambda old, new, g: np.testing.assert_allclose(old - new, g, atol=2e-5 * scale), params, state.params, grads)
