@@ -6,6 +6,9 @@ Smoke:  python -m sdpo_jax.main --config=configs/counterfactual.py:local --workd
 Arms:   sdpo, grpo; sdpo_extra, grpo_extra (larger groups: what counterfactual samples beside its rollouts); counterfactual (two more samples a
         question, judged), counterfactual_imagined (the policy imagines their feedback), counterfactual_siblings (the group's own: nothing
         more is generated). Numbers of steps are such that all arms generate about as many tokens.
+Notes:  note=full is "If you had tried X instead of Y, you would have received Z"; note=feedback, the default of the tiny models, is Z alone, in the words
+        in which they have read feedback before: they know no other English. On 27 failed attempts at TinyCode with two failed alternatives
+        the untrained teacher, greedy, solves 41 % with the plain feedback, 19 % with full notes and 44 % with those.
 Data:   domain=tinycode and arithmetic make their own questions, for the tiny models of the package; coding and math_qa are those of configs/coding.py
         (livecodebench) and configs/math_qa.py (GSM8K) and their models.
 Cost:   the full run has not been measured.
@@ -16,6 +19,7 @@ import os
 
 from sdpo_jax import config
 from sdpo_jax.objectives import methods
+from sdpo_jax.objectives.teacher_context import FEEDBACK
 
 TINY = {"tinycode": "tiny", "arithmetic": "tiny_arithmetic"}
 PAPER = {"coding": "hub:livecodebench/code_generation_lite/test6.jsonl", "math_qa": "hub:openai/gsm8k:main"}
@@ -31,12 +35,16 @@ ARMS = {  # method, changes to its counterfactual part, responses generated for 
 
 
 def get_config(arg: str = ""):
-  a = config.parse_arg(arg, domain="tinycode", arm="counterfactual", model="", data="", top_k=0, steps=0, seed=0, local=False)
-  for name, value, choices in (("domain", a.domain, [*TINY, *PAPER]), ("arm", a.arm, list(ARMS))):
+  a = config.parse_arg(arg, domain="tinycode", arm="counterfactual", model="", data="", top_k=0, steps=0, note="", seed=0, local=False)
+  a.note = a.note or ("feedback" if a.domain in TINY else "full")
+  for name, value, choices in (("domain", a.domain, [*TINY, *PAPER]), ("arm", a.arm, list(ARMS)), ("note", a.note, ["feedback", "full"])):
     if value not in choices:
       raise ValueError(f"{name}={value!r} is unknown; choose from {choices}")
   a.method, changes, generated = ARMS[a.arm]
   c = tiny(a) if a.domain in TINY else paper(a)
+  c.label = a.arm
+  if a.method == "counterfactual" and a.note == "feedback":
+    c.method.teacher_context.templates = {"note": FEEDBACK + "{feedback}"}
   c.method.counterfactual.update(changes)
   if a.arm.endswith("_extra") and not a.local:
     c.rollout.group = round(generated * c.rollout.group)

@@ -36,6 +36,7 @@ MODELS = {  # name: Hugging Face hub id; the tiny ones ship with the package
 def base() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.seed = 0
+  c.label = ""                               # what a report calls the run; empty: its method and what else differs
   c.total_steps = 240                        # generation batches
   c.method = methods.row("sdpo")             # each cell can be overridden by itself, and so can its part (`complete`)
   c.model = dict(

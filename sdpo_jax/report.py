@@ -7,7 +7,7 @@ several) and the curves as PNG files beside it. The page carries its pictures in
 no jax, and can be made while a run goes on: what is missing is left out and said to be missing.
 
 Several work directories: those whose settings differ only in the seed are one group, drawn as their mean with a band from the lowest to the
-highest seed. Of a single run the band is its evaluation's own 95 % interval over questions. Curves of training metrics are running means over
+highest seed; runs of different tasks are compared and drawn apart. A run whose settings have a `label` goes by it. Of a single run the band is its evaluation's own 95 % interval over questions. Curves of training metrics are running means over
 a tenth of the steps, the single steps faint behind them.
 
 Errors: FileNotFoundError naming a work directory that is not there; unreadable lines are skipped and counted on the page.
@@ -53,10 +53,13 @@ class Run:
   skipped: int           # lines that could not be read
   label: str = ""        # what it is compared as; runs of one label differ in the seed only
 
+  def points(self, name, x_axis):
+    """{step: (x, y)} where both are known; the base model, step 0, has generated nothing."""
+    points = {line["step"]: (0 if line["step"] == 0 else line.get(x_axis), line.get(name)) for line in self.lines}
+    return {step: (x, y) for step, (x, y) in points.items() if x is not None and y is not None}
+
   def series(self, name, x_axis):
-    """Points (x, y) where both are known; the base model, step 0, has generated nothing."""
-    points = [(0 if line["step"] == 0 else line.get(x_axis), line.get(name)) for line in self.lines]
-    return [(x, y) for x, y in points if x is not None and y is not None]
+    return list(self.points(name, x_axis).values())
 
   def splits(self):
     """Evaluation splits in the order in which they first appear."""
@@ -88,11 +91,20 @@ def write_report(workdirs, out) -> pathlib.Path:
   out.mkdir(parents=True, exist_ok=True)
   page = "\n".join([
       f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{_text(_title(runs))}</title><style>{STYLE}</style></head><body>",
-      f"<h1>{_text(_title(runs))}</h1>", _results(runs), _curves(runs, out), *[_rollouts(run, len(runs) == 1) for run in runs], _settings(runs),
+      f"<h1>{_text(_title(runs))}</h1>", _results(runs), *_by_task(runs, out), *[_rollouts(run, len(runs) == 1) for run in runs], _settings(runs),
       "</body></html>"])
   path = out / "index.html"
   path.write_bytes(page.encode("utf-8", "replace"))    # a lone surrogate in a response must not cost the page
   return path
+
+
+def _by_task(runs, out):
+  """Comparison and curves of each task."""
+  tasks = {}
+  for run in runs:
+    tasks.setdefault(str(_flat(run.config).get("env.name", "")), []).append(run)
+  return [f"<h1>{_text(task)}</h1>" * (len(tasks) > 1) + _comparison(members) + _curves(members, out, f"{task}_" if len(tasks) > 1 else "", i)
+          for i, (task, members) in enumerate(tasks.items())]
 
 
 def _json_file(path):
@@ -134,6 +146,9 @@ def _label(runs):
   settings = [{key: value for key, value in _flat(run.config).items() if not key.startswith(same_learning)} for run in runs]
   names = [str(flat.get("method.name", run.workdir.name)) for run, flat in zip(runs, settings)]
   for run, flat, name in zip(runs, settings, names):
+    if flat.get("label"):
+      run.label = str(flat["label"])
+      continue
     rivals = [other for other, other_name in zip(settings, names) if other_name == name]
     differing = [key for key in sorted({key for rival in rivals for key in rival}) if any(rival.get(key) != flat.get(key) for rival in rivals)]
     run.label = ", ".join([name, *(f"{key}={flat.get(key)}" for key in differing)])
@@ -170,43 +185,56 @@ def _results(runs):
   skipped = sum(run.skipped for run in runs)
   note += f"<p class='note'>{skipped} unreadable line{'s' * (skipped > 1)} left out.</p>" if skipped else ""
   return ("<h2>Results</h2><table class='grid'><tr><th>run</th><th>seed</th><th>steps</th><th>responses</th><th>time</th>"
-          f"{heads}</tr>{''.join(rows)}</table>{note}<p class='note'>In brackets: 95 % intervals over questions.</p>" + _comparison(runs, splits))
+          f"{heads}</tr>{''.join(rows)}</table>{note}<p class='note'>In brackets: 95 % intervals over questions.</p>")
 
 
-def _comparison(runs, splits):
-  """Groups side by side: the last evaluation over seeds, and how many responses one needs for what another ends with."""
+def _comparison(runs):
+  """Groups side by side: the last evaluation over seeds, and how many responses and tokens one needs for what another ends with."""
   groups, rows = _groups(runs), []
   if len(groups) == len(runs) == 1:
     return ""
-  for split in splits:
-    curves = {label: _mean_curve(members, f"eval/{split}/avg@k", "train/generations") for label, members in groups.items()}
+  for split in dict.fromkeys(split for run in runs for split in run.splits()):
+    curves, by_tokens = ({label: _mean_curve(members, f"eval/{split}/avg@k", axis) for label, members in groups.items()}
+                         for axis in ("train/generations", "train/sampled_tokens"))
     for label, members in groups.items():
       ends = [points[-1][1] for points in (run.series(f"eval/{split}/avg@k", "step") for run in members) if points]
       if not ends or not curves[label]:
         continue
       mean, low, high = stats.mean_interval(ends)
-      reached = "<br>".join(_reach(curves[label], other, curves[other]) for other in groups if other != label and curves[other])
+      reached = "<br>".join(_reach(curves[label], other, curves[other], by_tokens[label], by_tokens[other]) for other in groups if other != label and curves[other])
+      spent = f"{by_tokens[label][-1][0]:,.0f}" if by_tokens[label] else "&ndash;"
       interval = f" <small>[{low:.1%}, {high:.1%}]</small>" if low is not None else ""
-      rows.append(f"<tr><td>{_text(split)}</td><td><b>{_text(label)}</b></td><td>{len(ends)}</td><td><b>{mean:.1%}</b>{interval}</td><td>{reached}</td></tr>")
-  return ("<h2>Comparison</h2><table class='grid'><tr><th>split</th><th>method</th><th>seeds</th><th>last evaluation</th>"
+      rows.append(f"<tr><td>{_text(split)}</td><td><b>{_text(label)}</b></td><td>{len(ends)}</td><td>{spent}</td><td><b>{mean:.1%}</b>{interval}</td><td>{reached}</td></tr>")
+  return ("<h2>Comparison</h2><table class='grid'><tr><th>split</th><th>method</th><th>seeds</th><th>tokens generated</th><th>last evaluation</th>"
           f"<th>first evaluation as good as another's last</th></tr>{''.join(rows)}</table><p class='note'>In brackets: 95 % intervals over seeds. "
           "The right column reads the mean over seeds at the evaluations that were made, without interpolation.</p>") if rows else ""
 
 
-def _reach(curve, other, target):
-  end_x, end_y = target[-1]
-  at = next((x for x, y in curve if y >= end_y), None)
-  goal = f"{_text(other)}'s {end_y:.1%}"
-  if at is None:
-    return f"{goal}: not reached"
-  return f"{goal}: at {at:,} of its {end_x:,} responses" + (f" ({end_x / at:.1f} times fewer)" if 0 < at < end_x else "")
+def _reach(curve, other, target, by_tokens, target_by_tokens):
+  said = f"{_text(other)}'s {target[-1][1]:.1%}: "
+  found = []
+  for what, points, goal in (("responses", curve, target), ("tokens", by_tokens, target_by_tokens)):
+    if points and goal:
+      end_x, end_y = goal[-1]
+      at = next((x for x, y in points if y >= end_y), None)
+      if at is None:
+        return said + "not reached"
+      found.append(f"at {at:,.0f} of its {end_x:,.0f} {what}" + (f" ({end_x / at:.1f} times fewer)" if 0 < at < end_x else ""))
+  return said + "; ".join(found)
+
+
+def _shared(members, name, x_axis):
+  """(mean x of each point, values_SX) at the steps where every seed has a value: a mean over fewer of them would jump. Seeds sample unequal numbers of tokens."""
+  curves = [curve for curve in (run.points(name, x_axis) for run in members) if curve]
+  steps = sorted(set.intersection(*map(set, curves))) if curves else []
+  return ([float(np.mean([curve[step][0] for curve in curves])) for step in steps],
+          np.array([[curve[step][1] for step in steps] for curve in curves], dtype=float).reshape(len(curves), len(steps)))
 
 
 def _mean_curve(members, name, x_axis):
-  """[(x, mean over seeds)] where every seed has a value: a mean over fewer of them would jump."""
-  curves = [dict(points) for points in (run.series(name, x_axis) for run in members) if points]
-  shared = sorted(set.intersection(*map(set, curves))) if curves else []
-  return [(x, float(np.mean([curve[x] for curve in curves]))) for x in shared]
+  """[(x, mean over seeds)]"""
+  x_X, value_SX = _shared(members, name, x_axis)
+  return list(zip(x_X, value_SX.mean(axis=0).tolist())) if x_X else []
 
 
 def _evaluations(run, split):
@@ -232,7 +260,7 @@ def _duration(seconds):
 
 # Curves: every panel once for each x axis; the reader picks the axis.
 
-def _curves(runs, out):
+def _curves(runs, out, prefix="", number=0):
   panels = [(f"eval/{split}/avg@k", f"Evaluation: {split}", "mean reward (avg@k)") for split in dict.fromkeys(s for run in runs for s in run.splits())]
   panels += [(name, title, unit) for name, (title, unit) in TRAINING.items()]
   axes = [axis for axis in X_AXES if any(run.series(axis, "step") for run in runs)] or ["step"]
@@ -241,12 +269,12 @@ def _curves(runs, out):
     for name, title, unit in panels:
       if any(run.series(name, axis) for run in runs):
         png = _picture(runs, name, title, unit, axis)
-        file_name = "".join(c if c.isalnum() else "_" for c in f"{name} by {axis.split('/')[-1]}") + ".png"
+        file_name = "".join(c if c.isalnum() else "_" for c in f"{prefix}{name} by {axis.split('/')[-1]}") + ".png"
         (out / file_name).write_bytes(png)
         figures[axis].append(f"<img alt='{_text(title)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>")
   if not any(figures.values()):
     return ""
-  buttons = "".join(f"<input type='radio' name='x' id='x{i}'{' checked' * (i == 0)}><label for='x{i}'>{_text(X_AXES[axis])}</label>" for i, axis in enumerate(axes))
+  buttons = "".join(f"<input type='radio' name='x{number}' class='x{i}' id='x{number}_{i}'{' checked' * (i == 0)}><label for='x{number}_{i}'>{_text(X_AXES[axis])}</label>" for i, axis in enumerate(axes))
   blocks = "".join(f"<div class='curves by{i}'>{''.join(figures[axis])}</div>" for i, axis in enumerate(axes))
   return f"<h2>Curves</h2><div class='choice'><span>against</span>{buttons}{blocks}</div>"
 
@@ -260,8 +288,7 @@ def _picture(runs, name, title, unit, x_axis):
     curves = [dict(points) for points in (run.series(name, x_axis) for run in members) if points]
     if not curves:
       continue
-    shared = sorted(set.intersection(*(set(curve) for curve in curves)))    # a mean over fewer seeds would jump
-    value_SX = np.array([[curve[x] for x in shared] for curve in curves], dtype=float)
+    shared, value_SX = _shared(members, name, x_axis)
     mean_X = value_SX.mean(axis=0)
     label = textwrap.shorten(label, 60, placeholder=" ...").replace("$", r"\$") + (f" ({len(curves)} seeds)" if len(curves) > 1 else "")
     if not evaluation:
@@ -370,7 +397,7 @@ table { border-collapse: collapse } .grid { display: block; overflow-x: auto }
 .facts th { text-align: left; padding: .1em 1em .1em 0; vertical-align: top; font-weight: 600; color: #666; white-space: nowrap }
 .choice > span { color: #666; margin-right: .6em } .choice > input { margin: 0 .3em 0 0 } .choice > label { margin-right: 1.2em }
 .curves { display: none; margin-top: .6em } .curves img { width: 49%; min-width: 330px; height: auto }
-#x0:checked ~ .by0, #x1:checked ~ .by1, #x2:checked ~ .by2 { display: block }
+.x0:checked ~ .by0, .x1:checked ~ .by1, .x2:checked ~ .by2 { display: block }
 .card { border: 1px solid #ddd; border-radius: 6px; padding: .6em 1em 1em; margin: 0 0 1em } .head span { margin-right: .8em; color: #666 }
 .head .badge { border-radius: 4px; padding: .1em .5em; color: #fff } .right { background: #00795a } .wrong { background: #b34a00 } .part { background: #777 }
 .columns { display: grid; grid-template-columns: 1fr 1fr; gap: 1.6em } .columns > div { min-width: 0 }

@@ -58,7 +58,7 @@ def workdir(path, *, method="sdpo", seed=0, accuracy=(0.1, 0.5, 0.9), rollouts=(
   lines = []
   for step, value in enumerate(accuracy):
     line = {"step": step, "time_s": 2.0 * step, "eval/heldout/avg@k": value, "eval/heldout/avg@k_low": value - 0.05, "eval/heldout/avg@k_high": value + 0.05}
-    line |= {"train/reward": value, "train/loss": 1 - value, "train/generations": 64 * step, "rollout/length": 9.0} if step else {}
+    line |= {"train/reward": value, "train/loss": 1 - value, "train/generations": 64 * step, "train/sampled_tokens": 1000 * step + seed, "rollout/length": 9.0} if step else {}
     lines.append(line | ({"eval/unseen/avg@k": value} if unseen and step == 0 else {}))
   (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   if rollouts:
@@ -115,7 +115,7 @@ def test_seeds_make_a_group_and_other_settings_another(tmp_path):
   report._label(found)
   assert {label: len(members) for label, members in report._groups(found).items()} == {"sdpo, rollout.group=None": 3, "grpo": 3, "sdpo, rollout.group=16": 1}
   page = Page(report.write_report(runs, tmp_path / "out"))
-  assert page.has("sdpo, grpo on tinycode") and page.has("Comparison") and page.has("grpo's 61.0%: at 64 of its 128 responses (2.0 times fewer)")
+  assert page.has("sdpo, grpo on tinycode") and page.has("Comparison") and page.has("grpo's 61.0%: at 64 of its 128 responses (2.0 times fewer); at 1,001 of its 2,001 tokens (2.0 times fewer)")
   assert page.has("sdpo, rollout.group=None's 80.0%: not reached")
 
 
@@ -123,6 +123,17 @@ def test_curves_of_seeds_of_unequal_length_are_averaged_where_all_have_values(tm
   runs = [report.read_run(workdir(tmp_path / f"r{seed}", seed=seed, accuracy=accuracy)) for seed, accuracy in enumerate([(0.0, 0.5, 1.0), (0.5, 1.0)])]
   assert report._mean_curve(runs, "eval/heldout/avg@k", "train/generations") == [(0, 0.25), (64, 0.75)]
   report.write_report([run.workdir for run in runs], tmp_path / "out")
+
+
+def test_tasks_are_compared_apart_and_labels_are_names(tmp_path):
+  runs = [workdir(tmp_path / f"{task}{seed}", seed=seed, config={"env": {"name": task}, "label": "mine"}) for task in ("a", "b") for seed in range(2)]
+  runs += [workdir(tmp_path / "other", config={"env": {"name": "b"}, "label": "other"})]
+  page = Page(report.write_report(runs, tmp_path / "out"))
+  files = {file.name for file in (tmp_path / "out").glob("*.png")}
+  assert {"a_eval_heldout_avg_k_by_sampled_tokens.png", "b_eval_heldout_avg_k_by_step.png"} <= files and len(page.pictures()) == len(files)
+  assert page.has("other's 90.0%: at 128 of its 128 responses; at 2,000 of its 2,000 tokens")
+  ids = [attrs["id"] for tag, attrs in page.tags if tag == "input"]
+  assert len(ids) == len(set(ids)) == 6
 
 
 def test_running_mean_stays_centred():
