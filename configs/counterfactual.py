@@ -41,10 +41,14 @@ def get_config(arg: str = ""):
     if value not in choices:
       raise ValueError(f"{name}={value!r} is unknown; choose from {choices}")
   a.method, changes, generated = ARMS[a.arm]
+  if a.domain in TINY:
+    config.refuse(a, "data", "top_k", because=f"domain={a.domain} makes its own questions and compares whole vocabularies")
+  if a.method != "counterfactual":
+    config.refuse(a, "note", because=f"arm={a.arm} tells nothing of alternatives")
   c = tiny(a) if a.domain in TINY else paper(a)
   c.label = a.arm
   if a.method == "counterfactual" and a.note == "feedback":
-    c.method.teacher_context.templates = {"note": FEEDBACK + "{feedback}"}
+    c.method.teacher_context.templates.note = FEEDBACK + "{feedback}"
   c.method.counterfactual.update(changes)
   if a.arm.endswith("_extra") and not a.local:
     c.rollout.group = round(generated * c.rollout.group)

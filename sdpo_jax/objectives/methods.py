@@ -107,8 +107,7 @@ METHODS = {name: dict(row, name=name) for name, row in {
                          token_weight=dict(name="certainty", is_clip=2.0, rollout_is_clip=2.0)),
     "sc_sdpo": _SDPO | dict(advantage=dict(name="question_spread"),                                     # 2605.27765
                             token_weight=dict(name="importance", is_clip=2.0, rollout_is_clip=2.0, by_question=True)),
-    "counterfactual": _SDPO | dict(counterfactual=dict(name="notes", eta=1.0, alternatives=2, sources=("samples",), feedback="verified", kappa=0.5,
-                                                       gate=False, joint=True, imagined_tokens=64)),
+    "counterfactual": _SDPO | dict(counterfactual=dict(name="notes")),
     "grpo": _GRPO,                                                                                      # SDPO's baseline: no std, token mean
     "grpo_std": _GRPO | dict(advantage=_STD, surrogate=dict(name="clipped", low=0.2, high=0.2), reduction=dict(name="sequence_mean")),  # 2402.03300
     "dapo": _GRPO | dict(advantage=_STD),                                                               # 2503.14476 without its dynamic sampling

@@ -28,6 +28,7 @@ TEMPLATES = {
     "feedback": FEEDBACK + "{text}",
     "note": "\nIf you had tried\n{alternative}\ninstead of\n{attempt}\nyou would have received\n{feedback}",   # `counterfactual`
 }
+TEXTS = {"reprompt": ("prompt", "attempt", "solution", "feedback", "notes"), "note": ("alternative", "attempt", "feedback")}   # the others: one text
 _THINKING = re.compile(r"\A.*</think>\s*", re.DOTALL)   # the chat template may have opened the block
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -107,7 +108,7 @@ def _own_templates(templates: dict[str, str]) -> tuple[tuple[str, str], ...]:
   for name, template in templates.items():
     if name not in TEMPLATES:
       raise ValueError(f"method.teacher_context.templates.{name} is not a template; choose from {sorted(TEMPLATES)}")
-    fill(template, dict.fromkeys(("prompt", "attempt", "solution", "feedback") if name == "reprompt" else ("text",), ""))
+    fill(template, dict.fromkeys(TEXTS.get(name, ("text",)), ""))
   return tuple(sorted((name, template) for name, template in templates.items() if template != TEMPLATES[name]))
 
 
