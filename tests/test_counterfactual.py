@@ -88,11 +88,11 @@ def test_weights_and_readings():
   attempt = told(rollout("a"), verified("b"), Alternative(rollout("c"), "samples", "no"), alternatives=3)
   (joint, weight), = read(attempt, alternatives=3, eta=0.5, kappa=0.5)
   assert weight == 0.5 * 0.75 and "wrong: b" in joint.notes and "\nno" in joint.notes
-  one, two, none = read(attempt, alternatives=3, eta=0.5, kappa=0.5, joint=False)
+  one, two, none = read(attempt, alternatives=3, eta=0.5, kappa=0.5, form="each")
   assert (one[1], two[1], none) == (0.25, 0.125, None) and one[0].notes + two[0].notes == joint.notes
-  assert read(rollout("a")) == [None] and read(rollout("a", reward=1.0), alternatives=2, joint=False) == [None, None]
+  assert read(rollout("a")) == [None] and read(rollout("a", reward=1.0), alternatives=2, form="each") == [None, None]
   assert notes(eta=0.0) is None and notes(alternatives=0) is None and notes(sources=()) is None
-  for wrong in (dict(eta=-1.0), dict(kappa=1.5), dict(feedback="dreamt"), dict(sources=("cousins",)), dict(imagined_tokens=0)):
+  for wrong in (dict(eta=-1.0), dict(kappa=1.5), dict(feedback="dreamt"), dict(form="either"), dict(sources=("cousins",)), dict(imagined_tokens=0)):
     with pytest.raises(ValueError, match=f"method.counterfactual.{next(iter(wrong))}"):
       methods.build(methods.row("counterfactual") | dict(counterfactual=dict(name="notes", **wrong)))
   with pytest.raises(ValueError, match="teacher context 'feedback_or_solution'"):
@@ -223,7 +223,7 @@ def test_the_batch_holds_the_same_responses_under_the_notes():
   assert packed.metrics["counterfactual/teacher_tokens"] == len(asked) + n and packed.metrics["counterfactual/told_share"] == pytest.approx(1 / 3)
   again = batches(row, [[rollout("a"), rollout("b"), rollout("c")]])[1].batch.counterfactuals   # nothing to tell: the same program, no weight
   assert len(again) == 1 and not again[0].weight_B.any()
-  row["counterfactual"]["joint"] = False
+  row["counterfactual"]["form"] = "each"
   assert [c.weight_B.tolist() for c in batches(row, [group])[1].batch.counterfactuals] == [[0.25, 0, 0]] * 2
 
 

@@ -3,8 +3,8 @@ r"""What failed responses also learn from what might have been: other responses 
   L = L_SDPO(y; f) + eta * 1/M * sum over m of w_m * L_SDPO(y; f + note_m)          always on the student's own tokens y
 
 f is what plain SDPO shows; note_m says "If you had tried X instead of Y, you would have received Z" of alternative m, X and Y being the lines
-in which the two differ and Z its feedback, word for word. Two forms (`joint`): one further reading by the teacher with all notes, weight
-eta * mean(w), which costs one teacher pass; or one reading for each alternative. w is 1 where the environment ran the alternative and kappa
+in which the two differ and Z its feedback, word for word. Two forms: "joint", one further reading by the teacher with all notes and weight
+eta * mean(w), which costs one teacher pass; "each", one reading for each alternative, as written. w is 1 where the environment ran the alternative and kappa
 where the model imagined the feedback. A verified alternative that succeeds has no note: it joins the group's other successes, as a solution
 that may be shown. M is the number of alternatives that are left after duplicates and those like the attempt are dropped. An attempt that
 nothing is told about has no further reading. With eta = 0 or alternatives = 0 the part is None and nothing of it runs.
@@ -30,12 +30,12 @@ class Part(NamedTuple):
   feedback: str
   kappa: float
   gate: bool
-  joint: bool
+  form: str
   imagined_tokens: int
 
   @property
   def readings(self) -> int:
-    return 1 if self.joint else self.alternatives
+    return 1 if self.form == "joint" else self.alternatives
 
 
 def none() -> None:
@@ -43,7 +43,7 @@ def none() -> None:
 
 
 def notes(*, eta: float = 1.0, alternatives: int = 2, sources: tuple[str, ...] = ("samples",), feedback: str = "verified", kappa: float = 0.5,
-          gate: bool = False, joint: bool = True, imagined_tokens: int = 64) -> Part | None:
+          gate: bool = False, form: str = "joint", imagined_tokens: int = 64) -> Part | None:
   """alternatives: M, the most that are told to one failed attempt. sources, in this order: "samples" (M draws a question, which its failed attempts
   share), "branches" (M continuations from the attempt's most uncertain position, for each attempt), "siblings" (the rest of the group, free).
 
@@ -52,14 +52,15 @@ def notes(*, eta: float = 1.0, alternatives: int = 2, sources: tuple[str, ...] =
   """
   if unknown := set(sources) - set(SOURCES):
     raise ValueError(f"method.counterfactual.sources={tuple(sources)!r}: {sorted(unknown)[0]!r} is unknown; choose from {list(SOURCES)}")
-  if feedback not in ("verified", "imagined"):
-    raise ValueError(f"method.counterfactual.feedback={feedback!r} is unknown; choose from ['imagined', 'verified']")
+  for name, value, allowed in (("feedback", feedback, ("imagined", "verified")), ("form", form, ("each", "joint"))):
+    if value not in allowed:
+      raise ValueError(f"method.counterfactual.{name}={value!r} is unknown; choose from {list(allowed)}")
   for name, value, most in (("eta", eta, float("inf")), ("alternatives", alternatives, float("inf")), ("kappa", kappa, 1.0)):
     if not 0 <= value <= most:
       raise ValueError(f"method.counterfactual.{name}={value!r} must be at least 0{f' and at most {most:g}' if most == 1.0 else ''}")
   if imagined_tokens < 1:
     raise ValueError(f"method.counterfactual.imagined_tokens={imagined_tokens!r} must be at least 1")
-  return Part(eta, alternatives, tuple(sources), feedback, kappa, gate, joint, imagined_tokens) if eta and alternatives and sources else None
+  return Part(eta, alternatives, tuple(sources), feedback, kappa, gate, form, imagined_tokens) if eta and alternatives and sources else None
 
 
 COUNTERFACTUALS = {"none": none, "notes": notes}
@@ -106,7 +107,7 @@ def note(alternative: Alternative, attempt: Rollout, template: str) -> str:
 def readings(part: Part, teacher_context, group: list[Rollout], i: int, *, success_threshold: float) -> list[tuple[Context, float] | None]:
   """What the teacher reads of rollout i in each further reading, and its weight; None: nothing that it has not read already."""
   attempt, found = group[i], []
-  told = [attempt.alternatives] if part.joint else [[a] for a in attempt.alternatives]
+  told = [attempt.alternatives] if part.form == "joint" else [[a] for a in attempt.alternatives]
   for chosen in filter(None, told):
     verified = [a.rollout for a in chosen if a.imagined is None]
     shown = teacher_context(group + verified, i)   # one that succeeds is a success like any other
