@@ -3,13 +3,15 @@ r"""Test-time self-distillation: one hard question, binary reward, feedback alon
 Run:    python -m sdpo_jax.main --mode=discover --config=configs/discover.py --workdir=runs/discover
 Other:  python -m sdpo_jax.main --mode=discover --config=configs/discover.py:multi_turn
         python -m sdpo_jax.main --mode=discover --config=configs/discover.py:task=livecodebench,subset=very_hard --config.model.lora.rank=32
+        with --config.discover.parallel=8: eight questions at a time, each on an eighth of the devices; likewise for tinycode
 Smoke:  python -m sdpo_jax.main --mode=discover --config=configs/discover.py:local
 Setting of arXiv 2601.20802, section 5: the teacher reads the feedback alone (no solution is known), its weights follow the policy at 0.01,
 reverse KL over the top 20 with a tail, advantages clipped at 5, 16 attempts an update, stop at the first success.
   tinycode       three operations, each named by a novel word, those of which the base model solves with pass@64 < 0.03. The learning rate is 3e-3: on
                  24 questions of `train` (any difficulty, one seed) 3e-3 and 1e-3 both found 9 within 85 attempts and 19 within 256.
   livecodebench  the paper's 19 hard questions of v6 by their index in its 131, or the 9 very hard ones; source and dates are those of coding.py.
-                 A row that cannot be used is an error here: leaving it out would shift the indices.
+                 A row that cannot be used is an error here: leaving it out would shift the indices. An update's 16 rows are made one by one on
+                 one device; where N devices hold a question, --config.train.micro_batches must be 16/N or less.
 Cost:   tinycode: under 23 minutes on one CPU core that other programs shared (the runs themselves: sdpo 888 s, best_of_k 363 s); seconds of it
         for the difficulty. livecodebench has not been run.
 Result: tinycode, 20 held-out questions (base pass@64 on average 0.019) x 5 seeds, 256 attempts each, 90 % intervals over questions: discovery@256
@@ -51,5 +53,9 @@ def get_config(arg: str = ""):
   if a.multi_turn or a.local:
     c.discover.arms = ("sdpo", "best_of_k", "multi_turn")
   if a.local:   # same path, toy sizes
-    c.discover.update(questions=2, indices=(), seeds=2, attempts=16, rollouts=8, candidates=4, calibration=64)
+    c.discover.update(questions=2, indices=(), seeds=1, attempts=16, rollouts=8, candidates=12, calibration=64)
+    c.rollout.rows = 8
+    if a.task == "tinycode":   # one shape, one device
+      c.data.update(max_prompt_tokens=128, max_teacher_tokens=128, length_multiple=128)
+      c.mesh.fsdp = 1
   return c

@@ -37,10 +37,9 @@ def all_steps(workdir) -> list[int]:
     return sorted(manager.all_steps())
 
 
-def save(workdir, step: int, state, host: dict, *, keep: int = 2, keep_every: int | None = None):
-  """Write checkpoint `step`, which must not exist, and delete old ones, but for the last `keep` and every step that `keep_every` divides."""
-  kept = [checkpoint_managers.LatestN(keep)] + ([checkpoint_managers.EveryNSteps(keep_every)] if keep_every else [])
-  options = dict(preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept), todelete_subdir="deleted", cleanup_tmp_directories=True)
+def save(workdir, step: int, state, host: dict, *, keep: int = 2):
+  """Write checkpoint `step`, which must not exist, and delete all but the last `keep`."""
+  options = dict(preservation_policy=checkpoint_managers.LatestN(keep), todelete_subdir="deleted", cleanup_tmp_directories=True)
   with _manager(workdir, **options) as manager:
     manager.save(int(step), force=True, args=ocp.args.Composite(
         state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave({"host": _to_json(host), "leaves": _leaves(state)})))

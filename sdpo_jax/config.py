@@ -87,6 +87,8 @@ def base() -> ml_collections.ConfigDict:
       attempts=256, tokens=0,                # budgets of one (question, seed): attempts, and generated tokens (0: no limit)
       rollouts=16,                           # attempts per update
       history="feedback",                    # feedback | attempt_and_feedback: what multi_turn's prompt keeps of a turn
+      parallel=1,                            # questions at a time: the devices are divided among them, and `mesh` describes the part of one
+      warm_start=False,                      # sdpo begins a question with the weights that the question before left it: the order then matters
   )
   c.checkpoint = dict(every_steps=20, keep=2)
   c.log = dict(rollouts_every_steps=10, rollouts_kept=16)   # rollout files: how often, how many rows

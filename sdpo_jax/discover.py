@@ -12,41 +12,58 @@ its whole budget, so that discovery@k is the unbiased estimator pass@k with n = 
 An attempt that the environment could not judge is no attempt: it enters no count but `env_failed`, and the run goes on; RunError where batches
 without any verdict follow one another (train.max_env_failures_in_a_row). A wrong setting is a SettingError before anything is sampled.
 
-Not done: several questions at a time (a mesh shares out the rows of one question's batch; questions follow one another, in one process); warm starts
-(a run begins from the base weights only, never from those of another question or of training); a counterfactual arm (say, the same updates on
-another question's feedback), so that what the feedback itself contributes is not told apart from what updating alone does.
+Several questions at a time (config.discover.parallel): the devices are cut into that many equal parts, config.mesh describes one of them, and each
+part holds the weights and takes the next run when it is done with one. They share the environment and its sandbox, nothing else. That they
+fit is the user's to know. One process; not done: several processes, and several questions in one device program.
+
+Warm starts (config.discover.warm_start; off): sdpo's run on question n begins from the weights that its run on question n - 1 of the same seed
+ended with; optimiser and teacher begin anew. Its results then depend on the order of the questions, and are no longer independent of one another,
+as the intervals suppose them to be. The runs of a seed follow one another; those of other seeds and arms may share the time.
+
+Not done: a counterfactual arm (say, the same updates on another question's feedback), so that what the feedback itself contributes is not told
+apart from what updating alone does.
 
 Hard questions: with `below_pass_at_64` < 1 only candidates are used whose pass@64 under the base model lies below it. Where the environment
 can list the solutions of a task (TinyCode), this is 1 - (1 - p)^64 with p the model's probability of writing one of them, which no luck
 enters; elsewhere the base model attempts each candidate `calibration` times, with seeds of their own, which count for no arm.
 
-A run is a pure function of (weights, settings, question, seed), as long as every attempt is judged, and starts from the base weights: nothing
-leaks between questions, and neither the order of the runs nor what shares a batch changes a result. Files of the work directory:
+A run is a pure function of (weights, settings, question, seed), as long as every attempt is judged, and starts from the base weights (but for warm
+starts): nothing leaks between questions, and neither the order of the runs, nor what shares a batch, nor which part of the devices is used changes
+a result. The shape of the mesh does, by rounding. Files of the work directory:
   difficulty.jsonl  one candidate a line: its pass@64 and whether it is used
-  attempts.jsonl    the judged batches of the run under way. A killed session replays them (the updates are done again, nothing is
+  attempts/*.jsonl  the judged batches of the runs under way. A killed session replays them (the updates are done again, nothing is
                     sampled or judged again) and goes on in mid-question to the same end
-  discover.jsonl    one finished run a line; then discover.json (summary) and discover.png
+  warm/seed_*       the weights that the last runs of each seed ended with, with warm starts
+  discover.jsonl    one finished run a line, in the order in which they ended; then discover.json (summary), discover.txt (what is printed) and
+                    discover.png. time_s: what a run took, earlier sessions included; runs side by side each count in full
 """
 
+import concurrent.futures
 import dataclasses
+import itertools
 import json
+import logging
 import pathlib
+import queue
+import shutil
+import threading
 import time
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import jax
 import numpy as np
 
-from sdpo_jax import discovery, sharding, stats
+from sdpo_jax import checkpoint, discovery, sharding, stats
 from sdpo_jax.data.batch import MAX_SHAPES, Shape, bucket, pack
 from sdpo_jax.data.tasks import RowEnv, first_tasks
+from sdpo_jax.metrics import write_atomically
 from sdpo_jax.objectives import methods
 from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.objectives.teacher_context import CLOSING, TEMPLATES, Context, fill
 from sdpo_jax.records import Feedback, Rollout, Sampling, Status, Task
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.train_step import make_signals
-from sdpo_jax.wiring import RunError, blame_settings, describe_run, learner, same_run, wired, write_atomically
+from sdpo_jax.wiring import RunError, Wired, blame_settings, describe_run, learner, on_other_devices, same_run, wired
 
 ARMS = ("sdpo", "best_of_k", "multi_turn")
 HISTORIES = ("feedback", "attempt_and_feedback")
@@ -104,8 +121,8 @@ class Budget:
                          "teacher_tokens": self.teacher_tokens}
 
 
-def solve_by_learning(task: Task, budget: Budget, *, fresh: Callable, collect: Callable, make_batch: Callable, step: Callable) -> None:
-  """SDPO on one question from fresh weights, until a success or the budget's end. collect(params, [(task, first attempt)]) -> groups."""
+def solve_by_learning(task: Task, budget: Budget, *, fresh: Callable, collect: Callable, make_batch: Callable, step: Callable):
+  """SDPO on one question from fresh() weights, until a success or the budget's end; returns the last state. collect(params, [(task, first attempt)]) -> groups."""
   state = fresh()
   while not budget.found and budget.left:
     groups = collect(state.params, [(task, budget.asked)])
@@ -113,7 +130,8 @@ def solve_by_learning(task: Task, budget: Budget, *, fresh: Callable, collect: C
     if not budget.found and budget.left and judged(groups[0]):
       packed = make_batch(groups)
       budget.teacher_tokens += int((packed.batch.teacher.segment_CPT > 0).sum())
-      state, _ = step(state, packed.batch)
+      state = step(state, packed.batch)
+  return state
 
 
 def solve_by_sampling(task: Task, budget: Budget, *, params, collect: Callable, rollouts: int, together: int = 1) -> None:
@@ -149,19 +167,21 @@ def prompt_with(task: Task, turns: list[Rollout], history: str) -> Task:
 
 
 class Attempts:
-  """The judged batches of the run under way, on disk: what a killed session has sampled and judged is read back, not done again."""
+  """The judged batches of one run, on disk: what a killed session has sampled and judged is read back, not done again."""
 
-  def __init__(self, path: pathlib.Path):
-    self.path = path
-    self.stored = read_lines(path)
-
-  def begin(self, run: list) -> None:
-    """The batches of another run are of no use."""
-    self.stored = [line for line in self.stored if line["run"] == run]
+  def __init__(self, path: pathlib.Path, run: list):
+    self.path, self.run, self.stored = path, run, read_lines(path)
+    assert all(line["run"] == run for line in self.stored), f"{path} does not belong to the run {run}"
     while self.stored and not judged([from_json(r, None) for group in self.stored[-1]["groups"] for r in group]):
       self.stored.pop()   # the sandbox that broke there may work now
-    self.run = run
-    write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in self.stored))
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.stored))
+    self.begun = time.monotonic() - (self.stored[-1]["time_s"] if self.stored else 0.0)
+
+  @property
+  def time_s(self) -> float:
+    """Since the run began; of earlier sessions, what the batches on disk took."""
+    return round(time.monotonic() - self.begun, 3)
 
   def around(self, collect: Callable) -> Callable:
     """collect(params, [(task, first attempt)]) -> groups, those on disk first."""
@@ -172,8 +192,9 @@ class Attempts:
         assert line["first"] == [first for _, first in asked], f"{self.path} does not belong to this run"
         return [[from_json(r, task) for r in group] for (task, _), group in zip(asked, line["groups"])]
       groups = collect(params, asked)
+      line = {"run": self.run, "first": [first for _, first in asked], "time_s": self.time_s, "groups": [[to_json(r) for r in g] for g in groups]}
       with open(self.path, "a", encoding="utf-8") as log:
-        log.write(json.dumps({"run": self.run, "first": [first for _, first in asked], "groups": [[to_json(r) for r in g] for g in groups]}) + "\n")
+        log.write(json.dumps(line) + "\n")
       return groups
 
     return collect_or_read
@@ -237,95 +258,206 @@ def make_logp(score: Callable, make_batch: Callable, rows: int) -> Callable:
   return logp
 
 
-def discover(c, workdir: str) -> dict[str, Any]:
-  """Runs every (arm, question, seed) that is not done yet and returns the summary, also written to discover.json."""
-  workdir = pathlib.Path(workdir)
+class Stopped(Exception):
+  """Another thread's run failed, or somebody wants the end: no further batch is begun. What is on disk is intact."""
+
+
+class Run(NamedTuple):
+  number: int   # in the list of all runs
+  arm: str
+  task: Task
+  place: int    # of the task among the questions
+  seed: int
+
+
+class Solver:
+  """Runs, one after another, on the devices of `w`; what they need is compiled once. stop: once it is set no batch is begun."""
+
+  def __init__(self, c, w: Wired, stop: threading.Event):
+    self.c, self.w, self.stop, self.env = c, w, stop, w.collector.env
+    self.packs = c.train.micro_batches * sharding.row_shards(w.mesh)
+    with blame_settings():
+      if c.discover.rollouts % self.packs:
+        raise ValueError(f"config.discover.rollouts={c.discover.rollouts} rows do not divide into {self.packs} packs: train.micro_batches x the mesh's data x fsdp")
+      self.learn = learner(c, w.model, w.join)
+    self.base, self.frozen = w.trainable(c.seed)
+    places = None if w.mesh is None else jax.tree.map(lambda x: x.sharding, self.fresh(self.base))
+    self.step = jax.jit(self.learn.step, donate_argnums=0, out_shardings=(places, w.everywhere))
+    self.sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
+    self.shapes = fixed_shapes(c.discover.rollouts // self.packs, c.data, c.rollout.max_new_tokens)
+    self.together = max(1, c.rollout.rows // c.discover.rollouts)
+
+  def fresh(self, params):
+    """A state of its own: a step overwrites the weights that it is given."""
+    return self.w.fresh_state(jax.tree.map(lambda x: x.copy(), params), self.learn.tx, keep_teacher=self.learn.teacher.keep)
+
+  def update(self, state, batch):
+    state, _ = self.step(state, sharding.put_rows(self.w.mesh, batch), self.frozen)
+    if skipped := int(state.skipped_in_a_row):
+      logging.warning("the gradient was not finite: update skipped, %d in a row", skipped)
+      if skipped >= self.c.train.max_skipped_in_a_row:
+        raise RunError(f"the gradient was not finite in {skipped} updates in a row; finished runs are intact; lower config.optimizer.lr")
+    return state
+
+  def make_batch(self, groups, teacher_context=None):
+    data, parts = self.c.data, self.learn.parts
+    return pack(groups, chat=self.w.chat, messages=self.env.prompt, teacher_context=teacher_context or parts["teacher_context"], advantage=parts["advantage"],
+                max_teacher_tokens=data.max_teacher_tokens, length_multiple=data.length_multiple, response_multiple=data.response_multiple,
+                shapes=self.shapes, packs=self.packs)
+
+  def collect(self, weights, asked, *, path, n):
+    """n attempts for each (task, first attempt); a batch has a seed of its own, so it is the same whatever is sampled beside it."""
+    if self.stop.is_set():
+      raise Stopped
+    seeds = [prompt_seed(self.c.seed, *path, task.id, first) for task, first in asked]
+    return self.w.collector.collect(weights, [task for task, _ in asked], n=n, sampling=self.sampling, seeds=seeds)
+
+  def fits(self, task: Task) -> bool:
+    return len(self.w.chat.prompt_tokens(self.env.prompt(task))) <= self.c.data.max_prompt_tokens
+
+  def measure(self) -> Callable:
+    """-> measure(task) -> its line of difficulty.jsonl."""
+    c, w, d = self.c, self.w, self.c.discover
+    if not hasattr(self.env, "solutions"):
+      return lambda task: calibrate(task, below=d.below_pass_at_64, attempts=d.calibration, env_failures=c.train.max_env_failures_in_a_row, collect=lambda n: sum(
+          self.collect(w.params, [(task, n + i * d.rollouts) for i in range(self.together)], path=("calibration",), n=d.rollouts), []))
+    plain = make_signals(w.model, make_objective(methods.row("grpo")), temperature=c.rollout.temperature)
+    score = jax.jit(lambda batch: plain(w.params, None, batch).logp_BR, out_shardings=w.everywhere)
+    logp = make_logp(score, lambda groups: self.make_batch(groups, teacher_context=methods.TEACHER_CONTEXTS["none"]), d.rollouts)
+    return lambda task: exact_difficulty(task, self.env.solutions(task), below=d.below_pass_at_64, prompt=w.chat.prompt_tokens(self.env.prompt(task)),
+                                         chat=w.chat, logp=logp)
+
+  def solve(self, run: Run, log: Attempts, start=None):
+    """-> (the run's line of discover.jsonl, sdpo's last state or None). start: weights that sdpo begins with; None: the base model's."""
+    c, d, w = self.c, self.c.discover, self.w
+    budget, state = Budget(d.attempts, d.tokens or None, c.train.max_env_failures_in_a_row), None
+    asking = lambda n, weights=lambda params: params: log.around(lambda params, asked: self.collect(weights(params), asked, path=("discover", run.seed), n=n))
+    if run.arm == "sdpo":
+      state = solve_by_learning(run.task, budget, fresh=lambda: self.fresh(self.base if start is None else start), make_batch=self.make_batch, step=self.update,
+                                collect=asking(d.rollouts, lambda params: w.weights(params, self.frozen)))
+    elif run.arm == "best_of_k":
+      solve_by_sampling(run.task, budget, params=w.params, collect=asking(d.rollouts), rollouts=d.rollouts, together=self.together)
+    else:
+      solve_by_turns(run.task, budget, params=w.params, collect=asking(1), fits=self.fits, history=d.history)
+    line = {"arm": run.arm, "task_id": run.task.id, "seed": run.seed} | budget.record()
+    return line | {"skipped_updates": 0 if state is None else int(state.skipped), "time_s": log.time_s}, state
+
+
+def check(c) -> None:
+  """ValueError for settings that this mode cannot run with."""
   d = c.discover
+  for arm in d.arms:
+    if arm not in ARMS:
+      raise ValueError(f"config.discover.arms={arm!r} is unknown; choose from {list(ARMS)}")
+  if jax.process_count() > 1:
+    raise ValueError("--mode=discover runs in one process; it uses all of its devices")
+  if d.history not in HISTORIES:
+    raise ValueError(f"config.discover.history={d.history!r} is unknown; choose from {list(HISTORIES)}")
+  if "sdpo" in d.arms and not make_objective(c.method.to_dict()).needs_teacher:
+    raise ValueError("config.discover.arms holds 'sdpo', but config.method has no teacher to learn from: its reward is 0 until the first success; choose one that has")
+  if c.train.updates_per_batch != 1:
+    raise ValueError(f"config.train.updates_per_batch={c.train.updates_per_batch} must be 1: --mode=discover makes one update a batch")
+  if any(i < 0 for i in d.indices):
+    raise ValueError(f"config.discover.indices={tuple(d.indices)} must not be negative")
+  if d.rollouts % c.train.micro_batches:
+    raise ValueError(f"config.discover.rollouts={d.rollouts} rows do not divide into train.micro_batches={c.train.micro_batches}")
+  if d.below_pass_at_64 < 1 and d.calibration < 64:
+    raise ValueError(f"config.discover.calibration={d.calibration} must be at least 64 where below_pass_at_64={d.below_pass_at_64} asks for it")
+
+
+def discover(c, workdir: str) -> dict[str, Any]:
+  """Makes every (arm, question, seed) run that is not done yet and returns the summary, also written to discover.json. What is finished is left as it is."""
+  workdir, d = pathlib.Path(workdir), c.discover
   with blame_settings():
-    for arm in d.arms:
-      if arm not in ARMS:
-        raise ValueError(f"config.discover.arms={arm!r} is unknown; choose from {list(ARMS)}")
-    if jax.process_count() > 1:
-      raise ValueError("--mode=discover runs in one process; it uses all of its devices")
-    if d.history not in HISTORIES:
-      raise ValueError(f"config.discover.history={d.history!r} is unknown; choose from {list(HISTORIES)}")
-    if "sdpo" in d.arms and not make_objective(c.method.to_dict()).needs_teacher:
-      raise ValueError("config.discover.arms holds 'sdpo', but config.method has no teacher to learn from: its reward is 0 until the first success; choose one that has")
-    if c.train.updates_per_batch != 1:
-      raise ValueError(f"config.train.updates_per_batch={c.train.updates_per_batch} must be 1: --mode=discover makes one update a batch")
-    if any(i < 0 for i in d.indices):
-      raise ValueError(f"config.discover.indices={tuple(d.indices)} must not be negative")
-    if d.rollouts % c.train.micro_batches:
-      raise ValueError(f"config.discover.rollouts={d.rollouts} rows do not divide into train.micro_batches={c.train.micro_batches}")
-    if d.below_pass_at_64 < 1 and d.calibration < 64:
-      raise ValueError(f"config.discover.calibration={d.calibration} must be at least 64 where below_pass_at_64={d.below_pass_at_64} asks for it")
+    check(c)
+    parts = sharding.divide(jax.devices(), d.parallel)
     same_run(workdir, c, begun=(workdir / "discover.jsonl").exists() or (workdir / "difficulty.jsonl").exists())
-  with wired(c) as w:
-    describe_run(workdir, c, {"sandbox_isolation": w.isolation})
-    env = w.collector.env
-    with blame_settings():
-      learn = learner(c, w.model, w.join)
-    step = jax.jit(learn.step, donate_argnums=0)
-    params, frozen = w.trainable(c.seed)
-    fresh = lambda: w.fresh_state(jax.tree.map(lambda x: x.copy(), params), learn.tx, keep_teacher=learn.teacher.keep)
-    sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
-    fits = lambda task: len(w.chat.prompt_tokens(env.prompt(task))) <= c.data.max_prompt_tokens
-    packs = c.train.micro_batches * sharding.row_shards(w.mesh)
-    shapes = fixed_shapes(d.rollouts // packs, c.data, c.rollout.max_new_tokens)
-    make_batch = lambda groups, teacher_context=learn.parts["teacher_context"]: pack(
-        groups, chat=w.chat, messages=env.prompt, teacher_context=teacher_context, advantage=learn.parts["advantage"], max_teacher_tokens=c.data.max_teacher_tokens,
-        length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple, shapes=shapes, packs=packs)
-
-    def collect(weights, asked, *, path, n):
-      """n attempts for each (task, first attempt); a batch has a seed of its own, so it is the same whatever is sampled beside it."""
-      seeds = [prompt_seed(c.seed, *path, task.id, first) for task, first in asked]
-      return w.collector.collect(weights, [task for task, _ in asked], n=n, sampling=sampling, seeds=seeds)
-
-    together = max(1, c.rollout.rows // d.rollouts)
-    with blame_settings():
-      if isinstance(env, RowEnv) and max(d.indices, default=0) >= env.size(d.split):
-        raise ValueError(f"config.discover.indices={tuple(d.indices)}: split {d.split!r} has {env.size(d.split)} tasks, numbered from 0")
-      tasks = [env.task(d.split, i) for i in d.indices] or first_tasks(env, d.split, d.candidates if d.below_pass_at_64 < 1 else d.questions)
-    if d.below_pass_at_64 < 1:
-      if hasattr(env, "solutions"):
-        plain = make_signals(w.model, make_objective(methods.row("grpo")), temperature=c.rollout.temperature)
-        score = jax.jit(lambda batch: plain(w.params, None, batch).logp_BR, out_shardings=w.everywhere)
-        logp = make_logp(score, lambda groups: make_batch(groups, teacher_context=methods.TEACHER_CONTEXTS["none"]), d.rollouts)
-        measure = lambda task: exact_difficulty(task, env.solutions(task), below=d.below_pass_at_64, prompt=w.chat.prompt_tokens(env.prompt(task)), chat=w.chat, logp=logp)
-      else:
-        measure = lambda task: calibrate(task, below=d.below_pass_at_64, attempts=d.calibration, env_failures=c.train.max_env_failures_in_a_row, collect=lambda n: sum(
-            collect(w.params, [(task, n + i * d.rollouts) for i in range(together)], path=("calibration",), n=d.rollouts), []))
-      tasks = choose_hard(tasks, d, workdir, measure)
-    difficulty = {line["task_id"]: line["pass@64"] for line in read_lines(workdir / "difficulty.jsonl")}
-
-    lines, attempts = read_lines(workdir / "discover.jsonl"), Attempts(workdir / "attempts.jsonl")
-    done = {(line["arm"], line["task_id"], line["seed"]) for line in lines}
-    with open(workdir / "discover.jsonl", "a", encoding="utf-8") as log:
-      for arm, task, seed in ((arm, task, seed) for seed in range(d.seeds) for task in tasks for arm in d.arms):
-        if (arm, task.id, seed) in done:
-          continue
-        attempts.begin([arm, task.id, seed])
-        begun, budget = time.monotonic(), Budget(d.attempts, d.tokens or None, c.train.max_env_failures_in_a_row)
-        path = ("discover", seed)
-
-        if arm == "sdpo":
-          ask = attempts.around(lambda p, asked: collect(w.weights(p, frozen), asked, path=path, n=d.rollouts))
-          solve_by_learning(task, budget, fresh=fresh, collect=ask, make_batch=make_batch, step=lambda state, batch: step(state, sharding.put_rows(w.mesh, batch), frozen))
-        elif arm == "best_of_k":
-          ask = attempts.around(lambda p, asked: collect(p, asked, path=path, n=d.rollouts))
-          solve_by_sampling(task, budget, params=w.params, collect=ask, rollouts=d.rollouts, together=together)
-        else:
-          ask = attempts.around(lambda p, asked: collect(p, asked, path=path, n=1))
-          solve_by_turns(task, budget, params=w.params, collect=ask, fits=fits, history=d.history)
-        line = {"arm": arm, "task_id": task.id, "seed": seed} | budget.record() | {"time_s": round(time.monotonic() - begun, 3)}
-        log.write(json.dumps(line) + "\n")
-        log.flush()
-        lines.append(line)
-    (workdir / "attempts.jsonl").unlink(missing_ok=True)
+  if (workdir / "discover.json").exists():   # written last
+    return json.loads((workdir / "discover.json").read_text())
+  stop = threading.Event()
+  with wired(c, devices=parts[0]) as w:
+    describe_run(workdir, c, {"sandbox_isolation": w.isolation, "mesh": None if w.mesh is None else dict(w.mesh.shape)})
+    first = Solver(c, w, stop)
+    tasks = questions(c, first, workdir)
+    runs = [Run(n, arm, task, place, seed) for n, (seed, (place, task), arm) in enumerate(itertools.product(range(d.seeds), enumerate(tasks), d.arms))]
+    finish_all(c, workdir, runs, w, first, parts[1:], stop)
+  number = {(run.arm, run.task.id, run.seed): run.number for run in runs}
+  lines = sorted(read_lines(workdir / "discover.jsonl"), key=lambda line: number[line["arm"], line["task_id"], line["seed"]])
+  difficulty = {line["task_id"]: line["pass@64"] for line in read_lines(workdir / "difficulty.jsonl")}
   summary = discovery.summarise(lines, d.attempts, difficulty=difficulty)
-  write_atomically(workdir / "discover.json", json.dumps(summary, indent=2) + "\n")
   discovery.plot(lines, d.attempts, workdir / "discover.png")
+  write_atomically(workdir / "discover.txt", "".join(line + "\n" for line in discovery.summary_lines(summary)))
+  write_atomically(workdir / "discover.json", json.dumps(summary, indent=2) + "\n")
   return summary
+
+
+def questions(c, solver: Solver, workdir: pathlib.Path) -> list[Task]:
+  env, d = solver.env, c.discover
+  with blame_settings():
+    if isinstance(env, RowEnv) and max(d.indices, default=0) >= env.size(d.split):
+      raise ValueError(f"config.discover.indices={tuple(d.indices)}: split {d.split!r} has {env.size(d.split)} tasks, numbered from 0")
+    tasks = [env.task(d.split, i) for i in d.indices] or first_tasks(env, d.split, d.candidates if d.below_pass_at_64 < 1 else d.questions)
+  return choose_hard(tasks, d, workdir, solver.measure()) if d.below_pass_at_64 < 1 else tasks
+
+
+def finish_all(c, workdir: pathlib.Path, runs: list[Run], w: Wired, first: Solver, more_devices: list, stop: threading.Event) -> None:
+  """Makes the runs that are not done: `first` in this thread, and a solver in a thread of its own for each part of `more_devices`.
+
+  Whatever ends one of them, an error or an interrupt, stops the others after their present batch and is raised here.
+  """
+  done = {(line["arm"], line["task_id"], line["seed"]) for line in read_lines(workdir / "discover.jsonl")}
+  jobs: dict[Any, list[Run]] = {}   # a job's runs follow one another; without warm starts each run is a job
+  for run in runs:
+    if (run.arm, run.task.id, run.seed) not in done:
+      jobs.setdefault(("warm", run.seed) if c.discover.warm_start and run.arm == "sdpo" else run.number, []).append(run)
+  todo: queue.SimpleQueue = queue.SimpleQueue()
+  for job in jobs.values():
+    todo.put(job)
+  writing = threading.Lock()
+
+  def finish(solver: Solver, run: Run) -> None:
+    log = Attempts(workdir / "attempts" / f"{run.number:05d}.jsonl", [run.arm, run.task.id, run.seed])
+    chain = workdir / "warm" / f"seed_{run.seed}" if c.discover.warm_start and run.arm == "sdpo" else None
+    start = checkpoint.restore_params(chain, solver.base, step=run.place) if chain and run.place else None
+    line, state = solver.solve(run, log, start)
+    if chain and run.place + 1 not in checkpoint.all_steps(chain):   # it is there if a kill came between the two writes
+      checkpoint.save(chain, run.place + 1, state._replace(opt_state=None, teacher=None), {})
+    with writing, open(workdir / "discover.jsonl", "a", encoding="utf-8") as out:
+      out.write(json.dumps(line) + "\n")
+    log.path.unlink()
+
+  def next_job() -> list[Run]:
+    try:
+      return todo.get_nowait()
+    except queue.Empty:
+      return []
+
+  def work(solver: Solver) -> None:
+    try:
+      while job := next_job():
+        for run in job:
+          finish(solver, run)
+    except Stopped:
+      return
+
+  def beside(devices) -> None:
+    try:
+      with on_other_devices(c, w, devices) as other:
+        work(Solver(c, other, stop))
+    except BaseException:
+      stop.set()
+      raise
+
+  with concurrent.futures.ThreadPoolExecutor(max(1, len(more_devices))) as pool:
+    others = [pool.submit(beside, devices) for devices in more_devices]
+    try:
+      work(first)
+      for other in others:
+        other.result()
+    except BaseException:
+      stop.set()
+      raise
+  shutil.rmtree(workdir / "attempts", ignore_errors=True)
 
 
 def choose_hard(candidates: list[Task], d, workdir: pathlib.Path, measure: Callable) -> list[Task]:

@@ -56,6 +56,7 @@ def summarise(lines: list[dict], budget: int, *, difficulty: dict[str, float] | 
         "discovery_by_difficulty": {name: {"questions": len(members)} | curve(members) for name, members in classes.items() if members},
         "discovery_kaplan_meier": {str(k): stats.kaplan_meier([r["first_success"] for r in mine], [r["attempts"] for r in mine], k) for k in ks},
         "questions": len(groups), "runs": len(mine), "solved": sum(r["first_success"] is not None for r in mine),
+        "ended_early": sum(r["first_success"] is None and r["attempts"] < budget for r in mine),   # unsolved when its tokens were spent
         "mean_attempts": float(np.mean([r["first_success"] or r["attempts"] for r in mine])),
         "mean_tokens": float(np.mean([r["first_success_tokens"] or r["tokens"] for r in mine])),
         "mean_teacher_tokens": float(np.mean([r["teacher_tokens"] for r in mine])),
@@ -107,23 +108,31 @@ def compare(lines: list[dict], budget: int, *, level: float, draws: int = DRAWS,
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:
-  """A table of discovery@k with intervals, one line an arm and k; one line a question; and the headline."""
+  """discovery@k with intervals, one line an arm and k; a table of the questions; and the headline."""
   span = lambda x, form: f" [{x['low']:{form}}, {x['high']:{form}}]" if x["low"] is not None else ""
-  lines = []
+  lines, most = [], str(summary["budget"])
   for arm, result in summary["arms"].items():
     lines.append(f"{arm}: {result['solved']} of {result['runs']} runs solved; up to the first success or the budget's end, on average {result['mean_attempts']:.0f} attempts, "
                  f"{result['mean_tokens']:.0f} tokens generated, {result['mean_teacher_tokens']:.0f} read by the teacher; {result['time_s']:.0f} s in all"
                  + (f"; {result['env_failed']} attempts could not be judged and do not count" if result["env_failed"] else ""))
     lines += [f"  discovery@{k}: {x['mean']:.1%}{span(x, '.1%')}" for k, x in result["discovery"].items()]
-  lines.append("runs solved by question (base pass@64): " + "; ".join(
-      f"{row['task_id']}" + (f" ({row['pass@64']:.3f})" if row["pass@64"] is not None else "") + "".join(
-          f" {arm} {row[arm]['solved']}/{row[arm]['runs']}" for arm in summary["arms"]) for row in summary["questions"]))
+    lines += [f"  discovery@{most}, {name}: {x[most]['mean']:.1%}{span(x[most], '.1%')}, {x['questions']} questions" for name, x in result["discovery_by_difficulty"].items()]
+    if result["ended_early"]:
+      lines.append(f"  {result['ended_early']} unsolved runs ended before attempt {most} and count as not found; taken for censored (Kaplan-Meier), "
+                   f"discovery@{most} is {result['discovery_kaplan_meier'][most]:.1%}")
+  title = "runs solved by question"
+  widest = max(len(title), *(len(row["task_id"]) for row in summary["questions"]))
+  lines.append(f"{title:{widest}}  base pass@64" + "".join(f"  {arm:>10}" for arm in summary["arms"]))
+  for row in summary["questions"]:
+    known = "-" if row["pass@64"] is None else f"{row['pass@64']:.3f}"
+    lines.append(f"{row['task_id']:{widest}}  {known:>12}" + "".join(f"  {str(row[arm]['solved']) + '/' + str(row[arm]['runs']):>10}" for arm in summary["arms"]))
   if "sdpo_against_best_of_k" in summary:
     said, budget = summary["sdpo_against_best_of_k"], summary["budget"]
     whole = lambda x: "not reached" if x is None else f"{x:.0f}"
     show = lambda name: f"{whole(said[name]['to_reach'])} [{whole(said[name]['low'])}, {whole(said[name]['high'])}]"
     difference = said["difference_at_a_third"]
-    lines.append(f"sdpo reaches best_of_k's discovery@{budget} of {said['target']:.1%} with {show('attempts')} attempts, {show('tokens')} generated tokens "
+    lines.append(f"best_of_k found nothing with {budget} attempts: there is nothing to reach" if said["target"] <= 0 else
+                 f"sdpo reaches best_of_k's discovery@{budget} of {said['target']:.1%} with {show('attempts')} attempts, {show('tokens')} generated tokens "
                  f"(best_of_k: {said['baseline_tokens']:.0f}), {show('tokens_with_teacher')} with those that the teacher read")
     lines.append(f"sdpo's discovery@{said['third']} minus best_of_k's discovery@{budget}: {difference['difference']:+.1%}{span(difference, '+.1%')}")
   return lines

@@ -15,8 +15,6 @@ import pathlib
 import sys
 import time
 
-import jax
-from jax.experimental import multihost_utils
 import numpy as np
 import rich.console
 import rich.progress
@@ -40,18 +38,6 @@ def reduce(metrics) -> dict[str, float | int]:
   return reduced
 
 
-def sum_over_hosts(ratios: dict[str, Ratio]) -> dict[str, Ratio]:
-  """Add up what each host counted for itself (rewards, drops). Every host calls it with the same names; sums are float64."""
-  if jax.process_count() == 1:
-    return dict(ratios)
-  names = sorted(ratios)
-  pair_N2 = np.array([[float(ratios[name].total), float(ratios[name].count)] for name in names])
-  # Devices would round float64 to float32: the bits travel as whole numbers.
-  bits_PX = multihost_utils.process_allgather(pair_N2.view(np.uint32))
-  pair_N2 = np.asarray(bits_PX).view(np.float64).sum(axis=0)
-  return {name: Ratio(total, count) for name, (total, count) in zip(names, pair_N2.tolist())}
-
-
 def reproducible(line: dict) -> dict:
   """A line of metrics.jsonl without the values that depend on the machine: what an exact resume must repeat."""
   return {name: value for name, value in line.items() if not any(fnmatch.fnmatchcase(name, pattern) for pattern in MACHINE)}
@@ -70,6 +56,16 @@ def read(workdir) -> list[dict]:
     except json.JSONDecodeError as error:
       raise ValueError(f"{path} line {number} is not JSON: {error}") from error
   return lines
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  """A reader, or a kill, finds the old file or the new one and nothing in between."""
+  scratch = path.with_name(path.name + ".tmp")
+  with scratch.open("w", encoding="utf-8") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(scratch, path)
 
 
 class Writer:
@@ -92,7 +88,7 @@ class Writer:
     kept = [line for line in read(self._workdir) if line["step"] < step]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     if self._path.exists() and self._path.read_text(encoding="utf-8") != text:
-      _replace(self._path, text)
+      write_atomically(self._path, text)
     self._last_step = kept[-1]["step"] if kept else -1
     self._earlier_s = kept[-1]["time_s"] if kept else 0.0
     self._purge_step = step    # TensorBoard hides what older event files hold from here on
@@ -167,13 +163,3 @@ class Progress:
   def close(self):
     if self._bar is not None:
       self._bar.stop()
-
-
-def _replace(path, text):
-  """Write a file so that a reader, or a kill, finds the old one or the new one and nothing in between."""
-  scratch = path.with_name(path.name + ".tmp")
-  with scratch.open("w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(scratch, path)

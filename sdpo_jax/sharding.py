@@ -50,6 +50,14 @@ def make_mesh(devices, *, data: int, fsdp: int, tensor: int) -> jax.sharding.Mes
   return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
 
 
+def divide(devices, parts: int) -> list:
+  """The devices in `parts` lists of equal length, neighbours together. ValueError where they do not divide."""
+  if parts < 1 or len(devices) % parts:
+    raise ValueError(f"config.discover.parallel={parts} must divide the {len(devices)} devices")
+  size = len(devices) // parts
+  return [devices[i * size:(i + 1) * size] for i in range(parts)]
+
+
 def row_shards(mesh: jax.sharding.Mesh | None) -> int:
   """Among how many devices rows are split."""
   return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]

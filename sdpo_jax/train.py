@@ -23,10 +23,10 @@ from sdpo_jax.data.batch import Packed, Shape, pack
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.tasks import RowEnv, TaskStream
 from sdpo_jax.evaluate import evaluate
-from sdpo_jax.metrics import Writer, read, reduce
+from sdpo_jax.metrics import Writer, read, reduce, write_atomically
 from sdpo_jax.records import Rollout, Sampling, Status
 from sdpo_jax.rollout import prompt_seed
-from sdpo_jax.wiring import RunError, blame_settings, describe_run, learner, same_run, wired, write_atomically
+from sdpo_jax.wiring import RunError, blame_settings, describe_run, learner, same_run, wired
 
 
 def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, score, evaluate, due, write, write_rollouts, save, limits):

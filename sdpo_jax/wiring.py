@@ -25,6 +25,7 @@ from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.tasks import with_rows
 from sdpo_jax.envs.base import make_env
 from sdpo_jax.envs.sandbox import Sandbox
+from sdpo_jax.metrics import write_atomically
 from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import PRESETS, ModelConfig
 from sdpo_jax.model.hf_weights import load_pretrained, local_directory, read_config
@@ -99,12 +100,15 @@ _merge = jax.jit(lora.merge, static_argnums=2)
 
 
 @contextlib.contextmanager
-def wired(c, path: str | None = None):
-  """Loads the model (config.model.path, or another Hugging Face directory) and starts sandbox, environment and judges; ends them on leaving."""
+def wired(c, path: str | None = None, devices=None):
+  """Loads the model (config.model.path, or another Hugging Face directory) and starts sandbox, environment and judges; ends them on leaving.
+
+  devices: those that config.mesh is laid over; None: all.
+  """
   path = path or MODELS.get(c.model.path, c.model.path)
   with contextlib.ExitStack() as stack:
     with blame_settings():
-      mesh = sharding.make_mesh(jax.devices(), **c.mesh)
+      mesh = sharding.make_mesh(jax.devices() if devices is None else devices, **c.mesh)
       mesh = None if mesh.size == 1 else mesh
       shards = sharding.row_shards(mesh)
       if c.rollout.rows % shards:
@@ -133,10 +137,24 @@ def wired(c, path: str | None = None):
       engine = Sampler(model, rows=c.rollout.rows, row_multiple=shards, chunk=c.rollout.chunk, prompt_multiple=c.data.length_multiple, pad_token=chat.pad_token)
       for split in {"train", *c.eval.splits, *c.eval.final_splits}:   # a split that is not there, a question too long: now, not at the first evaluation
         fits(asked.task(split, 0))
-      collector = Collector(asked, chat, engine, max_prompt_tokens=c.data.max_prompt_tokens, judge_threads=c.rollout.judge_threads,
-                            judge_timeout_s=c.rollout.judge_timeout_s)
+      collector = make_collector(c, asked, chat, engine)
     stack.callback(collector.close)
     yield Wired(chat, model, params, collector, Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens), sandbox.isolation, adapters, mesh)
+
+
+def make_collector(c, env, chat: Chat, engine) -> Collector:
+  return Collector(env, chat, engine, max_prompt_tokens=c.data.max_prompt_tokens, judge_threads=c.rollout.judge_threads, judge_timeout_s=c.rollout.judge_timeout_s)
+
+
+@contextlib.contextmanager
+def on_other_devices(c, w: Wired, devices):
+  """The same on other devices, for a thread of its own: a copy of the weights and other judging threads; environment and sandbox are shared."""
+  mesh = sharding.make_mesh(devices, **c.mesh)
+  mesh = None if mesh.size == 1 else mesh
+  with jax.default_device(devices[0]) if mesh is None else jax.set_mesh(mesh):   # both hold for this thread alone
+    params = jax.device_put(w.params, devices[0] if mesh is None else sharding.named(mesh, decoder.axes(w.model)))
+    with contextlib.closing(make_collector(c, w.collector.env, w.chat, w.collector.engine)) as collector:
+      yield w._replace(params=params, collector=collector, mesh=mesh)
 
 
 class Learner(NamedTuple):
@@ -201,9 +219,3 @@ def describe_run(workdir: pathlib.Path, c, extra: dict) -> None:
            "devices": [str(d) for d in jax.devices()], "seed": c.seed} | extra
   write_atomically(path, json.dumps(about, indent=2) + "\n")
   write_atomically(workdir / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  scratch = path.with_name(path.name + ".tmp")
-  scratch.write_text(text, encoding="utf-8")
-  os.replace(scratch, path)

@@ -101,7 +101,10 @@ def test_coding_chooses_its_questions():
 
 def test_discovery_reads_the_papers_questions():
   hard, very_hard = load("discover", "task=livecodebench"), load("discover", "task=livecodebench,subset=very_hard")
-  assert len(hard.discover.indices) == 19 and len(very_hard.discover.indices) == 9 and set(very_hard.discover.indices) < set(hard.discover.indices)
+  assert hard.discover.indices == (1, 3, 10, 43, 46, 59, 69, 74, 86, 91, 92, 95, 100, 103, 111, 120, 125, 127, 129)
+  assert very_hard.discover.indices == (3, 10, 46, 74, 91, 92, 95, 103, 125) and hard.discover.attempts == 2750 and hard.discover.split == "test"
+  local = load("discover", "task=livecodebench,local")
+  assert local.discover.indices == () and local.model.path == "tiny" and local.data.sources == load("coding", "local").data.sources
   assert hard.data.sources == load("coding").data.sources and hard.env.first_date == "2025-02-01"
   for c in (hard, load("discover")):
     assert (c.method.token_signal.alpha, c.method.token_signal.top_k, c.method.token_signal.advantage_clip) == (1.0, 20, 5.0)

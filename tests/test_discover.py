@@ -10,6 +10,7 @@ import sys
 import time
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -37,7 +38,7 @@ def learn(outcomes, limit, size=4, tokens=None):
   budget = Budget(limit, tokens)
   batch = types.SimpleNamespace(batch=types.SimpleNamespace(teacher=types.SimpleNamespace(segment_CPT=np.array([[[1, 1, 1, 2, 2, 2, 2, 0]]]))))
   solve_by_learning(TASK, budget, fresh=lambda: types.SimpleNamespace(params=None), collect=scripted(outcomes, size), make_batch=lambda groups: batch,
-                    step=lambda state, b: (updates.append(1) or state, {}))
+                    step=lambda state, b: updates.append(1) or state)
   return budget, len(updates)
 
 
@@ -67,7 +68,7 @@ def test_what_could_not_be_judged_is_neither_success_nor_failure():
 def test_a_broken_sandbox_ends_the_run_and_no_update_is_made_without_a_verdict():
   budget, asked, updates = Budget(8, env_failures=2), [], []
   broken = lambda params, ask: asked.append(ask[0][1]) or [[FAILED] * 4 if len(asked) != 2 else [FAILED, attempt(0)] * 2]
-  step = lambda state, b: updates.append(1) or (state, {})
+  step = lambda state, b: updates.append(1) or state
   batch = types.SimpleNamespace(batch=types.SimpleNamespace(teacher=types.SimpleNamespace(segment_CPT=np.zeros((1, 1, 1)))))
   with pytest.raises(RunError, match="in 2 batches in a row"):
     solve_by_learning(TASK, budget, fresh=lambda: types.SimpleNamespace(params=None), collect=broken, make_batch=lambda groups: batch, step=step)
@@ -138,7 +139,16 @@ def test_summary_counts_unsolved_runs_as_not_found_and_best_of_k_without_bias():
   assert summary["arms"]["sdpo"]["discovery_kaplan_meier"] == {k: pytest.approx(x["mean"]) for k, x in summary["arms"]["sdpo"]["discovery"].items()}
   means = {arm: (r["mean_attempts"], r["mean_tokens"], r["env_failed"]) for arm, r in summary["arms"].items()}
   assert means == {"sdpo": (5.0, 50.0, None), "best_of_k": (5.0, 50.0, None)}   # (3 + 8 + 1 + 8) / 4 and (2 + 8) / 2 attempts, 10 tokens each
-  assert any("a (0.010)" in line for line in discovery.summary_lines(summary))
+  said = [line.split() for line in discovery.summary_lines(summary)]
+  assert ["runs", "solved", "by", "question", "base", "pass@64", "sdpo", "best_of_k"] in said and ["a", "0.010", "1/2", "1/1"] in said
+  assert ["discovery@8,", "very", "hard:", "50.0%,", "1", "questions"] in said
+
+
+def test_runs_whose_tokens_were_spent_are_said_to_have_ended_early():
+  summary = summarise([run_line("sdpo", "a", s, f, attempts=n) for s, (f, n) in enumerate(((None, 2), (4, 8), (None, 8), (6, 8)))], 8)
+  arm = summary["arms"]["sdpo"]
+  assert arm["ended_early"] == 1 and arm["discovery"]["8"]["mean"] == 0.5 and arm["discovery_kaplan_meier"]["8"] == pytest.approx(2 / 3)
+  assert any("1 unsolved runs ended before attempt 8" in line and line.endswith("is 66.7%") for line in discovery.summary_lines(summary))
 
 
 def test_attempts_and_tokens_to_reach_the_baseline_by_hand():
@@ -176,35 +186,33 @@ def test_a_line_cut_short_by_a_kill_is_removed_and_its_run_repeated(tmp_path):
 
 
 def test_batches_on_disk_are_not_sampled_again(tmp_path):
-  path, calls = tmp_path / "attempts.jsonl", []
+  path, run, calls = tmp_path / "attempts" / "00000.jsonl", ["sdpo", "q", 0], []
 
   def collect(params, asked):
     calls.append(asked)
     return [[attempt(0, text="{}\n\u2028\\"), attempt(1)] for _ in asked]
 
-  first = Attempts(path)
-  first.begin(["sdpo", "q", 0])
+  first = Attempts(path, run)
+  first.begun -= 100.0
   original = first.around(collect)(None, [(TASK, 0)])
-  again = Attempts(path)
-  again.begin(["sdpo", "q", 0])
+  again = Attempts(path, run)
   ask = again.around(collect)
   assert ask(None, [(TASK, 0)]) == original and len(calls) == 1
   ask(None, [(TASK, 2)])
-  assert len(calls) == 2
-  other = Attempts(path)
-  other.begin(["sdpo", "q", 1])   # another run: what is on disk is not its own
-  other.around(collect)(None, [(TASK, 0)])
-  assert len(calls) == 3
-  other.around(lambda params, asked: [[FAILED]])(None, [(TASK, 2)])
-  repaired = Attempts(path)
-  repaired.begin(["sdpo", "q", 1])   # what a broken sandbox left behind is asked again
-  assert [line["first"] for line in repaired.stored] == [[0]]
+  assert len(calls) == 2 and again.time_s >= 100.0   # what the earlier session spent counts
+  again.around(lambda params, asked: [[FAILED]])(None, [(TASK, 4)])
+  repaired = Attempts(path, run)   # what a broken sandbox left behind is asked again
+  assert [line["first"] for line in repaired.stored] == [[0], [2]]
+  with pytest.raises(AssertionError, match="does not belong"):
+    Attempts(path, ["sdpo", "q", 1])
 
 
 @pytest.mark.parametrize("config, override, words", [
     ("tinycode.py:method=grpo", "--config.discover.seeds=1", "config.method has no teacher"),
     ("discover.py:local", "--config.train.updates_per_batch=2", "config.train.updates_per_batch=2"),
     ("discover.py:local", "--config.discover.indices=(3,-1)", "config.discover.indices=(3, -1)"),
+    ("discover.py:local", "--config.discover.parallel=3", "config.discover.parallel=3 must divide the 8 devices"),
+    ("discover.py:local", "--config.mesh.fsdp=4 --config.discover.parallel=2 --config.train.micro_batches=4", "do not divide into 16 packs"),
     ("discover.py:task=livecodebench,local", "--config.discover.indices=(0,99) --config.rollout.rows=8", "config.discover.indices=(0, 99): split")])
 def test_what_cannot_run_says_so_in_one_line(config, override, words, tmp_path, capsys):
   assert main.main(["main", "--mode=discover", f"--config={ROOT}/configs/{config}", *override.split(), f"--workdir={tmp_path}"]) == 2
@@ -212,50 +220,93 @@ def test_what_cannot_run_says_so_in_one_line(config, override, words, tmp_path, 
   assert words in said and "\n" not in said
 
 
-LOCAL = ["--mode=discover", f"--config={ROOT}/configs/discover.py:local", "--config.discover.below_pass_at_64=1.0", "--config.discover.seeds=1",
-         "--config.discover.attempts=24"]
+LOCAL = ["--mode=discover", f"--config={ROOT}/configs/discover.py:local", "--config.discover.below_pass_at_64=1.0", "--config.discover.attempts=24"]
 
 
 def repeatable(workdir):
-  return [{k: v for k, v in json.loads(line).items() if k != "time_s"} for line in (workdir / "discover.jsonl").read_text().splitlines()]
+  """The finished runs without their times, in one order."""
+  lines = [json.loads(line) for line in (workdir / "discover.jsonl").read_text().splitlines()] if (workdir / "discover.jsonl").exists() else []
+  return sorted(({k: v for k, v in line.items() if k != "time_s"} for line in lines), key=lambda line: (line["arm"], line["task_id"], line["seed"]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+  """Sessions of this file compile the same programs: the later ones read them."""
+  settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")), "jax_persistent_cache_min_compile_time_secs": 0.2}
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """An uninterrupted session over two questions and all arms."""
+  """An uninterrupted session over two questions and all arms, one run after another."""
   workdir = tmp_path_factory.mktemp("whole")
   assert main.main(["main", *LOCAL, "--config.discover.indices=(37,6)", f"--workdir={workdir}"]) == 0
   return workdir
 
 
-def test_a_session_leaves_everything_that_was_promised(whole):
+def test_a_session_leaves_everything_that_was_promised(whole, capsys):
   workdir, summary = whole, json.loads((whole / "discover.json").read_text())
   assert len(repeatable(workdir)) == 6 and set(summary["arms"]) == set(discover.ARMS)
-  assert (workdir / "discover.png").stat().st_size > 10_000 and not (workdir / "attempts.jsonl").exists()
+  assert (workdir / "discover.png").stat().st_size > 10_000 and not (workdir / "attempts").exists()
   learned = [line for line in repeatable(workdir) if line["arm"] == "sdpo"]
-  assert all(line["teacher_tokens"] > 0 for line in learned if line["attempts"] > 8)   # there was an update
+  assert all(line["teacher_tokens"] > 0 and line["skipped_updates"] == 0 for line in learned if line["attempts"] > 8)   # there was an update
+  before = {path.name: path.read_bytes() for path in workdir.iterdir()}
+  assert main.main(["main", *LOCAL, "--config.discover.indices=(37,6)", f"--workdir={workdir}"]) == 0   # finished: nothing changes, and it says the same
+  assert capsys.readouterr().out == (workdir / "discover.txt").read_text()
+  assert {path.name: path.read_bytes() for path in workdir.iterdir()} == before
 
 
-def test_an_interrupt_in_mid_question_changes_nothing(whole, tmp_path, monkeypatch):
+def interrupt(monkeypatch, batches):
+  """From now on the session is interrupted when it asks for a batch after `batches` of them."""
   original, calls = discover.Attempts.around, []
 
   def cut(self, collect):
     def counted(params, asked):
       calls.append(asked)
-      if len(calls) == 3:   # the first question's learning has made two of its three batches
+      if len(calls) == batches + 1:
         raise KeyboardInterrupt
       return collect(params, asked)
     return original(self, counted)
 
   monkeypatch.setattr(discover.Attempts, "around", cut)
-  arguments = ["main", *LOCAL, "--config.discover.indices=(6,37)", f"--workdir={tmp_path}"]
-  with pytest.raises(KeyboardInterrupt):
-    main.main(arguments)
-  assert len((tmp_path / "attempts.jsonl").read_text().splitlines()) == 2 and not repeatable(tmp_path)
+
+
+def test_an_interrupt_in_mid_question_changes_nothing(whole, tmp_path, monkeypatch):
+  """And the other order of the questions, two of them at a time: nothing leaks from one to the next, or to the one beside it."""
+  arguments = ["main", *LOCAL, "--config.discover.indices=(6,37)", "--config.discover.parallel=2", "--config.discover.arms=('sdpo','best_of_k')", f"--workdir={tmp_path}"]
+  devices, original = set(), discover.Solver.solve
+  monkeypatch.setattr(discover.Solver, "solve", lambda self, *a: devices.add(jax.tree.leaves(self.w.params)[0].device) or original(self, *a))
+  with monkeypatch.context() as m:
+    interrupt(m, 4)   # both questions under way
+    with pytest.raises(KeyboardInterrupt):
+      main.main(arguments)
+  under_way = list((tmp_path / "attempts").iterdir())
+  assert under_way and not (tmp_path / "discover.json").exists()
   assert main.main(arguments) == 0
-  # The other order of the questions, too: nothing leaks from one to the next.
-  line_of = lambda workdir: {(line["arm"], line["task_id"]): line for line in repeatable(workdir)}
-  assert line_of(tmp_path) == line_of(whole)
+  assert repeatable(tmp_path) == [line for line in repeatable(whole) if line["arm"] != "multi_turn"] and len(devices) == 2
+
+
+def test_a_warm_start_begins_where_the_question_before_ended(whole, tmp_path, monkeypatch):
+  arguments = ["main", *LOCAL, "--config.discover.indices=(37,6)", "--config.discover.warm_start=True", "--config.discover.arms=('sdpo',)", f"--workdir={tmp_path}"]
+  starts, original = [], discover.Solver.solve
+  monkeypatch.setattr(discover.Solver, "solve", lambda self, run, log, start=None: starts.append((run.place, start)) or original(self, run, log, start))
+  with monkeypatch.context() as m:
+    interrupt(m, 4)   # in the second question: the first has made all of its three batches
+    with pytest.raises(KeyboardInterrupt):
+      main.main(arguments)
+  assert main.main(arguments) == 0
+  (_, none), (_, first), (_, again) = starts
+  assert none is None and [place for place, _ in starts] == [0, 1, 1]
+  assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(*map(jax.tree.leaves, (first, again))))   # the interrupt changed nothing
+  cold = {line["task_id"]: line for line in repeatable(whole) if line["arm"] == "sdpo"}
+  warm = {line["task_id"]: line for line in repeatable(tmp_path)}
+  (one, other) = (next(q for q in cold if q.endswith(end)) for end in ("/37", "/6"))
+  assert warm[one] == cold[one] and warm[other] != cold[other]
 
 
 @pytest.mark.slow
@@ -263,7 +314,7 @@ def test_killed_and_resumed(whole, tmp_path):
   command = [sys.executable, "-m", "sdpo_jax.main", *LOCAL, "--config.discover.indices=(37,6)", f"--workdir={tmp_path}"]
   options = dict(cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   process = subprocess.Popen(command, start_new_session=True, **options)
-  attempts, deadline = tmp_path / "attempts.jsonl", time.monotonic() + 300
+  attempts, deadline = tmp_path / "attempts" / "00000.jsonl", time.monotonic() + 300
   while not (attempts.exists() and attempts.read_text().count("\n") == 2) and process.poll() is None and time.monotonic() < deadline:
     time.sleep(0.005)
   os.killpg(process.pid, signal.SIGKILL)

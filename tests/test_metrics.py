@@ -2,12 +2,7 @@ import glob
 import io
 import json
 import math
-import os
-import pathlib
 import re
-import socket
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,38 +32,6 @@ def test_reduce():
       "a/inf": Ratio(np.inf, 1.0), "a/int": np.int32(7), "a/float32": np.float32(0.1), "a/jax": jnp.int32(3)})
   assert reduced == {"a/ratio": 0.75, "a/int": 7, "a/float32": float(np.float32(0.1)), "a/jax": 3}
   assert [type(value) for value in reduced.values()] == [float, int, float, int]
-
-
-def test_sum_over_hosts_alone_changes_nothing():
-  ratios = {"b/x": Ratio(1e17 + 2, 3), "a/y": Ratio(0, 0)}
-  assert metrics.sum_over_hosts(ratios) == ratios
-
-
-HOST = """
-import sys
-import jax
-jax.distributed.initialize("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
-from sdpo_jax import metrics
-from sdpo_jax.records import Ratio
-mine = {0: {"train/reward": Ratio(2**53 - 2, 3), "data/dropped": Ratio(0, 0)}, 1: {"data/dropped": Ratio(0.1, 1), "train/reward": Ratio(1, 5)}}
-print(repr(metrics.sum_over_hosts(mine[jax.process_index()])))
-"""
-
-
-def test_sum_over_two_hosts_is_exact():
-  with socket.socket() as probe:
-    probe.bind(("localhost", 0))
-    port = str(probe.getsockname()[1])
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-  hosts = [subprocess.Popen([sys.executable, "-c", HOST, port, str(i)], cwd=pathlib.Path(__file__).parent.parent, env=environment,
-                            stdout=subprocess.PIPE, text=True) for i in range(2)]
-  try:
-    said = [host.communicate(timeout=120)[0].splitlines()[-1] for host in hosts]
-  finally:
-    for host in hosts:
-      host.kill()
-  for line in said:
-    assert eval(line, {"Ratio": Ratio}) == {"train/reward": Ratio(2**53 - 1, 8), "data/dropped": Ratio(0.1, 1)}
 
 
 def test_lines_are_strict_json_and_floats_survive(tmp_path):
