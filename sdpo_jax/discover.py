@@ -63,7 +63,7 @@ from sdpo_jax.objectives.teacher_context import CLOSING, TEMPLATES, Context, fil
 from sdpo_jax.records import Feedback, Rollout, Sampling, Status, Task
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.train_step import make_signals
-from sdpo_jax.wiring import RunError, Wired, blame_settings, describe_run, learner, on_other_devices, same_run, wired
+from sdpo_jax.wiring import RunError, Wired, blame_settings, describe_run, learner, on_other_devices, same_run, uncommitted, wired
 
 ARMS = ("sdpo", "best_of_k", "multi_turn")
 HISTORIES = ("feedback", "attempt_and_feedback")
@@ -419,6 +419,8 @@ def finish_all(c, workdir: pathlib.Path, runs: list[Run], w: Wired, first: Solve
     log = Attempts(workdir / "attempts" / f"{run.number:05d}.jsonl", [run.arm, run.task.id, run.seed])
     chain = workdir / "warm" / f"seed_{run.seed}" if c.discover.warm_start and run.arm == "sdpo" else None
     start = checkpoint.restore_params(chain, solver.base, step=run.place) if chain and run.place else None
+    if start is not None and solver.w.mesh is None:
+      start = uncommitted(start)
     line, state = solver.solve(run, log, start)
     if chain and run.place + 1 not in checkpoint.all_steps(chain):   # it is there if a kill came between the two writes
       checkpoint.save(chain, run.place + 1, state._replace(opt_state=None, teacher=None), {})

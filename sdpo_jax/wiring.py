@@ -18,6 +18,8 @@ import sys
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from sdpo_jax import counterfactual, sharding
 from sdpo_jax.config import MODELS
@@ -152,9 +154,14 @@ def on_other_devices(c, w: Wired, devices):
   mesh = sharding.make_mesh(devices, **c.mesh)
   mesh = None if mesh.size == 1 else mesh
   with jax.default_device(devices[0]) if mesh is None else jax.set_mesh(mesh):   # both hold for this thread alone
-    params = jax.device_put(w.params, devices[0] if mesh is None else sharding.named(mesh, decoder.axes(w.model)))
+    params = uncommitted(w.params) if mesh is None else jax.device_put(w.params, sharding.named(mesh, decoder.axes(w.model)))
     with contextlib.closing(make_collector(c, w.collector.env, w.chat, w.collector.engine)) as collector:
       yield w._replace(params=params, collector=collector, mesh=mesh)
+
+
+def uncommitted(params):
+  """The same on the default device, as loaded weights are: a program is compiled anew for weights that were sent somewhere."""
+  return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
 
 
 class Learner(NamedTuple):

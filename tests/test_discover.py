@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from sdpo_jax import discover, discovery, main, stats
+from sdpo_jax import checkpoint, discover, discovery, main, stats
 from sdpo_jax.discover import Attempts, Budget, calibrate, prompt_with, solve_by_learning, solve_by_sampling, solve_by_turns
 from sdpo_jax.discovery import compare, summarise
 from sdpo_jax.records import Feedback, Rollout, Status, Task
@@ -166,7 +166,7 @@ def test_attempts_and_tokens_to_reach_the_baseline_by_hand():
 
 def test_intervals_cover_in_this_very_design():
   """20 questions x 5 seeds, nominal 90 %: questions of very unlike difficulty, seeds nested in them."""
-  rng, trials, budget = np.random.default_rng(0), 400, 256
+  rng, trials, budget = np.random.default_rng(0), 250, 256
   for rate in (0.0003, 0.002, 0.01):   # mean success probability of one attempt, the first like a baseline that finds little; log-uniform spread over questions
     true_Q = lambda: rate * np.exp(rng.uniform(-1.5, 1.5, 20))
     expected = np.mean([np.mean(1 - (1 - rate * np.exp(rng.uniform(-1.5, 1.5, 2000))) ** budget) for _ in range(10)])
@@ -220,7 +220,7 @@ def test_what_cannot_run_says_so_in_one_line(config, override, words, tmp_path, 
   assert words in said and "\n" not in said
 
 
-LOCAL = ["--mode=discover", f"--config={ROOT}/configs/discover.py:local", "--config.discover.below_pass_at_64=1.0", "--config.discover.attempts=24"]
+LOCAL = ["--mode=discover", f"--config={ROOT}/configs/discover.py:local", "--config.discover.below_pass_at_64=1.0"]
 
 
 def repeatable(workdir):
@@ -282,7 +282,7 @@ def test_an_interrupt_in_mid_question_changes_nothing(whole, tmp_path, monkeypat
   devices, original = set(), discover.Solver.solve
   monkeypatch.setattr(discover.Solver, "solve", lambda self, *a: devices.add(jax.tree.leaves(self.w.params)[0].device) or original(self, *a))
   with monkeypatch.context() as m:
-    interrupt(m, 4)   # both questions under way
+    interrupt(m, 3)   # both questions are under way, with an update made
     with pytest.raises(KeyboardInterrupt):
       main.main(arguments)
   under_way = list((tmp_path / "attempts").iterdir())
@@ -292,20 +292,14 @@ def test_an_interrupt_in_mid_question_changes_nothing(whole, tmp_path, monkeypat
 
 
 def test_a_warm_start_begins_where_the_question_before_ended(whole, tmp_path, monkeypatch):
-  arguments = ["main", *LOCAL, "--config.discover.indices=(37,6)", "--config.discover.warm_start=True", "--config.discover.arms=('sdpo',)", f"--workdir={tmp_path}"]
   starts, original = [], discover.Solver.solve
-  monkeypatch.setattr(discover.Solver, "solve", lambda self, run, log, start=None: starts.append((run.place, start)) or original(self, run, log, start))
-  with monkeypatch.context() as m:
-    interrupt(m, 4)   # in the second question: the first has made all of its three batches
-    with pytest.raises(KeyboardInterrupt):
-      main.main(arguments)
-  assert main.main(arguments) == 0
-  (_, none), (_, first), (_, again) = starts
-  assert none is None and [place for place, _ in starts] == [0, 1, 1]
-  assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(*map(jax.tree.leaves, (first, again))))   # the interrupt changed nothing
-  cold = {line["task_id"]: line for line in repeatable(whole) if line["arm"] == "sdpo"}
-  warm = {line["task_id"]: line for line in repeatable(tmp_path)}
-  (one, other) = (next(q for q in cold if q.endswith(end)) for end in ("/37", "/6"))
+  monkeypatch.setattr(discover.Solver, "solve", lambda self, run, log, start=None: starts.append(start) or original(self, run, log, start))
+  assert main.main(["main", *LOCAL, "--config.discover.indices=(37,6)", "--config.discover.warm_start=True", "--config.discover.arms=('sdpo',)",
+                    f"--workdir={tmp_path}"]) == 0
+  kept = checkpoint.restore_params(tmp_path / "warm" / "seed_0", starts[1], step=1)   # what the first question's run left
+  assert starts[0] is None and all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(*map(jax.tree.leaves, (starts[1], kept))))
+  cold, warm = ({line["task_id"]: line for line in repeatable(workdir) if line["arm"] == "sdpo"} for workdir in (whole, tmp_path))
+  one, other = (next(q for q in cold if q.endswith(end)) for end in ("/37", "/6"))
   assert warm[one] == cold[one] and warm[other] != cold[other]
 
 
