@@ -3,6 +3,7 @@ import io
 import json
 import math
 import re
+import sys
 
 import jax.numpy as jnp
 import numpy as np
