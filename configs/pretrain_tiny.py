@@ -1,10 +1,12 @@
-r"""The tiny base model: TinyCode programs, with and without hindsight.
+r"""The tiny base models: TinyCode programs or chains of arithmetic, with and without hindsight.
 
 Run:    python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py --workdir=runs/pretrain_tiny --out=sdpo_jax/assets/tiny
+Other:  python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py:domain=arithmetic --workdir=runs/pretrain_arithmetic --out=sdpo_jax/assets/tiny_arithmetic
 Smoke:  python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py:local --workdir=runs/smoke
 Cost:   7,000 steps of about 60 rows, 62 CPU minutes (half an hour of wall time when two cores are free); 0.68 M parameters.
 Result: problems with novel words solved, greedy, 256 problems of one to three operations: 11.3 % alone, 41.0 % given feedback on a
-        failed attempt, 100.0 % given a solution. The weights in sdpo_jax/assets/tiny are those of seed 0.
+        failed attempt, 100.0 % given a solution; domain=arithmetic 6.6 %, 63.3 % and 100.0 %, after 63 CPU minutes. The weights in
+        sdpo_jax/assets/tiny and tiny_arithmetic are those of seed 0.
 """
 
 import dataclasses
