@@ -87,7 +87,7 @@ class Problems:
 
   def __init__(self, domain: Domain, level: str = "default", words_seed: int = 0):
     if level not in LEVELS:
-      raise ValueError(f"env.level={level!r} is unknown; choose from {sorted(LEVELS)}")
+      raise ValueError(f"config.env.level={level!r} is unknown; choose from {sorted(LEVELS)}")
     self.domain, self.level, self.words_seed = domain, level, words_seed
     weights, novel = LEVELS[level]
     self.words = dict(list(novel_meanings(domain.phrases, words_seed).items())[:round(novel * len(domain.phrases))])
