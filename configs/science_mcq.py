@@ -1,7 +1,7 @@
 r"""Science questions with four choices (SciKnowEval), no feedback: the teacher reads another rollout's correct answer.
 
 Run:    python -m sdpo_jax.main --config=configs/science_mcq.py:subject=chemistry,model=qwen3-8b --workdir=runs/chemistry
-Other:  python -m sdpo_jax.main --config=configs/science_mcq.py:subject=physics,method=grpo,seed=1,top_k=0 --workdir=runs/physics_grpo
+Other:  python -m sdpo_jax.main --config=configs/science_mcq.py:subject=physics,method=grpo,seed=1 --workdir=runs/physics_grpo
         (GRPO with four updates a batch, the paper's default; its on-policy form is one update at ten times the rate:)
         python -m sdpo_jax.main --config=configs/science_mcq.py:method=grpo --config.optimizer.lr=1e-5 --config.train.updates_per_batch=1 --config.train.micro_batches=32
 Smoke:  python -m sdpo_jax.main --config=configs/science_mcq.py:local --workdir=runs/science_smoke

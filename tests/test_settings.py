@@ -16,7 +16,7 @@ from tests import fakes
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINYCODE = f"--config={ROOT}/configs/tinycode.py"
-SAMPLES = {bool: True, int: 3, float: 0.25, str: "text"}
+SAMPLES = {bool: True, int: 3, float: 0.25, str: "text", tuple: ("text",)}
 PARTS = [(axis, name) for axis, table in methods.AXES.items() for name in table]
 
 
