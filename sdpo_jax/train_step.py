@@ -17,7 +17,7 @@ import optax
 
 from sdpo_jax import sharding
 from sdpo_jax.kernels.distill_kl import distill_kl, distill_kl_sharded
-from sdpo_jax.kernels.distill_topk import distill_topk
+from sdpo_jax.kernels.distill_topk import distill_mixture, distill_topk
 from sdpo_jax.kernels.token_logp import token_logp
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
@@ -67,6 +67,15 @@ def by_response(x_X: jax.Array, batch: TrainBatch) -> jax.Array:
   x_CX = jnp.pad(x_X.reshape(C, X), ((0, 0), (0, R)))
   take = jax.vmap(jax.vmap(lambda x_X, start: jax.lax.dynamic_slice_in_dim(x_X, start, R), (None, 0)))
   return sharding.constrain(take(x_CX, jnp.reshape(batch.start_B, (C, B // C))).reshape(B, R), "BR")
+
+
+def mixture_weights(batch: TrainBatch) -> jax.Array:
+  """[M, C * X]: the share of the plain reading (weight 1) and of each further one in the teacher of each response token."""
+  C, X = batch.student.at_CX.shape
+  weight_MB = jnp.stack([jnp.ones_like(batch.distill_B), *(c.weight_B for c in batch.counterfactuals)])
+  share_MCB = (weight_MB / jnp.sum(weight_MB, 0)).reshape(len(weight_MB), C, -1)
+  row_CX = jax.vmap(lambda start_B: jnp.searchsorted(start_B, jnp.arange(X), side="right") - 1)(jnp.reshape(batch.start_B, (C, -1)))
+  return jax.vmap(lambda share_CB: jnp.take_along_axis(share_CB, row_CX, axis=1))(share_MCB).reshape(len(weight_MB), C * X)
 
 
 def forward_pair(params, teacher, config: ModelConfig, batch: TrainBatch, *, mix: float | None = None, remat: str = "none"):
@@ -123,8 +132,14 @@ def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None
     wanted = objective.divergence or {"alpha": 0.5, "top_k": None}   # sampled-token signals read the rest of the result
     mesh = jax.sharding.get_abstract_mesh()
 
+    policy_XD, head_DV, teacher_XE, teacher_head_EV = halves
+    again = [read_again(params, teacher, config, c.teacher, mix=mix) for c in batch.counterfactuals]
+
     def compare(*halves) -> Signals:
-      if wanted["top_k"] is None:
+      if objective.mixture and again:
+        out = distill_mixture(policy_XD, head_DV, [teacher_XE, *again], teacher_head_EV, target_X, mixture_weights(batch), temperature=temperature,
+                              mesh=None if mesh.empty else mesh, **wanted)
+      elif wanted["top_k"] is None:
         kernel = distill_kl if mesh.empty else functools.partial(distill_kl_sharded, mesh=mesh)
         out = kernel(*halves, target_X, alpha=wanted["alpha"], temperature=temperature, implementation=implementation)
       else:
@@ -134,8 +149,7 @@ def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None
         found.append(token_logp(*map(jax.lax.stop_gradient, halves[2:]), target_X, temperature=temperature)[1])
       return Signals(*(by_response(x, batch) for x in found))
 
-    policy_XD, head_DV, _, teacher_head_EV = halves
-    more = [compare(policy_XD, head_DV, read_again(params, teacher, config, c.teacher, mix=mix), teacher_head_EV) for c in batch.counterfactuals]
+    more = [compare(policy_XD, head_DV, again_XE, teacher_head_EV) for again_XE in again if not objective.mixture]
     return compare(*halves)._replace(counterfactuals=tuple(more))
 
   return signals

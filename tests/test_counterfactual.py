@@ -91,10 +91,15 @@ def test_weights_and_readings():
   one, two, none = read(attempt, alternatives=3, eta=0.5, kappa=0.5, form="each")
   assert (one[1], two[1], none) == (0.25, 0.125, None) and one[0].notes + two[0].notes == joint.notes
   assert read(rollout("a")) == [None] and read(rollout("a", reward=1.0), alternatives=2, form="each") == [None, None]
+  mixed = read(attempt, alternatives=3, eta=0.5, kappa=0.5, form="mixture")
+  assert [r and r[1] for r in mixed] == [0.5, 0.25, None] and [r and r[0] for r in mixed] == [one[0], two[0], None]
+  assert readings(notes(form="mixture"), lambda group, i: None, [attempt], 0, success_threshold=0.5) == [None, None]   # nothing to mix with
   assert notes(eta=0.0) is None and notes(alternatives=0) is None and notes(sources=()) is None
-  for wrong in (dict(eta=-1.0), dict(kappa=1.5), dict(feedback="dreamt"), dict(form="either"), dict(sources=("cousins",)), dict(imagined_tokens=0)):
+  for wrong in (dict(eta=-1.0), dict(kappa=1.5), dict(feedback="dreamt"), dict(form="either"), dict(sources=("cousins",)), dict(imagined_tokens=0), dict(gate=True, form="mixture")):
     with pytest.raises(ValueError, match=f"method.counterfactual.{next(iter(wrong))}"):
       methods.build(methods.row("counterfactual") | dict(counterfactual=dict(name="notes", **wrong)))
+  with pytest.raises(ValueError, match="set method.token_signal.top_k"):
+    methods.build(methods.row("counterfactual") | dict(counterfactual=dict(name="notes", form="mixture")))
   with pytest.raises(ValueError, match="teacher context 'feedback_or_solution'"):
     methods.build(methods.row("grpo") | dict(counterfactual=dict(name="notes")))
 
@@ -227,16 +232,16 @@ def test_the_batch_holds_the_same_responses_under_the_notes():
   assert [c.weight_B.tolist() for c in batches(row, [group])[1].batch.counterfactuals] == [[0.25, 0, 0]] * 2
 
 
-@pytest.mark.parametrize("gate, pieces", [(False, 1), (True, 2)])
-def test_the_loss_is_the_specifications(gate, pieces):
-  """sdpo_loss + eta w of it under other prompts, over the tokens of one batch; on dense logits, value and gradient."""
+@pytest.mark.parametrize("form, gate, pieces", [("joint", False, 1), ("each", True, 2), ("mixture", False, 2)])
+def test_the_loss_is_the_specifications(form, gate, pieces):
+  """sdpo_loss + eta w of it under other prompts, over the tokens of one batch, or with a mixture as the teacher; on dense logits, value and gradient."""
   setup, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
   _, teacher = fakes.toy_model(1, layers=1, width=16, heads=2, kv_heads=1)
   batch = fakes.toy_batch(rows=4, packs=pieces)
   one, two = np.array([0.5, 0, 0.25, 0], np.float32), np.array([0.5, 0, 0, 0.125], np.float32)   # row 2 has no feedback
-  batch = batch._replace(counterfactuals=(Counterfactual(batch.student, one), Counterfactual(batch.teacher, two)))
-  row = methods.row("counterfactual") | dict(token_weight=dict(name="uniform"))
-  row["counterfactual"] = dict(name="notes", gate=gate)
+  batch = batch._replace(counterfactuals=(Counterfactual(batch.student, one), Counterfactual(batch.teacher._replace(token_CPT=batch.teacher.token_CPT[:, :, ::-1] * 1), two)))
+  row = methods.row("counterfactual") | dict(token_weight=dict(name="uniform"), token_signal=dict(name="divergence", alpha=0.5, top_k=7 if form == "mixture" else None))
+  row["counterfactual"] = dict(name="notes", gate=gate, form=form)
   objective, tx = make_objective(row), optax.sgd(1.0)
   step = jax.jit(make_train_step(make_signals(setup, objective), objective, tx, micro_batches=pieces), compiler_options=QUICK)
   state, metrics = step(init_state(params, tx)._replace(teacher=teacher), batch)
@@ -244,24 +249,27 @@ def test_the_loss_is_the_specifications(gate, pieces):
   def dense(params, half):
     packs = [jax.tree.map(lambda x: x[c:c + 1], half) for c in range(pieces)]
     rows = [batch._replace(**{n: x[c * 4 // pieces:(c + 1) * 4 // pieces] for n, x in batch._asdict().items() if n.endswith(("_B", "_BR"))}) for c in range(pieces)]
-    return jnp.concatenate([fakes.dense_logits(params, setup, p, b) for p, b in zip(packs, rows)])
+    return jax.nn.log_softmax(jnp.concatenate([fakes.dense_logits(params, setup, p, b) for p, b in zip(packs, rows)]))
 
+  said = functools.partial(reference.sdpo_loss, is_clip=None, rollout_is_clip=None, top_k=row["token_signal"]["top_k"])
   taught_B = (batch.distill_B > 0) | (one > 0) | (two > 0)
   tokens = (batch.weight_BR * taught_B[:, None]).sum()
-  pick = lambda logits: jnp.take_along_axis(jax.nn.log_softmax(logits), batch.response_BR[..., None], -1)[..., 0]
+  pick = lambda logp_BRV: jnp.take_along_axis(logp_BRV, batch.response_BR[..., None], -1)[..., 0]
 
   def loss(params):
-    policy, plain = dense(params, batch.student), dense(teacher, batch.teacher)
-    total = reference.sdpo_loss(policy, plain, batch.response_BR, batch.weight_BR, batch.distill_B, is_clip=None, rollout_is_clip=None)
-    for weight_B, half in ((one, batch.student), (two, batch.teacher)):
-      other = dense(teacher, half)
+    policy, plain, others = dense(params, batch.student), dense(teacher, batch.teacher), [(c.weight_B, dense(teacher, c.teacher)) for c in batch.counterfactuals]
+    if form == "mixture":
+      share = lambda weight_B: (weight_B / (1.0 + one + two))[:, None, None]
+      plain = jnp.log(share(np.ones(4)) * jnp.exp(plain) + sum(share(weight_B) * jnp.exp(other) for weight_B, other in others))
+    total = said(policy, plain, batch.response_BR, batch.weight_BR, batch.distill_B)
+    for weight_B, other in others if form != "mixture" else ():
       agree_BR = jnp.sign(pick(other) - pick(policy)) == jnp.sign(pick(plain) - pick(policy))
       weight_BR = batch.weight_BR * weight_B[:, None] * (agree_BR | (batch.distill_B == 0)[:, None] if gate else 1.0)
-      mean = reference.sdpo_loss(policy, other, batch.response_BR, weight_BR, np.ones(4), is_clip=None, rollout_is_clip=None)
-      total += mean * jnp.maximum(weight_BR.sum(), 1.0) / tokens
+      total += said(policy, other, batch.response_BR, weight_BR, np.ones(4)) * jnp.maximum(weight_BR.sum(), 1.0) / tokens
     return total
 
   want, grads = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params)
-  assert float(metrics["train/loss"].mean) == pytest.approx(float(want), rel=1e-5) and 0 <= metrics["counterfactual/agreement"].mean <= 1
+  assert float(metrics["train/loss"].mean) == pytest.approx(float(want), rel=1e-5)
+  assert form == "mixture" or 0 <= metrics["counterfactual/agreement"].mean < 1
   scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(grads))
   jax.tree.map(lambda old, new, g: np.testing.assert_allclose(old - new, g, atol=2e-5 * scale), params, state.params, grads)

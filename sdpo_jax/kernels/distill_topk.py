@@ -52,10 +52,27 @@ def distill_topk(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_
   (arXiv 2601.20802, Prop. 2.1); each bucket's is held within +-advantage_clip, as in the paper's test-time runs. Nothing
   changes, in value or gradient, where no bucket leaves these bounds.
   """
-  if advantage_clip is not None and alpha != 1:
-    raise ValueError(f"advantage_clip={advantage_clip!r} needs alpha=1, the reverse KL, not alpha={alpha!r}")
   top = top_log_probs(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, top_k=top_k,
                       temperature=temperature, mesh=mesh)
+  return in_buckets(top, alpha=alpha, add_tail=add_tail, advantage_clip=advantage_clip)
+
+
+def distill_mixture(student_hidden_XD, student_head_DV, teachers, teacher_head_EV, target_X, weight_MX, *, alpha, top_k, add_tail=True, temperature=1.0,
+                    advantage_clip=None, mesh=None) -> DistillKL:
+  """distill_topk from a mixture of M readings by one teacher, q = sum over m of weight_m q_m; teachers: M hidden states [X, E]; weight_MX: each token's add up to 1.
+
+  The policy's top K do not depend on the teacher, so each reading is one more sweep, and mixing is arithmetic on [X, K].
+  """
+  tops = [top_log_probs(student_hidden_XD, student_head_DV, hidden_XE, teacher_head_EV, target_X, top_k=top_k, temperature=temperature, mesh=mesh)
+          for hidden_XE in teachers]
+  mixed_XK = logsumexp(jnp.stack([top.logp_teacher_XK for top in tops]), axis=0, b=weight_MX[..., None])
+  mixed_X = logsumexp(jnp.stack([top.logp_teacher_X for top in tops]), axis=0, b=weight_MX)
+  return in_buckets(tops[0]._replace(logp_teacher_XK=mixed_XK, logp_teacher_X=mixed_X), alpha=alpha, add_tail=add_tail, advantage_clip=advantage_clip)
+
+
+def in_buckets(top: "TopLogProbs", *, alpha, add_tail, advantage_clip) -> DistillKL:
+  if advantage_clip is not None and alpha != 1:
+    raise ValueError(f"advantage_clip={advantage_clip!r} needs alpha=1, the reverse KL, not alpha={alpha!r}")
   buckets = add_tail_bucket if add_tail else lambda x: x - logsumexp(x, axis=1, keepdims=True)
   policy_XK, teacher_XK = buckets(top.logp_XK), buckets(top.logp_teacher_XK)
   if advantage_clip is None:

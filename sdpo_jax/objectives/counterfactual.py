@@ -4,13 +4,15 @@ r"""What failed responses also learn from what might have been: other responses 
 
 f is what plain SDPO shows; note_m says "If you had tried X instead of Y, you would have received Z" of alternative m, X and Y being the lines
 in which the two differ and Z its feedback, word for word. Two forms: "joint", one further reading by the teacher with all notes and weight
-eta * mean(w), which costs one teacher pass; "each", one reading for each alternative, as written. w is 1 where the environment ran the alternative and kappa
+eta * mean(w), which costs one teacher pass; "each", one reading for each alternative, as written.
+A third, "mixture", changes the teacher instead of adding to the loss: q = sum over m of q_m * w_m / sum(w), m = 0 being the plain reading with
+w = 1 and the others one for each alternative with eta * w_m. It goes through the policy's top K (`kernels/distill_topk`), since a mixture of softmaxes
+is no product of one hidden state with one matrix, which is what the full-vocabulary kernels take; where there is no plain reading there is no mixture. w is 1 where the environment ran the alternative and kappa
 where the model imagined the feedback. A verified alternative that succeeds has no note: it joins the group's other successes, as a solution
 that may be shown. M is the number of alternatives that are left after duplicates and those like the attempt are dropped. An attempt that
 nothing is told about has no further reading. With eta = 0 or alternatives = 0 the part is None and nothing of it runs.
 
-Derived here; there is no paper. The mixture of teachers, log q = logsumexp(log w_m + log q_m), is left out: a mixture of softmaxes
-is no product of one hidden state with one matrix, which is what the full-vocabulary kernels take. Host code: text in, text out.
+Derived here; there is no paper. Host code: text in, text out.
 """
 
 import dataclasses
@@ -52,12 +54,14 @@ def notes(*, eta: float = 1.0, alternatives: int = 2, sources: tuple[str, ...] =
   """
   if unknown := set(sources) - set(SOURCES):
     raise ValueError(f"method.counterfactual.sources={tuple(sources)!r}: {sorted(unknown)[0]!r} is unknown; choose from {list(SOURCES)}")
-  for name, value, allowed in (("feedback", feedback, ("imagined", "verified")), ("form", form, ("each", "joint"))):
+  for name, value, allowed in (("feedback", feedback, ("imagined", "verified")), ("form", form, ("each", "joint", "mixture"))):
     if value not in allowed:
       raise ValueError(f"method.counterfactual.{name}={value!r} is unknown; choose from {list(allowed)}")
   for name, value, most in (("eta", eta, float("inf")), ("alternatives", alternatives, float("inf")), ("kappa", kappa, 1.0)):
     if not 0 <= value <= most:
       raise ValueError(f"method.counterfactual.{name}={value!r} must be at least 0{f' and at most {most:g}' if most == 1.0 else ''}")
+  if gate and form == "mixture":
+    raise ValueError("method.counterfactual.gate=True compares readings, and form='mixture' makes one teacher of them: use 'joint' or 'each'")
   if imagined_tokens < 1:
     raise ValueError(f"method.counterfactual.imagined_tokens={imagined_tokens!r} must be at least 1")
   return Part(eta, alternatives, tuple(sources), feedback, kappa, gate, form, imagined_tokens) if eta and alternatives and sources else None
@@ -106,15 +110,15 @@ def note(alternative: Alternative, attempt: Rollout, template: str) -> str:
 
 def readings(part: Part, teacher_context, group: list[Rollout], i: int, *, success_threshold: float) -> list[tuple[Context, float] | None]:
   """What the teacher reads of rollout i in each further reading, and its weight; None: nothing that it has not read already."""
-  attempt, found = group[i], []
+  attempt, plain, found = group[i], teacher_context(group, i), []
   told = [attempt.alternatives] if part.form == "joint" else [[a] for a in attempt.alternatives]
-  for chosen in filter(None, told):
+  for chosen in filter(None, told if part.form != "mixture" or plain else []):
     verified = [a.rollout for a in chosen if a.imagined is None]
     shown = teacher_context(group + verified, i)   # one that succeeds is a success like any other
     template = (TEMPLATES | dict(shown.templates if shown else ()))["note"]
     text = "".join(note(a, attempt, template) for a in chosen if a.imagined is not None or failed(a.rollout, success_threshold))
     context = dataclasses.replace(shown or Context(), notes=text)
-    weight = part.eta * sum(1.0 if a.imagined is None else part.kappa for a in chosen) / len(attempt.alternatives)
-    changed = context not in (Context(), teacher_context(group, i))
+    weight = part.eta * sum(1.0 if a.imagined is None else part.kappa for a in chosen) / (1 if part.form == "mixture" else len(attempt.alternatives))
+    changed = context not in (Context(), plain)
     found.append((context, weight) if changed and weight else None)
   return found + [None] * (part.readings - len(found))

@@ -36,12 +36,14 @@ class Objective(NamedTuple):
   divergence: dict | None  # alpha, top_k, add_tail, advantage_clip of the divergence that the kernel must compute; None: none
   needs_teacher: bool
   needs_teacher_entropy: bool
+  mixture: bool            # the batch's further readings are mixed into the teacher, not terms of their own
 
 
 def make_objective(method: dict) -> Objective:
   """method: a row of METHODS (or one like it). Raises ValueError as `methods.build` does."""
   parts = methods.build(method)
-  share, gate = method["policy_share"], method["counterfactual"].get("gate", False)
+  share, gate, mixture = method["policy_share"], *(method["counterfactual"].get(k) for k in ("gate", "form"))
+  mixture = mixture == "mixture"
   signal, weigh, surrogate = parts["token_signal"], parts["token_weight"], parts["surrogate"]
   reduction = parts["reduction"]
   factors = {"distill": 1.0, "policy": 1.0} if share == "untaught" else {"distill": 1.0 - share, "policy": share}
@@ -61,7 +63,7 @@ def make_objective(method: dict) -> Objective:
 
   def normalisers(batch: TrainBatch) -> dict[str, jax.Array]:
     found = {term: normaliser for term, (_, normaliser) in terms(batch).items()}
-    if batch.counterfactuals:
+    if batch.counterfactuals and not mixture:
       taught_B = functools.reduce(jnp.maximum, [c.weight_B > 0 for c in batch.counterfactuals], batch.distill_B > 0)
       found["counterfactual"] = jnp.maximum(jnp.sum(batch.weight_BR * taught_B[:, None]), 1.0)
     return found
@@ -94,7 +96,7 @@ def make_objective(method: dict) -> Objective:
       total = jnp.sum(signal(said, batch) * weigh(said, batch) * weight_BR)
       loss += factors["distill"] * total / norm["counterfactual"]
       added, told = added + total, told + jnp.sum(weight_BR)
-    if batch.counterfactuals:
+    if signals.counterfactuals:
       metrics["train/loss_counterfactual"] = Ratio(added, told)
       metrics["counterfactual/agreement"] = Ratio(agreed, read)
     mean = lambda x_BR, w_BR: Ratio(jnp.sum(x_BR * w_BR), jnp.sum(w_BR))
@@ -108,4 +110,4 @@ def make_objective(method: dict) -> Objective:
 
   wanted = methods.arguments(method, "token_signal") if method["token_signal"]["name"] == "divergence" else None
   return Objective(token_loss, normalisers, wanted and {k: wanted[k] for k in ("alpha", "top_k", "add_tail", "advantage_clip")}, signal is not None,
-                   method["token_weight"]["name"] == "certainty")
+                   method["token_weight"]["name"] == "certainty", mixture)

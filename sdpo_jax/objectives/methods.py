@@ -196,7 +196,10 @@ def check(method: dict) -> None:
     raise ValueError(f"method.token_signal.advantage_clip={clip!r} must be above 0 and needs alpha=1 (reverse KL) and a top_k, not alpha={alpha!r}, top_k={top_k!r}")
   taught = names["token_signal"] != "none"
   part = dict(method["counterfactual"])
-  if COUNTERFACTUALS[part.pop("name")](**part) is not None and (names["teacher_context"] != "feedback_or_solution" or method["policy_share"] == "untaught"):
+  told = COUNTERFACTUALS[part.pop("name")](**part)
+  if told is not None and told.form == "mixture" and top_k is None:
+    raise ValueError("method.counterfactual.form='mixture' goes through the policy's likeliest tokens: set method.token_signal.top_k")
+  if told is not None and (names["teacher_context"] != "feedback_or_solution" or method["policy_share"] == "untaught"):
     raise ValueError(f"method.counterfactual.name={names['counterfactual']!r} adds to the teacher context 'feedback_or_solution', not to "
                      f"{names['teacher_context']!r}, and to a policy_share that is a number, not {method['policy_share']!r}")
   if taught and (names["teacher_context"] == "none" or names["teacher_weights"] == "none"):
