@@ -27,7 +27,7 @@ ARMS = {  # method, changes to its counterfactual part, responses generated for 
     "sdpo": ("sdpo", {}, 1.0),
     "sdpo_extra": ("sdpo", {}, 1.5),
     "counterfactual": ("counterfactual", {}, 1.5),
-    "counterfactual_imagined": ("counterfactual", dict(feedback="imagined"), 2.0),
+    "counterfactual_imagined": ("counterfactual", dict(feedback="imagined"), 1.55),
     "counterfactual_siblings": ("counterfactual", dict(sources=("siblings",)), 1.0),
     "grpo": ("grpo", {}, 1.0),
     "grpo_extra": ("grpo", {}, 1.5),

@@ -341,6 +341,7 @@ def _card(rollout):
       f"step {rollout.get('step', '?')}", rollout.get("task_id", ""), rollout.get("status", "")) if text)
   context = rollout.get("teacher_context")
   read = f"<details><summary>What the teacher read</summary><pre>{_text(context)}</pre></details>" if context else "<p class='note'>The teacher read nothing more.</p>"
+  read += "".join(f"<details><summary>What it read of alternatives</summary><pre>{_text(told)}</pre></details>" for told in rollout.get("counterfactual_contexts") or ())
   return (f"<div class='card'><div class='head'>{badge} {head}</div><div class='columns'><div><h3>Prompt</h3><pre>{_text(rollout.get('prompt', ''))}</pre>"
           f"<h3>Feedback</h3><pre>{_text(rollout.get('feedback') or '–')}</pre>{read}</div>"
           f"<div><h3>Response</h3><pre class='response'>{_response(rollout)}</pre></div></div></div>")

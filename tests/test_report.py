@@ -69,12 +69,12 @@ def workdir(path, *, method="sdpo", seed=0, accuracy=(0.1, 0.5, 0.9), rollouts=(
 
 
 def test_a_run(tmp_path):
-  run = workdir(tmp_path / "run", rollouts=[(1, [rollout(1)]), (2, [rollout(2, reward=1.0)])])
+  run = workdir(tmp_path / "run", rollouts=[(1, [rollout(1)]), (2, [rollout(2, reward=1.0, counterfactual_contexts=["If you had tried"])])])
   path = report.write_report([run], tmp_path / "out")
   page = Page(path)
   assert path == tmp_path / "out" / "index.html"
   for text in ("sdpo on tinycode", "python -m sdpo_jax.main --config=x", "10.0% [5.0%, 15.0%]", "90.0% [85.0%, 95.0%]", "10.0% at step 0", "128", "jax 0.10.2",
-               "What the teacher read", "reward 1"):
+               "What the teacher read", "What it read of alternatives", "If you had tried", "reward 1"):
     assert page.has(text), text
   assert "Comparison" not in page.source
   files = {file.name for file in (tmp_path / "out").glob("*.png")}
