@@ -3,6 +3,7 @@ r"""Test-time self-distillation: one hard question, binary reward, feedback alon
 Run:    python -m sdpo_jax.main --mode=discover --config=configs/discover.py --workdir=runs/discover
 Other:  python -m sdpo_jax.main --mode=discover --config=configs/discover.py:multi_turn
         python -m sdpo_jax.main --mode=discover --config=configs/discover.py:task=livecodebench,subset=very_hard --config.model.lora.rank=32
+        with "--config.discover.arms=('sdpo','counterfactual','best_of_k')": what the other attempts' feedback adds
         with --config.discover.parallel=8: eight questions at a time, each on an eighth of the devices; likewise for tinycode
 Smoke:  python -m sdpo_jax.main --mode=discover --config=configs/discover.py:local
 Setting of arXiv 2601.20802, section 5: the teacher reads the feedback alone (no solution is known), its weights follow the policy at 0.01,
@@ -33,12 +34,16 @@ LIVECODEBENCH = {"hard": (1, 3, 10, 43, 46, 59, 69, 74, 86, 91, 92, 95, 100, 103
 def get_config(arg: str = ""):
   a = config.parse_arg(arg, task="tinycode", subset="hard", model="", level="very_hard", seed=0, multi_turn=False, local=False)
   if a.task == "tinycode":
+    config.refuse(a, "subset", because="it chooses questions of livecodebench")
     c = config.base()
     c.seed, c.model.path, c.env.level = a.seed, a.model or "tiny", a.level
     c.optimizer.update(lr=3e-3, warmup_steps=0, weight_decay=0.0)
     c.data.update(length_multiple=64, response_multiple=24)   # few shapes: the programs compile once
     c.discover.below_pass_at_64 = 0.03
   elif a.task == "livecodebench" and a.subset in LIVECODEBENCH:
+    config.refuse(a, "level", because="it chooses questions of tinycode")
+    if a.local:
+      config.refuse(a, "subset", because=config.EXAMPLES)
     coding = runpy.run_path(str(pathlib.Path(__file__).parent / "coding.py"))["get_config"]
     c = coding(f"model={a.model or 'qwen3-8b'},seed={a.seed}" + ",local" * a.local)
     c.data.on_bad_row = "error"

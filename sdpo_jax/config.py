@@ -79,7 +79,7 @@ def base() -> ml_collections.ConfigDict:
       temperature=0.6, top_p=0.95,
   )
   c.discover = dict(                         # --mode=discover: test-time self-distillation
-      arms=("sdpo", "best_of_k"),            # of sdpo, best_of_k, multi_turn
+      arms=("sdpo", "best_of_k"),            # of sdpo, counterfactual, best_of_k, multi_turn
       split="heldout", questions=20, seeds=5,
       indices=(),                            # tasks of the split by index; empty: the first `questions`
       below_pass_at_64=1.0,                  # below 1: only questions that the base model solves more seldom, out of the first `candidates`
@@ -88,7 +88,7 @@ def base() -> ml_collections.ConfigDict:
       rollouts=16,                           # attempts per update
       history="feedback",                    # feedback | attempt_and_feedback: what multi_turn's prompt keeps of a turn
       parallel=1,                            # questions at a time: the devices are divided among them, and `mesh` describes the part of one
-      warm_start=False,                      # sdpo begins a question with the weights that the question before left it: the order then matters
+      warm_start=False,                      # learning begins a question with the weights that the question before left it: the order then matters
   )
   c.checkpoint = dict(every_steps=20, keep=2)
   c.log = dict(rollouts_every_steps=10, rollouts_kept=16)   # rollout files: how often, how many rows

@@ -3,6 +3,8 @@ r"""Test-time self-distillation: one hard question, binary reward, no solution k
 Source: arXiv 2601.20802, section 5. Arms, all with the same sampler, judge and accounting:
   sdpo        batches of `rollouts` attempts from fresh weights; each batch without a success is one update on its feedback alone
   best_of_k   independent attempts of the base model
+  counterfactual  like sdpo; besides, the teacher is told of a failed attempt what the batch's other attempts received (config.method.counterfactual,
+              by default the notes of objectives/counterfactual.py; from siblings alone, since any other source would try the question outside the budget)
   multi_turn  one attempt after another; the prompt holds the feedback on the earlier ones (`history` says whether the attempts as
               well), the oldest dropped first at the limit of the prompt
 
@@ -16,12 +18,9 @@ Several questions at a time (config.discover.parallel): the devices are cut into
 part holds the weights and takes the next run when it is done with one. They share the environment and its sandbox, nothing else. That they
 fit is the user's to know. One process; not done: several processes, and several questions in one device program.
 
-Warm starts (config.discover.warm_start; off): sdpo's run on question n begins from the weights that its run on question n - 1 of the same seed
+Warm starts (config.discover.warm_start; off): a learning arm's run on question n begins from the weights that its run on question n - 1 of the same seed
 ended with; optimiser and teacher begin anew. Its results then depend on the order of the questions, and are no longer independent of one another,
 as the intervals suppose them to be. The runs of a seed follow one another; those of other seeds and arms may share the time.
-
-Not done: a counterfactual arm (say, the same updates on another question's feedback), so that what the feedback itself contributes is not told
-apart from what updating alone does.
 
 Hard questions: with `below_pass_at_64` < 1 only candidates are used whose pass@64 under the base model lies below it. Where the environment
 can list the solutions of a task (TinyCode), this is 1 - (1 - p)^64 with p the model's probability of writing one of them, which no luck
@@ -33,13 +32,14 @@ a result. The shape of the mesh does, by rounding. Files of the work directory:
   difficulty.jsonl  one candidate a line: its pass@64 and whether it is used
   attempts/*.jsonl  the judged batches of the runs under way. A killed session replays them (the updates are done again, nothing is
                     sampled or judged again) and goes on in mid-question to the same end
-  warm/seed_*       the weights that the last runs of each seed ended with, with warm starts
+  warm/ARM_seed_*   with warm starts: the weights that the last runs of each seed ended with
   discover.jsonl    one finished run a line, in the order in which they ended; then discover.json (summary), discover.txt (what is printed) and
                     discover.png. time_s: what a run took, earlier sessions included; runs side by side each count in full
 """
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -63,9 +63,10 @@ from sdpo_jax.objectives.teacher_context import CLOSING, TEMPLATES, Context, fil
 from sdpo_jax.records import Feedback, Rollout, Sampling, Status, Task
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.train_step import make_signals
-from sdpo_jax.wiring import RunError, Wired, blame_settings, describe_run, learner, on_other_devices, same_run, uncommitted, wired
+from sdpo_jax.wiring import Learner, RunError, Wired, blame_settings, describe_run, learner, on_other_devices, same_run, uncommitted, wired
 
-ARMS = ("sdpo", "best_of_k", "multi_turn")
+ARMS = ("sdpo", "counterfactual", "best_of_k", "multi_turn")
+LEARNING = ARMS[:2]
 HISTORIES = ("feedback", "attempt_and_feedback")
 
 
@@ -129,7 +130,7 @@ def solve_by_learning(task: Task, budget: Budget, *, fresh: Callable, collect: C
     budget.count(groups[0])
     if not budget.found and budget.left and judged(groups[0]):
       packed = make_batch(groups)
-      budget.teacher_tokens += int((packed.batch.teacher.segment_CPT > 0).sum())
+      budget.teacher_tokens += sum(int((half.segment_CPT > 0).sum()) for half in (packed.batch.teacher, *(c.teacher for c in packed.batch.counterfactuals)))
       state = step(state, packed.batch)
   return state
 
@@ -221,14 +222,15 @@ def calibrate(task: Task, *, below: float, attempts: int, collect: Callable, env
   return {"task_id": task.id, "attempts": n, "successes": c, "pass@64": pass_at_64, "used": n >= attempts and pass_at_64 < below}
 
 
-def fixed_shapes(rows: int, data, max_new_tokens: int) -> list[Shape]:
+def fixed_shapes(rows: int, data, max_new_tokens: int, *, more: bool = False) -> list[Shape]:
   """Shapes of a pack of `rows` responses, one a row: whatever is sampled, one of them holds it, so that what a run computes depends on nothing that ran before.
 
-  Responses up to max_new_tokens halved a few times; prompts up to their limits halved a few times, and half-way steps for the teacher's.
+  more: further readings by the teacher, of the same sizes. Responses up to max_new_tokens halved a few times; prompts up to their limits halved a few times, and half-way steps for the teacher's.
   """
   down = lambda most, multiple, steps: sorted({bucket(int(most * step), multiple) for step in steps})
   halves = [2.0**-i for i in range(6)]
-  shapes = [Shape(rows, bucket(p + r, data.length_multiple), rows, bucket(t + r, data.length_multiple), bucket(rows * r, data.length_multiple), r)
+  teacher = lambda t, r: (rows, bucket(t + r, data.length_multiple))
+  shapes = [Shape(rows, bucket(p + r, data.length_multiple), *teacher(t, r), bucket(rows * r, data.length_multiple), r, *(teacher(t, r) if more else ()))
           for r in down(max_new_tokens, data.response_multiple, halves)
           for p in down(data.max_prompt_tokens, data.length_multiple, halves)
           for t in down(data.max_teacher_tokens, data.length_multiple, [*halves, 0.75, 0.375])]
@@ -270,6 +272,23 @@ class Run(NamedTuple):
   seed: int
 
 
+class Taught(NamedTuple):
+  """A learning arm: its method, the compiled step, the shapes that it is compiled for."""
+  learn: Learner
+  step: Callable
+  shapes: list[Shape]
+
+
+def method_of(c, arm: str) -> dict:
+  """config.method without its counterfactual part for sdpo, with it (by default: notes of the siblings) for counterfactual."""
+  method = c.method.to_dict()
+  if arm == "sdpo":
+    method["counterfactual"] = methods.cell("counterfactual", "none")
+  elif method["counterfactual"]["name"] == "none":
+    method["counterfactual"] = methods.cell("counterfactual", "notes", sources=("siblings",))
+  return method
+
+
 class Solver:
   """Runs, one after another, on the devices of `w`; what they need is compiled once. stop: once it is set no batch is begun."""
 
@@ -279,31 +298,43 @@ class Solver:
     with blame_settings():
       if c.discover.rollouts % self.packs:
         raise ValueError(f"config.discover.rollouts={c.discover.rollouts} rows do not divide into {self.packs} packs: train.micro_batches x the mesh's data x fsdp")
-      self.learn = learner(c, w.model, w.join)
-    self.base, self.frozen = w.trainable(c.seed)
-    places = None if w.mesh is None else jax.tree.map(lambda x: x.sharding, self.fresh(self.base))
-    self.step = jax.jit(self.learn.step, donate_argnums=0, out_shardings=(places, w.everywhere))
+      self.base, self.frozen = w.trainable(c.seed)
+      self.taught = {arm: self.teach(arm) for arm in c.discover.arms if arm in LEARNING}
     self.sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
-    self.shapes = fixed_shapes(c.discover.rollouts // self.packs, c.data, c.rollout.max_new_tokens)
     self.together = max(1, c.rollout.rows // c.discover.rollouts)
 
-  def fresh(self, params):
-    """A state of its own: a step overwrites the weights that it is given."""
-    return self.w.fresh_state(jax.tree.map(lambda x: x.copy(), params), self.learn.tx, keep_teacher=self.learn.teacher.keep)
+  def teach(self, arm: str) -> Taught:
+    c, w = self.c.copy_and_resolve_references(), self.w
+    with c.unlocked():
+      c.method = method_of(self.c, arm)
+    learn = learner(c, w.model, w.join)
+    places = None if w.mesh is None else jax.tree.map(lambda x: x.sharding, self.fresh(learn, self.base))
+    return Taught(learn, jax.jit(learn.step, donate_argnums=0, out_shardings=(places, w.everywhere)),
+                  fixed_shapes(c.discover.rollouts // self.packs, c.data, c.rollout.max_new_tokens, more=learn.counterfactual is not None))
 
-  def update(self, state, batch):
-    state, _ = self.step(state, sharding.put_rows(self.w.mesh, batch), self.frozen)
+  def fresh(self, learn: Learner, params):
+    """A state of its own: a step overwrites the weights that it is given."""
+    return self.w.fresh_state(jax.tree.map(lambda x: x.copy(), params), learn.tx, keep_teacher=learn.teacher.keep)
+
+  def update(self, taught: Taught, state, batch):
+    state, _ = taught.step(state, sharding.put_rows(self.w.mesh, batch), self.frozen)
     if skipped := int(state.skipped_in_a_row):
       logging.warning("the gradient was not finite: update skipped, %d in a row", skipped)
       if skipped >= self.c.train.max_skipped_in_a_row:
         raise RunError(f"the gradient was not finite in {skipped} updates in a row; finished runs are intact; lower config.optimizer.lr")
     return state
 
-  def make_batch(self, groups, teacher_context=None):
-    data, parts = self.c.data, self.learn.parts
-    return pack(groups, chat=self.w.chat, messages=self.env.prompt, teacher_context=teacher_context or parts["teacher_context"], advantage=parts["advantage"],
+  def batch_of(self, taught: Taught, groups):
+    """What the update on these attempts reads. Siblings are alternatives that cost nothing: no weights are needed and no seed is used."""
+    if taught.learn.explore:
+      taught.learn.explore(self.w.collector, None, groups, sampling=self.sampling, seed=0, step=0, max_prompt_tokens=self.c.data.max_teacher_tokens)
+    return self.make_batch(groups, taught.learn.parts, taught.shapes, taught.learn.counterfactual)
+
+  def make_batch(self, groups, parts: dict, shapes: list[Shape], counterfactual=None):
+    data = self.c.data
+    return pack(groups, chat=self.w.chat, messages=self.env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"], counterfactual=counterfactual,
                 max_teacher_tokens=data.max_teacher_tokens, length_multiple=data.length_multiple, response_multiple=data.response_multiple,
-                shapes=self.shapes, packs=self.packs)
+                shapes=shapes, packs=self.packs)
 
   def collect(self, weights, asked, *, path, n):
     """n attempts for each (task, first attempt); a batch has a seed of its own, so it is the same whatever is sampled beside it."""
@@ -323,18 +354,21 @@ class Solver:
           self.collect(w.params, [(task, n + i * d.rollouts) for i in range(self.together)], path=("calibration",), n=d.rollouts), []))
     plain = make_signals(w.model, make_objective(methods.row("grpo")), temperature=c.rollout.temperature)
     score = jax.jit(lambda batch: plain(w.params, None, batch).logp_BR, out_shardings=w.everywhere)
-    logp = make_logp(score, lambda groups: self.make_batch(groups, teacher_context=methods.TEACHER_CONTEXTS["none"]), d.rollouts)
+    shapes, parts = fixed_shapes(d.rollouts // self.packs, c.data, c.rollout.max_new_tokens), methods.build(methods.row("grpo"))
+    logp = make_logp(score, lambda groups: self.make_batch(groups, parts, shapes), d.rollouts)
     return lambda task: exact_difficulty(task, self.env.solutions(task), below=d.below_pass_at_64, prompt=w.chat.prompt_tokens(self.env.prompt(task)),
                                          chat=w.chat, logp=logp)
 
   def solve(self, run: Run, log: Attempts, start=None):
-    """-> (the run's line of discover.jsonl, sdpo's last state or None). start: weights that sdpo begins with; None: the base model's."""
+    """-> (the run's line of discover.jsonl, a learning arm's last state or None). start: weights that it begins with; None: the base model's."""
     c, d, w = self.c, self.c.discover, self.w
     budget, state = Budget(d.attempts, d.tokens or None, c.train.max_env_failures_in_a_row), None
     asking = lambda n, weights=lambda params: params: log.around(lambda params, asked: self.collect(weights(params), asked, path=("discover", run.seed), n=n))
-    if run.arm == "sdpo":
-      state = solve_by_learning(run.task, budget, fresh=lambda: self.fresh(self.base if start is None else start), make_batch=self.make_batch, step=self.update,
-                                collect=asking(d.rollouts, lambda params: w.weights(params, self.frozen)))
+    if run.arm in LEARNING:
+      taught = self.taught[run.arm]
+      state = solve_by_learning(run.task, budget, fresh=lambda: self.fresh(taught.learn, self.base if start is None else start),
+                                collect=asking(d.rollouts, lambda params: w.weights(params, self.frozen)),
+                                make_batch=functools.partial(self.batch_of, taught), step=functools.partial(self.update, taught))
     elif run.arm == "best_of_k":
       solve_by_sampling(run.task, budget, params=w.params, collect=asking(d.rollouts), rollouts=d.rollouts, together=self.together)
     else:
@@ -353,8 +387,12 @@ def check(c) -> None:
     raise ValueError("--mode=discover runs in one process; it uses all of its devices")
   if d.history not in HISTORIES:
     raise ValueError(f"config.discover.history={d.history!r} is unknown; choose from {list(HISTORIES)}")
-  if "sdpo" in d.arms and not make_objective(c.method.to_dict()).needs_teacher:
-    raise ValueError("config.discover.arms holds 'sdpo', but config.method has no teacher to learn from: its reward is 0 until the first success; choose one that has")
+  for arm in (arm for arm in LEARNING if arm in d.arms):
+    if not make_objective(c.method.to_dict()).needs_teacher:
+      raise ValueError(f"config.discover.arms holds {arm!r}, but config.method has no teacher to learn from: its reward is 0 until the first success; choose one that has")
+    if sources := set(method_of(c, arm)["counterfactual"].get("sources", ())) - {"siblings"}:
+      raise ValueError(f"config.method.counterfactual.sources holds {sorted(sources)[0]!r}, which would try the question outside the budget: "
+                       "--mode=discover takes ('siblings',) alone")
   if c.train.updates_per_batch != 1:
     raise ValueError(f"config.train.updates_per_batch={c.train.updates_per_batch} must be 1: --mode=discover makes one update a batch")
   if any(i < 0 for i in d.indices):
@@ -409,7 +447,7 @@ def finish_all(c, workdir: pathlib.Path, runs: list[Run], w: Wired, first: Solve
   jobs: dict[Any, list[Run]] = {}   # a job's runs follow one another; without warm starts each run is a job
   for run in runs:
     if (run.arm, run.task.id, run.seed) not in done:
-      jobs.setdefault(("warm", run.seed) if c.discover.warm_start and run.arm == "sdpo" else run.number, []).append(run)
+      jobs.setdefault((run.arm, run.seed) if c.discover.warm_start and run.arm in LEARNING else run.number, []).append(run)
   todo: queue.SimpleQueue = queue.SimpleQueue()
   for job in jobs.values():
     todo.put(job)
@@ -417,7 +455,7 @@ def finish_all(c, workdir: pathlib.Path, runs: list[Run], w: Wired, first: Solve
 
   def finish(solver: Solver, run: Run) -> None:
     log = Attempts(workdir / "attempts" / f"{run.number:05d}.jsonl", [run.arm, run.task.id, run.seed])
-    chain = workdir / "warm" / f"seed_{run.seed}" if c.discover.warm_start and run.arm == "sdpo" else None
+    chain = workdir / "warm" / f"{run.arm}_seed_{run.seed}" if c.discover.warm_start and run.arm in LEARNING else None
     start = checkpoint.restore_params(chain, solver.base, step=run.place) if chain and run.place else None
     if start is not None and solver.w.mesh is None:
       start = uncommitted(start)

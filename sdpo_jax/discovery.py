@@ -6,8 +6,8 @@ a run that ended early (its tokens were spent) for censored: its failure is know
 run made all attempts of the budget, the two are equal. Means per run (attempts, tokens) end at the first success, best_of_k's too. best_of_k's discovery@k is the unbiased pass@k of its n = budget attempts.
 
 Intervals are 90 % bootstrap intervals over questions; a question takes its seeds with it, since seeds are nested in questions.
-"Attempts to reach": the least k at which sdpo's discovery@k is at least best_of_k's at its whole budget; in each draw both are taken over the same
-resampled questions. 0 where the baseline found nothing; None where sdpo does not get there within the budget. Tokens likewise: generated
+"Attempts to reach": the least k at which a learning arm's discovery@k is at least best_of_k's at its whole budget; in each draw both are taken over the same
+resampled questions. 0 where the baseline found nothing; None where the arm does not get there within the budget. Tokens likewise: generated
 ones, up to and with the successful response; with the teacher's, those that it read are added (re-scoring is cheaper than generating, so that is
 the unfavourable count).
 """
@@ -22,7 +22,7 @@ from sdpo_jax import stats
 
 HARD, VERY_HARD = 0.5, 0.03   # pass@64 of the base model below which a question is called so (arXiv 2601.20802)
 DRAWS = 10_000
-COLOURS = {"sdpo": "#0072b2", "best_of_k": "#d55e00", "multi_turn": "#009e73"}
+COLOURS = {"sdpo": "#0072b2", "counterfactual": "#cc79a7", "best_of_k": "#d55e00", "multi_turn": "#009e73"}
 
 
 def by_question(lines: list[dict]) -> dict[str, list[dict]]:
@@ -68,14 +68,15 @@ def summarise(lines: list[dict], budget: int, *, difficulty: dict[str, float] | 
       runs = [line for line in lines if line["arm"] == arm and line["task_id"] == question]
       row[arm] = {"solved": sum(r["first_success"] is not None for r in runs), "runs": len(runs), "first_success": [r["first_success"] for r in runs]}
     summary["questions"].append(row)
-  if {"sdpo", "best_of_k"} <= set(arms):
-    summary["sdpo_against_best_of_k"] = compare(lines, budget, level=level)
+  for arm in ("sdpo", "counterfactual"):
+    if {arm, "best_of_k"} <= set(arms):
+      summary[f"{arm}_against_best_of_k"] = compare(lines, budget, arm=arm, level=level)
   return summary
 
 
-def compare(lines: list[dict], budget: int, *, level: float, draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:
-  """How little sdpo needs to reach what best_of_k finds with its whole budget; and both at a third of it against the whole."""
-  learned, sampled = (by_question([line for line in lines if line["arm"] == arm]) for arm in ("sdpo", "best_of_k"))
+def compare(lines: list[dict], budget: int, *, arm: str = "sdpo", level: float, draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:
+  """How little a learning arm needs to reach what best_of_k finds with its whole budget; and both at a third of it against the whole."""
+  learned, sampled = (by_question([line for line in lines if line["arm"] == arm]) for arm in (arm, "best_of_k"))
   questions = [q for q in learned if q in sampled]
   target_Q = np.array([discovery("best_of_k", sampled[q], budget) for q in questions])
   curves = {}
@@ -126,15 +127,17 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
   for row in summary["questions"]:
     known = "-" if row["pass@64"] is None else f"{row['pass@64']:.3f}"
     lines.append(f"{row['task_id']:{widest}}  {known:>12}" + "".join(f"  {str(row[arm]['solved']) + '/' + str(row[arm]['runs']):>10}" for arm in summary["arms"]))
-  if "sdpo_against_best_of_k" in summary:
-    said, budget = summary["sdpo_against_best_of_k"], summary["budget"]
-    whole = lambda x: "not reached" if x is None else f"{x:.0f}"
+  whole = lambda x: "not reached" if x is None else f"{x:.0f}"
+  for arm in summary["arms"]:
+    said, budget = summary.get(f"{arm}_against_best_of_k"), summary["budget"]
+    if said is None:
+      continue
     show = lambda name: f"{whole(said[name]['to_reach'])} [{whole(said[name]['low'])}, {whole(said[name]['high'])}]"
     difference = said["difference_at_a_third"]
     lines.append(f"best_of_k found nothing with {budget} attempts: there is nothing to reach" if said["target"] <= 0 else
-                 f"sdpo reaches best_of_k's discovery@{budget} of {said['target']:.1%} with {show('attempts')} attempts, {show('tokens')} generated tokens "
+                 f"{arm} reaches best_of_k's discovery@{budget} of {said['target']:.1%} with {show('attempts')} attempts, {show('tokens')} generated tokens "
                  f"(best_of_k: {said['baseline_tokens']:.0f}), {show('tokens_with_teacher')} with those that the teacher read")
-    lines.append(f"sdpo's discovery@{said['third']} minus best_of_k's discovery@{budget}: {difference['difference']:+.1%}{span(difference, '+.1%')}")
+    lines.append(f"{arm}'s discovery@{said['third']} minus best_of_k's discovery@{budget}: {difference['difference']:+.1%}{span(difference, '+.1%')}")
   return lines
 
 

@@ -36,7 +36,7 @@ def scripted(outcomes, size):
 def learn(outcomes, limit, size=4, tokens=None):
   updates = []
   budget = Budget(limit, tokens)
-  batch = types.SimpleNamespace(batch=types.SimpleNamespace(teacher=types.SimpleNamespace(segment_CPT=np.array([[[1, 1, 1, 2, 2, 2, 2, 0]]]))))
+  batch = types.SimpleNamespace(batch=types.SimpleNamespace(counterfactuals=(), teacher=types.SimpleNamespace(segment_CPT=np.array([[[1, 1, 1, 2, 2, 2, 2, 0]]]))))
   solve_by_learning(TASK, budget, fresh=lambda: types.SimpleNamespace(params=None), collect=scripted(outcomes, size), make_batch=lambda groups: batch,
                     step=lambda state, b: updates.append(1) or state)
   return budget, len(updates)
@@ -69,7 +69,7 @@ def test_a_broken_sandbox_ends_the_run_and_no_update_is_made_without_a_verdict()
   budget, asked, updates = Budget(8, env_failures=2), [], []
   broken = lambda params, ask: asked.append(ask[0][1]) or [[FAILED] * 4 if len(asked) != 2 else [FAILED, attempt(0)] * 2]
   step = lambda state, b: updates.append(1) or state
-  batch = types.SimpleNamespace(batch=types.SimpleNamespace(teacher=types.SimpleNamespace(segment_CPT=np.zeros((1, 1, 1)))))
+  batch = types.SimpleNamespace(batch=types.SimpleNamespace(counterfactuals=(), teacher=types.SimpleNamespace(segment_CPT=np.zeros((1, 1, 1)))))
   with pytest.raises(RunError, match="in 2 batches in a row"):
     solve_by_learning(TASK, budget, fresh=lambda: types.SimpleNamespace(params=None), collect=broken, make_batch=lambda groups: batch, step=step)
   assert asked == [0, 4, 8, 12] and updates == [1] and (budget.attempts, budget.env_failed) == (2, 14)
@@ -211,6 +211,7 @@ def test_batches_on_disk_are_not_sampled_again(tmp_path):
     ("tinycode.py:method=grpo", "--config.discover.seeds=1", "config.method has no teacher"),
     ("discover.py:local", "--config.train.updates_per_batch=2", "config.train.updates_per_batch=2"),
     ("discover.py:local", "--config.discover.indices=(3,-1)", "config.discover.indices=(3, -1)"),
+    ("discover.py:local", "--config.discover.arms=('counterfactual',) --config.method.counterfactual.name=notes", "config.method.counterfactual.sources holds 'samples'"),
     ("discover.py:local", "--config.discover.parallel=3", "config.discover.parallel=3 must divide the 8 devices"),
     ("discover.py:local", "--config.mesh.fsdp=4 --config.discover.parallel=2 --config.train.micro_batches=4", "do not divide into 16 packs"),
     ("discover.py:task=livecodebench,local", "--config.discover.indices=(0,99) --config.rollout.rows=8", "config.discover.indices=(0, 99): split")])
@@ -251,7 +252,7 @@ def whole(tmp_path_factory):
 
 def test_a_session_leaves_everything_that_was_promised(whole, capsys):
   workdir, summary = whole, json.loads((whole / "discover.json").read_text())
-  assert len(repeatable(workdir)) == 6 and set(summary["arms"]) == set(discover.ARMS)
+  assert len(repeatable(workdir)) == 6 and set(summary["arms"]) == set(discover.ARMS) - {"counterfactual"}
   assert (workdir / "discover.png").stat().st_size > 10_000 and not (workdir / "attempts").exists()
   learned = [line for line in repeatable(workdir) if line["arm"] == "sdpo"]
   assert all(line["teacher_tokens"] > 0 and line["skipped_updates"] == 0 for line in learned if line["attempts"] > 8)   # there was an update
@@ -296,11 +297,24 @@ def test_a_warm_start_begins_where_the_question_before_ended(whole, tmp_path, mo
   monkeypatch.setattr(discover.Solver, "solve", lambda self, run, log, start=None: starts.append(start) or original(self, run, log, start))
   assert main.main(["main", *LOCAL, "--config.discover.indices=(37,6)", "--config.discover.warm_start=True", "--config.discover.arms=('sdpo',)",
                     f"--workdir={tmp_path}"]) == 0
-  kept = checkpoint.restore_params(tmp_path / "warm" / "seed_0", starts[1], step=1)   # what the first question's run left
+  kept = checkpoint.restore_params(tmp_path / "warm" / "sdpo_seed_0", starts[1], step=1)   # what the first question's run left
   assert starts[0] is None and all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(*map(jax.tree.leaves, (starts[1], kept))))
   cold, warm = ({line["task_id"]: line for line in repeatable(workdir) if line["arm"] == "sdpo"} for workdir in (whole, tmp_path))
   one, other = (next(q for q in cold if q.endswith(end)) for end in ("/37", "/6"))
   assert warm[one] == cold[one] and warm[other] != cold[other]
+
+
+@pytest.mark.slow
+def test_counterfactual_tells_what_the_other_attempts_received(whole, tmp_path, monkeypatch):
+  read, original = [], discover.Solver.batch_of
+  monkeypatch.setattr(discover.Solver, "batch_of", lambda self, *a: read.append(original(self, *a)) or read[-1])
+  assert main.main(["main", *LOCAL, "--config.discover.indices=(37,6)", "--config.discover.arms=('counterfactual','sdpo')", f"--workdir={tmp_path}"]) == 0
+  lines = {arm: [line for line in repeatable(tmp_path) if line["arm"] == arm] for arm in ("counterfactual", "sdpo")}
+  assert lines["sdpo"] == [line for line in repeatable(whole) if line["arm"] == "sdpo"]   # its part is not sdpo's
+  told = [packed for packed in read if packed.counterfactuals]
+  assert told and any("would have" in c.notes for packed in told for row in packed.counterfactuals for c in row if c is not None)
+  updated = [(line, plain) for line, plain in zip(lines["counterfactual"], lines["sdpo"]) if plain["attempts"] > 8]
+  assert updated and all(line["task_id"] == plain["task_id"] and line["teacher_tokens"] > plain["teacher_tokens"] for line, plain in updated)
 
 
 @pytest.mark.slow
