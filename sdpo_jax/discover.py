@@ -225,7 +225,8 @@ def calibrate(task: Task, *, below: float, attempts: int, collect: Callable, env
 def fixed_shapes(rows: int, data, max_new_tokens: int, *, more: bool = False) -> list[Shape]:
   """Shapes of a pack of `rows` responses, one a row: whatever is sampled, one of them holds it, so that what a run computes depends on nothing that ran before.
 
-  more: further readings by the teacher, of the same sizes. Responses up to max_new_tokens halved a few times; prompts up to their limits halved a few times, and half-way steps for the teacher's.
+  more: further readings by the teacher, of the same sizes. Responses up to max_new_tokens halved a few times; prompts up to their limits halved a few
+  times, and half-way steps for the teacher's.
   """
   down = lambda most, multiple, steps: sorted({bucket(int(most * step), multiple) for step in steps})
   halves = [2.0**-i for i in range(6)]
@@ -250,12 +251,13 @@ def make_logp(score: Callable, make_batch: Callable, rows: int) -> Callable:
   """-> logp([rollout]) -> log-probability of each whole response, in batches of one shape. score(batch) -> logp_BR."""
 
   def logp(rollouts: list[Rollout]) -> np.ndarray:
-    said = []
+    said = {}
     for first in range(0, len(rollouts), rows):
       part = rollouts[first:first + rows]
-      batch = make_batch([part + part[:1] * (rows - len(part))]).batch
-      said.append(np.where(batch.weight_BR > 0, np.asarray(score(batch)), 0.0).sum(1)[:len(part)])
-    return np.concatenate(said)
+      packed = make_batch([part + part[:1] * (rows - len(part))])
+      logp_B = np.where(packed.batch.weight_BR > 0, np.asarray(score(packed.batch)), 0.0).sum(1)
+      said |= dict(zip(map(id, packed.rollouts), logp_B))   # packs have their rows in an order of their own
+    return np.array([said[id(r)] for r in rollouts])
 
   return logp
 

@@ -91,7 +91,8 @@ def test_a_limit_of_tokens_counts_the_same_whatever_is_sampled_together(together
   assert (budget.attempts, budget.tokens, budget.successes, budget.first["first_success"]) == (6, 18, 3, 3)
 
 
-def test_turns_show_feedback_newest_last_and_drop_the_oldest():
+@pytest.mark.parametrize("history", discover.HISTORIES)
+def test_turns_show_feedback_newest_last_and_drop_the_oldest(history):
   budget, seen = Budget(4), []
 
   def collect(params, asked):
@@ -99,10 +100,11 @@ def test_turns_show_feedback_newest_last_and_drop_the_oldest():
     seen.append(task.prompt)
     return [[attempt(first == 3, text=f"F{first}")]]
 
-  solve_by_turns(TASK, budget, params=None, collect=collect, fits=lambda t: t.prompt.count("F") <= 2)
+  solve_by_turns(TASK, budget, params=None, collect=collect, fits=lambda t: t.prompt.count("F") <= 2, history=history)
   assert budget.first["first_success"] == 4 and seen[0] == "question"
   turns = [attempt(0, text=f"F{i}") for i in range(3)]
-  assert seen[1] == prompt_with(TASK, turns[:1], "feedback").prompt and seen[3] == prompt_with(TASK, turns[1:], "feedback").prompt
+  assert seen[1] == prompt_with(TASK, turns[:1], history).prompt and seen[3] == prompt_with(TASK, turns[1:], history).prompt
+  assert seen[3].count("tried") == (2 if history == "attempt_and_feedback" else 0)
 
 
 def test_attempts_stand_before_their_feedback_where_asked_for():
@@ -117,6 +119,18 @@ def test_calibration_is_unbiased_to_the_end_and_stops_where_nothing_can_help():
   ask = lambda n: [attempt(x) for x in outcomes[n:n + 64]]
   assert calibrate(TASK, below=0.03, attempts=512, collect=ask) == {"task_id": "q", "attempts": 128, "successes": 1, "pass@64": 0.5, "used": False}
   assert calibrate(TASK, below=0.2, attempts=512, collect=ask) == {"task_id": "q", "attempts": 512, "successes": 1, "pass@64": 64 / 512, "used": True}
+
+
+def test_a_solution_keeps_its_own_probability_where_packs_reorder_the_rows():
+  rollouts = [dataclasses.replace(attempt(1), tokens=[i]) for i in range(5)]
+
+  def make_batch(groups):
+    rows = groups[0][::-1]
+    weight_BR = np.array([[1.0, 0.0]] * len(rows))
+    return types.SimpleNamespace(rollouts=rows, batch=types.SimpleNamespace(rows=rows, weight_BR=weight_BR))
+
+  score = lambda batch: np.array([[-float(r.tokens[0]), -100.0] for r in batch.rows])
+  np.testing.assert_array_equal(discover.make_logp(score, make_batch, 4)(rollouts), [-0.0, -1.0, -2.0, -3.0, -4.0])
 
 
 def run_line(arm, q, s, first, attempts=8, successes=None, per_attempt=10, teacher=5):
@@ -315,6 +329,18 @@ def test_counterfactual_tells_what_the_other_attempts_received(whole, tmp_path, 
   assert told and any("would have" in c.notes for packed in told for row in packed.counterfactuals for c in row if c is not None)
   updated = [(line, plain) for line, plain in zip(lines["counterfactual"], lines["sdpo"]) if plain["attempts"] > 8]
   assert updated and all(line["task_id"] == plain["task_id"] and line["teacher_tokens"] > plain["teacher_tokens"] for line, plain in updated)
+
+
+@pytest.mark.slow
+def test_questions_side_by_side_on_meshes_of_two_equal_one_after_the_other(tmp_path):
+  """Two devices hold one question's weights in parts; four hold two questions."""
+  for devices in (2, 4):
+    command = [sys.executable, "-m", "sdpo_jax.main", *LOCAL, "--config.discover.indices=(37,6)", "--config.discover.arms=('sdpo',)", "--config.mesh.fsdp=2",
+               f"--config.discover.parallel={devices // 2}", f"--workdir={tmp_path / str(devices)}"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    done = subprocess.run(command, cwd=ROOT, env=env, timeout=900, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+  assert repeatable(tmp_path / "4") == repeatable(tmp_path / "2")
 
 
 @pytest.mark.slow
