@@ -16,7 +16,7 @@ without any verdict follow one another (train.max_env_failures_in_a_row). A wron
 
 Several questions at a time (config.discover.parallel): the devices are cut into that many equal parts, config.mesh describes one of them, and each
 part holds the weights and takes the next run when it is done with one. They share the environment and its sandbox, nothing else. That they
-fit is the user's to know. One process; not done: several processes, and several questions in one device program.
+fit is the user's to know; a killed session may go on with another number. One process; not done: several processes, and several questions in one device program.
 
 Warm starts (config.discover.warm_start; off): a learning arm's run on question n begins from the weights that its run on question n - 1 of the same seed
 ended with; optimiser and teacher begin anew. Its results then depend on the order of the questions, and are no longer independent of one another,
@@ -411,7 +411,7 @@ def discover(c, workdir: str) -> dict[str, Any]:
   with blame_settings():
     check(c)
     parts = sharding.divide(jax.devices(), d.parallel)
-    same_run(workdir, c, begun=(workdir / "discover.jsonl").exists() or (workdir / "difficulty.jsonl").exists())
+    same_run(workdir, c, begun=any((workdir / name).exists() for name in ("attempts", "discover.jsonl", "difficulty.jsonl")))
   if (workdir / "discover.json").exists():   # written last
     return json.loads((workdir / "discover.json").read_text())
   stop = threading.Event()

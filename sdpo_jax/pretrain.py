@@ -30,7 +30,7 @@ from sdpo_jax.objectives.loss import Objective
 from sdpo_jax.records import Ratio, Rows, Sampling, TrainBatch
 from sdpo_jax.sampler import Sampler
 from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_train_step
-from sdpo_jax.wiring import same_run, write_atomically
+from sdpo_jax.wiring import same_run
 
 
 def supervised() -> Objective:
@@ -119,8 +119,8 @@ def run(c, workdir: str, out: str) -> dict[str, float]:
   if checkpoint.latest_step(workdir) is not None:
     state, _ = checkpoint.restore(workdir, state)
   kept = [line for line in metrics.read(workdir) if line["step"] <= int(state.step)]   # what came after the checkpoint is written again
-  write_atomically(pathlib.Path(workdir) / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")
-  write_atomically(pathlib.Path(workdir) / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+  metrics.write_atomically(pathlib.Path(workdir) / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")
+  metrics.write_atomically(pathlib.Path(workdir) / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
   log = open(os.path.join(workdir, "metrics.jsonl"), "a")
   begun, begun_step = time.time(), int(state.step)
   results = {}

@@ -201,7 +201,7 @@ def model_shape(path: str) -> ModelConfig:
 
 
 def same_run(workdir: pathlib.Path, c, *, begun: bool) -> None:
-  """A work directory belongs to one configuration; only the number of steps may grow. ValueError names the first difference."""
+  """A work directory belongs to one configuration; only the number of steps may grow, and that of questions at a time change. ValueError names the first difference."""
   path = workdir / "config.json"
   if not begun or not path.exists():
     return
@@ -209,7 +209,7 @@ def same_run(workdir: pathlib.Path, c, *, begun: bool) -> None:
                                      (flat(v, f"{prefix}.{k}") if isinstance(v, dict) else {f"{prefix}.{k}": v}).items()}
   before, now = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(c.to_dict())))
   for key in sorted(before.keys() | now.keys()):
-    if key != "config.total_steps" and before.get(key) != now.get(key):
+    if key not in ("config.total_steps", "config.discover.parallel") and before.get(key) != now.get(key):
       raise ValueError(f"{key}={now.get(key)!r} but {workdir} was begun with {before.get(key)!r}: choose another --workdir, or the same settings")
 
 

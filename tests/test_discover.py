@@ -292,17 +292,18 @@ def interrupt(monkeypatch, batches):
 
 
 def test_an_interrupt_in_mid_question_changes_nothing(whole, tmp_path, monkeypatch):
-  """And the other order of the questions, two of them at a time: nothing leaks from one to the next, or to the one beside it."""
-  arguments = ["main", *LOCAL, "--config.discover.indices=(6,37)", "--config.discover.parallel=2", "--config.discover.arms=('sdpo','best_of_k')", f"--workdir={tmp_path}"]
-  devices, original = set(), discover.Solver.solve
-  monkeypatch.setattr(discover.Solver, "solve", lambda self, *a: devices.add(jax.tree.leaves(self.w.params)[0].device) or original(self, *a))
+  """And the other order of the questions, two of them at a time after it: nothing leaks from one to the next, or to the one beside it."""
+  arguments = ["main", *LOCAL, "--config.discover.indices=(6,37)", "--config.discover.arms=('sdpo','best_of_k')", f"--workdir={tmp_path}"]
   with monkeypatch.context() as m:
-    interrupt(m, 3)   # both questions are under way, with an update made
+    interrupt(m, 1)   # the first question's learning has made one of its two batches, and an update
     with pytest.raises(KeyboardInterrupt):
       main.main(arguments)
-  under_way = list((tmp_path / "attempts").iterdir())
-  assert under_way and not (tmp_path / "discover.json").exists()
-  assert main.main(arguments) == 0
+  begun, = (tmp_path / "attempts").iterdir()
+  assert main.main([*arguments, "--config.optimizer.lr=1.0"]) == 2   # what is begun belongs to its settings
+  assert len(begun.read_text().splitlines()) == 1 and not repeatable(tmp_path) and not (tmp_path / "discover.json").exists()
+  devices, original = set(), discover.Solver.solve
+  monkeypatch.setattr(discover.Solver, "solve", lambda self, *a: devices.add(jax.tree.leaves(self.w.params)[0].device) or original(self, *a))
+  assert main.main([*arguments, "--config.discover.parallel=2"]) == 0
   assert repeatable(tmp_path) == [line for line in repeatable(whole) if line["arm"] != "multi_turn"] and len(devices) == 2
 
 
