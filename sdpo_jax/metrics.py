@@ -106,7 +106,8 @@ class Writer:
       self.truncate(self._last_step + 1)    # drops a last line cut short
       self._workdir.mkdir(parents=True, exist_ok=True)
       self._file = self._path.open("a", encoding="utf-8")
-      self._events = tensorboardX.SummaryWriter(str(self._workdir), purge_step=self._purge_step or None, write_to_disk=True)
+      older = any(self._workdir.glob("events*"))
+      self._events = tensorboardX.SummaryWriter(str(self._workdir), purge_step=self._purge_step if older else None, write_to_disk=True)
     elapsed_s = self._earlier_s + time.monotonic() - self._opened
     self._file.write(json.dumps({"step": step, "time_s": round(elapsed_s, 3)} | values, allow_nan=False) + "\n")
     self._file.flush()

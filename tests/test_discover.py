@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -301,8 +302,15 @@ def test_an_interrupt_in_mid_question_changes_nothing(whole, tmp_path, monkeypat
   begun, = (tmp_path / "attempts").iterdir()
   assert main.main([*arguments, "--config.optimizer.lr=1.0"]) == 2   # what is begun belongs to its settings
   assert len(begun.read_text().splitlines()) == 1 and not repeatable(tmp_path) and not (tmp_path / "discover.json").exists()
-  devices, original = set(), discover.Solver.solve
-  monkeypatch.setattr(discover.Solver, "solve", lambda self, *a: devices.add(jax.tree.leaves(self.w.params)[0].device) or original(self, *a))
+  devices, both, original = set(), threading.Barrier(2), discover.Solver.solve
+
+  def solve(self, run, *rest):
+    if run.arm == "sdpo":
+      devices.add(jax.tree.leaves(self.w.params)[0].device)
+      both.wait(timeout=300)   # neither question learns before the other does
+    return original(self, run, *rest)
+
+  monkeypatch.setattr(discover.Solver, "solve", solve)
   assert main.main([*arguments, "--config.discover.parallel=2"]) == 0
   assert repeatable(tmp_path) == [line for line in repeatable(whole) if line["arm"] != "multi_turn"] and len(devices) == 2
 

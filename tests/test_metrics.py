@@ -132,6 +132,8 @@ def test_tensorboard_gets_the_same_values_and_the_cut(tmp_path):
   assert first[2][2] == pytest.approx(2 / 7)
   write(tmp_path, 2, truncate=2)
   assert ("purge", 2, None) in events(tmp_path)
+  write(tmp_path, 0, truncate=0)   # killed before its first checkpoint: all that came before is hidden
+  assert ("purge", 0, None) in events(tmp_path)
 
 
 class Screen(io.StringIO):
