@@ -25,7 +25,7 @@ from sdpo_jax import sharding
 from sdpo_jax.data.batch import bucket
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
-from sdpo_jax.records import Rows, Sampling, TrainBatch
+from sdpo_jax.records import Counterfactual, Rows, Sampling, TrainBatch
 from sdpo_jax.sampler import DecodeState, decode
 from sdpo_jax.train_step import TrainState, init_state
 
@@ -69,12 +69,13 @@ def state_shapes(model: ModelConfig, tx, mesh, *, keep_teacher: bool) -> TrainSt
   return _placed(state, sharding.state_shardings(mesh, state, decoder.axes(model)))
 
 
-def batch_shapes(mesh, *, packs: int, rows: int, length: int, teacher_length: int, responses: int) -> TrainBatch:
-  """`packs` packs of `rows` responses each, every text in a row of its own."""
+def batch_shapes(mesh, *, packs: int, rows: int, length: int, teacher_length: int, responses: int, readings: int = 0) -> TrainBatch:
+  """`packs` packs of `rows` responses each, every text in a row of its own. readings: further ones by the teacher."""
   ints, floats = (lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)), (lambda *s: jax.ShapeDtypeStruct(s, jnp.float32))
   half = lambda T: Rows(*(ints(packs, rows, T),) * 3, ints(packs, rows * responses))
   B, R = packs * rows, responses
-  batch = TrainBatch(half(length), half(teacher_length), ints(B), ints(B, R), floats(B, R), floats(B), floats(B), floats(B, R), floats(B, R))
+  batch = TrainBatch(half(length), half(teacher_length), ints(B), ints(B, R), floats(B, R), floats(B), floats(B), floats(B, R), floats(B, R),
+                     (Counterfactual(half(teacher_length), floats(B)),) * readings)
   return _placed(batch, jax.tree.map(lambda _: sharding.over_rows(mesh), batch))
 
 
@@ -257,7 +258,7 @@ def plan(c, topology: str, model: ModelConfig, learn):
   state = state_shapes(model, learn.tx, mesh, keep_teacher=learn.teacher.keep)
   places = jax.tree.map(lambda x: x.sharding, state)
   shapes = lambda rows: batch_shapes(mesh, packs=pieces * shards, rows=rows, length=up(prompt + new), teacher_length=up(teacher + new) if learn.objective.needs_teacher else c.data.length_multiple,
-                                     responses=new)
+                                     responses=new, readings=learn.readings)
   rows = rollouts // (pieces * shards)
   step = jax.jit(learn.step, donate_argnums=0, out_shardings=(places, None))
   state_bytes = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))

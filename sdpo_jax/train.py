@@ -32,7 +32,8 @@ from sdpo_jax.wiring import RunError, blame_settings, describe_run, learner, sam
 def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, score, evaluate, due, write, write_rollouts, save, limits):
   """Trains `state` to total_steps and returns it. Every collaborator is an argument; due(name, i) says what step i calls for.
 
-  host: {"tokens": sampled so far, "failed_batches": without a verdict, in a row}; goes into the checkpoint.
+  host: {"tokens": sampled so far, "alternatives": responses among them that are not trained on, "failed_batches": without a verdict, in a row}; goes into
+  the checkpoint.
   limits: {"skipped": non-finite updates in a row, "env_failures": batches without a verdict in a row} that stop the run.
   """
   first = int(state.step)
@@ -45,7 +46,8 @@ def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, scor
     sampled = time.monotonic()
     packed = make_batch(groups)
     host["tokens"] += sum(len(r.tokens) + r.extra_tokens for g in groups for r in g)
-    metrics = packed.metrics | rollout_metrics(groups) | {"train/generations": i * sum(map(len, groups)), "train/sampled_tokens": host["tokens"]}
+    host["alternatives"] += sum(r.extra_calls for g in groups for r in g)
+    metrics = packed.metrics | rollout_metrics(groups) | {"train/generations": i * sum(map(len, groups)) + host["alternatives"], "train/sampled_tokens": host["tokens"]}
     host["failed_batches"] = host["failed_batches"] + 1 if metrics["data/dropped"] == len(packed.contexts) else 0
     if host["failed_batches"] >= limits["env_failures"]:
       raise RunError(f"no response could be judged in {host['failed_batches']} generation batches in a row (step {i}): the environment or its sandbox is broken, "
@@ -123,7 +125,7 @@ def train(c, workdir: str) -> None:
       if c.rollout.questions * c.rollout.group % packs:
         raise ValueError(f"config.rollout.questions x group = {c.rollout.questions * c.rollout.group} responses do not divide into {packs} packs: "
                          "train.updates_per_batch x micro_batches x the mesh's data x fsdp")
-      host = {"tokens": 0, "failed_batches": 0, "data": None, "shapes": []}
+      host = {"tokens": 0, "alternatives": 0, "failed_batches": 0, "data": None, "shapes": []}
       stream = TaskStream(w.collector.env, "train", seed=c.seed)
       if latest is not None:
         state, host = checkpoint.restore(workdir, state)

@@ -175,6 +175,7 @@ class Learner(NamedTuple):
   score_first: bool   # several updates a batch: log-probabilities from before the first one are needed
   explore: Any         # finds the alternatives of failed rollouts; None: the method asks for none
   counterfactual: Any  # what the teacher reads of them, for `pack`; None likewise
+  readings: int        # further ones by the teacher of each batch; 0 likewise
 
 
 def learner(c, model: ModelConfig, join=None) -> Learner:
@@ -192,7 +193,8 @@ def learner(c, model: ModelConfig, join=None) -> Learner:
     told = functools.partial(readings, part, parts["teacher_context"], success_threshold=threshold)
   step = make_train_step(signals, objective, tx, teacher_move=teacher.move, updates=c.train.updates_per_batch,
                          micro_batches=c.train.micro_batches, recompute_old=several)
-  return Learner(objective, parts, teacher, tx, step, make_score(signals, c.train.updates_per_batch * c.train.micro_batches), several, explore, told)
+  return Learner(objective, parts, teacher, tx, step, make_score(signals, c.train.updates_per_batch * c.train.micro_batches), several, explore, told,
+                 part.readings if part else 0)
 
 
 def model_shape(path: str) -> ModelConfig:

@@ -9,8 +9,8 @@ import pytest
 from sdpo_jax import train, wiring
 from sdpo_jax.data.batch import Packed
 from sdpo_jax.data.chat import Chat
-from sdpo_jax.objectives.teacher_context import Context
-from sdpo_jax.records import Feedback, Ratio, Rollout, Status, Task
+from sdpo_jax.objectives.teacher_context import CLOSING, Context
+from sdpo_jax.records import Alternative, Feedback, Ratio, Rollout, Status, Task
 from tests import fakes
 
 CHAT = Chat(fakes.ByteTokenizer())
@@ -33,7 +33,7 @@ def run(total_steps=3, *, status=Status.SCORED, skipped=0, start=0, due=lambda n
     return Packed(batch, [], [Context(feedback="f")] * sum(map(len, groups)), {"data/dropped": float(n)})
 
   state = train.run(
-      types.SimpleNamespace(step=start, params=None, skipped_in_a_row=0), {"tokens": 0, "failed_batches": 0}, total_steps=total_steps,
+      types.SimpleNamespace(step=start, params=None, skipped_in_a_row=0), {"tokens": 0, "alternatives": 0, "failed_batches": 0}, total_steps=total_steps,
       next_tasks=lambda: ["task"], collect=lambda params, tasks, i: [[rollout(status), rollout(status)]], make_batch=make_batch, step=step,
       score=lambda state, batch: None, evaluate=lambda state, i: log.evaluated.append(i) or {"eval/heldout/avg@k": 0.5}, due=due,
       write=lambda i, m: log.written.__setitem__(i, m), write_rollouts=lambda i, *_: log.rollouts.append(i),
@@ -45,7 +45,7 @@ def test_a_run_evaluates_the_base_then_trains_to_the_end():
   state, log = run()
   assert state.step == 3 and list(log.written) == [0, 1, 2, 3] and log.evaluated == [0, 1, 2, 3] and log.rollouts == [1, 2, 3]
   assert log.written[2]["train/loss"].mean == 0.5 and log.written[2]["train/reward"] == 1.0 and log.written[2]["train/generations"] == 4
-  assert log.saved[-1] == (3, {"tokens": 18, "failed_batches": 0}) and log.written[3]["train/sampled_tokens"] == 18
+  assert log.saved[-1] == (3, {"tokens": 18, "alternatives": 0, "failed_batches": 0}) and log.written[3]["train/sampled_tokens"] == 18
 
 
 def test_a_resumed_run_goes_on_where_it_was():
@@ -65,9 +65,13 @@ def test_gradients_that_are_never_finite_stop_the_run():
 
 def test_rollout_files_hold_what_was_said_and_read():
   said = types.SimpleNamespace(logp_BR=np.array([[-1.0, -2.0, -3.0, 0.0]] * 2), logp_teacher_BR=np.array([[-0.5, -2.0, -4.0, 9.0]] * 2))
-  packed = Packed(None, [rollout(), rollout()], [Context(feedback=fakes.NASTY), None], {})
+  other = rollout()
+  other.alternatives = [Alternative(rollout(text="xy"), "samples", "perhaps")]
+  packed = Packed(None, [rollout(), other], [Context(feedback=fakes.NASTY), None], {}, ([None, Context(notes="NOTE")],))
   first, second = train.rollout_lines(7, packed, said, CHAT, kept=8)
   assert json.loads(json.dumps(first)) == first
   assert first["teacher_gap"] == [0.5, 0.0, -1.0] and first["tokens"] == ["a", "b", "<|im_end|>"] and fakes.NASTY in first["teacher_context"]
-  assert second["teacher_context"] is None and "teacher_gap" not in second
+  assert second["teacher_context"] is None and "teacher_gap" not in second and "counterfactuals" not in first and "counterfactual_contexts" not in first
+  assert second["counterfactuals"] == [{"source": "samples", "response": "xy", "reward": 1.0, "feedback": "well", "imagined": "perhaps"}]
+  assert second["counterfactual_contexts"] == ["question" + "NOTE" + CLOSING]
   assert len(list(train.rollout_lines(7, packed, said, CHAT, kept=1))) == 1
