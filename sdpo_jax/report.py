@@ -162,9 +162,9 @@ def _groups(runs):
 
 
 def _title(runs):
-  task = _flat(runs[0].config).get("env.name")
+  tasks = dict.fromkeys(str(task) for task in (_flat(run.config).get("env.name") for run in runs) if task)
   methods = dict.fromkeys(str(_flat(run.config).get("method.name", run.workdir.name)) for run in runs)
-  return ", ".join(methods) + (f" on {task}" if task else "")
+  return ", ".join(methods) + (f" on {', '.join(tasks)}" if tasks else "")
 
 
 # Results: one row a run, and per split the base model and the last evaluation.

@@ -129,6 +129,7 @@ def test_tasks_are_compared_apart_and_labels_are_names(tmp_path):
   runs = [workdir(tmp_path / f"{task}{seed}", seed=seed, config={"env": {"name": task}, "label": "mine"}) for task in ("a", "b") for seed in range(2)]
   runs += [workdir(tmp_path / "other", config={"env": {"name": "b"}, "label": "other"})]
   page = Page(report.write_report(runs, tmp_path / "out"))
+  assert page.has("sdpo on a, b")
   files = {file.name for file in (tmp_path / "out").glob("*.png")}
   assert {"a_eval_heldout_avg_k_by_sampled_tokens.png", "b_eval_heldout_avg_k_by_step.png"} <= files and len(page.pictures()) == len(files)
   assert page.has("other's 90.0%: at 128 of its 128 responses; at 2,000 of its 2,000 tokens")
