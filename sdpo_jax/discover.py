@@ -316,7 +316,7 @@ class Solver:
 
   def fresh(self, learn: Learner, params):
     """A state of its own: a step overwrites the weights that it is given."""
-    return self.w.fresh_state(jax.tree.map(lambda x: x.copy(), params), learn.tx, keep_teacher=learn.teacher.keep)
+    return self.w.fresh_state(jax.tree.map(lambda x: x.copy(), params), learn.tx, learn.teacher)
 
   def update(self, taught: Taught, state, batch):
     state, _ = taught.step(state, sharding.put_rows(self.w.mesh, batch), self.frozen)

@@ -62,17 +62,17 @@ class OutOfMemory(Exception):
 # ---- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def state_shapes(model: ModelConfig, tx, mesh, *, keep_teacher: bool) -> TrainState:
+def state_shapes(model: ModelConfig, tx, mesh, *, keep_teacher: bool, teacher_move: float = 0.0) -> TrainState:
   """The train state as shapes with their places."""
   params = decoder.shapes(model)
-  state = jax.eval_shape(lambda p: init_state(p, tx, keep_teacher=keep_teacher), params)
+  state = jax.eval_shape(lambda p: init_state(p, tx, keep_teacher=keep_teacher, teacher_move=teacher_move), params)
   return _placed(state, sharding.state_shardings(mesh, state, decoder.axes(model)))
 
 
 def batch_shapes(mesh, *, packs: int, rows: int, length: int, teacher_length: int, responses: int, readings: int = 0) -> TrainBatch:
   """`packs` packs of `rows` responses each, every text in a row of its own. readings: further ones by the teacher."""
   ints, floats = (lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)), (lambda *s: jax.ShapeDtypeStruct(s, jnp.float32))
-  half = lambda T: Rows(*(ints(packs, rows, T),) * 3, ints(packs, rows * responses))
+  half = lambda T: Rows(*(ints(packs, rows, T),) * 3, None, ints(packs, rows * responses))
   B, R = packs * rows, responses
   batch = TrainBatch(half(length), half(teacher_length), ints(B), ints(B, R), floats(B, R), floats(B), floats(B), floats(B, R), floats(B, R),
                      (Counterfactual(half(teacher_length), floats(B)),) * readings)
@@ -255,7 +255,7 @@ def plan(c, topology: str, model: ModelConfig, learn):
   yield f"{len(devices)} x {topology.partition(':')[0]} ({chip.memory_gb} GB, {chip.tflops} TFLOP/s, {chip.memory_gb_s} GB/s memory, {chip.links_gb_s} GB/s links), mesh {dict(mesh.shape)}"
   yield f"{rollouts} responses of {prompt} + {new} tokens, teacher prompts of {teacher}; remat {c.model.remat}"
 
-  state = state_shapes(model, learn.tx, mesh, keep_teacher=learn.teacher.keep)
+  state = state_shapes(model, learn.tx, mesh, keep_teacher=learn.teacher.keep, teacher_move=learn.teacher.move)
   places = jax.tree.map(lambda x: x.sharding, state)
   shapes = lambda rows: batch_shapes(mesh, packs=pieces * shards, rows=rows, length=up(prompt + new), teacher_length=up(teacher + new) if learn.objective.needs_teacher else c.data.length_multiple,
                                      responses=new, readings=learn.readings)

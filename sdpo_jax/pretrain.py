@@ -76,8 +76,8 @@ class PackedRows:
       answered[b] += len(a)
     nothing = np.zeros((B,), np.float32)
     pos += T * np.arange(B)[:, None]   # one pack: columns of all rows, one after another
-    student = Rows(*(x[None] for x in (token, segment, position, pos.reshape(-1))))
-    teacher = Rows(*(np.zeros((1, 1, 1), np.int32),) * 3, np.zeros((1, B * R), np.int32))
+    student = Rows(*(x[None] for x in (token, segment, position)), None, pos.reshape(-1)[None])
+    teacher = Rows(*(np.zeros((1, 1, 1), np.int32),) * 3, None, np.zeros((1, B * R), np.int32))
     batch = TrainBatch(student, teacher, np.arange(B, dtype=np.int32) * R, response, weight, nothing, nothing, np.zeros((B, R), np.float32),
                        np.zeros((B, R), np.float32))
     return batch, {"data/useful_tokens": sum(used) / (B * T), "data/left_out": left_out / self.texts}

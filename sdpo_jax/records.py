@@ -73,10 +73,15 @@ class Alternative:
 
 
 class Rows(NamedTuple):
-  """Texts packed into rows: several a row, told apart by segment (1, 2, ...; 0 is padding), positions counted from each start."""
+  """Texts packed into rows: several a row, told apart by segment (1, 2, ...; 0 is padding), positions counted from each start.
+
+  Texts that begin alike may share their beginning: it stands once in the row, a segment of its own, and the rest of each text, a segment too,
+  names it as its prefix, sees it as if it stood before it, and counts its positions on from it.
+  """
   token_CPT: np.ndarray      # int32
   segment_CPT: np.ndarray    # int32
   position_CPT: np.ndarray   # int32
+  prefix_CPT: np.ndarray | None   # int32: the segment that this one continues, 0 for none; None: no text of the batch shares anything
   at_CX: np.ndarray          # int32: column, among the pack's P x T, whose logits predict response token x, which is the next column's
 
 

@@ -120,7 +120,7 @@ def train(c, workdir: str) -> None:
     with blame_settings():
       learn = learner(c, w.model, w.join)
       params, frozen = w.trainable(c.seed)
-      state = w.fresh_state(params, learn.tx, keep_teacher=learn.teacher.keep)
+      state = w.fresh_state(params, learn.tx, learn.teacher)
       packs = c.train.updates_per_batch * c.train.micro_batches * sharding.row_shards(w.mesh)
       if c.rollout.questions * c.rollout.group % packs:
         raise ValueError(f"config.rollout.questions x group = {c.rollout.questions * c.rollout.group} responses do not divide into {packs} packs: "
@@ -128,7 +128,10 @@ def train(c, workdir: str) -> None:
       host = {"tokens": 0, "alternatives": 0, "failed_batches": 0, "data": None, "shapes": []}
       stream = TaskStream(w.collector.env, "train", seed=c.seed)
       if latest is not None:
-        state, host = checkpoint.restore(workdir, state)
+        state, stored = checkpoint.restore(workdir, state)
+        if stored.keys() != host.keys():
+          raise ValueError(f"the checkpoint in {workdir} was written by another version: it holds {sorted(stored)}, this one needs {sorted(host)}; choose another --workdir")
+        host = stored
         stream.restore(host["data"])
         host["shapes"] = [Shape(*sizes) for sizes in host["shapes"]]
     places = None if w.mesh is None else jax.tree.map(lambda x: x.sharding, state)
@@ -160,7 +163,8 @@ def train(c, workdir: str) -> None:
     def make_batch(groups):
       packed = pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=learn.parts["teacher_context"], advantage=learn.parts["advantage"],
                     max_teacher_tokens=c.data.max_teacher_tokens, length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple,
-                    shapes=host["shapes"], updates=c.train.updates_per_batch, packs=packs, counterfactual=learn.counterfactual)
+                    shapes=host["shapes"], updates=c.train.updates_per_batch, packs=packs, counterfactual=learn.counterfactual,
+                    share_prefixes=jax.default_backend() != "tpu")   # splash knows no prefixes
       return packed._replace(metrics=packed.metrics | explored | skipped | {"data/copy_rate": monitors.copy_rate(packed.rollouts, packed.contexts, w.chat)})
 
     history, signs = read(workdir), set()   # lines as they stand in the file, so that a resumed run sees the same ones

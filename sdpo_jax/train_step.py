@@ -35,16 +35,18 @@ class TrainState(NamedTuple):
   skipped_in_a_row: jax.Array
 
 
-def init_state(params, tx: optax.GradientTransformation, *, keep_teacher: bool = False) -> TrainState:
-  """keep_teacher: a copy of `params` travels along as the teacher's (moving, frozen or the anchor of a trust region)."""
-  teacher = jax.tree.map(jnp.copy, params) if keep_teacher else None
+def init_state(params, tx: optax.GradientTransformation, *, keep_teacher: bool = False, teacher_move: float = 0.0) -> TrainState:
+  """keep_teacher: a copy of `params` travels along as the teacher's (moving, frozen or the anchor of a trust region). One that moves is kept in
+  float32: a step of 1 % of a small difference vanishes in bfloat16, and the average would stand still."""
+  kept = lambda p: jnp.array(p, dtype=jnp.promote_types(p.dtype, jnp.float32) if teacher_move else p.dtype)   # jnp.array copies
+  teacher = jax.tree.map(kept, params) if keep_teacher else None
   return TrainState(jnp.int32(0), params, tx.init(params), teacher, jnp.int32(0), jnp.int32(0))
 
 
 def run_rows(hidden: Callable, *halves: Rows) -> list[jax.Array]:
-  """hidden((tokens_BT, positions_BT, segments_BT), ...) -> hidden_BTD of each half, and of those the columns that predict the response: [C * X, D] each."""
-  flat = lambda x_CPT: sharding.constrain(jnp.reshape(x_CPT, (-1, x_CPT.shape[-1])), "BT")
-  outs = hidden(*((flat(h.token_CPT), flat(h.position_CPT), flat(h.segment_CPT)) for h in halves))
+  """hidden((tokens_BT, positions_BT, segments_BT, prefixes_BT or None), ...) -> hidden_BTD of each half, and of those the columns that predict the response: [C * X, D] each."""
+  flat = lambda x_CPT: None if x_CPT is None else sharding.constrain(jnp.reshape(x_CPT, (-1, x_CPT.shape[-1])), "BT")
+  outs = hidden(*(tuple(map(flat, (h.token_CPT, h.position_CPT, h.segment_CPT, h.prefix_CPT))) for h in halves))
   found = []
   for h, out_BTD in zip(halves, outs):
     (C, P, T), D = h.token_CPT.shape, out_BTD.shape[-1]
@@ -110,7 +112,7 @@ def read_again(params, teacher, config: ModelConfig, rows: Rows, *, mix: float |
 
 
 def _one_half(params, config: ModelConfig, remat: str) -> Callable:
-  return lambda half: [decoder.hidden(params, config, half[0], positions_BT=half[1], segment_ids_BT=half[2], remat=remat)]
+  return lambda half: [decoder.hidden(params, config, half[0], positions_BT=half[1], segment_ids_BT=half[2], prefix_ids_BT=half[3], remat=remat)]
 
 
 def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None = None, temperature: float = 1.0, remat: str = "none",

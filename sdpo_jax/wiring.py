@@ -69,9 +69,9 @@ class Wired(NamedTuple):
   adapters: lora.Lora | None        # None: all weights are trained
   mesh: jax.sharding.Mesh | None    # None: one device
 
-  def fresh_state(self, trained, tx, *, keep_teacher: bool) -> TrainState:
+  def fresh_state(self, trained, tx, teacher: TeacherWeights) -> TrainState:
     """init_state, each array made where it belongs."""
-    make = lambda p: init_state(p, tx, keep_teacher=keep_teacher)
+    make = lambda p: init_state(p, tx, keep_teacher=teacher.keep, teacher_move=teacher.move)
     if self.mesh is None:
       return make(trained)
     axes = decoder.axes(self.model) if self.adapters is None else lora.axes(self.model, self.adapters)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from sdpo_jax.data.batch import first_fit, lay_out
+from sdpo_jax.data.batch import Text, begin_alike, first_fit, lay_out
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.records import Completion, Feedback, Rows, Status, Task, TrainBatch
@@ -54,10 +54,12 @@ def toy_model(seed=0, **changes):
   return config, jax.tree.map(lambda p: p * (3.0 if p.ndim > 1 else 1.0), params)
 
 
-def toy_batch(rows=4, seed=0, prompt=7, teacher_prompt=11, response=6, vocab=300, length=None, teacher_length=None, packs=1, spare=0) -> TrainBatch:
+def toy_batch(rows=4, seed=0, prompt=7, teacher_prompt=11, response=6, vocab=300, length=None, teacher_length=None, packs=1, spare=0, alike=1,
+              share=False) -> TrainBatch:
   """Random texts of unequal lengths; log-probabilities of the rollout are arbitrary but plausible.
 
-  One text a row, or as many as fit into rows of `length`. spare: rows, columns and tokens more than needed, all padding.
+  One text a row, or as many as fit into rows of `length`. spare: rows, columns and tokens more than needed, all padding. alike: so many
+  rows have the same prompts; share: which then stand once a row.
   """
   rng = np.random.default_rng(seed)
   zeros = lambda dtype=np.int32: np.zeros((rows, response + spare), dtype)
@@ -66,10 +68,12 @@ def toy_batch(rows=4, seed=0, prompt=7, teacher_prompt=11, response=6, vocab=300
                  zeros(np.float32), zeros(np.float32))
   for i in range(rows):
     p, q, n = rng.integers(2, prompt + 1), rng.integers(2, teacher_prompt + 1), rng.integers(2, response + 1)
+    p, q = (p, q) if i % alike == 0 else (starts[0][-1], starts[1][-1])
     y = rng.integers(1, vocab, n)
     for half, m in enumerate((p, q)):
       texts[half].append([*rng.integers(1, vocab, m), *y])
       starts[half].append(m)
+      texts[half][i][:m] = texts[half][i - i % alike][:m]
     b.response_BR[i, :n], b.weight_BR[i, :n] = y, 1.0
     b.logp_rollout_BR[i, :n] = -rng.uniform(0.5, 8.0, n)
     b.logp_old_BR[i, :n] = b.logp_rollout_BR[i, :n] + rng.normal(size=n) * 0.3
@@ -79,13 +83,16 @@ def toy_batch(rows=4, seed=0, prompt=7, teacher_prompt=11, response=6, vocab=300
     layouts = []
     for first in range(0, rows, rows // packs):
       mine = slice(first, first + rows // packs)
-      sizes = [len(t) for t in texts[half][mine]]
-      answers = [n - s for n, s in zip(sizes, starts[half][mine])]
+      known = [Text(len(t)) for t in texts[half][mine]]
+      if share:
+        known = begin_alike(texts[half][mine], starts[half][mine], [i // alike for i in range(rows)][mine])
+      answers = [t.length - s for t, s in zip(known, starts[half][mine])]
       b.start_B[mine] = [sum(answers[:i]) for i in range(len(answers))]
-      placed = first_fit(sizes, columns) if wanted else [[i] for i in range(len(sizes))]
-      layouts.append((placed, texts[half][mine], starts[half][mine], b.start_B[mine], sum(answers)))
+      placed = first_fit(known, columns) if wanted else [[i] for i in range(len(known))]
+      layouts.append((placed, known, texts[half][mine], starts[half][mine], b.start_B[mine], sum(answers)))
     sizes = max(len(x[0]) for x in layouts) + spare, columns, max(x[-1] for x in layouts) + spare
-    halves.append(Rows(*map(np.stack, zip(*(lay_out(*x[:-1], *sizes, 0) for x in layouts)))))
+    stacked = Rows(*map(np.stack, zip(*(lay_out(*x[:-1], *sizes, 0) for x in layouts))))
+    halves.append(stacked if share else stacked._replace(prefix_CPT=None))
   return b._replace(student=halves[0], teacher=halves[1])
 
 
@@ -126,7 +133,7 @@ FAILED = Feedback(0.0, "the judge broke", Status.ENV_FAILED)
 
 def dense_logits(params, config, rows: Rows, batch: TrainBatch):
   """[B, R, V] logits of the columns that predict the response, of a batch of one pack: what the fast path never builds."""
-  token_PT, segment_PT, position_PT, at_X = (x[0] for x in rows)
+  token_PT, segment_PT, position_PT, at_X = (x[0] for x in (*rows[:3], rows.at_CX))
   logits_PTV = decoder.logits(params, config, token_PT, positions_BT=position_PT, segment_ids_BT=segment_PT)
   x_BR = np.minimum(batch.start_B[:, None] + np.arange(batch.response_BR.shape[1]), len(at_X) - 1)
   return logits_PTV.reshape(-1, logits_PTV.shape[-1])[at_X[x_BR]]

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def run(*args):
 
 
 LOCAL = "--config=configs/tinycode.py:local"
-LONGER = ["--config.total_steps=6", "--config.checkpoint.every_steps=2", "--config.eval.every_steps=3"]
+LONGER = ["--config.total_steps=6", "--config.checkpoint.every_steps=2", "--config.eval.every_steps=3", "--config.data.length_multiple=4"]   # several batch shapes
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,19 @@ def killed_and_resumed(workdir, steps_before_kill, rng):
 def test_kill_and_resume_write_the_same_metrics(whole, tmp_path):
   killed_and_resumed(tmp_path, steps_before_kill=3, rng=random.Random(0))
   assert repeatable(tmp_path) == repeatable(whole[0])
+  compiles = [[line["perf/compiles"] for line in metrics.read(workdir) if line["step"]] for workdir in (whole[0], tmp_path)]
+  assert compiles[0] == compiles[1] and compiles[0][-1] > 1   # the shapes used so far came back too
+
+
+def test_a_checkpoint_of_another_version_is_named(whole, tmp_path):
+  """One without the batch shapes: said in a line, not a KeyError."""
+  shutil.copytree(whole[0], tmp_path / "old")
+  host, = (tmp_path / "old" / "checkpoints" / "6" / "host").glob("*")
+  about = json.loads(host.read_text())
+  del about["host"]["shapes"]
+  host.write_text(json.dumps(about))
+  status, _, err = run(LOCAL, *LONGER, f"--workdir={tmp_path / 'old'}", "--config.total_steps=7")
+  assert status == 2 and "was written by another version" in err and "Traceback" not in err
 
 
 @pytest.mark.slow

@@ -17,9 +17,10 @@ BLEND = methods.row("sdpo") | dict(advantage=dict(name="group_mean"), surrogate=
 
 
 @functools.cache
-def grads_of(micro_batches=1):
+def grads_of(micro_batches=1, sliding=False):
   """(batch, teacher or None) -> (loss, gradient): read back from one SGD step of rate 1. The blend exercises both terms."""
-  config, params = fakes.toy_model(0)
+  windows = dict(sliding=(True, False), sliding_window=5) if sliding else {}
+  config, params = fakes.toy_model(0, **windows)
   objective = make_objective(BLEND)
   tx = optax.sgd(1.0)
   step = jax.jit(make_train_step(make_signals(config, objective), objective, tx, micro_batches=micro_batches, recompute_old=True))
@@ -60,6 +61,16 @@ def test_packed_rows_equal_rows_of_their_own():
   assert packed.student.segment_CPT.max() > 2 and packed.teacher.segment_CPT.max() > 2
   assert_same(alone, grads_of()(packed))
   assert_same(alone, grads_of()(fakes.toy_batch(rows=8, length=26, teacher_length=20, packs=2)))
+
+
+def test_what_texts_share_may_stand_once():
+  """Loss and gradient of texts that begin alike, with that beginning repeated and shared; the same with windows, which then span what is between."""
+  batch = functools.partial(fakes.toy_batch, rows=8, packs=2, prompt=16, teacher_prompt=24, alike=4, length=64, teacher_length=90)
+  apart, shared = batch(), batch(share=True)
+  for a, b in ((apart.student, shared.student), (apart.teacher, shared.teacher)):
+    assert (b.segment_CPT > 0).sum() < 0.8 * (a.segment_CPT > 0).sum() and b.prefix_CPT.any()
+  assert_same(grads_of()(apart), grads_of()(shared))
+  assert_same(grads_of(sliding=True)(apart), grads_of(sliding=True)(shared))
 
 
 def test_row_order_changes_nothing():
@@ -117,6 +128,20 @@ def test_the_moving_teacher_follows_once_per_generation_batch():
   new, _ = step(state, fakes.toy_batch(packs=2))
   jax.tree.map(lambda t, old, p: np.testing.assert_allclose(t, old + 0.05 * (p - old), atol=1e-7), new.teacher, state.teacher, new.params)
   assert not np.array_equal(new.params["embed"], state.params["embed"])
+
+
+def test_a_moving_average_of_bfloat16_weights_moves():
+  """A hundredth of a small step is below bfloat16's resolution: the average is kept in float32."""
+  params, tx = {"w": jnp.full(4, 1.0, jnp.bfloat16)}, optax.sgd(1.0)
+  state = init_state(params, tx, keep_teacher=True, teacher_move=0.01)
+  assert state.teacher["w"].dtype == jnp.float32 and init_state(params, tx, keep_teacher=True).teacher["w"].dtype == jnp.bfloat16
+  config, weights = fakes.toy_model(0, dtype="bfloat16", param_dtype="bfloat16")
+  objective = make_objective(methods.row("sdpo"))
+  step = jax.jit(make_train_step(make_signals(config, objective), objective, tx, teacher_move=0.01))
+  before = init_state(weights, tx, keep_teacher=True, teacher_move=0.01)
+  after, _ = step(before, fakes.toy_batch())
+  jax.tree.map(lambda t, old, p: np.testing.assert_allclose(t, old + 0.01 * (p.astype(jnp.float32) - old), atol=1e-6), after.teacher, before.teacher, after.params)
+  assert not np.array_equal(after.teacher["embed"], before.teacher["embed"])
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted():

@@ -96,30 +96,36 @@ def lengths_of(kind, responses, seed=0):
   return [(128, 256, int(n)) for n in np.minimum(drawn, 1000)]
 
 
-def make_batch(lengths, vocab, packs):
-  """Random tokens of these lengths, packed as training packs them, `packs` packs of consecutive rows."""
+def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32):
+  """Random tokens of these lengths, packed as training packs them; `group` consecutive rows answer one question, read once a row if share."""
   import numpy as np
 
-  from sdpo_jax.data.batch import balanced_order, choose_shape, first_fit, lay_out
+  from sdpo_jax.data.batch import Text, balanced_order, begin_alike, choose_shape, first_fit, lay_out
   from sdpo_jax.records import Rows, TrainBatch
 
-  order = balanced_order([p + n for p, _, n in lengths], 1, 1, packs)
-  lengths = [lengths[b] for b in order]
+  order = balanced_order([p + n for p, _, n in lengths], group, 1, packs)
+  lengths, question = [lengths[b] for b in order], [b // group for b in order]
   rng, B = np.random.default_rng(0), len(lengths)
   answers = [rng.integers(1, vocab, n).tolist() for _, _, n in lengths]
   cut = lambda rows: [rows[first:first + B // packs] for first in range(0, B, B // packs)]
-  shape = choose_shape(cut([p + n for p, _, n in lengths]), cut([q + n for _, q, n in lengths]), cut([n for _, _, n in lengths]), [], length_multiple=128,
-                       response_multiple=8)
   at = [int(sum(pack[:i])) for pack in cut([n for _, _, n in lengths]) for i in range(len(pack))]
 
-  def half(starts, rows, length):
-    texts = [rng.integers(1, vocab, start).tolist() + answer for start, answer in zip(starts, answers)]
-    packed = [lay_out(first_fit([len(t) for t in t_C], length), t_C, s_C, at_C, rows, length, shape.tokens, 0) for t_C, s_C, at_C in zip(cut(texts), cut(starts), cut(at))]
-    return Rows(*map(np.stack, zip(*packed)))
+  def read(starts):   # (what packing knows, texts, starts) of each pack
+    prompts = [rng.integers(1, vocab, max(starts)).tolist() for _ in range(max(question) + 1)]
+    texts = [prompts[q][:start] + answer for q, start, answer in zip(question, starts, answers)]
+    known = [begin_alike(*pack) if share else [Text(len(t)) for t in pack[0]] for pack in zip(*map(cut, (texts, starts, question)))]
+    return known, cut(texts), cut(starts)
+
+  student, teacher = read([p for p, _, _ in lengths]), read([q for _, q, _ in lengths])
+  shape = choose_shape(student[0], teacher[0], cut([n for _, _, n in lengths]), [], length_multiple=length_multiple, response_multiple=8)
+
+  def half(read, rows, length):
+    laid = [lay_out(first_fit(known, length), known, texts, starts, at_C, rows, length, shape.tokens, 0) for known, texts, starts, at_C in zip(*read, cut(at))]
+    stacked = Rows(*map(np.stack, zip(*laid)))
+    return stacked if share else stacked._replace(prefix_CPT=None)
 
   zeros = lambda: np.zeros((B, shape.responses), np.float32)
-  batch = TrainBatch(half([p for p, _, _ in lengths], shape.rows, shape.length), half([q for _, q, _ in lengths], shape.teacher_rows, shape.teacher_length),
-                     np.array(at, np.int32), zeros().astype(np.int32), zeros(), np.zeros(B, np.float32), np.ones(B, np.float32), zeros(), zeros())
+  batch = TrainBatch(half(student, shape.rows, shape.length), half(teacher, shape.teacher_rows, shape.teacher_length), np.array(at, np.int32), zeros().astype(np.int32), zeros(), np.zeros(B, np.float32), np.ones(B, np.float32), zeros(), zeros())
   for b, answer in enumerate(answers):
     batch.response_BR[b, :len(answer)], batch.weight_BR[b, :len(answer)] = answer, 1.0
     batch.logp_rollout_BR[b, :len(answer)] = -1.0

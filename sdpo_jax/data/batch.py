@@ -1,7 +1,7 @@
 """Groups of rollouts -> teacher prompts -> one TrainBatch of packed rows, with a count of everything that was cut or dropped.
 
 Several texts share a row of fixed length, told apart by segment ids, so that short responses do not pay for long ones; student and
-teacher rows are packed apart and linked by the response tokens' columns. The batch is cut into packs (see TrainBatch), each for one
+teacher rows are packed apart and linked by the response tokens' columns. Responses to one question begin alike; where asked, what they share stands once a row. The batch is cut into packs (see TrainBatch), each for one
 micro-batch on one device. Within an optimiser update whole questions are dealt to its packs so that all hold about as many tokens.
 
 Every new shape is a compilation of the train step. `shapes` holds those used so far: one of them is used again where it fits and wastes
@@ -11,6 +11,7 @@ generation header are never touched. What was shortened is counted.
 """
 
 import dataclasses
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from sdpo_jax.records import Counterfactual, Rollout, Rows, Status, TaskError, T
 CUT = "\n[...]\n"
 MAX_SHAPES = 6          # about one for every doubling of length that a run may see, and a few to grow into
 REUSE = 1.15            # a shape used before is taken where it costs at most this times the best new one
-ATTENTION_TOKENS = 512  # row length at which attention costs about as much as the matrix products of a small layer: longer rows pack better but cost more
+ATTENTION_TOKENS = 1024  # row length at which attention costs about as much as the matrix products of a small layer: longer rows pack better but cost more
 
 
 class Packed(NamedTuple):
@@ -88,20 +89,46 @@ class Shape(NamedTuple):
     return 3.0 * half(self.rows, self.length) + half(self.teacher_rows, self.teacher_length) + half(self.more_rows, self.more_length) + 3.0 * self.tokens
 
 
-def first_fit(lengths: list[int], length: int) -> list[list[int]]:
-  """Rows of at most `length` tokens, each a list of indices: the longest text first, each into the first row with room."""
-  rows, room = [], []
-  for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-    if not lengths[i]:
+class Text(NamedTuple):
+  """What packing knows of a text. Those of one family begin with the same `shared` tokens, which a row needs once."""
+  length: int       # with what is shared
+  shared: int = 0
+  family: int = -1
+
+
+def first_fit(texts: list[Text], length: int) -> list[list[int]]:
+  """Rows of at most `length` tokens, each a list of indices: the longest text first, each into the first row that holds its family and has room, else
+  into the first with room."""
+  rows, room, families = [], [], []
+  for i in sorted(range(len(texts)), key=lambda i: -texts[i].length):
+    text = texts[i]
+    if not text.length:
       continue
-    assert lengths[i] <= length, (lengths[i], length)
-    row = next((k for k, free in enumerate(room) if free >= lengths[i]), len(rows))
+    assert text.length <= length, (text.length, length)
+    need = lambda k: text.length - (text.shared if text.family in families[k] else 0)
+    fitting = [k for k, free in enumerate(room) if free >= need(k)]
+    row = next((k for k in fitting if text.family in families[k]), fitting[0] if fitting else len(rows))
     if row == len(rows):
       rows.append([])
       room.append(length)
+      families.append(set())
     rows[row].append(i)
-    room[row] -= lengths[i]
+    room[row] -= need(row)
+    if text.shared:
+      families[row].add(text.family)
   return rows
+
+
+def begin_alike(texts: list[list[int]], starts: list[int], families: list[int]) -> list[Text]:
+  """Of the texts of one pack: what each family shares, short of the last token before any response, which predicts it."""
+  found = [Text(len(text)) for text in texts]
+  for family in set(families):
+    mine = [i for i, f in enumerate(families) if f == family and texts[i]]
+    if len(mine) > 1:
+      shared = min(len(os.path.commonprefix([texts[i] for i in mine])), min(starts[i] for i in mine) - 1)
+      for i in mine:
+        found[i] = Text(len(texts[i]), shared, family)
+  return found
 
 
 def deal(sizes: list[int], hands: int) -> list[list[int]]:
@@ -114,61 +141,75 @@ def deal(sizes: list[int], hands: int) -> list[list[int]]:
   return [sorted(hand) for hand in dealt]
 
 
-def choose_shape(student: list[list[int]], teacher: list[list[int]], responses: list[list[int]], shapes: list[Shape], *, length_multiple: int,
-                 response_multiple: int, more: list[list[int]] = ()) -> Shape:
-  """Lengths of each pack's texts -> a shape that holds them: one of `shapes`, or a new one, which is added to it. more: packs of all further readings."""
+def choose_shape(student: list[list[Text]], teacher: list[list[Text]], responses: list[list[int]], shapes: list[Shape], *, length_multiple: int,
+                 response_multiple: int, more: list[list[Text]] = ()) -> Shape:
+  """Each pack's texts, and lengths of its responses -> a shape that holds them: one of `shapes`, or a new one, which is added to it. more: packs of all
+  further readings."""
+  most = lambda packs: max((text.length for texts in packs for text in texts), default=0)
+  together = lambda texts: sum(t.length - t.shared for t in texts) + sum({t.family: t.shared for t in texts}.values())
 
-  def best(packs):   # (rows, length) of the cheapest packing: rows as long as the longest text, or longer ones with less left over
-    longest = max(max(lengths, default=0) for lengths in packs)
+  def best(packs):   # (rows, length) of the cheapest packing: rows as long as the longest text, or longer ones with less left over, up to a whole pack
+    longest, whole = most(packs), max(map(together, packs))
     fitting = []
-    for stretch in (1.0, 1.5, 2.0, 3.0):
-      length = bucket(int(longest * stretch), length_multiple)
-      rows = max(1, max(len(first_fit(lengths, length)) for lengths in packs))
+    for wanted in {*(int(longest * stretch) for stretch in (1.0, 1.5, 2.0, 3.0)), *(max(longest, -(-whole // n)) for n in (1, 2, 3))}:
+      length = bucket(wanted, length_multiple)
+      rows = max(1, max(len(first_fit(texts, length)) for texts in packs))
       fitting.append((rows * length * (1.0 + length / ATTENTION_TOKENS), rows, length))
     return min(fitting)[1:]
 
   def holds(shape: Shape) -> bool:
-    fit = lambda packs, rows, length: all(max(lengths, default=0) <= length and len(first_fit(lengths, length)) <= rows for lengths in packs)
+    fit = lambda packs, rows, length: most(packs) <= length and all(len(first_fit(texts, length)) <= rows for texts in packs)
     return (shape.tokens >= tokens and shape.responses >= longest and fit(student, shape.rows, shape.length)
             and fit(teacher, shape.teacher_rows, shape.teacher_length) and (not more or shape.more_rows > 0 and fit(more, shape.more_rows, shape.more_length)))
 
   tokens, longest = max(map(sum, responses)), max(map(max, responses))
-  new = Shape(*best(student), *best(teacher), bucket(tokens, length_multiple), bucket(longest, response_multiple), *(best(more) if more else ()))
+  new = Shape(*best(student), *best(teacher), bucket(tokens, response_multiple), bucket(longest, response_multiple), *(best(more) if more else ()))
   usable = sorted((s for s in shapes if holds(s)), key=Shape.cost)
   if usable and (usable[0].cost() <= REUSE * new.cost() or len(shapes) >= MAX_SHAPES):
     return usable[0]
   room = lambda n: n + n // 16   # so that the next batch, a little larger, fits too
-  new = new._replace(rows=room(new.rows), teacher_rows=room(new.teacher_rows), more_rows=room(new.more_rows), tokens=bucket(room(new.tokens), length_multiple))
+  new = new._replace(rows=room(new.rows), teacher_rows=room(new.teacher_rows), more_rows=room(new.more_rows), tokens=bucket(room(new.tokens), response_multiple))
   if len(shapes) >= MAX_SHAPES:   # a length never seen: from now on everything fits into this one
     new = Shape(*(max(sizes) for sizes in zip(new, *shapes)))
-    rows = lambda packs, length: max(len(first_fit(lengths, length)) for lengths in packs)   # longer rows can pack worse
+    rows = lambda packs, length: max(len(first_fit(texts, length)) for texts in packs)   # longer rows can pack worse
     new = new._replace(rows=max(new.rows, rows(student, new.length)), teacher_rows=max(new.teacher_rows, rows(teacher, new.teacher_length)),
                        more_rows=max(new.more_rows, rows(more, new.more_length)) if more else new.more_rows)
   shapes.append(new)
   return new
 
 
-def lay_out(placed: list[list[int]], texts: list[list[int]], starts: list[int], at: list[int], rows: int, length: int, tokens: int, pad_token: int) -> Rows:
+def lay_out(placed: list[list[int]], known: list[Text], texts: list[list[int]], starts: list[int], at: list[int], rows: int, length: int, tokens: int,
+            pad_token: int) -> Rows:
   """One pack. placed: texts of each row; texts[i]: prompt and response; starts[i]: where its response begins; at[i]: its first token's number x."""
-  token_PT, segment_PT = np.full((rows, length), pad_token, np.int32), np.zeros((rows, length), np.int32)
-  position_PT, at_X = np.zeros((rows, length), np.int32), np.zeros(tokens, np.int32)
+  token_PT, at_X = np.full((rows, length), pad_token, np.int32), np.zeros(tokens, np.int32)
+  segment_PT, position_PT, prefix_PT = (np.zeros((rows, length), np.int32) for _ in range(3))
   for p, row in enumerate(placed):
-    column = 0
-    for segment, i in enumerate(row, 1):
-      n, here = len(texts[i]), slice(column, column + len(texts[i]))
-      token_PT[p, here], segment_PT[p, here], position_PT[p, here] = texts[i], segment, np.arange(n)
-      answer = n - starts[i]
-      at_X[at[i]:at[i] + answer] = p * length + column + starts[i] - 1 + np.arange(answer)   # the column before a token predicts it
-      column += n
-  return Rows(token_PT, segment_PT, position_PT, at_X)
+    column, segment, prefixes = 0, 0, {}   # family -> its segment
+
+    def put(words, position, prefix):
+      nonlocal column, segment
+      here, segment = slice(column, column + len(words)), segment + 1
+      token_PT[p, here], segment_PT[p, here], position_PT[p, here], prefix_PT[p, here] = words, segment, position + np.arange(len(words)), prefix
+      column += len(words)
+
+    for i in row:
+      shared, family = known[i].shared, known[i].family
+      if shared and family not in prefixes:
+        put(texts[i][:shared], 0, 0)
+        prefixes[family] = segment
+      answer = len(texts[i]) - starts[i]
+      at_X[at[i]:at[i] + answer] = p * length + column + starts[i] - shared - 1 + np.arange(answer)   # the column before a token predicts it
+      put(texts[i][shared:], shared, prefixes[family] if shared else 0)
+  return Rows(token_PT, segment_PT, position_PT, prefix_PT, at_X)
 
 
 def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, advantage, max_teacher_tokens: int, length_multiple: int,
-         response_multiple: int, shapes: list, updates: int = 1, packs: int = 1, counterfactual=None) -> Packed:
+         response_multiple: int, shapes: list, updates: int = 1, packs: int = 1, counterfactual=None, share_prefixes: bool = False) -> Packed:
   """groups[q][g]: rollouts. messages(task) -> chat messages; teacher_context(group, i) -> Context | None; advantage(reward_QG) -> advantage_QG.
 
   counterfactual(group, i) -> (Context, weight) or None for each further reading, equally many for all; None: there is none.
-  packs: of the whole batch; each of the `updates` gets as many. shapes: used so far, see above; may grow by one.
+  packs: of the whole batch; each of the `updates` gets as many. shapes: used so far, see above; may grow by one. share_prefixes: what the responses
+  to one question read in common stands once a row.
   """
   valid = lambda r: r.feedback.status is not Status.ENV_FAILED and np.isfinite(r.feedback.reward)
   reward_QG = np.array([[r.feedback.reward if r.feedback.status is not Status.ENV_FAILED else np.nan for r in g] for g in groups], np.float32)
@@ -198,23 +239,30 @@ def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, 
   teacher_texts = [prompt + r.tokens if t else [] for prompt, r, t in zip(prompts, rollouts, taught)]
   answers = [len(r.tokens) if valid(r) else 0 for r in rollouts]
   cut = lambda rows: [rows[first:first + B // packs] for first in range(0, B, B // packs)]
-  lengths = lambda rows: cut([len(t) for t in rows])
-  shape = choose_shape(lengths(texts), lengths(teacher_texts), cut(answers), shapes, length_multiple=length_multiple, response_multiple=response_multiple,
-                       more=[pack for rows in more_texts for pack in lengths(rows)])
+  question = [b // G for b in order]
+
+  def known(texts, starts):
+    return [begin_alike(*pack) if share_prefixes else [Text(len(t)) for t in pack[0]] for pack in zip(*map(cut, (texts, starts, question)))]
+
+  measured = lambda prompts: [len(p) for p in prompts]
+  read = [(texts, [len(r.prompt_tokens) for r in rollouts]), (teacher_texts, measured(prompts)), *zip(more_texts, map(measured, more_prompts))]
+  student, teacher, *others = (known(*half) for half in read)
+  shape = choose_shape(student, teacher, cut(answers), shapes, length_multiple=length_multiple, response_multiple=response_multiple, more=sum(others, []))
   at = [int(sum(pack[:i])) for pack in cut(answers) for i in range(len(pack))]
 
-  def half(texts, starts, rows, length):
-    placed = [first_fit(sizes, length) for sizes in lengths(texts)]
-    layouts = [lay_out(*pack, rows, length, shape.tokens, chat.pad_token) for pack in zip(placed, *map(cut, (texts, starts, at)))]
-    return Rows(*map(np.stack, zip(*layouts)))
+  def half(known, texts, starts, rows, length):
+    placed = [first_fit(pack, length) for pack in known]
+    laid = [lay_out(*pack, rows, length, shape.tokens, chat.pad_token) for pack in zip(placed, known, *map(cut, (texts, starts, at)))]
+    stacked = Rows(*map(np.stack, zip(*laid)))
+    return stacked if share_prefixes else stacked._replace(prefix_CPT=None)
 
   zeros = lambda dtype: np.zeros((B, shape.responses), dtype)
-  batch = TrainBatch(student=half(texts, [len(r.prompt_tokens) for r in rollouts], shape.rows, shape.length),
-                     teacher=half(teacher_texts, [len(p) for p in prompts], shape.teacher_rows, shape.teacher_length), start_B=np.array(at, np.int32), response_BR=zeros(np.int32),
+  batch = TrainBatch(student=half(student, *read[0], shape.rows, shape.length),
+                     teacher=half(teacher, *read[1], shape.teacher_rows, shape.teacher_length), start_B=np.array(at, np.int32), response_BR=zeros(np.int32),
                      weight_BR=zeros(np.float32), advantage_B=advantage_B[order], distill_B=np.array(taught, np.float32),
                      logp_rollout_BR=zeros(np.float32), logp_old_BR=zeros(np.float32),
-                     counterfactuals=tuple(Counterfactual(half(t, [len(p) for p in ps], shape.more_rows, shape.more_length), w[order])
-                                           for t, ps, w in zip(more_texts, more_prompts, more_weights)))
+                     counterfactuals=tuple(Counterfactual(half(known, *r, shape.more_rows, shape.more_length), w[order])
+                                           for known, r, w in zip(others, read[2:], more_weights)))
   for b, r in enumerate(rollouts):
     n = len(r.tokens)
     batch.response_BR[b, :n], batch.logp_rollout_BR[b, :n] = r.tokens, r.logp
@@ -231,12 +279,16 @@ def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, 
 
 
 def balanced_order(lengths: list[int], group: int, updates: int, packs: int) -> list[int]:
-  """Where each row of the batch comes from: within an update, groups are dealt to its packs, or rows where the groups do not divide."""
+  """Where each row of the batch comes from: within an update, groups are dealt to its packs, or each group's rows to packs of its own, or, where neither
+  divides, rows."""
   if packs == 1:
     return list(range(len(lengths)))
   order, rows = [], len(lengths) // updates
-  unit = group if rows // group % packs == 0 and rows % group == 0 else 1
-  for first in range(0, len(lengths), rows):
-    sizes = [sum(lengths[i:i + unit]) for i in range(first, first + rows, unit)]
-    order += [first + u * unit + k for hand in deal(sizes, packs) for u in hand for k in range(unit)]
+  groups, rest = divmod(rows, group)
+  unit = group if not rest and groups % packs == 0 else 1
+  hands = packs // groups if not rest and packs % groups == 0 and group % (packs // groups) == 0 else packs   # packs of one deal
+  dealt = rows * hands // packs
+  for first in range(0, len(lengths), dealt):
+    sizes = [sum(lengths[i:i + unit]) for i in range(first, first + dealt, unit)]
+    order += [first + u * unit + k for hand in deal(sizes, hands) for u in hand for k in range(unit)]
   return order

@@ -1,6 +1,7 @@
 """Causal attention over packed rows: a token sees the tokens of its own segment at the same or an earlier column.
 
-  reference   logits of T x T held at once, softmax in float32; any device, any length (cuDNN where jax.nn.dot_product_attention can use it)
+  reference   logits held at once, softmax in float32; any device, any length
+  causal      the same without what lies above the diagonal, but for a few blocks on it
   splash      the TPU kernel that ships with jax: blocks of T x T in on-chip memory, blocks above the diagonal or outside the window skipped
 
 Shapes: q_BTNH, k_BTKH, v_BTKH with K dividing N (grouped queries), segment_BT int32. window: a token sees its last `window` columns, its
@@ -16,23 +17,39 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 from jax.sharding import PartitionSpec as P
 
 LANES = 128   # splash works on multiples of it
+MAX_BLOCKS = 8   # of queries in `causal`
 
 
-def mask(segment_BT: jax.Array | None, shape: tuple[int, int], window: int | None = None) -> jax.Array:
-  """[B, T, S = T] for `reference`. Without segments the row is one."""
+def mask(segment_BT: jax.Array | None, shape: tuple[int, int], window: int | None = None, *, prefix_BT: jax.Array | None = None,
+         position_BT: jax.Array | None = None) -> jax.Array:
+  """[B, T, S = T] for `causal`. Without segments the row is one. prefix_BT: the segment that a token sees beside its own, 0 for none; with it,
+  which needs segments, a window is measured in positions, for what a text sees need not stand next to it."""
   B, T = shape
   column = jnp.arange(T)
   mask_BTS = jnp.broadcast_to(column[:, None] >= column[None, :], (B, T, T))
   if window is not None:
-    mask_BTS &= column[:, None] - column[None, :] < window
+    place_BT = column[None, :] if prefix_BT is None else position_BT
+    mask_BTS &= place_BT[:, :, None] - place_BT[:, None, :] < window
   if segment_BT is not None:
-    mask_BTS &= (segment_BT[:, :, None] == segment_BT[:, None, :]) & (segment_BT[:, None, :] != 0)
+    seen = segment_BT[:, :, None] == segment_BT[:, None, :]
+    if prefix_BT is not None:
+      seen |= prefix_BT[:, :, None] == segment_BT[:, None, :]
+    mask_BTS &= seen & (segment_BT[:, None, :] != 0)
   return mask_BTS
 
 
 def reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
   """A row with nothing to see averages everything, so it stays finite."""
   return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
+
+
+def causal(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+  """`reference` where no token sees a later column: in up to MAX_BLOCKS blocks of queries, each against the columns up to its end, about half the work."""
+  T = q_BTNH.shape[1]
+  block = -(-max(T // MAX_BLOCKS, 1) // LANES) * LANES
+  parts = [reference(q_BTNH[:, first:first + block], k_BTKH[:, :first + block], v_BTKH[:, :first + block], mask_BTS[:, first:first + block, :first + block])
+           for first in range(0, T, block)]
+  return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
 def splash_fits(T: int) -> bool:

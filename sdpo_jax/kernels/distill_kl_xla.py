@@ -2,7 +2,8 @@
 
 Same contract as distill_kl_ref.py. Three plans, chosen from the sizes:
 
-  one         X * V small: all logits at once, kept for the gradient. 4 matrix products, as few as there can be.
+  one         X * V small, or on CPU X <= 2 D, the logits of both then no larger than four output matrices: all at once, kept for the gradient.
+              4 matrix products, as few as there can be.
   tokens      blocks of tokens over the whole vocabulary: 2 products forward, 4 backward; or, with weights_X,
               gradients in the forward pass: 4 in all. Memory: logits of one block, float32 gradient of the head.
   vocabulary  blocks of the vocabulary over all tokens: least memory. 2 products forward (4 for the mixture form,
@@ -51,7 +52,8 @@ def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_he
   X, V = target_X.shape[0], student_head_DV.shape[1]
   on_cpu = target_platform() == "cpu"
   if blocks is None:
-    blocks = "one" if X * V <= ONE_BLOCK_ENTRIES else "vocabulary" if on_cpu else "tokens"
+    few = X * V <= ONE_BLOCK_ENTRIES or (on_cpu and X <= 2 * student_head_DV.shape[0])
+    blocks = "one" if few else "vocabulary" if on_cpu else "tokens"
   arrays = student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X
   if blocks == "vocabulary":
     return distill(sys.modules[__name__], vocabulary_plan(X, alpha, temperature), None, *arrays)

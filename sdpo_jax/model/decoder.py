@@ -267,8 +267,8 @@ def _slides(config: ModelConfig) -> jax.Array:
   return jnp.array(config.sliding or (False,) * config.layers)
 
 
-def _rows(params: dict, config: ModelConfig, tokens_BT, positions_BT, segment_ids_BT) -> _Stream:
-  """The stream of whole rows, as training and scoring see them."""
+def _rows(params: dict, config: ModelConfig, tokens_BT, positions_BT, segment_ids_BT, prefix_ids_BT=None) -> _Stream:
+  """The stream of whole rows, as training and scoring see them. Splash knows no prefixes."""
   B, T = tokens_BT.shape
   assert segment_ids_BT is None or segment_ids_BT.shape == (B, T), (segment_ids_BT.shape, tokens_BT.shape)
   if positions_BT is None:
@@ -277,10 +277,11 @@ def _rows(params: dict, config: ModelConfig, tokens_BT, positions_BT, segment_id
       starts_BT = jnp.diff(segment_ids_BT, axis=1, prepend=0) != 0
       positions_BT -= jax.lax.cummax(jnp.where(starts_BT, positions_BT, 0), axis=1)
   assert positions_BT.shape == (B, T), (positions_BT.shape, tokens_BT.shape)
-  if attention.splash_fits(T):
+  if prefix_ids_BT is None and attention.splash_fits(T):
     segment_BT = jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT
     return _stream(params, config, tokens_BT, positions_BT, None, None, segment_BT)
-  masks = [attention.mask(segment_ids_BT, (B, T), window) for window in (None, config.sliding_window)]
+  windows = (None, config.sliding_window) if config.sliding else (None, None)
+  masks = [attention.mask(segment_ids_BT, (B, T), window, prefix_BT=prefix_ids_BT, position_BT=positions_BT) for window in windows]
   return _stream(params, config, tokens_BT, positions_BT, *masks)
 
 
@@ -295,7 +296,7 @@ def _layer(config: ModelConfig, stream: _Stream, x_BTD, layer: dict, slides) -> 
 
   def attend(q, k, v):
     if mask_BTS is not None:
-      return attention.reference(q, k, v, mask_BTS), None
+      return attention.causal(q, k, v, mask_BTS), None
     full = lambda *qkv: attention.splash(*qkv, stream.segment_BT)
     if not config.sliding:
       return full(q, k, v), None
@@ -315,10 +316,10 @@ def _final(params: dict, config: ModelConfig, x_BTD) -> jax.Array:
   return rms_norm(x_BTD, params["norm"], config.norm_eps)
 
 
-def hidden(params: dict, config: ModelConfig, tokens_BT, *, positions_BT=None, segment_ids_BT=None,
+def hidden(params: dict, config: ModelConfig, tokens_BT, *, positions_BT=None, segment_ids_BT=None, prefix_ids_BT=None,
            remat: str = "none") -> jax.Array:
-  """Tokens -> hidden_BTD after the final norm, in `config.dtype`."""
-  stream = _rows(params, config, tokens_BT, positions_BT, segment_ids_BT)
+  """Tokens -> hidden_BTD after the final norm, in `config.dtype`. prefix_ids_BT: see records.Rows; it needs positions and segments."""
+  stream = _rows(params, config, tokens_BT, positions_BT, segment_ids_BT, prefix_ids_BT)
 
   def body(x_BTD, xs):
     layer, slides = xs
@@ -331,7 +332,7 @@ def hidden_pair(params: dict, teacher_params: dict | None, config: ModelConfig, 
                 remat: str = "none") -> tuple[jax.Array, jax.Array]:
   """Policy and teacher through one scan: each layer's weights are read once and only the policy is differentiated.
 
-  `student` and `teacher` are (tokens_BT, positions_BT or None, segment_ids_BT or None); their B and T may differ.
+  `student` and `teacher` are (tokens_BT, positions_BT or None, segment_ids_BT or None[, prefix_ids_BT or None]); their B and T may differ.
   `teacher_params` None: the live weights teach, under stop_gradient. Returns (policy_hidden_BTD, teacher_hidden_BTD).
   """
   live = teacher_params is None
