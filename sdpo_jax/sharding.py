@@ -95,6 +95,14 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(axes, ACTIVATIONS))
 
 
+def by_width(x_BTD: jax.Array) -> jax.Array:
+  """Looked-up embeddings where the table's parts are: rows over "data", width over "fsdp". From there to rows, and back for the gradient, is an
+  all-to-all; left to itself the compiler gathers the embeddings of all rows on every device. Without a mesh, x unchanged."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x_BTD
+  return jax.lax.with_sharding_constraint(x_BTD, PartitionSpec("data", None, WEIGHTS["D"]))
+
+
 def constrain_rows(x: jax.Array, axis: int) -> jax.Array:
   """The rows (or packs) that stand at `axis` over the mesh's row axes; without a mesh, x unchanged."""
   if jax.sharding.get_abstract_mesh().empty:

@@ -6,12 +6,14 @@ import pytest
 from sdpo_jax.bench import step
 
 
-@pytest.mark.parametrize("kind, packs", [("equal", 1), ("heavy", 4)])
-def test_batches_hold_the_lengths_that_were_asked_for(kind, packs):
+@pytest.mark.parametrize("kind, packs, share", [("equal", 1, False), ("equal", 8, True), ("heavy", 4, False), ("heavy", 2, True)])
+def test_batches_hold_the_lengths_that_were_asked_for(kind, packs, share):
   lengths = step.lengths_of(kind, 32)
-  batch = step.make_batch(lengths, 500, packs)
+  batch = step.make_batch(lengths, 500, packs, share=share)
   assert sorted(batch.weight_BR.sum(1)) == sorted(n for _, _, n in lengths)
-  assert (batch.student.segment_CPT > 0).sum() == sum(p + n for p, _, n in lengths) and (batch.teacher.segment_CPT > 0).sum() == sum(q + n for _, q, n in lengths)
+  for half, whole in ((batch.student, sum(p + n for p, _, n in lengths)), (batch.teacher, sum(q + n for _, q, n in lengths))):
+    assert (half.prefix_CPT is not None) == share
+    assert (half.segment_CPT > 0).sum() < 0.8 * whole if share else (half.segment_CPT > 0).sum() == whole
   for half in (batch.student, batch.teacher):
     for b in range(32):
       pack, n = b // (32 // packs), int(batch.weight_BR[b].sum())

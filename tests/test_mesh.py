@@ -10,15 +10,17 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from sdpo_jax import hosts, metrics, sharding
+from sdpo_jax.kernels.distill_kl import distill_kl_sharded
 from sdpo_jax.model import decoder
 from sdpo_jax.objectives import methods
 from sdpo_jax.objectives.loss import make_objective
-from sdpo_jax.train_step import init_state, make_signals, make_train_step
+from sdpo_jax.train_step import forward_pair, init_state, make_signals, make_train_step, run_rows, targets
 from tests import fakes
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -68,6 +70,47 @@ def test_every_mesh_gives_the_gradient_of_one_device(shape):
 def test_micro_batches_on_a_mesh_give_the_gradient_of_one_device():
   mesh = sharding.make_mesh(jax.devices(), data=2, fsdp=2, tensor=2)
   assert_same(gradient(mesh, fakes.toy_batch(rows=16, vocab=296, length=26, teacher_length=34, packs=8), micro_batches=2), on_one_device())
+
+
+def compiled_parts(mesh, config, batch, remat):
+  """Compiled, each with the divergence behind it: (gradient of the live-teacher pair, of the student against given teacher states, teacher forward)."""
+  where = sharding.named(mesh, decoder.axes(config))
+  place = lambda tree, places: jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places)
+  params, rows = place(decoder.shapes(config), where), place(batch, jax.tree.map(lambda _: sharding.over_rows(mesh), batch))
+  one = lambda p, half: run_rows(lambda x: [decoder.hidden(p, config, x[0], positions_BT=x[1], segment_ids_BT=x[2], remat=remat)], half)[0]
+  divergence = lambda halves, batch: jnp.sum(distill_kl_sharded(*halves, targets(batch.student), mesh=mesh, alpha=0.5).divergence_X)
+  pair = lambda p, batch: divergence(forward_pair(p, None, config, batch, remat=remat), batch)
+
+  def student(p, batch, teacher_XD):
+    head = decoder.head(p, config)
+    return divergence((one(p, batch.student), head, teacher_XD, jax.lax.stop_gradient(head)), batch)
+
+  with jax.set_mesh(mesh):
+    teacher_XD = jax.ShapeDtypeStruct((batch.student.at_CX.size, config.width), jnp.float32, sharding=sharding.over_rows(mesh))
+    compile_one = lambda f, *args: jax.jit(f).lower(*args).compile()
+    return (compile_one(jax.value_and_grad(pair), params, rows), compile_one(jax.value_and_grad(student), params, rows, teacher_XD),
+            compile_one(lambda p, batch: one(p, batch.teacher), params, rows))
+
+
+def test_a_live_teacher_costs_its_forward_pass_and_no_collective_more():
+  """From the compiled programs of eight devices: operations at most 1.03 times those of the parts (without rematerialisation, each counts its scan's body
+  once), weights gathered as often as for the student alone, and what is gathered is a weight: never hidden states, over whatever axis."""
+  mesh = sharding.make_mesh(jax.devices(), data=2, fsdp=4, tensor=1)
+  config = fakes.toy_config(**SIZES)
+  batch = fakes.toy_batch(rows=32, vocab=296, length=40, teacher_length=40, packs=8)
+  pair, student, teacher = compiled_parts(mesh, config, batch, "none")
+  operations = lambda compiled: compiled.cost_analysis()["flops"]
+  assert operations(pair) <= 1.03 * (operations(student) + operations(teacher)), [operations(x) for x in (pair, student, teacher)]
+  pair, student, _ = compiled_parts(mesh, config, batch, "block")
+  texts = pair.as_text(), student.as_text()
+  split = sum("D" in axes for axes in jax.tree.leaves(decoder.axes(config)["layers"]))
+  in_layers = [len(re.findall(r" all-gather(?:-start)?\(.*while/body", text)) for text in texts]
+  assert in_layers == [2 * split] * 2   # forward, and again for the backward pass
+  wide = [sorted(re.findall(r"f32\[(\d+(?:,\d+)+)\]\S* all-gather(?:-start)?\(", text)) for text in texts]   # not token ids, nor scales of norms
+  assert wide[0] == wide[1], wide
+  weights = {tuple(n for n in shape if n > 1) for w in jax.tree.leaves(decoder.shapes(config)) for shape in (w.shape, w.shape[1:], w.shape[::-1])}
+  gathered = {tuple(int(n) for n in dims.split(",") if n != "1") for dims in wide[0]}
+  assert gathered <= weights, gathered - weights
 
 
 def test_no_activation_is_gathered_over_the_rows():

@@ -248,7 +248,7 @@ class _Stream(NamedTuple):
 
 
 def _stream(params: dict, config: ModelConfig, tokens_BT, positions_BT, mask_BTS, sliding_mask_BTS, segment_BT=None) -> _Stream:
-  x_BTD = sharding.constrain(params["embed"][tokens_BT].astype(config.dtype), "BTD")
+  x_BTD = sharding.constrain(sharding.by_width(params["embed"][tokens_BT].astype(config.dtype)), "BTD")
   rotation = sliding_rotation = _rotation(config.rope, config.head_dim, positions_BT)
   if config.sliding_rope is not None:
     sliding_rotation = _rotation(config.sliding_rope, config.head_dim, positions_BT)
