@@ -29,6 +29,20 @@ def test_splash_gives_the_reference_and_its_gradients(window):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("T", [256, 700, 1100])
+def test_blocks_of_queries_give_the_reference_and_its_gradients(T):
+  q, k, v, g, segment = problem(T)
+  segment[1, 300:] = 2
+  visible, real = attention.mask(segment, segment.shape), (segment > 0)[..., None, None]
+
+  def both(attend):
+    out, back = jax.vjp(lambda *qkv: jnp.where(real, attend(*qkv, visible), 0.0), q, k, v)
+    return out, *back(g)
+
+  for got, want in zip(both(attention.causal), both(attention.reference)):
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 def test_a_text_sees_neither_its_neighbour_nor_the_padding():
   q, k, v, _, segment = problem(T=128)
   segment = segment[:, :128]

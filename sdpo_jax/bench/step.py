@@ -3,17 +3,18 @@
   python -m sdpo_jax.bench step [--device=cpu|gpu|tpu] [--cases=small:equal,small:heavy,...] [--micro_batches=1] [--remat=none] [--json=FILE]
 
 A case is SHAPE:LENGTHS. Shapes are those of SHAPES, random weights, an EMA teacher. Lengths: `equal`, prompt 128, teacher prompt 256 and
-response 128 tokens; `heavy`, the same prompts and log-normal responses of median 60 and at most 1,000 tokens. Rows are packed as in training.
+response 128 tokens; `heavy`, the same prompts and log-normal responses of median 60 and at most 1,000 tokens. Groups
+of 8 have the same prompt and teacher prompt. Rows are packed as in training (but on TPU, a prompt stands once a row for all its responses).
 Every case runs in a child process of its own. One JSON object a line as they come in, then a table. Units and definitions:
 
   time_s           shortest of --repeats steps after one warm-up, wall clock; cpu_s: processor seconds of that step, all threads
-  tokens_per_s     tokens of student texts (prompt and response, no padding) / time_s;  useful: share of columns that hold text, both halves
+  tokens_per_s     tokens of student texts (each response with its prompt, no padding) / time_s;  useful: share of columns that hold text, both halves
   mfu              operations of the step's matrix products, recomputation included / time_s / matrix_tflops, the rate of a large product here
   forward_s, pair_s, signals_s   the student's half alone, both halves, and those with the divergence; each a program of its own
   temporaries_mb   what the compiled step allocates beside arguments and results (the compiler's own figure)
   peak_mb          on CPU: highest resident memory of the whole process; on GPU and TPU: highest device memory in use
 
-MB = 10^6 bytes.
+MB = 10^6 bytes. On CPU a batch of SHAPE:equal wants --micro_batches=8: logits of few tokens are kept instead of computed twice.
 """
 
 import argparse
@@ -154,7 +155,7 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
   from sdpo_jax.model.config import ModelConfig
   from sdpo_jax.objectives import methods
   from sdpo_jax.objectives.loss import make_objective
-  from sdpo_jax.train_step import forward_pair, init_state, make_optimizer, make_score, make_signals, make_train_step
+  from sdpo_jax.train_step import forward_pair, init_state, make_optimizer, make_score, make_signals, make_train_step, run_rows
 
   shape, kind = case.split(":")
   dtype = "float32" if device == "cpu" else "bfloat16"
@@ -163,7 +164,7 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
   tx = make_optimizer(name="adamw", lr=1e-6, warmup_steps=0, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
   signals = make_signals(model, objective, remat=remat)
   lengths = lengths_of(kind, responses)
-  batch = jax.tree.map(jnp.asarray, make_batch(lengths, model.vocab, micro_batches))
+  batch = jax.tree.map(jnp.asarray, make_batch(lengths, model.vocab, micro_batches, share=device != "tpu", length_multiple=32 if device == "cpu" else 128))
   state = jax.jit(lambda key: init_state(decoder.init(model, key), tx, keep_teacher=True))(jax.random.key(0))
   traced = jax.jit(make_train_step(signals, objective, tx, teacher_move=0.05, micro_batches=micro_batches), donate_argnums=0).trace(state, batch)
   operations, step = plan.operations(traced.jaxpr.jaxpr), traced.lower().compile()
@@ -179,8 +180,8 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
   else:
     peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
   first = jax.tree.map(lambda x: x[:x.shape[0] // micro_batches], batch)
-  flat = lambda x: x.reshape(-1, x.shape[-1])
-  student = jax.jit(lambda s, b: decoder.hidden(s.params, model, flat(b.student.token_CPT), positions_BT=flat(b.student.position_CPT), segment_ids_BT=flat(b.student.segment_CPT)))
+  one = lambda params: lambda half: [decoder.hidden(params, model, half[0], positions_BT=half[1], segment_ids_BT=half[2], prefix_ids_BT=half[3])]
+  student = jax.jit(lambda s, b: run_rows(one(s.params), b.student))
   parts = {"forward_s": (student, first), "pair_s": (jax.jit(lambda s, b: forward_pair(s.params, s.teacher, model, b)[::2]), first),
            "signals_s": (jax.jit(make_score(signals, micro_batches)), batch)}
   timed = {name: _best(lambda f=f, b=b: jax.block_until_ready(f(state, b)), repeats)[0] * (1 if b is batch else micro_batches) for name, (f, b) in parts.items()}
