@@ -183,3 +183,20 @@ def test_without_a_teacher_its_half_is_one_small_row():
   p = pack([GROUP], chat=CHAT, messages=messages, teacher_context=teacher_context.none, advantage=advantage.group_mean, max_teacher_tokens=64,
            length_multiple=8, response_multiple=8, shapes=[])
   assert p.batch.teacher.token_CPT.shape == (1, 1, 8) and not p.batch.distill_B.any() and not p.batch.teacher.segment_CPT.any()
+
+
+def test_a_question_stands_once_a_row_for_all_its_responses():
+  """What a token sees, its prefix and its own segment up to it, is the prompt and the response as they were; positions count through."""
+  groups = heavy_tailed(4, 4, 0, longest=120)
+  apart, shared = pack_many(groups, [], packs=2), pack_many(groups, [], packs=2, share_prefixes=True)
+  assert apart.batch.student.prefix_CPT is None
+  for half, whole in zip((shared.batch.student, shared.batch.teacher), (apart.batch.student, apart.batch.teacher)):
+    assert (half.segment_CPT > 0).sum() < (whole.segment_CPT > 0).sum()
+  rows = shared.batch.student
+  for b, r in enumerate(shared.rollouts):
+    pack_of, T = b // 8, rows.token_CPT.shape[2]
+    p, column = divmod(rows.at_CX[pack_of, shared.batch.start_B[b] + len(r.tokens) - 1], T)   # of the column that predicts the last token
+    own, prefix = rows.segment_CPT[pack_of, p, column], rows.prefix_CPT[pack_of, p, column]
+    seen = [t for t in range(column + 1) if rows.segment_CPT[pack_of, p, t] in (own, prefix)]
+    assert rows.token_CPT[pack_of, p, seen].tolist() == (r.prompt_tokens + r.tokens)[:-1]
+    assert rows.position_CPT[pack_of, p, seen].tolist() == list(range(len(seen)))
