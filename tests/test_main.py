@@ -90,7 +90,7 @@ def test_kill_and_resume_write_the_same_metrics(whole, tmp_path):
 def test_a_checkpoint_of_another_version_is_named(whole, tmp_path):
   """One without the batch shapes: said in a line, not a KeyError."""
   shutil.copytree(whole[0], tmp_path / "old")
-  host, = (tmp_path / "old" / "checkpoints" / "6" / "host").glob("*")
+  host = tmp_path / "old" / "checkpoints" / "6" / "host" / "metadata"
   about = json.loads(host.read_text())
   del about["host"]["shapes"]
   host.write_text(json.dumps(about))
@@ -127,7 +127,7 @@ def test_another_configuration_does_not_continue_a_run(whole):
 @pytest.mark.parametrize("args, said", [
     (["--config=configs/nowhere.py"], "configs/nowhere.py"),
     (["--config=configs/tinycode.py:metod=grpo"], "'metod' of the config file is unknown; choose from"),
-    (["--config=configs/tinycode.py:method=gspoo"], "method='gspoo' is unknown; choose from ['cispo', 'dapo'"),
+    (["--config=configs/tinycode.py:method=gspoo"], "method='gspoo' is unknown; choose from ['cispo', 'counterfactual'"),
     (["--config=configs/tinycode.py:local", "--config.rollout.grup=4"], "grup"),
     (["--config=configs/tinycode.py:local", "--config.rollout.group=four"], "four"),
     (["--config=configs/tinycode.py:local", "--mode=training"], "choose from ['train', 'eval', 'discover', 'plan']"),
