@@ -7,7 +7,8 @@ Cost:   2.0 CPU minutes until both programs are compiled, and as much again for 
 Result: Qwen3-8B, EMA teacher, v5p:2x2x2 (8 chips of 95 GB, "v5p-16"): train state 16.4 GB per chip; train step of 32 micro-batches of 8 responses,
         peak 44.7 GB; decode step of 64 responses, 45.1 GB with the state beside it.
         v5e:8x8 (64 chips of 16 GB) with --config.mesh.fsdp=16 --config.mesh.tensor=4 --config.train.micro_batches=16: train state 2.0 GB per chip;
-        train step of 16 micro-batches of 16 responses, peak 10.1 GB; decode step of 64 responses, 5.9 GB with the state beside it. 3 CPU minutes.
+        train step of 16 micro-batches of 16 responses, peak 10.1 GB; decode step of 64 responses, 5.9 GB with the state beside it. 3 CPU minutes,
+        without the suggestion of a micro-batch.
 Not yet planned: v6e:4x4 and Olmo-3-7B. GPUs cannot be planned: there is no compiler for them without one, and a compilation for virtual CPU
 devices says nothing of their memory.
 """

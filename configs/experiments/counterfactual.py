@@ -1,9 +1,9 @@
-r"""Counterfactual self-distillation, SDPO and GRPO on TinyCode and arithmetic at matched generated tokens: six arms, two domains, three seeds.
+r"""Counterfactual self-distillation, SDPO and GRPO on TinyCode and arithmetic at matched generated tokens: seven arms, two domains, three seeds.
 
 Run:    python -m sdpo_jax.experiment --config=configs/experiments/counterfactual.py --workdir=runs/counterfactual_grid --jobs=2
 """
 
-ARMS = ("sdpo", "sdpo_extra", "counterfactual", "counterfactual_imagined", "grpo", "grpo_extra")
+ARMS = ("sdpo", "sdpo_extra", "counterfactual", "counterfactual_imagined", "counterfactual_siblings", "grpo", "grpo_extra")
 
 
 def get_grid():
