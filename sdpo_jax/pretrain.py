@@ -41,7 +41,7 @@ def supervised() -> Objective:
     total = -jnp.sum(signals.logp_BR * batch.weight_BR)
     return total / norm["nll"], {"train/nll": Ratio(total, jnp.sum(batch.weight_BR))}
 
-  return Objective(token_loss, normalisers, None, needs_teacher=False, needs_teacher_entropy=False)
+  return Objective(token_loss, normalisers, None, needs_teacher=False)
 
 
 class PackedRows:

@@ -35,8 +35,8 @@ class Objective(NamedTuple):
   normalisers: Callable    # TrainBatch -> {term: scalar}
   divergence: dict | None  # alpha, top_k, add_tail, advantage_clip of the divergence that the kernel must compute; None: none
   needs_teacher: bool
-  needs_teacher_entropy: bool
-  mixture: bool            # the batch's further readings are mixed into the teacher, not terms of their own
+  needs_teacher_entropy: bool = False
+  mixture: bool = False    # the batch's further readings are mixed into the teacher, not terms of their own
 
 
 def make_objective(method: dict) -> Objective:
