@@ -298,6 +298,18 @@ def test_no_descriptors_left_is_our_fault():
   assert len(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.parametrize("isolation", ["bubblewrap", "landlock"])
+def test_a_low_limit_of_descriptors_is_not_the_programs(isolation):
+  """The soft limit of whoever starts the pool (40 here) is raised for the workers, which need descriptors up to 63."""
+  if isolation == "bubblewrap" and shutil.which("bwrap") is None:
+    pytest.skip("bubblewrap is not installed")
+  code = ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+          "from sdpo_jax.envs.sandbox import Sandbox; from sdpo_jax.envs.verdict import TestCase\n"
+          f"with Sandbox(workers=1, isolation={isolation!r}) as pool: print(pool.run('print(1)', [TestCase(input='', output='1')]).passed)")
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert done.stdout == "True\n", done.stderr
+
+
 def test_missing_bubblewrap(monkeypatch, caplog):
   monkeypatch.setattr(shutil, "which", lambda name: None)
   sandbox_module._warn.cache_clear()

@@ -10,11 +10,18 @@ import pytest
 USER = "65534"   # nobody
 
 
+def _as_nobody(python: str, *arguments) -> subprocess.CompletedProcess:
+  packages = os.path.dirname(os.path.dirname(pytest.__file__))
+  environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{os.getcwd()}:{packages}", "PYTHONDONTWRITEBYTECODE": "1"}
+  if "SDPO_JAX_DATA" in os.environ:
+    environment["SDPO_JAX_DATA"] = os.environ["SDPO_JAX_DATA"]
+  return subprocess.run(["setpriv", "--reuid", USER, "--regid", USER, "--clear-groups", python, *arguments], env=environment, capture_output=True, text=True)
+
+
 def _python() -> str | None:
-  """A Python of this version that everybody may run: this one may lie in root's home."""
+  """A Python of this version that everybody may run, with what the tests import: this one, or its packages, may lie in root's own directories."""
   for path in (os.path.realpath(sys.executable), "/usr/bin/python3"):
-    says = subprocess.run(["setpriv", "--reuid", USER, "--regid", USER, "--clear-groups", path, "-c", "import sys; open(sys.executable, 'rb').close(); print(sys.version_info[:2])"],
-                          capture_output=True, text=True)
+    says = _as_nobody(path, "-c", "import pytest, sdpo_jax, sys; open(sys.executable, 'rb').close(); print(sys.version_info[:2])")
     if says.stdout == f"{sys.version_info[:2]}\n":
       return path
   return None
@@ -23,14 +30,10 @@ def _python() -> str | None:
 def _run(*arguments) -> str:
   if os.geteuid() != 0:
     pytest.skip("the tests run as an ordinary user already")
-  if shutil.which("setpriv") is None or _python() is None:
-    pytest.skip("needs setpriv and a Python of this version that an ordinary user may run")
-  packages = os.path.dirname(os.path.dirname(pytest.__file__))
-  environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{os.getcwd()}:{packages}", "PYTHONDONTWRITEBYTECODE": "1"}
-  if "SDPO_JAX_DATA" in os.environ:
-    environment["SDPO_JAX_DATA"] = os.environ["SDPO_JAX_DATA"]
-  done = subprocess.run(["setpriv", "--reuid", USER, "--regid", USER, "--clear-groups", _python(), "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
-                        env=environment, capture_output=True, text=True)
+  python = _python() if shutil.which("setpriv") else None
+  if python is None:
+    pytest.skip("needs setpriv, and a Python of this version, pytest and this package where an ordinary user may read them")
+  done = _as_nobody(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
   assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
   return done.stdout
 
