@@ -34,7 +34,6 @@ Result: TinyCode, three seeds, avg@4 over 100 questions each, at 41 to 46 thousa
 import os
 
 from sdpo_jax import config
-from sdpo_jax.objectives import methods
 from sdpo_jax.objectives.teacher_context import FEEDBACK
 
 TINY = {"tinycode": "tiny", "arithmetic": "tiny_arithmetic"}
@@ -70,30 +69,19 @@ def get_config(arg: str = ""):
     c.rollout.group = round(generated * c.rollout.group)
   if not a.local:
     c.total_steps = round((a.steps or c.total_steps) / generated)
-  if a.domain in TINY and a.method != "grpo":
+  if c.optimizer.decay_steps:
     c.optimizer.decay_steps = max(c.total_steps, 20)   # past the warm-up
   return c
 
 
 def tiny(a):
   """The settings of configs/tinycode.py, for as many steps as two minutes on one core allow."""
-  c = config.base()
-  c.seed, c.model.path, c.method, c.total_steps = a.seed, a.model or TINY[a.domain], methods.row(a.method), 80
-  c.env = dict(name=a.domain, level="default", words_seed=0)
-  c.optimizer.lr = 1.5e-3
-  if a.method == "grpo":
-    c.optimizer.lr = 5e-4
-    c.rollout.update(questions=8, group=8)
-  else:
-    c.method.teacher_weights.rate = 0.01
-  c.eval.every_steps = 10
+  a.model = a.model or TINY[a.domain]
+  c = config.tiny(a)
+  c.env.name = a.domain
   c.data.max_teacher_tokens = 700   # with two notes
-  if a.local:
-    c.total_steps = 2
-    c.rollout.update(questions=2, group=4, rows=8)
-    c.eval.update(every_steps=2, questions=4, samples=2, final_splits=("heldout",))
-    c.checkpoint.every_steps = 2
-    c.log.rollouts_every_steps = 1
+  if not a.local:
+    c.total_steps, c.eval.every_steps = 80, 10
   return c
 
 

@@ -11,28 +11,12 @@ Result: seed 0, avg@4 over 100 questions, base model -> after training, 95 % int
 """
 
 from sdpo_jax import config
-from sdpo_jax.objectives import methods
 
 
 def get_config(arg: str = ""):
   a = config.parse_arg(arg, method="sdpo", model="tiny", level="default", seed=0, local=False)
-  c = config.base()
-  c.seed, c.model.path, c.env.level = a.seed, a.model, a.level
-  c.method = methods.row(a.method)
-  c.optimizer.update(lr=1.5e-3, decay_steps=c.total_steps)
-  if c.method.teacher_weights.name == "ema":
-    c.method.teacher_weights.rate = 0.01   # the paper's rate for rich feedback; at 0.05 accuracy falls again once most problems are solved
-  if c.method.policy_share == 1.0:   # rewards alone: larger groups, so that one of them holds a success, and smaller steps at a constant rate
-    c.optimizer.update(lr=5e-4, decay_steps=0)
-    c.rollout.update(questions=8, group=8)
-  if a.level == "easy":
-    c.eval.final_splits = ("heldout", "adversarial")   # one operation alone: there is no unseen composition
-  if c.method.reduction.name == "constant":
-    c.method.reduction.length = float(c.rollout.max_new_tokens)
-  if a.local:   # same path, toy sizes, seconds on a CPU
-    c.total_steps = 2
-    c.rollout.update(questions=2, group=4, rows=8)
-    c.eval.update(every_steps=2, questions=4, samples=2, final_splits=("heldout",))
-    c.checkpoint.every_steps = 2
-    c.log.rollouts_every_steps = 1
+  c = config.tiny(a)
+  c.env.level = a.level
+  if a.level == "easy":   # one operation alone: there is no unseen composition
+    c.eval.final_splits = tuple(split for split in c.eval.final_splits if split != "unseen")
   return c
