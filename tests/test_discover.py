@@ -181,7 +181,7 @@ def test_attempts_and_tokens_to_reach_the_baseline_by_hand():
 
 def test_intervals_cover_in_this_very_design():
   """20 questions x 5 seeds, nominal 90 %: questions of very unlike difficulty, seeds nested in them."""
-  rng, trials, budget = np.random.default_rng(0), 250, 256
+  rng, trials, budget = np.random.default_rng(0), 400, 256
   for rate in (0.0003, 0.002, 0.01):   # mean success probability of one attempt, the first like a baseline that finds little; log-uniform spread over questions
     true_Q = lambda: rate * np.exp(rng.uniform(-1.5, 1.5, 20))
     expected = np.mean([np.mean(1 - (1 - rate * np.exp(rng.uniform(-1.5, 1.5, 2000))) ** budget) for _ in range(10)])

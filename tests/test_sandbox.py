@@ -6,6 +6,7 @@ import pathlib
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -204,7 +205,7 @@ def test_time_limit_is_punctual(sandbox):
                   "b = b'x' * 600_000_000\nwhile True: pass"):   # giving back its memory does not count, nor delay the verdict
     results = [sandbox.run(program, [TestCase("", "")], limits=limits).tests[0] for _ in range(3)]
     assert all(r.kind == "time_limit" and (r.cpu_s >= 0.2 or r.wall_s >= limits.wall_s) for r in results)
-    assert min(r.cpu_s for r in results) < 0.23   # other work on the machine may delay one verdict, not all
+    assert statistics.median(r.cpu_s for r in results) < 0.23   # other work on the machine may delay one verdict, not most
   result = sandbox.run("import time\ntime.sleep(9)", [TestCase("", "")], limits=limits).tests[0]
   assert result.kind == "time_limit" and limits.wall_s <= result.wall_s < limits.wall_s + 0.5 and result.cpu_s < 0.2
 
