@@ -11,13 +11,18 @@ shardings of the `like` that is passed, which may differ from those they were sa
 operating system had not yet written.
 
 Errors: FileNotFoundError naming the directory and the steps it holds; ValueError where the stored arrays are not those asked for
-(Orbax itself would convert a type silently).
+(Orbax itself would convert a type silently); OSError with the system's number where the disk does not take what is saved: the
+checkpoints that were there stay whole.
 """
 
 import base64
 import contextlib
+import logging
+import os
 import pathlib
+import re
 import shutil
+import sys
 
 import jax
 import orbax.checkpoint as ocp
@@ -40,11 +45,22 @@ def all_steps(workdir) -> list[int]:
 def save(workdir, step: int, state, host: dict, *, keep: int = 2):
   """Write checkpoint `step`, which must not exist, and delete all but the last `keep`."""
   options = dict(preservation_policy=checkpoint_managers.LatestN(keep), todelete_subdir="deleted", cleanup_tmp_directories=True)
-  with _manager(workdir, **options) as manager:
+  with _system_errors(_directory(workdir) / str(step)), _manager(workdir, **options) as manager:
     manager.save(int(step), force=True, args=ocp.args.Composite(
         state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave({"host": _to_json(host), "leaves": _leaves(state)})))
   if jax.process_index() == 0:    # moved away whole first: a deletion that was killed must not leave half a checkpoint under its name
     shutil.rmtree(_directory(workdir) / "deleted", ignore_errors=True)
+
+
+def tell_failures_once():
+  """For entry points: of a save that fails nothing is printed but what its caller makes of the error. Holds for the process.
+
+  Orbax's threads log the error with its traceback before they raise it, and TensorStore's other writes, which outlive Orbax's event loop, print that it is closed.
+  """
+  from_orbax = lambda record: record.exc_info and record.pathname.endswith("orbax/checkpoint/_src/futures/future.py")
+  logging.getLogger("absl").addFilter(lambda record: not from_orbax(record))
+  told = sys.unraisablehook
+  sys.unraisablehook = lambda error: None if str(error.exc_value) == "Event loop is closed" else told(error)
 
 
 def restore(workdir, like_state, step: int | None = None):
@@ -87,6 +103,18 @@ def _directory(workdir):
 def _manager(workdir, **options):
   return contextlib.closing(ocp.CheckpointManager(
       _directory(workdir), options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)))
+
+
+@contextlib.contextmanager
+def _system_errors(path):
+  """An error of the system as an OSError: TensorStore raises ValueError and tells the number in the text alone."""
+  try:
+    yield
+  except ValueError as error:
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    if not number:
+      raise
+    raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def _leaves(tree):

@@ -5,7 +5,8 @@ r"""A grid of runs, resumable, then one report.
 The file's `get_grid()` returns {run name: arguments of sdpo_jax.main}. Each run has its own process and its own directory under
 DIR, so a grid that was killed goes on where it was: finished runs are left alone, unfinished ones resume. With several jobs each
 gets its share of the cores. At the end, and by --report alone at any time: DIR/report/ with the curves of all runs, and
-DIR/curves.json with every evaluation of every run. Exit 0 if all runs ended well, 1 otherwise, 2 for a wrong command line.
+DIR/curves.json with every evaluation of every run. Exit 0 if all runs ended well, 1 otherwise (and where DIR
+cannot be written: one line), 2 for a wrong command line.
 """
 
 import argparse
@@ -88,12 +89,16 @@ def main(argv=None) -> int:
   except ValueError as error:
     print(f"sdpo_jax.experiment: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
-  failed = [] if a.report else run_grid(grid, root, a.jobs)
-  begun = [root / name for name in grid if (root / name / "config.json").exists()]
-  if begun:
-    report.write_report(begun, root / "report")
-    (root / "curves.json").write_text(json.dumps(curves({n: g for n, g in grid.items() if (root / n) in begun}, root), indent=1) + "\n")
-    print(f"report: {root}/report/index.html")
+  try:
+    failed = [] if a.report else run_grid(grid, root, a.jobs)
+    begun = [root / name for name in grid if (root / name / "config.json").exists()]
+    if begun:
+      report.write_report(begun, root / "report")
+      (root / "curves.json").write_text(json.dumps(curves({n: g for n, g in grid.items() if (root / n) in begun}, root), indent=1) + "\n")
+      print(f"report: {root}/report/index.html")
+  except OSError as error:   # of a run that fails for this reason, its run.log tells
+    print(f"sdpo_jax.experiment: {error.strerror or error}: {error.filename or root}", file=sys.stderr)
+    return 1
   return 1 if failed else 0
 
 

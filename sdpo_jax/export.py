@@ -5,7 +5,7 @@
 Reads the policy's parameters of a checkpoint (the newest without --step; 0: the model that the run began with) and writes
 config, weights, tokenizer with its chat template and generation config. Without --dtype weights keep the run's type. Adapters of a LoRA
 run are merged into the weights they stand on; --adapters writes them alone instead, as a PEFT directory.
-Exit status: 0 success, 2 a wrong argument, work directory or checkpoint (one line on stderr). DIR must be absent or empty.
+Exit status: 0 success, 2 a wrong argument, work directory or checkpoint, or a disk without room (one line on stderr). DIR must be absent or empty.
 """
 
 import dataclasses
@@ -74,6 +74,8 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--{name}=... is needed")
     step = export(f.workdir, f.out, step=f.step, dtype=f.dtype, adapters=f.adapters)
   except (flags.Error, ValueError, OSError, KeyError) as error:
+    if isinstance(error, OSError) and error.errno:   # the system's: a write that found no room does not say where
+      error = f"{error.strerror}: {error.filename or f.out}"
     print(f"sdpo_jax: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
   print(f"step {step} of {os.path.abspath(f.workdir)} written to {os.path.abspath(f.out)}")

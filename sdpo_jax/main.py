@@ -5,7 +5,7 @@ r"""The command line.
 train (default) runs, resumes if the work directory holds a checkpoint, and ends with a report. eval scores a checkpoint:
 --checkpoint=WORKDIR[:step] or a Hugging Face directory. discover is test-time self-distillation on single hard questions.
 plan compiles the train and decode steps for --topology (v5p:2x2x2, v5e:8x8, v6e:4x4), without the hardware, and says whether they fit. Without --workdir a fresh directory under runs/ is made and printed.
-Exit status: 0 success, 2 a wrong command line or setting (one line on stderr), 1 a failed run.
+Exit status: 0 success, 2 a wrong command line or setting (one line on stderr), 1 a failed run; of a full disk it says so in a line.
 """
 
 import datetime
@@ -96,21 +96,23 @@ def main(argv: list[str]) -> int:
     check_writable(workdir)
   except (UsageError, ValueError) as error:
     return complain(error, 2)
-  from sdpo_jax import discover, discovery, metrics, records, train, wiring
+  from sdpo_jax import checkpoint, discover, discovery, metrics, records, train, wiring
+  checkpoint.tell_failures_once()
   absl_logging.use_absl_handler()
   absl_logging.set_verbosity(absl_logging.WARNING)
   try:
-    if f.mode == "train":
-      print(f"work directory: {workdir}", file=sys.stderr)
-      train.train(c, workdir)
-      lines = metrics.read(workdir)
-      results, base = lines[-1], lines[0]
-    elif f.mode == "eval":
-      results, base = train.evaluate_checkpoint(c, workdir, f.checkpoint), {}
-    else:
-      for line in discovery.summary_lines(discover.discover(c, workdir)):
-        print(line)
-      return 0
+    with wiring.blame_disk(workdir):
+      if f.mode == "train":
+        print(f"work directory: {workdir}", file=sys.stderr)
+        train.train(c, workdir)
+        lines = metrics.read(workdir)
+        results, base = lines[-1], lines[0]
+      elif f.mode == "eval":
+        results, base = train.evaluate_checkpoint(c, workdir, f.checkpoint), {}
+      else:
+        for line in discovery.summary_lines(discover.discover(c, workdir)):
+          print(line)
+        return 0
   except (wiring.SettingError, records.TaskError, FileNotFoundError) as error:
     return complain(error, 2)
   except wiring.RunError as error:

@@ -4,7 +4,8 @@ metrics.jsonl holds one JSON object a step: `step`, `time_s` (seconds spent so f
 named `group/name`. A value that is None or not finite is left out, never written as NaN. A line is on the disk when `write` returns, so a
 checkpoint saved afterwards never claims steps that the file lacks. Values that depend on the machine and not on the run are named as in MACHINE.
 
-Errors: ValueError for a name without a group, a step that does not go up, or a metrics.jsonl damaged anywhere but in its last line.
+Errors: ValueError for a name without a group, a step that does not go up, or a metrics.jsonl damaged anywhere but in its last line; OSError where
+the disk takes no more.
 """
 
 import fnmatch
@@ -18,7 +19,9 @@ import time
 import numpy as np
 import rich.console
 import rich.progress
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sdpo_jax.records import Ratio
 
@@ -107,13 +110,16 @@ class Writer:
       self._workdir.mkdir(parents=True, exist_ok=True)
       self._file = self._path.open("a", encoding="utf-8")
       older = any(self._workdir.glob("events*"))
-      self._events = tensorboardX.SummaryWriter(str(self._workdir), purge_step=self._purge_step if older else None, write_to_disk=True)
+      self._events = EventsWriter(str(self._workdir / "events"))   # in this thread: SummaryWriter's own dies of a full disk, and then it waits for it forever
+      if older and self._purge_step is not None:
+        self._events.write_event(Event(wall_time=time.time(), step=self._purge_step, session_log=SessionLog(status=SessionLog.START)))
     elapsed_s = self._earlier_s + time.monotonic() - self._opened
     self._file.write(json.dumps({"step": step, "time_s": round(elapsed_s, 3)} | values, allow_nan=False) + "\n")
     self._file.flush()
     os.fsync(self._file.fileno())
     for name, value in values.items():
-      self._events.add_scalar(name, value, step)
+      self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value)))
+    self._events.flush()
     self._last_step = step
     self._progress.show(step, values)
 

@@ -5,7 +5,7 @@
 Reads a synthetic corpus (data/corpus.py): statements to programs, with and without hindsight, packed into fixed rows with
 segment ids. The batch of step i is a pure function of (seed, i), so a killed run resumes from its checkpoint exactly. Ends by
 printing the accuracy on problems with novel words, alone and given feedback or a solution (greedy, exact behaviour), and by
-writing a Hugging Face directory. Exit 0 on success, 2 on a wrong setting or a work directory that was begun with other ones.
+writing a Hugging Face directory. Exit 0 on success, 2 on a wrong setting or a work directory that was begun with other ones, 1 on a full disk.
 """
 
 import json
@@ -30,7 +30,7 @@ from sdpo_jax.objectives.loss import Objective
 from sdpo_jax.records import Ratio, Rows, Sampling, TrainBatch
 from sdpo_jax.sampler import Sampler
 from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_train_step
-from sdpo_jax.wiring import same_run
+from sdpo_jax.wiring import RunError, blame_disk, same_run
 
 
 def supervised() -> Objective:
@@ -162,7 +162,13 @@ def main(argv: list[str]) -> int:
   except (flags.Error, ValueError, OSError) as error:
     print(f"sdpo_jax.pretrain: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
-  run(c, f.workdir, f.out or os.path.join(f.workdir, "hf"))
+  checkpoint.tell_failures_once()
+  try:
+    with blame_disk(f.workdir):
+      run(c, f.workdir, f.out or os.path.join(f.workdir, "hf"))
+  except RunError as error:
+    print(f"sdpo_jax.pretrain: {error}", file=sys.stderr)
+    return 1
   return 0
 
 

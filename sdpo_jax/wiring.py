@@ -6,6 +6,7 @@ What fails here fails because of a setting, a path or this machine, and becomes 
 import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import importlib.metadata
 import json
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax import counterfactual, sharding
+from sdpo_jax import checkpoint, counterfactual, sharding
 from sdpo_jax.config import MODELS
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.tasks import with_rows
@@ -56,6 +57,19 @@ def blame_settings():
     yield
   except (ValueError, OSError, RuntimeError) as error:
     raise SettingError(str(error)) from error
+
+
+@contextlib.contextmanager
+def blame_disk(workdir):
+  """No room where the work directory is written (disk, quota, limit of a file's size) is a RunError: one line, not a traceback."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+      raise
+    step = checkpoint.latest_step(workdir)
+    raise RunError(f"{error.strerror}: {error.filename or workdir} could not be written. Make room, then run the same command again: "
+                   + ("no checkpoint is complete yet" if step is None else f"it goes on from the checkpoint of step {step}, the last complete one")) from error
 
 
 class Wired(NamedTuple):

@@ -1,3 +1,4 @@
+import errno
 import os
 import pathlib
 import random
@@ -16,6 +17,7 @@ import optax
 import pytest
 
 from sdpo_jax import checkpoint
+from tests.fakes import no_file_beyond
 
 
 class State(NamedTuple):
@@ -125,6 +127,18 @@ def test_a_step_is_written_once(tmp_path):
   with pytest.raises(ValueError, match="already exists"):
     checkpoint.save(tmp_path, 1, make_state(), {"which": "second"})
   assert checkpoint.restore(tmp_path, make_state())[1] == {"which": "first"}
+
+
+def test_a_full_disk_is_a_system_error_and_spares_the_earlier_checkpoint(tmp_path):
+  state = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(100_000,)), jnp.float32)}
+  checkpoint.save(tmp_path, 1, state, {})
+  with no_file_beyond(100_000), pytest.raises(OSError) as raised:
+    checkpoint.save(tmp_path, 2, state, {})
+  assert raised.value.errno == errno.EFBIG and raised.value.filename == str(tmp_path / "checkpoints" / "2")
+  assert checkpoint.all_steps(tmp_path) == [1]
+  assert_same(checkpoint.restore(tmp_path, state)[0], state)
+  checkpoint.save(tmp_path, 2, state, {})   # there is room again
+  assert checkpoint.all_steps(tmp_path) == [1, 2]
 
 
 def test_a_save_of_a_million_parameters_is_quick(tmp_path):

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from sdpo_jax import config, export, main, metrics, train
+from tests.fakes import no_file_beyond
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENV = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
@@ -96,6 +97,15 @@ def test_a_checkpoint_of_another_version_is_named(whole, tmp_path):
   host.write_text(json.dumps(about))
   status, _, err = run(LOCAL, *LONGER, f"--workdir={tmp_path / 'old'}", "--config.total_steps=7")
   assert status == 2 and "was written by another version" in err and "Traceback" not in err
+
+
+def test_a_full_disk_is_one_line_that_names_the_last_checkpoint(whole, tmp_path):
+  shutil.copytree(whole[0], tmp_path / "run")
+  with no_file_beyond(1_000_000):   # metrics and report fit, a checkpoint does not
+    process = start(LOCAL, *LONGER, f"--workdir={tmp_path / 'run'}", "--config.total_steps=7")
+  _, err = process.communicate(timeout=600)
+  assert process.returncode == 1 and "Traceback" not in err, err
+  assert f"File too large: {tmp_path}/run/checkpoints/7 could not be written" in (said := err.splitlines()[-1]) and "goes on from the checkpoint of step 6" in said
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from tensorboardX.proto import event_pb2
 
 from sdpo_jax import metrics
 from sdpo_jax.records import Ratio
+from tests.fakes import no_file_beyond
 
 
 def lines(workdir):
@@ -134,6 +135,18 @@ def test_tensorboard_gets_the_same_values_and_the_cut(tmp_path):
   assert ("purge", 2, None) in events(tmp_path)
   write(tmp_path, 0, truncate=0)   # killed before its first checkpoint: all that came before is hidden
   assert ("purge", 0, None) in events(tmp_path)
+
+
+def test_a_full_disk_is_an_error_at_once_and_spares_what_was_written(tmp_path):
+  writer, written = metrics.Writer(tmp_path), []
+  with no_file_beyond(20_000):
+    with pytest.raises(OSError, match="File too large"):
+      for step in range(1000):
+        writer.write(step, {"train/loss": step / 7})
+        written.append(step)
+    with pytest.raises(OSError, match="File too large"):   # what the file did not take
+      writer.close()
+  assert written and [line["step"] for line in metrics.read(tmp_path)][:len(written)] == written
 
 
 class Screen(io.StringIO):
