@@ -25,7 +25,7 @@ import numpy as np
 from sdpo_jax import checkpoint, counterfactual, sharding
 from sdpo_jax.config import MODELS
 from sdpo_jax.data.chat import Chat, load_tokenizer
-from sdpo_jax.data.tasks import with_rows
+from sdpo_jax.data.tasks import check_sources, with_rows
 from sdpo_jax.envs.base import make_env
 from sdpo_jax.envs.sandbox import Sandbox
 from sdpo_jax.metrics import write_atomically
@@ -132,6 +132,9 @@ def wired(c, path: str | None = None, devices=None):
       if mesh is not None:
         stack.enter_context(jax.set_mesh(mesh))
       adapters = lora.from_settings(c.model)
+      splits = ("train", *c.eval.splits, *c.eval.final_splits)
+      if c.data.sources:
+        check_sources(c.data.sources, splits)
       model, params = load_pretrained(path, dtype=c.model.param_dtype, mesh=mesh)
       model = dataclasses.replace(model, dtype=c.model.dtype)
       chat = Chat(load_tokenizer(path), thinking=c.model.thinking, teacher_thinking=c.model.teacher_thinking, eos_ids=model.eos_ids)
@@ -149,9 +152,9 @@ def wired(c, path: str | None = None, devices=None):
         if length > c.data.max_prompt_tokens:
           raise ValueError(f"the question takes {length} tokens, more than config.data.max_prompt_tokens={c.data.max_prompt_tokens}")
 
-      asked = with_rows(env, c.data.sources, splits=("train", *c.eval.splits, *c.eval.final_splits), on_bad_row=c.data.on_bad_row, check=fits)
+      asked = with_rows(env, c.data.sources, splits=splits, on_bad_row=c.data.on_bad_row, check=fits)
       engine = Sampler(model, rows=c.rollout.rows, row_multiple=shards, chunk=c.rollout.chunk, prompt_multiple=c.data.length_multiple, pad_token=chat.pad_token)
-      for split in {"train", *c.eval.splits, *c.eval.final_splits}:   # a split that is not there, a question too long: now, not at the first evaluation
+      for split in dict.fromkeys(splits):   # a split that is not there, a question too long: now, not at the first evaluation
         fits(asked.task(split, 0))
       collector = make_collector(c, asked, chat, engine)
     stack.callback(collector.close)

@@ -1,6 +1,8 @@
 """The loss benchmark: it measures, it prints both implementations, and it refuses nonsense."""
 
+import importlib.util
 import json
+import os
 
 import pytest
 
@@ -30,6 +32,17 @@ def test_failed_measurement_is_told_and_fails(capfd):
 def test_unknown_measurement(argv, capsys):
   assert bench.main(argv) == 2
   assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_every_measurement_is_there():
+  assert all(importlib.util.find_spec(f"sdpo_jax.bench.{name}") for name in bench.NAMES)
+
+
+def test_a_peer_that_is_not_installed_is_told_and_does_not_fail(capfd, monkeypatch, tmp_path):
+  (tmp_path / "liger_kernel.py").write_text("raise ModuleNotFoundError(\"No module named 'liger_kernel'\")")
+  monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+  assert bench.main(["loss", "--shapes=4x128x200", "--implementations=liger", "--repeats=1"]) == 0
+  assert "| liger | exit 1: ModuleNotFoundError: No module named 'liger_kernel' |" in capfd.readouterr().out
 
 
 def test_malformed_shape(capsys):

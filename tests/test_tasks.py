@@ -2,12 +2,14 @@
 
 import json
 import os
+import pathlib
 import sys
 import types
 
 import pytest
 
-from sdpo_jax.data.tasks import RowEnv, TaskStream, first_tasks, with_rows
+from sdpo_jax import main
+from sdpo_jax.data.tasks import RowEnv, TaskStream, check_sources, first_tasks, with_rows
 from sdpo_jax.envs.base import ENVS, make_env
 from sdpo_jax.envs.coding import mbpp_task
 from sdpo_jax.envs.math_qa import MathQA
@@ -117,7 +119,7 @@ def test_a_malformed_row_is_an_error_with_file_line_and_field_or_skipped(tmp_pat
 
 @pytest.mark.parametrize("sources, splits, says", [
     ((), ("train",), "config.data.sources is empty"), (("rows.jsonl",), ("train",), "must say which split"), (("train=rows.csv",), ("train",), "neither .jsonl nor .parquet"),
-    (("train=no.jsonl",), ("train", "test"), "no.jsonl"), (("test=no.jsonl",), ("train",), "nothing for the split 'train'"), (("train=no.jsonl x0",), ("train",), "above 0"), (("",), ("train",), "not of the form")])
+    (("train=no.jsonl",), ("train", "test"), "no.jsonl: no such file"), (("test=no.jsonl",), ("train",), "nothing for the split 'train'"), (("train=no.jsonl x0",), ("train",), "above 0"), (("",), ("train",), "not of the form")])
 def test_sources_that_cannot_be_used(sources, splits, says):
   with pytest.raises((ValueError, FileNotFoundError), match=says):
     with_rows(MathQA(), sources, splits=splits)
@@ -188,11 +190,24 @@ def test_rows_outside_the_set_and_questions_that_the_run_cannot_use(tmp_path, ca
   assert caplog.messages == [f"1 rows of {path} are left out, the first of them {path}, line 5: the question takes 9 tokens"]
 
 
-@pytest.mark.parametrize("module, source", [("datasets", "hub:openai/gsm8k"), ("pyarrow.parquet", "train=rows.parquet")])
-def test_a_missing_extra_is_named(monkeypatch, module, source):
+@pytest.mark.parametrize("module, source", [("datasets", "hub:openai/gsm8k"), ("huggingface_hub", "hub:me/own/rows.jsonl"), ("pyarrow.parquet", "train={}/rows.parquet")])
+def test_a_missing_extra_is_named(monkeypatch, tmp_path, module, source):
   monkeypatch.setitem(sys.modules, module, None)
-  with pytest.raises(ValueError, match=rf"this source needs {module.split('.')[0]}: pip install 'sdpo_jax\[hub\]'"):
-    with_rows(MathQA(), (source,), splits=("train",))
+  (tmp_path / "rows.parquet").touch()
+  source = source.format(tmp_path)
+  for opened in (lambda: with_rows(MathQA(), (source,), splits=("train",)), lambda: check_sources((source,), ("train",))):
+    with pytest.raises(ValueError, match=rf"{source.removeprefix('train=')} needs {module.split('.')[0]}: pip install 'sdpo_jax\[hub\]'"):
+      opened()
+
+
+@pytest.mark.parametrize("config_file, said", [("math_qa", "hub:openai/gsm8k:main needs datasets: pip install 'sdpo_jax[hub]'"),
+                                               ("science_mcq", "data/sciknoweval/chemistry.train.jsonl: no such file")])
+def test_missing_data_are_told_before_a_model_is_looked_for(monkeypatch, tmp_path, capsys, config_file, said):
+  monkeypatch.setitem(sys.modules, "datasets", None)
+  root = pathlib.Path(__file__).parent.parent
+  monkeypatch.chdir(tmp_path)
+  assert main.main(["main", f"--config={root}/configs/{config_file}.py", "--config.model.path=/nowhere/model", "--workdir=run"]) == 2
+  assert capsys.readouterr().err.splitlines() == ["work directory: run", f"sdpo_jax: config.data.sources: {said}"]
 
 
 # An environment of one's own.

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("loss", "step", "rollout", "sandbox")
+NAMES = ("loss", "step", "sandbox")
 
 
 def main(argv):

@@ -21,6 +21,7 @@ import glob
 import importlib
 import json
 import logging
+import os
 import re
 import zlib
 from typing import NamedTuple
@@ -44,7 +45,7 @@ class RowEnv:
   """An environment together with its rows: judges like the environment, and has `task(split, index)` and `size(split)` besides."""
 
   def __init__(self, env, sources, *, splits, on_bad_row: str = "error", check=None):
-    """Opens the sources of the given splits; others are opened when asked for. ValueError for a source, or a row, that cannot be used.
+    """Opens the sources of the given splits; others are opened when asked for. ValueError for a source, or a row, that cannot be used, FileNotFoundError for a file.
 
     check(task): raises ValueError for a task that the run cannot use.
     """
@@ -108,25 +109,37 @@ def first_tasks(env, split: str, count: int) -> list[Task]:
   return [env.task(split, i * size // count) for i in range(count)]
 
 
+def check_sources(sources, splits) -> None:
+  """Reads the first row of every source of the splits: a file or a library that is not there is an error now, not once a model has been loaded."""
+  for split in dict.fromkeys(splits):
+    for location, _ in _locations(sources, split):
+      next(read_rows(location, split), None)
+
+
 def open_split(sources, split: str, task_from_row, on_bad_row: str) -> list[Source]:
-  opened = []
-  for text in sources:
-    found = _SOURCE.fullmatch(text.strip())
-    if not found:
-      raise ValueError(f"config.data.sources: {text!r} is not of the form '[SPLIT=]LOCATION[ xWEIGHT]'")
-    location, weight = found["location"], float(found["weight"] or 1)
-    if not found["split"] and "{split}" not in location and not location.startswith("hub:"):
-      raise ValueError(f"config.data.sources: {text!r} must say which split it serves: put {{split}} into the path or 'SPLIT=' before it")
-    if weight <= 0:
-      raise ValueError(f"config.data.sources: the weight of {text!r} must be above 0")
-    if found["split"] in (None, split):
-      location = location.replace("{split}", split)
-      opened.append(Source(location, weight, *_tasks(location, split, task_from_row, on_bad_row)))
-  if not opened:
-    raise ValueError(f"config.data.sources={tuple(sources)!r} has nothing for the split {split!r}")
+  opened = [Source(location, weight, *_tasks(location, split, task_from_row, on_bad_row)) for location, weight in _locations(sources, split)]
   if len(opened) > 1:   # ids are unique within a source only
     opened = [s._replace(tasks=[dataclasses.replace(t, id=f"{i}/{t.id}") for t in s.tasks]) for i, s in enumerate(opened)]
   return opened
+
+
+def _locations(sources, split: str) -> list[tuple[str, float]]:
+  """(location, weight) of the sources that serve the split; ValueError if there is none."""
+  found = []
+  for text in sources:
+    parts = _SOURCE.fullmatch(text.strip())
+    if not parts:
+      raise ValueError(f"config.data.sources: {text!r} is not of the form '[SPLIT=]LOCATION[ xWEIGHT]'")
+    location, weight = parts["location"], float(parts["weight"] or 1)
+    if not parts["split"] and "{split}" not in location and not location.startswith("hub:"):
+      raise ValueError(f"config.data.sources: {text!r} must say which split it serves: put {{split}} into the path or 'SPLIT=' before it")
+    if weight <= 0:
+      raise ValueError(f"config.data.sources: the weight of {text!r} must be above 0")
+    if parts["split"] in (None, split):
+      found.append((location.replace("{split}", split), weight))
+  if not found:
+    raise ValueError(f"config.data.sources={tuple(sources)!r} has nothing for the split {split!r}")
+  return found
 
 
 def _tasks(location: str, split: str, task_from_row, on_bad_row: str) -> tuple[list[Task], int]:
@@ -157,25 +170,26 @@ def read_rows(location: str, split: str):
     name, config, part = (location.removeprefix("hub:").split(":") + [None, None])[:3]
     if name.count("/") > 1:
       owner, repository, path = name.split("/", 2)
-      download = optional("huggingface_hub", "hub").hf_hub_download
+      download = _optional("huggingface_hub", location).hf_hub_download
       yield from read_rows(download(f"{owner}/{repository}", path, repo_type="dataset"), split)
       return
-    rows = optional("datasets", "hub").load_dataset(name, config or None, split=part or split)
+    rows = _optional("datasets", location).load_dataset(name, config or None, split=part or split)
     yield from ((f"{location}, row {i}", dict(row)) for i, row in enumerate(rows))
     return
-  paths = sorted(glob.glob(location)) or [location]
-  for path in paths:
+  for path in sorted(glob.glob(location)) or [location]:
+    if not path.endswith((".jsonl", ".parquet")):
+      raise ValueError(f"config.data.sources: {path} is neither .jsonl nor .parquet, nor does it begin with hub:")
+    if not os.path.exists(path):
+      raise FileNotFoundError(f"config.data.sources: {path}: no such file")
     if path.endswith(".jsonl"):
       with open(path, "rb") as lines:   # a line that is no UTF-8 is a malformed row as well
         for number, line in enumerate(lines, 1):
           if line.strip():
             yield f"{path}, line {number}", _json(line)
-    elif path.endswith(".parquet"):
-      table = optional("pyarrow.parquet", "hub").ParquetFile(path)
+    else:
+      table = _optional("pyarrow.parquet", path).ParquetFile(path)
       rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
       yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
-    else:
-      raise ValueError(f"config.data.sources: {path} is neither .jsonl nor .parquet, nor does it begin with hub:")
 
 
 def _json(line: bytes):
@@ -185,12 +199,12 @@ def _json(line: bytes):
     return None
 
 
-def optional(module: str, extra: str):
-  """A module that an extra of the package brings; ValueError that says how to get it."""
+def _optional(module: str, source: str):
+  """A module that the extra `hub` brings; ValueError that says how to get it."""
   try:
     return importlib.import_module(module)
   except ImportError as error:
-    raise ValueError(f"this source needs {module.split('.')[0]}: pip install 'sdpo_jax[{extra}]'") from error
+    raise ValueError(f"config.data.sources: {source} needs {module.split('.')[0]}: pip install 'sdpo_jax[hub]'") from error
 
 
 class TaskStream:
