@@ -42,10 +42,9 @@ class Objective(NamedTuple):
 def make_objective(method: dict) -> Objective:
   """method: a row of METHODS (or one like it). Raises ValueError as `methods.build` does."""
   parts = methods.build(method)
-  share, gate, mixture = method["policy_share"], *(method["counterfactual"].get(k) for k in ("gate", "form"))
-  mixture = mixture == "mixture"
-  signal, weigh, surrogate = parts["token_signal"], parts["token_weight"], parts["surrogate"]
-  reduction = parts["reduction"]
+  signal, weigh, surrogate, reduction = (parts[axis] for axis in ("token_signal", "token_weight", "surrogate", "reduction"))
+  share, notes = method["policy_share"], parts["counterfactual"]()   # no notes: None
+  gate, mixture = notes is not None and notes.gate, notes is not None and notes.form == "mixture"
   factors = {"distill": 1.0, "policy": 1.0} if share == "untaught" else {"distill": 1.0 - share, "policy": share}
 
   def terms(batch: TrainBatch) -> dict[str, tuple[jax.Array, jax.Array]]:
