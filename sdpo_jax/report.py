@@ -190,24 +190,28 @@ def _results(runs):
 
 def _comparison(runs):
   """Groups side by side: the last evaluation over seeds, and how many responses and tokens one needs for what another ends with."""
-  groups, rows = _groups(runs), []
+  groups, rows, left_out = _groups(runs), [], []
   if len(groups) == len(runs) == 1:
     return ""
   for split in dict.fromkeys(split for run in runs for split in run.splits()):
-    curves, by_tokens = ({label: _mean_curve(members, f"eval/{split}/avg@k", axis) for label, members in groups.items()}
-                         for axis in ("train/generations", "train/sampled_tokens"))
-    for label, members in groups.items():
-      ends = [points[-1][1] for points in (run.series(f"eval/{split}/avg@k", "step") for run in members) if points]
-      if not ends or not curves[label]:
+    name = f"eval/{split}/avg@k"
+    trained = {label: [run for run in members if max(run.points(name, "step"), default=0) > 0] for label, members in groups.items()}
+    left_out += [f"{split}: {label} ({len(groups[label]) - len(members)} of {len(groups[label])} runs)" for label, members in trained.items() if len(members) < len(groups[label])]
+    curves, by_tokens = ({label: _mean_curve(members, name, axis) for label, members in trained.items()} for axis in ("train/generations", "train/sampled_tokens"))
+    for label, members in trained.items():
+      if not curves[label]:
         continue
-      mean, low, high = stats.mean_interval(ends)
+      mean, low, high = stats.mean_interval([run.series(name, "step")[-1][1] for run in members])
       reached = "<br>".join(_reach(curves[label], other, curves[other], by_tokens[label], by_tokens[other]) for other in groups if other != label and curves[other])
       spent = f"{by_tokens[label][-1][0]:,.0f}" if by_tokens[label] else "&ndash;"
       interval = f" <small>[{low:.1%}, {high:.1%}]</small>" if low is not None else ""
-      rows.append(f"<tr><td>{_text(split)}</td><td><b>{_text(label)}</b></td><td>{len(ends)}</td><td>{spent}</td><td><b>{mean:.1%}</b>{interval}</td><td>{reached}</td></tr>")
+      rows.append(f"<tr><td>{_text(split)}</td><td><b>{_text(label)}</b></td><td>{len(members)}</td><td>{spent}</td><td><b>{mean:.1%}</b>{interval}</td><td>{reached}</td></tr>")
+  if not rows:
+    return ""
+  missing = f"<p class='note'>Left out, not evaluated since the base model: {_text('; '.join(left_out))}.</p>" if left_out else ""
   return ("<h2>Comparison</h2><table class='grid'><tr><th>split</th><th>method</th><th>seeds</th><th>tokens generated</th><th>last evaluation</th>"
-          f"<th>first evaluation as good as another's last</th></tr>{''.join(rows)}</table><p class='note'>In brackets: 95 % intervals over seeds. "
-          "The right column reads the mean over seeds at the evaluations that were made, without interpolation.</p>") if rows else ""
+          f"<th>as good as another's last: after / other's</th></tr>{''.join(rows)}</table><p class='note'>In brackets: 95 % intervals over seeds; right, "
+          f"how many times fewer. Means over seeds, at the evaluations that were made.</p>{missing}")
 
 
 def _reach(curve, other, target, by_tokens, target_by_tokens):
@@ -217,10 +221,10 @@ def _reach(curve, other, target, by_tokens, target_by_tokens):
     if points and goal:
       end_x, end_y = goal[-1]
       at = next((x for x, y in points if y >= end_y), None)
-      if at is None:
-        return said + "not reached"
-      found.append(f"at {at:,.0f} of its {end_x:,.0f} {what}" + (f" ({end_x / at:.1f} times fewer)" if 0 < at < end_x else ""))
-  return said + "; ".join(found)
+      if not at:
+        return said + ("not reached" if at is None else "the base model already")
+      found.append(f"{at:,.0f} / {end_x:,.0f} {what}" + (f" ({end_x / at:.1f}×)" if at < end_x else ""))
+  return said + ", ".join(found)
 
 
 def _shared(members, name, x_axis):

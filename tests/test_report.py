@@ -115,7 +115,7 @@ def test_seeds_make_a_group_and_other_settings_another(tmp_path):
   report._label(found)
   assert {label: len(members) for label, members in report._groups(found).items()} == {"sdpo, rollout.group=None": 3, "grpo": 3, "sdpo, rollout.group=16": 1}
   page = Page(report.write_report(runs, tmp_path / "out"))
-  assert page.has("sdpo, grpo on tinycode") and page.has("Comparison") and page.has("grpo's 61.0%: at 64 of its 128 responses (2.0 times fewer); at 1,001 of its 2,001 tokens (2.0 times fewer)")
+  assert page.has("sdpo, grpo on tinycode") and page.has("Comparison") and page.has("grpo's 61.0%: 64 / 128 responses (2.0×), 1,001 / 2,001 tokens (2.0×)")
   assert page.has("sdpo, rollout.group=None's 80.0%: not reached")
 
 
@@ -125,6 +125,16 @@ def test_curves_of_seeds_of_unequal_length_are_averaged_where_all_have_values(tm
   report.write_report([run.workdir for run in runs], tmp_path / "out")
 
 
+def test_what_was_only_evaluated_before_training_is_left_out_and_said_to_be(tmp_path):
+  runs = [workdir(tmp_path / f"sdpo{seed}", seed=seed, accuracy=accuracy, unseen=False) for seed, accuracy in enumerate([(0.1, 0.5), (0.1, 0.7), (0.1,)])]
+  runs += [workdir(tmp_path / "grpo", method="grpo", accuracy=(0.1,), unseen=False), workdir(tmp_path / "worse", method="dapo", accuracy=(0.1, 0.05), unseen=False)]
+  page = Page(report.write_report(runs, tmp_path / "out"))
+  row, = [row for row in re.findall(r"<tr>.*?</tr>", page.source) if "<td>heldout</td><td><b>sdpo</b>" in row]
+  assert "<td>2</td>" in row and "60.0%" in row   # the third seed's base model is not among what sdpo learned
+  assert page.has("dapo's 5.0%: the base model already") and page.has("sdpo's 60.0%: not reached") and not page.has("grpo's")
+  assert page.has("Left out, not evaluated since the base model: heldout: sdpo (1 of 3 runs); heldout: grpo (1 of 1 runs).")
+
+
 def test_tasks_are_compared_apart_and_labels_are_names(tmp_path):
   runs = [workdir(tmp_path / f"{task}{seed}", seed=seed, config={"env": {"name": task}, "label": "mine"}) for task in ("a", "b") for seed in range(2)]
   runs += [workdir(tmp_path / "other", config={"env": {"name": "b"}, "label": "other"})]
@@ -132,7 +142,7 @@ def test_tasks_are_compared_apart_and_labels_are_names(tmp_path):
   assert page.has("sdpo on a, b")
   files = {file.name for file in (tmp_path / "out").glob("*.png")}
   assert {"a_eval_heldout_avg_k_by_sampled_tokens.png", "b_eval_heldout_avg_k_by_step.png"} <= files and len(page.pictures()) == len(files)
-  assert page.has("other's 90.0%: at 128 of its 128 responses; at 2,000 of its 2,000 tokens")
+  assert page.has("other's 90.0%: 128 / 128 responses, 2,000 / 2,000 tokens")
   ids = [attrs["id"] for tag, attrs in page.tags if tag == "input"]
   assert len(ids) == len(set(ids)) == 6
 
