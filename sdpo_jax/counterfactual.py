@@ -8,7 +8,7 @@ Alternatives come from the same engine and are judged in the same pool as rollou
 Two that behave alike count once, and one that behaves like the attempt not at all: the same answer of the environment's `behaviour(task,
 response)` if it has one, else the same reward and feedback. Of imagined alternatives the text alone is compared.
 
-Imagined feedback is sampled from the policy itself, under the prompt IMAGINE: the question, the attempt with its real verdict as an example of
+Imagined feedback is sampled from the policy itself, under the prompt of `imagining`: the question, the attempt with its real verdict as an example of
 the environment's format, and the alternative. The alternative is judged all the same, to measure how often the imagination is wrong; nothing
 that the judge says of it reaches a teacher. Where that prompt is too long the alternative is dropped, and counted.
 
@@ -17,15 +17,10 @@ Multi-host: every process sees the same groups and calls the engine alike.
 
 import dataclasses
 
-from sdpo_jax.objectives.counterfactual import Part, distinct, failed
-from sdpo_jax.objectives.teacher_context import fill, without_thinking
+from sdpo_jax.objectives.counterfactual import Part, distinct, failed, imagining, truth
+from sdpo_jax.objectives.teacher_context import without_thinking
 from sdpo_jax.records import Alternative, Ratio, Rollout, Sampling
 from sdpo_jax.rollout import Collector, prompt_seed
-
-CORRECT = "Correct"
-IMAGINE = ("{prompt}\n\nThis answer\n\n{attempt}\n\nreceived the verdict\n\n{feedback}\n\nWhich verdict would this answer receive?\n\n{alternative}\n\n"
-           "Reply with the verdict alone, in the same form, or with the one word " + CORRECT + ".")
-
 
 def explore(part: Part, collector: Collector, params, groups: list[list[Rollout]], *, sampling: Sampling, seed: int, step: int, success_threshold: float,
             max_prompt_tokens: int) -> dict[str, Ratio]:
@@ -92,16 +87,14 @@ def imagine(part: Part, collector: Collector, params, groups, found: dict[tuple[
 
 def imagining_prompt(collector: Collector, attempt: Rollout, alternative: Rollout) -> list[int]:
   *before, last = collector.env.prompt(attempt.task)
-  text = fill(IMAGINE, {"prompt": last["content"], "attempt": without_thinking(attempt.text), "feedback": attempt.feedback.text or "Incorrect",
-                        "alternative": without_thinking(alternative.text)})
+  text = imagining(last["content"], attempt, alternative)
   return collector.chat.prompt_tokens([*before, last | {"content": text}], teacher=True)
 
 
 def measure(attempts: list[Rollout], success_threshold: float) -> dict[str, Ratio]:
   """Of the failed attempts of a batch. Imagined feedback is wrong if it is not the judge's word for word, its verdict if the first line is not."""
   told = [a for r in attempts for a in r.alternatives]
-  truth = lambda a: a.rollout.feedback.text.strip() if failed(a.rollout, success_threshold) else CORRECT
-  imagined = [(a.imagined, truth(a)) for a in told if a.imagined is not None]
+  imagined = [(a.imagined, truth(a.rollout, success_threshold)) for a in told if a.imagined is not None]
   verified = [a for a in told if a.imagined is None]
   verdict = lambda text: text.split("\n")[0]
   return {"counterfactual/generated_tokens": float(sum(r.extra_tokens for r in attempts)), "counterfactual/env_calls": float(sum(r.extra_calls for r in attempts)),

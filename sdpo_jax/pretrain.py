@@ -1,11 +1,12 @@
 """Supervised pre-training of the tiny base models: the same train step, another loss.
 
-  python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py[:domain=arithmetic] --workdir=DIR [--out=HF_DIR]
+  python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py[:domain=arithmetic][,start=HF_DIR] --workdir=DIR [--out=HF_DIR]
 
 Reads a synthetic corpus (data/corpus.py): statements to programs, with and without hindsight, packed into fixed rows with
-segment ids. The batch of step i is a pure function of (seed, i), so a killed run resumes from its checkpoint exactly. Ends by
-printing the accuracy on problems with novel words, alone and given feedback or a solution (greedy, exact behaviour), and by
-writing a Hugging Face directory. Exit 0 on success, 2 on a wrong setting or a work directory that was begun with other ones, 1 on a full disk.
+segment ids. The batch of step i is a pure function of (seed, i), so a killed run resumes from its checkpoint exactly. Begins with random
+weights, or with those of `start`, a model of the same vocabulary. Ends by printing the accuracy on problems with novel words, alone and given
+feedback or a solution, or notes (greedy, exact behaviour), the share of verdicts that the model imagines rightly, where the corpus has them,
+and by writing a Hugging Face directory. Exit 0 on success, 2 on a wrong setting or a work directory that was begun with other ones, 1 on a full disk.
 """
 
 import json
@@ -20,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpo_jax import checkpoint, metrics
-from sdpo_jax.config import load, overridden
-from sdpo_jax.data.chat import Chat
-from sdpo_jax.data.corpus import DOMAINS, Corpus, Mixture, build_tokenizer
+from sdpo_jax.config import MODELS, load, overridden
+from sdpo_jax.data.chat import Chat, load_tokenizer
+from sdpo_jax.data.corpus import DOMAINS, VIEWS, Corpus, Mixture, build_tokenizer
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig, Rope
-from sdpo_jax.model.hf_weights import save_pretrained
+from sdpo_jax.model.hf_weights import load_pretrained, save_pretrained
 from sdpo_jax.objectives.loss import Objective
 from sdpo_jax.records import Ratio, Rows, Sampling, TrainBatch
 from sdpo_jax.sampler import Sampler
@@ -84,33 +85,47 @@ class PackedRows:
 
 
 def accuracy(params, model: ModelConfig, chat: Chat, domain, corpus_settings: dict, *, questions: int, sampler: Sampler, max_new_tokens: int) -> dict[str, float]:
-  """Share of problems with at least one novel word that greedy decoding solves, by what the prompt shows."""
-  out = {}
-  for view in ("plain", "feedback", "solution"):
-    only = dict(plain=0.0, feedback=0.0, solution=0.0, both=0.0) | {view: 1.0}
-    corpus = Corpus(domain, Mixture(**(corpus_settings | only | {"twist": 0.0})))
+  """Share of problems with at least one novel word that greedy decoding solves, by what the prompt shows; both kinds of hindsight on other attempts if
+  the corpus has them. Of these `notes` tells of failures alone, and `imagine` is the share of verdicts that are right word for word, `imagine_verdict`
+  of those whose first line is."""
+  out, settings = {}, corpus_settings | {"twist": 0.0}
+  for view in [v for v in VIEWS if v in ("plain", "feedback", "solution") or (v != "both" and settings[v])]:
+    only = dict.fromkeys(VIEWS, 0.0) | {view: 1.0} | ({"success": 0.0} if view == "notes" else {})
+    corpus = Corpus(domain, Mixture(**(settings | only)))
     rows = [corpus.problem(-1, i) for i in range(4 * questions)]
     rows = [r for r in rows if any(r.novel)][:questions]   # seed -1: never trained on
     prompts = [chat.prompt_tokens([{"role": "user", "content": r.message}]) for r in rows]
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0, stop_tokens=chat.stop_tokens)
-    right = sum(domain.solves(chat.response_text(c.tokens), *rows[c.prompt_index][2:5]) for c in
-                sampler.generate(params, prompts, n=1, sampling=sampling, seeds=[0] * len(prompts)))
-    out[f"eval/{view}"] = right / len(rows)
+    longest = max(len(chat.text_tokens(r.response)) for r in rows) + 1 if view == "imagine" else max_new_tokens
+    sampling = Sampling(max_new_tokens=longest, temperature=0.0, stop_tokens=chat.stop_tokens)
+    said = [(chat.response_text(c.tokens), rows[c.prompt_index]) for c in sampler.generate(params, prompts, n=1, sampling=sampling, seeds=[0] * len(prompts))]
+    if view == "imagine":
+      out["eval/imagine"] = sum(text == row.response for text, row in said) / len(rows)
+      out["eval/imagine_verdict"] = sum(text.split("\n")[0] == row.response.split("\n")[0] for text, row in said) / len(rows)
+    else:
+      out[f"eval/{view}"] = sum(domain.solves(text, *row[2:5]) for text, row in said) / len(rows)
   return out
 
 
-def run(c, workdir: str, out: str) -> dict[str, float]:
-  """Trains to c.total_steps, resuming if the workdir holds a checkpoint; returns the final accuracies."""
-  tokenizer, (domain, _) = build_tokenizer(c.domain), DOMAINS[c.domain]
-  chat = Chat(tokenizer)
+def beginning(c, tokenizer) -> tuple[ModelConfig, dict]:
+  """The model and its weights before the first step. ValueError for a `start` that reads other tokens."""
+  if c.start:
+    path = MODELS.get(c.start, c.start)
+    if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
+      raise ValueError(f"start={c.start!r} has another vocabulary than the base models of domain={c.domain!r}")
+    return load_pretrained(path, dtype="float32")
   model = ModelConfig(family="qwen3", vocab=len(tokenizer), eos_ids=(tokenizer.eos_token_id,), pad_id=tokenizer.pad_token_id,
                       rope=Rope(theta=c.model.rope_theta), qk_norm="head", tied=True, width=c.model.width, layers=c.model.layers,
                       heads=c.model.heads, kv_heads=c.model.kv_heads, head_dim=c.model.head_dim, ff_width=c.model.ff_width,
                       max_positions=c.model.max_positions)
+  return model, jax.jit(lambda key: decoder.init(model, key))(jax.random.key(c.seed))
+
+
+def run(c, workdir: str, out: str, tokenizer, model: ModelConfig, params) -> dict[str, float]:
+  """Trains to c.total_steps, resuming if the workdir holds a checkpoint; returns the final accuracies."""
+  domain, chat = DOMAINS[c.domain][0], Chat(tokenizer)
   mixture = dict(c.corpus)
   data = PackedRows(Corpus(domain, Mixture(**mixture)), chat, seed=c.seed, **c.batch)
   tx = make_optimizer(**c.optimizer)
-  params = jax.jit(lambda key: decoder.init(model, key))(jax.random.key(c.seed))
   state = init_state(params, tx)
   objective = supervised()
   step = jax.jit(make_train_step(make_signals(model, objective), objective, tx), donate_argnums=0)
@@ -142,8 +157,10 @@ def run(c, workdir: str, out: str) -> dict[str, float]:
   if not results:   # a finished run, started again
     results = accuracy(state.params, model, chat, domain, mixture, questions=c.eval.questions, sampler=sampler, max_new_tokens=c.eval.max_new_tokens)
   save_pretrained(out, model, state.params, tokenizer=tokenizer)
-  print(f"problems with novel words solved (greedy, {c.eval.questions} problems): "
-        f"{results['eval/plain']:.1%} alone, {results['eval/feedback']:.1%} given feedback, {results['eval/solution']:.1%} given a solution")
+  given = {"eval/plain": "alone", "eval/feedback": "given feedback", "eval/solution": "given a solution", "eval/notes": "given notes"}
+  print(f"problems with novel words solved (greedy, {c.eval.questions} problems): " + ", ".join(f"{results[k]:.1%} {text}" for k, text in given.items() if k in results))
+  if "eval/imagine" in results:
+    print(f"verdicts imagined: {results['eval/imagine']:.1%} right word for word, {results['eval/imagine_verdict']:.1%} in their first line")
   print(f"wrote {out}")
   return results
 
@@ -159,13 +176,15 @@ def main(argv: list[str]) -> int:
     if c.domain not in DOMAINS:
       raise ValueError(f"domain={c.domain!r} is unknown; choose from {sorted(DOMAINS)}")
     same_run(pathlib.Path(f.workdir), c, begun=checkpoint.latest_step(f.workdir) is not None)
+    tokenizer = build_tokenizer(c.domain)
+    model, params = beginning(c, tokenizer)
   except (flags.Error, ValueError, OSError) as error:
     print(f"sdpo_jax.pretrain: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
   checkpoint.tell_failures_once()
   try:
     with blame_disk(f.workdir):
-      run(c, f.workdir, f.out or os.path.join(f.workdir, "hf"))
+      run(c, f.workdir, f.out or os.path.join(f.workdir, "hf"), tokenizer, model, params)
   except RunError as error:
     print(f"sdpo_jax.pretrain: {error}", file=sys.stderr)
     return 1

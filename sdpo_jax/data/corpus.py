@@ -1,7 +1,8 @@
 """The pre-training corpora of the tiny base models: statements to programs or steps, with and without hindsight.
 
 A row is one user message and one response. The message is the bare statement, or the very prompt that the teacher reads in
-SDPO: the statement with the feedback on a failed attempt, or with a correct solution, or both. Novel words get a *new* random
+SDPO: the statement with the feedback on a failed attempt, or with a correct solution, or both, or with notes on what other attempts would
+have received (`objectives/counterfactual`); or it asks which verdict another attempt would receive, and the response is that verdict. Novel words get a *new* random
 meaning in every row, so the model can only learn that such a word means something that the feedback shows. Compositions of the
 `unseen` split never occur.
 
@@ -15,7 +16,8 @@ import string
 from typing import Any, NamedTuple
 
 from sdpo_jax.envs import arithmetic, composed, tinycode
-from sdpo_jax.objectives import teacher_context
+from sdpo_jax.objectives import counterfactual, teacher_context
+from sdpo_jax.records import Alternative, Feedback, Rollout, Task
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -31,10 +33,18 @@ class Mixture:
   feedback: float = 0.6
   solution: float = 0.12
   both: float = 0.08
+  notes: float = 0.0                              # feedback, or a solution, and notes on other attempts
+  imagine: float = 0.0                            # which verdict would another attempt receive?
   lengths: tuple[float, ...] = (0.3, 0.55, 0.15)  # one, two, three operations
   novel: float = 0.5                              # chance that an operation is named by a novel word
   twist: float = 0.1                              # chance of a misleading paraphrase
   slip: float = 0.15                              # chance that the failed attempt gets a known operation wrong too
+  alternatives: int = 3                           # the most other attempts that a row of notes tells of
+  success: float = 0.2                            # chance that another attempt is right
+  learnt: float = 0.4                             # chance that an attempt, where others are told of, gets a novel operation right
+
+
+VIEWS = ("plain", "feedback", "solution", "both", "notes", "imagine")
 
 
 class Problem(NamedTuple):
@@ -65,19 +75,51 @@ class Corpus:
     twist = rng.choice(("not", "order")) if rng.random() < m.twist else None
     distractor = phrase[rng.choice([o for o in domain.phrases if o not in ops])]
     header = rng.randrange(composed.HEADERS)
-    view = rng.choices(("plain", "feedback", "solution", "both"), (m.plain, m.feedback, m.solution, m.both))[0]
+    view = rng.choices(VIEWS, [getattr(m, view) for view in VIEWS])[0]
     details = domain.draw(rng, ops, kind)
     statement = domain.statement(composed.body([phrase[o] for o in ops], twist=twist, distractor=distractor), kind, details, header)
     response, _ = domain.answer(ops, details)
     answer = Problem(statement, response, ops, kind, details, tuple(novel[o] for o in ops))
     if view == "plain":
       return answer
+    if view == "notes":
+      return answer._replace(message=self._noted(rng, answer, novel).render(statement))
+    if view == "imagine":
+      attempt, other = self._distinct(rng, answer, novel, 1)
+      return answer._replace(message=counterfactual.imagining(statement, attempt, other), response=counterfactual.truth(other, 0.5))
     context = teacher_context.Context(solution=response if view in ("solution", "both") else "",
-                                      feedback=self._feedback(rng, ops, kind, details, novel) if view in ("feedback", "both") else "")
+                                      feedback=self._failed(rng, ops, kind, details, novel)[1] if view in ("feedback", "both") else "")
     return answer._replace(message=context.render(statement))
 
-  def _feedback(self, rng: random.Random, ops, kind: str, details, novel: dict[str, bool]) -> str:
-    """What the judge would say of a failed attempt: the operations that the model could not know are guessed."""
+  def _noted(self, rng: random.Random, answer: Problem, novel: dict[str, bool]) -> teacher_context.Context:
+    """What training would show of a failed attempt that others are told of: judged, or half of the time imagined, by one who is never wrong."""
+    while True:
+      attempt, *others = self._distinct(rng, answer, novel, rng.randint(1, self.mixture.alternatives))
+      imagined = rng.random() < 0.5
+      told = [Alternative(r, "samples", counterfactual.truth(r, 0.5) if imagined else None) for r in others]
+      attempt = dataclasses.replace(attempt, alternatives=told)
+      (context, _), = counterfactual.readings(counterfactual.notes(), teacher_context.feedback_or_solution, [attempt], 0, success_threshold=0.5)
+      if context.notes:   # a judged success alone is a solution and leaves none
+        return context
+
+  def _distinct(self, rng: random.Random, answer: Problem, novel: dict[str, bool], most: int) -> list[Rollout]:
+    """A failed attempt and one to `most` others, some of them right, that say something else: by a policy that has learnt some of the novel words."""
+    def judged(success: float) -> Rollout:
+      ops, said = answer.ops, ""
+      if rng.random() >= success:
+        guessed = {o: new and rng.random() >= self.mixture.learnt for o, new in novel.items()}
+        ops, said = self._failed(rng, answer.ops, answer.kind, answer.details, guessed)
+      return Rollout(Task("", answer.message), [], [], [], "stop", self.domain.answer(ops, answer.details)[0], Feedback(0.0 if said else 1.0, said))
+
+    while True:
+      attempt, *others = judged(0.0), *(judged(self.mixture.success) for _ in range(most))
+      told = counterfactual.distinct([Alternative(r, "samples") for r in others], attempt, most=most, success_threshold=0.5,
+                                     behaviour=lambda r: (r.feedback.reward, r.feedback.text))
+      if told:
+        return [attempt, *(a.rollout for a in told)]
+
+  def _failed(self, rng: random.Random, ops, kind: str, details, novel: dict[str, bool]) -> tuple[list[str], str]:
+    """A failed attempt, the operations that the model could not know being guessed, and what the judge would say of it."""
     types = self.domain.types
     while True:
       attempt, now = [], kind
@@ -90,7 +132,7 @@ class Corpus:
         now = types[op].get(now, now)
       said = self.domain.complain(attempt, ops, details)
       if said:
-        return said
+        return attempt, said
       if not any(novel[o] for o in ops):   # every word known: let one operation slip for certain
         novel = novel | {rng.choice(ops): True}
 

@@ -22,6 +22,9 @@ from sdpo_jax.objectives.teacher_context import TEMPLATES, Context, fill, withou
 from sdpo_jax.records import Alternative, Rollout, Status
 
 SOURCES = ("samples", "branches", "siblings")
+CORRECT = "Correct"   # the feedback that is imagined of an alternative without fault; the judge's own may be empty
+IMAGINE = ("{prompt}\n\nThis answer\n\n{attempt}\n\nreceived the verdict\n\n{feedback}\n\nWhich verdict would this answer receive?\n\n{alternative}\n\n"
+           "Reply with the verdict alone, in the same form, or with the one word " + CORRECT + ".")
 
 
 class Part(NamedTuple):
@@ -72,6 +75,17 @@ COUNTERFACTUALS = {"none": none, "notes": notes}
 
 def failed(rollout: Rollout, success_threshold: float) -> bool:
   return rollout.feedback.status is not Status.ENV_FAILED and rollout.feedback.reward < success_threshold
+
+
+def imagining(question: str, attempt: Rollout, alternative: Rollout) -> str:
+  """The message that asks which feedback the alternative would receive; the attempt's own, which is real, is the example."""
+  return fill(IMAGINE, {"prompt": question, "attempt": without_thinking(attempt.text), "feedback": attempt.feedback.text or "Incorrect",
+                        "alternative": without_thinking(alternative.text)})
+
+
+def truth(alternative: Rollout, success_threshold: float) -> str:
+  """The right reply to it."""
+  return alternative.feedback.text.strip() if failed(alternative, success_threshold) else CORRECT
 
 
 def distinct(alternatives: list[Alternative], attempt: Rollout, *, most: int, success_threshold: float, behaviour) -> list[Alternative]:
