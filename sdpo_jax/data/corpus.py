@@ -105,11 +105,13 @@ class Corpus:
   def _distinct(self, rng: random.Random, answer: Problem, novel: dict[str, bool], most: int) -> list[Rollout]:
     """A failed attempt and one to `most` others, some of them right, that say something else: by a policy that has learnt some of the novel words."""
     def judged(success: float) -> Rollout:
-      ops, said = answer.ops, ""
-      if rng.random() >= success:
+      right = rng.random() < success
+      while True:
         guessed = {o: new and rng.random() >= self.mixture.learnt for o, new in novel.items()}
-        ops, said = self._failed(rng, answer.ops, answer.kind, answer.details, guessed)
-      return Rollout(Task("", answer.message), [], [], [], "stop", self.domain.answer(ops, answer.details)[0], Feedback(0.0 if said else 1.0, said))
+        ops, said = (answer.ops, "") if right else self._failed(rng, answer.ops, answer.kind, answer.details, guessed)
+        text = self.domain.answer(ops, answer.details)[0]
+        if right or not self.domain.solves(text, answer.ops, answer.kind, answer.details):   # the right number by other steps is no failure
+          return Rollout(Task("", answer.message), [], [], [], "stop", text, Feedback(float(right), said))
 
     while True:
       attempt, *others = judged(0.0), *(judged(self.mixture.success) for _ in range(most))

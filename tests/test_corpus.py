@@ -1,0 +1,122 @@
+"""The pre-training corpora: what the shipped models have read stays as it was, and hindsight is told there in the very words of training."""
+
+import zlib
+
+import pytest
+
+from sdpo_jax import counterfactual
+from sdpo_jax.data.chat import Chat
+from sdpo_jax.data.corpus import DOMAINS, VIEWS, Corpus, Mixture, build_tokenizer
+from sdpo_jax.envs.arithmetic import Arithmetic, chain
+from sdpo_jax.envs.sandbox import Sandbox
+from sdpo_jax.envs.tinycode import TinyCode
+from sdpo_jax.objectives.counterfactual import CORRECT, notes, readings
+from sdpo_jax.objectives.teacher_context import feedback_or_solution
+from sdpo_jax.records import Rollout, Sampling, Task
+from sdpo_jax.rollout import Collector
+from tests import fakes
+
+CHAT = Chat(fakes.ByteTokenizer())
+ROWS = 60
+
+
+@pytest.fixture(scope="module")
+def envs():
+  with Sandbox(workers=1) as sandbox:
+    yield {"tinycode": TinyCode(sandbox=sandbox), "arithmetic": Arithmetic()}
+
+
+def only(view, **settings):
+  return Mixture(**(dict.fromkeys(VIEWS, 0.0) | {view: 1.0} | settings))
+
+
+@pytest.mark.parametrize("domain, checksum", [("tinycode", 2934915202), ("arithmetic", 926289844)])
+def test_the_corpora_of_the_shipped_models_are_what_they_were(domain, checksum):
+  corpus = Corpus(DOMAINS[domain][0])
+  assert zlib.crc32("".join(repr(tuple(corpus.problem(0, i))[:2]) for i in range(400)).encode()) == checksum
+
+
+class Recorded(Corpus):
+  """Remembers the attempts that a row of hindsight tells of."""
+
+  def _distinct(self, *args):
+    self.found = super()._distinct(*args)
+    return self.found
+
+
+def task_of(domain, row, statement):
+  data = {"numbers": chain(row.ops, row.details["start"])} if domain == "arithmetic" else {"tests": DOMAINS[domain][0].answer(row.ops, row.details)[1]["tests"]}
+  return Task("t/0", statement, data=data)
+
+
+def in_training(env, task, attempt, others, *, imagined=()):
+  """The failed attempt as training has it once the engine has said all this: judged, with its alternatives; and the messages that the engine was asked."""
+  asked = []
+
+  class Engine:
+    def generate(self, params, prompts, **kwargs):
+      asked.append([CHAT.tokenizer.decode(p) for p in prompts])
+      said = [[text] for text in imagined] if len(asked) > 1 else [list(others)]
+      return fakes.ScriptedEngine([[CHAT.text_tokens(text) + [257] for text in row] for row in said]).generate(params, prompts, **kwargs)
+
+  collector = Collector(env, CHAT, Engine(), max_prompt_tokens=10_000, judge_threads=1, judge_timeout_s=60.0)
+  rollout = Rollout(task, CHAT.prompt_tokens(env.prompt(task)), CHAT.text_tokens(attempt) + [257], [-1.0] * (len(CHAT.text_tokens(attempt)) + 1), "stop", attempt,
+                    env.judge(task, attempt))
+  part = notes(alternatives=len(others), feedback="imagined" if imagined else "verified")
+  try:
+    counterfactual.explore(part, collector, None, [[rollout]], sampling=Sampling(10_000, stop_tokens=(257,)), seed=0, step=1, success_threshold=0.5,
+                           max_prompt_tokens=10_000)
+  finally:
+    collector.close()
+  return part, rollout, asked
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_a_row_of_notes_is_what_the_teacher_reads_in_training(domain, envs):
+  """The same attempts, judged by the environment and told of by the trainer's own code; or with their verdicts imagined, all of them rightly."""
+  corpus, kinds = Recorded(DOMAINS[domain][0], only("notes")), set()
+  for i in range(ROWS):
+    row = corpus.problem(0, i)
+    attempt, *others = corpus.found
+    statement = Corpus(DOMAINS[domain][0], only("plain")).problem(0, i).message
+    task, texts = task_of(domain, row, statement), [r.text for r in others]
+    assert envs[domain].judge(task, row.response).reward == 1.0 and DOMAINS[domain][0].solves(row.response, *row[2:5])
+    told = []
+    for imagined in ((), [envs[domain].judge(task, text).text or CORRECT for text in texts]):
+      part, rollout, _ = in_training(envs[domain], task, attempt.text, texts, imagined=imagined)
+      found = readings(part, feedback_or_solution, [rollout], 0, success_threshold=0.5)[0]
+      told.append(found[0].render(statement))
+    assert row.message in told
+    kinds.add((len(others), "Correct solution:" in row.message, CORRECT + "\n" in row.message))
+  assert {n for n, _, _ in kinds} == {1, 2, 3} and any(solved for _, solved, _ in kinds) and any(right for _, _, right in kinds)
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_a_row_of_imagination_is_what_the_policy_is_asked_in_training(domain, envs):
+  corpus, replies = Recorded(DOMAINS[domain][0], only("imagine")), []
+  for i in range(ROWS):
+    row = corpus.problem(0, i)
+    attempt, other = (r.text for r in corpus.found)
+    task = task_of(domain, row, Corpus(DOMAINS[domain][0], only("plain")).problem(0, i).message)
+    _, rollout, asked = in_training(envs[domain], task, attempt, [other], imagined=["?"])
+    assert asked[1] == [CHAT.tokenizer.decode(CHAT.prompt_tokens([{"role": "user", "content": row.message}]))]
+    judged = envs[domain].judge(task, other)
+    assert row.response == (CORRECT if judged.reward else judged.text) and rollout.feedback.reward == 0.0
+    replies.append(row.response)
+  assert CORRECT in replies and len(set(replies)) > 5
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_further_pre_training_leaves_nothing_out(domain):
+  """The longest rows of notes and of verdicts fit the packs of configs/pretrain_tiny.py, a teacher prompt's bound and the model's positions."""
+  from sdpo_jax import config
+  c, chat = config.load(f"configs/pretrain_tiny.py:domain={domain},start=tiny"), Chat(build_tokenizer(domain))
+  longest = config.load(f"configs/counterfactual.py:domain={domain}").data.max_teacher_tokens
+  assert sum(c.corpus[view] for view in VIEWS) == pytest.approx(1.0)
+  for view in ("notes", "imagine"):
+    corpus = Corpus(DOMAINS[domain][0], only(view))
+    rows = [corpus.problem(0, i) for i in range(300)]
+    prompts = [len(chat.prompt_tokens([{"role": "user", "content": r.message}])) for r in rows]
+    answers = [len(chat.text_tokens(r.response)) + 1 for r in rows]
+    assert max(map(sum, zip(prompts, answers))) <= c.batch.length and max(answers) <= c.batch.responses
+    assert max(prompts) <= longest <= c.model.max_positions - 24
