@@ -32,16 +32,18 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   c.optimizer = dict(name="adamw", lr=2e-3, warmup_steps=200, decay_steps=c.total_steps, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.98,
                      state_dtype=None)
   c.eval = dict(every_steps=500, questions=256, max_new_tokens=28)
-  if a.start:   # notes and verdicts, and enough of the rest not to forget it
+  if a.start:   # its shape is its own; notes and verdicts, and enough of the rest not to forget it
     c.total_steps = 1_200
     c.corpus.update(plain=0.12, feedback=0.25, solution=0.08, both=0.05, notes=0.3, imagine=0.2)
     c.batch.update(**FURTHER[a.domain])
     c.optimizer.update(lr=1e-3, warmup_steps=50, decay_steps=c.total_steps)
     c.eval.every_steps = 600
+    del c.model
   if a.local:
     c.total_steps, c.log_every_steps, c.checkpoint_every_steps = 4, 1, 2
-    c.model.update(width=32, layers=2, heads=2, kv_heads=1, head_dim=16, ff_width=64)
-    c.batch.update(rows=8, texts=16 if not a.start else 8)
+    if not a.start:
+      c.model.update(width=32, layers=2, heads=2, kv_heads=1, head_dim=16, ff_width=64)
+    c.batch.update(rows=8, texts=8 if a.start else 16)
     c.eval.update(every_steps=2, questions=8)
     c.optimizer.update(warmup_steps=1, decay_steps=4)
   return c

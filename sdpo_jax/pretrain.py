@@ -129,7 +129,7 @@ def run(c, workdir: str, out: str, tokenizer, model: ModelConfig, params) -> dic
   state = init_state(params, tx)
   objective = supervised()
   step = jax.jit(make_train_step(make_signals(model, objective), objective, tx), donate_argnums=0)
-  sampler = Sampler(model, rows=c.eval.questions, prompt_multiple=32, chunk=64, pad_token=chat.pad_token)
+  sampler = Sampler(model, rows=c.eval.questions, prompt_multiple=128, chunk=64, pad_token=chat.pad_token)
   os.makedirs(workdir, exist_ok=True)
   if checkpoint.latest_step(workdir) is not None:
     state, _ = checkpoint.restore(workdir, state)

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 from sdpo_jax import metrics, pretrain
-from sdpo_jax.data.corpus import DOMAINS
-from sdpo_jax.model.hf_weights import load_pretrained
+from sdpo_jax.config import load
+from sdpo_jax.data.corpus import DOMAINS, build_tokenizer
+from sdpo_jax.model.hf_weights import load_pretrained, save_pretrained
+from tests import fakes
 
 
-def run(domain, workdir, *more):
+def run(domain, workdir, *more, start=""):
   with flagsaver.flagsaver():
-    return pretrain.main(["pretrain", f"--config=configs/pretrain_tiny.py:domain={domain},local", f"--workdir={workdir}", *more])
+    arguments = f"domain={domain},local" + f",start={start}" * bool(start)
+    return pretrain.main(["pretrain", f"--config=configs/pretrain_tiny.py:{arguments}", f"--workdir={workdir}", *more])
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -33,6 +36,21 @@ def test_a_killed_run_resumes_to_the_same_weights(domain, tmp_path, capsys):
   (config, whole), (_, cut) = (load_pretrained(tmp_path / name / "hf", dtype="float32") for name in ("whole", "cut"))
   jax.tree.map(np.testing.assert_array_equal, whole, cut)
   assert config.eos_ids and config.max_positions == 1024
+
+
+def test_it_goes_on_from_a_model_of_the_same_vocabulary(tmp_path, capsys):
+  """From its weights; it reads notes and verdicts too, and says what it makes of them."""
+  tokenizer = build_tokenizer("arithmetic")
+  model, params = fakes.toy_model(0, layers=1, vocab=len(tokenizer), eos_ids=(tokenizer.eos_token_id,), pad_id=tokenizer.pad_token_id, max_positions=1024)
+  save_pretrained(tmp_path / "base", model, params, tokenizer=tokenizer)
+  c = load(f"configs/pretrain_tiny.py:domain=arithmetic,local,start={tmp_path}/base")
+  jax.tree.map(np.testing.assert_array_equal, pretrain.beginning(c, tokenizer)[1], params)
+  assert run("arithmetic", tmp_path / "further", "--config.eval.every_steps=4", start=tmp_path / "base") == 0
+  first, *_, last = metrics.read(tmp_path / "further")
+  assert last["train/nll"] < first["train/nll"] and last["data/left_out"] == 0
+  assert {"eval/notes", "eval/imagine", "eval/imagine_verdict"} <= last.keys() and "verdicts imagined: " in capsys.readouterr().out
+  assert run("arithmetic", tmp_path / "other", start="tiny") == 2
+  assert "start='tiny' has another vocabulary" in (said := capsys.readouterr().err) and said.count("\n") == 1
 
 
 def test_an_unknown_domain_is_one_line(tmp_path, capsys):
