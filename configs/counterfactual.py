@@ -42,20 +42,22 @@ ARMS = {  # method, changes to its counterfactual part, responses generated for 
     "sdpo": ("sdpo", {}, 1.0),
     "sdpo_extra": ("sdpo", {}, 1.5),
     "counterfactual": ("counterfactual", {}, 1.5),
-    "counterfactual_imagined": ("counterfactual", dict(feedback="imagined"), 1.55),
+    "counterfactual_imagined": ("counterfactual", dict(feedback="imagined", imagined_tokens=128), None),
     "counterfactual_siblings": ("counterfactual", dict(sources=("siblings",)), 1.0),
     "grpo": ("grpo", {}, 1.0),
     "grpo_extra": ("grpo", {}, 1.5),
 }
+IMAGINED = {"tinycode": 1.55, "arithmetic": 1.7}   # what stands for None: the tokens of verdicts count, and differ by domain
 
 
 def get_config(arg: str = ""):
   a = config.parse_arg(arg, domain="tinycode", arm="counterfactual", model="", data="", top_k=0, steps=0, note="", seed=0, local=False)
-  a.note = a.note or ("feedback" if a.domain in TINY else "full")
+  a.note = a.note or ("feedback" if a.domain == "tinycode" else "full")
   for name, value, choices in (("domain", a.domain, [*TINY, *PAPER]), ("arm", a.arm, list(ARMS)), ("note", a.note, ["feedback", "full"])):
     if value not in choices:
       raise ValueError(f"{name}={value!r} is unknown; choose from {choices}")
   a.method, changes, generated = ARMS[a.arm]
+  generated = generated or IMAGINED.get(a.domain, 1.55)
   if a.domain in TINY:
     config.refuse(a, "data", "top_k", because=f"domain={a.domain} makes its own questions and compares whole vocabularies")
   if a.method != "counterfactual":
