@@ -42,12 +42,11 @@ ARMS = {  # method, changes to its counterfactual part, responses generated for 
     "sdpo": ("sdpo", {}, 1.0),
     "sdpo_extra": ("sdpo", {}, 1.5),
     "counterfactual": ("counterfactual", {}, 1.5),
-    "counterfactual_imagined": ("counterfactual", dict(feedback="imagined", imagined_tokens=128), None),
+    "counterfactual_imagined": ("counterfactual", dict(feedback="imagined", imagined_tokens=128), 1.55),
     "counterfactual_siblings": ("counterfactual", dict(sources=("siblings",)), 1.0),
     "grpo": ("grpo", {}, 1.0),
     "grpo_extra": ("grpo", {}, 1.5),
 }
-IMAGINED = {"tinycode": 1.55, "arithmetic": 1.7}   # what stands for None: the tokens of verdicts count, and differ by domain
 
 
 def get_config(arg: str = ""):
@@ -57,7 +56,6 @@ def get_config(arg: str = ""):
     if value not in choices:
       raise ValueError(f"{name}={value!r} is unknown; choose from {choices}")
   a.method, changes, generated = ARMS[a.arm]
-  generated = generated or IMAGINED.get(a.domain, 1.55)
   if a.domain in TINY:
     config.refuse(a, "data", "top_k", because=f"domain={a.domain} makes its own questions and compares whole vocabularies")
   if a.method != "counterfactual":
@@ -83,7 +81,7 @@ def tiny(a):
   c.env.name = a.domain
   c.data.max_teacher_tokens = 700   # with two notes
   if not a.local:
-    c.total_steps, c.eval.every_steps = 80, 10
+    c.total_steps, c.eval.every_steps = 80 if a.domain == "tinycode" else 120, 10
   return c
 
 

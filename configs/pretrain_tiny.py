@@ -16,7 +16,7 @@ import ml_collections
 from sdpo_jax.config import parse_arg
 from sdpo_jax.data.corpus import Mixture
 
-FURTHER = {"tinycode": dict(rows=12, length=480, responses=128, texts=30), "arithmetic": dict(rows=12, length=384, responses=80, texts=27)}
+FURTHER = {"tinycode": dict(rows=12, length=432, responses=128, texts=30), "arithmetic": dict(rows=16, length=288, responses=80, texts=27)}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -34,9 +34,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   c.eval = dict(every_steps=500, questions=256, max_new_tokens=28)
   if a.start:   # its shape is its own; notes and verdicts, and enough of the rest not to forget it
     c.total_steps = 1_200
-    c.corpus.update(plain=0.12, feedback=0.25, solution=0.08, both=0.05, notes=0.3, imagine=0.2)
+    c.corpus.update(plain=0.1, feedback=0.2, solution=0.05, both=0.05, notes=0.45, imagine=0.15)
     c.batch.update(**FURTHER[a.domain])
-    c.optimizer.update(lr=1e-3, warmup_steps=50, decay_steps=c.total_steps)
+    c.optimizer.update(lr=1.5e-3, warmup_steps=50, decay_steps=c.total_steps)
     c.eval.every_steps = 600
     del c.model
   if a.local:

@@ -17,7 +17,7 @@ from sdpo_jax.rollout import Collector
 from tests import fakes
 
 CHAT = Chat(fakes.ByteTokenizer())
-ROWS = 60
+ROWS = 80
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_row_of_notes_is_what_the_teacher_reads_in_training(domain, envs):
       told.append(found[0].render(statement))
     assert row.message in told
     kinds.add((len(others), "Correct solution:" in row.message, CORRECT + "\n" in row.message))
-  assert {n for n, _, _ in kinds} == {1, 2, 3} and any(solved for _, solved, _ in kinds) and any(right for _, _, right in kinds)
+  assert {n for n, _, _ in kinds} == {1, 2} and any(solved for _, solved, _ in kinds) and any(right for _, _, right in kinds)
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -107,7 +107,7 @@ def test_a_row_of_imagination_is_what_the_policy_is_asked_in_training(domain, en
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_further_pre_training_leaves_nothing_out(domain):
+def test_the_longest_rows_fit(domain):
   """The longest rows of notes and of verdicts fit the packs of configs/pretrain_tiny.py, a teacher prompt's bound and the model's positions."""
   from sdpo_jax import config
   c, chat = config.load(f"configs/pretrain_tiny.py:domain={domain},start=tiny"), Chat(build_tokenizer(domain))

@@ -39,8 +39,8 @@ class Mixture:
   novel: float = 0.5                              # chance that an operation is named by a novel word
   twist: float = 0.1                              # chance of a misleading paraphrase
   slip: float = 0.15                              # chance that the failed attempt gets a known operation wrong too
-  alternatives: int = 3                           # the most other attempts that a row of notes tells of
-  success: float = 0.2                            # chance that another attempt is right
+  alternatives: int = 2                           # the most other attempts that a row of notes tells of
+  success: float = 0.1                            # chance that another attempt is right
   learnt: float = 0.4                             # chance that an attempt, where others are told of, gets a novel operation right
 
 
