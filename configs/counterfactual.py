@@ -7,10 +7,10 @@ Arms:   sdpo, grpo; sdpo_extra, grpo_extra (larger groups: what counterfactual s
         question, judged), counterfactual_imagined (the policy imagines their feedback), counterfactual_siblings (the group's own: nothing
         more is generated). Numbers of steps are such that all arms generate about as many tokens: what an arm generates beside its rollouts it
         pays for with updates.
-Notes:  note=full is "If you had tried X instead of Y, you would have received Z"; note=feedback, the default of the tiny models, is Z alone, in the words
-        in which they have read feedback before: they know no other English, and have never read more than one. Failed attempts at held-out questions
-        with two failed alternatives that the untrained teacher, greedy, solves given feedback alone / with full notes / with Z: TinyCode
-        45 % / 11 % / 35 % of 111, arithmetic 68 % / 7 % / 49 % of 114. Nor do they imagine verdicts: asked for one they write another answer.
+Notes:  note=full is "If you had tried X instead of Y, you would have received Z". Arithmetic's tiny model has read such notes before (configs/pretrain_tiny.py,
+        start=): of 203 failed attempts at held-out questions with two failed alternatives the untrained teacher, greedy, solves 68.0 % given feedback
+        alone and 73.4 % with both notes. TinyCode's has not, and can make nothing of them (45 % given feedback, 11 % with notes, 35 % with Z alone, of 111),
+        nor imagine a verdict: its default is note=feedback, Z alone, in the words in which it has read feedback before.
 Data:   domain=tinycode and arithmetic make their own questions, for the tiny models of the package; coding and math_qa are those of configs/coding.py
         (livecodebench) and configs/math_qa.py (GSM8K) and their models.
 Cost:   TinyCode: 130 s (grpo_extra) to 230 s (counterfactual_imagined) on one core that was not idle, a third to a half of it compilation, which
@@ -27,8 +27,8 @@ Result: TinyCode, three seeds, avg@4 over 100 questions each, at 41 to 46 thousa
         grpo                         41.0 (40.2 to 42.5)    24.3 (22.0 to 27.0)    40.5 (37.5 to 42.5)
         No gain. Notes of siblings, which cost nothing, change nothing; samples beside the rollouts cost updates that are worth more. With as many updates
         and no more tokens, counterfactual is 1.8 points ahead of sdpo_extra held-out (in every seed), 5 behind on adversarial paraphrases. These teachers
-        cannot read several notes (above), so this says what notes do for them. Arithmetic: one seed of six arms, no difference beyond the intervals but
-        GRPO's fall (27.5 to 17.8 %). Every run: experiments/results/counterfactual/curves.json.
+        cannot read notes (above; imagined verdicts had 64 tokens then), so this says what Z alone does for them. Arithmetic has not been measured since its
+        model reads notes. Every run: experiments/results/counterfactual/curves.json.
 """
 
 import os

@@ -2,11 +2,19 @@ r"""The tiny base models: TinyCode programs or chains of arithmetic, with and wi
 
 Run:    python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py --workdir=runs/pretrain_tiny --out=sdpo_jax/assets/tiny
 Other:  python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py:domain=arithmetic --workdir=runs/pretrain_arithmetic --out=sdpo_jax/assets/tiny_arithmetic
+Notes:  python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py:domain=arithmetic,start=runs/notes_first/hf --workdir=runs/notes --out=sdpo_jax/assets/tiny_arithmetic
+        goes on from a model of the same vocabulary, with rows that hold notes on other attempts, and questions for verdicts.
+First:  python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py:domain=arithmetic,start=runs/pretrain_arithmetic/hf --workdir=runs/notes_first --config.optimizer.lr=1e-3
+        --config.corpus.plain=0.12 --config.corpus.feedback=0.25 --config.corpus.solution=0.08 --config.corpus.notes=0.3 --config.corpus.imagine=0.2
+        --config.corpus.alternatives=3 --config.corpus.success=0.2 --config.batch.rows=12 --config.batch.length=384
 Smoke:  python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py:local --workdir=runs/smoke
-Cost:   7,000 steps of about 60 rows, 62 CPU minutes (half an hour of wall time when two cores are free); 0.68 M parameters.
+Cost:   7,000 steps of about 60 rows, 62 CPU minutes (half an hour of wall time when two cores are free); 0.68 M parameters. With start=, 1,200 steps of
+        about 27 longer rows, 20 to 24 minutes on one core.
 Result: problems with novel words solved, greedy, 256 problems of one to three operations: 11.3 % alone, 41.0 % given feedback on a
-        failed attempt, 100.0 % given a solution; domain=arithmetic 6.6 %, 63.3 % and 100.0 %, after 63 CPU minutes. The weights in
-        sdpo_jax/assets/tiny and tiny_arithmetic are those of seed 0.
+        failed attempt, 100.0 % given a solution; domain=arithmetic 6.6 %, 63.3 % and 100.0 %, after 63 CPU minutes. sdpo_jax/assets/tiny holds these
+        weights, of seed 0. tiny_arithmetic went on twice, First and Notes: 7.0 % alone, 64.8 % given feedback, 100.0 % given a solution, 79.3 % given feedback
+        and notes on one or two other failures (which are those of a policy that has learnt some of the words); asked for the verdict that another
+        attempt would receive it says the judge's word for word in 58.2 %, its first line in 89.1 %.
 """
 
 import dataclasses
