@@ -1,15 +1,20 @@
 """Causal attention over packed rows: a token sees the tokens of its own segment at the same or an earlier column.
 
   reference   logits held at once, softmax in float32; any device, any length
-  causal      the same without what lies above the diagonal, but for a few blocks on it
+  causal      the same without what lies above the diagonal, but for a few blocks on it: what a GPU gets
+  blocked     block by block of 64 x 64 with the running softmax of FlashAttention (arXiv 2205.14135); blocks in which nobody sees anything are
+              skipped, as the data have them: other texts of the row, padding, what is above the diagonal. Only the logarithm of each softmax's
+              denominator is kept for the backward pass. What a CPU gets: in rows of 8 answers of 128 tokens six times as fast as `causal`
   splash      the TPU kernel that ships with jax: blocks of T x T in on-chip memory, blocks above the diagonal or outside the window skipped
 
 Shapes: q_BTNH, k_BTKH, v_BTKH with K dividing N (grouped queries), segment_BT int32. window: a token sees its last `window` columns, its
 own included; None: all of them. What stands at padding (segment 0) is finite but meaningless.
-XLA cannot split a Pallas kernel by itself: where a mesh is set, each device runs splash on its own rows and heads.
+XLA cannot split a Pallas kernel or a loop of data-dependent length by itself: where a mesh is set, each device runs splash or `blocked` on its
+own rows and heads.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 LANES = 128   # splash works on multiples of it
 QUERIES = 256   # at least so many a block in `causal`: each block is code of its own
+BLOCK = 64      # queries and keys of a block of `blocked`: with 32 its loop costs more, with 128 it computes more that nobody sees
 
 
 def mask(segment_BT: jax.Array | None, shape: tuple[int, int], window: int | None = None, *, prefix_BT: jax.Array | None = None,
@@ -38,6 +44,131 @@ def mask(segment_BT: jax.Array | None, shape: tuple[int, int], window: int | Non
   return mask_BTS
 
 
+class Seen(NamedTuple):
+  """Who sees whom in packed rows, and for `blocked` in which blocks; S = T, I and J count blocks of queries and of keys."""
+  mask_BTS: jax.Array
+  blocks_BIJ: jax.Array | None = None   # the key blocks that a query block sees something of, before the others
+  count_BI: jax.Array | None = None     # how many these are
+
+
+def seen(mask_BTS: jax.Array) -> Seen:
+  """What `packed` wants, made once for all layers."""
+  if _platform() != "cpu":
+    return Seen(mask_BTS)
+  B, T, _ = mask_BTS.shape
+  n = -(-T // BLOCK)
+  mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, n * BLOCK - T), (0, n * BLOCK - T)))
+  any_BIJ = jnp.any(mask_BTS.reshape(B, n, BLOCK, n, BLOCK), axis=(2, 4))
+  return Seen(mask_BTS, jnp.argsort(~any_BIJ, axis=-1, stable=True).astype(jnp.int32), jnp.sum(any_BIJ, axis=-1, dtype=jnp.int32))
+
+
+def packed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, who: Seen) -> jax.Array:
+  """Attention over packed rows off TPU: `blocked` on a CPU, else `causal`."""
+  if who.blocks_BIJ is None:
+    return causal(q_BTNH, k_BTKH, v_BTKH, who.mask_BTS)
+  if jax.sharding.get_abstract_mesh().empty:
+    return blocked(q_BTNH, k_BTKH, v_BTKH, who)
+  rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), None, "tensor")
+  return jax.shard_map(blocked, in_specs=(heads, heads, heads, Seen(rows, rows, rows)), out_specs=heads, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, who)
+
+
+@jax.custom_vjp
+def blocked(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, who: Seen) -> jax.Array:
+  """`reference` block by block; a token that sees nothing gets zeros. Products in the inputs' type, sums and softmax in float32."""
+  return _blocked_forward(q_BTNH, k_BTKH, v_BTKH, who)[0]
+
+
+def _by_blocks(x_BTNH: jax.Array, who: Seen, kv_heads: int) -> jax.Array:
+  """[B * I, K, G * BLOCK, H]: a key head's G query heads one below the other, as rows of one product."""
+  (B, T, N, H), (_, I) = x_BTNH.shape, who.count_BI.shape
+  x = jnp.pad(x_BTNH, ((0, 0), (0, I * BLOCK - T), (0, 0), (0, 0))).reshape(B, I, BLOCK, kv_heads, N // kv_heads, H)
+  return x.transpose(0, 1, 3, 4, 2, 5).reshape(B * I, kv_heads, -1, H)
+
+
+def _by_columns(x: jax.Array, like_BTNH: jax.Array) -> jax.Array:
+  """The reverse."""
+  (B, T, N, H), K = like_BTNH.shape, x.shape[1]
+  x = x.reshape(B, -1, K, N // K, BLOCK, H).transpose(0, 1, 4, 2, 3, 5)
+  return x.reshape(B, -1, N, H)[:, :T].astype(like_BTNH.dtype)
+
+
+def _keys(x_BTKH: jax.Array, who: Seen) -> jax.Array:
+  return _by_blocks(x_BTKH, who, x_BTKH.shape[2])
+
+
+def _product(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
+  """One matrix product a key head, `over` these axes of a and b."""
+  return jax.lax.dot_general(a, b, (((over[0],), (over[1],)), ((0,), (0,))), preferred_element_type=jnp.float32)
+
+
+def _scores(q: jax.Array, k: jax.Array, visible_TS: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(logits, who is seen) of one block pair, [K, G, BLOCK, BLOCK]."""
+  scores = _product(q, k, (2, 2)).reshape(len(q), -1, BLOCK, BLOCK) * q.shape[-1]**-0.5
+  return scores, jnp.broadcast_to(visible_TS, scores.shape)
+
+
+def _visible(who: Seen, b: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_slice(who.mask_BTS, (b, i * BLOCK, j * BLOCK), (1, BLOCK, BLOCK))[0]
+
+
+def _blocked_forward(q_BTNH, k_BTKH, v_BTKH, who: Seen):
+  K, (_, I, _) = k_BTKH.shape[2], who.blocks_BIJ.shape
+  q, k, v = _by_blocks(q_BTNH, who, K), _keys(k_BTKH, who), _keys(v_BTKH, who)
+  G, H = q.shape[2] // BLOCK, q.shape[3]
+
+  def queries(at):
+    b, i = at // I, at % I
+
+    def keys(n, carry):
+      out, top, total = carry
+      j = who.blocks_BIJ[b, i, n]
+      scores, visible = _scores(q[at], k[b * I + j], _visible(who, b, i, j))
+      new_top = jnp.maximum(top, jnp.max(scores, axis=-1, where=visible, initial=-1e30))
+      share = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
+      shrink = jnp.exp(top - new_top)
+      part = _product(share.astype(v.dtype).reshape(K, -1, BLOCK), v[b * I + j], (2, 1)).reshape(out.shape)
+      return out * shrink[..., None] + part, new_top, total * shrink + jnp.sum(share, axis=-1)
+
+    rows = (K, G, BLOCK)
+    out, top, total = jax.lax.fori_loop(0, who.count_BI[b, i], keys, (jnp.zeros((*rows, H)), jnp.full(rows, -1e30), jnp.zeros(rows)))
+    total = jnp.where(total > 0, total, 1.0)
+    return out / total[..., None], top + jnp.log(total)
+
+  out, log_total = jax.lax.map(queries, jnp.arange(len(q)))
+  out_BTNH = _by_columns(out, q_BTNH)
+  return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, who, out_BTNH, log_total)
+
+
+def _blocked_backward(kept, g_BTNH):
+  q_BTNH, k_BTKH, v_BTKH, who, out_BTNH, log_total = kept
+  K, (_, I, _) = k_BTKH.shape[2], who.blocks_BIJ.shape
+  q, g, k, v = _by_blocks(q_BTNH, who, K), _by_blocks(g_BTNH, who, K), _keys(k_BTKH, who), _keys(v_BTKH, who)
+  mean_g = jnp.sum(_by_blocks(out_BTNH, who, K).astype(jnp.float32) * g, axis=-1).reshape(log_total.shape)   # what softmax takes off its gradient
+
+  def queries(carry, at):
+    b, i = at // I, at % I
+
+    def keys(n, carry):
+      dq, dk, dv = carry
+      j = who.blocks_BIJ[b, i, n]
+      there = b * I + j
+      scores, visible = _scores(q[at], k[there], _visible(who, b, i, j))
+      share = jnp.where(visible, jnp.exp(scores - log_total[at][..., None]), 0.0)
+      dscores = share * (_product(g[at], v[there], (2, 2)).reshape(share.shape) - mean_g[at][..., None]) * q.shape[-1]**-0.5
+      flat = lambda x: x.astype(q.dtype).reshape(K, -1, BLOCK)
+      return (dq + _product(flat(dscores), k[there], (2, 1)), dk.at[there].add(_product(flat(dscores), q[at], (1, 1))),
+              dv.at[there].add(_product(flat(share), g[at], (1, 1))))
+
+    dq, *carry = jax.lax.fori_loop(0, who.count_BI[b, i], keys, (jnp.zeros(q.shape[1:]), *carry))
+    return carry, dq
+
+  (dk, dv), dq = jax.lax.scan(queries, [jnp.zeros(k.shape), jnp.zeros(v.shape)], jnp.arange(len(q)))
+  return _by_columns(dq, q_BTNH), _by_columns(dk, k_BTKH), _by_columns(dv, v_BTKH), None
+
+
+blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
 def reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
   """A row with nothing to see averages everything, so it stays finite."""
   return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
@@ -54,9 +185,12 @@ def causal(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BTS: ja
 
 def splash_fits(T: int) -> bool:
   """Whether rows of this length, on the platform that is being compiled for, go through splash."""
+  return _platform() == "tpu" and T % LANES == 0
+
+
+def _platform() -> str:
   device = jax.sharding.get_abstract_mesh().abstract_device
-  platform = device.platform if device is not None and device.platform else jax.default_backend()
-  return platform == "tpu" and T % LANES == 0
+  return device.platform if device is not None and device.platform else jax.default_backend()
 
 
 def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: jax.Array, window: int | None = None, *, interpret: bool = False) -> jax.Array:

@@ -281,7 +281,7 @@ def _rows(params: dict, config: ModelConfig, tokens_BT, positions_BT, segment_id
     segment_BT = jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT
     return _stream(params, config, tokens_BT, positions_BT, None, None, segment_BT)
   windows = (None, config.sliding_window) if config.sliding else (None, None)
-  masks = [attention.mask(segment_ids_BT, (B, T), window, prefix_BT=prefix_ids_BT, position_BT=positions_BT) for window in windows]
+  masks = [attention.seen(attention.mask(segment_ids_BT, (B, T), window, prefix_BT=prefix_ids_BT, position_BT=positions_BT)) for window in windows]
   return _stream(params, config, tokens_BT, positions_BT, *masks)
 
 
@@ -296,7 +296,7 @@ def _layer(config: ModelConfig, stream: _Stream, x_BTD, layer: dict, slides) -> 
 
   def attend(q, k, v):
     if mask_BTS is not None:
-      return attention.causal(q, k, v, mask_BTS), None
+      return attention.packed(q, k, v, mask_BTS), None
     full = lambda *qkv: attention.splash(*qkv, stream.segment_BT)
     if not config.sliding:
       return full(q, k, v), None
