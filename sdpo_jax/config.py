@@ -43,7 +43,7 @@ def base() -> ml_collections.ConfigDict:
       path="tiny",                           # a name of MODELS, a Hugging Face directory or a hub id
       dtype="float32",                       # activations and matrix products
       param_dtype="float32",                 # weights
-      remat="none",                          # none | block: what the backward pass recomputes
+      remat="dots",                          # none | dots | block: what the backward pass recomputes, see decoder.REMAT
       thinking=False, teacher_thinking=False,   # passed to chat templates that know it: for the policy's prompts, and the teacher's
       lora=dict(rank=0, alpha=32.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),   # rank 0: all weights train
   )
@@ -147,7 +147,7 @@ def paper(a: types.SimpleNamespace, *, rich_feedback: bool) -> ml_collections.Co
   c.discover.split = "test"
   if a.local:   # same path, toy sizes, seconds on a CPU: the tiny model reads any text, byte by byte where it must, and solves nothing
     c.total_steps = 2
-    c.model.update(path="tiny", dtype="float32", remat="none")
+    c.model.update(path="tiny", dtype="float32", remat="dots")
     c.data.update(max_prompt_tokens=700, max_teacher_tokens=1000, length_multiple=128, response_multiple=8)
     c.mesh.fsdp = 1   # too few rows to share
     c.rollout.update(questions=2, group=2, max_new_tokens=16, rows=4, chunk=16)
@@ -330,7 +330,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
   for name, value in positive.items():
     if value < 1:
       raise ValueError(f"config.{name}={value} must be at least 1")
-  choices = {"model.remat": (c.model.remat, ("none", "block")), "train.loss_implementation": (c.train.loss_implementation, ("auto", *IMPLEMENTATIONS)),
+  choices = {"model.remat": (c.model.remat, ("none", "dots", "block")), "train.loss_implementation": (c.train.loss_implementation, ("auto", *IMPLEMENTATIONS)),
              "optimizer.state_dtype": (c.optimizer.state_dtype, ("float32", "bfloat16")),
              "model.dtype": (c.model.dtype, ("float32", "bfloat16")), "model.param_dtype": (c.model.param_dtype, ("float32", "bfloat16"))}
   for name, (value, allowed) in choices.items():

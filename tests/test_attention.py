@@ -1,5 +1,7 @@
 """Attention over packed rows: the TPU kernel, interpreted, against the reference; segments never see each other."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,31 +17,67 @@ def problem(T=256, B=2, N=2, K=1, H=32):
   return q, k, v, g, segment
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def with_gradients(attend, segment, q, k, v, g, *more):
+  """(output, dq, dk, dv) of attend(q, k, v, *more), with nothing at padding."""
+  out, back = jax.vjp(lambda *qkv: jnp.where((segment > 0)[..., None, None], attend(*qkv, *more), 0.0), q, k, v)
+  return out, *back(g.astype(out.dtype))
+
+
 @pytest.mark.parametrize("window", [None, 40])
 def test_splash_gives_the_reference_and_its_gradients(window):
   q, k, v, g, segment = problem()
-  real = (segment > 0)[..., None, None]
-
-  def both(attend):
-    out, back = jax.vjp(lambda *qkv: jnp.where(real, attend(*qkv), 0.0), q, k, v)
-    return out, *back(g)
-
-  splash = both(lambda *qkv: attention.splash(*qkv, jnp.asarray(segment), window, interpret=True))
-  for got, want in zip(splash, both(lambda *qkv: attention.reference(*qkv, attention.mask(segment, segment.shape, window)))):
+  splash = lambda *given: attention.splash(*given, window, interpret=True)
+  reference = with_gradients(attention.reference, segment, q, k, v, g, attention.mask(segment, segment.shape, window))
+  for got, want in zip(with_gradients(splash, segment, q, k, v, g, segment), reference):
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def shared_prefixes(T, B, K):
+  """Row 0: a prefix of 50 and three answers that continue it, then one text of its own; row 1: one text; both end in padding."""
+  q, k, v, g, segment = problem(T, B, K=K, N=4)
+  prefix, position, length = np.zeros_like(segment), np.zeros_like(segment), T - 5
+  segment[:] = 0
+  for number, (start, end, before) in enumerate([(0, 50, 0), (50, 120, 1), (120, 140, 1), (140, 200, 1), (200, length, 0)], 1):
+    segment[0, start:end], prefix[0, start:end], position[0, start:end] = number, before, 50 * (before > 0) + np.arange(end - start)
+  segment[1, :length], position[1, :length] = 1, np.arange(length)
+  return q, k, v, g, segment, prefix, position
+
+
+@pytest.mark.parametrize("window", [None, 60])
+@pytest.mark.parametrize("T,K", [(256, 4), (333, 2), (700, 1)])
+def test_skipped_blocks_hide_nothing(T, K, window):
+  """Also with blocks that end beyond the row, in both modes of differentiation that training uses, and with bfloat16 inputs."""
+  q, k, v, g, segment, prefix, position = shared_prefixes(T, 2, K)
+  visible = attention.mask(segment, segment.shape, window, prefix_BT=prefix, position_BT=position)
+  who = attention.seen(visible)
+  blocks = who.count_BI.shape[1]
+  assert int(who.count_BI.sum()) < 2 * blocks * (blocks + 1) // 2   # fewer than on and below the two rows' diagonals
+  exact = with_gradients(attention.reference, segment, q, k, v, g, visible)
+  blocked = with_gradients(attention.blocked, segment, q, k, v, g, who)
+  again = with_gradients(jax.checkpoint(attention.blocked), segment, q, k, v, g, who)
+  short = with_gradients(attention.blocked, segment, *(x.astype(jnp.bfloat16) for x in (q, k, v, g)), who)
+  for want, got, too, rough in zip(exact, blocked, again, short):
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(too, want, atol=1e-5)
+    assert rough.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(rough, np.float32), want, atol=0.03 * np.max(np.abs(want)))
+
+
+def test_a_row_of_padding_is_finite_with_no_gradient():
+  q, k, v, g, segment = problem(T=128)
+  who = attention.seen(attention.mask(0 * segment[:, :128], (2, 128)))
+  out, back = jax.vjp(lambda *qkv: attention.blocked(*qkv, who), q, k, v)
+  for x in (out, *back(g)):
+    np.testing.assert_array_equal(x, 0.0)
 
 
 @pytest.mark.parametrize("T", [256, 700, 1100])
 def test_blocks_of_queries_give_the_reference_and_its_gradients(T):
   q, k, v, g, segment = problem(T)
   segment[1, 300:] = 2
-  visible, real = attention.mask(segment, segment.shape), (segment > 0)[..., None, None]
-
-  def both(attend):
-    out, back = jax.vjp(lambda *qkv: jnp.where(real, attend(*qkv, visible), 0.0), q, k, v)
-    return out, *back(g)
-
-  for got, want in zip(both(attention.causal), both(attention.reference)):
+  visible = attention.mask(segment, segment.shape)
+  for got, want in zip(*(with_gradients(attend, segment, q, k, v, g, visible) for attend in (attention.causal, attention.reference))):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 

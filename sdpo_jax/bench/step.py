@@ -1,6 +1,6 @@
 """Time and memory of one optimiser step of SDPO (both forward passes, loss, backward pass, update), on the present device.
 
-  python -m sdpo_jax.bench step [--device=cpu|gpu|tpu] [--cases=small:equal,small:heavy,...] [--micro_batches=1] [--remat=none] [--json=FILE]
+  python -m sdpo_jax.bench step [--device=cpu|gpu|tpu] [--cases=small:equal,small:heavy,...] [--micro_batches=1] [--remat=dots] [--json=FILE]
 
 A case is SHAPE:LENGTHS. Shapes are those of SHAPES, random weights, an EMA teacher. Lengths: `equal`, prompt 128, teacher prompt 256 and
 response 128 tokens; `heavy`, the same prompts and log-normal responses of median 60 and at most 1,000 tokens. Groups
@@ -42,7 +42,7 @@ def main(argv):
   parser.add_argument("--cases", help="comma-separated SHAPE:LENGTHS")
   parser.add_argument("--responses", type=int, default=32)
   parser.add_argument("--micro_batches", type=int, default=1)
-  parser.add_argument("--remat", choices=("none", "block"), default="none")
+  parser.add_argument("--remat", choices=("none", "dots", "block"), default="dots")
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--json", metavar="FILE", help="also write all results there, as one JSON list")
   parser.add_argument("--child", help=argparse.SUPPRESS)  # one measurement, as JSON: what the parent starts

@@ -17,12 +17,14 @@ import functools
 from typing import NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 from jax.sharding import PartitionSpec as P
 
 LANES = 128   # splash works on multiples of it
 QUERIES = 256   # at least so many a block in `causal`: each block is code of its own
+KEPT = "attention"   # name of what the backward pass of `blocked` and of splash needs beside q, k and v: see decoder's remat
 BLOCK = 64      # queries and keys of a block of `blocked`: with 32 its loop costs more, with 128 it computes more that nobody sees
 
 
@@ -135,7 +137,7 @@ def _blocked_forward(q_BTNH, k_BTKH, v_BTKH, who: Seen):
     return out / total[..., None], top + jnp.log(total)
 
   out, log_total = jax.lax.map(queries, jnp.arange(len(q)))
-  out_BTNH = _by_columns(out, q_BTNH)
+  out_BTNH, log_total = checkpoint_name((_by_columns(out, q_BTNH), log_total), KEPT)
   return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, who, out_BTNH, log_total)
 
 
@@ -206,7 +208,7 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT, *, window, interpret):
   block = next(b for b in (1024, 512, 256, LANES) if T % b == 0)
   sizes = splash_lib.BlockSizes(block, block, min(block, 512), block, block, min(block, 512), block, block)
   one = splash_lib.CausalMask((T, T)) if window is None else splash_lib.LocalMask((T, T), (window - 1, 0), 0)
-  kernel = splash_lib.make_splash_mha_single_device(splash_lib.MultiHeadMask([one] * N), block_sizes=sizes, interpret=interpret)
+  kernel = splash_lib.make_splash_mha_single_device(splash_lib.MultiHeadMask([one] * N), block_sizes=sizes, residual_checkpoint_name=KEPT, interpret=interpret)
   major = lambda x: jnp.swapaxes(x, 1, 2)
   attend = lambda q, k, v, segment: kernel(q, k, v, segment_ids=splash_lib.SegmentIds(segment, segment))
   scaled = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)

@@ -305,11 +305,22 @@ def _layer(config: ModelConfig, stream: _Stream, x_BTD, layer: dict, slides) -> 
   return Block(config).apply({"params": layer}, x_BTD, rotation, attend)[0]
 
 
+_policies = jax.checkpoint_policies
+REMAT = {   # what a layer keeps for the backward pass; the rest is computed again
+    "none": None,    # everything, gathered weights included
+    "dots": _policies.save_from_both_policies(_policies.dots_saveable, _policies.save_only_these_names(attention.KEPT)),   # products and attention: norms,
+                     # rotations and activations cost little, and on a CPU less than writing and reading what they give
+    "block": _policies.nothing_saveable,   # its input alone
+}
+
+
 def _scan(body, carry, xs, remat: str):
-  """Over layers. remat "none" keeps what the backward pass needs, gathered weights included; "block" only layers' inputs."""
-  if remat not in ("none", "block"):
-    raise ValueError(f"model.remat={remat!r}: choose from ['none', 'block']")
-  return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat == "block" else body, carry, xs)[0]
+  """Over layers. What the backward pass finds again, see REMAT."""
+  if remat not in REMAT:
+    raise ValueError(f"model.remat={remat!r}: choose from {list(REMAT)}")
+  if remat != "none":
+    body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
+  return jax.lax.scan(body, carry, xs)[0]
 
 
 def _final(params: dict, config: ModelConfig, x_BTD) -> jax.Array:
