@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax import checkpoint, counterfactual, sharding
+from sdpo_jax import checkpoint, counterfactual, memory, sharding
 from sdpo_jax.config import MODELS
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.tasks import check_sources, with_rows
@@ -123,6 +123,7 @@ def wired(c, path: str | None = None, devices=None):
   """
   path = path or MODELS.get(c.model.path, c.model.path)
   with contextlib.ExitStack() as stack:
+    stack.enter_context(memory.released_by_the_compiler())
     with blame_settings():
       mesh = sharding.make_mesh(jax.devices() if devices is None else devices, **c.mesh)
       mesh = None if mesh.size == 1 else mesh

@@ -23,7 +23,7 @@ from sdpo_jax.records import Counterfactual, Rollout, Rows, Status, TaskError, T
 CUT = "\n[...]\n"
 MAX_SHAPES = 6          # about one for every doubling of length that a run may see, and a few to grow into
 REUSE = 1.15            # a shape used before is taken where it costs at most this times the best new one
-ATTENTION_TOKENS = 1024  # row length at which attention costs about as much as the matrix products of a small layer: longer rows pack better but cost more
+ATTENTION_TOKENS = 8192  # row length at which attention costs about as much as a layer's matrix products (width 1,000): longer rows pack better but cost more
 
 
 class Packed(NamedTuple):

@@ -2,7 +2,8 @@
 
 Same contract as distill_kl_ref.py. Three plans, chosen from the sizes:
 
-  one         X * V small, or on CPU X <= 2 D, the logits of both then no larger than four output matrices: all at once, kept for the gradient.
+  one         X * V small; on CPU also where the logits of one are at most 256 MB, or those of both no larger than four output matrices (X <= 2 D):
+              all at once, kept for the gradient.
               4 matrix products, as few as there can be.
   tokens      blocks of tokens over the whole vocabulary: 2 products forward, 4 backward; or, with weights_X,
               gradients in the forward pass: 4 in all. Memory: logits of one block, float32 gradient of the head.
@@ -36,6 +37,7 @@ from sdpo_jax.kernels.distill_kl_ref import DistillKL
 from sdpo_jax.kernels.distill_kl_sweeps import distill
 
 ONE_BLOCK_ENTRIES = 2**22      # X * V up to here: plan `one`, 16 MB for each of the two logit arrays kept
+CPU_ONE_BLOCK_ENTRIES = 2**26  # the same on CPU, where four more products cost more than 256 MB are worth
 BLOCK_ENTRIES = 2**27          # logits in any other block: 512 MB for each of the two arrays
 CPU_BLOCK_ENTRIES = 2**21      # logits in a block of the vocabulary on CPU: 8 MB, near the caches
 
@@ -52,7 +54,7 @@ def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_he
   X, V = target_X.shape[0], student_head_DV.shape[1]
   on_cpu = target_platform() == "cpu"
   if blocks is None:
-    few = X * V <= ONE_BLOCK_ENTRIES or (on_cpu and X <= 2 * student_head_DV.shape[0])
+    few = X * V <= (CPU_ONE_BLOCK_ENTRIES if on_cpu else ONE_BLOCK_ENTRIES) or (on_cpu and X <= 2 * student_head_DV.shape[0])
     blocks = "one" if few else "vocabulary" if on_cpu else "tokens"
   arrays = student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X
   if blocks == "vocabulary":
