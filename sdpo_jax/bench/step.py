@@ -14,7 +14,7 @@ Every case runs in a child process of its own. One JSON object a line as they co
   temporaries_mb   what the compiled step allocates beside arguments and results (the compiler's own figure)
   peak_mb          on CPU: highest resident memory of the whole process; on GPU and TPU: highest device memory in use
 
-MB = 10^6 bytes. On CPU a batch of SHAPE:equal wants --micro_batches=8: logits of few tokens are kept instead of computed twice.
+MB = 10^6 bytes. On CPU a batch of SHAPE:equal wants --micro_batches=4, a group each: logits of few tokens are kept instead of computed twice.
 """
 
 import argparse
@@ -150,7 +150,7 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
   import jax
   import jax.numpy as jnp
 
-  from sdpo_jax import plan
+  from sdpo_jax import memory, plan
   from sdpo_jax.model import decoder
   from sdpo_jax.model.config import ModelConfig
   from sdpo_jax.objectives import methods
@@ -165,9 +165,10 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
   signals = make_signals(model, objective, remat=remat)
   lengths = lengths_of(kind, responses)
   batch = jax.tree.map(jnp.asarray, make_batch(lengths, model.vocab, micro_batches, share=device != "tpu", length_multiple=32 if device == "cpu" else 128))
-  state = jax.jit(lambda key: init_state(decoder.init(model, key), tx, keep_teacher=True))(jax.random.key(0))
-  traced = jax.jit(make_train_step(signals, objective, tx, teacher_move=0.05, micro_batches=micro_batches), donate_argnums=0).trace(state, batch)
-  operations, step = plan.operations(traced.jaxpr.jaxpr), traced.lower().compile()
+  with memory.released_by_the_compiler():   # as in training
+    state = jax.jit(lambda key: init_state(decoder.init(model, key), tx, keep_teacher=True))(jax.random.key(0))
+    traced = jax.jit(make_train_step(signals, objective, tx, teacher_move=0.05, micro_batches=micro_batches), donate_argnums=0).trace(state, batch)
+    operations, step = plan.operations(traced.jaxpr.jaxpr), traced.lower().compile()
 
   def one():
     nonlocal state

@@ -65,10 +65,11 @@ def seen(mask_BTS: jax.Array) -> Seen:
 
 
 def packed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, who: Seen) -> jax.Array:
-  """Attention over packed rows off TPU: `blocked` on a CPU, else `causal`."""
-  if who.blocks_BIJ is None:
-    return causal(q_BTNH, k_BTKH, v_BTKH, who.mask_BTS)
-  if jax.sharding.get_abstract_mesh().empty:
+  """Attention over packed rows off TPU: `blocked` on a CPU whose mesh, if any, divides rows and key heads; else `causal`."""
+  (B, T, K, _), mesh = k_BTKH.shape, jax.sharding.get_abstract_mesh()
+  if who.blocks_BIJ is None or not (mesh.empty or (K % mesh.shape["tensor"] == 0 and B % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0)):
+    return causal(q_BTNH, k_BTKH, v_BTKH, who.mask_BTS[:, :T, :T])
+  if mesh.empty:
     return blocked(q_BTNH, k_BTKH, v_BTKH, who)
   rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), None, "tensor")
   return jax.shard_map(blocked, in_specs=(heads, heads, heads, Seen(rows, rows, rows)), out_specs=heads, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, who)
