@@ -81,6 +81,41 @@ def test_blocks_of_queries_give_the_reference_and_its_gradients(T):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("trouble", ["none", "refuses", "ungrouped"])
+def test_cudnn_is_used_where_it_gives_the_reference(trouble, monkeypatch, caplog):
+  """On a GPU each shape is tried first, in the middle of tracing: a library that is missing, refuses, or forgets to group queries costs a warning."""
+  used = []
+
+  def cudnn(q, k, v, mask):
+    used.append(q.shape)
+    if trouble == "refuses":
+      raise RuntimeError("cuDNN is not detected")
+    if trouble == "ungrouped":   # heads of queries and keys paired in the wrong order
+      k, v = (jnp.flip(x, axis=2) for x in (k, v))
+    return attention.reference(q, k, v, mask)
+
+  monkeypatch.setattr(attention, "_cudnn", cudnn)
+  monkeypatch.setattr(attention, "_platform", lambda: "gpu")
+  attention.cudnn_agrees.cache_clear()
+  q, k, v, g, segment = problem(T=300, N=4, K=2)
+  visible = attention.mask(segment, segment.shape)
+  assert attention.seen(visible).blocks_BIJ is None
+  attend = lambda *given: attention.packed(*given[:3], attention.seen(given[3]))
+  short = [x.astype(jnp.bfloat16) for x in (q, k, v, g)]
+  got = with_gradients(jax.checkpoint(attend), segment, *short, visible)
+  assert got[0].dtype == jnp.bfloat16
+  for rough, want in zip(got, with_gradients(attention.reference, segment, q, k, v, g, visible)):
+    np.testing.assert_allclose(np.asarray(rough, np.float32), want, atol=0.03 * np.max(np.abs(want)))
+  tried = [shape for shape in used if shape[0] == 1]
+  assert len(tried) == 2 and (len(used) > 2) == (trouble == "none")   # two blocks of queries, each tried once
+  said = [r.getMessage() for r in caplog.records if "without cuDNN" in r.getMessage()]
+  assert len(said) == (0 if trouble == "none" else 2), said
+  used.clear()
+  with_gradients(lambda *given: attend(*given), segment, q, k, v, g, visible)   # float32: cuDNN has none
+  assert used == []
+  attention.cudnn_agrees.cache_clear()
+
+
 def test_a_text_sees_neither_its_neighbour_nor_the_padding():
   q, k, v, _, segment = problem(T=128)
   segment = segment[:, :128]

@@ -1,7 +1,9 @@
 """Causal attention over packed rows: a token sees the tokens of its own segment at the same or an earlier column.
 
   reference   logits held at once, softmax in float32; any device, any length
-  causal      the same without what lies above the diagonal, but for a few blocks on it: what a GPU gets
+  causal      the same without what lies above the diagonal, but for a few blocks on it: what a GPU gets. There each block of bfloat16 goes through
+              cuDNN's fused attention, which holds no logits, where that gives the reference and its gradients for this very shape when tried:
+              versions of it are missing, refuse shapes, or are silently wrong with grouped queries. (Not yet run on a GPU)
   blocked     block by block of 64 x 64 with the running softmax of FlashAttention (arXiv 2205.14135); blocks in which nobody sees anything are
               skipped, as the data have them: other texts of the row, padding, what is above the diagonal. Only the logarithm of each softmax's
               denominator is kept for the backward pass. What a CPU gets: in rows of 8 answers of 128 tokens six times as fast as `causal`
@@ -16,11 +18,13 @@ own rows and heads.
 import functools
 from typing import NamedTuple
 
+from absl import logging
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 from jax.sharding import PartitionSpec as P
+import numpy as np
 
 LANES = 128   # splash works on multiples of it
 QUERIES = 256   # at least so many a block in `causal`: each block is code of its own
@@ -177,11 +181,50 @@ def reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS:
   return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
 
 
+def _cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+  return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation="cudnn")
+
+
+def _fused(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+  """`reference`, by cuDNN where that can be trusted."""
+  short = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)   # cuDNN has no other
+  trusted = _platform() == "gpu" and short and cudnn_agrees(q_BTNH.shape[1:], k_BSKH.shape[1:], q_BTNH.dtype)
+  return (_cudnn if trusted else reference)(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+
+
+@functools.cache
+def cudnn_agrees(queries: tuple[int, int, int], keys: tuple[int, int, int], dtype) -> bool:
+  """Whether cuDNN gives the reference and its gradients, within the inputs' own rounding, on random [T, N, H] and [S, K, H] with two texts in the row
+  and a last token that sees nothing, which must stay finite. Tried on the device, once a shape; a warning says where it does not."""
+  draw = lambda seed, shape: np.random.default_rng(seed).normal(size=(1, *shape)).astype(np.float32)
+  (T, _, _), (S, _, _) = queries, keys
+  first = S - T + np.arange(T)   # of the last T columns
+  visible = (first[:, None] >= np.arange(S)) & ((np.arange(S) < S // 3) == (first < S // 3)[:, None])
+  real = np.arange(T)[:, None, None] < T - 1
+  visible &= real[:, :, 0]
+
+  def gradients(attend, exact):
+    cast = lambda x: jnp.asarray(x, dtype).astype(jnp.float32 if exact else dtype)
+    out, back = jax.vjp(lambda *qkv: attend(*qkv, jnp.asarray(visible[None])) * real.astype(dtype), *map(cast, (draw(0, queries), draw(1, keys), draw(2, keys))))
+    return [np.asarray(x, np.float32) for x in (out, *back(cast(draw(3, queries))))]
+
+  try:
+    with jax.ensure_compile_time_eval():
+      pairs = list(zip(gradients(_cudnn, False), gradients(reference, True)))
+    off = max(float(np.max(np.abs(got - want)) / np.max(np.abs(want))) for got, want in pairs)
+    why = "" if off <= 0.03 else f"off by {off:.2g} of the largest value"
+  except Exception as error:   # whatever it is, the other path works
+    why = f"{type(error).__name__}: {error}".splitlines()[0]
+  if why:
+    logging.warning("attention of queries %s on keys %s in %s without cuDNN: %s", queries, keys, jnp.dtype(dtype).name, why)
+  return not why
+
+
 def causal(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
   """`reference` where no token sees a later column: in up to four blocks of queries, each against the columns up to its end, for five eighths of the work."""
   T = q_BTNH.shape[1]
   block = max(-(-T // 4 // LANES) * LANES, QUERIES)
-  parts = [reference(q_BTNH[:, first:first + block], k_BTKH[:, :first + block], v_BTKH[:, :first + block], mask_BTS[:, first:first + block, :first + block])
+  parts = [_fused(q_BTNH[:, first:first + block], k_BTKH[:, :first + block], v_BTKH[:, :first + block], mask_BTS[:, first:first + block, :first + block])
            for first in range(0, T, block)]
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
