@@ -9,7 +9,8 @@ Arms:   sdpo, grpo; sdpo_extra, grpo_extra (larger groups: what counterfactual s
         pays for with updates.
 Notes:  note=full is "If you had tried X instead of Y, you would have received Z". Arithmetic's tiny model has read such notes before (configs/pretrain_tiny.py,
         start=): of 203 failed attempts at held-out questions with two failed alternatives the untrained teacher, greedy, solves 68.0 % given feedback
-        alone and 73.4 % with both notes. TinyCode's has not, and can make nothing of them (45 % given feedback, 11 % with notes, 35 % with Z alone, of 111),
+        alone and 73.4 % with both notes; of 129 67.4 % given feedback alone, 73.6 % with both, 76.7 % with Z alone, and 48.8 % with notes whose feedback the
+        policy imagined (45 % of it wrong, 17 % in its verdict), which mislead. TinyCode's has not, and can make nothing of them (45 % given feedback, 11 % with notes, 35 % with Z alone, of 111),
         nor imagine a verdict: its default is note=feedback, Z alone, in the words in which it has read feedback before.
 Data:   domain=tinycode and arithmetic make their own questions, for the tiny models of the package; coding and math_qa are those of configs/coding.py
         (livecodebench) and configs/math_qa.py (GSM8K) and their models.
