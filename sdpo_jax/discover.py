@@ -382,6 +382,10 @@ class Solver:
 def check(c) -> None:
   """ValueError for settings that this mode cannot run with."""
   d = c.discover
+  if not d.arms or len(set(d.arms)) < len(d.arms) or len(set(d.indices)) < len(d.indices):
+    raise ValueError(f"config.discover.arms={tuple(d.arms)} must name at least one, and neither arms nor config.discover.indices={tuple(d.indices)} one twice")
+  if d.tokens < 0:
+    raise ValueError(f"config.discover.tokens={d.tokens} must be at least 0 (0: no limit)")
   for arm in d.arms:
     if arm not in ARMS:
       raise ValueError(f"config.discover.arms={arm!r} is unknown; choose from {list(ARMS)}")

@@ -1,9 +1,9 @@
-"""What the runs of discover.jsonl say: discovery@k with intervals, what it cost, and how few attempts reach the baseline. NumPy only.
+"""What the runs of discover.jsonl say: discovery@k with intervals, what it cost, and how few attempts reach the baseline.
 
 discovery@k = P(first success within k attempts): mean over questions of the share of their seeds. Default convention (arXiv 2601.20802): a run
 that ended without a success, for whatever reason, counts as not found at every k. Beside it stands the Kaplan-Meier estimate, which takes
 a run that ended early (its tokens were spent) for censored: its failure is known only up to the attempts that it made. Where every unsolved
-run made all attempts of the budget, the two are equal. Means per run (attempts, tokens) end at the first success, best_of_k's too. best_of_k's discovery@k is the unbiased pass@k of its n = budget attempts.
+run made all attempts of the budget, the two are equal. Means per run (attempts, tokens) end at the first success, best_of_k's too. best_of_k's discovery@k is the unbiased pass@k of the n attempts that it made.
 
 Intervals are 90 % bootstrap intervals over questions; a question takes its seeds with it, since seeds are nested in questions.
 "Attempts to reach": the least k at which a learning arm's discovery@k is at least best_of_k's at its whole budget; in each draw both are taken over the same
@@ -75,7 +75,7 @@ def summarise(lines: list[dict], budget: int, *, difficulty: dict[str, float] | 
 
 
 def compare(lines: list[dict], budget: int, *, arm: str = "sdpo", level: float, draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:
-  """How little a learning arm needs to reach what best_of_k finds with its whole budget; and both at a third of it against the whole."""
+  """How little a learning arm needs to reach what best_of_k finds with its whole budget; and what it finds in a third of it."""
   learned, sampled = (by_question([line for line in lines if line["arm"] == arm]) for arm in (arm, "best_of_k"))
   questions = [q for q in learned if q in sampled]
   target_Q = np.array([discovery("best_of_k", sampled[q], budget) for q in questions])

@@ -49,19 +49,23 @@ def run_grid(grid: dict[str, list[str]], root: pathlib.Path, jobs: int) -> list[
   cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
   share = {slot: cores[slot::jobs] or cores for slot in range(jobs)}
   waiting, running, failed = list(grid.items()), {}, []
-  while waiting or running:
-    for slot in range(jobs):
-      if slot not in running and waiting:
-        name, arguments = waiting.pop(0)
-        running[slot] = name, launch(root / name, arguments, share[slot]), time.monotonic()
-    time.sleep(0.2)
-    for slot, (name, process, begun) in list(running.items()):
-      if process.poll() is not None:
-        del running[slot]
-        if process.returncode:
-          failed.append(name)
-        print(f"{name}: {'done' if process.returncode == 0 else f'failed with status {process.returncode}, see {root / name}/run.log'} "
-              f"after {time.monotonic() - begun:.0f} s, {len(waiting) + len(running)} to go", flush=True)
+  try:
+    while waiting or running:
+      for slot in range(jobs):
+        if slot not in running and waiting:
+          name, arguments = waiting.pop(0)
+          running[slot] = name, launch(root / name, arguments, share[slot]), time.monotonic()
+      time.sleep(0.2)
+      for slot, (name, process, begun) in list(running.items()):
+        if process.poll() is not None:
+          del running[slot]
+          if process.returncode:
+            failed.append(name)
+          print(f"{name}: {'done' if process.returncode == 0 else f'failed with status {process.returncode}, see {root / name}/run.log'} "
+                f"after {time.monotonic() - begun:.0f} s, {len(waiting) + len(running)} to go", flush=True)
+  finally:
+    for _, process, _ in running.values():   # none, unless one could not be started or this one is interrupted
+      process.terminate()
   return failed
 
 

@@ -69,7 +69,7 @@ def blame_disk(workdir):
       raise
     step = checkpoint.latest_step(workdir)
     raise RunError(f"{error.strerror}: {error.filename or workdir} could not be written. Make room, then run the same command again: "
-                   + ("no checkpoint is complete yet" if step is None else f"it goes on from the checkpoint of step {step}, the last complete one")) from error
+                   + ("it goes on from what is complete" if step is None else f"it goes on from the checkpoint of step {step}, the last complete one")) from error
 
 
 class Wired(NamedTuple):
@@ -221,7 +221,7 @@ def model_shape(path: str) -> ModelConfig:
 
 
 def same_run(workdir: pathlib.Path, c, *, begun: bool) -> None:
-  """A work directory belongs to one configuration; only the number of steps may grow, and that of questions at a time change. ValueError names the first difference."""
+  """A work directory belongs to one configuration; only the number of steps and that of questions at a time may change. ValueError names the first difference."""
   path = workdir / "config.json"
   if not begun or not path.exists():
     return

@@ -81,7 +81,7 @@ def test_blocks_of_queries_give_the_reference_and_its_gradients(T):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("trouble", ["none", "refuses", "ungrouped"])
+@pytest.mark.parametrize("trouble", ["none", "refuses", "ungrouped", "no gradient"])
 def test_cudnn_is_used_where_it_gives_the_reference(trouble, monkeypatch, caplog):
   """On a GPU each shape is tried first, in the middle of tracing: a library that is missing, refuses, or forgets to group queries costs a warning."""
   used = []
@@ -92,12 +92,15 @@ def test_cudnn_is_used_where_it_gives_the_reference(trouble, monkeypatch, caplog
       raise RuntimeError("cuDNN is not detected")
     if trouble == "ungrouped":   # heads of queries and keys paired in the wrong order
       k, v = (jnp.flip(x, axis=2) for x in (k, v))
-    return attention.reference(q, k, v, mask)
+    out = attention.reference(q, k, v, mask)
+    return spoil(out) if trouble == "no gradient" else out
 
+  spoil = jax.custom_vjp(lambda x: x)   # the right values, and NaN for gradients
+  spoil.defvjp(lambda x: (x, None), lambda _, g: (jnp.nan * g,))
   monkeypatch.setattr(attention, "_cudnn", cudnn)
   monkeypatch.setattr(attention, "_platform", lambda: "gpu")
   attention.cudnn_agrees.cache_clear()
-  q, k, v, g, segment = problem(T=300, N=4, K=2)
+  q, k, v, g, segment = problem(T=300, B=3, N=4, K=2)
   visible = attention.mask(segment, segment.shape)
   assert attention.seen(visible).blocks_BIJ is None
   attend = lambda *given: attention.packed(*given[:3], attention.seen(given[3]))
@@ -106,7 +109,7 @@ def test_cudnn_is_used_where_it_gives_the_reference(trouble, monkeypatch, caplog
   assert got[0].dtype == jnp.bfloat16
   for rough, want in zip(got, with_gradients(attention.reference, segment, q, k, v, g, visible)):
     np.testing.assert_allclose(np.asarray(rough, np.float32), want, atol=0.03 * np.max(np.abs(want)))
-  tried = [shape for shape in used if shape[0] == 1]
+  tried = [shape for shape in used if shape[0] == 2]
   assert len(tried) == 2 and (len(used) > 2) == (trouble == "none")   # two blocks of queries, each tried once
   said = [r.getMessage() for r in caplog.records if "without cuDNN" in r.getMessage()]
   assert len(said) == (0 if trouble == "none" else 2), said

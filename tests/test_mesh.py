@@ -25,7 +25,7 @@ from tests import fakes
 
 ROOT = pathlib.Path(__file__).parent.parent
 BLEND = methods.row("sdpo") | dict(advantage=dict(name="group_mean"), surrogate=dict(name="clipped"), policy_share=0.3)
-SIZES = dict(vocab=296, heads=8, kv_heads=8)   # every axis divides by every part of eight
+SIZES = dict(vocab=296, heads=16, kv_heads=8)   # every axis divides by every part of eight; queries are grouped
 MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
 FAST = [(1, 8, 1), (1, 1, 8), (2, 2, 2)]
 
@@ -35,7 +35,7 @@ def gradient(mesh, batch, *, micro_batches=1):
   config, params = fakes.toy_model(0, **SIZES)
   _, teacher = fakes.toy_model(1, **SIZES)
   objective, tx = make_objective(BLEND), optax.sgd(1024.0)
-  step = make_train_step(make_signals(config, objective), objective, tx, micro_batches=micro_batches, recompute_old=True)
+  step = make_train_step(make_signals(config, objective, remat="dots"), objective, tx, micro_batches=micro_batches, recompute_old=True)
   state = init_state(params, tx)._replace(teacher=teacher)
   if mesh is None:
     new, said = jax.jit(step)(state, batch)

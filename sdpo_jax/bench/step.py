@@ -9,12 +9,13 @@ Every case runs in a child process of its own. One JSON object a line as they co
 
   time_s           shortest of --repeats steps after one warm-up, wall clock; cpu_s: processor seconds of that step, all threads
   tokens_per_s     tokens of student texts (each response with its prompt, no padding) / time_s;  useful: share of columns that hold text, both halves
-  mfu              operations of the step's matrix products, recomputation included / time_s / matrix_tflops, the rate of a large product here
+  mfu              operations of the step's matrix products but attention's, recomputation included / time_s / matrix_tflops, the rate of a large
+                   product here. (How much attention computes depends on the data on a CPU and on cuDNN on a GPU; it is not counted, or less than all)
   forward_s, pair_s, signals_s   the student's half alone, both halves, and those with the divergence; each a program of its own
   temporaries_mb   what the compiled step allocates beside arguments and results (the compiler's own figure)
   peak_mb          on CPU: highest resident memory of the whole process; on GPU and TPU: highest device memory in use
 
-MB = 10^6 bytes. On CPU a batch of SHAPE:equal wants --micro_batches=4, a group each: logits of few tokens are kept instead of computed twice.
+MB = 10^6 bytes. results/step_cpu.json: small:equal with --micro_batches=4 and small:heavy with 2, one core of a Xeon at real-time priority. On CPU a batch of SHAPE:equal wants --micro_batches=4, a group each: logits of few tokens are kept instead of computed twice.
 """
 
 import argparse

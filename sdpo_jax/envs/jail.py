@@ -95,6 +95,8 @@ def main():
 def _lock_down(config):
   """Imports, then gives up what the tests must not have. The order matters: the files may be out of reach afterwards."""
   few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+  if most < MAX_OPEN_FILES:
+    raise OSError(f"this user may open only {most} files (hard limit), and {MAX_OPEN_FILES} are needed")
   if few < MAX_OPEN_FILES:   # the caller's own limit, which may be lower than what a test's descriptors need
     resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, most))
   sys.path[:] = config["path"]

@@ -2,7 +2,7 @@
 
   reference   logits held at once, softmax in float32; any device, any length
   causal      the same without what lies above the diagonal, but for a few blocks on it: what a GPU gets. There each block of bfloat16 goes through
-              cuDNN's fused attention, which holds no logits, where that gives the reference and its gradients for this very shape when tried:
+              cuDNN's fused attention, which holds no logits, where that gives the reference and its gradients for these lengths and heads when tried:
               versions of it are missing, refuse shapes, or are silently wrong with grouped queries. (Not yet run on a GPU)
   blocked     block by block of 64 x 64 with the running softmax of FlashAttention (arXiv 2205.14135); blocks in which nobody sees anything are
               skipped, as the data have them: other texts of the row, padding, what is above the diagonal. Only the logarithm of each softmax's
@@ -69,9 +69,9 @@ def seen(mask_BTS: jax.Array) -> Seen:
 
 
 def packed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, who: Seen) -> jax.Array:
-  """Attention over packed rows off TPU: `blocked` on a CPU whose mesh, if any, divides rows and key heads; else `causal`."""
-  (B, T, K, _), mesh = k_BTKH.shape, jax.sharding.get_abstract_mesh()
-  if who.blocks_BIJ is None or not (mesh.empty or (K % mesh.shape["tensor"] == 0 and B % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0)):
+  """Attention over packed rows where splash is not used: `blocked` on a CPU, if its mesh divides the rows; else `causal`."""
+  (B, T, _, _), mesh = k_BTKH.shape, jax.sharding.get_abstract_mesh()
+  if who.blocks_BIJ is None or not (mesh.empty or B % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0):
     return causal(q_BTNH, k_BTKH, v_BTKH, who.mask_BTS[:, :T, :T])
   if mesh.empty:
     return blocked(q_BTNH, k_BTKH, v_BTKH, who)
@@ -188,15 +188,17 @@ def _cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: ja
 def _fused(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
   """`reference`, by cuDNN where that can be trusted."""
   short = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)   # cuDNN has no other
-  trusted = _platform() == "gpu" and short and cudnn_agrees(q_BTNH.shape[1:], k_BSKH.shape[1:], q_BTNH.dtype)
+  shards = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+  of_a_device = lambda x: (x.shape[1], x.shape[2] // shards, x.shape[3])
+  trusted = _platform() == "gpu" and short and cudnn_agrees(of_a_device(q_BTNH), of_a_device(k_BSKH), q_BTNH.dtype)
   return (_cudnn if trusted else reference)(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
 
 
 @functools.cache
 def cudnn_agrees(queries: tuple[int, int, int], keys: tuple[int, int, int], dtype) -> bool:
-  """Whether cuDNN gives the reference and its gradients, within the inputs' own rounding, on random [T, N, H] and [S, K, H] with two texts in the row
+  """Whether cuDNN gives the reference and its gradients, within the inputs' own rounding, on two random rows [T, N, H] and [S, K, H] with two texts each
   and a last token that sees nothing, which must stay finite. Tried on the device, once a shape; a warning says where it does not."""
-  draw = lambda seed, shape: np.random.default_rng(seed).normal(size=(1, *shape)).astype(np.float32)
+  draw = lambda seed, shape: np.random.default_rng(seed).normal(size=(2, *shape)).astype(np.float32)
   (T, _, _), (S, _, _) = queries, keys
   first = S - T + np.arange(T)   # of the last T columns
   visible = (first[:, None] >= np.arange(S)) & ((np.arange(S) < S // 3) == (first < S // 3)[:, None])
@@ -205,13 +207,13 @@ def cudnn_agrees(queries: tuple[int, int, int], keys: tuple[int, int, int], dtyp
 
   def gradients(attend, exact):
     cast = lambda x: jnp.asarray(x, dtype).astype(jnp.float32 if exact else dtype)
-    out, back = jax.vjp(lambda *qkv: attend(*qkv, jnp.asarray(visible[None])) * real.astype(dtype), *map(cast, (draw(0, queries), draw(1, keys), draw(2, keys))))
+    out, back = jax.vjp(lambda *qkv: attend(*qkv, jnp.broadcast_to(visible, (2, T, S))) * real.astype(dtype), *map(cast, (draw(0, queries), draw(1, keys), draw(2, keys))))
     return [np.asarray(x, np.float32) for x in (out, *back(cast(draw(3, queries))))]
 
   try:
     with jax.ensure_compile_time_eval():
       pairs = list(zip(gradients(_cudnn, False), gradients(reference, True)))
-    off = max(float(np.max(np.abs(got - want)) / np.max(np.abs(want))) for got, want in pairs)
+    off = float(np.max([np.max(np.abs(got - want)) / np.max(np.abs(want)) for got, want in pairs]))   # NaN if one is
     why = "" if off <= 0.03 else f"off by {off:.2g} of the largest value"
   except Exception as error:   # whatever it is, the other path works
     why = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -37,7 +37,7 @@ from sdpo_jax.kernels.distill_kl_ref import DistillKL
 from sdpo_jax.kernels.distill_kl_sweeps import distill
 
 ONE_BLOCK_ENTRIES = 2**22      # X * V up to here: plan `one`, 16 MB for each of the two logit arrays kept
-CPU_ONE_BLOCK_ENTRIES = 2**26  # the same on CPU, where four more products cost more than 256 MB are worth
+CPU_ONE_BLOCK_ENTRIES = 2**26  # the same on CPU, where two to four more products cost more than 256 MB are worth
 BLOCK_ENTRIES = 2**27          # logits in any other block: 512 MB for each of the two arrays
 CPU_BLOCK_ENTRIES = 2**21      # logits in a block of the vocabulary on CPU: 8 MB, near the caches
 

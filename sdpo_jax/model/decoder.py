@@ -308,7 +308,7 @@ def _layer(config: ModelConfig, stream: _Stream, x_BTD, layer: dict, slides) -> 
 _policies = jax.checkpoint_policies
 REMAT = {   # what a layer keeps for the backward pass; the rest is computed again
     "none": None,    # everything, gathered weights included
-    "dots": _policies.save_from_both_policies(_policies.dots_saveable, _policies.save_only_these_names(attention.KEPT)),   # products and attention: norms,
+    "dots": _policies.save_from_both_policies(_policies.dots_saveable, _policies.save_only_these_names(attention.KEPT)),   # products and attention, but not cuDNN's: norms,
                      # rotations and activations cost little, and on a CPU less than writing and reading what they give
     "block": _policies.nothing_saveable,   # its input alone
 }
