@@ -204,6 +204,7 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path, module, source):
                                                ("science_mcq", "data/sciknoweval/chemistry.train.jsonl: no such file")])
 def test_missing_data_are_told_before_a_model_is_looked_for(monkeypatch, tmp_path, capsys, config_file, said):
   monkeypatch.setitem(sys.modules, "datasets", None)
+  monkeypatch.delenv("SDPO_JAX_DATA", raising=False)   # where the rows would be
   root = pathlib.Path(__file__).parent.parent
   monkeypatch.chdir(tmp_path)
   assert main.main(["main", f"--config={root}/configs/{config_file}.py", "--config.model.path=/nowhere/model", "--workdir=run"]) == 2
