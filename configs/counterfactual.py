@@ -30,22 +30,22 @@ Result: TinyCode, three seeds, avg@4 over 100 questions each, at 41 to 46 thousa
         No gain. Notes of siblings, which cost nothing, change nothing; samples beside the rollouts cost updates that are worth more. With as many updates
         and no more tokens, counterfactual is 1.8 points ahead of sdpo_extra held-out (in every seed), 5 behind on adversarial paraphrases. These teachers
         cannot read notes (above; imagined verdicts had 64 tokens then), so this says what Z alone does for them. The next table is of one that can.
-        Arithmetic, seeds as given (the grid was stopped there), at 111 to 115 thousand generated tokens; base model 27.5 %, 38.8 %, 23.3 %. Last: thousands of
+        Arithmetic, three seeds, at 110 to 115 thousand generated tokens; base model 27.5 %, 38.8 %, 23.3 %. Last: thousands of
         tokens until 80 % held-out, between evaluations, for each seed.
                               seeds  held-out               unseen                 adversarial            80 % after
         sdpo                      3  93.1 (89.5 to 95.0)    87.9 (87.0 to 89.2)    87.2 (80.8 to 90.5)    51 50 45
-        counterfactual_siblings   2  91.9 (91.5 to 92.2)    87.0 (84.2 to 89.8)    82.6 (80.5 to 84.8)    60 51
+        counterfactual_siblings   3  91.8 (91.5 to 92.2)    87.6 (84.2 to 89.8)    82.8 (80.5 to 84.8)    60 51 52
         counterfactual            3  90.8 (89.8 to 92.2)    85.9 (85.0 to 86.5)    84.2 (78.8 to 87.2)    64 66 71
-        counterfactual_imagined   2  84.0 (78.8 to 89.2)    81.1 (76.8 to 85.5)    77.4 (70.8 to 84.0)    82 never
+        counterfactual_imagined   3  86.9 (78.8 to 92.8)    81.8 (76.8 to 85.5)    79.3 (70.8 to 84.0)    82 never 63
         sdpo_extra                3  80.9 (75.8 to 90.8)    79.2 (76.0 to 82.5)    79.2 (76.2 to 83.0)    71 never never
-        grpo_extra                1  31.0                   45.0                   32.0                   never
-        grpo                      1  28.0                   42.0                   30.0                   never
+        grpo_extra                3  31.4 (29.0 to 34.2)    41.6 (37.0 to 45.0)    32.2 (27.5 to 37.2)    never in any
+        grpo                      3  30.7 (27.3 to 36.8)    41.6 (38.8 to 44.0)    31.0 (27.3 to 35.8)    never in any
         No gain over plain SDPO here either: counterfactual ends 5.2 and 4.5 points behind it held-out and 2.8 ahead (seed by seed), 1 to 3 behind on unseen
-        compositions in every seed, and takes 1.3 to 1.6 times the tokens to 80 %; siblings' notes, which are free, end 3 behind in both seeds. At the
-        same extra samples it does better than sdpo_extra: -1.0, 14.5 and 16.0 points held-out, 4 to 10 unseen (with 94 updates against 80: where few fail, few
-        alternatives are drawn). Imagined feedback was wrong in 67 and 76 % of the cases, its verdict in 34 and 33 % (means over steps). GRPO finds no
-        footing: one seed. Missing: seed 2 of siblings and imagined, seeds 1 and 2 of both GRPO arms. The share of tokens beside the rollouts was set from
-        a run of seed 0. Every run: experiments/results/counterfactual/curves.json.
+        compositions in every seed, and takes 1.3 to 1.6 times the tokens to 80 %; siblings' notes, which are free, end 2.8 and 3.2 behind and 2.0 ahead, and
+        take up to 1.2 times. At the same extra samples it does better than sdpo_extra: -1.0, 14.5 and 16.0 points held-out, 4 to 10 unseen (with 94
+        updates against 80: where few fail, few alternatives are drawn). Imagined feedback was wrong in 67 to 76 % of the cases, its verdict in 33 to 34 %
+        (means over steps). GRPO finds no footing. The share of tokens beside the rollouts was set from a run of seed 0. Every run:
+        experiments/results/counterfactual/curves.json.
 """
 
 import os
