@@ -8,7 +8,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "sdpo_jax"
 
 LEVELS = {   # a folder's level holds for its files unless they have their own
-    "records": 0, "stats": 0, "sharding": 0, "hosts": 0, "kernels": 0,
+    "records": 0, "stats": 0, "sharding": 0, "hosts": 0, "memory": 0, "kernels": 0,
     "model": 1, "objectives": 1, "envs": 1, "data/chat": 1, "metrics": 1,
     "sampler": 2, "remote": 2, "monitors": 2, "train_step": 2, "data": 2, "checkpoint": 2,
     "rollout": 3, "counterfactual": 3.5,
