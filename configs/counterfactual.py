@@ -10,13 +10,13 @@ Arms:   sdpo, grpo; sdpo_extra, grpo_extra (larger groups: what counterfactual s
 Notes:  note=full is "If you had tried X instead of Y, you would have received Z". Arithmetic's tiny model has read such notes before (configs/pretrain_tiny.py,
         start=): of 203 failed attempts at held-out questions with two failed alternatives the untrained teacher, greedy, solves 68.0 % given feedback
         alone and 73.4 % with both notes; of 129 67.4 % given feedback alone, 73.6 % with both, 76.7 % with Z alone, and 48.8 % with notes whose feedback the
-        policy imagined (45 % of it wrong, 17 % in its verdict), which mislead. TinyCode's has not, and can make nothing of them (45 % given feedback, 11 % with notes, 35 % with Z alone, of 111),
-        nor imagine a verdict: its default is note=feedback, Z alone, in the words in which it has read feedback before.
+        policy imagined (45 % of it wrong, 17 % in its verdict), which mislead. TinyCode's has not, and can make nothing of them (45 % given
+        feedback, 11 % with notes, 35 % with Z alone, of 111), nor imagine a verdict: its default is note=feedback, Z alone, in the words in which it has read feedback before.
 Data:   domain=tinycode and arithmetic make their own questions, for the tiny models of the package; coding and math_qa are those of configs/coding.py
         (livecodebench) and configs/math_qa.py (GSM8K) and their models.
 Cost:   TinyCode: 130 s (grpo_extra) to 230 s (counterfactual_imagined) on one core that was not idle, a third to a half of it compilation, which
         JAX_COMPILATION_CACHE_DIR spares all runs but the first. Arithmetic: 91 s (grpo) to 253 s
-        (counterfactual_imagined), likewise. Coding and maths have not been measured.
+        (counterfactual_imagined), likewise; the last runs, beside a test run, up to 431 s. Coding and maths have not been measured.
 Result: TinyCode, three seeds, avg@4 over 100 questions each, at 41 to 46 thousand generated tokens: mean (lowest to highest). Base model 38.5 % held-out,
         24.3 % unseen, 35.5 % adversarial. Intervals of one run over its questions are about 9 points to either side.
                                      held-out               unseen                 adversarial

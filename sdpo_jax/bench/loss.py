@@ -37,7 +37,8 @@ import math
 import os
 import subprocess
 import sys
-import time
+
+from sdpo_jax.bench.timing import best
 
 SHAPES = {"cpu": "1024x256x151936,1024x128x704",
           "gpu": "8192x1024x151936,8192x2048x151936,8192x4096x151936",
@@ -147,17 +148,6 @@ def _problem(shape, dtype):
   return [normal(X, D), head(), normal(X, D), head(), rng.integers(0, V, X).astype(np.int32)]
 
 
-def _best(run, repeats):
-  """(wall seconds, processor seconds) of the fastest of several runs after a warm-up."""
-  run()
-  times = []
-  for _ in range(repeats):
-    wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    times.append((time.perf_counter() - wall, time.process_time() - cpu))
-  return min(times)
-
-
 def _resident_peak():
   import resource
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
@@ -186,7 +176,7 @@ def _jax(problem, alpha, implementation, device, repeats, checked):
   gradients = jax.grad(lambda *args: loss(*args)[0], argnums=(0, 1))
   step = jax.jit(gradients).lower(*inputs).compile()
   jax.block_until_ready(inputs)
-  wall, cpu = _best(lambda: jax.block_until_ready(step(*inputs)), repeats)
+  wall, cpu = best(lambda: jax.block_until_ready(step(*inputs)), repeats)
   input_bytes = sum(x.nbytes for x in inputs)
   here = jax.devices()[0]
   peak = _resident_peak() if here.platform == "cpu" else here.memory_stats()["peak_bytes_in_use"]
@@ -194,7 +184,7 @@ def _jax(problem, alpha, implementation, device, repeats, checked):
   n = 2048 if here.platform == "cpu" else 8192
   a = jax.random.normal(jax.random.key(0), (n, n)).astype(checked[0].dtype)
   product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-  rate = 2 * n**3 / _best(lambda: product(a).block_until_ready(), repeats)[here.platform == "cpu"] / 1e12
+  rate = 2 * n**3 / best(lambda: product(a).block_until_ready(), repeats)[here.platform == "cpu"] / 1e12
 
   both = lambda name: jax.jit(jax.value_and_grad(functools.partial(loss, name=name), argnums=(0, 1), has_aux=True))
   (_, got), got_grads = both(name)(*checked)
@@ -241,12 +231,12 @@ def _peer(problem, alpha, implementation, device, repeats, checked):
 
   inputs = tensors(problem)
   input_bytes = sum(x.nbytes for x in inputs)
-  wall, cpu = _best(lambda: run(*inputs), repeats)
+  wall, cpu = best(lambda: run(*inputs), repeats)
   peak = _resident_peak() if where == "cpu" else torch.cuda.max_memory_allocated()
   del inputs
   n = 2048 if where == "cpu" else 8192
   a = torch.randn(n, n, dtype=dtype, device=where)
-  rate = 2 * n**3 / _best(lambda: (a @ a, wait()), repeats)[where == "cpu"] / 1e12
+  rate = 2 * n**3 / best(lambda: (a @ a, wait()), repeats)[where == "cpu"] / 1e12
 
   numpy = lambda x: x.detach().float().cpu().numpy()
   exact = [torch.from_numpy(x.astype(np.float32)) for x in checked[:4]]  # on the CPU: no shortened products

@@ -23,7 +23,8 @@ import json
 import os
 import subprocess
 import sys
-import time
+
+from sdpo_jax.bench.timing import best
 
 SHAPES = {  # name: sizes of a Qwen3-like decoder
     "tiny": dict(width=256, layers=4, heads=4, kv_heads=2, head_dim=64, ff_width=704, vocab=4096),
@@ -134,17 +135,6 @@ def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32):
   return batch
 
 
-def _best(run, repeats):
-  """(wall seconds, processor seconds) of the fastest of several runs after a warm-up."""
-  run()
-  times = []
-  for _ in range(repeats):
-    wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    times.append((time.perf_counter() - wall, time.process_time() - cpu))
-  return min(times)
-
-
 def _measure(*, case, device, responses, micro_batches, remat, repeats):
   import resource
 
@@ -176,7 +166,7 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
     state, _ = step(state, batch)
     jax.block_until_ready(state)
 
-  wall, cpu = _best(one, repeats)
+  wall, cpu = best(one, repeats)
   if jax.devices()[0].platform == "cpu":   # before the parts below, which are programs of their own
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   else:
@@ -186,11 +176,11 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
   student = jax.jit(lambda s, b: run_rows(one(s.params), b.student))
   parts = {"forward_s": (student, first), "pair_s": (jax.jit(lambda s, b: forward_pair(s.params, s.teacher, model, b)[::2]), first),
            "signals_s": (jax.jit(make_score(signals, micro_batches)), batch)}
-  timed = {name: _best(lambda f=f, b=b: jax.block_until_ready(f(state, b)), repeats)[0] * (1 if b is batch else micro_batches) for name, (f, b) in parts.items()}
+  timed = {name: best(lambda f=f, b=b: jax.block_until_ready(f(state, b)), repeats)[0] * (1 if b is batch else micro_batches) for name, (f, b) in parts.items()}
   n = 2048 if device == "cpu" else 8192
   a = jnp.ones((n, n), dtype)
   product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-  rate = 2 * n**3 / _best(lambda: product(a).block_until_ready(), repeats)[0]
+  rate = 2 * n**3 / best(lambda: product(a).block_until_ready(), repeats)[0]
   halves = (batch.student, batch.teacher)
   return dict(case=case, device=device, responses=responses, micro_batches=micro_batches, remat=remat, dtype=dtype, time_s=wall, cpu_s=cpu,
               tokens_per_s=sum(p + n for p, _, n in lengths) / wall, useful=float(sum((h.segment_CPT > 0).sum() for h in halves) / sum(h.segment_CPT.size for h in halves)),
