@@ -54,7 +54,7 @@ import jax
 import numpy as np
 
 from sdpo_jax import checkpoint, discovery, sharding, stats
-from sdpo_jax.data.batch import MAX_SHAPES, Shape, bucket, pack
+from sdpo_jax.data.batch import Shape, Shapes, bucket, pack
 from sdpo_jax.data.tasks import RowEnv, first_tasks
 from sdpo_jax.metrics import write_atomically
 from sdpo_jax.objectives import methods
@@ -222,7 +222,7 @@ def calibrate(task: Task, *, below: float, attempts: int, collect: Callable, env
   return {"task_id": task.id, "attempts": n, "successes": c, "pass@64": pass_at_64, "used": n >= attempts and pass_at_64 < below}
 
 
-def fixed_shapes(rows: int, data, max_new_tokens: int, *, more: bool = False) -> list[Shape]:
+def fixed_shapes(rows: int, data, max_new_tokens: int, *, more: bool = False) -> Shapes:
   """Shapes of a pack of `rows` responses, one a row: whatever is sampled, one of them holds it, so that what a run computes depends on nothing that ran before.
 
   more: further readings by the teacher, of the same sizes. Responses up to max_new_tokens halved a few times; prompts up to their limits halved a few
@@ -235,8 +235,7 @@ def fixed_shapes(rows: int, data, max_new_tokens: int, *, more: bool = False) ->
           for r in down(max_new_tokens, data.response_multiple, halves)
           for p in down(data.max_prompt_tokens, data.length_multiple, halves)
           for t in down(data.max_teacher_tokens, data.length_multiple, [*halves, 0.75, 0.375])]
-  return shapes + shapes[:1] * MAX_SHAPES   # full: pack adds none
-
+  return Shapes(shapes, limit=len(shapes))
 
 def exact_difficulty(task: Task, programs: list[str], *, below: float, prompt: list[int], chat, logp: Callable) -> dict[str, Any]:
   """From the probability of the known solutions: a lower bound, in which solutions of another form are missing. logp([rollout]) -> nats each."""
@@ -278,7 +277,7 @@ class Taught(NamedTuple):
   """A learning arm: its method, the compiled step, the shapes that it is compiled for."""
   learn: Learner
   step: Callable
-  shapes: list[Shape]
+  shapes: Shapes
 
 
 def method_of(c, arm: str) -> dict:
@@ -332,7 +331,7 @@ class Solver:
       taught.learn.explore(self.w.collector, None, groups, sampling=self.sampling, seed=0, step=0, max_prompt_tokens=self.c.data.max_teacher_tokens)
     return self.make_batch(groups, taught.learn.parts, taught.shapes, taught.learn.counterfactual)
 
-  def make_batch(self, groups, parts: dict, shapes: list[Shape], counterfactual=None):
+  def make_batch(self, groups, parts: dict, shapes: Shapes, counterfactual=None):
     data = self.c.data
     return pack(groups, chat=self.w.chat, messages=self.env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"], counterfactual=counterfactual,
                 max_teacher_tokens=data.max_teacher_tokens, length_multiple=data.length_multiple, response_multiple=data.response_multiple,

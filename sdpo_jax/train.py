@@ -19,7 +19,7 @@ import numpy as np
 
 from sdpo_jax import checkpoint, hosts, monitors, report, sharding
 from sdpo_jax.config import validate
-from sdpo_jax.data.batch import Packed, Shape, pack
+from sdpo_jax.data.batch import Packed, Shape, Shapes, pack
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.tasks import RowEnv, TaskStream
 from sdpo_jax.evaluate import evaluate
@@ -125,7 +125,7 @@ def train(c, workdir: str) -> None:
       if c.rollout.questions * c.rollout.group % packs:
         raise ValueError(f"config.rollout.questions x group = {c.rollout.questions * c.rollout.group} responses do not divide into {packs} packs: "
                          "train.updates_per_batch x micro_batches x the mesh's data x fsdp")
-      host = {"tokens": 0, "alternatives": 0, "failed_batches": 0, "data": None, "shapes": []}
+      host = {"tokens": 0, "alternatives": 0, "failed_batches": 0, "data": None, "shapes": [], "owed": 0.0}
       stream = TaskStream(w.collector.env, "train", seed=c.seed)
       if latest is not None:
         state, stored = checkpoint.restore(workdir, state)
@@ -133,7 +133,7 @@ def train(c, workdir: str) -> None:
           raise ValueError(f"the checkpoint in {workdir} was written by another version: it holds {sorted(stored)}, this one needs {sorted(host)}; choose another --workdir")
         host = stored
         stream.restore(host["data"])
-        host["shapes"] = [Shape(*sizes) for sizes in host["shapes"]]
+    shapes = Shapes([Shape(*sizes) for sizes in host["shapes"]], host["owed"])
     places = None if w.mesh is None else jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(learn.step, donate_argnums=0, out_shardings=(places, w.everywhere))
     score = jax.jit(learn.score, out_shardings=w.everywhere)
@@ -163,7 +163,7 @@ def train(c, workdir: str) -> None:
     def make_batch(groups):
       packed = pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=learn.parts["teacher_context"], advantage=learn.parts["advantage"],
                     max_teacher_tokens=c.data.max_teacher_tokens, length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple,
-                    shapes=host["shapes"], updates=c.train.updates_per_batch, packs=packs, counterfactual=learn.counterfactual,
+                    shapes=shapes, updates=c.train.updates_per_batch, packs=packs, counterfactual=learn.counterfactual,
                     share_prefixes=jax.default_backend() != "tpu")   # splash knows no prefixes
       return packed._replace(metrics=packed.metrics | explored | skipped | {"data/copy_rate": monitors.copy_rate(packed.rollouts, packed.contexts, w.chat)})
 
@@ -194,7 +194,7 @@ def train(c, workdir: str) -> None:
       write_atomically(workdir / "rollouts" / f"step_{i:06d}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def save(i, state, host):
-      checkpoint.save(workdir, i, state, host | {"data": stream.state()}, keep=c.checkpoint.keep)
+      checkpoint.save(workdir, i, state, host | {"data": stream.state(), "shapes": shapes.known, "owed": shapes.owed}, keep=c.checkpoint.keep)
 
     try:
       run(state, host, total_steps=c.total_steps, next_tasks=lambda: stream.take(c.rollout.questions), collect=collect, make_batch=make_batch,

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from sdpo_jax import config, counterfactual, wiring
-from sdpo_jax.data.batch import pack
+from sdpo_jax.data.batch import Shapes, pack
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.envs.sandbox import Sandbox
 from sdpo_jax.envs.tinycode import SHOWN, TinyCode, program
@@ -191,7 +191,7 @@ def batches(method, groups):
   c.method = method
   learn = wiring.learner(c, fakes.toy_config(layers=1, width=16, heads=2, kv_heads=1))
   return learn, pack(groups, chat=CHAT, messages=lambda task: [{"role": "user", "content": task.prompt}], teacher_context=learn.parts["teacher_context"],
-                     advantage=learn.parts["advantage"], max_teacher_tokens=400, length_multiple=8, response_multiple=8, shapes=[], counterfactual=learn.counterfactual)
+                     advantage=learn.parts["advantage"], max_teacher_tokens=400, length_multiple=8, response_multiple=8, shapes=Shapes(), counterfactual=learn.counterfactual)
 
 
 def test_without_weight_or_alternatives_it_is_sdpo_bit_for_bit():

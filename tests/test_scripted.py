@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from sdpo_jax.config import ROWS
-from sdpo_jax.data.batch import Shape, pack
+from sdpo_jax.data.batch import Shape, Shapes, pack
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.tasks import first_tasks, with_rows
 from sdpo_jax.envs.base import ENVS, make_env
@@ -29,7 +29,7 @@ from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_t
 from tests import fakes
 
 CHAT = Chat(fakes.ByteTokenizer())
-SHAPES = [Shape(rows=4, length=768, teacher_rows=4, teacher_length=1280, tokens=640, responses=256)] * 6   # full: nothing else is compiled
+SHAPE = Shape(rows=4, length=768, teacher_rows=4, teacher_length=1280, tokens=640, responses=256)   # nothing else is compiled
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}   # for what is compiled to run twice
 IFEVAL = {"key": 1, "prompt": "Describe rain.", "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
           "kwargs": [{}, {"relation": "at least", "num_words": 4}]}
@@ -90,12 +90,12 @@ def machine(name):
   return init_state(params, tx, keep_teacher=name == "sdpo"), step, jax.jit(lambda state, batch: signals(state.params, state.teacher, batch).logp_BR)
 
 
-def batch_of(env, group, name, shapes=SHAPES, **context):
+def batch_of(env, group, name, shape=SHAPE, **context):
   parts = methods.build(methods.row(name))
   if context:
     parts["teacher_context"] = functools.partial(parts["teacher_context"], **context)
   return pack([group], chat=CHAT, messages=env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"], max_teacher_tokens=2000,
-              length_multiple=8, response_multiple=8, shapes=list(shapes))
+              length_multiple=8, response_multiple=8, shapes=Shapes([shape], limit=1) if shape else Shapes())
 
 
 def text_before(half, batch, b):
@@ -171,7 +171,7 @@ def test_every_method_runs_two_steps(name, sandbox, tmp_path):
   config, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
   row = methods.row(name)
   objective, teacher = make_objective(row), methods.build(row)["teacher_weights"]()
-  batch = batch_of(env, group, name, shapes=()).batch
+  batch = batch_of(env, group, name, shape=None).batch
   assert batch.distill_B.any() == objective.needs_teacher
   tx = make_optimizer(name="adamw", lr=1e-3, warmup_steps=0, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
   step = jax.jit(make_train_step(make_signals(config, objective, mix=teacher.mix), objective, tx, teacher_move=teacher.move), compiler_options=QUICK)

@@ -103,7 +103,7 @@ def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32):
   """Random tokens of these lengths, packed as training packs them; `group` consecutive rows answer one question, read once a row if share."""
   import numpy as np
 
-  from sdpo_jax.data.batch import Text, balanced_order, begin_alike, choose_shape, first_fit, lay_out
+  from sdpo_jax.data.batch import Shapes, Text, balanced_order, begin_alike, choose_shape, first_fit, lay_out
   from sdpo_jax.records import Rows, TrainBatch
 
   order = balanced_order([p + n for p, _, n in lengths], group, 1, packs)
@@ -120,7 +120,7 @@ def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32):
     return known, cut(texts), cut(starts)
 
   student, teacher = read([p for p, _, _ in lengths]), read([q for _, q, _ in lengths])
-  shape = choose_shape(student[0], teacher[0], cut([n for _, _, n in lengths]), [], length_multiple=length_multiple, response_multiple=8)
+  shape = choose_shape(student[0], teacher[0], cut([n for _, _, n in lengths]), Shapes(), length_multiple=length_multiple, response_multiple=8)
 
   def half(read, rows, length):
     laid = [lay_out(first_fit(known, length), known, texts, starts, at_C, rows, length, shape.tokens, 0) for known, texts, starts, at_C in zip(*read, cut(at))]

@@ -4,8 +4,8 @@ Several texts share a row of fixed length, told apart by segment ids, so that sh
 teacher rows are packed apart and linked by the response tokens' columns. Responses to one question begin alike; where asked, what they share stands once a row. The batch is cut into packs (see TrainBatch), each for one
 micro-batch on one device. Within an optimiser update whole questions are dealt to its packs so that all hold about as many tokens.
 
-Every new shape is a compilation of the train step. `shapes` holds those used so far: one of them is used again where it fits and wastes
-little; once there are MAX_SHAPES, wherever it fits, and where none does the next one holds all that was ever seen. It belongs to the run's state: a resumed run must choose the same shapes to write the same metrics.
+Every new shape is a compilation of the train step, so one used before is used again wherever it fits, until what that wasted would have paid for a
+compilation, as one who does not know how often he will ski rents until the rent would have bought the skis. Lengths drift as a policy learns.
 Over-long teacher prompts: the feedback is shortened first, then the solution; the question, the closing instruction and the
 generation header are never touched. What was shortened is counted.
 """
@@ -21,8 +21,9 @@ from sdpo_jax.objectives.teacher_context import Context
 from sdpo_jax.records import Counterfactual, Rollout, Rows, Status, TaskError, TrainBatch
 
 CUT = "\n[...]\n"
-MAX_SHAPES = 6          # about one for every doubling of length that a run may see, and a few to grow into
-REUSE = 1.15            # a shape used before is taken where it costs at most this times the best new one
+MAX_SHAPES = 16
+COMPILATION = 10.0      # what a compilation costs, in steps (tiny models on CPU: 4 s against 0.4 s; the largest models: fewer)
+WASTE = 0.15            # a new shape has room to grow into: where it would save no more than this, none is made
 ATTENTION_TOKENS = 8192  # row length at which attention costs about as much as a layer's matrix products (width 1,000): longer rows pack better but cost more
 
 
@@ -89,6 +90,14 @@ class Shape(NamedTuple):
     return 3.0 * half(self.rows, self.length) + half(self.teacher_rows, self.teacher_length) + half(self.more_rows, self.more_length) + 3.0 * self.tokens
 
 
+@dataclasses.dataclass
+class Shapes:
+  """Those that a run has used. Its state: a resumed run has to choose the same ones to compute the same."""
+  known: list[Shape] = dataclasses.field(default_factory=list)
+  owed: float = 0.0         # steps' worth of waste, since the last one was added, that a better one would have spared
+  limit: int = MAX_SHAPES   # of `known`; then one more, which holds all that was ever seen, where none fits
+
+
 class Text(NamedTuple):
   """What packing knows of a text. Those of one family begin with the same `shared` tokens, which a row needs once."""
   length: int       # with what is shared
@@ -141,10 +150,10 @@ def deal(sizes: list[int], hands: int) -> list[list[int]]:
   return [sorted(hand) for hand in dealt]
 
 
-def choose_shape(student: list[list[Text]], teacher: list[list[Text]], responses: list[list[int]], shapes: list[Shape], *, length_multiple: int,
+def choose_shape(student: list[list[Text]], teacher: list[list[Text]], responses: list[list[int]], shapes: Shapes, *, length_multiple: int,
                  response_multiple: int, more: list[list[Text]] = ()) -> Shape:
-  """Each pack's texts, and lengths of its responses -> a shape that holds them: one of `shapes`, or a new one, which is added to it. more: packs of all
-  further readings."""
+  """Each pack's texts, and lengths of its responses -> a shape that holds them: one of `shapes`, or a new one, which is added to them. more: packs of
+  all further readings."""
   most = lambda packs: max((text.length for texts in packs for text in texts), default=0)
   together = lambda texts: sum(t.length - t.shared for t in texts) + sum({t.family: t.shared for t in texts}.values())
 
@@ -164,17 +173,23 @@ def choose_shape(student: list[list[Text]], teacher: list[list[Text]], responses
 
   tokens, longest = max(map(sum, responses)), max(map(max, responses))
   new = Shape(*best(student), *best(teacher), bucket(tokens, response_multiple), bucket(longest, response_multiple), *(best(more) if more else ()))
-  usable = sorted((s for s in shapes if holds(s)), key=Shape.cost)
-  if usable and (usable[0].cost() <= REUSE * new.cost() or len(shapes) >= MAX_SHAPES):
-    return usable[0]
+  usable = min((s for s in shapes.known if holds(s)), key=Shape.cost, default=None)
+  if usable:
+    waste = usable.cost() / new.cost() - 1.0
+    shapes.owed += waste if waste > WASTE else 0.0
+    if waste <= WASTE or shapes.owed < COMPILATION or len(shapes.known) >= shapes.limit:
+      return usable
   room = lambda n: n + n // 16   # so that the next batch, a little larger, fits too
-  new = new._replace(rows=room(new.rows), teacher_rows=room(new.teacher_rows), more_rows=room(new.more_rows), tokens=bucket(room(new.tokens), response_multiple))
-  if len(shapes) >= MAX_SHAPES:   # a length never seen: from now on everything fits into this one
-    new = Shape(*(max(sizes) for sizes in zip(new, *shapes)))
+  longer = lambda rows, length: bucket(room(length), length_multiple) if rows == 1 and shapes.known else length   # not the first: lengths may all be equal
+  new = Shape(room(new.rows), longer(new.rows, new.length), room(new.teacher_rows), longer(new.teacher_rows, new.teacher_length),
+              bucket(room(new.tokens), response_multiple), new.responses, room(new.more_rows), longer(new.more_rows, new.more_length))
+  if len(shapes.known) >= shapes.limit:   # a length never seen: from now on everything fits into this one
+    new = Shape(*(max(sizes) for sizes in zip(new, *shapes.known)))
     rows = lambda packs, length: max(len(first_fit(texts, length)) for texts in packs)   # longer rows can pack worse
     new = new._replace(rows=max(new.rows, rows(student, new.length)), teacher_rows=max(new.teacher_rows, rows(teacher, new.teacher_length)),
                        more_rows=max(new.more_rows, rows(more, new.more_length)) if more else new.more_rows)
-  shapes.append(new)
+  shapes.known.append(new)
+  shapes.owed = 0.0
   return new
 
 
@@ -204,11 +219,11 @@ def lay_out(placed: list[list[int]], known: list[Text], texts: list[list[int]], 
 
 
 def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, advantage, max_teacher_tokens: int, length_multiple: int,
-         response_multiple: int, shapes: list, updates: int = 1, packs: int = 1, counterfactual=None, share_prefixes: bool = False) -> Packed:
+         response_multiple: int, shapes: Shapes, updates: int = 1, packs: int = 1, counterfactual=None, share_prefixes: bool = False) -> Packed:
   """groups[q][g]: rollouts. messages(task) -> chat messages; teacher_context(group, i) -> Context | None; advantage(reward_QG) -> advantage_QG.
 
   counterfactual(group, i) -> (Context, weight) or None for each further reading, equally many for all; None: there is none.
-  packs: of the whole batch; each of the `updates` gets as many. shapes: used so far, see above; may grow by one. share_prefixes: what the responses
+  packs: of the whole batch; each of the `updates` gets as many. shapes: may grow by one. share_prefixes: what the responses
   to one question read in common stands once a row.
   """
   valid = lambda r: r.feedback.status is not Status.ENV_FAILED and np.isfinite(r.feedback.reward)
@@ -271,7 +286,7 @@ def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, 
   metrics = {"data/dropped": float(sum(not valid(r) for r in rollouts)), "data/teacher_share": float(batch.distill_B.mean()),
              "data/teacher_shortened": float(shortened), "data/solution_share": float(np.mean([c is not None and bool(c.solution) for c in contexts])),
              "data/useful_tokens": float(sum((half.segment_CPT > 0).sum() for half in halves) / sum(half.segment_CPT.size for half in halves)),
-             "perf/compiles": float(len(shapes))}   # of the train step, this run's earlier sessions included
+             "perf/compiles": float(len(shapes.known))}   # of the train step, this run's earlier sessions included
   if counterfactual:
     metrics |= {"counterfactual/teacher_tokens": float(sum(map(len, sum(more_texts, [])))), "counterfactual/shortened": float(sum(n for _, n in more)),
                 "counterfactual/told_share": float(np.mean([c is not None for row in more_contexts for c in row]))}
