@@ -16,15 +16,26 @@ devices says nothing of their memory.
 from sdpo_jax import config
 from sdpo_jax.objectives import methods
 
+MACHINES = {  # mesh, micro-batches of the 256 responses, responses decoded at a time
+    "v5p-16": (dict(fsdp=8, tensor=1), 32, 64),
+    "v5e-64": (dict(fsdp=16, tensor=4), 16, 64),
+    "v6e-16": (dict(fsdp=8, tensor=2), 32, 64),
+    "h200-8": (dict(fsdp=8, tensor=1), 32, 64),
+}
+
 
 def get_config(arg: str = ""):
-  a = config.parse_arg(arg, method="sdpo", model="qwen3-8b", local=False)
+  a = config.parse_arg(arg, method="sdpo", model="qwen3-8b", machine="v5p-16", local=False)
+  if a.machine not in MACHINES:
+    raise ValueError(f"machine={a.machine!r} is unknown; choose from {list(MACHINES)}")
+  mesh, micro_batches, rows = MACHINES[a.machine]
   c = config.base()
+  c.mesh.update(mesh)
   c.method = methods.row(a.method)
   c.model.update(path=a.model, dtype="bfloat16", remat="block")   # weights, moments and teacher in float32: steps of 1e-6 vanish in bfloat16
   c.data.update(max_prompt_tokens=2048, max_teacher_tokens=10240, length_multiple=1024, response_multiple=1024)
-  c.rollout.update(questions=32, group=8, max_new_tokens=8192, rows=64)   # decoding holds its cache twice
-  c.train.micro_batches = 32
+  c.rollout.update(questions=32, group=8, max_new_tokens=8192, rows=rows)   # decoding holds its cache twice
+  c.train.micro_batches = micro_batches
   c.optimizer.lr = 1e-6
   if a.local:   # a small model, short texts
     c.model.path = "qwen3-0.6b"

@@ -38,7 +38,23 @@ class Chip(NamedTuple):
   links_gb_s: float
 
 
-CHIPS = {"v4": Chip(32, 275, 1228, 300), "v5e": Chip(16, 197, 819, 200), "v5p": Chip(95, 459, 2765, 600), "v6e": Chip(32, 918, 1640, 448)}
+CHIPS = {"v4": Chip(32, 275, 1228, 300), "v5e": Chip(16, 197, 819, 200), "v5p": Chip(95, 459, 2765, 600), "v6e": Chip(32, 918, 1640, 448),
+         "h100": Chip(80, 989, 3350, 450), "h200": Chip(141, 989, 4800, 450)}
+HOPPER = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 }}
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  l2_cache_size: 52428800 memory_bandwidth: {memory_gb_s}000000000 device_memory_size: {memory_gb}000000000
+}}
+platform_name: "CUDA"
+runtime_version {{ major: 13 }}
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{name}"
+"""   # what the compiler for GPUs asks of a device, told by one that is not there (XLA: tools/hlo_opt/gpu_specs)
 
 
 class Program(NamedTuple):
@@ -103,7 +119,8 @@ def compile_for(mesh, function, *args, **kwargs) -> Program:
   with jax.set_mesh(mesh):
     traced = function.trace(*args, **kwargs)
     try:
-      compiled = traced.lower().compile()
+      lowered = traced.lower()
+      compiled = lowered.compile({"xla_gpu_autotune_level": "0"} if mesh.devices.flat[0].platform == "gpu" else None)   # no GPU to try on
     except jax.errors.JaxRuntimeError as error:
       used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT]? hbm|HLO temporaries \(([\d.]+)([KMGT])\)", str(error))
       if used is None:
@@ -124,6 +141,9 @@ def operations(jaxpr) -> float:
     if eqn.primitive.name == "dot_general":
       (contracted, _), _ = eqn.params["dimension_numbers"]
       total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+    elif eqn.primitive.name.startswith("dot_product_attention_"):   # cuDNN's: two products forward, five backward, on the whole square
+      (B, T, N, H), S = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
+      total += (4.0 if "fwd" in eqn.primitive.name else 10.0) * B * T * N * H * S
     elif eqn.primitive.name == "cond":
       total += max(inner)
     elif eqn.primitive.name == "scan":
@@ -186,8 +206,10 @@ def collectives(text: str) -> dict[str, tuple[int, float]]:
 
 
 def _received(shape: str, kind: str, start: bool, group: int) -> float:
-  sizes = [math.prod(map(int, filter(None, dims.split(",")))) * _BYTES.get(dtype, 4) for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)]
-  total = float(max(sizes) if start and kind in ("all-gather", "collective-permute") else sum(sizes))   # a start names its operand too
+  sizes = [math.prod(map(int, dims.split(","))) * _BYTES.get(dtype, 4) for dtype, dims in re.findall(r"(\w+)\[([\d,]+)\]", shape)]
+  if start and kind != "all-reduce":   # names its operands too, before the results
+    sizes = sizes[len(sizes) // 2:]
+  total = float(sum(sizes))
   share = (group - 1) / group
   return total * {"all-gather": share, "all-reduce": 2 * share, "reduce-scatter": group - 1.0, "all-to-all": share, "collective-permute": 1.0}[kind]
 
@@ -215,8 +237,9 @@ def _trips(condition: list[str]) -> int:
 
 
 def kernels(text: str) -> list[str]:
-  """Names of the Pallas kernels that a compiled program calls."""
-  return sorted({re.sub(r"\.\d+$", "", name) for name in re.findall(r"%([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", text)})
+  """Names of the Pallas kernels that a compiled program calls, and of cuDNN's attention."""
+  pallas = re.findall(r"%([\w.\-]+) = [^\n]*custom_call_target=\"(?:tpu_custom_call|mosaic_gpu_v2)\"", text)
+  return sorted({re.sub(r"\.\d+$", "", name) for name in pallas} | set(re.findall(r'custom_call_target="__(cudnn\$fmha\w+)"', text)))
 
 
 def logit_arrays(text: str, tokens: int, entries: int) -> list[str]:
@@ -232,8 +255,11 @@ def topology_devices(name: str):
   """Devices of a topology such as "v5p:2x2x2". ValueError with the choices."""
   chip, _, shape = name.partition(":")
   if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
-    raise ValueError(f"--topology={name!r} must look like v5p:2x2x2, v5e:8x8 or v6e:4x4; choose the chip from {sorted(CHIPS)}")
+    raise ValueError(f"--topology={name!r} must look like v5p:2x2x2, v5e:8x8, v6e:4x4, h200:8 or h200:2x8; choose the chip from {sorted(CHIPS)}")
   try:
+    if chip.startswith("h"):
+      target = HOPPER.format(name=chip, **CHIPS[chip]._asdict())
+      return topologies.get_topology_desc(platform="cuda", topology_name=name, target_config=target, topology="x".join(["1", *shape.split("x")] if "x" in shape else ["1", "1", shape])).devices
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
   except (RuntimeError, ValueError, NotImplementedError) as error:
     raise ValueError(f"--topology={name!r}: {str(error).splitlines()[0]} (plan needs libtpu: pip install \"jax[tpu]\")") from error

@@ -8,6 +8,7 @@ import functools
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 WEIGHTS = {"L": None, "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F": "tensor", "V": "tensor",
@@ -47,7 +48,11 @@ def make_mesh(devices, *, data: int, fsdp: int, tensor: int) -> jax.sharding.Mes
     sizes[open_axes[0]] = len(devices) // known
   if math.prod(sizes.values()) != len(devices) or min(sizes.values()) < 1:
     raise ValueError(f"config.mesh={dict(data=data, fsdp=fsdp, tensor=tensor)} does not multiply to the {len(devices)} devices; one size may be -1")
-  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
+  shape, types = tuple(sizes.values()), (jax.sharding.AxisType.Auto,) * 3
+  try:
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  except NotImplementedError:   # the chips' grid has no side of these lengths (8 x 2 on 4 x 4): one side is shared by two axes
+    return jax.sharding.Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES, axis_types=types)
 
 
 def divide(devices, parts: int) -> list:

@@ -99,6 +99,7 @@ def test_cudnn_is_used_where_it_gives_the_reference(trouble, monkeypatch, caplog
   spoil.defvjp(lambda x: (x, None), lambda _, g: (jnp.nan * g,))
   monkeypatch.setattr(attention, "_cudnn", cudnn)
   monkeypatch.setattr(attention, "_platform", lambda: "gpu")
+  monkeypatch.setattr(attention, "_is_here", lambda: True)
   attention.cudnn_agrees.cache_clear()
   q, k, v, g, segment = problem(T=300, B=3, N=4, K=2)
   visible = attention.mask(segment, segment.shape)
@@ -116,6 +117,14 @@ def test_cudnn_is_used_where_it_gives_the_reference(trouble, monkeypatch, caplog
   used.clear()
   with_gradients(lambda *given: attend(*given), segment, q, k, v, g, visible)   # float32: cuDNN has none
   assert used == []
+  attention.cudnn_agrees.cache_clear()
+
+
+def test_for_a_gpu_that_is_not_here_cudnn_is_not_tried(monkeypatch):
+  monkeypatch.setattr(attention, "_cudnn", None)
+  monkeypatch.setattr(attention, "_platform", lambda: "gpu")
+  attention.cudnn_agrees.cache_clear()
+  assert attention.cudnn_agrees((256, 4, 64), (256, 2, 64), jnp.bfloat16)
   attention.cudnn_agrees.cache_clear()
 
 

@@ -77,6 +77,34 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   assert plan.collectives(text) == {"all-gather": (36, 36 * size * 7 / 8), "reduce-scatter": (36, 36 * size * 7 / 8), "all-reduce": (1, 2 * 48 * 3 / 4)}
 
 
+def test_collectives_in_the_words_of_the_gpu_compiler():
+  """Several tensors travel in one collective, whose start names operands and results."""
+  text = """
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %all-gather-start = ((bf16[8,64]{1,0}, bf16[8,32]{1,0}), (bf16[64,64]{1,0}, bf16[64,32]{1,0})) all-gather-start(%a, %b), replica_groups=[1,8]<=[8], dimensions={0}
+  %all-gather-done = (bf16[64,64]{1,0}, bf16[64,32]{1,0}) all-gather-done(%all-gather-start)
+  %reduce-scatter-start = ((f32[64,64]{1,0}, f32[64,32]{1,0}), (f32[8,64]{1,0}, f32[8,32]{1,0})) reduce-scatter-start(%c, %d), replica_groups=[1,8]<=[8], to_apply=%add
+  %collective-permute-start = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%e), source_target_pairs={{0,1}}
+}
+"""
+  whole = 64 * (64 + 32)
+  assert plan.collectives(text) == {"all-gather": (1, 2 * whole * 7 / 8), "reduce-scatter": (1, 4 * whole * 7 / 8), "collective-permute": (1, 32.0)}
+
+
+@pytest.mark.parametrize("name, shape", [("h200:8", (1, 1, 8)), ("h100:2x8", (1, 2, 8))])
+def test_a_topology_of_gpus_is_slices_x_nodes_x_gpus(name, shape, monkeypatch):
+  asked = {}
+  monkeypatch.setattr(plan.topologies, "get_topology_desc", lambda **kwargs: asked.update(kwargs) or jax.sharding.Mesh(jax.devices(), "x"))
+  plan.topology_devices(name)
+  assert asked["platform"] == "cuda" and asked["topology"] == "x".join(map(str, shape)) and f'"{name[:4]}"' in asked["target_config"]
+
+
+@needs_libtpu
+def test_a_mesh_that_shares_a_side_of_the_grid_between_two_axes():
+  mesh = sharding.make_mesh(plan.topology_devices("v6e:4x4"), data=1, fsdp=8, tensor=2)
+  assert len({d.id for d in mesh.devices.flat}) == 16 and mesh.devices.shape == (1, 8, 2)
+
+
 def test_the_suggestion_divides_the_responses():
   say = lambda limit: list(plan.suggestion(30e9, limit, 2, 16, 8, lambda rows: 10e9 + 10e9 * rows))
   assert say(95e9) == ["largest micro-batch: 64 responses (4 micro-batches), from the slope between 16 and 32"]
