@@ -4,7 +4,7 @@ r"""The command line.
 
 train (default) runs, resumes if the work directory holds a checkpoint, and ends with a report. eval scores a checkpoint:
 --checkpoint=WORKDIR[:step] or a Hugging Face directory. discover is test-time self-distillation on single hard questions.
-plan compiles the train and decode steps for --topology (v5p:2x2x2, v5e:8x8, v6e:4x4), without the hardware, and says whether they fit. Without --workdir a fresh directory under runs/ is made and printed.
+plan compiles the train and decode steps for --topology (v5p:2x2x2, v5e:8x8, v6e:4x4, h200:8), without the hardware, and says whether they fit. Without --workdir a fresh directory under runs/ is made and printed.
 Exit status: 0 success, 2 a wrong command line or setting (one line on stderr), 1 a failed run; of a full disk it says so in a line.
 """
 

@@ -1,10 +1,11 @@
-"""What a run would need, without its hardware: compiles the real train step and the real decode step for a TPU topology, from shapes alone.
+"""What a run would need, without its hardware: compiles the real train step and the real decode step for TPUs or GPUs, from shapes alone.
 
   python -m sdpo_jax.main --mode=plan --topology=v5p:2x2x2 --config=configs/plan_8b.py
+  python -m sdpo_jax.main --mode=plan --topology=h200:8 --config=configs/plan_8b.py:machine=h200-8
 
 The workload is the worst one that the configuration allows: every prompt, teacher prompt and response at its limit, no row shared. Needs
-libtpu (`pip install "jax[tpu]"`); its compiler runs on any machine. Nothing is loaded or downloaded for a model of
-`model.config.PRESETS`.
+libtpu (`pip install "jax[tpu]"`) or jax's CUDA plugin ("jax[cuda13]"); their compilers run on any machine. For a GPU nothing is tuned, as that takes the
+device, and cuDNN's attention is taken to agree with the reference (kernels/attention.py). Nothing is loaded or downloaded for a model of `model.config.PRESETS`.
 
 Memory is the compiler's own account, per chip. The train state stays where it is during decoding, so that both programs must fit beside it.
 Operations are counted on the traced program, scans times their lengths (the compiler's cost model counts a scan's body once); one
@@ -40,6 +41,7 @@ class Chip(NamedTuple):
 
 CHIPS = {"v4": Chip(32, 275, 1228, 300), "v5e": Chip(16, 197, 819, 200), "v5p": Chip(95, 459, 2765, 600), "v6e": Chip(32, 918, 1640, 448),
          "h100": Chip(80, 989, 3350, 450), "h200": Chip(141, 989, 4800, 450)}
+GPUS = ("h100", "h200")
 HOPPER = """
 gpu_device_info {{
   cuda_compute_capability {{ major: 9 }}
@@ -252,17 +254,18 @@ def logit_arrays(text: str, tokens: int, entries: int) -> list[str]:
 
 
 def topology_devices(name: str):
-  """Devices of a topology such as "v5p:2x2x2". ValueError with the choices."""
+  """Devices of a topology such as "v5p:2x2x2", or "h200:2x8", two nodes of eight. ValueError with the choices."""
   chip, _, shape = name.partition(":")
   if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
     raise ValueError(f"--topology={name!r} must look like v5p:2x2x2, v5e:8x8, v6e:4x4, h200:8 or h200:2x8; choose the chip from {sorted(CHIPS)}")
   try:
-    if chip.startswith("h"):
-      target = HOPPER.format(name=chip, **CHIPS[chip]._asdict())
-      return topologies.get_topology_desc(platform="cuda", topology_name=name, target_config=target, topology="x".join(["1", *shape.split("x")] if "x" in shape else ["1", "1", shape])).devices
+    if chip in GPUS:
+      slices_nodes_gpus = ["1", "1", *shape.split("x")][-3:]
+      return topologies.get_topology_desc(platform="cuda", topology_name=name, topology="x".join(slices_nodes_gpus),
+                                          target_config=HOPPER.format(name=chip, **CHIPS[chip]._asdict())).devices
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
   except (RuntimeError, ValueError, NotImplementedError) as error:
-    raise ValueError(f"--topology={name!r}: {str(error).splitlines()[0]} (plan needs libtpu: pip install \"jax[tpu]\")") from error
+    raise ValueError(f"--topology={name!r}: {str(error).splitlines()[0]} (plan needs the compiler: pip install \"jax[{'cuda13' if chip in GPUS else 'tpu'}]\")") from error
 
 
 def plan(c, topology: str, model: ModelConfig, learn):
@@ -304,7 +307,7 @@ def plan(c, topology: str, model: ModelConfig, learn):
 
   yield from report(f"train step, {pieces} micro-batches of {rows * shards} responses", 0.0, step, state, shapes(rows))
   if programs:
-    yield f"  Pallas kernels: {', '.join(kernels(programs[0].text)) or 'none'}"
+    yield f"  kernels: {', '.join(kernels(programs[0].text)) or 'none'}"
     found = logit_arrays(programs[0].text, rows * new, model.vocab // mesh.shape["tensor"])
     yield f"  arrays of {rows * new} tokens x {model.vocab // mesh.shape['tensor']} entries of the vocabulary: {', '.join(found) or 'none'}"
   sampling = Sampling(new, c.rollout.temperature, c.rollout.top_p, (0,))

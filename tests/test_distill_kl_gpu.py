@@ -1,7 +1,7 @@
 """The Mosaic GPU kernels without a GPU: GPU interpret mode with race detection, lowering for CUDA, and the real compiler.
 
 The compiler test needs jax's CUDA plugin and ptxas (`pip install "jax[cuda13]"`, Python 3.12); it compiles for a
-described H200 (h200.pbtxt), no device involved.
+described H200 (plan.HOPPER), no device involved.
 """
 
 import functools
@@ -19,6 +19,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 import numpy as np
 import pytest
 
+from sdpo_jax import plan
 from sdpo_jax.kernels import distill_kl_gpu
 from sdpo_jax.kernels.distill_kl import distill_kl
 from sdpo_jax.kernels.distill_kl import distill_kl_sharded
@@ -153,10 +154,7 @@ def _ptxas():
 
 
 def _compile_in_child(D, alpha):
-  from jax.experimental import topologies
-  description = topologies.get_topology_desc("h200", "cuda", topology="1x1x1",
-                                             target_config=(pathlib.Path(__file__).parent / "h200.pbtxt").read_text())
-  sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(description.devices[:1]), ("x",)), jax.sharding.PartitionSpec())
+  sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(plan.topology_devices("h200:1")), ("x",)), jax.sharding.PartitionSpec())
   lowered = lower_for_h200(lambda f: f.lower, alpha, 4096, D, D, 151936, jnp.bfloat16, sharding)
   print(lowered.compile().memory_analysis().temp_size_in_bytes)
 

@@ -118,14 +118,18 @@ def test_a_topology_that_does_not_exist_is_named(name):
     plan.topology_devices(name)
 
 
-@needs_libtpu
 @pytest.mark.slow
-def test_plan_of_a_small_model_from_the_command_line():
-  """The real compiler: ends with the promised line, the pair is on the chip's own kernels, and no array is tokens x vocabulary."""
+@pytest.mark.parametrize("topology, memory_gb, kernel", [
+    pytest.param("v5p:2x2x2", 95, "splash_mha_fwd_segmented_residuals", marks=needs_libtpu),
+    pytest.param("h200:8", 141, "cudnn$fmhaScaleBiasSoftmaxBackward", marks=pytest.mark.skipif(
+        importlib.util.find_spec("jax_cuda13_plugin") is None, reason="jax's CUDA plugin is not installed: no compiler for GPUs"))])
+def test_plan_of_a_small_model_from_the_command_line(topology, memory_gb, kernel):
+  """The real compiler: ends with the promised line, and attention is on the chip's own kernels."""
   root = os.path.dirname(os.path.dirname(__file__))
-  child = subprocess.run([sys.executable, "-m", "sdpo_jax.main", "--mode=plan", "--topology=v5p:2x2x2", "--config=configs/plan_8b.py:local"], cwd=root,
+  child = subprocess.run([sys.executable, "-m", "sdpo_jax.main", "--mode=plan", f"--topology={topology}", "--config=configs/plan_8b.py:local"], cwd=root,
                          env=os.environ | {"XLA_FLAGS": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
   assert child.returncode == 0, child.stderr[-2000:]
   lines = child.stdout.splitlines()
-  assert re.fullmatch(r"plan: fits \([\d.]+ of 95 GB per chip\)", lines[-1]), lines
+  assert re.fullmatch(rf"plan: fits \([\d.]+ of {memory_gb} GB per chip\)", lines[-1]), lines
+  assert any(line.startswith("  kernels: ") and kernel in line for line in lines), lines
   assert any(line.startswith("train step") for line in lines) and any(line.startswith("decode step") for line in lines)
