@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["sdpo_jax", "sdpo_jax.*"]),
-    package_data={"sdpo_jax": ["assets/tiny/*", "assets/tiny_arithmetic/*", "assets/rows/*", "bench/results/*.json"]},
+    package_data={"sdpo_jax": ["assets/tiny/*", "assets/tiny_notes/*", "assets/tiny_arithmetic/*", "assets/rows/*", "bench/results/*.json"]},
     install_requires=[
         "jax>=0.10.2", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.12.8", "grain>=0.2.18", "ml_collections>=1.1.0",
         "absl-py>=2.5.1", "transformers>=5.23.0", "tokenizers>=0.23.3", "safetensors>=0.8.0", "jinja2>=3.1.6", "numpy>=2.4.6",

@@ -53,7 +53,7 @@ import os
 from sdpo_jax import config
 from sdpo_jax.objectives.teacher_context import FEEDBACK
 
-TINY = {"tinycode": "tiny", "arithmetic": "tiny_arithmetic"}
+TINY = {"tinycode": "tiny_notes", "arithmetic": "tiny_arithmetic"}
 PAPER = {"coding": "hub:livecodebench/code_generation_lite/test6.jsonl", "math_qa": "hub:openai/gsm8k:main"}
 ARMS = {  # method, changes to its counterfactual part, responses generated for one that is trained on
     "sdpo": ("sdpo", {}, 1.0),
@@ -68,8 +68,7 @@ LEARNT = {"counterfactual": 1.28, "counterfactual_imagined": 1.46}   # the same 
 
 
 def get_config(arg: str = ""):
-  a = config.parse_arg(arg, domain="tinycode", arm="counterfactual", model="", data="", top_k=0, steps=0, note="", seed=0, local=False)
-  a.note = a.note or ("feedback" if a.domain == "tinycode" else "full")
+  a = config.parse_arg(arg, domain="tinycode", arm="counterfactual", model="", data="", top_k=0, steps=0, note="full", seed=0, local=False)
   for name, value, choices in (("domain", a.domain, [*TINY, *PAPER]), ("arm", a.arm, list(ARMS)), ("note", a.note, ["feedback", "full"])):
     if value not in choices:
       raise ValueError(f"{name}={value!r} is unknown; choose from {choices}")

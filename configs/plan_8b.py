@@ -34,7 +34,7 @@ def get_config(arg: str = ""):
   c.method = methods.row(a.method)
   c.model.update(path=a.model, dtype="bfloat16", remat="block")   # weights, moments and teacher in float32: steps of 1e-6 vanish in bfloat16
   c.data.update(max_prompt_tokens=2048, max_teacher_tokens=10240, length_multiple=1024, response_multiple=1024)
-  c.rollout.update(questions=32, group=8, max_new_tokens=8192, rows=rows)   # decoding holds its cache twice
+  c.rollout.update(questions=32, group=8, max_new_tokens=8192, rows=rows)
   c.train.micro_batches = micro_batches
   c.optimizer.lr = 1e-6
   if a.local:   # a small model, short texts

@@ -24,6 +24,7 @@ from sdpo_jax.objectives import methods
 
 MODELS = {  # name: Hugging Face hub id; the tiny ones ship with the package
     "tiny": os.path.join(os.path.dirname(__file__), "assets", "tiny"),
+    "tiny_notes": os.path.join(os.path.dirname(__file__), "assets", "tiny_notes"),
     "tiny_arithmetic": os.path.join(os.path.dirname(__file__), "assets", "tiny_arithmetic"),
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
     "qwen3-1.7b": "Qwen/Qwen3-1.7B",

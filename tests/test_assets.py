@@ -13,6 +13,7 @@ from sdpo_jax.sampler import Sampler
 
 ASSETS = [   # domain, model, what it solves: ranges that hold the shares over 256 problems in configs/pretrain_tiny.py, and what 128 of them may differ by
     ("tinycode", "tiny", dict(plain=(0.05, 0.20), feedback=(0.30, 0.55), solution=(0.98, 1.0))),
+    ("tinycode", "tiny_notes", dict(plain=(0.03, 0.20), feedback=(0.28, 0.52), solution=(0.97, 1.0), notes=(0.28, 0.52), imagine_verdict=(0.70, 0.95))),
     ("arithmetic", "tiny_arithmetic", dict(plain=(0.01, 0.15), feedback=(0.50, 0.75), solution=(0.98, 1.0), notes=(0.60, 0.90), imagine_verdict=(0.60, 1.0))),
 ]
 

@@ -381,15 +381,16 @@ def project(hidden_XD, head_DV) -> jax.Array:
 
 
 class Cache(NamedTuple):
-  """Keys and values of the columns written so far. Columns not written, and padding, are not valid."""
-  k_LBSKH: jax.Array
-  v_LBSKH: jax.Array
+  """Keys and values of the columns written so far. Columns not written, and padding, are not valid. In the order in which the TPU's compiler wants them
+  in memory while it decodes: with another it copies the whole cache at the beginning and the end of each call."""
+  k_LSKBH: jax.Array
+  v_LSKBH: jax.Array
   valid_BS: jax.Array   # bool
 
 
 def init_cache(config: ModelConfig, rows: int, length: int) -> Cache:
-  shape = (config.layers, rows, length, config.kv_heads, config.head_dim)
-  empty = lambda: sharding.constrain(jnp.zeros(shape, config.dtype), "LBSKH")
+  shape = (config.layers, length, config.kv_heads, rows, config.head_dim)
+  empty = lambda: sharding.constrain(jnp.zeros(shape, config.dtype), "LSKBH")
   return Cache(empty(), empty(), jnp.zeros((rows, length), bool))
 
 
@@ -410,18 +411,19 @@ def extend(params: dict, config: ModelConfig, tokens_BT, cache: Cache, *, start,
   stream = _stream(params, config, tokens_BT, positions_BT, mask_BTS, sliding_mask_BTS)
 
   def body(carry, xs):   # the whole cache is carried, so that XLA updates it in place instead of restacking it
-    x_BTD, k_LBSKH, v_LBSKH = carry
+    x_BTD, k_LSKBH, v_LSKBH = carry
     layer, slides, i = xs
     rotation, mask_BTS = _pick(stream, config, slides)
 
     def attend(q, k, v):
-      k_all = jax.lax.dynamic_update_slice(k_LBSKH, k[None], (i, 0, start, 0, 0))
-      v_all = jax.lax.dynamic_update_slice(v_LBSKH, v[None], (i, 0, start, 0, 0))
-      return attention.reference(q, k_all[i], v_all[i], mask_BTS), (k_all, v_all)
+      write = lambda all_LSKBH, new_BTKH: jax.lax.dynamic_update_slice(all_LSKBH, new_BTKH.transpose(1, 2, 0, 3)[None], (i, start, 0, 0, 0))
+      read = lambda all_LSKBH: all_LSKBH[i].transpose(2, 0, 1, 3)
+      k_all, v_all = write(k_LSKBH, k), write(v_LSKBH, v)
+      return attention.reference(q, read(k_all), read(v_all), mask_BTS), (k_all, v_all)
 
-    x_BTD, (k_LBSKH, v_LBSKH) = Block(config).apply({"params": _gather(config, layer)}, x_BTD, rotation, attend)
-    return (x_BTD, k_LBSKH, v_LBSKH), None
+    x_BTD, (k_LSKBH, v_LSKBH) = Block(config).apply({"params": _gather(config, layer)}, x_BTD, rotation, attend)
+    return (x_BTD, k_LSKBH, v_LSKBH), None
 
-  carry = (stream.x_BTD, cache.k_LBSKH, cache.v_LBSKH)
+  carry = (stream.x_BTD, cache.k_LSKBH, cache.v_LSKBH)
   (x_BTD, k, v), _ = jax.lax.scan(body, carry, (params["layers"], _slides(config), jnp.arange(config.layers)))
   return _final(params, config, x_BTD), Cache(k, v, valid_BS)
