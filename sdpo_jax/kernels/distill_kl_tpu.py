@@ -13,8 +13,8 @@ gradient is complete at once, so only that of the hidden states is carried along
 In units of 2 X D V operations: forward 2 (mixture 4), backward 4. weights_X brings nothing here.
 
 Inside a tile the products of one sub-tile run on the matrix unit while the vector unit works on the sub-tile before. The
-compiler's schedule keeps the matrix unit 63 to 67 % busy on v6e at a width of 1024 and 85 % at 4096, at least 94 % on v5p
-and v5e (tests/distill_kl_tpu_baseline.json; waiting for memory is not in these figures). The vocabulary's ragged tail is masked in the last tile only; rows past the last token compute garbage that is never written.
+compiler's schedule keeps the matrix unit 63 to 78 % busy on v6e at a width of 1024 and 84 to 92 % at 4096, at least 90 % on v5p
+and v5e, for both KLs and the JSD (tests/distill_kl_tpu_baseline.json; waiting for memory is not in these figures). The vocabulary's ragged tail is masked in the last tile only; rows past the last token compute garbage that is never written.
 
 Numerics: as distill_kl_xla.py. Off TPU the kernels run in interpret mode.
 Heads are read as [D, V]: a transposed view of a [V, D] embedding costs one copy of it.
