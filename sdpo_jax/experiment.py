@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -107,4 +108,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that its runs end with it
   sys.exit(main())

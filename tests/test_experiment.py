@@ -1,0 +1,34 @@
+"""A grid of runs as processes: what ends with it."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def running(pid: int) -> list[int]:
+  """The children of a process."""
+  return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def until(condition, seconds=60):
+  deadline = time.monotonic() + seconds
+  while not (found := condition()) and time.monotonic() < deadline:
+    time.sleep(0.05)
+  return found
+
+
+def test_a_grid_that_is_told_to_end_ends_its_runs(tmp_path):
+  grid = tmp_path / "grid.py"
+  grid.write_text("def get_grid():\n  return {'one': ['--config=configs/tinycode.py:local', '--config.total_steps=100000']}\n")
+  experiment = subprocess.Popen([sys.executable, "-m", "sdpo_jax.experiment", f"--config={grid}", f"--workdir={tmp_path}"], cwd=ROOT)
+  try:
+    run, = until(lambda: running(experiment.pid))
+    experiment.send_signal(signal.SIGTERM)
+    assert experiment.wait(60) == 143
+    assert until(lambda: not pathlib.Path(f"/proc/{run}").exists())
+  finally:
+    experiment.kill()
