@@ -7,14 +7,20 @@ Notes:  python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py:domain=ari
 First:  python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py:domain=arithmetic,start=runs/pretrain_arithmetic/hf --workdir=runs/notes_first --config.optimizer.lr=1e-3
         --config.corpus.plain=0.12 --config.corpus.feedback=0.25 --config.corpus.solution=0.08 --config.corpus.notes=0.3 --config.corpus.imagine=0.2
         --config.corpus.alternatives=3 --config.corpus.success=0.2 --config.batch.rows=12 --config.batch.length=384
+Code:   python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py:start=tiny --workdir=runs/code_first --config.total_steps=2400 --config.optimizer.decay_steps=2400
+        python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py:start=runs/code_first/hf --workdir=runs/code_notes --out=sdpo_jax/assets/tiny_notes
+        --config.total_steps=2000 --config.optimizer.decay_steps=2000 --config.optimizer.lr=2e-3 --config.corpus.plain=0.08 --config.corpus.feedback=0.2
+        --config.corpus.solution=0.04 --config.corpus.both=0.03 --config.corpus.notes=0.35 --config.corpus.imagine=0.3
 Smoke:  python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py:local --workdir=runs/smoke
 Cost:   7,000 steps of about 60 rows, 62 CPU minutes (half an hour of wall time when two cores are free); 0.68 M parameters. With start=, 1,200 steps of
-        about 27 longer rows, 20 to 24 minutes on one core.
+        about 27 longer rows, 20 to 24 minutes on one core; both passes of Code 63 minutes.
 Result: problems with novel words solved, greedy, 256 problems of one to three operations: 11.3 % alone, 41.0 % given feedback on a
         failed attempt, 100.0 % given a solution; domain=arithmetic 6.6 %, 63.3 % and 100.0 %, after 63 CPU minutes. sdpo_jax/assets/tiny holds these
         weights, of seed 0. tiny_arithmetic went on twice, First and Notes: 7.0 % alone, 64.8 % given feedback, 100.0 % given a solution, 79.3 % given feedback
         and notes on one or two other failures (which are those of a policy that has learnt some of the words); asked for the verdict that another
-        attempt would receive it says the judge's word for word in 58.2 %, its first line in 89.1 %.
+        attempt would receive it says the judge's word for word in 58.2 %, its first line in 89.1 %. tiny_notes went on from tiny, Code: 8.6 % alone, 39.8 % given
+        feedback, 99.6 % given a solution, 39.5 % given notes (37.1 % and 41.0 % after the first pass); of the verdicts 0.4 % word for word, 84.0 % in their
+        first line. It copies no list and runs no program in its head, so notes tell it nothing that the feedback did not.
 """
 
 import dataclasses

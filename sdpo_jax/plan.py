@@ -99,10 +99,11 @@ def batch_shapes(mesh, *, packs: int, rows: int, length: int, teacher_length: in
 
 def decode_shapes(model: ModelConfig, mesh, *, rows: int, prompt: int, new: int) -> tuple[DecodeState, jax.ShapeDtypeStruct]:
   """(state, keys) of a decode step with full caches."""
-  cache = jax.eval_shape(lambda: decoder.init_cache(model, rows, prompt + new))
+  with jax.set_mesh(mesh):   # the order of the cache is the platform's
+    cache, axes = jax.eval_shape(lambda: decoder.init_cache(model, rows, prompt + new)), decoder.cache_axes()
   put = lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, sharding.spec(axes, sharding.ACTIVATIONS)))
   by_row = lambda dtype, *rest: put(jax.ShapeDtypeStruct((rows, *rest), dtype), "BTT"[:1 + len(rest)])
-  cache = decoder.Cache(put(cache.k_LSKBH, "LSKBH"), put(cache.v_LSKBH, "LSKBH"), put(cache.valid_BS, "BS"))
+  cache = decoder.Cache(put(cache.k, axes), put(cache.v, axes), put(cache.valid_BS, "BS"))
   state = DecodeState(cache, by_row(jnp.dtype(model.dtype), model.width), by_row(jnp.int32), by_row(bool), by_row(jnp.int32, new), by_row(jnp.float32, new),
                       jax.ShapeDtypeStruct((), jnp.int32))
   key = jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32)))

@@ -133,7 +133,8 @@ def train(c, workdir: str) -> None:
           raise ValueError(f"the checkpoint in {workdir} was written by another version: it holds {sorted(stored)}, this one needs {sorted(host)}; choose another --workdir")
         host = stored
         stream.restore(host["data"])
-    shapes = Shapes([Shape(*sizes) for sizes in host["shapes"]], host["owed"])
+    new = c.rollout.max_new_tokens
+    shapes = Shapes([Shape(*sizes) for sizes in host["shapes"]], host["owed"], longest=(c.data.max_prompt_tokens + new, c.data.max_teacher_tokens + new, new))
     places = None if w.mesh is None else jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(learn.step, donate_argnums=0, out_shardings=(places, w.everywhere))
     score = jax.jit(learn.score, out_shardings=w.everywhere)

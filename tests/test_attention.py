@@ -98,7 +98,7 @@ def test_cudnn_is_used_where_it_gives_the_reference(trouble, monkeypatch, caplog
   spoil = jax.custom_vjp(lambda x: x)   # the right values, and NaN for gradients
   spoil.defvjp(lambda x: (x, None), lambda _, g: (jnp.nan * g,))
   monkeypatch.setattr(attention, "_cudnn", cudnn)
-  monkeypatch.setattr(attention, "_platform", lambda: "gpu")
+  monkeypatch.setattr(attention, "target_platform", lambda: "gpu")
   monkeypatch.setattr(attention, "_is_here", lambda: True)
   attention.cudnn_agrees.cache_clear()
   q, k, v, g, segment = problem(T=300, B=3, N=4, K=2)
@@ -122,7 +122,7 @@ def test_cudnn_is_used_where_it_gives_the_reference(trouble, monkeypatch, caplog
 
 def test_for_a_gpu_that_is_not_here_cudnn_is_not_tried(monkeypatch):
   monkeypatch.setattr(attention, "_cudnn", None)
-  monkeypatch.setattr(attention, "_platform", lambda: "gpu")
+  monkeypatch.setattr(attention, "target_platform", lambda: "gpu")
   attention.cudnn_agrees.cache_clear()
   assert attention.cudnn_agrees((256, 4, 64), (256, 2, 64), jnp.bfloat16)
   attention.cudnn_agrees.cache_clear()

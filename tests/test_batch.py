@@ -1,11 +1,12 @@
 """From judged groups to the batch: what the teacher reads, where each token stands, what is dropped."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
-from sdpo_jax.data.batch import COMPILATION, CUT, Shapes, Text, choose_shape, pack, shorten, teacher_prompt
+from sdpo_jax.data.batch import COMPILATION, CUT, Shape, Shapes, Text, choose_shape, pack, shorten, teacher_prompt
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.objectives import advantage, teacher_context
 from sdpo_jax.objectives.teacher_context import CLOSING, FEEDBACK, SOLUTION, Context, feedback_or_solution
@@ -143,8 +144,8 @@ def test_a_shape_is_used_again_and_a_length_never_seen_gets_room():
   assert len(shapes.known) == 4
 
 
-def one_row(tokens, shapes):
-  return choose_shape([[Text(tokens)]], [[Text(1)]], [[8]], shapes, length_multiple=8, response_multiple=8)
+def one_row(tokens, shapes, multiple=8):
+  return choose_shape([[Text(tokens)]], [[Text(1)]], [[8]], shapes, length_multiple=multiple, response_multiple=8)
 
 
 def test_lengths_that_are_all_equal_get_no_room():
@@ -156,16 +157,50 @@ def test_a_better_shape_is_compiled_once_its_lack_has_cost_as_much():
   """Lengths fall to a half: the long shape serves until its waste, in steps, is what a compilation costs, and no longer."""
   shapes = Shapes()
   long = one_row(800, shapes)
-  waste = long.cost() / one_row(400, Shapes()).cost() - 1.0
   served = [one_row(400, shapes) for _ in range(30)]
-  assert served.index(shapes.known[1]) == -(-COMPILATION // waste) - 1 and set(served) == set(shapes.known) and not shapes.owed
-  assert 400 < shapes.known[1].length < 450   # room to grow into
+  assert len(shapes.known) == 2 and 400 < (better := shapes.known[1]).length < 450   # room to grow into
+  assert served.index(better) == -(-COMPILATION // (long.cost() / better.cost() - 1.0)) - 1 and not shapes.owed
 
 
-def test_a_waste_that_no_better_shape_would_spare_compiles_nothing():
+@pytest.mark.parametrize("multiple, first, then", [(8, 800, 760), (1024, 3000, 2000), (32, 160, 120)])
+def test_a_waste_that_no_better_shape_would_spare_compiles_nothing(multiple, first, then):
+  """Nor one that rounding and room would leave as it is."""
   shapes = Shapes()
+  one_row(first, shapes, multiple)
+  assert len({one_row(then, shapes, multiple) for _ in range(400)}) == len(shapes.known) == 1
+
+
+def test_once_full_only_what_does_not_fit_compiles():
+  shapes = Shapes(limit=1)
   one_row(800, shapes)
-  assert len({one_row(760, shapes) for _ in range(500)}) == 1
+  assert len({one_row(100, shapes) for _ in range(400)}) == len(shapes.known) == 1
+  assert one_row(900, shapes).length >= 900 and len(shapes.known) == 2
+
+
+def test_there_is_no_room_beyond_the_longest_text():
+  """One text a pack, at the run's limits: the sizes that a plan compiles for."""
+  shapes = Shapes(longest=(10240, 18432, 8192))
+  at = lambda prompt, response: choose_shape([[Text(prompt + response)]], [[Text(10240 + response)]], [[response]], shapes, length_multiple=1024, response_multiple=1024)
+  at(1000, 1000)
+  assert at(2048, 8192)[:6] == (1, 10240, 1, 18432, 8192, 8192)
+
+
+def test_a_resumed_run_chooses_the_same_shapes():
+  """Shapes and debt go through a checkpoint's JSON; without the debt the choice would be another."""
+  lengths = np.random.default_rng(0).integers(300, 900, 200).tolist()
+
+  def chosen(stop=None, forget=False):
+    shapes, out = Shapes(), []
+    for i, n in enumerate(lengths):
+      if i == stop:
+        known, owed = json.loads(json.dumps([shapes.known, shapes.owed]))
+        assert owed > 0
+        shapes = Shapes([Shape(*sizes) for sizes in known], 0.0 if forget else owed)
+      out.append(one_row(n, shapes))
+    return out
+
+  whole = chosen()
+  assert len(set(whole)) > 2 and chosen(stop=20) == whole and chosen(stop=20, forget=True) != whole
 
 
 def test_system_message_is_kept_and_tags_in_feedback_end_no_turn():

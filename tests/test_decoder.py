@@ -104,7 +104,7 @@ def test_decoding_updates_the_cache_in_place():
   compiled = step.lower(decoder.shapes(QWEN), cache).compile()
   cache_bytes = sum(x.size * x.dtype.itemsize for x in cache)
   assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes
-  whole = ",".join(map(str, cache.k_LSKBH.shape))
+  whole = ",".join(map(str, cache.k.shape))
   assert not re.search(rf"f32\[{whole}\]\S* copy\(", compiled.as_text())
 
 
@@ -233,7 +233,7 @@ def test_bfloat16_computes_norms_softmax_and_logits_in_float32():
     assert results and set(results) == {"f32"}, (name, results)
   out = np.asarray(logits(params, config, row))
   assert out.dtype == jnp.float32
-  assert decoder.init_cache(config, 1, 4).k_LSKBH.dtype == jnp.bfloat16
+  assert decoder.init_cache(config, 1, 4).k.dtype == jnp.bfloat16
   exact = logits(jax.tree.map(lambda x: x.astype(jnp.float32), params), OLMO, row)
   assert 0 < np.max(np.abs(out - exact)) < 0.05 * np.max(np.abs(exact))
   mixed = dataclasses.replace(config, param_dtype="float32")   # float32 weights, bfloat16 computation

@@ -11,6 +11,7 @@ generation header are never touched. What was shortened is counted.
 """
 
 import dataclasses
+import math
 import os
 from typing import NamedTuple
 
@@ -21,9 +22,9 @@ from sdpo_jax.objectives.teacher_context import Context
 from sdpo_jax.records import Counterfactual, Rollout, Rows, Status, TaskError, TrainBatch
 
 CUT = "\n[...]\n"
-MAX_SHAPES = 16
-COMPILATION = 10.0      # what a compilation costs, in steps (tiny models on CPU: 4 s against 0.4 s; the largest models: fewer)
-WASTE = 0.15            # a new shape has room to grow into: where it would save no more than this, none is made
+MAX_SHAPES = 16         # compilations of a run whose lengths never settle; from then on each that is forced is the last for all that was seen so far
+COMPILATION = 10.0      # what a compilation costs, in steps: tiny models on CPU take 4 s for it against 0.4 s a step
+WASTE = 0.08            # a share of a step that nobody compiles for
 ATTENTION_TOKENS = 8192  # row length at which attention costs about as much as a layer's matrix products (width 1,000): longer rows pack better but cost more
 
 
@@ -94,8 +95,9 @@ class Shape(NamedTuple):
 class Shapes:
   """Those that a run has used. Its state: a resumed run has to choose the same ones to compute the same."""
   known: list[Shape] = dataclasses.field(default_factory=list)
-  owed: float = 0.0         # steps' worth of waste, since the last one was added, that a better one would have spared
-  limit: int = MAX_SHAPES   # of `known`; then one more, which holds all that was ever seen, where none fits
+  owed: float = 0.0         # steps' worth of waste that a better one would have spared, of all batches together, since one was last added for that reason
+  limit: int = MAX_SHAPES   # of `known`; then only where none fits, and what is added holds all that was ever seen
+  longest: tuple[int, int, int] | None = None   # tokens that a text of the student, one of the teacher, and a response can have: no room beyond that
 
 
 class Text(NamedTuple):
@@ -172,24 +174,30 @@ def choose_shape(student: list[list[Text]], teacher: list[list[Text]], responses
             and fit(teacher, shape.teacher_rows, shape.teacher_length) and (not more or shape.more_rows > 0 and fit(more, shape.more_rows, shape.more_length)))
 
   tokens, longest = max(map(sum, responses)), max(map(max, responses))
-  new = Shape(*best(student), *best(teacher), bucket(tokens, response_multiple), bucket(longest, response_multiple), *(best(more) if more else ()))
+  count, full = len(student[0]), shapes.longest or (math.inf,) * 3   # texts of a pack, tokens of a text
+
+  def room(n, most):   # so that the next batch, a little larger, fits too
+    return max(n, min(n + n // 16, most))
+
+  def sizes(packs, text):   # (rows, length) with room. None in the length of the first shape: lengths may all be equal
+    rows, length = best(packs)
+    return room(rows, count), bucket(room(length, count * text), length_multiple) if rows == 1 and shapes.known else length
+
+  new = Shape(*sizes(student, full[0]), *sizes(teacher, full[1]), bucket(room(tokens, count * full[2]), response_multiple), bucket(longest, response_multiple),
+              *(sizes(more, full[1]) if more else ()))
   usable = min((s for s in shapes.known if holds(s)), key=Shape.cost, default=None)
   if usable:
     waste = usable.cost() / new.cost() - 1.0
     shapes.owed += waste if waste > WASTE else 0.0
     if waste <= WASTE or shapes.owed < COMPILATION or len(shapes.known) >= shapes.limit:
       return usable
-  room = lambda n: n + n // 16   # so that the next batch, a little larger, fits too
-  longer = lambda rows, length: bucket(room(length), length_multiple) if rows == 1 and shapes.known else length   # not the first: lengths may all be equal
-  new = Shape(room(new.rows), longer(new.rows, new.length), room(new.teacher_rows), longer(new.teacher_rows, new.teacher_length),
-              bucket(room(new.tokens), response_multiple), new.responses, room(new.more_rows), longer(new.more_rows, new.more_length))
+    shapes.owed = 0.0
   if len(shapes.known) >= shapes.limit:   # a length never seen: from now on everything fits into this one
     new = Shape(*(max(sizes) for sizes in zip(new, *shapes.known)))
     rows = lambda packs, length: max(len(first_fit(texts, length)) for texts in packs)   # longer rows can pack worse
     new = new._replace(rows=max(new.rows, rows(student, new.length)), teacher_rows=max(new.teacher_rows, rows(teacher, new.teacher_length)),
                        more_rows=max(new.more_rows, rows(more, new.more_length)) if more else new.more_rows)
   shapes.known.append(new)
-  shapes.owed = 0.0
   return new
 
 

@@ -26,6 +26,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from sdpo_jax.kernels.distill_kl_xla import target_platform
+
 LANES = 128   # splash works on multiples of it
 QUERIES = 256   # at least so many a block in `causal`: each block is code of its own
 KEPT = "attention"   # name of what the backward pass of `blocked` and of splash needs beside q, k and v: see decoder's remat
@@ -59,7 +61,7 @@ class Seen(NamedTuple):
 
 def seen(mask_BTS: jax.Array) -> Seen:
   """What `packed` wants, made once for all layers."""
-  if _platform() != "cpu":
+  if target_platform() != "cpu":
     return Seen(mask_BTS)
   B, T, _ = mask_BTS.shape
   n = -(-T // BLOCK)
@@ -190,7 +192,7 @@ def _fused(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: ja
   short = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)   # cuDNN has no other
   shards = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
   of_a_device = lambda x: (x.shape[1], x.shape[2] // shards, x.shape[3])
-  trusted = _platform() == "gpu" and short and cudnn_agrees(of_a_device(q_BTNH), of_a_device(k_BSKH), q_BTNH.dtype)
+  trusted = target_platform() == "gpu" and short and cudnn_agrees(of_a_device(q_BTNH), of_a_device(k_BSKH), q_BTNH.dtype)
   return (_cudnn if trusted else reference)(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
 
 
@@ -236,17 +238,12 @@ def causal(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BTS: ja
 
 def splash_fits(T: int) -> bool:
   """Whether rows of this length, on the platform that is being compiled for, go through splash."""
-  return _platform() == "tpu" and T % LANES == 0
-
-
-def _platform() -> str:
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return device.platform if device is not None and device.platform else jax.default_backend()
+  return target_platform() == "tpu" and T % LANES == 0
 
 
 def _is_here() -> bool:
   """Whether what is being compiled for is there to run on."""
-  return _platform() == jax.default_backend()
+  return target_platform() == jax.default_backend()
 
 
 def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: jax.Array, window: int | None = None, *, interpret: bool = False) -> jax.Array:

@@ -22,6 +22,7 @@ import numpy as np
 
 from sdpo_jax import sharding
 from sdpo_jax.kernels import attention
+from sdpo_jax.kernels.distill_kl_xla import target_platform
 from sdpo_jax.model.config import ModelConfig, Rope
 
 Initializer = jax.nn.initializers.Initializer
@@ -381,17 +382,26 @@ def project(hidden_XD, head_DV) -> jax.Array:
 
 
 class Cache(NamedTuple):
-  """Keys and values of the columns written so far. Columns not written, and padding, are not valid. In the order in which the TPU's compiler wants them
-  in memory while it decodes: with another it copies the whole cache at the beginning and the end of each call."""
-  k_LSKBH: jax.Array
-  v_LSKBH: jax.Array
+  """Keys and values of the columns written so far. Columns not written, and padding, are not valid."""
+  k: jax.Array          # axes: cache_axes()
+  v: jax.Array
   valid_BS: jax.Array   # bool
 
 
+def cache_axes() -> str:
+  """The order in which the compiler wants the cache in memory while it decodes. With LBSKH a TPU copies all of it at the beginning and the end of each call;
+  with LSKBH a CPU copies a layer's for every token."""
+  return "LSKBH" if target_platform() == "tpu" else "LBSKH"
+
+
 def init_cache(config: ModelConfig, rows: int, length: int) -> Cache:
-  shape = (config.layers, length, config.kv_heads, rows, config.head_dim)
-  empty = lambda: sharding.constrain(jnp.zeros(shape, config.dtype), "LSKBH")
+  sizes = dict(L=config.layers, B=rows, S=length, K=config.kv_heads, H=config.head_dim)
+  empty = lambda: sharding.constrain(jnp.zeros([sizes[axis] for axis in cache_axes()], config.dtype), cache_axes())
   return Cache(empty(), empty(), jnp.zeros((rows, length), bool))
+
+
+def _reordered(x: jax.Array, axes: str, wanted: str) -> jax.Array:
+  return x.transpose([axes.index(axis) for axis in wanted])
 
 
 def extend(params: dict, config: ModelConfig, tokens_BT, cache: Cache, *, start, positions_BT, valid_BT
@@ -410,20 +420,23 @@ def extend(params: dict, config: ModelConfig, tokens_BT, cache: Cache, *, start,
   sliding_mask_BTS = mask_BTS & (column_T[:, None] - column_S[None, :] < config.sliding_window) if config.sliding else mask_BTS
   stream = _stream(params, config, tokens_BT, positions_BT, mask_BTS, sliding_mask_BTS)
 
+  axes = cache_axes()
+
   def body(carry, xs):   # the whole cache is carried, so that XLA updates it in place instead of restacking it
-    x_BTD, k_LSKBH, v_LSKBH = carry
+    x_BTD, all_k, all_v = carry
     layer, slides, i = xs
     rotation, mask_BTS = _pick(stream, config, slides)
+    at = [{"L": i, "S": start}.get(axis, 0) for axis in axes]
 
     def attend(q, k, v):
-      write = lambda all_LSKBH, new_BTKH: jax.lax.dynamic_update_slice(all_LSKBH, new_BTKH.transpose(1, 2, 0, 3)[None], (i, start, 0, 0, 0))
-      read = lambda all_LSKBH: all_LSKBH[i].transpose(2, 0, 1, 3)
-      k_all, v_all = write(k_LSKBH, k), write(v_LSKBH, v)
-      return attention.reference(q, read(k_all), read(v_all), mask_BTS), (k_all, v_all)
+      write = lambda cached, new_BTKH: jax.lax.dynamic_update_slice(cached, _reordered(new_BTKH[None], "LBSKH", axes), at)
+      read = lambda cached: _reordered(cached[i], axes[1:], "BSKH")
+      written = write(all_k, k), write(all_v, v)
+      return attention.reference(q, *map(read, written), mask_BTS), written
 
-    x_BTD, (k_LSKBH, v_LSKBH) = Block(config).apply({"params": _gather(config, layer)}, x_BTD, rotation, attend)
-    return (x_BTD, k_LSKBH, v_LSKBH), None
+    x_BTD, (all_k, all_v) = Block(config).apply({"params": _gather(config, layer)}, x_BTD, rotation, attend)
+    return (x_BTD, all_k, all_v), None
 
-  carry = (stream.x_BTD, cache.k_LSKBH, cache.v_LSKBH)
+  carry = (stream.x_BTD, cache.k, cache.v)
   (x_BTD, k, v), _ = jax.lax.scan(body, carry, (params["layers"], _slides(config), jnp.arange(config.layers)))
   return _final(params, config, x_BTD), Cache(k, v, valid_BS)
