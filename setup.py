@@ -1,4 +1,4 @@
-"""Package and extras. Lower bounds are versions that the test suite was run with."""
+"""Package and extras. Lower bounds are versions that the test suite was run with; what it compiles for GPUs needs jax 0.11 (Python 3.12)."""
 
 from setuptools import find_packages, setup
 

@@ -40,6 +40,6 @@ def get_config(arg: str = ""):
   if a.local:   # a small model, short texts
     c.model.path = "qwen3-0.6b"
     c.data.update(max_prompt_tokens=128, max_teacher_tokens=256, length_multiple=128, response_multiple=128)
-    c.rollout.update(questions=2, group=8, max_new_tokens=128, rows=16)
+    c.rollout.update(questions=16, group=8, max_new_tokens=128, rows=16)
     c.train.micro_batches = 2
   return c

@@ -237,6 +237,7 @@ def fixed_shapes(rows: int, data, max_new_tokens: int, *, more: bool = False) ->
           for t in down(data.max_teacher_tokens, data.length_multiple, [*halves, 0.75, 0.375])]
   return Shapes(shapes, limit=len(shapes))
 
+
 def exact_difficulty(task: Task, programs: list[str], *, below: float, prompt: list[int], chat, logp: Callable) -> dict[str, Any]:
   """From the probability of the known solutions: a lower bound, in which solutions of another form are missing. logp([rollout]) -> nats each."""
   rows = [Rollout(task, prompt, tokens, [0.0] * len(tokens), "stop", text, Feedback(1.0, ""))

@@ -34,7 +34,7 @@ def parse(argv: list[str]):
   flags.DEFINE_string("mode", "train", " | ".join(MODES), flag_values=f)
   flags.DEFINE_string("checkpoint", None, "eval: WORKDIR[:step] or a Hugging Face directory", flag_values=f)
   flags.DEFINE_string("distributed", None, "several processes: auto (TPU pods, Slurm, ...) or HOST:PORT,PROCESSES,RANK; needs --workdir", flag_values=f)
-  flags.DEFINE_string("topology", None, "plan: chip and shape, such as v5p:2x2x2", flag_values=f)
+  flags.DEFINE_string("topology", None, "plan: chip and shape, such as v5p:2x2x2 or h200:8", flag_values=f)
   flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=f)
   try:
     rest = f(argv, known_only=True)
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
       raise UsageError("--mode=eval needs --checkpoint=WORKDIR[:step] or a Hugging Face directory")
     if f.mode == "plan":
       if not f.topology:
-        raise UsageError("--mode=plan needs --topology, such as v5p:2x2x2")
+        raise UsageError("--mode=plan needs --topology, such as v5p:2x2x2 or h200:8")
       for line in plan_lines(c, f.topology):
         print(line, flush=True)
       return 0

@@ -5,7 +5,8 @@
 
 The workload is the worst one that the configuration allows: every prompt, teacher prompt and response at its limit, no row shared. Needs
 libtpu (`pip install "jax[tpu]"`) or jax's CUDA plugin ("jax[cuda13]"); their compilers run on any machine. For a GPU nothing is tuned, as that takes the
-device, and cuDNN's attention is taken to agree with the reference (kernels/attention.py). Nothing is loaded or downloaded for a model of `model.config.PRESETS`.
+device, and cuDNN's attention is taken to agree with the reference (kernels/attention.py); jax gives a program 75 % of a GPU's memory, and more where
+XLA_PYTHON_CLIENT_MEM_FRACTION says so. Nothing is loaded or downloaded for a model of `model.config.PRESETS`.
 
 Memory is the compiler's own account, per chip. The train state stays where it is during decoding, so that both programs must fit beside it.
 Operations are counted on the traced program, scans times their lengths (the compiler's cost model counts a scan's body once); one
@@ -32,7 +33,7 @@ from sdpo_jax.train_step import TrainState, init_state
 
 
 class Chip(NamedTuple):
-  """As their maker states them. Interconnect: all links of a chip together, one direction each."""
+  """As their maker states them. Interconnect: all links of a chip together, one direction each; of a GPU, those within its node."""
   memory_gb: float
   tflops: float        # bfloat16
   memory_gb_s: float
@@ -144,7 +145,7 @@ def operations(jaxpr) -> float:
     if eqn.primitive.name == "dot_general":
       (contracted, _), _ = eqn.params["dimension_numbers"]
       total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-    elif eqn.primitive.name.startswith("dot_product_attention_"):   # cuDNN's: two products forward, five backward, on the whole square
+    elif eqn.primitive.name.startswith("dot_product_attention_"):   # cuDNN's: two products forward, five backward, masked or not
       (B, T, N, H), S = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
       total += (4.0 if "fwd" in eqn.primitive.name else 10.0) * B * T * N * H * S
     elif eqn.primitive.name == "cond":
@@ -257,12 +258,12 @@ def logit_arrays(text: str, tokens: int, entries: int) -> list[str]:
 def topology_devices(name: str):
   """Devices of a topology such as "v5p:2x2x2", or "h200:2x8", two nodes of eight. ValueError with the choices."""
   chip, _, shape = name.partition(":")
-  if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
+  if chip not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + ("?" if chip in GPUS else "*"), shape):
     raise ValueError(f"--topology={name!r} must look like v5p:2x2x2, v5e:8x8, v6e:4x4, h200:8 or h200:2x8; choose the chip from {sorted(CHIPS)}")
   try:
     if chip in GPUS:
-      slices_nodes_gpus = ["1", "1", *shape.split("x")][-3:]
-      return topologies.get_topology_desc(platform="cuda", topology_name=name, topology="x".join(slices_nodes_gpus),
+      slices_nodes_gpus = f"1x{shape}" if "x" in shape else f"1x1x{shape}"
+      return topologies.get_topology_desc(platform="cuda", topology_name=name, topology=slices_nodes_gpus,
                                           target_config=HOPPER.format(name=chip, **CHIPS[chip]._asdict())).devices
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
   except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -270,7 +271,8 @@ def topology_devices(name: str):
 
 
 def plan(c, topology: str, model: ModelConfig, learn):
-  """Yields the lines of the report. learn: the wiring.Learner of this configuration. ValueError for a workload that does not divide over the mesh."""
+  """Yields the lines of the report. learn: the wiring.Learner of this configuration. The process's own devices must be of another kind than the topology's
+  (main.py asks for CPUs). ValueError for a workload that does not divide over the mesh."""
   devices, chip = topology_devices(topology), CHIPS[topology.partition(":")[0]]
   mesh = sharding.make_mesh(devices, **c.mesh)
   shards = sharding.row_shards(mesh)

@@ -1,5 +1,6 @@
 """The plan: operations and collectives counted against programs whose numbers are known, and the real TPU compiler on a small model."""
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -12,6 +13,10 @@ import pytest
 
 from sdpo_jax import plan, sharding
 from sdpo_jax.kernels import attention
+from sdpo_jax.model import decoder
+from sdpo_jax.model.config import PRESETS
+from sdpo_jax.records import Sampling
+from sdpo_jax.sampler import decode
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler")
 
@@ -36,6 +41,35 @@ def test_causal_attention_counts_the_blocks_on_and_below_the_diagonal():
   count = lambda window: plan.operations(jax.make_jaxpr(lambda q, k, v, s: attention.splash(q, k, v, s, window))(q, k, k, jax.ShapeDtypeStruct((B, T), jnp.int32)).jaxpr)
   square = 2 * 2.0 * B * N * T * T * H   # two products; blocks of 1024: three of four are on or below the diagonal
   assert count(None) == 0.75 * square and count(512) <= square
+
+
+def test_operations_of_attention_that_is_no_program_of_ours():
+  q, k = jnp.ones((2, 30, 8, 16)), jnp.ones((2, 50, 4, 16))
+  for name, products in (("dot_product_attention_fwd_wrapper", 2), ("dot_product_attention_bwd_wrapper", 5)):
+    fused = jax.extend.core.Primitive(name)
+    fused.def_abstract_eval(lambda q, k, v: q)
+    assert plan.operations(jax.make_jaxpr(fused.bind)(q, k, k).jaxpr) == products * 2 * 2 * 30 * 50 * 8 * 16
+
+
+def test_kernels_are_named():
+  text = """
+  %splash_mha_fwd.3 = bf16[8]{0} custom-call(%a), custom_call_target="tpu_custom_call"
+  %mpmd_map.1 = f32[8]{0} custom-call(%a), custom_call_target="mosaic_gpu_v2"
+  %cudnn-fmha.7 = bf16[8]{0} custom-call(%a), custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward"
+"""
+  assert plan.kernels(text) == ["cudnn$fmhaScaleBiasSoftmaxBackward", "mpmd_map", "splash_mha_fwd"]
+
+
+@needs_libtpu
+def test_decoding_on_a_tpu_copies_no_cache():
+  devices = plan.topology_devices("v5p:2x2x1")
+  mesh = sharding.make_mesh(devices, data=1, fsdp=4, tensor=1)
+  model = dataclasses.replace(PRESETS["qwen3-8b"], layers=2, vocab=1024, dtype="bfloat16")
+  params = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), decoder.shapes(model), sharding.named(mesh, decoder.axes(model)))
+  state, keys = plan.decode_shapes(model, mesh, rows=64, prompt=1024, new=1024)
+  program = plan.compile_for(mesh, decode, params, state, keys, config=model, sampling=Sampling(1024, 1.0, 1.0, (0,)), chunk=1)
+  shape = ",".join(map(str, state.cache.k.sharding.shard_shape(state.cache.k.shape)))
+  assert f"bf16[{shape}]" in program.text and not re.search(rf"bf16\[{shape}\]\S* copy\(", program.text)
 
 
 def test_collectives_of_a_real_program_count_every_turn_of_the_loop():
@@ -112,7 +146,7 @@ def test_the_suggestion_divides_the_responses():
   assert say(15e9)[0].startswith("no micro-batch")
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:2xx"])
+@pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:2xx", "h200:0", "h200:2x2x2"])
 def test_a_topology_that_does_not_exist_is_named(name):
   with pytest.raises(ValueError, match=re.escape(name)):
     plan.topology_devices(name)
@@ -124,7 +158,7 @@ def test_a_topology_that_does_not_exist_is_named(name):
     pytest.param("h200:8", 141, "cudnn$fmhaScaleBiasSoftmaxBackward", marks=pytest.mark.skipif(
         importlib.util.find_spec("jax_cuda13_plugin") is None, reason="jax's CUDA plugin is not installed: no compiler for GPUs"))])
 def test_plan_of_a_small_model_from_the_command_line(topology, memory_gb, kernel):
-  """The real compiler: ends with the promised line, and attention is on the chip's own kernels."""
+  """The real compiler: ends with the promised line, attention is on the chip's own kernels, and no array is tokens x vocabulary."""
   root = os.path.dirname(os.path.dirname(__file__))
   child = subprocess.run([sys.executable, "-m", "sdpo_jax.main", "--mode=plan", f"--topology={topology}", "--config=configs/plan_8b.py:local"], cwd=root,
                          env=os.environ | {"XLA_FLAGS": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
@@ -132,4 +166,5 @@ def test_plan_of_a_small_model_from_the_command_line(topology, memory_gb, kernel
   lines = child.stdout.splitlines()
   assert re.fullmatch(rf"plan: fits \([\d.]+ of {memory_gb} GB per chip\)", lines[-1]), lines
   assert any(line.startswith("  kernels: ") and kernel in line for line in lines), lines
+  assert any(line.startswith("  arrays of 1024 tokens x 151936 entries") and line.endswith(": none") for line in lines), lines
   assert any(line.startswith("train step") for line in lines) and any(line.startswith("decode step") for line in lines)
