@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sdpo_jax import plan, sharding
+from sdpo_jax import config, plan, sharding
 from sdpo_jax.kernels import attention
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import PRESETS
 from sdpo_jax.records import Sampling
 from sdpo_jax.sampler import decode
 
+ROOT = os.path.dirname(os.path.dirname(__file__))
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler")
 
 
@@ -49,6 +50,14 @@ def test_operations_of_attention_that_is_no_program_of_ours():
     fused = jax.extend.core.Primitive(name)
     fused.def_abstract_eval(lambda q, k, v: q)
     assert plan.operations(jax.make_jaxpr(fused.bind)(q, k, k).jaxpr) == products * 2 * 2 * 30 * 50 * 8 * 16
+
+
+@pytest.mark.parametrize("local", ["", ",local"])
+@pytest.mark.parametrize("machine, chips", [("v5p-16", 8), ("v5e-64", 64), ("v6e-16", 16), ("h200-8", 8)])
+def test_the_presets_divide_over_their_machines(machine, chips, local):
+  c = config.load(os.path.join(ROOT, f"configs/plan_8b.py:machine={machine}{local}"))
+  assert c.mesh.data * c.mesh.fsdp * c.mesh.tensor == chips
+  assert c.rollout.questions * c.rollout.group % (c.train.micro_batches * c.mesh.data * c.mesh.fsdp) == 0
 
 
 def test_kernels_are_named():
@@ -159,8 +168,7 @@ def test_a_topology_that_does_not_exist_is_named(name):
         importlib.util.find_spec("jax_cuda13_plugin") is None, reason="jax's CUDA plugin is not installed: no compiler for GPUs"))])
 def test_plan_of_a_small_model_from_the_command_line(topology, memory_gb, kernel):
   """The real compiler: ends with the promised line, attention is on the chip's own kernels, and no array is tokens x vocabulary."""
-  root = os.path.dirname(os.path.dirname(__file__))
-  child = subprocess.run([sys.executable, "-m", "sdpo_jax.main", "--mode=plan", f"--topology={topology}", "--config=configs/plan_8b.py:local"], cwd=root,
+  child = subprocess.run([sys.executable, "-m", "sdpo_jax.main", "--mode=plan", f"--topology={topology}", "--config=configs/plan_8b.py:local"], cwd=ROOT,
                          env=os.environ | {"XLA_FLAGS": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
   assert child.returncode == 0, child.stderr[-2000:]
   lines = child.stdout.splitlines()
