@@ -10,8 +10,8 @@ Arms:   sdpo, grpo; sdpo_extra, grpo_extra (larger groups: what counterfactual s
 Notes:  note=full is "If you had tried X instead of Y, you would have received Z". Arithmetic's tiny model has read such notes before (configs/pretrain_tiny.py,
         start=): of 203 failed attempts at held-out questions with two failed alternatives the untrained teacher, greedy, solves 68.0 % given feedback
         alone and 73.4 % with both notes; of 129 67.4 % given feedback alone, 73.6 % with both, 76.7 % with Z alone, and 48.8 % with notes whose feedback the
-        policy imagined (45 % of it wrong, 17 % in its verdict), which mislead. TinyCode's, tiny_notes, has read them too but copies no list and runs no
-        program in its head: of 140 failed attempts 35.7 % given feedback alone, 35.0 % with both notes, 32.1 % with Z alone (note=feedback), 23.6 % with imagined ones
+        policy imagined (45 % of it wrong, 17 % in its verdict), which mislead. TinyCode's, tiny_notes, has read them too, but
+        copies lists badly and makes nothing of them: of 140 failed attempts 35.7 % given feedback alone, 35.0 % with both notes, 32.1 % with Z alone (note=feedback), 23.6 % with imagined ones
         (of which 99.7 % wrong, 20 % in the verdict). What a verified success shows, a solution, it reads well.
 Data:   domain=tinycode and arithmetic make their own questions, for the tiny models of the package; coding and math_qa are those of configs/coding.py
         (livecodebench) and configs/math_qa.py (GSM8K) and their models.
@@ -19,7 +19,7 @@ Cost:   TinyCode: 170 s (sdpo_extra) to 460 s (sdpo) on one core with as much ot
         compilation, of which JAX_COMPILATION_CACHE_DIR spares the shapes that an earlier run has used. Arithmetic: 91 s (grpo) to 253 s
         (counterfactual_imagined), likewise; the last runs, beside a test run, up to 431 s. Coding and maths have not been measured.
 Result: TinyCode, avg@4 over 100 questions each, at 45 to 46 thousand generated tokens (imagined 49 to 51): mean (lowest to highest). Base model 41.0 % held-out,
-        24.5 % unseen, 33.3 % adversarial. Intervals of one run over its questions are about 9 points to either side. Last: thousands of tokens until
+        24.5 % unseen, 33.3 % adversarial. Some runs decoded with the cache's axes in another order (the same mathematics). Intervals of one run over its questions are about 9 points to either side. Last: thousands of tokens until
         60 % held-out, between evaluations, for each seed. The third seed is not complete.
                               seeds  held-out               unseen                 adversarial            60 % after
         sdpo                      3  66.1 (65.0 to 66.8)    45.8 (44.2 to 46.8)    60.2 (56.2 to 63.0)    23 28 30

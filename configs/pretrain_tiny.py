@@ -20,7 +20,7 @@ Result: problems with novel words solved, greedy, 256 problems of one to three o
         and notes on one or two other failures (which are those of a policy that has learnt some of the words); asked for the verdict that another
         attempt would receive it says the judge's word for word in 58.2 %, its first line in 89.1 %. tiny_notes went on from tiny, Code: 8.6 % alone, 39.8 % given
         feedback, 99.6 % given a solution, 39.5 % given notes (37.1 % and 41.0 % after the first pass); of the verdicts 0.4 % word for word, 84.0 % in their
-        first line. It copies no list and runs no program in its head, so notes tell it nothing that the feedback did not.
+        first line: the first of the inputs, which stand in the question, is copied rightly in 7 of 86. Notes neither help nor mislead it.
 """
 
 import dataclasses

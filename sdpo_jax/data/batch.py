@@ -22,7 +22,7 @@ from sdpo_jax.objectives.teacher_context import Context
 from sdpo_jax.records import Counterfactual, Rollout, Rows, Status, TaskError, TrainBatch
 
 CUT = "\n[...]\n"
-MAX_SHAPES = 16         # compilations of a run whose lengths never settle; from then on each that is forced is the last for all that was seen so far
+MAX_SHAPES = 16         # compilations that a run whose lengths never settle may ask for; beyond, only what fits nowhere makes one
 COMPILATION = 10.0      # what a compilation costs, in steps: tiny models on CPU take 4 s for it against 0.4 s a step
 WASTE = 0.08            # a share of a step that nobody compiles for
 ATTENTION_TOKENS = 8192  # row length at which attention costs about as much as a layer's matrix products (width 1,000): longer rows pack better but cost more
