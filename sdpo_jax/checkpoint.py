@@ -55,10 +55,12 @@ def save(workdir, step: int, state, host: dict, *, keep: int = 2):
 def tell_failures_once():
   """For entry points: of a save that fails nothing is printed but what its caller makes of the error. Holds for the process.
 
-  Orbax's threads log the error with its traceback before they raise it, and TensorStore's other writes, which outlive Orbax's event loop, print that it is closed.
+  Orbax's threads log the error with its traceback before they raise it. Its other writes, whose result nobody waits for then, either fail
+  too, which asyncio logs when it drops them, or outlive their event loop, which TensorStore prints.
   """
   from_orbax = lambda record: record.exc_info and record.pathname.endswith("orbax/checkpoint/_src/futures/future.py")
   logging.getLogger("absl").addFilter(lambda record: not from_orbax(record))
+  logging.getLogger("asyncio").addFilter(lambda record: not (record.exc_info and "orbax/checkpoint" in record.getMessage()))
   told = sys.unraisablehook
   sys.unraisablehook = lambda error: None if str(error.exc_value) == "Event loop is closed" else told(error)
 
