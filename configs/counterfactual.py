@@ -58,16 +58,17 @@ from sdpo_jax.objectives.teacher_context import FEEDBACK
 
 TINY = {"tinycode": "tiny_notes", "arithmetic": "tiny_arithmetic"}
 PAPER = {"coding": "hub:livecodebench/code_generation_lite/test6.jsonl", "math_qa": "hub:openai/gsm8k:main"}
-ARMS = {  # method, changes to its counterfactual part, responses generated for one that is trained on
-    "sdpo": ("sdpo", {}, 1.0),
-    "sdpo_extra": ("sdpo", {}, 1.5),
-    "counterfactual": ("counterfactual", {}, 1.5),
-    "counterfactual_imagined": ("counterfactual", dict(feedback="imagined", imagined_tokens=128), 2.0),
-    "counterfactual_siblings": ("counterfactual", dict(sources=("siblings",)), 1.0),
-    "grpo": ("grpo", {}, 1.0),
-    "grpo_extra": ("grpo", {}, 1.5),
+EXTRA = 2     # samples that counterfactual may draw beside each of SDPO's groups
+ARMS = {  # method, changes to its counterfactual part
+    "sdpo": ("sdpo", {}),
+    "sdpo_extra": ("sdpo", {}),
+    "counterfactual": ("counterfactual", dict(alternatives=EXTRA)),
+    "counterfactual_imagined": ("counterfactual", dict(alternatives=EXTRA, feedback="imagined", imagined_tokens=128)),
+    "counterfactual_siblings": ("counterfactual", dict(sources=("siblings",))),
+    "grpo": ("grpo", {}),
+    "grpo_extra": ("grpo", {}),
 }
-MEASURED = {  # the same, as it was with seed 0: the fewer attempts fail, the fewer alternatives are drawn; a verdict may be longer than an answer
+MEASURED = {  # tokens generated for one of a rollout, as it was with seed 0: the fewer attempts fail, the fewer alternatives are drawn; a verdict may be longer than an answer
     "tinycode": {"counterfactual": 1.30, "counterfactual_imagined": 2.45},
     "arithmetic": {"counterfactual": 1.28, "counterfactual_imagined": 1.46},
 }
@@ -78,28 +79,50 @@ def get_config(arg: str = ""):
   for name, value, choices in (("domain", a.domain, [*TINY, *PAPER]), ("arm", a.arm, list(ARMS)), ("note", a.note, ["feedback", "full"])):
     if value not in choices:
       raise ValueError(f"{name}={value!r} is unknown; choose from {choices}")
-  a.method, changes, generated = ARMS[a.arm]
-  generated = MEASURED.get(a.domain, {}).get(a.arm, generated)
+  a.method, changes = ARMS[a.arm]
   if a.domain in TINY:
     config.refuse(a, "data", "top_k", because=f"domain={a.domain} makes its own questions and compares whole vocabularies")
   if a.method != "counterfactual":
     config.refuse(a, "note", because=f"arm={a.arm} tells nothing of alternatives")
+  if a.local:
+    config.refuse(a, "steps", because="local takes two")
   c = tiny(a) if a.domain in TINY else paper(a)
   c.label = a.arm
   if a.method == "counterfactual" and a.note == "feedback":
     c.method.teacher_context.templates.note = FEEDBACK + "{feedback}"
   c.method.counterfactual.update(changes)
-  if a.arm.endswith("_extra") and not a.local:
-    c.rollout.group = round(generated * c.rollout.group)
   if not a.local:
-    c.total_steps = round((a.steps or c.total_steps) / generated)
+    c.total_steps = round((a.steps or c.total_steps) / generated(a, c.rollout.max_new_tokens))
+    if a.arm.endswith("_extra"):
+      larger_groups(a, c)
   if c.optimizer.decay_steps:
     c.optimizer.decay_steps = max(c.total_steps, 20)   # past the warm-up
   return c
 
 
+def beside(a) -> float:
+  """The most samples beside the rollouts for each of them: EXTRA to an SDPO group of 4 (config.tiny) or 8 (config.paper)."""
+  return EXTRA / (4 if a.domain in TINY else 8)
+
+
+def generated(a, max_new_tokens: int) -> float:
+  """Tokens for each token of a rollout: measured, or, where nothing was, the most that it can be."""
+  if a.arm in ("sdpo", "grpo", "counterfactual_siblings"):
+    return 1.0
+  verdicts = ARMS[a.arm][1].get("imagined_tokens", 0) / max_new_tokens
+  return MEASURED.get(a.domain, {}).get(a.arm, 1.0 + beside(a) * (1.0 + verdicts))
+
+
+def larger_groups(a, c):
+  """As many more a step as counterfactual may draw at most; where a batch goes through the model in parts, these stay as large as they were."""
+  before, c.rollout.group = c.rollout.group, round(c.rollout.group * (1.0 + beside(a)))
+  parts = "micro_batches" if c.train.micro_batches > 1 else "updates_per_batch"
+  if c.train[parts] > 1:
+    c.train[parts] = c.train[parts] * c.rollout.group // before
+
+
 def tiny(a):
-  """The settings of configs/tinycode.py, for as many steps as two minutes on one core allow."""
+  """The settings of configs/tinycode.py; by the number of steps plain SDPO no longer learns much."""
   a.model = a.model or TINY[a.domain]
   c = config.tiny(a)
   c.env.name = a.domain
@@ -114,11 +137,12 @@ def paper(a):
   a.top_k = a.top_k or (20 if rich else 100)
   c = config.paper(a, rich_feedback=rich)
   c.env = dict(name=a.domain, **(dict(first_date="2025-02-01", last_date="2025-05-01") if rich else dict(tell_correctness=True)))
-  c.data.sources = (os.path.join(config.ROWS, f"{a.domain}.{{split}}.jsonl") if a.local else a.data or PAPER[a.domain],)
+  c.data.sources = (a.data or (os.path.join(config.ROWS, f"{a.domain}.{{split}}.jsonl") if a.local else PAPER[a.domain]),)
   c.data.on_bad_row = "error" if a.local or not rich else "skip"
   if rich and not a.local:
     c.sandbox.workers, c.rollout.judge_threads, c.rollout.judge_timeout_s = 16, 16, 300.0
   if rich and a.local:
-    del c.env["first_date"], c.env["last_date"]
+    if not a.data:
+      del c.env["first_date"], c.env["last_date"]
     c.sandbox.workers, c.rollout.judge_threads = 1, 2
   return c
