@@ -69,7 +69,7 @@ def base() -> ml_collections.ConfigDict:
   c.optimizer = dict(name="adamw", lr=1e-3, warmup_steps=10, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
   c.train = dict(
       updates_per_batch=1,                   # optimiser updates per generation batch
-      micro_batches=1,                       # gradient accumulation within an update
+      micro_batches=1,                       # gradient accumulation within an update: parts when texts are as long as can be; fewer when they are short
       max_skipped_in_a_row=5,                # non-finite updates in a row that stop the run
       max_env_failures_in_a_row=3,           # generation batches without one judged response that stop the run
       loss_implementation="auto",            # of kernels/distill_kl: auto | reference | xla | ...

@@ -222,8 +222,8 @@ def calibrate(task: Task, *, below: float, attempts: int, collect: Callable, env
   return {"task_id": task.id, "attempts": n, "successes": c, "pass@64": pass_at_64, "used": n >= attempts and pass_at_64 < below}
 
 
-def fixed_shapes(rows: int, data, max_new_tokens: int, *, more: bool = False) -> Shapes:
-  """Shapes of a pack of `rows` responses, one a row: whatever is sampled, one of them holds it, so that what a run computes depends on nothing that ran before.
+def fixed_shapes(packs: int, rows: int, data, max_new_tokens: int, *, more: bool = False) -> Shapes:
+  """Shapes of packs of `rows` responses, one a row: whatever is sampled, one of them holds it, so that what a run computes depends on nothing that ran before.
 
   more: further readings by the teacher, of the same sizes. Responses up to max_new_tokens halved a few times; prompts up to their limits halved a few
   times, and half-way steps for the teacher's.
@@ -231,11 +231,11 @@ def fixed_shapes(rows: int, data, max_new_tokens: int, *, more: bool = False) ->
   down = lambda most, multiple, steps: sorted({bucket(int(most * step), multiple) for step in steps})
   halves = [2.0**-i for i in range(6)]
   teacher = lambda t, r: (rows, bucket(t + r, data.length_multiple))
-  shapes = [Shape(rows, bucket(p + r, data.length_multiple), *teacher(t, r), bucket(rows * r, data.length_multiple), r, *(teacher(t, r) if more else ()))
+  shapes = [Shape(rows, bucket(p + r, data.length_multiple), *teacher(t, r), bucket(rows * r, data.length_multiple), r, *(teacher(t, r) if more else (0, 0)), packs)
           for r in down(max_new_tokens, data.response_multiple, halves)
           for p in down(data.max_prompt_tokens, data.length_multiple, halves)
           for t in down(data.max_teacher_tokens, data.length_multiple, [*halves, 0.75, 0.375])]
-  return Shapes(shapes, limit=len(shapes))
+  return Shapes((data.max_prompt_tokens + max_new_tokens, data.max_teacher_tokens + max_new_tokens, max_new_tokens), shapes, limit=len(shapes))
 
 
 def exact_difficulty(task: Task, programs: list[str], *, below: float, prompt: list[int], chat, logp: Callable) -> dict[str, Any]:
@@ -296,7 +296,8 @@ class Solver:
 
   def __init__(self, c, w: Wired, stop: threading.Event):
     self.c, self.w, self.stop, self.env = c, w, stop, w.collector.env
-    self.packs = c.train.micro_batches * sharding.row_shards(w.mesh)
+    self.shards = sharding.row_shards(w.mesh)
+    self.packs = c.train.micro_batches * self.shards
     with blame_settings():
       if c.discover.rollouts % self.packs:
         raise ValueError(f"config.discover.rollouts={c.discover.rollouts} rows do not divide into {self.packs} packs: train.micro_batches x the mesh's data x fsdp")
@@ -312,7 +313,7 @@ class Solver:
     learn = learner(c, w.model, w.join)
     places = None if w.mesh is None else jax.tree.map(lambda x: x.sharding, self.fresh(learn, self.base))
     return Taught(learn, jax.jit(learn.step, donate_argnums=0, out_shardings=(places, w.everywhere)),
-                  fixed_shapes(c.discover.rollouts // self.packs, c.data, c.rollout.max_new_tokens, more=learn.counterfactual is not None))
+                  fixed_shapes(self.packs, c.discover.rollouts // self.packs, c.data, c.rollout.max_new_tokens, more=learn.counterfactual is not None))
 
   def fresh(self, learn: Learner, params):
     """A state of its own: a step overwrites the weights that it is given."""
@@ -336,7 +337,7 @@ class Solver:
     data = self.c.data
     return pack(groups, chat=self.w.chat, messages=self.env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"], counterfactual=counterfactual,
                 max_teacher_tokens=data.max_teacher_tokens, length_multiple=data.length_multiple, response_multiple=data.response_multiple,
-                shapes=shapes, packs=self.packs)
+                shapes=shapes, micro_batches=self.c.train.micro_batches, shards=self.shards)
 
   def collect(self, weights, asked, *, path, n):
     """n attempts for each (task, first attempt); a batch has a seed of its own, so it is the same whatever is sampled beside it."""
@@ -356,7 +357,7 @@ class Solver:
           self.collect(w.params, [(task, n + i * d.rollouts) for i in range(self.together)], path=("calibration",), n=d.rollouts), []))
     plain = make_signals(w.model, make_objective(methods.row("grpo")), temperature=c.rollout.temperature)
     score = jax.jit(lambda batch: plain(w.params, None, batch).logp_BR, out_shardings=w.everywhere)
-    shapes, parts = fixed_shapes(d.rollouts // self.packs, c.data, c.rollout.max_new_tokens), methods.build(methods.row("grpo"))
+    shapes, parts = fixed_shapes(self.packs, d.rollouts // self.packs, c.data, c.rollout.max_new_tokens), methods.build(methods.row("grpo"))
     logp = make_logp(score, lambda groups: self.make_batch(groups, parts, shapes), d.rollouts)
     return lambda task: exact_difficulty(task, self.env.solutions(task), below=d.below_pass_at_64, prompt=w.chat.prompt_tokens(self.env.prompt(task)),
                                          chat=w.chat, logp=logp)

@@ -121,7 +121,8 @@ def train(c, workdir: str) -> None:
       learn = learner(c, w.model, w.join)
       params, frozen = w.trainable(c.seed)
       state = w.fresh_state(params, learn.tx, learn.teacher)
-      packs = c.train.updates_per_batch * c.train.micro_batches * sharding.row_shards(w.mesh)
+      shards = sharding.row_shards(w.mesh)
+      packs = c.train.updates_per_batch * c.train.micro_batches * shards
       if c.rollout.questions * c.rollout.group % packs:
         raise ValueError(f"config.rollout.questions x group = {c.rollout.questions * c.rollout.group} responses do not divide into {packs} packs: "
                          "train.updates_per_batch x micro_batches x the mesh's data x fsdp")
@@ -134,7 +135,7 @@ def train(c, workdir: str) -> None:
         host = stored
         stream.restore(host["data"])
     new = c.rollout.max_new_tokens
-    shapes = Shapes([Shape(*sizes) for sizes in host["shapes"]], host["owed"], longest=(c.data.max_prompt_tokens + new, c.data.max_teacher_tokens + new, new))
+    shapes = Shapes((c.data.max_prompt_tokens + new, c.data.max_teacher_tokens + new, new), [Shape(*sizes) for sizes in host["shapes"]], host["owed"])
     places = None if w.mesh is None else jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(learn.step, donate_argnums=0, out_shardings=(places, w.everywhere))
     score = jax.jit(learn.score, out_shardings=w.everywhere)
@@ -164,7 +165,7 @@ def train(c, workdir: str) -> None:
     def make_batch(groups):
       packed = pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=learn.parts["teacher_context"], advantage=learn.parts["advantage"],
                     max_teacher_tokens=c.data.max_teacher_tokens, length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple,
-                    shapes=shapes, updates=c.train.updates_per_batch, packs=packs, counterfactual=learn.counterfactual,
+                    shapes=shapes, updates=c.train.updates_per_batch, micro_batches=c.train.micro_batches, shards=shards, counterfactual=learn.counterfactual,
                     share_prefixes=jax.default_backend() != "tpu")   # splash knows no prefixes
       return packed._replace(metrics=packed.metrics | explored | skipped | {"data/copy_rate": monitors.copy_rate(packed.rollouts, packed.contexts, w.chat)})
 

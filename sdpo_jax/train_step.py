@@ -165,22 +165,28 @@ def cut(batch: TrainBatch, pieces: int) -> TrainBatch:
   return jax.tree.map(split, batch)
 
 
-def make_score(signals: Callable, pieces: int = 1) -> Callable:
-  """-> score(state, batch, frozen=None) -> Signals of the whole batch, one piece after another."""
+def micro_batches(batch: TrainBatch, together: int | None) -> int:
+  """How many there are, of `together` packs; None: of one on each of the mesh's row shards."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return batch.student.at_CX.shape[0] // (together or sharding.row_shards(None if mesh.empty else mesh))
+
+
+def make_score(signals: Callable, *, together: int | None = None) -> Callable:
+  """-> score(state, batch, frozen=None) -> Signals of the whole batch, one micro-batch after another. together: see `micro_batches`."""
 
   def score(state: TrainState, batch: TrainBatch, frozen=None) -> Signals:
-    said = jax.lax.map(lambda piece: signals(state.params, state.teacher, piece, frozen), cut(batch, pieces))
+    said = jax.lax.map(lambda piece: signals(state.params, state.teacher, piece, frozen), cut(batch, micro_batches(batch, together)))
     return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), said)
 
   return score
 
 
 def make_train_step(signals: Callable, objective: Objective, tx: optax.GradientTransformation, *, teacher_move: float = 0.0,
-                    updates: int = 1, micro_batches: int = 1, recompute_old: bool = False) -> Callable:
+                    updates: int = 1, together: int | None = None, recompute_old: bool = False) -> Callable:
   """-> step(state, batch, frozen=None) -> (state, {metric: Ratio}). frozen: what adapters stand on; shared by policy and teacher, never moved.
 
-  teacher_move: the teacher's rate towards the policy, 0 to leave it alone. updates: optimiser updates per generation batch; micro_batches: gradient accumulation within each. The batch's packs must
-  divide by their product. recompute_old: take logp_old from the batch (several updates) instead of the present policy's (one update: ratio 1).
+  teacher_move: the teacher's rate towards the policy, 0 to leave it alone. updates: optimiser updates per generation batch, among which its packs divide; together: packs of a micro-batch, see
+  `micro_batches`: the gradients of several add up. recompute_old: take logp_old from the batch (several updates) instead of the present policy's (one update: ratio 1).
   """
 
   def loss_fn(params, teacher, batch: TrainBatch, norm, frozen):
@@ -192,18 +198,18 @@ def make_train_step(signals: Callable, objective: Objective, tx: optax.GradientT
 
   def mini_batch(state: TrainState, batch: TrainBatch, frozen):
     norm = objective.normalisers(batch)
-    pieces = cut(batch, micro_batches)
+    pieces = micro_batches(batch, together)
 
     def accumulate(grads, piece):
       (_, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state.teacher, piece, norm, frozen)
       new = jax.lax.optimization_barrier(new)   # else the TPU compiler tries to move the sums over devices out of the loop, and fails
       return jax.tree.map(lambda a, g: a + g.astype(a.dtype), grads, new), metrics
 
-    if micro_batches == 1:
+    if pieces == 1:
       (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state.teacher, batch, norm, frozen)
     else:
       zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-      grads, metrics = jax.lax.scan(accumulate, zeros, pieces)
+      grads, metrics = jax.lax.scan(accumulate, zeros, cut(batch, pieces))
       metrics = jax.tree.map(lambda x: jnp.sum(x, 0), metrics)
       metrics["train/loss"] = Ratio(metrics["train/loss"].total, 1.0)   # shares of one loss, not a mean of losses
     norm_of_grads = optax.tree.norm(grads)

@@ -209,10 +209,8 @@ def learner(c, model: ModelConfig, join=None) -> Learner:
     threshold = methods.arguments(method, "teacher_context")["success_threshold"]
     explore = functools.partial(counterfactual.explore, part, success_threshold=threshold)
     told = functools.partial(readings, part, parts["teacher_context"], success_threshold=threshold)
-  step = make_train_step(signals, objective, tx, teacher_move=teacher.move, updates=c.train.updates_per_batch,
-                         micro_batches=c.train.micro_batches, recompute_old=several)
-  return Learner(objective, parts, teacher, tx, step, make_score(signals, c.train.updates_per_batch * c.train.micro_batches), several, explore, told,
-                 part.readings if part else 0)
+  step = make_train_step(signals, objective, tx, teacher_move=teacher.move, updates=c.train.updates_per_batch, recompute_old=several)
+  return Learner(objective, parts, teacher, tx, step, make_score(signals), several, explore, told, part.readings if part else 0)
 
 
 def model_shape(path: str) -> ModelConfig:

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from sdpo_jax.data.batch import COMPILATION, CUT, Shape, Shapes, Text, choose_shape, pack, shorten, teacher_prompt
+from sdpo_jax.data.batch import COMPILATION, CUT, Dealt, Shape, Shapes, Text, choose_shape, full_shape, pack, shorten, teacher_prompt
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.objectives import advantage, teacher_context
 from sdpo_jax.objectives.teacher_context import CLOSING, FEEDBACK, SOLUTION, Context, feedback_or_solution
@@ -29,9 +29,13 @@ def rollout(text, reward, feedback="", status=Status.SCORED):
 GROUP = [rollout("wrong", 0.0, "it " + fakes.NASTY), rollout("<think>hm</think> right", 1.0), rollout("broken", 0.0, "oops", Status.ENV_FAILED), rollout("also right", 1.0)]
 
 
+def fresh(known=(), owed=0.0, **kwargs):
+  return Shapes((4000, 5000, 3000), list(known), owed, **kwargs)
+
+
 def packed(group=GROUP, max_teacher_tokens=4096, **context):
   return pack([group], chat=CHAT, messages=messages, teacher_context=lambda g, i: feedback_or_solution(g, i, **context),
-              advantage=advantage.group_mean, max_teacher_tokens=max_teacher_tokens, length_multiple=8, response_multiple=8, shapes=Shapes())
+              advantage=advantage.group_mean, max_teacher_tokens=max_teacher_tokens, length_multiple=8, response_multiple=8, shapes=fresh())
 
 
 def test_who_is_shown_what():
@@ -104,19 +108,50 @@ def pack_many(groups, shapes, **kwargs):
               length_multiple=32, response_multiple=8, shapes=shapes, **kwargs)
 
 
-@pytest.mark.parametrize("packs", [1, 4])
-def test_heavy_tailed_lengths_waste_little_and_compile_seldom(packs):
-  """32 x 8 responses, median 60 and maximum 1000 tokens: the share of columns that hold text, on average over 20 batches."""
-  shapes, useful = Shapes(), []
+@pytest.mark.parametrize("shards, micro_batches, share", [(1, 1, False), (4, 1, False), (8, 32, False), (16, 16, False), (1, 32, True), (4, 32, True)])
+def test_heavy_tailed_lengths_waste_little_and_compile_seldom(shards, micro_batches, share):
+  """32 x 8 responses, median 60 and maximum 1000 tokens: the share of columns that hold text, on average over 20 batches. Many micro-batches are for
+  answers of 8,192 tokens, one a pack; of these short ones many lie together."""
+  shapes, useful = Shapes((10_240, 18_432, 8192)), []
   for seed in range(20):
-    useful.append(pack_many(heavy_tailed(32, 8, seed), shapes, packs=packs).metrics["data/useful_tokens"])
-  assert np.mean(useful) >= 0.9 and len(shapes.known) <= 6, (np.mean(useful), shapes)
+    p = pack_many(heavy_tailed(32, 8, seed), shapes, shards=shards, micro_batches=micro_batches, share_prefixes=share)
+    useful.append(p.metrics["data/useful_tokens"])
+    assert p.batch.student.at_CX.shape[0] == shards   # one micro-batch is enough
+  assert np.mean(useful) >= (0.87 if share and shards > 1 else 0.9) and len(shapes.known) <= 6, (np.mean(useful), shapes)
+
+
+@pytest.mark.parametrize("longest, packs", [((1100, 1600, 1000), 32), ((2200, 3200, 2000), 4), ((4400, 6400, 4000), 2)])
+def test_no_pack_takes_more_than_one_of_the_longest_texts(longest, packs):
+  """What a plan found to fit stays the bound: the longer answers may be, the more of ordinary ones go into a micro-batch."""
+  shapes = Shapes(longest)
+  got = pack_many(heavy_tailed(8, 4, 0), shapes, micro_batches=32).batch
+  shape, = shapes.known
+  assert shape.packs == got.student.at_CX.shape[0] == packs
+  for half, (rows, length), most in zip((got.student, got.teacher), shape.halves(), longest):
+    assert half.token_CPT.shape == (packs, rows, length) and rows * length <= -(-most // 32) * 32
+  assert shape.tokens <= longest[2]
+
+
+def test_few_packs_hold_what_many_held():
+  """The same responses with the same numbers, whether each has a pack of its own or all lie in two."""
+  groups, seen = heavy_tailed(8, 4, 0), []
+  for longest in ((1100, 1600, 1000), (10_240, 18_432, 8192)):
+    p = pack_many(groups, Shapes(longest), micro_batches=16, shards=2)
+    C, B = p.batch.student.at_CX.shape[0], len(p.rollouts)
+    ids = [id(r) for g in groups for r in g]
+    rows = {}
+    for b, r in enumerate(p.rollouts):
+      columns = p.batch.student.at_CX[b // (B // C), p.batch.start_B[b]:p.batch.start_B[b] + len(r.tokens)]
+      tokens = p.batch.student.token_CPT[b // (B // C)].reshape(-1)[columns + 1].tolist()
+      rows[ids.index(id(r))] = tokens, float(p.batch.advantage_B[b]), float(p.batch.distill_B[b]), p.batch.weight_BR[b].sum()
+    seen.append((C, rows))
+  assert [C for C, _ in seen] == [32, 2] and seen[0][1] == seen[1][1] and len(seen[0][1]) == 32
 
 
 def test_packs_hold_whole_questions_and_about_as_much():
-  groups = heavy_tailed(8, 4, 0)
+  groups = heavy_tailed(8, 4, 0, longest=40)   # what a question's responses share is more than what they differ by
   groups = [[dataclasses.replace(r, task=dataclasses.replace(TASK, id=str(q))) for r in group] for q, group in enumerate(groups)]
-  p = pack_many(groups, Shapes(), updates=2, packs=4)
+  p = pack_many(groups, fresh(), updates=2, shards=2, share_prefixes=True)
   for u in range(2):   # an update trains on its own questions, in some order
     assert {r.task.id for r in p.rollouts[16 * u:16 * (u + 1)]} == {str(q) for q in range(4 * u, 4 * (u + 1))}
   for c in range(4):
@@ -125,12 +160,12 @@ def test_packs_hold_whole_questions_and_about_as_much():
     for r, start in zip(mine, p.batch.start_B[8 * c:8 * (c + 1)]):
       columns = p.batch.student.at_CX[c, start:start + len(r.tokens)]
       assert (p.batch.student.token_CPT[c].reshape(-1)[columns + 1] == r.tokens).all()
-  one = pack_many(groups, Shapes())
+  one = pack_many(groups, fresh())
   assert [r.task.id for r in one.rollouts] == [str(q) for q in range(8) for _ in range(4)]   # a single pack keeps the order
 
 
 def test_a_shape_is_used_again_and_a_length_never_seen_gets_room():
-  shapes = Shapes(limit=3)
+  shapes = fresh(limit=3)
   pack_many(heavy_tailed(8, 4, 0), shapes)
   first = list(shapes.known)
   pack_many(heavy_tailed(8, 4, 0), shapes)
@@ -139,23 +174,23 @@ def test_a_shape_is_used_again_and_a_length_never_seen_gets_room():
     pack_many(heavy_tailed(16, 4, 0, longest=longest), shapes)
   assert len(shapes.known) == 3
   pack_many(heavy_tailed(8, 4, 3, longest=3000), shapes)
-  assert len(shapes.known) == 4 and all(max(a) <= b for a, b in zip(zip(*shapes.known), shapes.known[-1]))
+  assert len(shapes.known) == 4 and shapes.known[-1] == full_shape(32, 1, shapes.longest, 32, 8)
   pack_many(heavy_tailed(8, 4, 4, longest=2900), shapes)
   assert len(shapes.known) == 4
 
 
 def one_row(tokens, shapes, multiple=8):
-  return choose_shape([[Text(tokens)]], [[Text(1)]], [[8]], shapes, length_multiple=multiple, response_multiple=8)
+  return choose_shape(lambda packs: Dealt([[Text(tokens)]], [[Text(1)]], [[8]]), [1], shapes, length_multiple=multiple, response_multiple=8)
 
 
 def test_lengths_that_are_all_equal_get_no_room():
-  shapes = Shapes()
+  shapes = fresh()
   assert {one_row(800, shapes) for _ in range(50)} == set(shapes.known) and shapes.known[0].length == 800
 
 
 def test_a_better_shape_is_compiled_once_its_lack_has_cost_as_much():
   """Lengths fall to a half: the long shape serves until its waste, in steps, is what a compilation costs, and no longer."""
-  shapes = Shapes()
+  shapes = fresh()
   long = one_row(800, shapes)
   served = [one_row(400, shapes) for _ in range(30)]
   assert len(shapes.known) == 2 and 400 < (better := shapes.known[1]).length < 450   # room to grow into
@@ -165,13 +200,13 @@ def test_a_better_shape_is_compiled_once_its_lack_has_cost_as_much():
 @pytest.mark.parametrize("multiple, first, then", [(8, 800, 760), (1024, 3000, 2000), (32, 160, 120)])
 def test_a_waste_that_no_better_shape_would_spare_compiles_nothing(multiple, first, then):
   """Nor one that rounding and room would leave as it is."""
-  shapes = Shapes()
+  shapes = fresh()
   one_row(first, shapes, multiple)
   assert len({one_row(then, shapes, multiple) for _ in range(400)}) == len(shapes.known) == 1
 
 
 def test_once_full_only_what_does_not_fit_compiles():
-  shapes = Shapes(limit=1)
+  shapes = fresh(limit=1)
   one_row(800, shapes)
   assert len({one_row(100, shapes) for _ in range(400)}) == len(shapes.known) == 1
   assert one_row(900, shapes).length >= 900 and len(shapes.known) == 2
@@ -180,7 +215,8 @@ def test_once_full_only_what_does_not_fit_compiles():
 def test_there_is_no_room_beyond_the_longest_text():
   """One text a pack, at the run's limits: the sizes that a plan compiles for."""
   shapes = Shapes(longest=(10240, 18432, 8192))
-  at = lambda prompt, response: choose_shape([[Text(prompt + response)]], [[Text(10240 + response)]], [[response]], shapes, length_multiple=1024, response_multiple=1024)
+  dealt = lambda prompt, response: Dealt([[Text(prompt + response)]], [[Text(10240 + response)]], [[response]])
+  at = lambda *sizes: choose_shape(lambda packs: dealt(*sizes), [1], shapes, length_multiple=1024, response_multiple=1024)
   at(1000, 1000)
   assert at(2048, 8192)[:6] == (1, 10240, 1, 18432, 8192, 8192)
 
@@ -190,12 +226,12 @@ def test_a_resumed_run_chooses_the_same_shapes():
   lengths = np.random.default_rng(0).integers(300, 900, 200).tolist()
 
   def chosen(stop=None, forget=False):
-    shapes, out = Shapes(), []
+    shapes, out = fresh(), []
     for i, n in enumerate(lengths):
       if i == stop:
         known, owed = json.loads(json.dumps([shapes.known, shapes.owed]))
         assert owed > 0
-        shapes = Shapes([Shape(*sizes) for sizes in known], 0.0 if forget else owed)
+        shapes = fresh([Shape(*sizes) for sizes in known], 0.0 if forget else owed)
       out.append(one_row(n, shapes))
     return out
 
@@ -237,17 +273,17 @@ def test_shorten_keeps_head_and_tail():
 
 
 def test_without_a_teacher_its_half_is_one_small_row():
-  p = pack_many([GROUP], Shapes())
+  p = pack_many([GROUP], fresh())
   assert p.batch.teacher.segment_CPT.any()
   p = pack([GROUP], chat=CHAT, messages=messages, teacher_context=teacher_context.none, advantage=advantage.group_mean, max_teacher_tokens=64,
-           length_multiple=8, response_multiple=8, shapes=Shapes())
+           length_multiple=8, response_multiple=8, shapes=fresh())
   assert p.batch.teacher.token_CPT.shape == (1, 1, 8) and not p.batch.distill_B.any() and not p.batch.teacher.segment_CPT.any()
 
 
 def test_a_question_stands_once_a_row_for_all_its_responses():
   """What a token sees, its prefix and its own segment up to it, is the prompt and the response as they were; positions count through."""
   groups = heavy_tailed(4, 4, 0, longest=120)
-  apart, shared = pack_many(groups, Shapes(), packs=2), pack_many(groups, Shapes(), packs=2, share_prefixes=True)
+  apart, shared = (pack_many(groups, fresh(), shards=2, share_prefixes=share) for share in (False, True))
   assert apart.batch.student.prefix_CPT is None
   for half, whole in zip((shared.batch.student, shared.batch.teacher), (apart.batch.student, apart.batch.teacher)):
     assert (half.segment_CPT > 0).sum() < (whole.segment_CPT > 0).sum()

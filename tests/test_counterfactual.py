@@ -191,7 +191,7 @@ def batches(method, groups):
   c.method = method
   learn = wiring.learner(c, fakes.toy_config(layers=1, width=16, heads=2, kv_heads=1))
   return learn, pack(groups, chat=CHAT, messages=lambda task: [{"role": "user", "content": task.prompt}], teacher_context=learn.parts["teacher_context"],
-                     advantage=learn.parts["advantage"], max_teacher_tokens=400, length_multiple=8, response_multiple=8, shapes=Shapes(), counterfactual=learn.counterfactual)
+                     advantage=learn.parts["advantage"], max_teacher_tokens=400, length_multiple=8, response_multiple=8, shapes=Shapes((500, 500, 100)), counterfactual=learn.counterfactual)
 
 
 def test_without_weight_or_alternatives_it_is_sdpo_bit_for_bit():
@@ -243,7 +243,7 @@ def test_the_loss_is_the_specifications(form, gate, pieces):
   row = methods.row("counterfactual") | dict(token_weight=dict(name="uniform"), token_signal=dict(name="divergence", alpha=0.5, top_k=7 if form == "mixture" else None))
   row["counterfactual"] = dict(name="notes", gate=gate, form=form)
   objective, tx = make_objective(row), optax.sgd(1.0)
-  step = jax.jit(make_train_step(make_signals(setup, objective), objective, tx, micro_batches=pieces), compiler_options=QUICK)
+  step = jax.jit(make_train_step(make_signals(setup, objective), objective, tx), compiler_options=QUICK)
   state, metrics = step(init_state(params, tx)._replace(teacher=teacher), batch)
 
   def dense(params, half):

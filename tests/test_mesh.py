@@ -30,12 +30,12 @@ MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d *
 FAST = [(1, 8, 1), (1, 1, 8), (2, 2, 2)]
 
 
-def gradient(mesh, batch, *, micro_batches=1):
+def gradient(mesh, batch):
   """(loss, gradient) of the blend with a teacher of its own, read back from one SGD step, so long that the rounding of the weights is nothing beside it."""
   config, params = fakes.toy_model(0, **SIZES)
   _, teacher = fakes.toy_model(1, **SIZES)
   objective, tx = make_objective(BLEND), optax.sgd(1024.0)
-  step = make_train_step(make_signals(config, objective, remat="dots"), objective, tx, micro_batches=micro_batches, recompute_old=True)
+  step = make_train_step(make_signals(config, objective, remat="dots"), objective, tx, recompute_old=True)
   state = init_state(params, tx)._replace(teacher=teacher)
   if mesh is None:
     new, said = jax.jit(step)(state, batch)
@@ -69,7 +69,7 @@ def test_every_mesh_gives_the_gradient_of_one_device(shape):
 @pytest.mark.slow
 def test_micro_batches_on_a_mesh_give_the_gradient_of_one_device():
   mesh = sharding.make_mesh(jax.devices(), data=2, fsdp=2, tensor=2)
-  assert_same(gradient(mesh, fakes.toy_batch(rows=16, vocab=296, length=26, teacher_length=34, packs=8), micro_batches=2), on_one_device())
+  assert_same(gradient(mesh, fakes.toy_batch(rows=16, vocab=296, length=26, teacher_length=34, packs=8)), on_one_device())
 
 
 def compiled_parts(mesh, config, batch, remat):
@@ -118,7 +118,7 @@ def test_no_activation_is_gathered_over_the_rows():
   mesh = sharding.make_mesh(jax.devices(), data=8, fsdp=1, tensor=1)
   config = fakes.toy_config(**SIZES)
   objective, tx = make_objective(methods.row("sdpo")), optax.sgd(1.0)
-  step = make_train_step(make_signals(config, objective), objective, tx, micro_batches=2, teacher_move=0.05)
+  step = make_train_step(make_signals(config, objective), objective, tx, teacher_move=0.05)
   state = jax.eval_shape(lambda p: init_state(p, tx, keep_teacher=True), decoder.shapes(config))
   batch = fakes.toy_batch(rows=32, vocab=296, length=40, teacher_length=40, packs=16)
   put = lambda tree, places: jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places)

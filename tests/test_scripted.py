@@ -95,7 +95,7 @@ def batch_of(env, group, name, shape=SHAPE, **context):
   if context:
     parts["teacher_context"] = functools.partial(parts["teacher_context"], **context)
   return pack([group], chat=CHAT, messages=env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"], max_teacher_tokens=2000,
-              length_multiple=8, response_multiple=8, shapes=Shapes([shape], limit=1) if shape else Shapes())
+              length_multiple=8, response_multiple=8, shapes=Shapes((2000, 3000, 1000), [shape] if shape else [], limit=1 if shape else 2))
 
 
 def text_before(half, batch, b):

@@ -103,10 +103,10 @@ def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32):
   """Random tokens of these lengths, packed as training packs them; `group` consecutive rows answer one question, read once a row if share."""
   import numpy as np
 
-  from sdpo_jax.data.batch import Shapes, Text, balanced_order, begin_alike, choose_shape, first_fit, lay_out
+  from sdpo_jax.data.batch import Dealt, Shapes, Text, balanced_order, begin_alike, choose_shape, first_fit, lay_out
   from sdpo_jax.records import Rows, TrainBatch
 
-  order = balanced_order([p + n for p, _, n in lengths], group, 1, packs)
+  order = balanced_order([3 * (p + n) + q + n for p, q, n in lengths], group, 1, packs, whole=share)
   lengths, question = [lengths[b] for b in order], [b // group for b in order]
   rng, B = np.random.default_rng(0), len(lengths)
   answers = [rng.integers(1, vocab, n).tolist() for _, _, n in lengths]
@@ -120,7 +120,10 @@ def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32):
     return known, cut(texts), cut(starts)
 
   student, teacher = read([p for p, _, _ in lengths]), read([q for _, q, _ in lengths])
-  shape = choose_shape(student[0], teacher[0], cut([n for _, _, n in lengths]), Shapes(), length_multiple=length_multiple, response_multiple=8)
+  found = Dealt(student[0], teacher[0], cut([n for _, _, n in lengths]))
+  longest = max(n for _, _, n in lengths)
+  shapes = Shapes((max(p for p, _, _ in lengths) + longest, max(q for _, q, _ in lengths) + longest, longest))
+  shape = choose_shape(lambda packs: found, [packs], shapes, length_multiple=length_multiple, response_multiple=8)
 
   def half(read, rows, length):
     laid = [lay_out(first_fit(known, length), known, texts, starts, at_C, rows, length, shape.tokens, 0) for known, texts, starts, at_C in zip(*read, cut(at))]
@@ -158,7 +161,7 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
   batch = jax.tree.map(jnp.asarray, make_batch(lengths, model.vocab, micro_batches, share=device != "tpu", length_multiple=32 if device == "cpu" else 128))
   with memory.released_by_the_compiler():   # as in training
     state = jax.jit(lambda key: init_state(decoder.init(model, key), tx, keep_teacher=True))(jax.random.key(0))
-    traced = jax.jit(make_train_step(signals, objective, tx, teacher_move=0.05, micro_batches=micro_batches), donate_argnums=0).trace(state, batch)
+    traced = jax.jit(make_train_step(signals, objective, tx, teacher_move=0.05), donate_argnums=0).trace(state, batch)
     operations, step = plan.operations(traced.jaxpr.jaxpr), traced.lower().compile()
 
   def one():
@@ -175,7 +178,7 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
   one = lambda params: lambda half: [decoder.hidden(params, model, half[0], positions_BT=half[1], segment_ids_BT=half[2], prefix_ids_BT=half[3])]
   student = jax.jit(lambda s, b: run_rows(one(s.params), b.student))
   parts = {"forward_s": (student, first), "pair_s": (jax.jit(lambda s, b: forward_pair(s.params, s.teacher, model, b)[::2]), first),
-           "signals_s": (jax.jit(make_score(signals, micro_batches)), batch)}
+           "signals_s": (jax.jit(make_score(signals)), batch)}
   timed = {name: best(lambda f=f, b=b: jax.block_until_ready(f(state, b)), repeats)[0] * (1 if b is batch else micro_batches) for name, (f, b) in parts.items()}
   n = 2048 if device == "cpu" else 8192
   a = jnp.ones((n, n), dtype)

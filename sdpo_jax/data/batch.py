@@ -11,7 +11,7 @@ generation header are never touched. What was shortened is counted.
 """
 
 import dataclasses
-import math
+import functools
 import os
 from typing import NamedTuple
 
@@ -75,7 +75,7 @@ def teacher_prompt(chat: Chat, messages: list[dict[str, str]], context: Context,
 
 
 class Shape(NamedTuple):
-  """Sizes of one pack, and the response positions R. All that the compiled step depends on."""
+  """Sizes of one pack, the response positions R, and how many packs there are. All that the compiled step depends on."""
   rows: int
   length: int
   teacher_rows: int
@@ -84,20 +84,30 @@ class Shape(NamedTuple):
   responses: int
   more_rows: int = 0     # of each further reading by the teacher, if the method has any
   more_length: int = 0
+  packs: int = 1
+
+  def halves(self) -> tuple[tuple[int, int], ...]:
+    """(rows, length) of student, teacher, and the teacher's further readings."""
+    return (self.rows, self.length), (self.teacher_rows, self.teacher_length), (self.more_rows, self.more_length)
 
   def cost(self) -> float:
     """In passes of a token forward: the student's half goes forward and backward, and the vocabulary is met by the response tokens."""
-    half = lambda rows, length: rows * length * (1.0 + length / ATTENTION_TOKENS)
-    return 3.0 * half(self.rows, self.length) + half(self.teacher_rows, self.teacher_length) + half(self.more_rows, self.more_length) + 3.0 * self.tokens
+    student, teacher, more = (rows * length * (1.0 + length / ATTENTION_TOKENS) for rows, length in self.halves())
+    return self.packs * (3.0 * student + teacher + more + 3.0 * self.tokens)
+
+  def within(self, other: "Shape") -> bool:
+    """A pack takes no more memory than one of `other`: columns, attention over pairs of them, response tokens."""
+    sizes = lambda shape: [shape.tokens, *(n for rows, length in shape.halves() for n in (rows * length, rows * length**2))]
+    return all(mine <= theirs for mine, theirs in zip(sizes(self), sizes(other)))
 
 
 @dataclasses.dataclass
 class Shapes:
-  """Those that a run has used. Its state: a resumed run has to choose the same ones to compute the same."""
+  """Those that a run has used. Its state, `known` and `owed`: a resumed run has to choose the same ones to compute the same."""
+  longest: tuple[int, int, int]   # tokens that a text of the student, one of the teacher, and a response can have: no room beyond that
   known: list[Shape] = dataclasses.field(default_factory=list)
   owed: float = 0.0         # steps' worth of waste that a better one would have spared, of all batches together, since one was last added for that reason
-  limit: int = MAX_SHAPES   # of `known`; then only where none fits, and what is added holds all that was ever seen
-  longest: tuple[int, int, int] | None = None   # tokens that a text of the student, one of the teacher, and a response can have: no room beyond that
+  limit: int = MAX_SHAPES   # of `known`; then only where none fits, and what is added holds whatever can come
 
 
 class Text(NamedTuple):
@@ -130,6 +140,11 @@ def first_fit(texts: list[Text], length: int) -> list[list[int]]:
   return rows
 
 
+def together(texts: list[Text]) -> int:
+  """Tokens of texts in one row."""
+  return sum(t.length - t.shared for t in texts) + sum({t.family: t.shared for t in texts}.values())
+
+
 def begin_alike(texts: list[list[int]], starts: list[int], families: list[int]) -> list[Text]:
   """Of the texts of one pack: what each family shares, short of the last token before any response, which predicts it."""
   found = [Text(len(text)) for text in texts]
@@ -152,39 +167,56 @@ def deal(sizes: list[int], hands: int) -> list[list[int]]:
   return [sorted(hand) for hand in dealt]
 
 
-def choose_shape(student: list[list[Text]], teacher: list[list[Text]], responses: list[list[int]], shapes: Shapes, *, length_multiple: int,
-                 response_multiple: int, more: list[list[Text]] = ()) -> Shape:
-  """Each pack's texts, and lengths of its responses -> a shape that holds them: one of `shapes`, or a new one, which is added to them. more: packs of
-  all further readings."""
+class Dealt(NamedTuple):
+  """One way to cut a batch into packs: what is known of the texts of each, and the lengths of its responses."""
+  student: list[list[Text]]
+  teacher: list[list[Text]]
+  responses: list[list[int]]
+  more: tuple[list[list[Text]], ...] = ()   # of each further reading by the teacher
+
+
+def choose_shape(dealt, counts: list[int], shapes: Shapes, *, length_multiple: int, response_multiple: int) -> Shape:
+  """A shape that holds the batch: one of `shapes`, or a new one, which is added to them.
+
+  counts: of packs, ascending: the fewest that the devices and updates want, to the most that memory may want; dealt(packs) -> Dealt. A new shape has the fewest whose packs take no
+  more memory than the last ones' with texts as long as can be: so many are for long answers, and short ones lie together.
+  """
   most = lambda packs: max((text.length for texts in packs for text in texts), default=0)
-  together = lambda texts: sum(t.length - t.shared for t in texts) + sum({t.family: t.shared for t in texts}.values())
+  needed = lambda packs, length: max(1, max(len(first_fit(texts, length)) for texts in packs))
+  tokens_of, responses_of = lambda d: max(map(sum, d.responses)), lambda d: max(map(max, d.responses))
 
   def best(packs):   # (rows, length) of the cheapest packing: rows as long as the longest text, or longer ones with less left over, up to a whole pack
     longest, whole = most(packs), max(map(together, packs))
     fitting = []
     for wanted in {*(int(longest * stretch) for stretch in (1.0, 1.5, 2.0, 3.0)), *(max(longest, -(-whole // n)) for n in (1, 2, 3))}:
       length = bucket(wanted, length_multiple)
-      rows = max(1, max(len(first_fit(texts, length)) for texts in packs))
+      rows = needed(packs, length)
       fitting.append((rows * length * (1.0 + length / ATTENTION_TOKENS), rows, length))
     return min(fitting)[1:]
 
   def holds(shape: Shape) -> bool:
-    fit = lambda packs, rows, length: most(packs) <= length and all(len(first_fit(texts, length)) <= rows for texts in packs)
-    return (shape.tokens >= tokens and shape.responses >= longest and fit(student, shape.rows, shape.length)
-            and fit(teacher, shape.teacher_rows, shape.teacher_length) and (not more or shape.more_rows > 0 and fit(more, shape.more_rows, shape.more_length)))
-
-  tokens, longest = max(map(sum, responses)), max(map(max, responses))
-  count, full = len(student[0]), shapes.longest or (math.inf,) * 3   # texts of a pack, tokens of a text
+    d = dealt(shape.packs)
+    fit = lambda packs, rows, length: most(packs) <= length and needed(packs, length) <= rows
+    return (shape.tokens >= tokens_of(d) and shape.responses >= responses_of(d)
+            and all(fit(packs, *half) for packs, half in zip((d.student, d.teacher, sum(d.more, [])), shape.halves()) if packs))
 
   def room(n, most):   # so that the next batch, a little larger, fits too
     return max(n, min(n + n // 16, most))
 
-  def sizes(packs, text):   # (rows, length) with room. None in the length of the first shape: lengths may all be equal
-    rows, length = best(packs)
-    return room(rows, count), bucket(room(length, count * text), length_multiple) if rows == 1 and shapes.known else length
+  def fitting(packs: int) -> Shape:
+    d = dealt(packs)
+    count = len(d.student[0])
 
-  new = Shape(*sizes(student, full[0]), *sizes(teacher, full[1]), bucket(room(tokens, count * full[2]), response_multiple), bucket(longest, response_multiple),
-              *(sizes(more, full[1]) if more else ()))
+    def sizes(packs, text):   # (rows, length) with room. None in the length of the first shape: lengths may all be equal
+      rows, length = best(packs)
+      return room(rows, count), bucket(room(length, count * text), length_multiple) if rows == 1 and shapes.known else length
+
+    return Shape(*sizes(d.student, shapes.longest[0]), *sizes(d.teacher, shapes.longest[1]), bucket(room(tokens_of(d), count * shapes.longest[2]), response_multiple),
+                 bucket(responses_of(d), response_multiple), *(sizes(sum(d.more, []), shapes.longest[1]) if d.more else (0, 0)), packs)
+
+  last = dealt(counts[-1])
+  worst = full_shape(len(last.student[0]), counts[-1], shapes.longest, length_multiple, response_multiple, more=bool(last.more))
+  new = next(shape for shape in map(fitting, counts) if shape.packs == counts[-1] or shape.within(worst))
   usable = min((s for s in shapes.known if holds(s)), key=Shape.cost, default=None)
   if usable:
     waste = usable.cost() / new.cost() - 1.0
@@ -193,12 +225,16 @@ def choose_shape(student: list[list[Text]], teacher: list[list[Text]], responses
       return usable
     shapes.owed = 0.0
   if len(shapes.known) >= shapes.limit:   # a length never seen: from now on everything fits into this one
-    new = Shape(*(max(sizes) for sizes in zip(new, *shapes.known)))
-    rows = lambda packs, length: max(len(first_fit(texts, length)) for texts in packs)   # longer rows can pack worse
-    new = new._replace(rows=max(new.rows, rows(student, new.length)), teacher_rows=max(new.teacher_rows, rows(teacher, new.teacher_length)),
-                       more_rows=max(new.more_rows, rows(more, new.more_length)) if more else new.more_rows)
+    new = worst
   shapes.known.append(new)
   return new
+
+
+def full_shape(rows: int, packs: int, longest: tuple[int, int, int], length_multiple: int, response_multiple: int, *, more: bool = False) -> Shape:
+  """Of packs of `rows` texts, each as long as can be: what a plan compiles for. It holds whatever can come."""
+  student, teacher = (bucket(n, length_multiple) for n in longest[:2])
+  response = bucket(longest[2], response_multiple)
+  return Shape(rows, student, rows, teacher, rows * response, response, *((rows, teacher) if more else (0, 0)), packs)
 
 
 def lay_out(placed: list[list[int]], known: list[Text], texts: list[list[int]], starts: list[int], at: list[int], rows: int, length: int, tokens: int,
@@ -227,12 +263,12 @@ def lay_out(placed: list[list[int]], known: list[Text], texts: list[list[int]], 
 
 
 def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, advantage, max_teacher_tokens: int, length_multiple: int,
-         response_multiple: int, shapes: Shapes, updates: int = 1, packs: int = 1, counterfactual=None, share_prefixes: bool = False) -> Packed:
+         response_multiple: int, shapes: Shapes, updates: int = 1, micro_batches: int = 1, shards: int = 1, counterfactual=None, share_prefixes: bool = False) -> Packed:
   """groups[q][g]: rollouts. messages(task) -> chat messages; teacher_context(group, i) -> Context | None; advantage(reward_QG) -> advantage_QG.
 
   counterfactual(group, i) -> (Context, weight) or None for each further reading, equally many for all; None: there is none.
-  packs: of the whole batch; each of the `updates` gets as many. shapes: may grow by one. share_prefixes: what the responses
-  to one question read in common stands once a row.
+  Each of the `updates` gets a pack on each of the `shards` for each of at most `micro_batches`, or of a divisor of it where texts are short. shapes: may grow by one.
+  share_prefixes: what the responses to one question read in common stands once a row.
   """
   valid = lambda r: r.feedback.status is not Status.ENV_FAILED and np.isfinite(r.feedback.reward)
   reward_QG = np.array([[r.feedback.reward if r.feedback.status is not Status.ENV_FAILED else np.nan for r in g] for g in groups], np.float32)
@@ -243,49 +279,56 @@ def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, 
   more_contexts = [[None if r is None else r[0] for r in reading] for reading in zip(*readings)]
   more_weights = [np.array([0.0 if r is None else r[1] for r in reading], np.float32) for reading in zip(*readings)]
 
-  def teacher_prompts(contexts) -> tuple[list[list[int]], int]:
+  def teacher_texts(contexts) -> tuple[list[list[int]], list[int], int]:
+    """Prompt and response of each row, nothing where the teacher reads nothing; where the responses begin; how many were shortened."""
     found = [([], False) if c is None else teacher_prompt(chat, messages(r.task), c, max_teacher_tokens) for r, c in zip(rollouts, contexts)]
-    return [tokens for tokens, _ in found], sum(was_cut for _, was_cut in found)
-
-  prompts, shortened = teacher_prompts(contexts)
-  more = [teacher_prompts(c) for c in more_contexts]
+    return [p + r.tokens if p else [] for (p, _), r in zip(found, rollouts)], [len(p) for p, _ in found], sum(was_cut for _, was_cut in found)
 
   B, G = len(rollouts), len(groups[0])
-  texts = [r.prompt_tokens + r.tokens if valid(r) else [] for r in rollouts]
-  taught = [context is not None for context in contexts]
-  order = balanced_order([len(t) for t in texts], G, updates, packs // updates)
-  rollouts, contexts, prompts, texts, taught = ([rows[b] for b in order] for rows in (rollouts, contexts, prompts, texts, taught))
-  more_contexts = [[rows[b] for b in order] for rows in more_contexts]
-  more_prompts = [[rows[b] for b in order] for rows, _ in more]
-  more_texts = [[prompt + r.tokens if prompt else [] for prompt, r in zip(rows, rollouts)] for rows in more_prompts]
-
-  teacher_texts = [prompt + r.tokens if t else [] for prompt, r, t in zip(prompts, rollouts, taught)]
+  student = [r.prompt_tokens + r.tokens if valid(r) else [] for r in rollouts], [len(r.prompt_tokens) for r in rollouts]
+  (*teacher, shortened), more = teacher_texts(contexts), [teacher_texts(c) for c in more_contexts]
+  read = [student, teacher, *(reading[:2] for reading in more)]
   answers = [len(r.tokens) if valid(r) else 0 for r in rollouts]
-  cut = lambda rows: [rows[first:first + B // packs] for first in range(0, B, B // packs)]
-  question = [b // G for b in order]
+  work = [3 * len(s) + sum(map(len, t)) for s, *t in zip(*(texts for texts, _ in read))]   # the student's half goes backward too
 
-  def known(texts, starts):
-    return [begin_alike(*pack) if share_prefixes else [Text(len(t)) for t in pack[0]] for pack in zip(*map(cut, (texts, starts, question)))]
+  def in_packs(rows, order, packs):
+    return [[rows[b] for b in order[first:first + B // packs]] for first in range(0, B, B // packs)]
 
-  measured = lambda prompts: [len(p) for p in prompts]
-  read = [(texts, [len(r.prompt_tokens) for r in rollouts]), (teacher_texts, measured(prompts)), *zip(more_texts, map(measured, more_prompts))]
-  student, teacher, *others = (known(*half) for half in read)
-  shape = choose_shape(student, teacher, cut(answers), shapes, length_multiple=length_multiple, response_multiple=response_multiple, more=sum(others, []))
-  at = [int(sum(pack[:i])) for pack in cut(answers) for i in range(len(pack))]
+  @functools.cache
+  def dealt(packs) -> tuple[Dealt, list[int]]:
+    """And the order in which the rows of the batch then stand."""
+
+    def so(whole):
+      order = balanced_order(work, G, updates, packs // updates, whole=whole)
+      question = in_packs([b // G for b in range(B)], order, packs)
+      known = lambda texts, starts: [begin_alike(*pack) if share_prefixes else [Text(len(t)) for t in pack[0]]
+                                     for pack in zip(in_packs(texts, order, packs), in_packs(starts, order, packs), question)]
+      student, teacher, *more = (known(*half) for half in read)
+      return Dealt(student, teacher, in_packs(answers, order, packs), tuple(more)), order
+
+    largest = lambda found: max(3 * together(s) + sum(map(together, t)) for s, *t in zip(found[0].student, found[0].teacher, *found[0].more))
+    return min((so(whole) for whole in ((True, False) if share_prefixes else (False,))), key=largest)
+
+  counts = [updates * shards * m for m in range(1, micro_batches + 1) if micro_batches % m == 0]
+  shape = choose_shape(lambda packs: dealt(packs)[0], counts, shapes, length_multiple=length_multiple, response_multiple=response_multiple)
+  chosen, order = dealt(shape.packs)
+  at = [[sum(pack[:i]) for i in range(len(pack))] for pack in chosen.responses]
 
   def half(known, texts, starts, rows, length):
     placed = [first_fit(pack, length) for pack in known]
-    laid = [lay_out(*pack, rows, length, shape.tokens, chat.pad_token) for pack in zip(placed, known, *map(cut, (texts, starts, at)))]
+    mine = (in_packs(x, order, shape.packs) for x in (texts, starts))
+    laid = [lay_out(*pack, rows, length, shape.tokens, chat.pad_token) for pack in zip(placed, known, *mine, at)]
     stacked = Rows(*map(np.stack, zip(*laid)))
     return stacked if share_prefixes else stacked._replace(prefix_CPT=None)
 
   zeros = lambda dtype: np.zeros((B, shape.responses), dtype)
-  batch = TrainBatch(student=half(student, *read[0], shape.rows, shape.length),
-                     teacher=half(teacher, *read[1], shape.teacher_rows, shape.teacher_length), start_B=np.array(at, np.int32), response_BR=zeros(np.int32),
-                     weight_BR=zeros(np.float32), advantage_B=advantage_B[order], distill_B=np.array(taught, np.float32),
+  taught = [context is not None for context in contexts]
+  rows, teacher_rows, more_rows = shape.halves()
+  batch = TrainBatch(student=half(chosen.student, *read[0], *rows), teacher=half(chosen.teacher, *read[1], *teacher_rows), start_B=np.array(sum(at, []), np.int32),
+                     response_BR=zeros(np.int32), weight_BR=zeros(np.float32), advantage_B=advantage_B[order], distill_B=np.array(taught, np.float32)[order],
                      logp_rollout_BR=zeros(np.float32), logp_old_BR=zeros(np.float32),
-                     counterfactuals=tuple(Counterfactual(half(known, *r, shape.more_rows, shape.more_length), w[order])
-                                           for known, r, w in zip(others, read[2:], more_weights)))
+                     counterfactuals=tuple(Counterfactual(half(known, *r, *more_rows), w[order]) for known, r, w in zip(chosen.more, read[2:], more_weights)))
+  rollouts, contexts, *more_contexts = ([found[b] for b in order] for found in (rollouts, contexts, *more_contexts))
   for b, r in enumerate(rollouts):
     n = len(r.tokens)
     batch.response_BR[b, :n], batch.logp_rollout_BR[b, :n] = r.tokens, r.logp
@@ -296,22 +339,22 @@ def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, 
              "data/useful_tokens": float(sum((half.segment_CPT > 0).sum() for half in halves) / sum(half.segment_CPT.size for half in halves)),
              "perf/compiles": float(len(shapes.known))}   # of the train step, this run's earlier sessions included
   if counterfactual:
-    metrics |= {"counterfactual/teacher_tokens": float(sum(map(len, sum(more_texts, [])))), "counterfactual/shortened": float(sum(n for _, n in more)),
+    metrics |= {"counterfactual/teacher_tokens": float(sum(len(t) for texts, _, _ in more for t in texts)), "counterfactual/shortened": float(sum(n for _, _, n in more)),
                 "counterfactual/told_share": float(np.mean([c is not None for row in more_contexts for c in row]))}
   return Packed(batch, rollouts, contexts, metrics, tuple(more_contexts))
 
 
-def balanced_order(lengths: list[int], group: int, updates: int, packs: int) -> list[int]:
-  """Where each row of the batch comes from: within an update, groups are dealt to its packs, or each group's rows to packs of its own, or, where neither
-  divides, rows."""
+def balanced_order(work: list[int], group: int, updates: int, packs: int, *, whole: bool) -> list[int]:
+  """Where each row of the batch comes from: within an update, rows are dealt to its packs, about as much `work` to each. whole: groups, or each
+  group's rows to packs of its own, where either divides, so that what a group shares need not stand in many packs; larger pieces come out less even."""
   if packs == 1:
-    return list(range(len(lengths)))
-  order, rows = [], len(lengths) // updates
+    return list(range(len(work)))
+  order, rows = [], len(work) // updates
   groups, rest = divmod(rows, group)
-  unit = group if not rest and groups % packs == 0 else 1
-  hands = packs // groups if not rest and packs % groups == 0 and group % (packs // groups) == 0 else packs   # packs of one deal
+  unit = group if whole and not rest and groups % packs == 0 else 1
+  hands = packs // groups if whole and not rest and packs % groups == 0 and group % (packs // groups) == 0 else packs   # packs of one deal
   dealt = rows * hands // packs
-  for first in range(0, len(lengths), dealt):
-    sizes = [sum(lengths[i:i + unit]) for i in range(first, first + dealt, unit)]
+  for first in range(0, len(work), dealt):
+    sizes = [sum(work[i:i + unit]) for i in range(first, first + dealt, unit)]
     order += [first + u * unit + k for hand in deal(sizes, hands) for u in hand for k in range(unit)]
   return order
