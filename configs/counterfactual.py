@@ -3,8 +3,8 @@ r"""Counterfactual self-distillation against SDPO and GRPO, at matched generated
 Run:    python -m sdpo_jax.main --config=configs/counterfactual.py:domain=tinycode,arm=counterfactual --workdir=runs/counterfactual
 Grid:   python -m sdpo_jax.experiment --config=configs/experiments/counterfactual.py --workdir=runs/counterfactual_grid --jobs=2
 Smoke:  python -m sdpo_jax.main --config=configs/counterfactual.py:local --workdir=runs/counterfactual_smoke
-Arms:   sdpo, grpo; sdpo_extra, grpo_extra (larger groups: what counterfactual samples beside its rollouts); counterfactual (two more samples a
-        question, judged), counterfactual_imagined (the policy imagines their feedback), counterfactual_siblings (the group's own: nothing
+Arms:   sdpo, grpo; sdpo_extra, grpo_extra (larger groups, by as many samples as counterfactual may draw at most); counterfactual (two more samples a
+        question with a failed attempt, judged), counterfactual_imagined (the policy imagines their feedback), counterfactual_siblings (the group's own: nothing
         more is generated). Numbers of steps are such that all arms generate about as many tokens: what an arm generates beside its rollouts it
         pays for with updates.
 Notes:  note=full is "If you had tried X instead of Y, you would have received Z". Arithmetic's tiny model has read such notes before (configs/pretrain_tiny.py,
@@ -15,40 +15,38 @@ Notes:  note=full is "If you had tried X instead of Y, you would have received Z
         (of which 99.7 % wrong, 20 % in the verdict). What a verified success shows, a solution, it reads well.
 Data:   domain=tinycode and arithmetic make their own questions, for the tiny models of the package; coding and math_qa are those of configs/coding.py
         (livecodebench) and configs/math_qa.py (GSM8K) and their models.
-Cost:   TinyCode: 170 s (sdpo_extra) to 460 s (sdpo) on one core with as much other work, 675 to 1,123 s (counterfactual, siblings) in the worst hour: most of it is
+Cost:   TinyCode: 163 s (sdpo_extra) to 318 s (siblings) a run on one core of its own or with as much other work, up to 1,123 s in the worst hour: most of it is
         compilation, of which JAX_COMPILATION_CACHE_DIR spares the shapes that an earlier run has used. Arithmetic: 91 s (grpo) to 253 s
         (counterfactual_imagined), likewise; the last runs, beside a test run, up to 431 s. Coding and maths have not been measured.
-Result: TinyCode, avg@4 over 100 questions each, at 45 to 46 thousand generated tokens (imagined 49 to 51): mean (lowest to highest). Base model 41.0 % held-out,
-        24.5 % unseen, 33.3 % adversarial. Some runs decoded with the cache's axes in another order (the same mathematics). Intervals of one run over its questions are about 9 points to either side. Last: thousands of tokens until
-        60 % held-out, between evaluations, for each seed. The third seed is not complete.
-                              seeds  held-out               unseen                 adversarial            60 % after
-        sdpo                      3  66.1 (65.0 to 66.8)    45.8 (44.2 to 46.8)    60.2 (56.2 to 63.0)    23 28 30
-        counterfactual_siblings   2  64.4 (61.5 to 67.2)    47.6 (46.5 to 48.8)    58.0 (57.0 to 59.0)    26 33
-        counterfactual            3  63.8 (63.0 to 65.2)    44.2 (42.0 to 47.0)    55.5 (52.8 to 58.0)    29 31 36
-        sdpo_extra                2  59.5 (58.5 to 60.5)    33.4 (32.5 to 34.2)    53.2 (52.5 to 54.0)    43 never
-        counterfactual_imagined   2  52.6 (52.0 to 53.2)    30.9 (30.8 to 31.0)    47.8 (46.8 to 48.8)    never in any
-        grpo_extra                1  50.7                   30.0                   46.5                   never
-        grpo                      2  47.0 (46.8 to 47.2)    30.4 (29.8 to 31.0)    44.6 (43.8 to 45.5)    never in any
-        No gain over plain SDPO: counterfactual ends 0.2 points ahead of it held-out, 3.5 and 3.5 behind (seed by seed), 0.5 ahead, 3.2 and 2.2 behind on unseen
-        compositions, and takes 1.1 to 1.3 times the tokens to 60 %; siblings' notes end 2.2 ahead and 5.0 behind, and take 1.1 to 1.2 times. At the same extra samples
-        it does better than sdpo_extra in both seeds: 4.8 and 4.5 points held-out, 12.8 and 11.0 unseen (with 62 updates against 53).
-        Imagined feedback was wrong in 98 to 99 % of the cases, its verdict in 23 to 25 %, and costs more tokens than any other part.
-        Arithmetic, three seeds, at 110 to 115 thousand generated tokens; base model 27.5 %, 38.8 %, 23.3 %. Last: thousands of
-        tokens until 80 % held-out, between evaluations, for each seed.
-                              seeds  held-out               unseen                 adversarial            80 % after
-        sdpo                      3  93.1 (89.5 to 95.0)    87.9 (87.0 to 89.2)    87.2 (80.8 to 90.5)    51 50 45
-        counterfactual_siblings   3  91.8 (91.5 to 92.2)    87.6 (84.2 to 89.8)    82.8 (80.5 to 84.8)    60 51 52
-        counterfactual            3  90.8 (89.8 to 92.2)    85.9 (85.0 to 86.5)    84.2 (78.8 to 87.2)    64 66 71
-        counterfactual_imagined   3  86.9 (78.8 to 92.8)    81.8 (76.8 to 85.5)    79.3 (70.8 to 84.0)    82 never 63
-        sdpo_extra                3  80.9 (75.8 to 90.8)    79.2 (76.0 to 82.5)    79.2 (76.2 to 83.0)    71 never never
-        grpo_extra                3  31.4 (29.0 to 34.2)    41.6 (37.0 to 45.0)    32.2 (27.5 to 37.2)    never in any
-        grpo                      3  30.7 (27.3 to 36.8)    41.6 (38.8 to 44.0)    31.0 (27.3 to 35.8)    never in any
-        No gain over plain SDPO here either: counterfactual ends 5.2 and 4.5 points behind it held-out and 2.8 ahead (seed by seed), 1 to 3 behind on unseen
-        compositions in every seed, and takes 1.3 to 1.6 times the tokens to 80 %; siblings' notes, which are free, end 2.8 and 3.2 behind and 2.0 ahead, and
-        take up to 1.2 times. At the same extra samples it does better than sdpo_extra: -1.0, 14.5 and 16.0 points held-out, 4 to 10 unseen (with 94
-        updates against 80: where few fail, few alternatives are drawn). Imagined feedback was wrong in 67 to 76 % of the cases, its verdict in 33 to 34 %
-        (means over steps). GRPO finds no footing. The share of tokens beside the rollouts was set from a run of seed 0. Every run:
-        experiments/results/counterfactual/curves.json.
+Result: No arm is shown to beat plain SDPO, in either domain. avg@4 over 100 questions a split, three seeds; in brackets 95 % intervals over the seeds (three are few: wide).
+        Intervals of one run over its questions are about 9 points to either side. Last: thousands of generated tokens until the arm is, held-out, as good
+        as SDPO's last evaluation of the same seed (of as many as it generates), between evaluations. Every run: experiments/results/counterfactual/curves.json.
+        TinyCode, 45 to 46 thousand generated tokens (imagined 49 to 51); base model 41.0 %, 24.5 %, 33.3 %. Some runs decoded with the cache's axes in another
+        order (the same mathematics).
+                                held-out             unseen               adversarial          as good as SDPO after
+        sdpo                    66.1 [63.2, 67.9]    45.8 [41.6, 48.3]    60.2 [49.6, 67.8]    46 36 34
+        counterfactual_siblings 65.2 [55.2, 70.6]    47.2 [45.2, 51.3]    57.6 [55.3, 61.4]    33 never 40
+        counterfactual          63.8 [61.6, 67.6]    44.2 [38.3, 51.8]    55.5 [48.1, 62.2]    37 never never
+        sdpo_extra              59.6 [56.7, 62.0]    36.0 [26.6, 50.1]    53.8 [50.4, 56.4]    never in any
+        counterfactual_imagined 52.6 [51.0, 54.4]    30.7 [29.5, 31.6]    47.4 [45.6, 51.0]    never in any
+        grpo_extra              49.0 [43.6, 53.7]    31.9 [26.8, 35.5]    46.8 [33.3, 60.9]    never in any
+        grpo                    47.4 [45.6, 49.7]    29.2 [23.2, 34.0]    44.3 [42.8, 47.5]    never in any
+        Minus SDPO of the same seed, held-out: siblings 2.2, -5.0, 0.2, counterfactual 0.2, -3.5, -3.5; unseen: siblings 2.2, -0.2, 2.2 (1.4 [-3.1, 3.7]),
+        counterfactual 0.5, -3.2, -2.2. counterfactual minus sdpo_extra: held-out 4.2 [2.2, 5.6], unseen 8.2 [-11.8, 20.5], adversarial 1.7 [-6.3, 5.8]; but it draws
+        fewer samples beside its rollouts, since only failed attempts want any (1.3 for one, not 1.5), and so has 62 updates against 53.
+        Imagined feedback was wrong in 98 to 99 % of the cases, its verdict in 23 to 28 % (means over steps), and costs more tokens than any other part.
+        Arithmetic, 110 to 115 thousand generated tokens; base model 27.5 %, 38.8 %, 23.3 %.
+        sdpo                    93.1 [83.4, 98.2]    87.9 [85.5, 91.5]    87.2 [69.9, 96.1]    103 103 57
+        counterfactual_siblings 91.8 [91.1, 93.1]    87.6 [78.6, 93.4]    82.8 [76.7, 88.1]    never never 58
+        counterfactual          90.7 [88.1, 94.8]    85.9 [83.5, 87.5]    84.2 [69.6, 92.5]    never never 75
+        counterfactual_imagined 86.9 [65.0, 100]     81.8 [68.3, 91.8]    79.3 [56.3, 91.9]    never never 94
+        sdpo_extra              80.9 [67.0, 100]     79.2 [70.5, 88.0]    79.2 [71.2, 89.3]    never in any
+        grpo_extra              31.4 [24.9, 39.0]    41.6 [29.3, 50.8]    32.2 [19.5, 45.7]    never in any
+        grpo                    30.7 [21.5, 47.0]    41.6 [34.0, 48.1]    31.0 [20.9, 43.8]    never in any
+        Minus SDPO, held-out: siblings -2.8, -3.2, 2.0, counterfactual -5.2, -4.5, 2.8; unseen: siblings -5.0, 2.8, 1.2, counterfactual -2.8, -2.0, -1.2. counterfactual
+        minus sdpo_extra: held-out -1.0, 14.5, 16.0 (9.8 [-19.3, 26.4]), unseen 4.0, 5.8, 10.2, adversarial -4.2, 10.2, 8.8, with 94 updates against 80.
+        Imagined feedback was wrong in 67 to 76 % of the cases, its verdict in 33 to 34 %. GRPO finds no footing. The share of tokens beside the
+        rollouts was set from a run of seed 0.
 """
 
 import os
