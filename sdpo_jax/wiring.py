@@ -206,9 +206,9 @@ def learner(c, model: ModelConfig, join=None) -> Learner:
   several = c.train.updates_per_batch > 1
   part, explore, told = parts["counterfactual"](), None, None
   if part is not None:
-    threshold = methods.arguments(method, "teacher_context")["success_threshold"]
-    explore = functools.partial(counterfactual.explore, part, success_threshold=threshold)
-    told = functools.partial(readings, part, parts["teacher_context"], success_threshold=threshold)
+    shown = methods.arguments(method, "teacher_context")
+    explore = functools.partial(counterfactual.explore, part, success_threshold=shown["success_threshold"])
+    told = functools.partial(readings, part, parts["teacher_context"], **{key: shown[key] for key in ("success_threshold", "show_attempt", "templates")})
   step = make_train_step(signals, objective, tx, teacher_move=teacher.move, updates=c.train.updates_per_batch,
                          micro_batches=c.train.micro_batches, recompute_old=several)
   return Learner(objective, parts, teacher, tx, step, make_score(signals, c.train.updates_per_batch * c.train.micro_batches), several, explore, told,

@@ -1,6 +1,7 @@
 """Counterfactual self-distillation: which alternatives count, what the teacher is told of them, and what that adds to the loss."""
 
 import functools
+import pathlib
 import re
 
 import jax
@@ -17,12 +18,13 @@ from sdpo_jax.envs.tinycode import SHOWN, TinyCode, program
 from sdpo_jax.objectives import methods, reference
 from sdpo_jax.objectives.counterfactual import differing, distinct, notes, readings
 from sdpo_jax.objectives.loss import make_objective
-from sdpo_jax.objectives.teacher_context import Context, feedback_or_solution
+from sdpo_jax.objectives.teacher_context import FEEDBACK, Context, feedback_or_solution
 from sdpo_jax.records import Alternative, Counterfactual, Feedback, Rollout, Sampling, Status, Task
 from sdpo_jax.rollout import Collector
 from sdpo_jax.train_step import init_state, make_signals, make_train_step
 from tests import fakes
 
+ROOT = pathlib.Path(__file__).parent.parent
 CHAT = Chat(fakes.ByteTokenizer())
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}   # for what is compiled to run once
 SAMPLING = Sampling(32, stop_tokens=(257,))
@@ -82,6 +84,23 @@ def test_a_verified_success_is_used_as_a_solution():
   assert not found.solution and "c\ninstead of\na\nyou would have received\nCorrect" in found.notes and weight == 0.5
   group = [told(rollout("a"), Alternative(success, "samples")), rollout("d", reward=1.0)]
   assert read(group[0], group) == [None]   # the group has a solution already: nothing more is told
+
+
+def test_where_the_plain_teacher_reads_nothing_the_settings_of_its_context_hold():
+  """With feedback="never" and no success the notes are all that is shown: in the user's own words, with the attempt if asked for."""
+  c = config.load(f"{ROOT}/configs/counterfactual.py:domain=math_qa,note=feedback")
+  for show_attempt in (False, True):
+    c.method.teacher_context.show_attempt = show_attempt
+    c.method.teacher_context.templates.reprompt = "{prompt}{attempt}{notes} Again."
+    (context, _), = wiring.learner(c, fakes.toy_config()).counterfactual([told(rollout("a"), verified("b"))], 0)
+    assert context.render("Q") == "Q" + "\nYour earlier attempt:\n\na" * show_attempt + FEEDBACK + "wrong: b Again."
+    silent = told(rollout("a"), verified("b", feedback="", reward=0.1))
+    assert wiring.learner(c, fakes.toy_config()).counterfactual([silent], 0) == [None]   # nothing was said of it
+  row = methods.row("counterfactual")
+  row["teacher_context"]["templates"]["reprompt"] = "{prompt}{feedback}"
+  with pytest.raises(ValueError, match=r"method.teacher_context.templates.reprompt='{prompt}{feedback}' has no {notes}"):
+    methods.build(row)
+  methods.build(row | dict(counterfactual=dict(name="none")))
 
 
 def test_weights_and_readings():

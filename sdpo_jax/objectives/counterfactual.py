@@ -18,7 +18,7 @@ Derived here; there is no paper. Host code: text in, text out.
 import dataclasses
 from typing import NamedTuple
 
-from sdpo_jax.objectives.teacher_context import TEMPLATES, Context, fill, without_thinking
+from sdpo_jax.objectives.teacher_context import TEMPLATES, Context, fill, own_templates, without_thinking
 from sdpo_jax.records import Alternative, Rollout, Status
 
 SOURCES = ("samples", "branches", "siblings")
@@ -122,17 +122,21 @@ def note(alternative: Alternative, attempt: Rollout, template: str) -> str:
   return fill(template, {"alternative": x, "attempt": y, "feedback": said}) if said else ""
 
 
-def readings(part: Part, teacher_context, group: list[Rollout], i: int, *, success_threshold: float) -> list[tuple[Context, float] | None]:
-  """What the teacher reads of rollout i in each further reading, and its weight; None: nothing that it has not read already."""
+def readings(part: Part, teacher_context, group: list[Rollout], i: int, *, success_threshold: float, show_attempt: bool = False,
+             templates: dict[str, str] = TEMPLATES) -> list[tuple[Context, float] | None]:
+  """What the teacher reads of rollout i in each further reading, and its weight; None: nothing that it has not read already.
+
+  show_attempt, templates: those of teacher_context, which hold where it shows nothing as well.
+  """
   attempt, plain, found = group[i], teacher_context(group, i), []
+  silent = Context(attempt=attempt.text if show_attempt else "", templates=own_templates(templates))
   told = [attempt.alternatives] if part.form == "joint" else [[a] for a in attempt.alternatives]
   for chosen in filter(None, told if part.form != "mixture" or plain else []):
     verified = [a.rollout for a in chosen if a.imagined is None]
     shown = teacher_context(group + verified, i)   # one that succeeds is a success like any other
-    template = (TEMPLATES | dict(shown.templates if shown else ()))["note"]
-    text = "".join(note(a, attempt, template) for a in chosen if a.imagined is not None or failed(a.rollout, success_threshold))
-    context = dataclasses.replace(shown or Context(), notes=text)
+    text = "".join(note(a, attempt, (TEMPLATES | templates)["note"]) for a in chosen if a.imagined is not None or failed(a.rollout, success_threshold))
+    context = dataclasses.replace(shown or silent, notes=text)
     weight = part.eta * sum(1.0 if a.imagined is None else part.kappa for a in chosen) / (1 if part.form == "mixture" else len(attempt.alternatives))
-    changed = context not in (Context(), plain)
+    changed = context not in (silent, plain)
     found.append((context, weight) if changed and weight else None)
   return found + [None] * (part.readings - len(found))
