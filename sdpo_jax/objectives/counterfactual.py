@@ -22,6 +22,7 @@ from sdpo_jax.objectives.teacher_context import TEMPLATES, Context, fill, own_te
 from sdpo_jax.records import Alternative, Rollout, Status
 
 SOURCES = ("samples", "branches", "siblings")
+KAPPA, IMAGINED_TOKENS = 0.5, 64
 CORRECT = "Correct"   # the feedback that is imagined of an alternative without fault; the judge's own may be empty
 IMAGINE = ("{prompt}\n\nThis answer\n\n{attempt}\n\nreceived the verdict\n\n{feedback}\n\nWhich verdict would this answer receive?\n\n{alternative}\n\n"
            "Reply with the verdict alone, in the same form, or with the one word " + CORRECT + ".")
@@ -47,12 +48,13 @@ def none() -> None:
   """Failed responses learn from their own feedback alone."""
 
 
-def notes(*, eta: float = 1.0, alternatives: int = 2, sources: tuple[str, ...] = ("samples",), feedback: str = "verified", kappa: float = 0.5,
-          gate: bool = False, form: str = "joint", imagined_tokens: int = 64) -> Part | None:
+def notes(*, eta: float = 1.0, alternatives: int = 2, sources: tuple[str, ...] = ("samples",), feedback: str = "verified", kappa: float = KAPPA,
+          gate: bool = False, form: str = "joint", imagined_tokens: int = IMAGINED_TOKENS) -> Part | None:
   """alternatives: M, the most that are told to one failed attempt. sources, in this order: "samples" (M draws a question, which its failed attempts
   share), "branches" (M continuations from the attempt's most uncertain position, for each attempt), "siblings" (the rest of the group, free).
 
-  feedback: "verified" | "imagined" (siblings are verified in any case); imagined_tokens: the longest feedback that the model may imagine.
+  feedback: "verified" | "imagined" (siblings are verified in any case); imagined_tokens: the longest feedback that the model may imagine; it and
+  kappa are read with "imagined" alone.
   gate: only tokens of which the readings with and without notes say the same.
   """
   if unknown := set(sources) - set(SOURCES):
@@ -67,6 +69,11 @@ def notes(*, eta: float = 1.0, alternatives: int = 2, sources: tuple[str, ...] =
     raise ValueError("method.counterfactual.gate=True compares readings, and form='mixture' makes one teacher of them: use 'joint' or 'each'")
   if imagined_tokens < 1:
     raise ValueError(f"method.counterfactual.imagined_tokens={imagined_tokens!r} must be at least 1")
+  if feedback == "imagined" and set(sources) == {"siblings"}:
+    raise ValueError(f"method.counterfactual.feedback='imagined' would not be read: of sources={tuple(sources)!r} the judge's is known")
+  for name, value, default in (("kappa", kappa, KAPPA), ("imagined_tokens", imagined_tokens, IMAGINED_TOKENS)):
+    if feedback == "verified" and value != default:
+      raise ValueError(f"method.counterfactual.{name}={value!r} would not be read: method.counterfactual.feedback is 'verified'")
   return Part(eta, alternatives, tuple(sources), feedback, kappa, gate, form, imagined_tokens) if eta and alternatives and sources else None
 
 
