@@ -6,7 +6,8 @@ Alternatives come from the same engine and are judged in the same pool as rollou
              log-probability, since the host knows that and not the entropy. A branch may take another max_new_tokens from there.
   siblings   the other responses of the group, judged already: free
 Two that behave alike count once, and one that behaves like the attempt not at all: the same answer of the environment's `behaviour(task,
-response)` if it has one, else the same reward and feedback. Of imagined alternatives the text alone is compared.
+response)` if it has one, else the same reward and feedback. Of imagined alternatives the text alone is compared. One that could not be judged is
+told to nobody, and counted.
 
 Imagined feedback is sampled from the policy itself, under the prompt of `imagining`: the question, the attempt with its real verdict as an example of
 the environment's format, and the alternative. The alternative is judged all the same, to measure how often the imagination is wrong; nothing
@@ -19,7 +20,7 @@ import dataclasses
 
 from sdpo_jax.objectives.counterfactual import Part, distinct, failed, imagining, truth
 from sdpo_jax.objectives.teacher_context import without_thinking
-from sdpo_jax.records import Alternative, Ratio, Rollout, Sampling
+from sdpo_jax.records import Alternative, Ratio, Rollout, Sampling, Status
 from sdpo_jax.rollout import Collector, prompt_seed
 
 def explore(part: Part, collector: Collector, params, groups: list[list[Rollout]], *, sampling: Sampling, seed: int, step: int, success_threshold: float,
@@ -49,11 +50,12 @@ def explore(part: Part, collector: Collector, params, groups: list[list[Rollout]
   if "siblings" in part.sources:
     for q, i in wanting:
       found[q, i] += [Alternative(r, "siblings") for j, r in enumerate(groups[q]) if j != i]
+  unjudged = {id(a.rollout) for at in wanting for a in found[at] if a.rollout.feedback.status is Status.ENV_FAILED}   # attempts share some
   ask = getattr(collector.env, "behaviour", None)
   behaviour = lambda r: ask(r.task, r.text) if ask else (r.feedback.reward, r.feedback.text)
   for q, i in wanting:
     groups[q][i].alternatives = distinct(found[q, i], groups[q][i], most=part.alternatives, success_threshold=success_threshold, behaviour=behaviour)
-  return measure([groups[q][i] for q, i in wanting], success_threshold) | {"counterfactual/not_imagined": float(dropped)}
+  return measure([groups[q][i] for q, i in wanting], success_threshold) | {"counterfactual/not_imagined": float(dropped), "counterfactual/not_judged": float(len(unjudged))}
 
 
 def charge(rollout: Rollout, *, tokens: int, calls: int = 0) -> None:

@@ -114,7 +114,8 @@ def test_weights_and_readings():
   assert [r and r[1] for r in mixed] == [0.5, 0.25, None] and [r and r[0] for r in mixed] == [one[0], two[0], None]
   assert readings(notes(form="mixture"), lambda group, i: None, [attempt], 0, success_threshold=0.5) == [None, None]   # nothing to mix with
   assert notes(eta=0.0) is None and notes(alternatives=0) is None and notes(sources=()) is None
-  for wrong in (dict(eta=-1.0), dict(kappa=1.5), dict(feedback="dreamt"), dict(form="either"), dict(sources=("cousins",)), dict(imagined_tokens=0), dict(gate=True, form="mixture")):
+  for wrong in (dict(eta=-1.0), dict(kappa=1.5), dict(feedback="dreamt"), dict(form="either"), dict(sources=("cousins",)), dict(imagined_tokens=0), dict(gate=True, form="mixture"),
+                dict(feedback="imagined", sources=("siblings",)), dict(kappa=0.25), dict(imagined_tokens=128)):
     with pytest.raises(ValueError, match=f"method.counterfactual.{next(iter(wrong))}"):
       methods.build(methods.row("counterfactual") | dict(counterfactual=dict(name="notes", **wrong)))
   with pytest.raises(ValueError, match="set method.token_signal.top_k"):
@@ -143,6 +144,16 @@ def test_samples_are_drawn_once_a_question_and_siblings_cost_nothing():
   assert [(a.rollout.text, a.source) for a in groups[0][2].alternatives] == [("right", "samples"), ("a", "siblings")]
   assert [r.extra_tokens for r in groups[0]] == [10, 0, 0] and [r.extra_calls for r in groups[0]] == [3, 0, 0] and not groups[1][0].alternatives
   assert metrics["counterfactual/successes"].mean == 0.5 and metrics["counterfactual/generated_tokens"] == 10.0
+
+
+def test_an_alternative_that_could_not_be_judged_is_told_to_nobody_and_counted_once():
+  groups = [[rollout("a"), rollout("b"), rollout("c", status=Status.ENV_FAILED)], [rollout("d")]]
+  answers = {"broken": fakes.FAILED, "raises": RuntimeError("boom")}
+  metrics, _ = explored(groups, [[say("broken"), say("e")], [say("raises"), say("f")]], answers, sources=("samples", "siblings"))
+  assert metrics["counterfactual/not_judged"] == 3.0   # two attempts share the first, and the sibling
+  assert [[a.rollout.text for a in r.alternatives] for g in groups for r in g] == [["e", "b"], ["e", "a"], [], ["f"]]
+  metrics, _ = explored([[rollout("a")]], [[say("e"), say("f")]], {})
+  assert metrics["counterfactual/not_judged"] == 0.0
 
 
 def test_branches_begin_at_the_least_likely_token():
