@@ -33,7 +33,7 @@ from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import PRESETS, ModelConfig
 from sdpo_jax.model.hf_weights import load_pretrained, local_directory, read_config
 from sdpo_jax.objectives import methods
-from sdpo_jax.objectives.counterfactual import readings
+from sdpo_jax.objectives.counterfactual import Part, readings
 from sdpo_jax.objectives.loss import Objective, make_objective
 from sdpo_jax.objectives.methods import TeacherWeights
 from sdpo_jax.records import Sampling
@@ -115,11 +115,30 @@ class Wired(NamedTuple):
 _merge = jax.jit(lora.merge, static_argnums=2)
 
 
+def longest_texts(c, part: Part | None) -> list[tuple[int, str]]:
+  """(tokens, the settings that make them) of whatever a model may have to read and write in one piece; rollouts come first."""
+  prompt, teacher, new = (f"config.{name}={value}" for name, value in (("data.max_prompt_tokens", c.data.max_prompt_tokens),
+                          ("data.max_teacher_tokens", c.data.max_teacher_tokens), ("rollout.max_new_tokens", c.rollout.max_new_tokens)))
+  found = [(c.data.max_prompt_tokens + c.rollout.max_new_tokens, f"{prompt} and {new}"), (c.data.max_teacher_tokens + c.rollout.max_new_tokens, f"{teacher} and {new}")]
+  if part is not None and part.feedback == "imagined":
+    found.append((c.data.max_teacher_tokens + part.imagined_tokens, f"{teacher} and config.method.counterfactual.imagined_tokens={part.imagined_tokens}"))
+  if part is not None and "branches" in part.sources:   # one begins with the attempt up to there and may be as long again
+    found.append((c.data.max_prompt_tokens + 2 * c.rollout.max_new_tokens, f"{prompt} and twice {new}, for config.method.counterfactual.sources={part.sources},"))
+  return found
+
+
+def check_positions(texts: list[tuple[int, str]], model: ModelConfig, path: str) -> None:
+  for tokens, settings in texts:
+    if tokens > model.max_positions:
+      raise ValueError(f"{settings} together exceed the {model.max_positions} positions of {path}")
+
+
 @contextlib.contextmanager
-def wired(c, path: str | None = None, devices=None):
+def wired(c, path: str | None = None, devices=None, part: Part | None = None):
   """Loads the model (config.model.path, or another Hugging Face directory) and starts sandbox, environment and judges; ends them on leaving.
 
-  devices: those that config.mesh is laid over; None: all.
+  devices: those that config.mesh is laid over; None: all. part: the method's counterfactual one, if alternatives are to be explored: what it
+  generates has to fit as well.
   """
   path = path or MODELS.get(c.model.path, c.model.path)
   with contextlib.ExitStack() as stack:
@@ -139,10 +158,7 @@ def wired(c, path: str | None = None, devices=None):
       model, params = load_pretrained(path, dtype=c.model.param_dtype, mesh=mesh)
       model = dataclasses.replace(model, dtype=c.model.dtype)
       chat = Chat(load_tokenizer(path), thinking=c.model.thinking, teacher_thinking=c.model.teacher_thinking, eos_ids=model.eos_ids)
-      for name, tokens in (("max_prompt_tokens", c.data.max_prompt_tokens), ("max_teacher_tokens", c.data.max_teacher_tokens)):
-        if tokens + c.rollout.max_new_tokens > model.max_positions:
-          raise ValueError(f"config.data.{name}={tokens} and config.rollout.max_new_tokens={c.rollout.max_new_tokens} together exceed "
-                           f"the {model.max_positions} positions of {path}")
+      check_positions(longest_texts(c, part), model, path)
       sandbox = stack.enter_context(Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation))
       env = make_env(sandbox=sandbox, **c.env)
       stack.callback(getattr(env, "close", lambda: None))

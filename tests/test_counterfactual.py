@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from sdpo_jax import config, counterfactual, wiring
+from sdpo_jax import config, counterfactual, train, wiring
 from sdpo_jax.data.batch import Shapes, pack
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.envs.sandbox import Sandbox
@@ -213,6 +213,19 @@ def test_notes_tell_no_more_of_the_hidden_tests_than_feedback_does():
       shown = set(re.findall("Expected: (.*)", context.render(task.prompt)))
       assert shown <= {line for text in said for line in re.findall("Expected: (.*)", text)}
       assert not context.feedback or context.feedback == attempt.feedback.text
+
+
+@pytest.mark.parametrize("settings, max_new_tokens, says", [
+    (dict(feedback="imagined", imagined_tokens=513), 24, r"config.data.max_teacher_tokens=512 and config.method.counterfactual.imagined_tokens=513 together exceed the 1024 positions"),
+    (dict(sources=("siblings", "branches")), 400, r"config.data.max_prompt_tokens=256 and twice config.rollout.max_new_tokens=400, for config.method.counterfactual.sources="),
+])
+def test_what_alternatives_generate_must_fit_the_model(settings, max_new_tokens, says, tmp_path):
+  c = config.base()
+  c.method, c.rollout.max_new_tokens, c.mesh.fsdp = methods.row("counterfactual"), max_new_tokens, 1
+  c.method.counterfactual.update(settings)
+  with pytest.raises(wiring.SettingError, match=says) as error:
+    train.train(c, tmp_path)
+  assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def batches(method, groups):
