@@ -157,7 +157,8 @@ def train(c, workdir: str) -> None:
       params = w.weights(state.params, frozen)
       groups = w.collector.collect(params, tasks, n=c.rollout.group, sampling=sampling, seeds=seeds)
       if learn.explore:
-        explored.update(learn.explore(w.collector, params, groups, sampling=sampling, seed=c.seed, step=i, max_prompt_tokens=c.data.max_teacher_tokens))
+        explored.update(learn.explore(w.collector, params, groups, sampling=sampling, seed=c.seed, step=i, max_prompt_tokens=c.data.max_teacher_tokens,
+                                      other=w.other))
       return groups
 
     explored = {}   # what the last batch's alternatives cost and said

@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 
 from sdpo_jax import config, counterfactual, train, wiring
 from sdpo_jax.data.batch import Shapes, pack
-from sdpo_jax.data.chat import Chat
+from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.envs.sandbox import Sandbox
 from sdpo_jax.envs.tinycode import SHOWN, TinyCode, program
 from sdpo_jax.objectives import methods, reference
@@ -124,13 +125,14 @@ def test_weights_and_readings():
     methods.build(methods.row("grpo") | dict(counterfactual=dict(name="notes")))
 
 
-def explored(groups, script, answers, **settings):
+def explored(groups, script, answers, other=None, **settings):
   collector = Collector(fakes.ListEnv(answers), CHAT, fakes.ScriptedEngine(script), max_prompt_tokens=300, judge_threads=2, judge_timeout_s=5.0)
   asked = []
   generate = collector.engine.generate
   collector.engine.generate = lambda params, prompts, **kwargs: (asked.append(prompts), generate(params, prompts, **kwargs))[1]
   try:
-    metrics = counterfactual.explore(notes(**settings), collector, None, groups, sampling=SAMPLING, seed=0, step=1, success_threshold=0.5, max_prompt_tokens=400)
+    metrics = counterfactual.explore(notes(**settings), collector, None, groups, sampling=SAMPLING, seed=0, step=1, success_threshold=0.5, max_prompt_tokens=400,
+                                     other=other)
   finally:
     collector.close()
   return metrics, asked
@@ -144,6 +146,68 @@ def test_samples_are_drawn_once_a_question_and_siblings_cost_nothing():
   assert [(a.rollout.text, a.source) for a in groups[0][2].alternatives] == [("right", "samples"), ("a", "siblings")]
   assert [r.extra_tokens for r in groups[0]] == [10, 0, 0] and [r.extra_calls for r in groups[0]] == [3, 0, 0] and not groups[1][0].alternatives
   assert metrics["counterfactual/successes"].mean == 0.5 and metrics["counterfactual/generated_tokens"] == 10.0
+
+
+class OtherTokenizer(fakes.ByteTokenizer):
+  """Every token is the policy's and one more."""
+  eos_token_id = 258
+
+  def __call__(self, text, add_special_tokens):
+    return {"input_ids": [t + 1 for t in super().__call__(text, add_special_tokens)["input_ids"]]}
+
+  def decode(self, ids, **kwargs):
+    return super().decode([t - 1 for t in ids], **kwargs)
+
+
+def test_a_second_model_answers_in_its_own_tokens_and_is_read_as_text():
+  chat, asked = Chat(OtherTokenizer()), []
+
+  class Second:
+    def generate(self, params, prompts, *, sampling, **kwargs):
+      asked.append((params, prompts, sampling.stop_tokens))
+      return fakes.ScriptedEngine([[[t + 1 for t in say(text)] for text in ("right", "why")]]).generate(params, prompts, sampling=sampling, **kwargs)
+
+  groups, answers = [[rollout("a"), rollout("b")], [rollout("right", 1.0)] * 2], {"right": Feedback(1.0, "")}
+  settings = dict(sources=("samples", "model"), model="second")
+  other = Collector(fakes.ListEnv(answers), chat, Second(), max_prompt_tokens=300, judge_threads=1, judge_timeout_s=5.0)
+  metrics, own = explored(groups, [[say("c"), say("b")]], answers, (other, "weights"), **settings)
+  other.close()
+  assert asked == [("weights", [[t + 1 for t in groups[0][0].prompt_tokens]], (258,))] and len(own) == 1   # once a question, and the solved one never
+  assert [[(a.rollout.text, a.source) for a in r.alternatives] for r in groups[0]] == [[("right", "model"), ("c", "samples")]] * 2
+  assert [r.extra_tokens for r in groups[0]] == [2 + 2 + 6 + 4, 0] and [r.extra_calls for r in groups[0]] == [4, 0] and metrics["counterfactual/successes"].mean == 0.5
+  row = methods.row("counterfactual")
+  row["counterfactual"].update(settings)
+  _, packed = batches(row, groups)
+  assert packed.counterfactuals[0][0].solution == "right" and "wrong: c" in packed.counterfactuals[0][0].notes
+  (more,) = packed.batch.counterfactuals
+  assert CHAT.tokenizer.decode(more.teacher.token_CPT[0, 0]).count("right") == 1   # in the policy's tokens
+  for wrong in (dict(model="second"), dict(sources=("model",))):
+    with pytest.raises(ValueError, match="method.counterfactual.model="):
+      notes(**wrong)
+
+
+def test_a_second_model_is_loaded_and_asked_beside_the_policy(monkeypatch, tmp_path):
+  """Packaged models of other vocabularies; the loop is replaced by its first line, so that no train step is compiled."""
+  c = config.base()
+  c.method, c.mesh.fsdp, c.sandbox.workers = methods.row("counterfactual"), 1, 1
+  c.method.counterfactual.update(sources=("model",), model="tiny_arithmetic", alternatives=1)
+  c.rollout.update(questions=1, group=1, rows=1, max_new_tokens=3, chunk=3)   # no program is as short as that
+  seen = []
+  monkeypatch.setattr(train, "run", lambda state, host, *, next_tasks, collect, **_: seen.extend(collect(state, next_tasks(), 1)))
+  monkeypatch.setattr(train.report, "write_report", lambda *_: None)
+  train.train(c, tmp_path)
+  ((attempt,),) = seen
+  (alternative,) = attempt.alternatives
+  second = load_tokenizer(config.MODELS["tiny_arithmetic"])
+  assert alternative.source == "model" and alternative.rollout.prompt_tokens != attempt.prompt_tokens
+  assert Chat(second).response_text(alternative.rollout.tokens) == alternative.rollout.text and attempt.extra_tokens == len(alternative.rollout.tokens) <= 3
+  short = tmp_path / "short"
+  shutil.copytree(config.MODELS["tiny_arithmetic"], short)
+  (short / "config.json").write_text((short / "config.json").read_text().replace('"max_position_embeddings": 1024', '"max_position_embeddings": 258'))
+  for model, says in (("nowhere", "nowhere: no such directory"), (str(short), "config.data.max_prompt_tokens=256 and config.rollout.max_new_tokens=3 together exceed the 258 ")):
+    c.method.counterfactual.model = model
+    with pytest.raises(wiring.SettingError, match=f"^config.method.counterfactual.model='{model}': {says}"):
+      train.train(c, tmp_path / "refused")
 
 
 def test_an_alternative_that_could_not_be_judged_is_told_to_nobody_and_counted_once():

@@ -8,9 +8,11 @@ eta * mean(w), which costs one teacher pass; "each", one reading for each altern
 A third, "mixture", changes the teacher instead of adding to the loss: q = sum over m of q_m * w_m / sum(w), m = 0 being the plain reading with
 w = 1 and the others one for each alternative with eta * w_m. It goes through the policy's top K (`kernels/distill_topk`), since a mixture of softmaxes
 is no product of one hidden state with one matrix, which is what the full-vocabulary kernels take; where there is no plain reading there is no mixture. w is 1 where the environment ran the alternative and kappa
-where the model imagined the feedback. A verified alternative that succeeds has no note: it joins the group's other successes, as a solution
+where the policy imagined the feedback. A verified alternative that succeeds has no note: it joins the group's other successes, as a solution
 that may be shown. M is the number of alternatives that are left after duplicates and those like the attempt are dropped. An attempt that
 nothing is told about has no further reading. With eta = 0 or alternatives = 0 the part is None and nothing of it runs.
+
+Alternatives are text: those of a second model are told and shown like the policy's own, and their tokens are counted by its own tokenizer.
 
 Derived here; there is no paper. Host code: text in, text out.
 """
@@ -21,7 +23,7 @@ from typing import NamedTuple
 from sdpo_jax.objectives.teacher_context import TEMPLATES, Context, fill, own_templates, without_thinking
 from sdpo_jax.records import Alternative, Rollout, Status
 
-SOURCES = ("samples", "branches", "siblings")
+SOURCES = ("samples", "model", "branches", "siblings")
 KAPPA, IMAGINED_TOKENS = 0.5, 64
 CORRECT = "Correct"   # the feedback that is imagined of an alternative without fault; the judge's own may be empty
 IMAGINE = ("{prompt}\n\nThis answer\n\n{attempt}\n\nreceived the verdict\n\n{feedback}\n\nWhich verdict would this answer receive?\n\n{alternative}\n\n"
@@ -38,6 +40,7 @@ class Part(NamedTuple):
   gate: bool
   form: str
   imagined_tokens: int
+  model: str = ""
 
   @property
   def readings(self) -> int:
@@ -49,11 +52,13 @@ def none() -> None:
 
 
 def notes(*, eta: float = 1.0, alternatives: int = 2, sources: tuple[str, ...] = ("samples",), feedback: str = "verified", kappa: float = KAPPA,
-          gate: bool = False, form: str = "joint", imagined_tokens: int = IMAGINED_TOKENS) -> Part | None:
+          gate: bool = False, form: str = "joint", imagined_tokens: int = IMAGINED_TOKENS, model: str = "") -> Part | None:
   """alternatives: M, the most that are told to one failed attempt. sources, in this order: "samples" (M draws a question, which its failed attempts
-  share), "branches" (M continuations from the attempt's most uncertain position, for each attempt), "siblings" (the rest of the group, free).
+  share), "model" (likewise, from a second model), "branches" (M continuations from the attempt's most uncertain position, for each
+  attempt), "siblings" (the rest of the group, free).
 
-  feedback: "verified" | "imagined" (siblings are verified in any case); imagined_tokens: the longest feedback that the model may imagine; it and
+  model: the second one, named as config.model.path names one; it is not trained, and may have another tokenizer.
+  feedback: "verified" | "imagined" (siblings are verified in any case); imagined_tokens: the longest feedback that the policy may imagine; it and
   kappa are read with "imagined" alone.
   gate: only tokens of which the readings with and without notes say the same.
   """
@@ -69,12 +74,16 @@ def notes(*, eta: float = 1.0, alternatives: int = 2, sources: tuple[str, ...] =
     raise ValueError("method.counterfactual.gate=True compares readings, and form='mixture' makes one teacher of them: use 'joint' or 'each'")
   if imagined_tokens < 1:
     raise ValueError(f"method.counterfactual.imagined_tokens={imagined_tokens!r} must be at least 1")
+  if "model" in sources and not model:
+    raise ValueError(f"method.counterfactual.model='' must name a second model: sources={tuple(sources)!r} holds 'model'")
+  if model and "model" not in sources:
+    raise ValueError(f"method.counterfactual.model={model!r} would not be read: sources={tuple(sources)!r} does not hold 'model'")
   if feedback == "imagined" and set(sources) == {"siblings"}:
     raise ValueError(f"method.counterfactual.feedback='imagined' would not be read: of sources={tuple(sources)!r} the judge's is known")
   for name, value, default in (("kappa", kappa, KAPPA), ("imagined_tokens", imagined_tokens, IMAGINED_TOKENS)):
     if feedback == "verified" and value != default:
       raise ValueError(f"method.counterfactual.{name}={value!r} would not be read: method.counterfactual.feedback is 'verified'")
-  return Part(eta, alternatives, tuple(sources), feedback, kappa, gate, form, imagined_tokens) if eta and alternatives and sources else None
+  return Part(eta, alternatives, tuple(sources), feedback, kappa, gate, form, imagined_tokens, model) if eta and alternatives and sources else None
 
 
 COUNTERFACTUALS = {"none": none, "notes": notes}
