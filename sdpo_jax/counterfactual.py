@@ -1,12 +1,15 @@
 r"""Alternatives to failed attempts and what they would have received: sampled, judged or imagined. Host side.
 
-Alternatives come from the same engine and are judged in the same pool as rollouts (`rollout.Collector`):
+Alternatives come from the same engine (but for `model`) and are judged in the same pool as rollouts (`rollout.Collector`):
   samples    M more responses to the question, drawn once and shared by its failed attempts
+  model      likewise, from a second model: through a collector of its own, whose engine and chat speak its tokens. Only their text and verdict are used;
+             what they cost is counted in its tokens
   branches   M continuations of each failed attempt from its most uncertain position on: where the sampled token had the lowest
              log-probability, since the host knows that and not the entropy. A branch may take another max_new_tokens from there.
   siblings   the other responses of the group, judged already: free
 Two that behave alike count once, and one that behaves like the attempt not at all: the same answer of the environment's `behaviour(task,
-response)` if it has one, else the same reward and feedback. Of imagined alternatives the text alone is compared.
+response)` if it has one, else the same reward and feedback. Of imagined alternatives the text alone is compared. One that could not be judged is
+told to nobody, and counted.
 
 Imagined feedback is sampled from the policy itself, under the prompt of `imagining`: the question, the attempt with its real verdict as an example of
 the environment's format, and the alternative. The alternative is judged all the same, to measure how often the imagination is wrong; nothing
@@ -16,26 +19,33 @@ Multi-host: every process sees the same groups and calls the engine alike.
 """
 
 import dataclasses
+from typing import Any
 
 from sdpo_jax.objectives.counterfactual import Part, distinct, failed, imagining, truth
 from sdpo_jax.objectives.teacher_context import without_thinking
-from sdpo_jax.records import Alternative, Ratio, Rollout, Sampling
+from sdpo_jax.records import Alternative, Ratio, Rollout, Sampling, Status
 from sdpo_jax.rollout import Collector, prompt_seed
 
 def explore(part: Part, collector: Collector, params, groups: list[list[Rollout]], *, sampling: Sampling, seed: int, step: int, success_threshold: float,
-            max_prompt_tokens: int) -> dict[str, Ratio]:
-  """Gives every failed rollout its alternatives and what they cost; returns metrics. max_prompt_tokens: of the imagining prompt."""
+            max_prompt_tokens: int, other: tuple[Collector, Any] | None = None) -> dict[str, Ratio]:
+  """Gives every failed rollout its alternatives and what they cost; returns metrics.
+
+  max_prompt_tokens: of the imagining prompt. other: the second model's collector and weights, if the sources hold "model".
+  """
   wanting = [(q, i) for q, group in enumerate(groups) for i, r in enumerate(group) if failed(r, success_threshold)]
   found = {at: [] for at in wanting}
-  if "samples" in part.sources and wanting:
-    first = {q: i for q, i in reversed(wanting)}
-    questions = sorted(first)
-    drawn = collector.collect(params, [groups[q][0].task for q in questions], n=part.alternatives, sampling=sampling,
-                              seeds=[prompt_seed(seed, "samples", step, q) for q in questions])
-    for q, rollouts in zip(questions, drawn):
-      charge(groups[q][first[q]], tokens=sum(len(r.tokens) for r in rollouts), calls=len(rollouts))
-    for q, i in wanting:
-      found[q, i] += [Alternative(r, "samples") for r in drawn[questions.index(q)]]
+  first = {q: i for q, i in reversed(wanting)}
+  questions = sorted(first)
+  for source, drawer in (("samples", (collector, params)), ("model", other)):
+    if source in part.sources and wanting:
+      drawing, weights = drawer
+      drawn = drawing.collect(weights, [groups[q][0].task for q in questions], n=part.alternatives,
+                              sampling=dataclasses.replace(sampling, stop_tokens=drawing.chat.stop_tokens),
+                              seeds=[prompt_seed(seed, source, step, q) for q in questions])
+      for q, rollouts in zip(questions, drawn):
+        charge(groups[q][first[q]], tokens=sum(len(r.tokens) for r in rollouts), calls=len(rollouts))
+      for q, i in wanting:
+        found[q, i] += [Alternative(r, source) for r in drawn[questions.index(q)]]
   if "branches" in part.sources and wanting:
     begun = [(r.tokens[:t], r.logp[:t]) for r, t in ((groups[q][i], uncertain(groups[q][i])) for q, i in wanting)]
     drawn = collector.collect(params, [groups[q][i].task for q, i in wanting], n=part.alternatives, sampling=sampling,
@@ -49,11 +59,12 @@ def explore(part: Part, collector: Collector, params, groups: list[list[Rollout]
   if "siblings" in part.sources:
     for q, i in wanting:
       found[q, i] += [Alternative(r, "siblings") for j, r in enumerate(groups[q]) if j != i]
+  unjudged = {id(a.rollout) for at in wanting for a in found[at] if a.rollout.feedback.status is Status.ENV_FAILED}   # attempts share some
   ask = getattr(collector.env, "behaviour", None)
   behaviour = lambda r: ask(r.task, r.text) if ask else (r.feedback.reward, r.feedback.text)
   for q, i in wanting:
     groups[q][i].alternatives = distinct(found[q, i], groups[q][i], most=part.alternatives, success_threshold=success_threshold, behaviour=behaviour)
-  return measure([groups[q][i] for q, i in wanting], success_threshold) | {"counterfactual/not_imagined": float(dropped)}
+  return measure([groups[q][i] for q, i in wanting], success_threshold) | {"counterfactual/not_imagined": float(dropped), "counterfactual/not_judged": float(len(unjudged))}
 
 
 def charge(rollout: Rollout, *, tokens: int, calls: int = 0) -> None:

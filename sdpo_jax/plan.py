@@ -286,6 +286,8 @@ def plan(c, topology: str, model: ModelConfig, learn):
   yield (f"{c.model.path}: {weights / 1e9:.2f} G weights ({c.model.param_dtype}, products in {c.model.dtype}); method {c.method.name}, teacher {c.method.teacher_weights.name}")
   yield f"{len(devices)} x {topology.partition(':')[0]} ({chip.memory_gb} GB, {chip.tflops} TFLOP/s, {chip.memory_gb_s} GB/s memory, {chip.links_gb_s} GB/s links), mesh {dict(mesh.shape)}"
   yield f"{rollouts} responses of {prompt} + {new} tokens, teacher prompts of {teacher}; remat {c.model.remat}"
+  if second := c.method.counterfactual.get("model"):
+    yield f"not counted: weights and sampling of the second model, {second}"
 
   state = state_shapes(model, learn.tx, mesh, keep_teacher=learn.teacher.keep, teacher_move=learn.teacher.move)
   places = jax.tree.map(lambda x: x.sharding, state)

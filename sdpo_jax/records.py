@@ -66,9 +66,9 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class Alternative:
-  """Another response to the question of a failed attempt, judged; never trained on."""
+  """Another response to the question of a failed attempt, judged; never trained on. Of a second model, its tokens are that one's."""
   rollout: Rollout
-  source: str                  # samples | branches | siblings
+  source: str                  # samples | model | branches | siblings
   imagined: str | None = None  # the feedback that the model imagined for it and the teacher reads; None: it reads the judge's
 
 

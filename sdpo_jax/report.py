@@ -7,8 +7,9 @@ several) and the curves as PNG files beside it. The page carries its pictures in
 no jax, and can be made while a run goes on: what is missing is left out and said to be missing.
 
 Several work directories: those whose settings differ only in the seed are one group, drawn as their mean with a band from the lowest to the
-highest seed; runs of different tasks are compared and drawn apart. A run whose settings have a `label` goes by it. Of a single run the band is its evaluation's own 95 % interval over questions. Curves of training metrics are running means over
-a tenth of the steps, the single steps faint behind them.
+highest seed; runs of different tasks are compared and drawn apart. A run goes by the `label` of its settings, else by its
+method; what else distinguishes it from runs of that name on the same task is added. Of a single run the band is its evaluation's own 95 % interval
+over questions. Curves of training metrics are running means over a tenth of the steps, the single steps faint behind them.
 
 Errors: FileNotFoundError naming a work directory that is not there; unreadable lines are skipped and counted on the page.
 """
@@ -141,15 +142,13 @@ def _flat(config, path=""):
 
 
 def _label(runs):
-  """Name every run by its method, and by whatever else distinguishes it from runs of the same method, but for the seed."""
+  """Name every run by its `label`, else its method, and by whatever else distinguishes it from runs of the same name and task, but for the seed."""
   same_learning = ("seed", "checkpoint.", "log.", "sandbox.")    # where these differ, the runs are still of one kind
   settings = [{key: value for key, value in _flat(run.config).items() if not key.startswith(same_learning)} for run in runs]
-  names = [str(flat.get("method.name", run.workdir.name)) for run, flat in zip(runs, settings)]
-  for run, flat, name in zip(runs, settings, names):
-    if flat.get("label"):
-      run.label = str(flat["label"])
-      continue
-    rivals = [other for other, other_name in zip(settings, names) if other_name == name]
+  names = [str(flat.get("label") or flat.get("method.name", run.workdir.name)) for run, flat in zip(runs, settings)]
+  kinds = [(name, flat.get("env.name")) for name, flat in zip(names, settings)]
+  for run, flat, name, kind in zip(runs, settings, names, kinds):
+    rivals = [other for other, other_kind in zip(settings, kinds) if other_kind == kind]
     differing = [key for key in sorted({key for rival in rivals for key in rival}) if any(rival.get(key) != flat.get(key) for rival in rivals)]
     run.label = ", ".join([name, *(f"{key}={flat.get(key)}" for key in differing)])
 
@@ -173,13 +172,14 @@ def _results(runs):
   splits = list(dict.fromkeys(split for run in runs for split in run.splits()))
   samples = _flat(runs[0].config).get("eval.samples")
   heads = "".join(f"<th>{_text(split)}<br><small>avg@{_text(samples or 'k')}, base model, then last</small></th>" for split in splits)
-  rows = []
+  task_of = lambda run: str(_flat(run.config).get("env.name", "?"))
+  several, rows = len(set(map(task_of, runs))) > 1, []
   for run in runs:
     last = run.lines[-1] if run.lines else {}
     done = f"{last.get('step', 0)} / {run.config.get('total_steps', '?')}"
     cells = "".join(f"<td>{_evaluations(run, split)}</td>" for split in splits)
     generated = max((y for _, y in run.series("train/generations", "step")), default=0)
-    rows.append(f"<tr><td><b>{_text(run.label)}</b><br><small>{_text(run.workdir)}</small></td><td>{_text(run.config.get('seed', '?'))}</td><td class='line'>{_text(done)}</td>"
+    rows.append(f"<tr><td><b>{_text(run.label)}</b><br><small>{_text(task_of(run) + ': ' if several else '')}{_text(run.workdir)}</small></td><td>{_text(run.config.get('seed', '?'))}</td><td class='line'>{_text(done)}</td>"
                 f"<td>{generated:,}</td><td>{_duration(last.get('time_s'))}</td>{cells}</tr>")
   note = "" if any(run.lines for run in runs) else "<p class='note'>No metrics yet.</p>"
   skipped = sum(run.skipped for run in runs)

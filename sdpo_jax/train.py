@@ -24,6 +24,7 @@ from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.tasks import RowEnv, TaskStream
 from sdpo_jax.evaluate import evaluate
 from sdpo_jax.metrics import Writer, read, reduce, write_atomically
+from sdpo_jax.objectives import methods
 from sdpo_jax.records import Rollout, Sampling, Status
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.wiring import RunError, blame_settings, describe_run, learner, same_run, wired
@@ -109,6 +110,7 @@ def train(c, workdir: str) -> None:
   workdir = pathlib.Path(workdir)
   with blame_settings():
     validate(c)
+    part = methods.build(c.method.to_dict())["counterfactual"]()
     same_run(workdir, c, begun=checkpoint.latest_step(workdir) is not None)
     latest = checkpoint.latest_step(workdir)
   if latest is not None and latest >= c.total_steps:
@@ -116,7 +118,7 @@ def train(c, workdir: str) -> None:
       report.write_report([workdir], workdir / "report")
     return
 
-  with wired(c) as w:
+  with wired(c, part=part) as w:
     with blame_settings():
       learn = learner(c, w.model, w.join)
       params, frozen = w.trainable(c.seed)
@@ -156,7 +158,8 @@ def train(c, workdir: str) -> None:
       params = w.weights(state.params, frozen)
       groups = w.collector.collect(params, tasks, n=c.rollout.group, sampling=sampling, seeds=seeds)
       if learn.explore:
-        explored.update(learn.explore(w.collector, params, groups, sampling=sampling, seed=c.seed, step=i, max_prompt_tokens=c.data.max_teacher_tokens))
+        explored.update(learn.explore(w.collector, params, groups, sampling=sampling, seed=c.seed, step=i, max_prompt_tokens=c.data.max_teacher_tokens,
+                                      other=w.other))
       return groups
 
     explored = {}   # what the last batch's alternatives cost and said

@@ -33,7 +33,7 @@ from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import PRESETS, ModelConfig
 from sdpo_jax.model.hf_weights import load_pretrained, local_directory, read_config
 from sdpo_jax.objectives import methods
-from sdpo_jax.objectives.counterfactual import readings
+from sdpo_jax.objectives.counterfactual import Part, readings
 from sdpo_jax.objectives.loss import Objective, make_objective
 from sdpo_jax.objectives.methods import TeacherWeights
 from sdpo_jax.records import Sampling
@@ -82,6 +82,7 @@ class Wired(NamedTuple):
   isolation: str
   adapters: lora.Lora | None        # None: all weights are trained
   mesh: jax.sharding.Mesh | None    # None: one device
+  other: tuple[Collector, Any] | None = None   # a second model, with its weights, that alternatives are drawn from; None: the method asks for none
 
   def fresh_state(self, trained, tx, teacher: TeacherWeights) -> TrainState:
     """init_state, each array made where it belongs."""
@@ -115,11 +116,52 @@ class Wired(NamedTuple):
 _merge = jax.jit(lora.merge, static_argnums=2)
 
 
+def longest_texts(c, part: Part | None) -> list[tuple[int, str]]:
+  """(tokens, the settings that make them) of whatever a model may have to read and write in one piece; rollouts come first."""
+  prompt, teacher, new = (f"config.{name}={value}" for name, value in (("data.max_prompt_tokens", c.data.max_prompt_tokens),
+                          ("data.max_teacher_tokens", c.data.max_teacher_tokens), ("rollout.max_new_tokens", c.rollout.max_new_tokens)))
+  found = [(c.data.max_prompt_tokens + c.rollout.max_new_tokens, f"{prompt} and {new}"), (c.data.max_teacher_tokens + c.rollout.max_new_tokens, f"{teacher} and {new}")]
+  if part is not None and part.feedback == "imagined":
+    found.append((c.data.max_teacher_tokens + part.imagined_tokens, f"{teacher} and config.method.counterfactual.imagined_tokens={part.imagined_tokens}"))
+  if part is not None and "branches" in part.sources:   # one begins with the attempt up to there and may be as long again
+    found.append((c.data.max_prompt_tokens + 2 * c.rollout.max_new_tokens, f"{prompt} and twice {new}, for config.method.counterfactual.sources={part.sources},"))
+  return found
+
+
+def check_positions(texts: list[tuple[int, str]], model: ModelConfig, path: str) -> None:
+  for tokens, settings in texts:
+    if tokens > model.max_positions:
+      raise ValueError(f"{settings} together exceed the {model.max_positions} positions of {path}")
+
+
+class Loaded(NamedTuple):
+  model: ModelConfig
+  params: Any
+  chat: Chat
+
+
+def load(c, path: str, mesh) -> Loaded:
+  model, params = load_pretrained(path, dtype=c.model.param_dtype, mesh=mesh)
+  chat = Chat(load_tokenizer(path), thinking=c.model.thinking, teacher_thinking=c.model.teacher_thinking, eos_ids=model.eos_ids)
+  return Loaded(dataclasses.replace(model, dtype=c.model.dtype), params, chat)
+
+
+def load_second(c, path: str, mesh) -> Loaded:
+  """The model that alternatives are drawn from: it reads questions and answers them, and never sees a teacher's prompt."""
+  try:
+    loaded = load(c, MODELS.get(path, path), mesh)
+    check_positions(longest_texts(c, None)[:1], loaded.model, path)
+  except (ValueError, OSError) as error:
+    raise ValueError(f"config.method.counterfactual.model={path!r}: {error}") from error
+  return loaded
+
+
 @contextlib.contextmanager
-def wired(c, path: str | None = None, devices=None):
+def wired(c, path: str | None = None, devices=None, part: Part | None = None):
   """Loads the model (config.model.path, or another Hugging Face directory) and starts sandbox, environment and judges; ends them on leaving.
 
-  devices: those that config.mesh is laid over; None: all.
+  devices: those that config.mesh is laid over; None: all. part: the method's counterfactual one, if alternatives are to be explored: what it
+  generates has to fit as well, and its second model, if it names one, is loaded beside.
   """
   path = path or MODELS.get(c.model.path, c.model.path)
   with contextlib.ExitStack() as stack:
@@ -136,30 +178,34 @@ def wired(c, path: str | None = None, devices=None):
       splits = ("train", *c.eval.splits, *c.eval.final_splits)
       if c.data.sources:
         check_sources(c.data.sources, splits)
-      model, params = load_pretrained(path, dtype=c.model.param_dtype, mesh=mesh)
-      model = dataclasses.replace(model, dtype=c.model.dtype)
-      chat = Chat(load_tokenizer(path), thinking=c.model.thinking, teacher_thinking=c.model.teacher_thinking, eos_ids=model.eos_ids)
-      for name, tokens in (("max_prompt_tokens", c.data.max_prompt_tokens), ("max_teacher_tokens", c.data.max_teacher_tokens)):
-        if tokens + c.rollout.max_new_tokens > model.max_positions:
-          raise ValueError(f"config.data.{name}={tokens} and config.rollout.max_new_tokens={c.rollout.max_new_tokens} together exceed "
-                           f"the {model.max_positions} positions of {path}")
+      model, params, chat = load(c, path, mesh)
+      check_positions(longest_texts(c, part), model, path)
+      readers, second = [(chat, "")], None
+      if part is not None and part.model:
+        second = load_second(c, part.model, mesh)
+        readers.append((second.chat, f" of config.method.counterfactual.model={part.model}"))
       sandbox = stack.enter_context(Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation))
       env = make_env(sandbox=sandbox, **c.env)
       stack.callback(getattr(env, "close", lambda: None))
       getattr(env, "start", lambda: None)()
 
       def fits(task):
-        length = len(chat.prompt_tokens(env.prompt(task)))
-        if length > c.data.max_prompt_tokens:
-          raise ValueError(f"the question takes {length} tokens, more than config.data.max_prompt_tokens={c.data.max_prompt_tokens}")
+        for reader, whose in readers:
+          length = len(reader.prompt_tokens(env.prompt(task)))
+          if length > c.data.max_prompt_tokens:
+            raise ValueError(f"the question takes {length} tokens{whose}, more than config.data.max_prompt_tokens={c.data.max_prompt_tokens}")
 
       asked = with_rows(env, c.data.sources, splits=splits, on_bad_row=c.data.on_bad_row, check=fits)
-      engine = Sampler(model, rows=c.rollout.rows, row_multiple=shards, chunk=c.rollout.chunk, prompt_multiple=c.data.length_multiple, pad_token=chat.pad_token)
       for split in dict.fromkeys(splits):   # a split that is not there, a question too long: now, not at the first evaluation
         fits(asked.task(split, 0))
-      collector = make_collector(c, asked, chat, engine)
-    stack.callback(collector.close)
-    yield Wired(chat, model, params, collector, Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens), sandbox.isolation, adapters, mesh)
+
+      def collecting(model, chat):
+        engine = Sampler(model, rows=c.rollout.rows, row_multiple=shards, chunk=c.rollout.chunk, prompt_multiple=c.data.length_multiple, pad_token=chat.pad_token)
+        return stack.enter_context(contextlib.closing(make_collector(c, asked, chat, engine)))
+
+      collector = collecting(model, chat)
+      other = None if second is None else (collecting(second.model, second.chat), second.params)
+    yield Wired(chat, model, params, collector, Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens), sandbox.isolation, adapters, mesh, other)
 
 
 def make_collector(c, env, chat: Chat, engine) -> Collector:
@@ -206,9 +252,9 @@ def learner(c, model: ModelConfig, join=None) -> Learner:
   several = c.train.updates_per_batch > 1
   part, explore, told = parts["counterfactual"](), None, None
   if part is not None:
-    threshold = methods.arguments(method, "teacher_context")["success_threshold"]
-    explore = functools.partial(counterfactual.explore, part, success_threshold=threshold)
-    told = functools.partial(readings, part, parts["teacher_context"], success_threshold=threshold)
+    shown = methods.arguments(method, "teacher_context")
+    explore = functools.partial(counterfactual.explore, part, success_threshold=shown["success_threshold"])
+    told = functools.partial(readings, part, parts["teacher_context"], **{key: shown[key] for key in ("success_threshold", "show_attempt", "templates")})
   step = make_train_step(signals, objective, tx, teacher_move=teacher.move, updates=c.train.updates_per_batch, recompute_old=several)
   return Learner(objective, parts, teacher, tx, step, make_score(signals), several, explore, told, part.readings if part else 0)
 

@@ -1,7 +1,9 @@
 """Counterfactual self-distillation: which alternatives count, what the teacher is told of them, and what that adds to the loss."""
 
 import functools
+import pathlib
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +11,21 @@ import numpy as np
 import optax
 import pytest
 
-from sdpo_jax import config, counterfactual, wiring
+from sdpo_jax import config, counterfactual, train, wiring
 from sdpo_jax.data.batch import Shapes, pack
-from sdpo_jax.data.chat import Chat
+from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.envs.sandbox import Sandbox
 from sdpo_jax.envs.tinycode import SHOWN, TinyCode, program
 from sdpo_jax.objectives import methods, reference
 from sdpo_jax.objectives.counterfactual import differing, distinct, notes, readings
 from sdpo_jax.objectives.loss import make_objective
-from sdpo_jax.objectives.teacher_context import Context, feedback_or_solution
+from sdpo_jax.objectives.teacher_context import FEEDBACK, Context, feedback_or_solution
 from sdpo_jax.records import Alternative, Counterfactual, Feedback, Rollout, Sampling, Status, Task
 from sdpo_jax.rollout import Collector
 from sdpo_jax.train_step import init_state, make_signals, make_train_step
 from tests import fakes
 
+ROOT = pathlib.Path(__file__).parent.parent
 CHAT = Chat(fakes.ByteTokenizer())
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}   # for what is compiled to run once
 SAMPLING = Sampling(32, stop_tokens=(257,))
@@ -84,6 +87,23 @@ def test_a_verified_success_is_used_as_a_solution():
   assert read(group[0], group) == [None]   # the group has a solution already: nothing more is told
 
 
+def test_where_the_plain_teacher_reads_nothing_the_settings_of_its_context_hold():
+  """With feedback="never" and no success the notes are all that is shown: in the user's own words, with the attempt if asked for."""
+  c = config.load(f"{ROOT}/configs/counterfactual.py:domain=math_qa,note=feedback")
+  for show_attempt in (False, True):
+    c.method.teacher_context.show_attempt = show_attempt
+    c.method.teacher_context.templates.reprompt = "{prompt}{attempt}{notes} Again."
+    (context, _), = wiring.learner(c, fakes.toy_config()).counterfactual([told(rollout("a"), verified("b"))], 0)
+    assert context.render("Q") == "Q" + "\nYour earlier attempt:\n\na" * show_attempt + FEEDBACK + "wrong: b Again."
+    silent = told(rollout("a"), verified("b", feedback="", reward=0.1))
+    assert wiring.learner(c, fakes.toy_config()).counterfactual([silent], 0) == [None]   # nothing was said of it
+  row = methods.row("counterfactual")
+  row["teacher_context"]["templates"]["reprompt"] = "{prompt}{feedback}"
+  with pytest.raises(ValueError, match=r"method.teacher_context.templates.reprompt='{prompt}{feedback}' has no {notes}"):
+    methods.build(row)
+  methods.build(row | dict(counterfactual=dict(name="none")))
+
+
 def test_weights_and_readings():
   attempt = told(rollout("a"), verified("b"), Alternative(rollout("c"), "samples", "no"), alternatives=3)
   (joint, weight), = read(attempt, alternatives=3, eta=0.5, kappa=0.5)
@@ -95,7 +115,8 @@ def test_weights_and_readings():
   assert [r and r[1] for r in mixed] == [0.5, 0.25, None] and [r and r[0] for r in mixed] == [one[0], two[0], None]
   assert readings(notes(form="mixture"), lambda group, i: None, [attempt], 0, success_threshold=0.5) == [None, None]   # nothing to mix with
   assert notes(eta=0.0) is None and notes(alternatives=0) is None and notes(sources=()) is None
-  for wrong in (dict(eta=-1.0), dict(kappa=1.5), dict(feedback="dreamt"), dict(form="either"), dict(sources=("cousins",)), dict(imagined_tokens=0), dict(gate=True, form="mixture")):
+  for wrong in (dict(eta=-1.0), dict(kappa=1.5), dict(feedback="dreamt"), dict(form="either"), dict(sources=("cousins",)), dict(imagined_tokens=0), dict(gate=True, form="mixture"),
+                dict(feedback="imagined", sources=("siblings",)), dict(kappa=0.25), dict(imagined_tokens=128)):
     with pytest.raises(ValueError, match=f"method.counterfactual.{next(iter(wrong))}"):
       methods.build(methods.row("counterfactual") | dict(counterfactual=dict(name="notes", **wrong)))
   with pytest.raises(ValueError, match="set method.token_signal.top_k"):
@@ -104,13 +125,14 @@ def test_weights_and_readings():
     methods.build(methods.row("grpo") | dict(counterfactual=dict(name="notes")))
 
 
-def explored(groups, script, answers, **settings):
+def explored(groups, script, answers, other=None, **settings):
   collector = Collector(fakes.ListEnv(answers), CHAT, fakes.ScriptedEngine(script), max_prompt_tokens=300, judge_threads=2, judge_timeout_s=5.0)
   asked = []
   generate = collector.engine.generate
   collector.engine.generate = lambda params, prompts, **kwargs: (asked.append(prompts), generate(params, prompts, **kwargs))[1]
   try:
-    metrics = counterfactual.explore(notes(**settings), collector, None, groups, sampling=SAMPLING, seed=0, step=1, success_threshold=0.5, max_prompt_tokens=400)
+    metrics = counterfactual.explore(notes(**settings), collector, None, groups, sampling=SAMPLING, seed=0, step=1, success_threshold=0.5, max_prompt_tokens=400,
+                                     other=other)
   finally:
     collector.close()
   return metrics, asked
@@ -124,6 +146,78 @@ def test_samples_are_drawn_once_a_question_and_siblings_cost_nothing():
   assert [(a.rollout.text, a.source) for a in groups[0][2].alternatives] == [("right", "samples"), ("a", "siblings")]
   assert [r.extra_tokens for r in groups[0]] == [10, 0, 0] and [r.extra_calls for r in groups[0]] == [3, 0, 0] and not groups[1][0].alternatives
   assert metrics["counterfactual/successes"].mean == 0.5 and metrics["counterfactual/generated_tokens"] == 10.0
+
+
+class OtherTokenizer(fakes.ByteTokenizer):
+  """Every token is the policy's and one more."""
+  eos_token_id = 258
+
+  def __call__(self, text, add_special_tokens):
+    return {"input_ids": [t + 1 for t in super().__call__(text, add_special_tokens)["input_ids"]]}
+
+  def decode(self, ids, **kwargs):
+    return super().decode([t - 1 for t in ids], **kwargs)
+
+
+def test_a_second_model_answers_in_its_own_tokens_and_is_read_as_text():
+  chat, asked = Chat(OtherTokenizer()), []
+
+  class Second:
+    def generate(self, params, prompts, *, sampling, **kwargs):
+      asked.append((params, prompts, sampling.stop_tokens))
+      return fakes.ScriptedEngine([[[t + 1 for t in say(text)] for text in ("right", "why")]]).generate(params, prompts, sampling=sampling, **kwargs)
+
+  groups, answers = [[rollout("a"), rollout("b")], [rollout("right", 1.0)] * 2], {"right": Feedback(1.0, "")}
+  settings = dict(sources=("samples", "model"), model="second")
+  other = Collector(fakes.ListEnv(answers), chat, Second(), max_prompt_tokens=300, judge_threads=1, judge_timeout_s=5.0)
+  metrics, own = explored(groups, [[say("c"), say("b")]], answers, (other, "weights"), **settings)
+  other.close()
+  assert asked == [("weights", [[t + 1 for t in groups[0][0].prompt_tokens]], (258,))] and len(own) == 1   # once a question, and the solved one never
+  assert [[(a.rollout.text, a.source) for a in r.alternatives] for r in groups[0]] == [[("right", "model"), ("c", "samples")]] * 2
+  assert [r.extra_tokens for r in groups[0]] == [2 + 2 + 6 + 4, 0] and [r.extra_calls for r in groups[0]] == [4, 0] and metrics["counterfactual/successes"].mean == 0.5
+  row = methods.row("counterfactual")
+  row["counterfactual"].update(settings)
+  _, packed = batches(row, groups)
+  assert packed.counterfactuals[0][0].solution == "right" and "wrong: c" in packed.counterfactuals[0][0].notes
+  (more,) = packed.batch.counterfactuals
+  assert CHAT.tokenizer.decode(more.teacher.token_CPT[0, 0]).count("right") == 1   # in the policy's tokens
+  for wrong in (dict(model="second"), dict(sources=("model",))):
+    with pytest.raises(ValueError, match="method.counterfactual.model="):
+      notes(**wrong)
+
+
+def test_a_second_model_is_loaded_and_asked_beside_the_policy(monkeypatch, tmp_path):
+  """Packaged models of other vocabularies; the loop is replaced by its first line, so that no train step is compiled."""
+  c = config.base()
+  c.method, c.mesh.fsdp, c.sandbox.workers = methods.row("counterfactual"), 1, 1
+  c.method.counterfactual.update(sources=("model",), model="tiny_arithmetic", alternatives=1)
+  c.rollout.update(questions=1, group=1, rows=1, max_new_tokens=3, chunk=3)   # no program is as short as that
+  seen = []
+  monkeypatch.setattr(train, "run", lambda state, host, *, next_tasks, collect, **_: seen.extend(collect(state, next_tasks(), 1)))
+  monkeypatch.setattr(train.report, "write_report", lambda *_: None)
+  train.train(c, tmp_path)
+  ((attempt,),) = seen
+  (alternative,) = attempt.alternatives
+  second = load_tokenizer(config.MODELS["tiny_arithmetic"])
+  assert alternative.source == "model" and alternative.rollout.prompt_tokens != attempt.prompt_tokens
+  assert Chat(second).response_text(alternative.rollout.tokens) == alternative.rollout.text and attempt.extra_tokens == len(alternative.rollout.tokens) <= 3
+  short = tmp_path / "short"
+  shutil.copytree(config.MODELS["tiny_arithmetic"], short)
+  (short / "config.json").write_text((short / "config.json").read_text().replace('"max_position_embeddings": 1024', '"max_position_embeddings": 258'))
+  for model, says in (("nowhere", "nowhere: no such directory"), (str(short), "config.data.max_prompt_tokens=256 and config.rollout.max_new_tokens=3 together exceed the 258 ")):
+    c.method.counterfactual.model = model
+    with pytest.raises(wiring.SettingError, match=f"^config.method.counterfactual.model='{model}': {says}"):
+      train.train(c, tmp_path / "refused")
+
+
+def test_an_alternative_that_could_not_be_judged_is_told_to_nobody_and_counted_once():
+  groups = [[rollout("a"), rollout("b"), rollout("c", status=Status.ENV_FAILED)], [rollout("d")]]
+  answers = {"broken": fakes.FAILED, "raises": RuntimeError("boom")}
+  metrics, _ = explored(groups, [[say("broken"), say("e")], [say("raises"), say("f")]], answers, sources=("samples", "siblings"))
+  assert metrics["counterfactual/not_judged"] == 3.0   # two attempts share the first, and the sibling
+  assert [[a.rollout.text for a in r.alternatives] for g in groups for r in g] == [["e", "b"], ["e", "a"], [], ["f"]]
+  metrics, _ = explored([[rollout("a")]], [[say("e"), say("f")]], {})
+  assert metrics["counterfactual/not_judged"] == 0.0
 
 
 def test_branches_begin_at_the_least_likely_token():
@@ -183,6 +277,19 @@ def test_notes_tell_no_more_of_the_hidden_tests_than_feedback_does():
       shown = set(re.findall("Expected: (.*)", context.render(task.prompt)))
       assert shown <= {line for text in said for line in re.findall("Expected: (.*)", text)}
       assert not context.feedback or context.feedback == attempt.feedback.text
+
+
+@pytest.mark.parametrize("settings, max_new_tokens, says", [
+    (dict(feedback="imagined", imagined_tokens=513), 24, r"config.data.max_teacher_tokens=512 and config.method.counterfactual.imagined_tokens=513 together exceed the 1024 positions"),
+    (dict(sources=("siblings", "branches")), 400, r"config.data.max_prompt_tokens=256 and twice config.rollout.max_new_tokens=400, for config.method.counterfactual.sources="),
+])
+def test_what_alternatives_generate_must_fit_the_model(settings, max_new_tokens, says, tmp_path):
+  c = config.base()
+  c.method, c.rollout.max_new_tokens, c.mesh.fsdp = methods.row("counterfactual"), max_new_tokens, 1
+  c.method.counterfactual.update(settings)
+  with pytest.raises(wiring.SettingError, match=says) as error:
+    train.train(c, tmp_path)
+  assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def batches(method, groups):

@@ -227,6 +227,8 @@ def test_batches_on_disk_are_not_sampled_again(tmp_path):
     ("discover.py:local", "--config.train.updates_per_batch=2", "config.train.updates_per_batch=2"),
     ("discover.py:local", "--config.discover.indices=(3,-1)", "config.discover.indices=(3, -1)"),
     ("discover.py:local", "--config.discover.arms=('counterfactual',) --config.method.counterfactual.name=notes", "config.method.counterfactual.sources holds 'samples'"),
+    ("discover.py:local", "--config.discover.arms=('counterfactual',) --config.method.counterfactual.name=notes --config.method.counterfactual.sources=('siblings','model') "
+     "--config.method.counterfactual.model=tiny_arithmetic", "config.method.counterfactual.sources holds 'model'"),
     ("discover.py:local", "--config.discover.parallel=3", "config.discover.parallel=3 must divide the 8 devices"),
     ("discover.py:local", "--config.mesh.fsdp=4 --config.discover.parallel=2 --config.train.micro_batches=4", "do not divide into 16 packs"),
     ("discover.py:task=livecodebench,local", "--config.discover.indices=(0,99) --config.rollout.rows=8", "config.discover.indices=(0, 99): split")])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -11,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sdpo_jax import config, plan, sharding
+from sdpo_jax import config, plan, sharding, wiring
 from sdpo_jax.kernels import attention
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import PRESETS
+from sdpo_jax.objectives import methods
 from sdpo_jax.records import Sampling
 from sdpo_jax.sampler import decode
 
@@ -159,6 +161,16 @@ def test_the_suggestion_divides_the_responses():
 def test_a_topology_that_does_not_exist_is_named(name):
   with pytest.raises(ValueError, match=re.escape(name)):
     plan.topology_devices(name)
+
+
+def test_a_second_model_is_said_not_to_be_counted(monkeypatch):
+  monkeypatch.setattr(plan, "topology_devices", lambda name: jax.devices())
+  c = config.base()
+  c.method = methods.row("counterfactual")
+  said = lambda: "\n".join(itertools.islice(plan.plan(c, "v5p:2x2x2", PRESETS["qwen3-0.6b"], wiring.learner(c, PRESETS["qwen3-0.6b"])), 4))   # nothing is compiled yet
+  assert "not counted" not in said()
+  c.method.counterfactual.update(sources=("model",), model="qwen3-8b")
+  assert "not counted: weights and sampling of the second model, qwen3-8b" in said()
 
 
 @pytest.mark.slow

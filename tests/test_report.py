@@ -147,6 +147,17 @@ def test_tasks_are_compared_apart_and_labels_are_names(tmp_path):
   assert len(ids) == len(set(ids)) == 6
 
 
+def test_runs_of_one_label_are_seeds_only_where_all_else_is_equal(tmp_path):
+  """Of one task: on another one a label's settings differ as they must."""
+  mine = lambda task, seed, group, **more: workdir(tmp_path / f"{task}{seed}{group}", seed=seed, config={"label": "mine", "env": {"name": task}, "rollout": {"group": group}} | more)
+  runs = [mine("a", 0, 4, log={"rollouts_kept": 3}), mine("a", 1, 4, log={"rollouts_kept": 5}), mine("a", 2, 16), mine("b", 0, 8), mine("b", 1, 8)]
+  found = [report.read_run(run) for run in runs]
+  report._label(found)
+  assert [run.label for run in found] == ["mine, rollout.group=4"] * 2 + ["mine, rollout.group=16"] + ["mine"] * 2
+  page = Page(report.write_report(runs, tmp_path / "out"))
+  assert page.has("mine, rollout.group=16's 90.0%") and page.has(f"b: {tmp_path / 'b08'}")
+
+
 def test_running_mean_stays_centred():
   line = [float(x) for x in range(100)]
   assert list(report._smooth(report.np.array(line))) == pytest.approx(line)

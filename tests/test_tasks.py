@@ -134,6 +134,16 @@ def test_rows_and_generators_do_not_mix(two):
     with_rows(MathQA(), two, splits=("train",), on_bad_row="ignore")
 
 
+def test_an_environment_says_what_a_response_does_with_rows_as_without(two):
+  class Knows(MathQA):
+    def behaviour(self, task, response):
+      return task.data["answer"], response.strip()
+
+  env = with_rows(Knows(), two, splits=("train",))
+  assert env.behaviour(env.task("train", 3), " 7\n") == (env.task("train", 3).data["answer"], "7")
+  assert not hasattr(with_rows(MathQA(), two, splits=("train",)), "behaviour")   # its rewards and feedback then tell
+
+
 def test_patterns_of_files(tmp_path):
   for i in range(3):
     write(tmp_path / f"part-{i}.jsonl", numbers(10 * i, 2))

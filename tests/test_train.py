@@ -16,12 +16,12 @@ from tests import fakes
 CHAT = Chat(fakes.ByteTokenizer())
 
 
-def rollout(status=Status.SCORED, text="ab"):
+def rollout(status=Status.SCORED, text="ab", **extra):
   tokens = CHAT.text_tokens(text) + [257]
-  return Rollout(Task("t", "question"), [1, 2], tokens, [-1.0] * len(tokens), "stop", text, Feedback(1.0, "well", status))
+  return Rollout(Task("t", "question"), [1, 2], tokens, [-1.0] * len(tokens), "stop", text, Feedback(1.0, "well", status), **extra)
 
 
-def run(total_steps=3, *, status=Status.SCORED, skipped=0, start=0, due=lambda name, i: name != "score"):
+def run(total_steps=3, *, status=Status.SCORED, extra=({}, {}), skipped=0, start=0, tokens=0, alternatives=0, due=lambda name, i: name != "score"):
   log = types.SimpleNamespace(written={}, saved=[], rollouts=[], evaluated=[])
   batch = types.SimpleNamespace()
 
@@ -33,8 +33,8 @@ def run(total_steps=3, *, status=Status.SCORED, skipped=0, start=0, due=lambda n
     return Packed(batch, [], [Context(feedback="f")] * sum(map(len, groups)), {"data/dropped": float(n)})
 
   state = train.run(
-      types.SimpleNamespace(step=start, params=None, skipped_in_a_row=0), {"tokens": 0, "alternatives": 0, "failed_batches": 0}, total_steps=total_steps,
-      next_tasks=lambda: ["task"], collect=lambda params, tasks, i: [[rollout(status), rollout(status)]], make_batch=make_batch, step=step,
+      types.SimpleNamespace(step=start, params=None, skipped_in_a_row=0), {"tokens": tokens, "alternatives": alternatives, "failed_batches": 0}, total_steps=total_steps,
+      next_tasks=lambda: ["task"], collect=lambda params, tasks, i: [[rollout(status, **more) for more in extra]], make_batch=make_batch, step=step,
       score=lambda state, batch: None, evaluate=lambda state, i: log.evaluated.append(i) or {"eval/heldout/avg@k": 0.5}, due=due,
       write=lambda i, m: log.written.__setitem__(i, m), write_rollouts=lambda i, *_: log.rollouts.append(i),
       save=lambda i, state, host: log.saved.append((i, dict(host))), limits={"skipped": 2, "env_failures": 2})
@@ -46,6 +46,16 @@ def test_a_run_evaluates_the_base_then_trains_to_the_end():
   assert state.step == 3 and list(log.written) == [0, 1, 2, 3] and log.evaluated == [0, 1, 2, 3] and log.rollouts == [1, 2, 3]
   assert log.written[2]["train/loss"].mean == 0.5 and log.written[2]["train/reward"] == 1.0 and log.written[2]["train/generations"] == 4
   assert log.saved[-1] == (3, {"tokens": 18, "alternatives": 0, "failed_batches": 0}) and log.written[3]["train/sampled_tokens"] == 18
+
+
+def test_all_that_is_generated_is_counted():
+  """What was generated for alternatives beside the rollouts: of their own two rollouts of three tokens a step, seven and four more tokens, in three responses."""
+  _, log = run(extra=(dict(extra_tokens=7, extra_calls=2), dict(extra_tokens=4, extra_calls=1)))
+  assert [log.written[i]["train/sampled_tokens"] for i in (1, 2, 3)] == [17, 34, 51] and [log.written[i]["train/generations"] for i in (1, 2, 3)] == [5, 10, 15]
+  (at, stored), = log.saved[1:2]
+  assert (at, stored) == (2, {"tokens": 34, "alternatives": 6, "failed_batches": 0})
+  _, log = run(start=2, tokens=stored["tokens"], alternatives=stored["alternatives"])   # resumed: only rollouts from there on
+  assert (log.written[3]["train/sampled_tokens"], log.written[3]["train/generations"]) == (40, 12)
 
 
 def test_a_resumed_run_goes_on_where_it_was():

@@ -42,7 +42,7 @@ class Source(NamedTuple):
 
 
 class RowEnv:
-  """An environment together with its rows: judges like the environment, and has `task(split, index)` and `size(split)` besides."""
+  """An environment together with its rows: judges like the environment, knows `behaviour` if it does, and has `task(split, index)` and `size(split)` besides."""
 
   def __init__(self, env, sources, *, splits, on_bad_row: str = "error", check=None):
     """Opens the sources of the given splits; others are opened when asked for. ValueError for a source, or a row, that cannot be used, FileNotFoundError for a file.
@@ -52,6 +52,8 @@ class RowEnv:
     if on_bad_row not in ("error", "skip"):
       raise ValueError(f"config.data.on_bad_row={on_bad_row!r} is unknown; choose from ['error', 'skip']")
     self.env, self.prompt, self.judge = env, env.prompt, env.judge
+    if hasattr(env, "behaviour"):
+      self.behaviour = env.behaviour
 
     def task_from_row(row, split):
       task = env.task_from_row(row, split)

@@ -8,7 +8,8 @@ An environment is asked two things and knows nothing of models:
 `judge` is called from several threads at once. An exception, a reward that is not a number or no answer in time costs that one
 response (ENV_FAILED), never the run. One that generates its tasks also has `task(split, index) -> Task`; one over a fixed data set has
 `task_from_row(row, split) -> Task` instead (`rows.py`), and `data/tasks.py` gives it the rest. One that holds processes or files has `close()`; one
-whose processes are slow to start has `start()`, called once before anything is judged.
+whose processes are slow to start has `start()`, called once before anything is judged. One that can tell what a response does has `behaviour(task,
+response)`, anything hashable: equal answers are one and the same alternative to a failed attempt; without it, equal rewards and feedback are.
 Nothing here imports jax.
 """
 

@@ -8,9 +8,11 @@ eta * mean(w), which costs one teacher pass; "each", one reading for each altern
 A third, "mixture", changes the teacher instead of adding to the loss: q = sum over m of q_m * w_m / sum(w), m = 0 being the plain reading with
 w = 1 and the others one for each alternative with eta * w_m. It goes through the policy's top K (`kernels/distill_topk`), since a mixture of softmaxes
 is no product of one hidden state with one matrix, which is what the full-vocabulary kernels take; where there is no plain reading there is no mixture. w is 1 where the environment ran the alternative and kappa
-where the model imagined the feedback. A verified alternative that succeeds has no note: it joins the group's other successes, as a solution
+where the policy imagined the feedback. A verified alternative that succeeds has no note: it joins the group's other successes, as a solution
 that may be shown. M is the number of alternatives that are left after duplicates and those like the attempt are dropped. An attempt that
 nothing is told about has no further reading. With eta = 0 or alternatives = 0 the part is None and nothing of it runs.
+
+Alternatives are text: those of a second model are told and shown like the policy's own, and their tokens are counted by its own tokenizer.
 
 Derived here; there is no paper. Host code: text in, text out.
 """
@@ -18,10 +20,11 @@ Derived here; there is no paper. Host code: text in, text out.
 import dataclasses
 from typing import NamedTuple
 
-from sdpo_jax.objectives.teacher_context import TEMPLATES, Context, fill, without_thinking
+from sdpo_jax.objectives.teacher_context import TEMPLATES, Context, fill, own_templates, without_thinking
 from sdpo_jax.records import Alternative, Rollout, Status
 
-SOURCES = ("samples", "branches", "siblings")
+SOURCES = ("samples", "model", "branches", "siblings")
+KAPPA, IMAGINED_TOKENS = 0.5, 64
 CORRECT = "Correct"   # the feedback that is imagined of an alternative without fault; the judge's own may be empty
 IMAGINE = ("{prompt}\n\nThis answer\n\n{attempt}\n\nreceived the verdict\n\n{feedback}\n\nWhich verdict would this answer receive?\n\n{alternative}\n\n"
            "Reply with the verdict alone, in the same form, or with the one word " + CORRECT + ".")
@@ -37,6 +40,7 @@ class Part(NamedTuple):
   gate: bool
   form: str
   imagined_tokens: int
+  model: str = ""
 
   @property
   def readings(self) -> int:
@@ -47,12 +51,15 @@ def none() -> None:
   """Failed responses learn from their own feedback alone."""
 
 
-def notes(*, eta: float = 1.0, alternatives: int = 2, sources: tuple[str, ...] = ("samples",), feedback: str = "verified", kappa: float = 0.5,
-          gate: bool = False, form: str = "joint", imagined_tokens: int = 64) -> Part | None:
+def notes(*, eta: float = 1.0, alternatives: int = 2, sources: tuple[str, ...] = ("samples",), feedback: str = "verified", kappa: float = KAPPA,
+          gate: bool = False, form: str = "joint", imagined_tokens: int = IMAGINED_TOKENS, model: str = "") -> Part | None:
   """alternatives: M, the most that are told to one failed attempt. sources, in this order: "samples" (M draws a question, which its failed attempts
-  share), "branches" (M continuations from the attempt's most uncertain position, for each attempt), "siblings" (the rest of the group, free).
+  share), "model" (likewise, from a second model), "branches" (M continuations from the attempt's most uncertain position, for each
+  attempt), "siblings" (the rest of the group, free).
 
-  feedback: "verified" | "imagined" (siblings are verified in any case); imagined_tokens: the longest feedback that the model may imagine.
+  model: the second one, named as config.model.path names one; it is not trained, and may have another tokenizer.
+  feedback: "verified" | "imagined" (siblings are verified in any case); imagined_tokens: the longest feedback that the policy may imagine; it and
+  kappa are read with "imagined" alone.
   gate: only tokens of which the readings with and without notes say the same.
   """
   if unknown := set(sources) - set(SOURCES):
@@ -67,7 +74,16 @@ def notes(*, eta: float = 1.0, alternatives: int = 2, sources: tuple[str, ...] =
     raise ValueError("method.counterfactual.gate=True compares readings, and form='mixture' makes one teacher of them: use 'joint' or 'each'")
   if imagined_tokens < 1:
     raise ValueError(f"method.counterfactual.imagined_tokens={imagined_tokens!r} must be at least 1")
-  return Part(eta, alternatives, tuple(sources), feedback, kappa, gate, form, imagined_tokens) if eta and alternatives and sources else None
+  if "model" in sources and not model:
+    raise ValueError(f"method.counterfactual.model='' must name a second model: sources={tuple(sources)!r} holds 'model'")
+  if model and "model" not in sources:
+    raise ValueError(f"method.counterfactual.model={model!r} would not be read: sources={tuple(sources)!r} does not hold 'model'")
+  if feedback == "imagined" and set(sources) == {"siblings"}:
+    raise ValueError(f"method.counterfactual.feedback='imagined' would not be read: of sources={tuple(sources)!r} the judge's is known")
+  for name, value, default in (("kappa", kappa, KAPPA), ("imagined_tokens", imagined_tokens, IMAGINED_TOKENS)):
+    if feedback == "verified" and value != default:
+      raise ValueError(f"method.counterfactual.{name}={value!r} would not be read: method.counterfactual.feedback is 'verified'")
+  return Part(eta, alternatives, tuple(sources), feedback, kappa, gate, form, imagined_tokens, model) if eta and alternatives and sources else None
 
 
 COUNTERFACTUALS = {"none": none, "notes": notes}
@@ -122,17 +138,21 @@ def note(alternative: Alternative, attempt: Rollout, template: str) -> str:
   return fill(template, {"alternative": x, "attempt": y, "feedback": said}) if said else ""
 
 
-def readings(part: Part, teacher_context, group: list[Rollout], i: int, *, success_threshold: float) -> list[tuple[Context, float] | None]:
-  """What the teacher reads of rollout i in each further reading, and its weight; None: nothing that it has not read already."""
+def readings(part: Part, teacher_context, group: list[Rollout], i: int, *, success_threshold: float, show_attempt: bool = False,
+             templates: dict[str, str] = TEMPLATES) -> list[tuple[Context, float] | None]:
+  """What the teacher reads of rollout i in each further reading, and its weight; None: nothing that it has not read already.
+
+  show_attempt, templates: those of teacher_context, which hold where it shows nothing as well.
+  """
   attempt, plain, found = group[i], teacher_context(group, i), []
+  silent = Context(attempt=attempt.text if show_attempt else "", templates=own_templates(templates))
   told = [attempt.alternatives] if part.form == "joint" else [[a] for a in attempt.alternatives]
   for chosen in filter(None, told if part.form != "mixture" or plain else []):
     verified = [a.rollout for a in chosen if a.imagined is None]
     shown = teacher_context(group + verified, i)   # one that succeeds is a success like any other
-    template = (TEMPLATES | dict(shown.templates if shown else ()))["note"]
-    text = "".join(note(a, attempt, template) for a in chosen if a.imagined is not None or failed(a.rollout, success_threshold))
-    context = dataclasses.replace(shown or Context(), notes=text)
+    text = "".join(note(a, attempt, (TEMPLATES | templates)["note"]) for a in chosen if a.imagined is not None or failed(a.rollout, success_threshold))
+    context = dataclasses.replace(shown or silent, notes=text)
     weight = part.eta * sum(1.0 if a.imagined is None else part.kappa for a in chosen) / (1 if part.form == "mixture" else len(attempt.alternatives))
-    changed = context not in (Context(), plain)
+    changed = context not in (silent, plain)
     found.append((context, weight) if changed and weight else None)
   return found + [None] * (part.readings - len(found))

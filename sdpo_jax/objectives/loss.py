@@ -8,7 +8,9 @@ A loss is a sum of terms; each term is a mean over its own tokens:
   policy   weight_BR: all response tokens, weighted and divided as the method's reduction says
   counterfactual   for each further reading of the batch (`objectives/counterfactual`), weight_BR * its weight_B; all are divided by the
            tokens of responses that any reading teaches, so that a failed response adds D(feedback) + sum over readings of weight * D(reading).
-           With `gate` only tokens of which both readings say the same: sign(log q - log pi) of the feedback's and of the alternatives' agree.
+           With `gate` only tokens of which both readings say the same: sign(log q - log pi) of the feedback's and of the alternatives' agree;
+           `counterfactual/agreement` is the share of those, gate or not. With form="mixture" there is neither this term nor that metric: the
+           readings are one teacher, and `distill` is all.
 
 With policy_share="untaught" every response belongs to one term alone: to `distill` if its teacher has something to show, else to
 `policy`. Both sums are then divided by the tokens of the whole batch and added as they are.

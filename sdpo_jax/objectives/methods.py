@@ -26,7 +26,7 @@ from typing import NamedTuple
 from sdpo_jax.objectives.advantage import ADVANTAGES, REDUCTIONS, SURROGATES
 from sdpo_jax.objectives.counterfactual import COUNTERFACTUALS
 from sdpo_jax.objectives.divergence import TOKEN_SIGNALS
-from sdpo_jax.objectives.teacher_context import TEACHER_CONTEXTS
+from sdpo_jax.objectives.teacher_context import TEACHER_CONTEXTS, TEMPLATES
 from sdpo_jax.objectives.token_weight import TOKEN_WEIGHTS
 from sdpo_jax.records import Feedback, Rollout, Task
 
@@ -202,6 +202,8 @@ def check(method: dict) -> None:
   if told is not None and (names["teacher_context"] != "feedback_or_solution" or method["policy_share"] == "untaught"):
     raise ValueError(f"method.counterfactual.name={names['counterfactual']!r} adds to the teacher context 'feedback_or_solution', not to "
                      f"{names['teacher_context']!r}, and to a policy_share that is a number, not {method['policy_share']!r}")
+  if told is not None and "{notes}" not in (reprompt := (TEMPLATES | arguments(method, "teacher_context")["templates"])["reprompt"]):
+    raise ValueError(f"method.teacher_context.templates.reprompt={reprompt!r} has no {{notes}}: the teacher would not read those of method.counterfactual.name={names['counterfactual']!r}")
   if taught and (names["teacher_context"] == "none" or names["teacher_weights"] == "none"):
     raise ValueError(f"method.token_signal.name={names['token_signal']!r} needs a teacher, but teacher_context is "
                      f"{names['teacher_context']!r} and teacher_weights {names['teacher_weights']!r}")

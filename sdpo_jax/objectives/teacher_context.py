@@ -80,7 +80,7 @@ def feedback_or_solution(group: list[Rollout], i: int, *, success_threshold: flo
   for name, value, allowed in (("feedback", feedback, ("always", "never", "without_solution")), ("demonstration", demonstration, ("first", "random", "shortest"))):
     if value not in allowed:
       raise ValueError(f"method.teacher_context.{name}={value!r} is unknown; choose from {list(allowed)}")
-  templates = _own_templates(templates)
+  templates = own_templates(templates)
   if group[i].feedback.status is Status.ENV_FAILED or (only_failures and group[i].feedback.reward >= success_threshold):
     return None
   successes = [without_thinking(r.text) for j, r in enumerate(group)
@@ -97,13 +97,13 @@ def feedback_or_solution(group: list[Rollout], i: int, *, success_threshold: flo
 
 def reference_solution(group: list[Rollout], i: int, *, templates: dict[str, str] = TEMPLATES) -> Context | None:
   """The task's own solution, where it has one (OPSD)."""
-  templates = _own_templates(templates)
+  templates = own_templates(templates)
   if group[i].feedback.status is Status.ENV_FAILED or not group[i].task.solution:
     return None
   return Context(without_thinking(group[i].task.solution), templates=templates)
 
 
-def _own_templates(templates: dict[str, str]) -> tuple[tuple[str, str], ...]:
+def own_templates(templates: dict[str, str]) -> tuple[tuple[str, str], ...]:
   """Those that differ from TEMPLATES. ValueError for one that does not exist, or asks for a text that it does not get."""
   for name, template in templates.items():
     if name not in TEMPLATES:
