@@ -193,6 +193,7 @@ def _comparison(runs):
   groups, rows, left_out = _groups(runs), [], []
   if len(groups) == len(runs) == 1:
     return ""
+  first = next(iter(groups))
   for split in dict.fromkeys(split for run in runs for split in run.splits()):
     name = f"eval/{split}/avg@k"
     trained = {label: [run for run in members if max(run.points(name, "step"), default=0) > 0] for label, members in groups.items()}
@@ -205,13 +206,26 @@ def _comparison(runs):
       reached = "<br>".join(_reach(curves[label], other, curves[other], by_tokens[label], by_tokens[other]) for other in groups if other != label and curves[other])
       spent = f"{by_tokens[label][-1][0]:,.0f}" if by_tokens[label] else "&ndash;"
       interval = f" <small>[{low:.1%}, {high:.1%}]</small>" if low is not None else ""
-      rows.append(f"<tr><td>{_text(split)}</td><td><b>{_text(label)}</b></td><td>{len(members)}</td><td>{spent}</td><td><b>{mean:.1%}</b>{interval}</td><td>{reached}</td></tr>")
+      rows.append(f"<tr><td>{_text(split)}</td><td><b>{_text(label)}</b></td><td>{len(members)}</td><td>{spent}</td><td><b>{mean:.1%}</b>{interval}</td>"
+                  f"<td>{_against(members, trained[first], name) if label != first else ''}</td><td>{reached}</td></tr>")
   if not rows:
     return ""
   missing = f"<p class='note'>Left out, not evaluated since the base model: {_text('; '.join(left_out))}.</p>" if left_out else ""
   return ("<h2>Comparison</h2><table class='grid'><tr><th>split</th><th>method</th><th>seeds</th><th>tokens generated</th><th>last evaluation</th>"
-          f"<th>as good as another's last: after / other's</th></tr>{''.join(rows)}</table><p class='note'>In brackets: 95 % intervals over seeds; right, "
+          f"<th>minus {_text(first)} of the same seed</th><th>as good as another's last: after / other's</th></tr>{''.join(rows)}</table><p class='note'>In brackets: 95 % intervals over seeds; right, "
           f"how many times fewer. Means over seeds, at the evaluations that were made.</p>{missing}")
+
+
+def _against(members, others, name):
+  """Points of the last evaluation more than the others', over the seeds that both have."""
+  last = lambda runs: {run.config.get("seed"): run.series(name, "step")[-1][1] for run in runs}
+  mine, theirs = last(members), last(others)
+  seeds = sorted(mine.keys() & theirs.keys(), key=str)
+  if not seeds:
+    return "&ndash;"
+  difference, low, high, _ = stats.paired_bootstrap([mine[s] for s in seeds], [theirs[s] for s in seeds])
+  interval = f" <small>[{100 * low:+.1f}, {100 * high:+.1f}]</small>" if low is not None else ""
+  return f"{100 * difference:+.1f} points{interval}" + (f" <small>({len(seeds)} seeds)</small>" if len(seeds) < max(len(mine), len(theirs)) else "")
 
 
 def _reach(curve, other, target, by_tokens, target_by_tokens):

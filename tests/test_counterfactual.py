@@ -27,7 +27,6 @@ from tests import fakes
 
 ROOT = pathlib.Path(__file__).parent.parent
 CHAT = Chat(fakes.ByteTokenizer())
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}   # for what is compiled to run once
 SAMPLING = Sampling(32, stop_tokens=(257,))
 say = lambda text: CHAT.text_tokens(text) + [257]
 
@@ -311,7 +310,7 @@ def test_without_weight_or_alternatives_it_is_sdpo_bit_for_bit():
   for method in rows:
     learn, packed = batches(method, [group])
     assert learn.explore is None and packed.batch.counterfactuals == ()
-    state, step, said = init_state(params, learn.tx, keep_teacher=learn.teacher.keep), jax.jit(learn.step, compiler_options=QUICK), []
+    state, step, said = init_state(params, learn.tx, keep_teacher=learn.teacher.keep), jax.jit(learn.step), []
     for _ in range(5):
       state, metrics = step(state, packed.batch)
       said.append((state, metrics["train/loss"]))   # the optimiser's moments after the first step are the gradient and its square, scaled
@@ -350,7 +349,7 @@ def test_the_loss_is_the_specifications(form, gate, pieces):
   row = methods.row("counterfactual") | dict(token_weight=dict(name="uniform"), token_signal=dict(name="divergence", alpha=0.5, top_k=7 if form == "mixture" else None))
   row["counterfactual"] = dict(name="notes", gate=gate, form=form)
   objective, tx = make_objective(row), optax.sgd(1.0)
-  step = jax.jit(make_train_step(make_signals(setup, objective), objective, tx), compiler_options=QUICK)
+  step = jax.jit(make_train_step(make_signals(setup, objective), objective, tx))
   state, metrics = step(init_state(params, tx)._replace(teacher=teacher), batch)
 
   def dense(params, half):
@@ -375,7 +374,7 @@ def test_the_loss_is_the_specifications(form, gate, pieces):
       total += said(policy, other, batch.response_BR, weight_BR, np.ones(4)) * jnp.maximum(weight_BR.sum(), 1.0) / tokens
     return total
 
-  want, grads = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params)
+  want, grads = jax.jit(jax.value_and_grad(loss))(params)
   assert float(metrics["train/loss"].mean) == pytest.approx(float(want), rel=1e-5)
   assert form == "mixture" or 0 <= metrics["counterfactual/agreement"].mean < 1
   scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(grads))

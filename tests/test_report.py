@@ -117,6 +117,8 @@ def test_seeds_make_a_group_and_other_settings_another(tmp_path):
   page = Page(report.write_report(runs, tmp_path / "out"))
   assert page.has("sdpo, grpo on tinycode") and page.has("Comparison") and page.has("grpo's 61.0%: 64 / 128 responses (2.0×), 1,001 / 2,001 tokens (2.0×)")
   assert page.has("sdpo, rollout.group=None's 80.0%: not reached")
+  row, = [row for row in re.findall(r"<tr>.*?</tr>", page.source) if "<td>heldout</td><td><b>grpo</b>" in row]
+  assert re.search(r"<td>-19\.0 points <small>\[-2\d\.\d, -1\d\.\d\]</small></td>", row), row   # seed by seed: -20, -19, -18
 
 
 def test_curves_of_seeds_of_unequal_length_are_averaged_where_all_have_values(tmp_path):

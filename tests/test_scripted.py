@@ -30,7 +30,6 @@ from tests import fakes
 
 CHAT = Chat(fakes.ByteTokenizer())
 SHAPE = Shape(rows=4, length=768, teacher_rows=4, teacher_length=1280, tokens=640, responses=256)   # nothing else is compiled
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}   # for what is compiled to run twice
 IFEVAL = {"key": 1, "prompt": "Describe rain.", "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
           "kwargs": [{}, {"relation": "at least", "num_words": 4}]}
 
@@ -174,7 +173,7 @@ def test_every_method_runs_two_steps(name, sandbox, tmp_path):
   batch = batch_of(env, group, name, shape=None).batch
   assert batch.distill_B.any() == objective.needs_teacher
   tx = make_optimizer(name="adamw", lr=1e-3, warmup_steps=0, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
-  step = jax.jit(make_train_step(make_signals(config, objective, mix=teacher.mix), objective, tx, teacher_move=teacher.move), compiler_options=QUICK)
+  step = jax.jit(make_train_step(make_signals(config, objective, mix=teacher.mix), objective, tx, teacher_move=teacher.move))
   state = init_state(params, tx, keep_teacher=teacher.keep)
   for i in (1, 2):
     state, metrics = step(state, batch)
