@@ -6,7 +6,7 @@ Other:  python -m sdpo_jax.main --config=configs/science_mcq.py:subject=physics,
         python -m sdpo_jax.main --config=configs/science_mcq.py:method=grpo --config.optimizer.lr=1e-5 --config.train.updates_per_batch=1 --config.train.micro_batches=32
 Smoke:  python -m sdpo_jax.main --config=configs/science_mcq.py:local --workdir=runs/science_smoke
 Data:   data=DIR holds {biology,chemistry,material,physics}.{train,test}.jsonl in the row format of the paper's repository, lasgroup/SDPO;
-        by default $SDPO_JAX_DATA/sciknoweval. top_k=0: the divergence over the whole vocabulary, by the fused kernel, instead of the paper's 100.
+        by default $SDPO_JAX_DATA/sciknoweval, or data/sciknoweval. top_k=0: the divergence over the whole vocabulary, by the fused kernel, instead of the paper's 100.
 Cost:   the full run has not been measured.
 Result: the full run has not been measured.
 """

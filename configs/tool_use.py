@@ -3,7 +3,7 @@ r"""Tool calls (ToolAlpaca style), no feedback: the teacher reads another rollou
 Run:    python -m sdpo_jax.main --config=configs/tool_use.py:model=qwen3-8b --workdir=runs/tool_use
 Other:  python -m sdpo_jax.main --config=configs/tool_use.py:method=sdpo_blend --config.method.teacher_context.feedback=without_solution --workdir=runs/told
 Smoke:  python -m sdpo_jax.main --config=configs/tool_use.py:local --workdir=runs/tool_use_smoke
-Data:   data=DIR holds {train,test}.jsonl in the row format of the paper's repository, lasgroup/SDPO; by default $SDPO_JAX_DATA/tooluse.
+Data:   data=DIR holds {train,test}.jsonl in the row format of the paper's repository, lasgroup/SDPO; by default $SDPO_JAX_DATA/tooluse, or data/tooluse.
         The environment always says what does not match; the second command also shows that to the teacher.
 Cost:   the full run has not been measured.
 Result: the full run has not been measured.

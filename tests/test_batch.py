@@ -80,7 +80,8 @@ def test_the_same_response_stands_under_both_prompts():
   p = packed()
   b = p.batch
   for row, r in enumerate(GROUP):
-    assert b.response_BR[row, :len(r.tokens)].tolist() == r.tokens
+    if r.feedback.status is not Status.ENV_FAILED:
+      assert b.response_BR[row, :len(r.tokens)].tolist() == r.tokens
     for half, there in ((b.student, b.weight_BR[row].any()), (b.teacher, b.distill_B[row])):
       tokens, segments, positions = (x.reshape(-1) for x in half[:3])
       columns = half.at_CX[0, b.start_B[row]:b.start_B[row] + len(r.tokens)]
@@ -92,6 +93,13 @@ def test_the_same_response_stands_under_both_prompts():
   assert b.distill_B.tolist() == [1, 1, 0, 1]
   np.testing.assert_allclose(b.advantage_B, [-2 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
   assert p.metrics["data/dropped"] == 1 and p.metrics["data/teacher_share"] == 0.75 and p.metrics["data/solution_share"] == 0.75
+
+
+def test_a_response_without_a_verdict_may_be_the_longest():
+  p = packed([rollout("right", 1.0), rollout("long " * 9, 0.0, "oops", Status.ENV_FAILED), rollout("no", 0.0, "wrong"), rollout("nope", 0.0)])
+  assert p.batch.response_BR.shape == (4, 8) and p.metrics["data/dropped"] == 1
+  assert not p.batch.response_BR[1].any() and not p.batch.weight_BR[1].any() and p.batch.weight_BR.sum(1).tolist() == [6, 0, 3, 5]
+  assert not packed([rollout(text, 0.0, "oops", Status.ENV_FAILED) for text in ("a", "long " * 9)]).batch.weight_BR.any()
 
 
 def heavy_tailed(questions, group, seed, median=60, longest=1000):

@@ -330,9 +330,9 @@ def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, 
                      counterfactuals=tuple(Counterfactual(half(known, *r, *more_rows), w[order]) for known, r, w in zip(chosen.more, read[2:], more_weights)))
   rollouts, contexts, *more_contexts = ([found[b] for b in order] for found in (rollouts, contexts, *more_contexts))
   for b, r in enumerate(rollouts):
-    n = len(r.tokens)
-    batch.response_BR[b, :n], batch.logp_rollout_BR[b, :n] = r.tokens, r.logp
-    batch.weight_BR[b, :n] = float(valid(r))
+    if valid(r):   # others lie in no pack, and may be longer than all that do
+      n = len(r.tokens)
+      batch.response_BR[b, :n], batch.logp_rollout_BR[b, :n], batch.weight_BR[b, :n] = r.tokens, r.logp, 1.0
   halves = (batch.student, batch.teacher) if any(taught) else (batch.student,)
   metrics = {"data/dropped": float(sum(not valid(r) for r in rollouts)), "data/teacher_share": float(batch.distill_B.mean()),
              "data/teacher_shortened": float(shortened), "data/solution_share": float(np.mean([c is not None and bool(c.solution) for c in contexts])),
