@@ -126,13 +126,14 @@ def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None
     if join is not None:
       params, teacher = join(frozen, params), None if teacher is None else join(frozen, teacher)
     target_X = targets(batch.student)
+    mesh = jax.sharding.get_abstract_mesh()
     if not objective.needs_teacher:
       policy_XD, = run_rows(_one_half(params, config, remat), batch.student)
-      logp_X, entropy_X = token_logp(policy_XD, decoder.head(params, config), target_X, temperature=temperature)
+      logp_X, entropy_X = token_logp(policy_XD, decoder.head(params, config).astype(config.dtype), target_X, temperature=temperature,
+                                     mesh=None if mesh.empty else mesh)
       return Signals(by_response(logp_X, batch), by_response(entropy_X, batch), None, None)
     halves = forward_pair(params, teacher, config, batch, mix=mix, remat=remat)
     wanted = objective.divergence or {"alpha": 0.5, "top_k": None}   # sampled-token signals read the rest of the result
-    mesh = jax.sharding.get_abstract_mesh()
 
     policy_XD, head_DV, teacher_XE, teacher_head_EV = halves
     again = [read_again(params, teacher, config, c.teacher, mix=mix) for c in batch.counterfactuals]
@@ -148,7 +149,8 @@ def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None
         out = distill_topk(*halves, target_X, temperature=temperature, mesh=None if mesh.empty else mesh, **wanted)
       found = [out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X]
       if objective.needs_teacher_entropy:
-        found.append(token_logp(*map(jax.lax.stop_gradient, halves[2:]), target_X, temperature=temperature)[1])
+        found.append(token_logp(*map(jax.lax.stop_gradient, halves[2:]), target_X, temperature=temperature,
+                                mesh=None if mesh.empty else mesh)[1])
       return Signals(*(by_response(x, batch) for x in found))
 
     more = [compare(policy_XD, head_DV, again_XE, teacher_head_EV) for again_XE in again if not objective.mixture]

@@ -1,7 +1,9 @@
 """Over eight virtual devices: every way to split them gives the loss and the gradient of one device; real runs, one and two processes."""
 
 import functools
+import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -15,7 +17,8 @@ import numpy as np
 import optax
 import pytest
 
-from sdpo_jax import hosts, metrics, sharding
+from sdpo_jax import hosts, metrics, plan, sharding
+from sdpo_jax.kernels import token_logp
 from sdpo_jax.kernels.distill_kl import distill_kl_sharded
 from sdpo_jax.model import decoder
 from sdpo_jax.objectives import methods
@@ -30,11 +33,11 @@ MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d *
 FAST = [(1, 8, 1), (1, 1, 8), (2, 2, 2)]
 
 
-def gradient(mesh, batch):
-  """(loss, gradient) of the blend with a teacher of its own, read back from one SGD step, so long that the rounding of the weights is nothing beside it."""
+def gradient(mesh, batch, *, method=BLEND):
+  """(loss, gradient) of the blend (or another row) with a teacher of its own, read back from one SGD step, so long that the rounding of the weights is nothing beside it."""
   config, params = fakes.toy_model(0, **SIZES)
   _, teacher = fakes.toy_model(1, **SIZES)
-  objective, tx = make_objective(BLEND), optax.sgd(1024.0)
+  objective, tx = make_objective(method), optax.sgd(1024.0)
   step = make_train_step(make_signals(config, objective, remat="dots"), objective, tx, recompute_old=True)
   state = init_state(params, tx)._replace(teacher=teacher)
   if mesh is None:
@@ -66,6 +69,15 @@ def test_every_mesh_gives_the_gradient_of_one_device(shape):
   assert_same(gradient(mesh, batch), on_one_device())
 
 
+@pytest.mark.parametrize("name,shape", [("grpo", (2, 2, 2)), pytest.param("grpo", (1, 8, 1), marks=pytest.mark.slow), pytest.param("srpo", (2, 2, 2), marks=pytest.mark.slow)])
+def test_without_a_divergence_every_mesh_gives_the_gradient_of_one_device(name, shape, monkeypatch):
+  """Log-probability and entropy by themselves, the vocabulary in blocks of 128 on the mesh, in one piece on one device."""
+  mesh, method = sharding.make_mesh(jax.devices(), **dict(zip(sharding.AXES, shape))), methods.row(name)
+  want = gradient(None, fakes.toy_batch(rows=16, vocab=296), method=method)
+  monkeypatch.setattr(token_logp, "BLOCK_BYTES", 1)
+  assert_same(gradient(mesh, fakes.toy_batch(rows=16, vocab=296, length=26, teacher_length=34, packs=sharding.row_shards(mesh)), method=method), want)
+
+
 @pytest.mark.slow
 def test_micro_batches_on_a_mesh_give_the_gradient_of_one_device():
   mesh = sharding.make_mesh(jax.devices(), data=2, fsdp=2, tensor=2)
@@ -92,6 +104,32 @@ def compiled_parts(mesh, config, batch, remat):
             compile_one(lambda p, batch: one(p, batch.teacher), params, rows))
 
 
+def collectives(text):
+  """[(kind, type, shape without axes of 1)] of every array that comes out of a collective, pieces of one (an all-to-all's tuple) counted as one; groups of one device move nothing."""
+  found = []
+  for line in text.splitlines():
+    op = re.match(r"\s*(?:ROOT )?%?\S+ = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast)(?:-start)?\(", line)
+    if op is None or op[2] != "collective-permute" and plan._group_size(line) == 1:
+      continue
+    arrays = [(op[2], dtype, tuple(int(n) for n in dims.split(",") if n not in ("", "1"))) for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", op[1])]
+    assert arrays, line
+    found += [(*arrays[0][:2], (len(arrays), *arrays[0][2]))] if op[2] == "all-to-all" else arrays
+  assert found
+  return found
+
+
+def parts_of_weights(config, mesh):
+  """Shapes, without axes of 1, of the weights of a layer and around the layers: whole or split over mesh axes, neighbouring axes joined or not, in either order."""
+  joined = lambda shape: {shape} if len(shape) < 2 else {shape[:1] + rest for rest in joined(shape[1:])} | joined((shape[0] * shape[1], *shape[2:]))
+  found = set()
+  for w, letters in zip(jax.tree.leaves(decoder.shapes(config)), jax.tree.leaves(decoder.axes(config))):
+    splits = [{1, mesh.shape[axis] if axis else 1} for axis in sharding.spec(letters, sharding.WEIGHTS)]
+    for parts in itertools.product(*splits):
+      shape = tuple(n // k for n, k, letter in zip(w.shape, parts, letters) if letter != "L")
+      found |= joined(shape) | joined(shape[::-1])
+  return {tuple(n for n in shape if n != 1) for shape in found}
+
+
 def test_a_live_teacher_costs_its_forward_pass_and_no_collective_more():
   """From the compiled programs of eight devices: operations at most 1.03 times those of the parts (without rematerialisation, each counts its scan's body
   once), weights gathered as often as for the student alone, and what is gathered is a weight: never hidden states, over whatever axis."""
@@ -106,27 +144,53 @@ def test_a_live_teacher_costs_its_forward_pass_and_no_collective_more():
   split = sum("D" in axes for axes in jax.tree.leaves(decoder.axes(config)["layers"]))
   in_layers = [len(re.findall(r" all-gather(?:-start)?\(.*while/body", text)) for text in texts]
   assert in_layers == [2 * split] * 2   # forward, and again for the backward pass
-  wide = [sorted(re.findall(r"f32\[(\d+(?:,\d+)+)\]\S* all-gather(?:-start)?\(", text)) for text in texts]   # not token ids, nor scales of norms
+  wide = [sorted(shape for kind, dtype, shape in collectives(text) if kind == "all-gather" and dtype == "f32" and len(shape) > 1) for text in texts]   # not token ids, nor scales of norms
   assert wide[0] == wide[1], wide
-  weights = {tuple(n for n in shape if n > 1) for w in jax.tree.leaves(decoder.shapes(config)) for shape in (w.shape, w.shape[1:], w.shape[::-1])}
-  gathered = {tuple(int(n) for n in dims.split(",") if n != "1") for dims in wide[0]}
+  gathered, weights = set(wide[0]), parts_of_weights(config, mesh)
   assert gathered <= weights, gathered - weights
 
 
-def test_no_activation_is_gathered_over_the_rows():
-  """The largest array that any collective over row shards moves is a weight, or a scalar a token: never hidden states."""
-  mesh = sharding.make_mesh(jax.devices(), data=8, fsdp=1, tensor=1)
-  config = fakes.toy_config(**SIZES)
-  objective, tx = make_objective(methods.row("sdpo")), optax.sgd(1.0)
-  step = make_train_step(make_signals(config, objective), objective, tx, teacher_move=0.05)
-  state = jax.eval_shape(lambda p: init_state(p, tx, keep_teacher=True), decoder.shapes(config))
-  batch = fakes.toy_batch(rows=32, vocab=296, length=40, teacher_length=40, packs=16)
+def compiled_step(mesh, config, method, batch, **settings):
+  """The compiled train step's text."""
+  objective, tx = make_objective(methods.row(method)), optax.sgd(1.0)
+  step = make_train_step(make_signals(config, objective), objective, tx, **settings)
+  state = jax.eval_shape(lambda p: init_state(p, tx, keep_teacher=objective.needs_teacher), decoder.shapes(config))
   put = lambda tree, places: jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places)
   with jax.set_mesh(mesh):
-    text = jax.jit(step).lower(put(state, sharding.state_shardings(mesh, state, decoder.axes(config))),
+    return jax.jit(step).lower(put(state, sharding.state_shardings(mesh, state, decoder.axes(config))),
                                put(batch, jax.tree.map(lambda _: sharding.over_rows(mesh), batch))).compile().as_text()
-  moved = re.findall(r"= (\S+) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
-  assert not [m for m in moved if f",{config.width}]" in m and m.startswith("f32[")], moved
+
+
+@pytest.mark.parametrize("method,settings", [("sdpo", dict(teacher_move=0.05)), ("grpo", {})], ids=("sdpo", "grpo"))
+def test_no_activation_is_gathered_over_the_rows(method, settings):
+  """Rows split eight ways, weights copied: each array that comes out of a collective, whatever its kind and type, is shaped like a weight (its gradient) or has no more
+  elements than a device has tokens. Its hidden states have more, even those of a micro-batch's response tokens alone."""
+  mesh = sharding.make_mesh(jax.devices(), data=8, fsdp=1, tensor=1)
+  config = fakes.toy_config(**SIZES)
+  batch = fakes.toy_batch(rows=32, vocab=296, length=40, teacher_length=40, packs=16)
+  tokens = batch.student.token_CPT.size // 8
+  assert batch.student.at_CX.size // 2 // 8 * config.width > tokens
+  weights = parts_of_weights(config, mesh)
+  moved = collectives(compiled_step(mesh, config, method, batch, **settings))
+  assert not [m for m in moved if math.prod(m[2]) > tokens and m[2] not in weights]
+
+
+LARGE = SIZES | dict(vocab=8192)
+
+
+@pytest.mark.parametrize("method,shape", [("grpo", (1, 8, 1)), pytest.param("grpo", (2, 2, 2), marks=pytest.mark.slow), ("srpo", (2, 2, 2))])
+def test_no_logits_cross_devices(method, shape, monkeypatch):
+  """With a vocabulary in blocks, forward and backward, of methods that read log-probability or entropy without a divergence: what comes out of a collective is a
+  weight, or no larger than a device's hidden states, than which the logits of one token, even of one shard of the vocabulary, are larger."""
+  monkeypatch.setattr(token_logp, "BLOCK_BYTES", 4 * 8192 * 5)   # the logits of five tokens: no part of a weight has such an axis
+  mesh = sharding.make_mesh(jax.devices(), **dict(zip(sharding.AXES, shape)))
+  config = fakes.toy_config(**LARGE)
+  batch = fakes.toy_batch(rows=16, vocab=8192, length=40, teacher_length=40, packs=8)
+  hidden = max(half.token_CPT.size for half in (batch.student, batch.teacher)) // sharding.row_shards(mesh) * config.width
+  assert hidden < config.vocab // mesh.shape["tensor"]
+  weights = parts_of_weights(config, mesh)
+  moved = collectives(compiled_step(mesh, config, method, batch))
+  assert not [m for m in moved if math.prod(m[2]) > hidden and m[2] not in weights]
 
 
 def test_a_mesh_that_does_not_multiply_is_named():
