@@ -63,6 +63,12 @@ def divide(devices, parts: int) -> list:
   return [devices[i * size:(i + 1) * size] for i in range(parts)]
 
 
+def current_mesh():
+  """The mesh that is set (`jax.set_mesh`) where a program is traced; None without one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty else mesh
+
+
 def row_shards(mesh: jax.sharding.Mesh | None) -> int:
   """Among how many devices rows are split."""
   return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
@@ -95,7 +101,7 @@ def state_shardings(mesh: jax.sharding.Mesh, state, axes):
 def constrain(x: jax.Array, axes: str) -> jax.Array:
   """Places an activation by its letters where a mesh is set (`jax.set_mesh`); without one, x unchanged."""
   assert x.ndim == len(axes), (x.shape, axes)
-  if jax.sharding.get_abstract_mesh().empty:
+  if current_mesh() is None:
     return x
   return jax.lax.with_sharding_constraint(x, spec(axes, ACTIVATIONS))
 
@@ -103,14 +109,14 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
 def by_width(x_BTD: jax.Array) -> jax.Array:
   """Looked-up embeddings where the table's parts are: rows over "data", width over "fsdp". From there to rows, and back for the gradient, is an
   all-to-all; left to itself the compiler gathers the embeddings of all rows on every device. Without a mesh, x unchanged."""
-  if jax.sharding.get_abstract_mesh().empty:
+  if current_mesh() is None:
     return x_BTD
   return jax.lax.with_sharding_constraint(x_BTD, PartitionSpec("data", None, WEIGHTS["D"]))
 
 
 def constrain_rows(x: jax.Array, axis: int) -> jax.Array:
   """The rows (or packs) that stand at `axis` over the mesh's row axes; without a mesh, x unchanged."""
-  if jax.sharding.get_abstract_mesh().empty:
+  if current_mesh() is None:
     return x
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, ACTIVATIONS["B"]))
 
@@ -118,13 +124,13 @@ def constrain_rows(x: jax.Array, axis: int) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(w: jax.Array, axes: str) -> jax.Array:
   """One layer's weight, whole along "fsdp" for use; its gradient goes back in parts. Without a mesh, w unchanged."""
-  if jax.sharding.get_abstract_mesh().empty:
+  if current_mesh() is None:
     return w
   return jax.lax.with_sharding_constraint(w, spec(axes, GATHERED))
 
 
 def _scatter(axes: str, _, g: jax.Array):
-  if jax.sharding.get_abstract_mesh().empty:
+  if current_mesh() is None:
     return (g,)
   return (jax.lax.with_sharding_constraint(g, spec(axes, WEIGHTS)),)
 

@@ -126,11 +126,10 @@ def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None
     if join is not None:
       params, teacher = join(frozen, params), None if teacher is None else join(frozen, teacher)
     target_X = targets(batch.student)
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = sharding.current_mesh()
     if not objective.needs_teacher:
       policy_XD, = run_rows(_one_half(params, config, remat), batch.student)
-      logp_X, entropy_X = token_logp(policy_XD, decoder.head(params, config).astype(config.dtype), target_X, temperature=temperature,
-                                     mesh=None if mesh.empty else mesh)
+      logp_X, entropy_X = token_logp(policy_XD, decoder.head(params, config).astype(config.dtype), target_X, temperature=temperature, mesh=mesh)
       return Signals(by_response(logp_X, batch), by_response(entropy_X, batch), None, None)
     halves = forward_pair(params, teacher, config, batch, mix=mix, remat=remat)
     wanted = objective.divergence or {"alpha": 0.5, "top_k": None}   # sampled-token signals read the rest of the result
@@ -140,17 +139,15 @@ def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None
 
     def compare(*halves) -> Signals:
       if objective.mixture and again:
-        out = distill_mixture(policy_XD, head_DV, [teacher_XE, *again], teacher_head_EV, target_X, mixture_weights(batch), temperature=temperature,
-                              mesh=None if mesh.empty else mesh, **wanted)
+        out = distill_mixture(policy_XD, head_DV, [teacher_XE, *again], teacher_head_EV, target_X, mixture_weights(batch), temperature=temperature, mesh=mesh, **wanted)
       elif wanted["top_k"] is None:
-        kernel = distill_kl if mesh.empty else functools.partial(distill_kl_sharded, mesh=mesh)
+        kernel = distill_kl if mesh is None else functools.partial(distill_kl_sharded, mesh=mesh)
         out = kernel(*halves, target_X, alpha=wanted["alpha"], temperature=temperature, implementation=implementation)
       else:
-        out = distill_topk(*halves, target_X, temperature=temperature, mesh=None if mesh.empty else mesh, **wanted)
+        out = distill_topk(*halves, target_X, temperature=temperature, mesh=mesh, **wanted)
       found = [out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X]
       if objective.needs_teacher_entropy:
-        found.append(token_logp(*map(jax.lax.stop_gradient, halves[2:]), target_X, temperature=temperature,
-                                mesh=None if mesh.empty else mesh)[1])
+        found.append(token_logp(*map(jax.lax.stop_gradient, halves[2:]), target_X, temperature=temperature, mesh=mesh)[1])
       return Signals(*(by_response(x, batch) for x in found))
 
     more = [compare(policy_XD, head_DV, again_XE, teacher_head_EV) for again_XE in again if not objective.mixture]
@@ -169,8 +166,7 @@ def cut(batch: TrainBatch, pieces: int) -> TrainBatch:
 
 def micro_batches(batch: TrainBatch, together: int | None) -> int:
   """How many there are, of `together` packs; None: of one on each of the mesh's row shards."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return batch.student.at_CX.shape[0] // (together or sharding.row_shards(None if mesh.empty else mesh))
+  return batch.student.at_CX.shape[0] // (together or sharding.row_shards(sharding.current_mesh()))
 
 
 def make_score(signals: Callable, *, together: int | None = None) -> Callable:
