@@ -23,13 +23,14 @@ MACHINES = {  # mesh, micro-batches of the 256 responses
     "v6e-16": (dict(fsdp=8, tensor=2), 32),
     "h200-8": (dict(fsdp=8, tensor=1), 32),
 }
+OLMO3 = {"v5e-64": (dict(fsdp=32, tensor=2), 8)}   # 4 does not divide its vocabulary
 
 
 def get_config(arg: str = ""):
   a = config.parse_arg(arg, method="sdpo", model="qwen3-8b", machine="v5p-16", local=False)
   if a.machine not in MACHINES:
     raise ValueError(f"machine={a.machine!r} is unknown; choose from {list(MACHINES)}")
-  mesh, micro_batches = MACHINES[a.machine]
+  mesh, micro_batches = (MACHINES | OLMO3 if a.model.startswith("olmo3") else MACHINES)[a.machine]
   c = config.base()
   c.mesh.update(mesh)
   c.method = methods.row(a.method)
@@ -38,9 +39,9 @@ def get_config(arg: str = ""):
   c.rollout.update(questions=32, group=8, max_new_tokens=8192, rows=64)
   c.train.micro_batches = micro_batches
   c.optimizer.lr = 1e-6
-  if a.local:   # a small model, short texts
+  if a.local:   # a small model, shorter texts; with fewer tokens a micro-batch their logits would be no larger than what the kernels may use
     c.model.path = "qwen3-0.6b"
     c.data.update(max_prompt_tokens=128, max_teacher_tokens=256, length_multiple=128, response_multiple=128)
-    c.rollout.update(questions=16, group=8, max_new_tokens=128, rows=16)
+    c.rollout.update(questions=16, group=8, max_new_tokens=1024, rows=16)
     c.train.micro_batches = 2
   return c

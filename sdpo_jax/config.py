@@ -337,6 +337,10 @@ def validate(c: ml_collections.ConfigDict) -> None:
   for name, (value, allowed) in choices.items():
     if value not in allowed:
       raise ValueError(f"config.{name}={value!r} is unknown; choose from {list(allowed)}")
+  chosen, signal = c.train.loss_implementation, c.method.token_signal
+  if chosen != "auto" and (signal.name == "none" or signal.get("top_k")):
+    why = "config.method.token_signal.name is 'none'" if signal.name == "none" else f"config.method.token_signal.top_k={signal.top_k} has one implementation"
+    raise ValueError(f"config.train.loss_implementation={chosen!r} would not be read: {why}")
   if c.model.lora.rank < 0:
     raise ValueError(f"config.model.lora.rank={c.model.lora.rank} must be at least 0; 0 trains all weights")
   if c.method.advantage.name == "group_mean" and c.rollout.group < 2:

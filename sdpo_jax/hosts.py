@@ -5,6 +5,7 @@ go on. With one process nothing is sent. Every process must call `share` equally
 """
 
 import json
+import re
 from typing import Any
 
 import jax
@@ -21,8 +22,10 @@ def start(address: str) -> None:
   coordinator, _, counts = address.partition(",")
   try:
     processes, rank = map(int, counts.split(","))
+    if not re.fullmatch(r".+:\d+", coordinator) or not 0 <= rank < processes:
+      raise ValueError
   except ValueError:
-    raise ValueError(f"--distributed={address!r} must be auto or HOST:PORT,PROCESSES,RANK") from None
+    raise ValueError(f"--distributed={address!r} must be auto or HOST:PORT,PROCESSES,RANK, with a rank below the number of processes") from None
   jax.distributed.initialize(coordinator, processes, rank)
 
 

@@ -126,12 +126,15 @@ def main(argv: list[str]) -> int:
 
 def plan_lines(c, topology: str):
   import dataclasses
+  import functools
   import jax
   from sdpo_jax import plan, wiring
+  from sdpo_jax.model import lora
   jax.config.update("jax_platforms", "cpu")   # the compiler alone is wanted: neither a TPU nor its lock
   os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
   model = dataclasses.replace(wiring.model_shape(c.model.path), dtype=c.model.dtype, param_dtype=c.model.param_dtype)
-  return plan.plan(c, topology, model, wiring.learner(c, model))
+  adapters = lora.from_settings(c.model)
+  return plan.plan(c, topology, model, wiring.learner(c, model, adapters and functools.partial(lora.attach, lora=adapters)), adapters)
 
 
 def complain(error: Exception, status: int) -> int:

@@ -5,10 +5,11 @@
 
 The workload is the worst one that the configuration allows: every prompt, teacher prompt and response at its limit, no row shared. Needs
 libtpu (`pip install "jax[tpu]"`) or jax's CUDA plugin ("jax[cuda13]"); their compilers run on any machine. For a GPU nothing is tuned, as that takes the
-device, and cuDNN's attention is taken to agree with the reference (kernels/attention.py); jax gives a program 75 % of a GPU's memory, and more where
-XLA_PYTHON_CLIENT_MEM_FRACTION says so. Nothing is loaded or downloaded for a model of `model.config.PRESETS`.
+device, and cuDNN's attention is taken to agree with the reference (kernels/attention.py); what has to fit is the share of a GPU's memory that jax
+gives a program: 75 %, or what XLA_PYTHON_CLIENT_MEM_FRACTION says. Nothing is loaded or downloaded for a model of `model.config.PRESETS`.
 
-Memory is the compiler's own account, per chip. The train state stays where it is during decoding, so that both programs must fit beside it.
+Memory is the compiler's own account, per chip. The train state stays where it is during decoding, so that both programs must fit beside it; with
+adapters so do the weights that they stand on, and decoding reads a merged copy.
 Operations are counted on the traced program, scans times their lengths (the compiler's cost model counts a scan's body once); one
 multiply-add is two. Collectives are read off the compiled program, loops times their trip counts; bytes are those that one chip
 receives. Times are what the stated peak rates allow, not predictions: nothing is lost to waiting, and nothing overlaps. GB = 10^9 bytes.
@@ -16,6 +17,7 @@ receives. Times are what the stated peak rates allow, not predictions: nothing i
 
 import functools
 import math
+import os
 import re
 from typing import NamedTuple
 
@@ -25,7 +27,7 @@ import jax.numpy as jnp
 
 from sdpo_jax import sharding
 from sdpo_jax.data.batch import bucket
-from sdpo_jax.model import decoder
+from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.records import Counterfactual, Rows, Sampling, TrainBatch
 from sdpo_jax.sampler import DecodeState, decode
@@ -81,11 +83,17 @@ class OutOfMemory(Exception):
 # ---- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def state_shapes(model: ModelConfig, tx, mesh, *, keep_teacher: bool, teacher_move: float = 0.0) -> TrainState:
-  """The train state as shapes with their places."""
-  params = decoder.shapes(model)
+def state_shapes(model: ModelConfig, tx, mesh, *, adapters: lora.Lora | None = None, keep_teacher: bool, teacher_move: float = 0.0) -> TrainState:
+  """The train state, of all weights or of adapters alone, as shapes with their places."""
+  params, axes = (decoder.shapes(model), decoder.axes(model)) if adapters is None else (lora.shapes(model, adapters), lora.axes(model, adapters))
   state = jax.eval_shape(lambda p: init_state(p, tx, keep_teacher=keep_teacher, teacher_move=teacher_move), params)
-  return _placed(state, sharding.state_shardings(mesh, state, decoder.axes(model)))
+  return _placed(state, sharding.state_shardings(mesh, state, axes))
+
+
+def weight_shapes(model: ModelConfig, mesh) -> dict:
+  """The decoder's weights."""
+  decoder.check_mesh(model, mesh)
+  return _placed(decoder.shapes(model), sharding.named(mesh, decoder.axes(model)))
 
 
 def batch_shapes(mesh, *, packs: int, rows: int, length: int, teacher_length: int, responses: int, readings: int = 0) -> TrainBatch:
@@ -113,6 +121,10 @@ def decode_shapes(model: ModelConfig, mesh, *, rows: int, prompt: int, new: int)
 
 def _placed(tree, shardings):
   return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings)
+
+
+def _bytes_per_chip(tree) -> int:
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 # ---- one program ------------------------------------------------------------------------------------------------------
@@ -246,10 +258,19 @@ def kernels(text: str) -> list[str]:
   return sorted({re.sub(r"\.\d+$", "", name) for name in pallas} | set(re.findall(r'custom_call_target="__(cudnn\$fmha\w+)"', text)))
 
 
-def logit_arrays(text: str, tokens: int, entries: int) -> list[str]:
-  """Types of a compiled program that have both sizes among their dimensions."""
+def logit_arrays(text: str, tokens: int, entries: int, model: ModelConfig) -> list[str]:
+  """Types of a compiled program that may be logits of so many tokens: those with both sizes among their dimensions, and all others of at least half as many
+  elements, padded, flat or in two blocks as they may be, but for what is stacked along the layers and for (parts of) output matrices."""
+
+  def may_be(sizes: list[int]) -> bool:
+    if {tokens, entries} <= set(sizes):
+      return True
+    a, *rest = sorted(size for size in sizes if size > 1) or [1]
+    matrix = len(rest) == 1 and any(model.vocab % v == 0 and 2 * model.width % d == 0 for v, d in ((a, *rest), (*rest, a)))   # 2: a trust region's two side by side
+    return 2 * math.prod(sizes) >= tokens * entries and not matrix and model.layers not in sizes
+
   types = set(re.findall(r"\w+\[[\d,]+\]", text))
-  return sorted(t for t in types if {tokens, entries} <= set(map(int, t.partition("[")[2][:-1].split(","))))
+  return sorted(t for t in types if may_be([int(size) for size in t.partition("[")[2][:-1].split(",")]))
 
 
 # ---- the report -------------------------------------------------------------------------------------------------------
@@ -270,33 +291,40 @@ def topology_devices(name: str):
     raise ValueError(f"--topology={name!r}: {str(error).splitlines()[0]} (plan needs the compiler: pip install \"jax[{'cuda13' if chip in GPUS else 'tpu'}]\")") from error
 
 
-def plan(c, topology: str, model: ModelConfig, learn):
-  """Yields the lines of the report. learn: the wiring.Learner of this configuration. The process's own devices must be of another kind than the topology's
+def usable_share(chip: str) -> float:
+  """Of a chip's memory: what jax gives a program."""
+  asked = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")   # its new name and the one that most know
+  return float(asked or 0.75) if chip in GPUS else 1.0
+
+
+def plan(c, topology: str, model: ModelConfig, learn, adapters: lora.Lora | None = None):
+  """Yields the lines of the report. learn: the wiring.Learner of this configuration, adapters: those that it trains. The process's own devices must be of another kind than the topology's
   (main.py asks for CPUs). ValueError for a workload that does not divide over the mesh."""
-  devices, chip = topology_devices(topology), CHIPS[topology.partition(":")[0]]
+  name = topology.partition(":")[0]
+  devices, chip = topology_devices(topology), CHIPS[name]
   mesh = sharding.make_mesh(devices, **c.mesh)
   shards = sharding.row_shards(mesh)
   rollouts, pieces = c.rollout.questions * c.rollout.group, c.train.updates_per_batch * c.train.micro_batches
   if rollouts % (pieces * shards):
     raise ValueError(f"{rollouts} responses do not divide into {pieces} micro-batches on {shards} row shards of config.mesh")
-  limit = chip.memory_gb * 1e9
+  limit = chip.memory_gb * 1e9 * usable_share(name)
   up = functools.partial(bucket, multiple=c.data.length_multiple)
   prompt, new, teacher = up(c.data.max_prompt_tokens), up(c.rollout.max_new_tokens), up(c.data.max_teacher_tokens)
-  weights = sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.shapes(model)))
-  yield (f"{c.model.path}: {weights / 1e9:.2f} G weights ({c.model.param_dtype}, products in {c.model.dtype}); method {c.method.name}, teacher {c.method.teacher_weights.name}")
-  yield f"{len(devices)} x {topology.partition(':')[0]} ({chip.memory_gb} GB, {chip.tflops} TFLOP/s, {chip.memory_gb_s} GB/s memory, {chip.links_gb_s} GB/s links), mesh {dict(mesh.shape)}"
+  weights = weight_shapes(model, mesh)
+  yield (f"{c.model.path}: {sum(x.size for x in jax.tree.leaves(weights)) / 1e9:.2f} G weights ({c.model.param_dtype}, products in {c.model.dtype}); method {c.method.name}, teacher {c.method.teacher_weights.name}")
+  yield f"{len(devices)} x {name} ({chip.memory_gb} GB, {chip.tflops} TFLOP/s, {chip.memory_gb_s} GB/s memory, {chip.links_gb_s} GB/s links), mesh {dict(mesh.shape)}"
   yield f"{rollouts} responses of {prompt} + {new} tokens, teacher prompts of {teacher}; remat {c.model.remat}"
   if second := c.method.counterfactual.get("model"):
     yield f"not counted: weights and sampling of the second model, {second}"
 
-  state = state_shapes(model, learn.tx, mesh, keep_teacher=learn.teacher.keep, teacher_move=learn.teacher.move)
+  state = state_shapes(model, learn.tx, mesh, adapters=adapters, keep_teacher=learn.teacher.keep, teacher_move=learn.teacher.move)
+  frozen = None if adapters is None else weights
   places = jax.tree.map(lambda x: x.sharding, state)
   shapes = lambda rows: batch_shapes(mesh, packs=pieces * shards, rows=rows, length=up(prompt + new), teacher_length=up(teacher + new) if learn.objective.needs_teacher else c.data.length_multiple,
                                      responses=new, readings=learn.readings)
   rows = rollouts // (pieces * shards)
   step = jax.jit(learn.step, donate_argnums=0, out_shardings=(places, None))
-  state_bytes = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
-  yield f"train state {state_bytes / 1e9:.1f} GB per chip"
+  yield f"train state {_bytes_per_chip(state) / 1e9:.1f} GB per chip" + ("" if frozen is None else f", and {_bytes_per_chip(frozen) / 1e9:.1f} GB of weights that its adapters stand on")
   peaks, programs = [], []
 
   def report(name, resident, *args, **kwargs):
@@ -310,19 +338,19 @@ def plan(c, topology: str, model: ModelConfig, learn):
     programs.append(program)
     yield from lines(name, program, chip, resident)
 
-  yield from report(f"train step, {pieces} micro-batches of {rows * shards} responses", 0.0, step, state, shapes(rows))
+  yield from report(f"train step, {pieces} micro-batches of {rows * shards} responses", 0.0, step, state, shapes(rows), frozen)
   if programs:
     yield f"  kernels: {', '.join(kernels(programs[0].text)) or 'none'}"
-    found = logit_arrays(programs[0].text, rows * new, model.vocab // mesh.shape["tensor"])
-    yield f"  arrays of {rows * new} tokens x {model.vocab // mesh.shape['tensor']} entries of the vocabulary: {', '.join(found) or 'none'}"
+    found = logit_arrays(programs[0].text, rows * new, entries := model.vocab // mesh.shape["tensor"], model)
+    yield f"  arrays of {rows * new} tokens x {entries} entries of the vocabulary, or half as large: {', '.join(found) or 'none'}"
   sampling = Sampling(new, c.rollout.temperature, c.rollout.top_p, (0,))
   decode_rows = -(-c.rollout.rows // shards) * shards
-  resident = state_bytes - sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state.params))
+  resident = _bytes_per_chip((state._replace(params=None), None) if frozen is None else (state, frozen))
   args = decode_shapes(model, mesh, rows=decode_rows, prompt=prompt, new=new)
-  yield from report(f"decode step, one token of {decode_rows} responses", resident, decode, state.params, *args, config=model, sampling=sampling, chunk=1)
-  yield from suggestion(peaks[0], limit, rows, pieces, shards, lambda rows: compile_for(mesh, step, state, shapes(rows)).peak)
+  yield from report(f"decode step, one token of {decode_rows} responses", resident, decode, weights, *args, config=model, sampling=sampling, chunk=1)
+  yield from suggestion(peaks[0], limit, rows, c.train.micro_batches, shards, lambda rows: compile_for(mesh, step, state, shapes(rows), frozen).peak)
   worst = max(peaks)
-  yield f"plan: {'fits' if worst <= limit else 'does not fit'} ({worst / 1e9:.1f} of {chip.memory_gb} GB per chip)"
+  yield f"plan: {'fits' if worst <= limit else 'does not fit'} ({worst / 1e9:.1f} of {limit / 1e9:.4g} GB per chip)"
 
 
 def lines(name: str, program: Program, chip: Chip, resident: float):
@@ -338,8 +366,8 @@ def lines(name: str, program: Program, chip: Chip, resident: float):
          f"{times[2]:.3f} s of collectives; step at least {max(times):.3f} s, {sum(times):.3f} s without overlap")
 
 
-def suggestion(peak: float, limit: float, rows: int, pieces: int, shards: int, peak_of):
-  """The most responses per micro-batch that fit: temporaries grow in proportion, so a second size gives the slope."""
+def suggestion(peak: float, limit: float, rows: int, micro_batches: int, shards: int, peak_of):
+  """The most responses per micro-batch that fit, out of one update's: temporaries grow in proportion, so a second size gives the slope."""
   other = rows * 2 if peak <= limit else max(rows // 2, 1)
   if other == rows:
     return
@@ -348,9 +376,9 @@ def suggestion(peak: float, limit: float, rows: int, pieces: int, shards: int, p
   except OutOfMemory as error:
     slope = (error.needed - peak) / (other - rows)
   most = rows + int((limit - peak) // max(slope, 1.0))
-  total = rows * pieces * shards
-  fitting = [m for m in range(1, most + 1) if total % (m * shards) == 0]
+  total = rows * micro_batches * shards
+  fitting = [m for m in range(1, min(most, total // shards) + 1) if total % (m * shards) == 0]
   if fitting:
-    yield f"largest micro-batch: {fitting[-1] * shards} responses ({total // (fitting[-1] * shards)} micro-batches), from the slope between {rows * shards} and {other * shards}"
+    yield f"largest micro-batch: {fitting[-1] * shards} responses (config.train.micro_batches={total // (fitting[-1] * shards)}), from the slope between {rows * shards} and {other * shards}"
   else:
     yield "no micro-batch of whole responses fits: less is needed per response, or more chips"

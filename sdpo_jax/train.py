@@ -40,6 +40,8 @@ def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, scor
   first = int(state.step)
   if first == 0 and due("eval", 0):
     write(0, evaluate(state, 0))
+  saved = first   # the last checkpoint's step; 0: none
+  checkpoints = lambda: f"the last checkpoint is step {saved}" if saved else "there is no checkpoint yet"
   for i in range(first + 1, total_steps + 1):
     begun = time.monotonic()
     tasks = next_tasks()
@@ -52,7 +54,7 @@ def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, scor
     host["failed_batches"] = host["failed_batches"] + 1 if metrics["data/dropped"] == len(packed.contexts) else 0
     if host["failed_batches"] >= limits["env_failures"]:
       raise RunError(f"no response could be judged in {host['failed_batches']} generation batches in a row (step {i}): the environment or its sandbox is broken, "
-                     "see the log above; checkpoints are intact")
+                     f"see the log above; {checkpoints()}")
     said = score(state, packed.batch) if due("score", i) else None
     if said is not None:
       packed = packed._replace(batch=packed.batch._replace(logp_old_BR=np.asarray(said.logp_BR)))
@@ -64,13 +66,14 @@ def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, scor
     metrics |= {"time/rollout_s": sampled - begun, "time/update_s": ended - sampled,
                 "perf/tokens_per_s": sum(len(r.tokens) for g in groups for r in g) / (ended - begun)}
     if int(state.skipped_in_a_row) >= limits["skipped"]:
-      raise RunError(f"the gradient was not finite in {int(state.skipped_in_a_row)} updates in a row (step {i}); the last checkpoint is intact; "
+      raise RunError(f"the gradient was not finite in {int(state.skipped_in_a_row)} updates in a row (step {i}); {checkpoints()}; "
                      "lower config.optimizer.lr or look at the rollouts of this step")
     if due("eval", i):
       metrics |= evaluate(state, i)
     write(i, metrics)
     if due("checkpoint", i):
       save(i, state, host)
+      saved = i
   return state
 
 

@@ -1,9 +1,15 @@
 """The step benchmark: its batches hold what it says, and a wrong case is named. The figures are not tested."""
 
+import jax
 import numpy as np
 import pytest
 
 from sdpo_jax.bench import step
+from sdpo_jax.model import decoder
+from sdpo_jax.model.config import ModelConfig
+from sdpo_jax.objectives import methods
+from sdpo_jax.objectives.loss import make_objective
+from sdpo_jax.train_step import init_state, make_optimizer
 
 
 @pytest.mark.parametrize("kind, packs, share", [("equal", 1, False), ("equal", 8, True), ("heavy", 4, False), ("heavy", 2, True)])
@@ -21,6 +27,22 @@ def test_batches_hold_the_lengths_that_were_asked_for(kind, packs, share):
       np.testing.assert_array_equal(half.token_CPT[pack].reshape(-1)[columns + 1], batch.response_BR[b, :n])
   if kind == "heavy":
     assert max(n for _, _, n in lengths) == 1000 and 40 <= np.median([n for _, _, n in lengths]) <= 90
+
+
+def test_operations_are_those_of_a_step_that_computes_nothing_twice():
+  L, D, N, K, H, F, V = 2, 32, 4, 2, 16, 64, 97
+  model = ModelConfig(family="qwen3", qk_norm="head", tied=True, width=D, layers=L, heads=N, kv_heads=K, head_dim=H, ff_width=F, vocab=V)
+  objective = make_objective(methods.row("sdpo"))
+  tx = make_optimizer(name="adamw", lr=1e-6, warmup_steps=0, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
+  batch = step.make_batch(step.lengths_of("equal", 16), V, 2)
+  state = jax.eval_shape(lambda key: init_state(decoder.init(model, key), tx, keep_teacher=True), jax.random.key(0))
+  found = step.needed_operations(model, objective, tx, state, batch)
+
+  (C, rows, T), (_, teacher_rows, S), X = batch.student.token_CPT.shape, batch.teacher.token_CPT.shape, batch.student.at_CX.size
+  weights = L * (D * (2 * N + 2 * K) * H + 3 * D * F)
+  products = 2 * weights * C * (3 * rows * T + teacher_rows * S) + 2 * D * V * X * 4   # the policy's forward and twice as many backward, the teacher's forward
+  blocks = C * L * ((2 + 5) * rows * -(-T // 64) + 2 * teacher_rows * -(-S // 64))     # of attention: one key block of each query block
+  assert found == products + blocks * 2 * N * 64 * 64 * H
 
 
 @pytest.mark.parametrize("wrong", ["--cases=huge:equal", "--cases=tiny:odd", "--micro_batches=5"])

@@ -1,5 +1,6 @@
 """The command line for real: the smoke run, its files, a kill at a random moment, and errors that say who must act."""
 
+import errno
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import time
 
 import pytest
 
-from sdpo_jax import config, export, main, metrics, train
+from sdpo_jax import checkpoint, config, export, main, metrics, train, wiring
 from tests.fakes import no_file_beyond
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -108,6 +109,15 @@ def test_a_full_disk_is_one_line_that_names_the_last_checkpoint(whole, tmp_path)
   assert f"File too large: {tmp_path}/run/checkpoints/7 could not be written" in (said := err.splitlines()[-1]) and "goes on from the checkpoint of step 6" in said
 
 
+def test_a_process_alone_can_say_that_its_disk_is_full(tmp_path, monkeypatch):
+  """Orbax's manager waits for all processes of a run; only one of them has met the error."""
+  for name in ("2", "10", "11.orbax-checkpoint-tmp", "deleted/12"):
+    (tmp_path / "checkpoints" / name).mkdir(parents=True)
+  monkeypatch.setattr(checkpoint.ocp, "CheckpointManager", lambda *args, **kwargs: pytest.fail("asked the manager"))
+  with pytest.raises(wiring.RunError, match="goes on from the checkpoint of step 10, the last complete one"), wiring.blame_disk(tmp_path):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(5))
 def test_kill_at_random_moments(whole, tmp_path, moment):
@@ -147,6 +157,7 @@ def test_another_configuration_does_not_continue_a_run(whole):
     (["--config=configs/tinycode.py:local", "--config.train.micro_batches=3"], "do not divide"),
     (["--config=configs/tinycode.py:local", "--mode=eval"], "--checkpoint"),
     (["--config=configs/tinycode.py:local", "--workdir=/proc/nowhere"], "cannot write there"),
+    (["--config=configs/tinycode.py:local", "--workdir=/proc/nowhere", "--distributed=127.0.0.1,1,0"], "--distributed='127.0.0.1,1,0' must be auto or HOST:PORT"),
 ])
 def test_usage_errors_are_one_line_and_status_2(args, said):
   status, out, err = run(*args)

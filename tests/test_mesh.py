@@ -202,8 +202,9 @@ def test_a_mesh_that_does_not_multiply_is_named():
 
 def test_one_process_shares_with_itself_and_a_wrong_address_is_named():
   assert hosts.share([1, "x"]) == [[1, "x"]] and hosts.leads()
-  with pytest.raises(ValueError, match="HOST:PORT,PROCESSES,RANK"):
-    hosts.start("localhost:1234,two,0")
+  for wrong in ("localhost:1234,two,0", "localhost:1234", "127.0.0.1,1,0", "localhost:port,1,0", "localhost:1234,2,2"):
+    with pytest.raises(ValueError, match=f"--distributed='{wrong}' must be auto or HOST:PORT,PROCESSES,RANK"):
+      hosts.start(wrong)
 
 
 def start(workdir, devices, *extra):

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sdpo_jax import config, plan, sharding, wiring
+from sdpo_jax import config, main, plan, sharding, wiring
 from sdpo_jax.kernels import attention
-from sdpo_jax.model import decoder
+from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import PRESETS
 from sdpo_jax.objectives import methods
 from sdpo_jax.records import Sampling
@@ -55,11 +55,17 @@ def test_operations_of_attention_that_is_no_program_of_ours():
 
 
 @pytest.mark.parametrize("local", ["", ",local"])
+@pytest.mark.parametrize("model", ["qwen3-8b", "olmo3-7b-instruct"])
 @pytest.mark.parametrize("machine, chips", [("v5p-16", 8), ("v5e-64", 64), ("v6e-16", 16), ("h200-8", 8)])
-def test_the_presets_divide_over_their_machines(machine, chips, local):
-  c = config.load(os.path.join(ROOT, f"configs/plan_8b.py:machine={machine}{local}"))
+def test_the_presets_divide_over_their_machines(machine, chips, model, local):
+  c = config.load(os.path.join(ROOT, f"configs/plan_8b.py:machine={machine},model={model}{local}"))
   assert c.mesh.data * c.mesh.fsdp * c.mesh.tensor == chips
   assert c.rollout.questions * c.rollout.group % (c.train.micro_batches * c.mesh.data * c.mesh.fsdp) == 0
+  shape = PRESETS[c.model.path]
+  for axes, leaf in zip(jax.tree.leaves(decoder.axes(shape)), jax.tree.leaves(decoder.shapes(shape))):
+    for letter, size in zip(axes, leaf.shape, strict=True):
+      axis = sharding.WEIGHTS[letter]
+      assert axis is None or size % c.mesh[axis] == 0, (axes, leaf.shape, axis)
 
 
 def test_kernels_are_named():
@@ -69,6 +75,68 @@ def test_kernels_are_named():
   %cudnn-fmha.7 = bf16[8]{0} custom-call(%a), custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward"
 """
   assert plan.kernels(text) == ["cudnn$fmhaScaleBiasSoftmaxBackward", "mpmd_map", "splash_mha_fwd"]
+
+
+def test_arrays_as_large_as_the_logits_are_named():
+  model = dataclasses.replace(PRESETS["qwen3-8b"], vocab=1000, width=64, layers=4)
+  found = lambda *types: plan.logit_arrays(" ".join(types), 512, 1000, model)
+  logits = ["bf16[1024,512]", "bf16[512,1000]", "f32[2,512,500]", "f32[512,512]", "f32[512000]"]   # padded, whole, two blocks at once, one of two, flat
+  assert found(*logits) == sorted(logits)
+  assert not found("bf16[512,128]", "f32[4,1000,64,12]", "f32[2,512,64]")   # a block, a stack over the layers, hidden states
+  few = dataclasses.replace(model, width=2048)   # output matrices are larger than the logits of few tokens; two stand side by side in a trust region
+  assert not plan.logit_arrays("f32[2048,1000] bf16[1000,1,1024] bf16[500,2048] bf16[4096,1000]", 512, 1000, few)
+
+
+@pytest.fixture
+def planned(monkeypatch):
+  """The report on eight devices of this machine, and what would have been compiled: traced, and given this peak."""
+  def run(topology, *arguments, peak=1e9):
+    _, c = main.parse(["main", f"--config={ROOT}/configs/tinycode.py:local", *arguments])
+    asked = []
+
+    def compile_for(mesh, function, *args, **kwargs):
+      with jax.set_mesh(mesh):
+        function.trace(*args, **kwargs)
+      asked.append(args)
+      return plan.Program(0.0, 0.0, peak, 1.0, {}, "")
+
+    monkeypatch.setattr(plan, "topology_devices", lambda name: jax.devices())
+    monkeypatch.setattr(plan, "compile_for", compile_for)
+    return list(main.plan_lines(c, topology)), asked
+  return run
+
+
+def test_a_dimension_that_the_mesh_does_not_divide_is_named(planned):
+  with pytest.raises(ValueError, match=r"config.mesh.tensor=4 does not divide kv_heads=2 of the model"):
+    planned("v5p:2x2x2", "--config.mesh.tensor=4")
+
+
+def test_adapters_train_on_weights_that_stand_beside_them(planned):
+  whole, _ = planned("v5p:2x2x2")
+  lines, (step, decoding, _) = planned("v5p:2x2x2", "--config.model.lora.rank=2")
+  state, _, frozen = step
+  model = wiring.model_shape("tiny")
+  sizes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
+  assert sizes(state.params) == sizes(state.teacher) == sizes(lora.shapes(model, lora.Lora(2, 32.0)))
+  assert sizes(frozen) == sizes(decoding[0]) == sizes(decoder.shapes(model))
+  assert any("weights that its adapters stand on" in line for line in lines) and not any("adapters" in line for line in whole)
+
+
+def test_the_suggestion_is_a_setting_that_validates(planned):
+  """Micro-batches are those of one update."""
+  settings = ["--config.rollout.questions=16", "--config.train.updates_per_batch=4"]
+  lines, _ = planned("v5p:2x2x2", *settings, "--config.train.micro_batches=2")
+  (line,) = [line for line in lines if line.startswith("largest micro-batch")]
+  assert line.startswith("largest micro-batch: 16 responses (config.train.micro_batches=1)")
+
+
+def test_of_a_gpu_jax_gives_a_program_a_share(planned, monkeypatch):
+  last = lambda topology: planned(topology, peak=120e9)[0][-1]
+  for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
+    monkeypatch.delenv(name, raising=False)
+  assert last("h200:8") == "plan: does not fit (120.0 of 105.8 GB per chip)" and last("v5p:2x2x2").endswith("of 95 GB per chip)")
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+  assert last("h200:8") == "plan: fits (120.0 of 126.9 GB per chip)" and last("v5p:2x2x2").endswith("of 95 GB per chip)")
 
 
 @needs_libtpu
@@ -152,8 +220,8 @@ def test_a_mesh_that_shares_a_side_of_the_grid_between_two_axes():
 
 def test_the_suggestion_divides_the_responses():
   say = lambda limit: list(plan.suggestion(30e9, limit, 2, 16, 8, lambda rows: 10e9 + 10e9 * rows))
-  assert say(95e9) == ["largest micro-batch: 64 responses (4 micro-batches), from the slope between 16 and 32"]
-  assert say(25e9)[0].startswith("largest micro-batch: 8 responses (32 micro-batches)")
+  assert say(95e9) == ["largest micro-batch: 64 responses (config.train.micro_batches=4), from the slope between 16 and 32"]
+  assert say(25e9)[0].startswith("largest micro-batch: 8 responses (config.train.micro_batches=32)")
   assert say(15e9)[0].startswith("no micro-batch")
 
 
@@ -174,17 +242,18 @@ def test_a_second_model_is_said_not_to_be_counted(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology, memory_gb, kernel", [
-    pytest.param("v5p:2x2x2", 95, "splash_mha_fwd_segmented_residuals", marks=needs_libtpu),
-    pytest.param("h200:8", 141, "cudnn$fmhaScaleBiasSoftmaxBackward", marks=pytest.mark.skipif(
+@pytest.mark.parametrize("topology, memory_gb, kernels", [
+    pytest.param("v5p:2x2x2", "95", ["splash_mha_fwd_segmented_residuals", "distill_kl_statistics", "distill_kl_dlogits"], marks=needs_libtpu),
+    pytest.param("h200:8", "105.8", ["cudnn$fmhaScaleBiasSoftmaxBackward"], marks=pytest.mark.skipif(
         importlib.util.find_spec("jax_cuda13_plugin") is None, reason="jax's CUDA plugin is not installed: no compiler for GPUs"))])
-def test_plan_of_a_small_model_from_the_command_line(topology, memory_gb, kernel):
-  """The real compiler: ends with the promised line, attention is on the chip's own kernels, and no array is tokens x vocabulary."""
+def test_plan_of_a_small_model_from_the_command_line(topology, memory_gb, kernels):
+  """The real compiler: ends with the promised line, attention and on a TPU the divergence are on the chip's own kernels, and no array is as large as the logits."""
   child = subprocess.run([sys.executable, "-m", "sdpo_jax.main", "--mode=plan", f"--topology={topology}", "--config=configs/plan_8b.py:local"], cwd=ROOT,
-                         env=os.environ | {"XLA_FLAGS": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+                         env=os.environ | {"XLA_FLAGS": "", "XLA_PYTHON_CLIENT_MEM_FRACTION": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
   assert child.returncode == 0, child.stderr[-2000:]
   lines = child.stdout.splitlines()
-  assert re.fullmatch(rf"plan: fits \([\d.]+ of {memory_gb} GB per chip\)", lines[-1]), lines
-  assert any(line.startswith("  kernels: ") and kernel in line for line in lines), lines
-  assert any(line.startswith("  arrays of 1024 tokens x 151936 entries") and line.endswith(": none") for line in lines), lines
+  assert re.fullmatch(rf"plan: fits \([\d.]+ of {re.escape(memory_gb)} GB per chip\)", lines[-1]), lines
+  (found,) = [line.removeprefix("  kernels: ").split(", ") for line in lines if line.startswith("  kernels: ")]
+  assert set(kernels) <= set(found), found
+  assert any(line.startswith("  arrays of 8192 tokens x 151936 entries") and line.endswith(": none") for line in lines), lines
   assert any(line.startswith("train step") for line in lines) and any(line.startswith("decode step") for line in lines)

@@ -119,6 +119,7 @@ def test_a_setting_without_a_default_must_be_given():
     (["--config.env.levle=hard"], "config.env.levle is not a setting; did you mean config.env.level; choose from ['level', 'name', 'words_seed']"),
     (["--config.env.name=tests.my_env:Nothing"], "config.env.name='tests.my_env:Nothing' cannot be imported"),
     (["--config.env.name", "chess"], "config.env.name='chess' is unknown; choose from ['arithmetic'"),
+    (["--config.train.loss_implementation=xla", "--config.method.token_signal.top_k=20"], "loss_implementation='xla' would not be read: config.method.token_signal.top_k=20"),
     (["--config.seed.more=1"], "config.seed has no parts"),
     (["left", "over"], "unknown argument 'left'"),
 ])
@@ -129,6 +130,13 @@ def test_a_wrong_setting_is_told_by_name(arguments, says):
     except main.UsageError as usage:
       raise ValueError(str(usage)) from usage
   assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_implementation_of_the_loss_is_for_methods_that_read_it():
+  for signal in ("divergence", "sampled_token", "sequence"):   # the latter two read the kernel's other results
+    assert checked(TINYCODE, "--config.train.loss_implementation=xla", f"--config.method.token_signal.name={signal}").train.loss_implementation == "xla"
+  with pytest.raises(ValueError, match="loss_implementation='xla' would not be read: config.method.token_signal.name is 'none'"):
+    checked(f"{TINYCODE}:method=grpo", "--config.train.loss_implementation=xla")
 
 
 @pytest.mark.parametrize("text, says", [

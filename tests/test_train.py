@@ -64,13 +64,20 @@ def test_a_resumed_run_goes_on_where_it_was():
 
 
 def test_a_judge_that_always_fails_stops_the_run():
-  with pytest.raises(wiring.RunError, match=r"2 generation batches in a row \(step 2\)"):
+  with pytest.raises(wiring.RunError, match=r"2 generation batches in a row \(step 2\).*; the last checkpoint is step 1$"):
     run(status=Status.ENV_FAILED)
+  with pytest.raises(wiring.RunError, match=r"; there is no checkpoint yet$"):
+    run(status=Status.ENV_FAILED, due=lambda name, i: False)
 
 
 def test_gradients_that_are_never_finite_stop_the_run():
-  with pytest.raises(wiring.RunError, match=r"not finite in 2 updates in a row \(step 2\); the last checkpoint is intact"):
+  with pytest.raises(wiring.RunError, match=r"not finite in 2 updates in a row \(step 2\); the last checkpoint is step 1;"):
     run(skipped=1)
+  never = lambda name, i: False
+  with pytest.raises(wiring.RunError, match=r"\(step 2\); there is no checkpoint yet;"):
+    run(skipped=1, due=never)
+  with pytest.raises(wiring.RunError, match=r"not finite in 8 updates in a row \(step 8\); the last checkpoint is step 7;"):   # the one that it began from
+    run(total_steps=9, skipped=1, start=7, due=never)
 
 
 def test_rollout_files_hold_what_was_said_and_read():

@@ -9,13 +9,15 @@ Every case runs in a child process of its own. One JSON object a line as they co
 
   time_s           shortest of --repeats steps after one warm-up, wall clock; cpu_s: processor seconds of that step, all threads
   tokens_per_s     tokens of student texts (each response with its prompt, no padding) / time_s;  useful: share of columns that hold text, both halves
-  mfu              operations of the step's matrix products but attention's, recomputation included / time_s / matrix_tflops, the rate of a large
-                   product here. (How much attention computes depends on the data on a CPU and on cuDNN on a GPU; it is not counted, or less than all)
+  mfu              model-flops utilisation: operations of the step's matrix products, on all columns, none counted twice whatever remat and the
+                   divergence compute again / time_s / matrix_tflops, the rate of a large product here. Of attention it has the blocks that splash
+                   computes on a TPU, or all that cuDNN is given on a GPU, masked or not, and there what the backward pass computes again; on a
+                   CPU one key block for each query block, less than all: how many there are is in the data
   forward_s, pair_s, signals_s   the student's half alone, both halves, and those with the divergence; each a program of its own
   temporaries_mb   what the compiled step allocates beside arguments and results (the compiler's own figure)
   peak_mb          on CPU: highest resident memory of the whole process; on GPU and TPU: highest device memory in use
 
-MB = 10^6 bytes. results/step_cpu.json: small:equal with --micro_batches=4 and small:heavy with 2, one core of a Xeon at real-time priority. On CPU a batch of SHAPE:equal wants --micro_batches=4, a group each: logits of few tokens are kept instead of computed twice.
+MB = 10^6 bytes. results/step_cpu.json: small:equal with --micro_batches=4 and small:heavy with 2, one core of a Xeon at real-time priority; small:heavy's mfu still counts the logits that the divergence computes again: 0.49 without. On CPU a batch of SHAPE:equal wants --micro_batches=4, a group each: logits of few tokens are kept instead of computed twice.
 """
 
 import argparse
@@ -138,13 +140,24 @@ def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32):
   return batch
 
 
+def needed_operations(model, objective, tx, state, batch):
+  """Of one step's matrix products where nothing is computed twice: traced without remat, and with the divergence as defined, which keeps its logits."""
+  import jax
+
+  from sdpo_jax import plan
+  from sdpo_jax.train_step import make_signals, make_train_step
+
+  signals = make_signals(model, objective, remat="none", implementation="reference")
+  return plan.operations(jax.make_jaxpr(make_train_step(signals, objective, tx, teacher_move=0.05))(state, batch).jaxpr)
+
+
 def _measure(*, case, device, responses, micro_batches, remat, repeats):
   import resource
 
   import jax
   import jax.numpy as jnp
 
-  from sdpo_jax import memory, plan
+  from sdpo_jax import memory
   from sdpo_jax.model import decoder
   from sdpo_jax.model.config import ModelConfig
   from sdpo_jax.objectives import methods
@@ -161,8 +174,8 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
   batch = jax.tree.map(jnp.asarray, make_batch(lengths, model.vocab, micro_batches, share=device != "tpu", length_multiple=32 if device == "cpu" else 128))
   with memory.released_by_the_compiler():   # as in training
     state = jax.jit(lambda key: init_state(decoder.init(model, key), tx, keep_teacher=True))(jax.random.key(0))
-    traced = jax.jit(make_train_step(signals, objective, tx, teacher_move=0.05), donate_argnums=0).trace(state, batch)
-    operations, step = plan.operations(traced.jaxpr.jaxpr), traced.lower().compile()
+    step = jax.jit(make_train_step(signals, objective, tx, teacher_move=0.05), donate_argnums=0).lower(state, batch).compile()
+  operations = needed_operations(model, objective, tx, state, batch)
 
   def one():
     nonlocal state

@@ -84,6 +84,14 @@ def axis_size(config: ModelConfig, letter: str) -> int:
               V=config.vocab)[letter]
 
 
+def check_mesh(config: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+  """ValueError where the mesh does not divide a dimension of the weights."""
+  for letter, name in {"D": "width", "N": "heads", "K": "kv_heads", "F": "ff_width", "V": "vocab"}.items():
+    axis, size = sharding.WEIGHTS[letter], axis_size(config, letter)
+    if size % mesh.shape[axis]:
+      raise ValueError(f"config.mesh.{axis}={mesh.shape[axis]} does not divide {name}={size} of the model")
+
+
 def _shape(config: ModelConfig, letters: str) -> tuple[int, ...]:
   return tuple(axis_size(config, a) for a in letters)
 

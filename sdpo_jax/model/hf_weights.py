@@ -282,9 +282,11 @@ def _put_layer(stack, layer, i):
 
 
 def load_pretrained(path_or_hub_id, *, dtype=jnp.bfloat16, mesh=None) -> tuple[ModelConfig, dict]:
-  """(config, params); `dtype` for weights and computation. With a mesh, weights lie on it as `sharding.WEIGHTS` says."""
+  """(config, params); `dtype` for weights and computation. With a mesh, weights lie on it as `sharding.WEIGHTS` says; ValueError where it does not divide them."""
   directory = local_directory(path_or_hub_id)
   config = read_config(directory, dtype=dtype)
+  if mesh is not None:
+    decoder.check_mesh(config, mesh)
   entries = _find_tensors(directory)
   wanted = _match(directory, config, entries)
   dtype = jnp.dtype(dtype)
