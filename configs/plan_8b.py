@@ -8,10 +8,10 @@ Cost:   2.0 CPU minutes until both programs are compiled, and as much again for 
 Result: peak GB per chip of the train step, and of the decode step of 64 responses with the rest of the train state beside it; moving-average teacher.
                                Qwen3-8B        Olmo-3-7B       each chip has
         v5p-16 (8 chips)       44.7  31.8      41.1  60.5      95
-        v5e-64 (64 chips)      10.1   4.1         -     -      16      Qwen's train step: of an earlier version
-        v6e-16 (16 chips)      24.6  22.5         -  30.2      32      Qwen's decode step: before the cache had the order of decoder.cache_axes
-        h200-8 (8 GPUs)        36.2  42.0      30.9  59.5      141     nothing run on a GPU yet; attention by cuDNN, divergence by `xla`
-        Not yet planned: what has a dash. No program holds an array of tokens x vocabulary.
+        v5e-64 (64 chips)      10.1   4.1      10.1   7.8      16
+        v6e-16 (16 chips)      24.6  15.8      22.6  30.2      32
+        h200-8 (8 GPUs)        36.2  42.0      30.9  59.5      141, of which jax uses 105.8; nothing run on a GPU yet; attention by cuDNN, divergence by `xla`
+        No program holds an array of tokens x vocabulary; on v5e-64 the kernel's workspace holds the quarter of Qwen3-8B's vocabulary that a chip has, 0.6 GB in bfloat16.
 """
 
 from sdpo_jax import config

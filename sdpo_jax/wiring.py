@@ -171,7 +171,7 @@ def wired(c, path: str | None = None, devices=None, part: Part | None = None):
       mesh = None if mesh.size == 1 else mesh
       shards = sharding.row_shards(mesh)
       if mesh is not None and c.train.loss_implementation == "reference":
-        raise ValueError(f"config.train.loss_implementation='reference' is for one device, and config.mesh lays the run over {mesh.size}: set config.mesh.fsdp=1")
+        raise ValueError(f"config.train.loss_implementation='reference' is for one device, and config.mesh lays the run over {mesh.size}: use 'xla'")
       if c.rollout.rows % shards:
         raise ValueError(f"config.rollout.rows={c.rollout.rows} does not divide among the {shards} row shards of config.mesh")
       if mesh is not None:

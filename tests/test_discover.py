@@ -230,8 +230,8 @@ def test_batches_on_disk_are_not_sampled_again(tmp_path):
     ("discover.py:local", "--config.discover.arms=('counterfactual',) --config.method.counterfactual.name=notes --config.method.counterfactual.sources=('siblings','model') "
      "--config.method.counterfactual.model=tiny_arithmetic", "config.method.counterfactual.sources holds 'model'"),
     ("discover.py:local", "--config.discover.parallel=3", "config.discover.parallel=3 must divide the 8 devices"),
-    ("discover.py:local", "--config.mesh.tensor=2", "config.mesh.tensor=2 does not divide vocab=707 of the model"),
-    ("discover.py:local", "--config.mesh.fsdp=2 --config.train.loss_implementation=reference", "loss_implementation='reference' is for one device"),
+    ("tinycode.py:local", "--config.mesh.tensor=2", "config.mesh.tensor=2 does not divide vocab=707 of the model"),
+    ("tinycode.py:local", "--config.mesh.fsdp=2 --config.mesh.data=4 --config.train.loss_implementation=reference", "loss_implementation='reference' is for one device"),
     ("discover.py:local", "--config.mesh.fsdp=4 --config.discover.parallel=2 --config.train.micro_batches=4", "do not divide into 16 packs"),
     ("discover.py:task=livecodebench,local", "--config.discover.indices=(0,99) --config.rollout.rows=8", "config.discover.indices=(0, 99): split")])
 def test_what_cannot_run_says_so_in_one_line(config, override, words, tmp_path, capsys):
