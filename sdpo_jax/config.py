@@ -8,7 +8,9 @@ anything compiles.
 import contextlib
 import difflib
 import inspect
+import json
 import os
+import pathlib
 import re
 import runpy
 import traceback
@@ -211,6 +213,14 @@ def load(file_and_argument: str) -> ml_collections.ConfigDict:
   except Exception as error:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     raise ValueError(f"--config={path}" + (f", line {lines[-1]}" if lines else "") + f": {type(error).__name__}: {error}") from error
+
+
+def model_of_run(workdir) -> dict:
+  """The settings of the model in a work directory's config.json. ValueError for one of pre-training, whose model stands elsewhere."""
+  model = json.loads((pathlib.Path(workdir) / "config.json").read_text(encoding="utf-8")).get("model", {})
+  if "path" not in model:
+    raise ValueError(f"{workdir} is a work directory of sdpo_jax.pretrain: use what it wrote for transformers, {workdir}/hf unless --out named another directory")
+  return model
 
 
 _OVERRIDE = re.compile(r"--?(?:no)?(config(?:\.\w+)+)(?:=(.*))?", re.DOTALL)
