@@ -155,7 +155,9 @@ def test_a_file_that_is_no_configuration(text, says, joined, tmp_path, capsys):
   assert says in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("text, says", [(None, "no such file"), ("def get_config(): return 1\n", "a single run is for python -m sdpo_jax.main"), ("(\n", "SyntaxError")])
+@pytest.mark.parametrize("text, says", [(None, "no such file"), ("def get_config(): return 1\n", "a single run is for python -m sdpo_jax.main"), ("(\n", "SyntaxError"),
+                                        ("def get_grid():\n  return missing\n", "line 2: NameError: name 'missing' is not defined"),
+                                        ("def get_grid(): return ['--config=x']\n", "get_grid() returns list, not a dict"), ("def get_grid(): return {'a': '--config=x'}\n", "lists of arguments")])
 def test_a_file_that_is_no_grid(text, says, tmp_path, capsys):
   path = tmp_path / "own.py"
   if text is not None:
