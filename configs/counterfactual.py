@@ -8,11 +8,11 @@ Arms:   sdpo, grpo; sdpo_extra, grpo_extra (larger groups, by as many samples as
         more is generated). Numbers of steps are such that all arms generate about as many tokens: what an arm generates beside its rollouts it
         pays for with updates.
 Notes:  note=full is "If you had tried X instead of Y, you would have received Z". Arithmetic's tiny model has read such notes before (configs/pretrain_tiny.py,
-        start=): of 203 failed attempts at held-out questions with two failed alternatives the untrained teacher, greedy, solves 68.0 % given feedback
-        alone and 73.4 % with both notes; of 129 67.4 % given feedback alone, 73.6 % with both, 76.7 % with Z alone, and 48.8 % with notes whose feedback the
-        policy imagined (45 % of it wrong, 17 % in its verdict), which mislead. TinyCode's, tiny_notes, has read them too, but
-        copies lists badly and makes nothing of them: of 140 failed attempts 35.7 % given feedback alone, 35.0 % with both notes, 32.1 % with Z alone (note=feedback), 23.6 % with imagined ones
-        (of which 99.7 % wrong, 20 % in the verdict). What a verified success shows, a solution, it reads well.
+        start=): of 83 failed attempts at held-out questions with two failed alternatives the untrained teacher, greedy, solves 63.9 % given feedback
+        alone, 69.9 % with both notes, 71.1 % with Z alone (note=feedback) and 43.4 % with notes whose feedback the policy imagined (45 % of it wrong, 17 % in its
+        verdict), which mislead. TinyCode's, tiny_notes, has read them too, but copies lists badly and makes nothing of them: of 93 failed attempts 34.4 % given
+        feedback alone, with both notes and with Z alone, 23.7 % with imagined ones (of which 99.6 % wrong, 19 % in the verdict). What a verified success shows, a
+        solution, it reads well. (`pytest -m slow -s tests/test_assets.py`; intervals are about 10 points to either side.)
 Data:   domain=tinycode and arithmetic make their own questions, for the tiny models of the package; coding and math_qa are those of configs/coding.py
         (livecodebench) and configs/math_qa.py (GSM8K) and their models.
 Cost:   TinyCode: 163 s (sdpo_extra) to 318 s (siblings) a run on one core of its own or with as much other work, up to 1,123 s in the worst hour: most of it is

@@ -43,8 +43,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   c.model = dict(width=128, layers=4, heads=4, kv_heads=2, head_dim=32, ff_width=256, rope_theta=10_000.0, max_positions=1024)
   c.corpus = dataclasses.asdict(Mixture())
   c.batch = dict(rows=32, length=112, responses=48, texts=62)
-  c.optimizer = dict(name="adamw", lr=2e-3, warmup_steps=200, decay_steps=c.total_steps, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.98,
-                     state_dtype=None)
+  c.optimizer = dict(name="adamw", lr=2e-3, warmup_steps=200, decay_steps=c.total_steps, weight_decay=0.01, b1=0.9, b2=0.98, state_dtype=None,
+                     clip_norm=ml_collections.FieldReference(1.0, field_type=object))   # None: no clipping
   c.eval = dict(every_steps=500, questions=256, max_new_tokens=28)
   if a.start:   # its shape is its own; notes and verdicts, and enough of the rest not to forget it
     c.total_steps = 1_200

@@ -8,7 +8,9 @@ anything compiles.
 import contextlib
 import difflib
 import inspect
+import json
 import os
+import pathlib
 import re
 import runpy
 import traceback
@@ -66,7 +68,8 @@ def base() -> ml_collections.ConfigDict:
       chunk=8,                               # tokens between two looks at which responses are done
       judge_threads=4, judge_timeout_s=60.0,
   )
-  c.optimizer = dict(name="adamw", lr=1e-3, warmup_steps=10, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
+  c.optimizer = dict(name="adamw", lr=1e-3, warmup_steps=10, decay_steps=0, weight_decay=0.01, b1=0.9, b2=0.999, state_dtype="float32",
+                     clip_norm=ml_collections.FieldReference(1.0, field_type=object))   # None: no clipping
   c.train = dict(
       updates_per_batch=1,                   # optimiser updates per generation batch
       micro_batches=1,                       # gradient accumulation within an update: parts when texts are as long as can be; fewer when they are short
@@ -212,6 +215,14 @@ def load(file_and_argument: str) -> ml_collections.ConfigDict:
     raise ValueError(f"--config={path}" + (f", line {lines[-1]}" if lines else "") + f": {type(error).__name__}: {error}") from error
 
 
+def model_of_run(workdir) -> dict:
+  """The settings of the model in a work directory's config.json. ValueError for one of pre-training, whose model stands elsewhere."""
+  model = json.loads((pathlib.Path(workdir) / "config.json").read_text(encoding="utf-8")).get("model", {})
+  if "path" not in model:
+    raise ValueError(f"{workdir} is a work directory of sdpo_jax.pretrain: use what it wrote for transformers, {workdir}/hf unless --out named another directory")
+  return model
+
+
 _OVERRIDE = re.compile(r"--?(?:no)?(config(?:\.\w+)+)(?:=(.*))?", re.DOTALL)
 
 
@@ -229,8 +240,9 @@ def complete(c: ml_collections.ConfigDict, arguments: list[str]) -> None:
   """
   _same_keys(c, base(), "config")
   chosen = {path.removeprefix("config.").removesuffix(".name"): value for path, value in _overrides(arguments) if path.endswith(".name")}
-  if chosen.get("method", c.method.name) != c.method.name:
-    raise ValueError(f"config.method.name is the row's own name: choose another row by the config file's argument, --config=FILE:method={chosen['method']}")
+  for path, value in _overrides(arguments):
+    if path == "config.method" or path == "config.method.name" and value != c.method.name:
+      raise ValueError(f"{path} cannot be set alone: choose another row by the config file's argument, --config=FILE:method={value}")
   for axis in [axis for axis in methods.AXES if axis in c.method]:   # `validate` says so if one is missing
     part = {"name": chosen[name]} if (name := f"method.{axis}") in chosen else c.method[axis].to_dict()
     with _named_in_full():
@@ -309,6 +321,20 @@ def _same_keys(given: ml_collections.ConfigDict, known: ml_collections.ConfigDic
       raise ValueError(f"{path}.{key} is missing; start from sdpo_jax.config.base()")
 
 
+def check_optimizer(o: ml_collections.ConfigDict) -> None:
+  """ValueError for settings that train nothing, or away from the gradient."""
+  for name in ("lr", "warmup_steps", "decay_steps"):
+    if not o[name] >= 0:
+      raise ValueError(f"config.optimizer.{name}={o[name]} must be at least 0")
+  if 0 < o.decay_steps <= o.warmup_steps:
+    raise ValueError(f"config.optimizer.decay_steps={o.decay_steps} must be more than config.optimizer.warmup_steps={o.warmup_steps}, or 0 for a constant rate")
+  for name in ("b1", "b2"):
+    if not 0 <= o[name] < 1:
+      raise ValueError(f"config.optimizer.{name}={o[name]} must be at least 0 and below 1")
+  if o.clip_norm is not None and not (isinstance(o.clip_norm, (int, float)) and o.clip_norm > 0):
+    raise ValueError(f"config.optimizer.clip_norm={o.clip_norm!r} must be above 0, or None: no clipping")
+
+
 def validate(c: ml_collections.ConfigDict) -> None:
   """Raises ValueError for a setting that is unknown, out of range or at odds with another one."""
   _same_keys(c, base(), "config")
@@ -352,8 +378,9 @@ def validate(c: ml_collections.ConfigDict) -> None:
   if 0 < c.optimizer.decay_steps < updates:
     raise ValueError(f"config.total_steps={c.total_steps} means {updates} updates, but the learning rate is 0 after config.optimizer.decay_steps="
                      f"{c.optimizer.decay_steps}: set both, or decay_steps=0 for a constant rate")
-  if c.optimizer.lr < 0:
-    raise ValueError(f"config.optimizer.lr={c.optimizer.lr} must be at least 0")
+  check_optimizer(c.optimizer)
+  if not c.rollout.judge_timeout_s > 0:
+    raise ValueError(f"config.rollout.judge_timeout_s={c.rollout.judge_timeout_s} must be above 0")
   if c.rollout.temperature <= 0:
     raise ValueError(f"config.rollout.temperature={c.rollout.temperature} must be above 0: the loss is taken at the rollout's temperature")
   if c.eval.temperature < 0 or not 0 < c.eval.top_p <= 1 or not 0 < c.rollout.top_p <= 1:

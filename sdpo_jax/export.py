@@ -9,7 +9,6 @@ Exit status: 0 success, 2 a wrong argument, work directory or checkpoint, or a d
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -22,17 +21,16 @@ def export(workdir, out, *, step: int | None = None, dtype: str | None = None, a
   import jax   # here: a wrong argument answers at once, jax takes seconds to import
 
   from sdpo_jax import checkpoint
-  from sdpo_jax.config import MODELS
+  from sdpo_jax.config import MODELS, model_of_run
   from sdpo_jax.data.chat import load_tokenizer
   from sdpo_jax.model import decoder, hf_weights, lora
 
   workdir, out = pathlib.Path(workdir), pathlib.Path(out)
-  settings_file = workdir / "config.json"
-  if not settings_file.exists():
+  if not (workdir / "config.json").exists():
     raise FileNotFoundError(f"--workdir={workdir}: no config.json, so no run began there")
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise ValueError(f"--out={out} exists and is not an empty directory")
-  model = json.loads(settings_file.read_text(encoding="utf-8"))["model"]
+  model = model_of_run(workdir)
   source = hf_weights.local_directory(MODELS.get(model["path"], model["path"]))
   about = lora.from_settings(model)
   if adapters and (about is None or step == 0):
@@ -65,8 +63,12 @@ def main(argv: list[str]) -> int:
   flags.DEFINE_string("out", None, "directory to write; absent or empty", flag_values=f)
   flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "type of the written weights; default: the run's", flag_values=f)
   flags.DEFINE_bool("adapters", False, "write a LoRA run's adapters alone, in PEFT's format", flag_values=f)
+  flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=f)
   try:
     rest = f(argv)
+    if f.help:
+      print(__doc__, f.get_help(), sep="\n")
+      return 0
     if len(rest) > 1:
       raise ValueError(f"unknown argument {rest[1]!r}")
     for name in ("workdir", "out"):

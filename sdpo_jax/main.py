@@ -87,6 +87,9 @@ def main(argv: list[str]) -> int:
     config.validate(c)
     if f.mode == "eval" and not f.checkpoint:
       raise UsageError("--mode=eval needs --checkpoint=WORKDIR[:step] or a Hugging Face directory")
+    for name, mode, instead in (("checkpoint", "eval", "; to begin from it, export it and set config.model.path"), ("topology", "plan", "")):
+      if f[name].value is not None and f.mode != mode:
+        raise UsageError(f"--{name} would not be read: it is for --mode={mode}{instead}")
     if f.mode == "plan":
       if not f.topology:
         raise UsageError("--mode=plan needs --topology, such as v5p:2x2x2 or h200:8")
@@ -128,11 +131,16 @@ def plan_lines(c, topology: str):
   import dataclasses
   import functools
   import jax
-  from sdpo_jax import plan, wiring
+  from sdpo_jax import plan, sharding, wiring
   from sdpo_jax.model import lora
+  from sdpo_jax.objectives import methods
   jax.config.update("jax_platforms", "cpu")   # the compiler alone is wanted: neither a TPU nor its lock
   os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+  for name, value in {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}.items():   # libtpu complains where they are unset; it plans for the topology whatever they say
+    os.environ.setdefault(name, value)
+  wiring.check_rows(c, sharding.row_shards(sharding.make_mesh(plan.topology_devices(topology), **c.mesh)))
   model = dataclasses.replace(wiring.model_shape(c.model.path), dtype=c.model.dtype, param_dtype=c.model.param_dtype)
+  wiring.check_positions(wiring.longest_texts(c, methods.build(c.method.to_dict())["counterfactual"]()), model, c.model.path)
   adapters = lora.from_settings(c.model)
   return plan.plan(c, topology, model, wiring.learner(c, model, adapters and functools.partial(lora.attach, lora=adapters)), adapters)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpo_jax import checkpoint, metrics
-from sdpo_jax.config import MODELS, load, overridden
+from sdpo_jax.config import MODELS, check_optimizer, load, overridden
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.corpus import DOMAINS, VIEWS, Corpus, Mixture, build_tokenizer
 from sdpo_jax.model import decoder
@@ -120,17 +120,24 @@ def beginning(c, tokenizer) -> tuple[ModelConfig, dict]:
   return model, jax.jit(lambda key: decoder.init(model, key))(jax.random.key(c.seed))
 
 
-def run(c, workdir: str, out: str, tokenizer, model: ModelConfig, params) -> dict[str, float]:
+def batches(c, tokenizer) -> PackedRows:
+  """ValueError for sizes that nothing fits into."""
+  for name, value in c.batch.items():
+    if value < 1:
+      raise ValueError(f"config.batch.{name}={value} must be at least 1")
+  data = PackedRows(Corpus(DOMAINS[c.domain][0], Mixture(**c.corpus)), Chat(tokenizer), seed=c.seed, **c.batch)
+  if data[0][1]["data/left_out"] == 1:
+    raise ValueError(f"config.batch.length={c.batch.length} and config.batch.responses={c.batch.responses} have room for none of the first batch's {c.batch.texts} texts")
+  return data
+
+
+def run(c, workdir: str, out: str, model: ModelConfig, params, data: PackedRows, tx) -> dict[str, float]:
   """Trains to c.total_steps, resuming if the workdir holds a checkpoint; returns the final accuracies."""
-  domain, chat = DOMAINS[c.domain][0], Chat(tokenizer)
-  mixture = dict(c.corpus)
-  data = PackedRows(Corpus(domain, Mixture(**mixture)), chat, seed=c.seed, **c.batch)
-  tx = make_optimizer(**c.optimizer)
+  domain, chat, mixture = data.corpus.domain, data.chat, dict(c.corpus)
   state = init_state(params, tx)
   objective = supervised()
   step = jax.jit(make_train_step(make_signals(model, objective), objective, tx), donate_argnums=0)
   sampler = Sampler(model, rows=c.eval.questions, prompt_multiple=128, chunk=64, pad_token=chat.pad_token)
-  os.makedirs(workdir, exist_ok=True)
   if checkpoint.latest_step(workdir) is not None:
     state, _ = checkpoint.restore(workdir, state)
   kept = [line for line in metrics.read(workdir) if line["step"] <= int(state.step)]   # what came after the checkpoint is written again
@@ -156,7 +163,7 @@ def run(c, workdir: str, out: str, tokenizer, model: ModelConfig, params) -> dic
       checkpoint.save(workdir, i + 1, state, {})
   if not results:   # a finished run, started again
     results = accuracy(state.params, model, chat, domain, mixture, questions=c.eval.questions, sampler=sampler, max_new_tokens=c.eval.max_new_tokens)
-  save_pretrained(out, model, state.params, tokenizer=tokenizer)
+  save_pretrained(out, model, state.params, tokenizer=chat.tokenizer)
   given = {"eval/plain": "alone", "eval/feedback": "given feedback", "eval/solution": "given a solution", "eval/notes": "given notes"}
   print(f"problems with novel words solved (greedy, {c.eval.questions} problems): " + ", ".join(f"{results[k]:.1%} {text}" for k, text in given.items() if k in results))
   if "eval/imagine" in results:
@@ -170,21 +177,32 @@ def main(argv: list[str]) -> int:
   flags.DEFINE_string("config", "configs/pretrain_tiny.py", "settings: FILE[:key=value,...]; --config.section.key=value changes one", flag_values=f)
   flags.DEFINE_string("workdir", "runs/pretrain_tiny", "where checkpoints and metrics go", flag_values=f)
   flags.DEFINE_string("out", None, "where the Hugging Face directory goes; default: WORKDIR/hf", flag_values=f)
+  flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=f)
   try:
     rest = f(argv, known_only=True)
+    if f.help:
+      print(__doc__, f.get_help(), sep="\n")
+      return 0
     c = overridden(load(f.config), rest)
+    if "domain" not in c:
+      raise ValueError(f"--config={f.config} names no domain: it is a file for python -m sdpo_jax.main")
     if c.domain not in DOMAINS:
       raise ValueError(f"domain={c.domain!r} is unknown; choose from {sorted(DOMAINS)}")
+    check_optimizer(c.optimizer)
     same_run(pathlib.Path(f.workdir), c, begun=checkpoint.latest_step(f.workdir) is not None)
     tokenizer = build_tokenizer(c.domain)
+    data, tx = batches(c, tokenizer), make_optimizer(**c.optimizer)
     model, params = beginning(c, tokenizer)
+    os.makedirs(f.workdir, exist_ok=True)
+    if not os.access(f.workdir, os.W_OK):
+      raise ValueError(f"--workdir={f.workdir}: cannot write there")
   except (flags.Error, ValueError, OSError) as error:
     print(f"sdpo_jax.pretrain: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
   checkpoint.tell_failures_once()
   try:
     with blame_disk(f.workdir):
-      run(c, f.workdir, f.out or os.path.join(f.workdir, "hf"), tokenizer, model, params)
+      run(c, f.workdir, f.out or os.path.join(f.workdir, "hf"), model, params, data, tx)
   except RunError as error:
     print(f"sdpo_jax.pretrain: {error}", file=sys.stderr)
     return 1

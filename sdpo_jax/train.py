@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from sdpo_jax import checkpoint, hosts, monitors, report, sharding
-from sdpo_jax.config import validate
+from sdpo_jax.config import model_of_run, validate
 from sdpo_jax.data.batch import Packed, Shape, Shapes, pack
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.tasks import RowEnv, TaskStream
@@ -121,7 +121,7 @@ def train(c, workdir: str) -> None:
       report.write_report([workdir], workdir / "report")
     return
 
-  with wired(c, part=part) as w:
+  with wired(c, part=part, taught=True) as w:
     with blame_settings():
       learn = learner(c, w.model, w.join)
       params, frozen = w.trainable(c.seed)
@@ -225,7 +225,7 @@ def evaluate_checkpoint(c, workdir: str, source: str) -> dict[str, float]:
     is_run = checkpoint.latest_step(root) is not None
     if is_run:   # what it stands on, and with which adapters, the run itself says
       c = c.copy_and_resolve_references()
-      c.model.update(json.loads((pathlib.Path(root) / "config.json").read_text())["model"])
+      c.model.update(model_of_run(root))
     if not is_run and not (pathlib.Path(source) / "config.json").exists():
       raise ValueError(f"--checkpoint={source}: neither a work directory with a checkpoint nor a Hugging Face directory")
   with wired(c, None if is_run else source) as w:

@@ -24,6 +24,7 @@ import numpy as np
 
 from sdpo_jax import checkpoint, counterfactual, memory, sharding
 from sdpo_jax.config import MODELS
+from sdpo_jax.data.batch import teacher_prompt
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.tasks import check_sources, with_rows
 from sdpo_jax.envs.base import make_env
@@ -36,6 +37,7 @@ from sdpo_jax.objectives import methods
 from sdpo_jax.objectives.counterfactual import Part, readings
 from sdpo_jax.objectives.loss import Objective, make_objective
 from sdpo_jax.objectives.methods import TeacherWeights
+from sdpo_jax.objectives.teacher_context import Context, own_templates
 from sdpo_jax.records import Sampling
 from sdpo_jax.rollout import Collector
 from sdpo_jax.sampler import Sampler
@@ -134,6 +136,11 @@ def check_positions(texts: list[tuple[int, str]], model: ModelConfig, path: str)
       raise ValueError(f"{settings} together exceed the {model.max_positions} positions of {path}")
 
 
+def check_rows(c, shards: int) -> None:
+  if c.rollout.rows % shards:
+    raise ValueError(f"config.rollout.rows={c.rollout.rows} does not divide among the {shards} row shards of config.mesh")
+
+
 class Loaded(NamedTuple):
   model: ModelConfig
   params: Any
@@ -157,11 +164,12 @@ def load_second(c, path: str, mesh) -> Loaded:
 
 
 @contextlib.contextmanager
-def wired(c, path: str | None = None, devices=None, part: Part | None = None):
+def wired(c, path: str | None = None, devices=None, part: Part | None = None, taught: bool = False):
   """Loads the model (config.model.path, or another Hugging Face directory) and starts sandbox, environment and judges; ends them on leaving.
 
   devices: those that config.mesh is laid over; None: all. part: the method's counterfactual one, if alternatives are to be explored: what it
-  generates has to fit as well, and its second model, if it names one, is loaded beside.
+  generates has to fit as well, and its second model, if it names one, is loaded beside. taught: the method's teacher will read the questions of the
+  split train, so these have to fit into its prompt too.
   """
   path = path or MODELS.get(c.model.path, c.model.path)
   with contextlib.ExitStack() as stack:
@@ -172,12 +180,13 @@ def wired(c, path: str | None = None, devices=None, part: Part | None = None):
       shards = sharding.row_shards(mesh)
       if mesh is not None and c.train.loss_implementation == "reference":
         raise ValueError(f"config.train.loss_implementation='reference' is for one device, and config.mesh lays the run over {mesh.size}: use 'xla'")
-      if c.rollout.rows % shards:
-        raise ValueError(f"config.rollout.rows={c.rollout.rows} does not divide among the {shards} row shards of config.mesh")
+      check_rows(c, shards)
       if mesh is not None:
         stack.enter_context(jax.set_mesh(mesh))
       adapters = lora.from_settings(c.model)
-      splits = ("train", *c.eval.splits, *c.eval.final_splits)
+      splits = {"train": "training"}
+      for setting in ("splits", "final_splits"):
+        splits |= {split: f"config.eval.{setting}" for split in c.eval[setting] if split not in splits}
       if c.data.sources:
         check_sources(c.data.sources, splits)
       model, params, chat = load(c, path, mesh)
@@ -191,14 +200,19 @@ def wired(c, path: str | None = None, devices=None, part: Part | None = None):
       stack.callback(getattr(env, "close", lambda: None))
       getattr(env, "start", lambda: None)()
 
+      shown = methods.arguments(c.method.to_dict(), "teacher_context")
+      taught, templates = taught and c.method.teacher_context.name != "none", own_templates(shown.get("templates", {}))
+
       def fits(task):
         for reader, whose in readers:
           length = len(reader.prompt_tokens(env.prompt(task)))
           if length > c.data.max_prompt_tokens:
             raise ValueError(f"the question takes {length} tokens{whose}, more than config.data.max_prompt_tokens={c.data.max_prompt_tokens}")
+        if taught and task.split == "train":
+          teacher_prompt(chat, env.prompt(task), Context(templates=templates), c.data.max_teacher_tokens)   # all that may be shortened left out
 
       asked = with_rows(env, c.data.sources, splits=splits, on_bad_row=c.data.on_bad_row, check=fits)
-      for split in dict.fromkeys(splits):   # a split that is not there, a question too long: now, not at the first evaluation
+      for split in splits:   # a split that is not there, a question too long: now, not at the first evaluation
         fits(asked.task(split, 0))
 
       def collecting(model, chat):

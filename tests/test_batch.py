@@ -270,7 +270,7 @@ def test_feedback_gives_way_before_the_solution():
 
 
 def test_a_question_that_alone_is_too_long_is_an_error_that_names_the_setting():
-  with pytest.raises(ValueError, match="data.max_teacher_tokens=60"):
+  with pytest.raises(ValueError, match="more than config.data.max_teacher_tokens=60"):
     teacher_prompt(CHAT, messages(TASK), Context(feedback="x"), 60)
 
 

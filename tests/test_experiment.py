@@ -6,6 +6,10 @@ import subprocess
 import sys
 import time
 
+import pytest
+
+from sdpo_jax import experiment
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -19,6 +23,13 @@ def until(condition, seconds=60):
   while not (found := condition()) and time.monotonic() < deadline:
     time.sleep(0.05)
   return found
+
+
+@pytest.mark.parametrize("where", ["nowhere", "grid.py"])
+def test_a_report_of_nothing_is_one_line(where, tmp_path, capsys):
+  (tmp_path / "grid.py").write_text("def get_grid(): return {'one': []}\n")
+  assert experiment.main([f"--config={tmp_path}/grid.py", f"--workdir={tmp_path / where}", "--report"]) == 2
+  assert "no run of" in (said := capsys.readouterr().err) and f"{where}: " in said and said.count("\n") == 1
 
 
 def test_a_grid_that_is_told_to_end_ends_its_runs(tmp_path):

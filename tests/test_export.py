@@ -62,12 +62,14 @@ def test_another_dtype(run, tmp_path):
     (["--workdir={run}"], "--out=... is needed"),
     (["--workdir={run}", "--out={run}"], "exists and is not an empty directory"),
     (["--workdir={out}", "--out={out}"], "no config.json"),
+    (["--workdir={pretrained}", "--out={out}"], "is a work directory of sdpo_jax.pretrain: use what it wrote for transformers"),
     (["--workdir={run}", "--out={out}", "--step=3"], "no checkpoint of step 3"),
     (["--workdir={run}", "--out={out}", "--dtype=int8"], "int8"),
     (["--workdir={run}", "--out={out}", "--setp=3"], "setp"),
     (["--workdir={run}", "--out={out}", "now"], "unknown argument 'now'")])
 def test_a_wrong_argument_is_one_line(run, tmp_path, capsys, arguments, words):
-  filled = [a.format(run=run[0], out=tmp_path / "out") for a in arguments]
+  (tmp_path / "config.json").write_text(json.dumps(dict(model=dict(width=8))))
+  filled = [a.format(run=run[0], out=tmp_path / "out", pretrained=tmp_path) for a in arguments]
   with flagsaver.flagsaver():
     assert export.main(["export", *filled]) == 2
   err = capsys.readouterr().err

@@ -11,9 +11,11 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
-from sdpo_jax import checkpoint, config, export, main, metrics, train, wiring
+from sdpo_jax import checkpoint, config, export, main, metrics, plan, pretrain, train, wiring
 from tests.fakes import no_file_beyond
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -173,6 +175,49 @@ def test_usage_errors_are_one_line_and_status_2(args, said):
 def test_impossible_settings_stop_before_anything_compiles(args, said, tmp_path):
   status, _, err = run(LOCAL, *args, f"--workdir={tmp_path}")
   assert status == 2 and said in err and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--checkpoint=runs/x"], "--checkpoint would not be read: it is for --mode=eval; to begin from it, export it and set config.model.path"),
+    (["--mode=eval", "--checkpoint=runs/x", "--topology=v5p:2x2x2"], "--topology would not be read: it is for --mode=plan"),
+    ([f"--config.data.sources=('train={config.ROWS}/math_qa.train.jsonl',)"], "has nothing for the split 'heldout', which config.eval.splits asks for"),
+    (["--config.data.max_teacher_tokens=10"], "tokens, more than config.data.max_teacher_tokens=10"),
+    (["--mode=eval", "--checkpoint={pretrained}"], "is a work directory of sdpo_jax.pretrain: use what it wrote for transformers"),
+])
+def test_wrong_commands_end_in_one_line(args, said, tmp_path, capsys):
+  pretrained = tmp_path / "pretrained"
+  checkpoint.save(pretrained, 1, {"x": np.zeros(1)}, {})
+  (pretrained / "config.json").write_text(json.dumps({"model": {"ff_width": 64}}))
+  assert main.main(["main", f"--config={ROOT}/configs/tinycode.py:local", f"--workdir={tmp_path / 'run'}", *(a.format(pretrained=pretrained) for a in args)]) == 2
+  assert said in capsys.readouterr().err.splitlines()[-1] and not metrics.read(tmp_path / "run")
+
+
+@pytest.mark.parametrize("module", [main, export, pretrain])
+def test_help_shows_the_flags(module, capsys):
+  assert module.main(["name", "--help"]) == 0
+  assert "--workdir" in (said := capsys.readouterr().out) and module.__doc__ in said
+
+
+def planned(monkeypatch, *settings):
+  monkeypatch.setattr(plan, "topology_devices", lambda name: jax.devices())
+  for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_WORKER_HOSTNAMES"):   # set, so that they go back to what they were
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+  _, c = main.parse(["main", f"--config={ROOT}/configs/plan_8b.py:local", *settings])
+  return main.plan_lines(c, "v5p:2x2x2")
+
+
+@pytest.mark.parametrize("setting, said", [("rollout.rows=12", "config.rollout.rows=12 does not divide among the 8 row shards"),
+                                           ("rollout.max_new_tokens=50000", "together exceed the 40960 positions of qwen3-0.6b")])
+def test_plan_refuses_what_training_refuses(setting, said, monkeypatch):
+  with pytest.raises(ValueError, match=said):
+    planned(monkeypatch, f"--config.{setting}")
+
+
+def test_plan_tells_libtpu_what_it_asks_for_and_leaves_what_is_set(monkeypatch):
+  monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v6e-8")
+  planned(monkeypatch)
+  assert (os.environ["TPU_WORKER_HOSTNAMES"], os.environ["TPU_ACCELERATOR_TYPE"]) == ("localhost", "v6e-8")
 
 
 def test_config_files_cannot_add_or_lose_settings():

@@ -251,6 +251,7 @@ def test_plan_of_a_small_model_from_the_command_line(topology, memory_gb, kernel
   child = subprocess.run([sys.executable, "-m", "sdpo_jax.main", "--mode=plan", f"--topology={topology}", "--config=configs/plan_8b.py:local"], cwd=ROOT,
                          env=os.environ | {"XLA_FLAGS": "", "XLA_PYTHON_CLIENT_MEM_FRACTION": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
   assert child.returncode == 0, child.stderr[-2000:]
+  assert "host bounds" not in child.stderr and "E0000" not in child.stderr, child.stderr[-2000:]
   lines = child.stdout.splitlines()
   assert re.fullmatch(rf"plan: fits \([\d.]+ of {re.escape(memory_gb)} GB per chip\)", lines[-1]), lines
   (found,) = [line.removeprefix("  kernels: ").split(", ") for line in lines if line.startswith("  kernels: ")]

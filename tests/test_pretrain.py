@@ -53,7 +53,16 @@ def test_it_goes_on_from_a_model_of_the_same_vocabulary(tmp_path, capsys):
   assert "start='tiny' has another vocabulary" in (said := capsys.readouterr().err) and said.count("\n") == 1
 
 
-def test_an_unknown_domain_is_one_line(tmp_path, capsys):
-  assert run("poetry", tmp_path) == 2
+@pytest.mark.parametrize("domain, arguments, says", [
+    ("poetry", [], "domain='poetry' is unknown; choose from ['arithmetic', 'tinycode']"),
+    ("arithmetic", ["--config=configs/tinycode.py"], "configs/tinycode.py names no domain: it is a file for python -m sdpo_jax.main"),
+    ("arithmetic", ["--workdir=/proc/nowhere"], "/proc/nowhere"),
+    ("arithmetic", ["--config.optimizer.name=sgd"], "optimizer.name='sgd' is unknown"),
+    ("arithmetic", ["--config.optimizer.clip_norm=0"], "config.optimizer.clip_norm=0 must be above 0"),
+    ("arithmetic", ["--config.corpus.plain=-5"], "config.corpus: the shares {'plain': -5.0"),
+    ("arithmetic", ["--config.batch.length=8"], "config.batch.length=8 and config.batch.responses=48 have room for none of the first batch's 16 texts"),
+    ("arithmetic", ["--config.batch.texts=0"], "config.batch.texts=0 must be at least 1")])
+def test_a_wrong_setting_is_one_line(domain, arguments, says, tmp_path, capsys):
+  assert run(domain, tmp_path / "run", *arguments) == 2
   said = capsys.readouterr().err
-  assert "poetry" in said and "arithmetic" in said and said.count("\n") == 1
+  assert says in said and said.count("\n") == 1 and not (tmp_path / "run").exists()

@@ -52,6 +52,7 @@ def test_what_may_be_none_can_be_set_and_unset():
   c = checked(TINYCODE, "--config.method.token_signal.top_k=20", "--config.method.token_weight.is_clip=None")
   assert c.method.token_signal.top_k == 20 and c.method.token_weight.is_clip is None and c.method.token_weight.rollout_is_clip == 2.0
   assert checked(f"--config={ROOT}/configs/math_qa.py", "--config.method.token_signal.top_k=None").method.token_signal.top_k is None
+  assert checked(TINYCODE, "--config.optimizer.clip_norm=None").optimizer.clip_norm is None and checked(TINYCODE, "--config.optimizer.clip_norm=2").optimizer.clip_norm == 2
 
 
 @pytest.mark.parametrize("row", methods.METHODS)
@@ -112,6 +113,15 @@ def test_a_setting_without_a_default_must_be_given():
     (["--config.method.tokensignal.alpha=1"], "config.method.tokensignal is not a setting; did you mean config.method.token_signal"),
     (["--config.method.token_signal.top_k=many"], "config.method.token_signal.top_k='many' of 'divergence' must be of type int or None"),
     (["--config.method.advantage.name=mean"], "config.method.advantage.name='mean' is unknown; choose from ['group_mean'"),
+    (["--config.optimizer.clip_norm=0"], "config.optimizer.clip_norm=0 must be above 0, or None: no clipping"),
+    (["--config.optimizer.clip_norm=-1.0"], "config.optimizer.clip_norm=-1.0 must be above 0"),
+    (["--config.optimizer.clip_norm=off"], "config.optimizer.clip_norm='off' must be above 0, or None"),
+    (["--config.optimizer.warmup_steps=-1"], "config.optimizer.warmup_steps=-1 must be at least 0"),
+    (["--config.optimizer.b1=1.5"], "config.optimizer.b1=1.5 must be at least 0 and below 1"),
+    (["--config.optimizer.b2=1.0"], "config.optimizer.b2=1.0 must be at least 0 and below 1"),
+    (["--config.total_steps=2", "--config.optimizer.decay_steps=2"], "config.optimizer.decay_steps=2 must be more than config.optimizer.warmup_steps=10"),
+    (["--config.rollout.judge_timeout_s=0"], "config.rollout.judge_timeout_s=0.0 must be above 0"),
+    (["--config.method=grpo"], "choose another row by the config file's argument, --config=FILE:method=grpo"),
     (["--config.method.name=grpo"], "choose another row by the config file's argument, --config=FILE:method=grpo"),
     (["--config.method.teacher_context.feedback=alway"], "config.method.teacher_context.feedback='alway' is unknown; choose from ['always'"),
     (["--config.method.teacher_context.templates.solution={answer}"], "asks for {answer}; choose from ['text']"),
@@ -153,7 +163,9 @@ def test_a_file_that_is_no_configuration(text, says, joined, tmp_path, capsys):
   assert says in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("text, says", [(None, "no such file"), ("def get_config(): return 1\n", "a single run is for python -m sdpo_jax.main"), ("(\n", "SyntaxError")])
+@pytest.mark.parametrize("text, says", [(None, "no such file"), ("def get_config(): return 1\n", "a single run is for python -m sdpo_jax.main"), ("(\n", "SyntaxError"),
+                                        ("def get_grid():\n  return missing\n", "line 2: NameError: name 'missing' is not defined"),
+                                        ("def get_grid(): return ['--config=x']\n", "get_grid() returns list, not a dict"), ("def get_grid(): return {'a': '--config=x'}\n", "lists of arguments")])
 def test_a_file_that_is_no_grid(text, says, tmp_path, capsys):
   path = tmp_path / "own.py"
   if text is not None:

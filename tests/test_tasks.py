@@ -125,7 +125,14 @@ def test_sources_that_cannot_be_used(sources, splits, says):
     with_rows(MathQA(), sources, splits=splits)
 
 
+def test_a_split_without_a_source_is_told_with_the_setting_that_asks_for_it(two):
+  with pytest.raises(ValueError, match="has nothing for the split 'dev', which config.eval.final_splits asks for"):
+    check_sources(two[1:], {"train": "training", "dev": "config.eval.final_splits"})
+
+
 def test_rows_and_generators_do_not_mix(two):
+  with pytest.raises(ValueError, match="SimpleNamespace is no environment: it has neither task nor task_from_row"):
+    with_rows(types.SimpleNamespace(prompt=None, judge=None), (), splits=("train",))
   with pytest.raises(ValueError, match="TinyCode makes its own tasks"):
     with_rows(TinyCode(level="easy", sandbox=None), two, splits=("train",))
   own = make_env("tests.my_env:ReverseWord", sandbox=None)
@@ -205,7 +212,7 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path, module, source):
   monkeypatch.setitem(sys.modules, module, None)
   (tmp_path / "rows.parquet").touch()
   source = source.format(tmp_path)
-  for opened in (lambda: with_rows(MathQA(), (source,), splits=("train",)), lambda: check_sources((source,), ("train",))):
+  for opened in (lambda: with_rows(MathQA(), (source,), splits=("train",)), lambda: check_sources((source,), {"train": "training"})):
     with pytest.raises(ValueError, match=rf"{source.removeprefix('train=')} needs {module.split('.')[0]}: pip install 'sdpo_jax\[hub\]'"):
       opened()
 
@@ -232,7 +239,7 @@ def test_my_env_by_name():
 
 
 @pytest.mark.parametrize("name, settings, says", [
-    ("mqc", {}, "choose from .*'mcq'"), ("no_such_module:Env", {}, "cannot be imported: No module named"), ("tests.my_env:NoSuch", {}, "cannot be imported: .*NoSuch"),
+    ("mqc", {}, "choose from .*'mcq'"), ("no_such_module:Env", {}, "cannot be imported: No module named"), ("tests.my_env:NoSuch", {}, "cannot be imported: .*NoSuch"), ("os:path", {}, "'os:path' is a module, not a class"),
     ("tests.my_env:ReverseWord", {"lenght": 3}, r"config.env.lenght is not a setting of .*choose from \['length'\]"), ("mcq", {"level": "easy"}, "config.env.level is not a setting of mcq"),
     ("tinycode", {"sandbox2": 1}, "config.env.sandbox2")])
 def test_wrong_names_and_settings_are_told(name, settings, says):

@@ -43,6 +43,9 @@ def main(argv):
   parser.add_argument("--repeats", type=int, default=1)
   parser.add_argument("--json", metavar="FILE", help="also write all results there, as one JSON list")
   args = parser.parse_args(argv)
+  for name, least in (("workers", 1), ("programs", 2), ("repeats", 1)):
+    if (value := getattr(args, name)) is not None and value < least:
+      parser.error(f"--{name}={value} must be at least {least}")
   rows = []
   for kind in PROGRAMS:
     if kind == "numpy" and not installed("numpy"):

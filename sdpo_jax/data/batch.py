@@ -71,7 +71,7 @@ def teacher_prompt(chat: Chat, messages: list[dict[str, str]], context: Context,
     tokens = render(context)
     if len(tokens) <= max_tokens:
       return tokens, True
-  raise TaskError(f"a question with its closing instruction takes {len(tokens)} tokens, more than data.max_teacher_tokens={max_tokens}")
+  raise TaskError(f"a question with its closing instruction takes {len(tokens)} tokens, more than config.data.max_teacher_tokens={max_tokens}")
 
 
 class Shape(NamedTuple):

@@ -43,6 +43,11 @@ class Mixture:
   success: float = 0.1                            # chance that another attempt is right
   learnt: float = 0.4                             # chance that an attempt, where others are told of, gets a novel operation right
 
+  def __post_init__(self):
+    shares = {view: getattr(self, view) for view in VIEWS}
+    if min(shares.values()) < 0 or not any(shares.values()):
+      raise ValueError(f"config.corpus: the shares {shares} must be at least 0, and not all of them 0")
+
 
 VIEWS = ("plain", "feedback", "solution", "both", "notes", "imagine")
 

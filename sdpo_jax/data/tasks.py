@@ -97,6 +97,8 @@ def with_rows(env, sources, *, splits, on_bad_row: str = "error", check=None):
     if not sources:
       raise ValueError(f"config.data.sources is empty, and {name} makes no tasks of its own: name files or hub data sets")
     return RowEnv(env, sources, splits=splits, on_bad_row=on_bad_row, check=check)
+  if not hasattr(env, "task"):
+    raise ValueError(f"config.env.name: {name} is no environment: it has neither task nor task_from_row (sdpo_jax/envs/base.py)")
   if sources:
     raise ValueError(f"config.data.sources={sources!r}, but {name} makes its own tasks (it has no task_from_row)")
   return env
@@ -111,10 +113,13 @@ def first_tasks(env, split: str, count: int) -> list[Task]:
   return [env.task(split, i * size // count) for i in range(count)]
 
 
-def check_sources(sources, splits) -> None:
-  """Reads the first row of every source of the splits: a file or a library that is not there is an error now, not once a model has been loaded."""
-  for split in dict.fromkeys(splits):
-    for location, _ in _locations(sources, split):
+def check_sources(sources, splits: dict[str, str]) -> None:
+  """Reads the first row of every source of the splits: a file or a library that is not there is an error now, not once a model has been loaded.
+
+  splits: each with what asks for it, a setting or training.
+  """
+  for split, asked_by in splits.items():
+    for location, _ in _locations(sources, split, f", which {asked_by} asks for"):
       next(read_rows(location, split), None)
 
 
@@ -125,7 +130,7 @@ def open_split(sources, split: str, task_from_row, on_bad_row: str) -> list[Sour
   return opened
 
 
-def _locations(sources, split: str) -> list[tuple[str, float]]:
+def _locations(sources, split: str, why: str = "") -> list[tuple[str, float]]:
   """(location, weight) of the sources that serve the split; ValueError if there is none."""
   found = []
   for text in sources:
@@ -140,7 +145,7 @@ def _locations(sources, split: str) -> list[tuple[str, float]]:
     if parts["split"] in (None, split):
       found.append((location.replace("{split}", split), weight))
   if not found:
-    raise ValueError(f"config.data.sources={tuple(sources)!r} has nothing for the split {split!r}")
+    raise ValueError(f"config.data.sources={tuple(sources)!r} has nothing for the split {split!r}{why}")
   return found
 
 

@@ -57,9 +57,12 @@ def find_env(name: str):
     raise ValueError(f"config.env.name={name!r} is unknown; choose from {sorted(ENVS)} or name your own as 'module.path:ClassName'")
   module, _, attribute = name.partition(":")
   try:
-    return getattr(importlib.import_module(module), attribute)
+    found = getattr(importlib.import_module(module), attribute)
   except (ImportError, AttributeError, ValueError) as error:
     raise ValueError(f"config.env.name={name!r} cannot be imported: {error}") from error
+  if not callable(found):
+    raise ValueError(f"config.env.name={name!r} is a {type(found).__name__}, not a class")
+  return found
 
 
 def env_settings(name: str) -> dict[str, inspect.Parameter]:
