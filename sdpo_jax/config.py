@@ -132,7 +132,7 @@ def paper(a: types.SimpleNamespace, *, rich_feedback: bool) -> ml_collections.Co
   c.data.update(max_prompt_tokens=2048, max_teacher_tokens=10_240, length_multiple=512, response_multiple=512)
   c.rollout.update(questions=32, group=8, max_new_tokens=8192, rows=256, chunk=64)
   c.optimizer.update(lr=1e-6 if rich_feedback else 1e-5, warmup_steps=0 if rich_feedback else 10)
-  c.train.update(updates_per_batch=32 if rich_feedback else 1, micro_batches=1 if rich_feedback else 32)   # 8 rows at a time
+  c.train.update(updates_per_batch=32 if rich_feedback else 1, micro_batches=1 if rich_feedback else 32)   # at full length 8 rows at a time
   if c.method.teacher_weights.name == "ema":   # the method's own column: rows with other teachers keep theirs
     c.method.teacher_weights.rate = 0.01 if rich_feedback else 0.05
     c.method.token_signal.alpha = 1.0 if rich_feedback else 0.5

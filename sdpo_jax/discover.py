@@ -54,7 +54,7 @@ import jax
 import numpy as np
 
 from sdpo_jax import checkpoint, discovery, sharding, stats
-from sdpo_jax.data.batch import Shape, Shapes, bucket, pack
+from sdpo_jax.data.batch import Shape, Shapes, bucket, most_tokens, pack
 from sdpo_jax.data.tasks import RowEnv, first_tasks
 from sdpo_jax.metrics import write_atomically
 from sdpo_jax.objectives import methods
@@ -235,7 +235,7 @@ def fixed_shapes(packs: int, rows: int, data, max_new_tokens: int, *, more: bool
           for r in down(max_new_tokens, data.response_multiple, halves)
           for p in down(data.max_prompt_tokens, data.length_multiple, halves)
           for t in down(data.max_teacher_tokens, data.length_multiple, [*halves, 0.75, 0.375])]
-  return Shapes((data.max_prompt_tokens + max_new_tokens, data.max_teacher_tokens + max_new_tokens, max_new_tokens), shapes, limit=len(shapes))
+  return Shapes(most_tokens(data, max_new_tokens), shapes, limit=len(shapes))
 
 
 def exact_difficulty(task: Task, programs: list[str], *, below: float, prompt: list[int], chat, logp: Callable) -> dict[str, Any]:

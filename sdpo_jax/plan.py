@@ -26,7 +26,7 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 
 from sdpo_jax import sharding
-from sdpo_jax.data.batch import bucket
+from sdpo_jax.data.batch import Shape, bucket, full_shape, most_tokens
 from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.records import Counterfactual, Rows, Sampling, TrainBatch
@@ -96,13 +96,12 @@ def weight_shapes(model: ModelConfig, mesh) -> dict:
   return _placed(decoder.shapes(model), sharding.named(mesh, decoder.axes(model)))
 
 
-def batch_shapes(mesh, *, packs: int, rows: int, length: int, teacher_length: int, responses: int, readings: int = 0) -> TrainBatch:
-  """`packs` packs of `rows` responses each, every text in a row of its own. readings: further ones by the teacher."""
+def batch_shapes(mesh, shape: Shape, responses: int, readings: int = 0) -> TrainBatch:
+  """A batch of so many responses in packs of this shape. readings: further ones by the teacher."""
   ints, floats = (lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)), (lambda *s: jax.ShapeDtypeStruct(s, jnp.float32))
-  half = lambda T: Rows(*(ints(packs, rows, T),) * 3, None, ints(packs, rows * responses))
-  B, R = packs * rows, responses
-  batch = TrainBatch(half(length), half(teacher_length), ints(B), ints(B, R), floats(B, R), floats(B), floats(B), floats(B, R), floats(B, R),
-                     (Counterfactual(half(teacher_length), floats(B)),) * readings)
+  student, teacher, more = (Rows(*(ints(shape.packs, *half),) * 3, None, ints(shape.packs, shape.tokens)) for half in shape.halves())
+  B, R = responses, shape.responses
+  batch = TrainBatch(student, teacher, ints(B), ints(B, R), floats(B, R), floats(B), floats(B), floats(B, R), floats(B, R), (Counterfactual(more, floats(B)),) * readings)
   return _placed(batch, jax.tree.map(lambda _: sharding.over_rows(mesh), batch))
 
 
@@ -294,7 +293,10 @@ def topology_devices(name: str):
 def usable_share(chip: str) -> float:
   """Of a chip's memory: what jax gives a program."""
   asked = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")   # its new name and the one that most know
-  return float(asked or 0.75) if chip in GPUS else 1.0
+  try:
+    return float(asked or 0.75) if chip in GPUS else 1.0
+  except ValueError:
+    raise ValueError(f"XLA_PYTHON_CLIENT_MEM_FRACTION={asked!r} must be a number, such as 0.9") from None
 
 
 def plan(c, topology: str, model: ModelConfig, learn, adapters: lora.Lora | None = None):
@@ -320,8 +322,9 @@ def plan(c, topology: str, model: ModelConfig, learn, adapters: lora.Lora | None
   state = state_shapes(model, learn.tx, mesh, adapters=adapters, keep_teacher=learn.teacher.keep, teacher_move=learn.teacher.move)
   frozen = None if adapters is None else weights
   places = jax.tree.map(lambda x: x.sharding, state)
-  shapes = lambda rows: batch_shapes(mesh, packs=pieces * shards, rows=rows, length=up(prompt + new), teacher_length=up(teacher + new) if learn.objective.needs_teacher else c.data.length_multiple,
-                                     responses=new, readings=learn.readings)
+  full = lambda rows: full_shape(rows, pieces * shards, most_tokens(c.data, c.rollout.max_new_tokens), length_multiple=c.data.length_multiple,
+                                 response_multiple=c.data.response_multiple, taught=learn.objective.needs_teacher, more=learn.readings > 0)
+  shapes = lambda rows: batch_shapes(mesh, full(rows), rows * pieces * shards, readings=learn.readings)
   rows = rollouts // (pieces * shards)
   step = jax.jit(learn.step, donate_argnums=0, out_shardings=(places, None))
   yield f"train state {_bytes_per_chip(state) / 1e9:.1f} GB per chip" + ("" if frozen is None else f", and {_bytes_per_chip(frozen) / 1e9:.1f} GB of weights that its adapters stand on")
@@ -341,13 +344,12 @@ def plan(c, topology: str, model: ModelConfig, learn, adapters: lora.Lora | None
   yield from report(f"train step, {pieces} micro-batches of {rows * shards} responses", 0.0, step, state, shapes(rows), frozen)
   if programs:
     yield f"  kernels: {', '.join(kernels(programs[0].text)) or 'none'}"
-    found = logit_arrays(programs[0].text, rows * new, entries := model.vocab // mesh.shape["tensor"], model)
-    yield f"  arrays of {rows * new} tokens x {entries} entries of the vocabulary, or half as large: {', '.join(found) or 'none'}"
+    found = logit_arrays(programs[0].text, tokens := full(rows).tokens, entries := model.vocab // mesh.shape["tensor"], model)
+    yield f"  arrays of {tokens} tokens x {entries} entries of the vocabulary, or half as large: {', '.join(found) or 'none'}"
   sampling = Sampling(new, c.rollout.temperature, c.rollout.top_p, (0,))
-  decode_rows = -(-c.rollout.rows // shards) * shards
   resident = _bytes_per_chip((state._replace(params=None), None) if frozen is None else (state, frozen))
-  args = decode_shapes(model, mesh, rows=decode_rows, prompt=prompt, new=new)
-  yield from report(f"decode step, one token of {decode_rows} responses", resident, decode, weights, *args, config=model, sampling=sampling, chunk=1)
+  args = decode_shapes(model, mesh, rows=c.rollout.rows, prompt=prompt, new=new)
+  yield from report(f"decode step, one token of {c.rollout.rows} responses", resident, decode, weights, *args, config=model, sampling=sampling, chunk=1)
   yield from suggestion(peaks[0], limit, rows, c.train.micro_batches, shards, lambda rows: compile_for(mesh, step, state, shapes(rows), frozen).peak)
   worst = max(peaks)
   yield f"plan: {'fits' if worst <= limit else 'does not fit'} ({worst / 1e9:.1f} of {limit / 1e9:.4g} GB per chip)"

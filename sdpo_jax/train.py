@@ -19,7 +19,7 @@ import numpy as np
 
 from sdpo_jax import checkpoint, hosts, monitors, report, sharding
 from sdpo_jax.config import model_of_run, validate
-from sdpo_jax.data.batch import Packed, Shape, Shapes, pack
+from sdpo_jax.data.batch import Packed, Shape, Shapes, most_tokens, pack
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.tasks import RowEnv, TaskStream
 from sdpo_jax.evaluate import evaluate
@@ -135,12 +135,11 @@ def train(c, workdir: str) -> None:
       stream = TaskStream(w.collector.env, "train", seed=c.seed)
       if latest is not None:
         state, stored = checkpoint.restore(workdir, state)
-        if stored.keys() != host.keys():
-          raise ValueError(f"the checkpoint in {workdir} was written by another version: it holds {sorted(stored)}, this one needs {sorted(host)}; choose another --workdir")
+        if stored.keys() != host.keys() or any(len(sizes) != len(Shape._fields) for sizes in stored["shapes"]):
+          raise ValueError(f"the checkpoint in {workdir} was written by another version of sdpo_jax: go on with that one, or choose another --workdir")
         host = stored
         stream.restore(host["data"])
-    new = c.rollout.max_new_tokens
-    shapes = Shapes((c.data.max_prompt_tokens + new, c.data.max_teacher_tokens + new, new), [Shape(*sizes) for sizes in host["shapes"]], host["owed"])
+    shapes = Shapes(most_tokens(c.data, c.rollout.max_new_tokens), [Shape(*sizes) for sizes in host["shapes"]], host["owed"])
     places = None if w.mesh is None else jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(learn.step, donate_argnums=0, out_shardings=(places, w.everywhere))
     score = jax.jit(learn.score, out_shardings=w.everywhere)

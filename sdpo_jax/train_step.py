@@ -164,27 +164,29 @@ def cut(batch: TrainBatch, pieces: int) -> TrainBatch:
   return jax.tree.map(split, batch)
 
 
-def micro_batches(batch: TrainBatch, together: int | None) -> int:
-  """How many there are, of `together` packs; None: of one on each of the mesh's row shards."""
-  return batch.student.at_CX.shape[0] // (together or sharding.row_shards(sharding.current_mesh()))
+def micro_batches(batch: TrainBatch) -> int:
+  """How many there are, of one pack on each of the mesh's row shards."""
+  packs, shards = batch.student.at_CX.shape[0], sharding.row_shards(sharding.current_mesh())
+  assert packs % shards == 0, f"{packs} packs do not divide among {shards} row shards"
+  return packs // shards
 
 
-def make_score(signals: Callable, *, together: int | None = None) -> Callable:
-  """-> score(state, batch, frozen=None) -> Signals of the whole batch, one micro-batch after another. together: see `micro_batches`."""
+def make_score(signals: Callable) -> Callable:
+  """-> score(state, batch, frozen=None) -> Signals of the whole batch, one micro-batch after another."""
 
   def score(state: TrainState, batch: TrainBatch, frozen=None) -> Signals:
-    said = jax.lax.map(lambda piece: signals(state.params, state.teacher, piece, frozen), cut(batch, micro_batches(batch, together)))
+    said = jax.lax.map(lambda piece: signals(state.params, state.teacher, piece, frozen), cut(batch, micro_batches(batch)))
     return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), said)
 
   return score
 
 
 def make_train_step(signals: Callable, objective: Objective, tx: optax.GradientTransformation, *, teacher_move: float = 0.0,
-                    updates: int = 1, together: int | None = None, recompute_old: bool = False) -> Callable:
+                    updates: int = 1, recompute_old: bool = False) -> Callable:
   """-> step(state, batch, frozen=None) -> (state, {metric: Ratio}). frozen: what adapters stand on; shared by policy and teacher, never moved.
 
-  teacher_move: the teacher's rate towards the policy, 0 to leave it alone. updates: optimiser updates per generation batch, among which its packs divide; together: packs of a micro-batch, see
-  `micro_batches`: the gradients of several add up. recompute_old: take logp_old from the batch (several updates) instead of the present policy's (one update: ratio 1).
+  teacher_move: the teacher's rate towards the policy, 0 to leave it alone. updates: optimiser updates per generation batch, among which its packs
+  divide; within each the gradients of its `micro_batches` add up. recompute_old: take logp_old from the batch (several updates) instead of the present policy's (one update: ratio 1).
   """
 
   def loss_fn(params, teacher, batch: TrainBatch, norm, frozen):
@@ -196,7 +198,7 @@ def make_train_step(signals: Callable, objective: Objective, tx: optax.GradientT
 
   def mini_batch(state: TrainState, batch: TrainBatch, frozen):
     norm = objective.normalisers(batch)
-    pieces = micro_batches(batch, together)
+    pieces = micro_batches(batch)
 
     def accumulate(grads, piece):
       (_, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state.teacher, piece, norm, frozen)

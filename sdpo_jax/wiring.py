@@ -204,7 +204,7 @@ def wired(c, path: str | None = None, devices=None, part: Part | None = None, ta
       taught, templates = taught and c.method.teacher_context.name != "none", own_templates(shown.get("templates", {}))
 
       def fits(task):
-        for reader, whose in readers:
+        for reader, whose in readers if task.split == "train" else readers[:1]:
           length = len(reader.prompt_tokens(env.prompt(task)))
           if length > c.data.max_prompt_tokens:
             raise ValueError(f"the question takes {length} tokens{whose}, more than config.data.max_prompt_tokens={c.data.max_prompt_tokens}")

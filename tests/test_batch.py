@@ -140,6 +140,15 @@ def test_no_pack_takes_more_than_one_of_the_longest_texts(longest, packs):
   assert shape.tokens <= longest[2]
 
 
+def test_rows_are_longer_than_a_text_where_the_longest_texts_would_have_as_many_pairs_of_columns():
+  """One text of 1,500 tokens and 63 of 1,000: rows of 3,000 leave no gaps, but attention compares more columns than in 64 rows of 1,500."""
+  texts = [[Text(1500)] + [Text(1000)] * 63]
+  chosen = lambda longest: choose_shape(lambda packs: Dealt(texts, texts, [[100] * 64]), [1], Shapes((longest, longest, 100)), length_multiple=100, response_multiple=8)
+  few, many = chosen(1500), chosen(3000)
+  assert few.rows * few.length**2 <= 64 * 1500**2 < many.rows * many.length**2
+  assert many.rows * many.length < few.rows * few.length
+
+
 def test_few_packs_hold_what_many_held():
   """The same responses with the same numbers, whether each has a pack of its own or all lie in two."""
   groups, seen = heavy_tailed(8, 4, 0), []
@@ -182,13 +191,20 @@ def test_a_shape_is_used_again_and_a_length_never_seen_gets_room():
     pack_many(heavy_tailed(16, 4, 0, longest=longest), shapes)
   assert len(shapes.known) == 3
   pack_many(heavy_tailed(8, 4, 3, longest=3000), shapes)
-  assert len(shapes.known) == 4 and shapes.known[-1] == full_shape(32, 1, shapes.longest, 32, 8)
+  assert len(shapes.known) == 4 and shapes.known[-1] == full_shape(32, 1, shapes.longest, length_multiple=32, response_multiple=8, taught=True, more=False)
   pack_many(heavy_tailed(8, 4, 4, longest=2900), shapes)
   assert len(shapes.known) == 4
 
 
 def one_row(tokens, shapes, multiple=8):
   return choose_shape(lambda packs: Dealt([[Text(tokens)]], [[Text(1)]], [[8]]), [1], shapes, length_multiple=multiple, response_multiple=8)
+
+
+def test_shapes_of_another_number_of_devices_are_not_used():
+  """A run that goes on with more or fewer of them packs for those that it has, and stops looking at what was compiled for others."""
+  shapes, batch = fresh(limit=1), heavy_tailed(8, 4, 0)
+  packs = [pack_many(batch, shapes, shards=shards).batch.student.at_CX.shape[0] for shards in (4, 8, 2, 4)]
+  assert packs == [4, 8, 2, 4] and len(shapes.known) == 3
 
 
 def test_lengths_that_are_all_equal_get_no_room():
@@ -269,6 +285,13 @@ def test_feedback_gives_way_before_the_solution():
   assert "y" * 40 in CHAT.tokenizer.decode(tokens)
 
 
+def test_where_a_question_alone_fits_it_fits_whatever_was_said():
+  """What a run checks of a question before it begins is what it needs later."""
+  alone = len(teacher_prompt(CHAT, messages(TASK), Context(), 4096)[0])
+  tokens, cut = teacher_prompt(CHAT, messages(TASK), Context("y" * 300, "x" * 300, "z" * 300, notes="n" * 300), alone)
+  assert cut and len(tokens) == alone
+
+
 def test_a_question_that_alone_is_too_long_is_an_error_that_names_the_setting():
   with pytest.raises(ValueError, match="more than config.data.max_teacher_tokens=60"):
     teacher_prompt(CHAT, messages(TASK), Context(feedback="x"), 60)
@@ -277,7 +300,7 @@ def test_a_question_that_alone_is_too_long_is_an_error_that_names_the_setting():
 def test_shorten_keeps_head_and_tail():
   assert shorten("abcdef", 6) == "abcdef"
   assert shorten("a" * 50 + "b" * 50, 20) == "aaaaaaa" + CUT + "bbbbbb"
-  assert len(shorten("a" * 100, 3)) <= len(CUT)
+  assert shorten("a" * 100, 3) == shorten("a" * 100, len(CUT)) == ""
 
 
 def test_without_a_teacher_its_half_is_one_small_row():

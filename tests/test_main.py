@@ -91,12 +91,14 @@ def test_kill_and_resume_write_the_same_metrics(whole, tmp_path):
   assert compiles[0] == compiles[1] and compiles[0][-1] > 1   # the shapes used so far came back too
 
 
-def test_a_checkpoint_of_another_version_is_named(whole, tmp_path):
-  """One without the batch shapes: said in a line, not a KeyError."""
+@pytest.mark.parametrize("shapes", [None, [list(range(1, 9))]])
+def test_a_checkpoint_of_another_version_is_named(whole, tmp_path, shapes):
+  """One without the batch shapes, or with sizes of another meaning: said in a line."""
   shutil.copytree(whole[0], tmp_path / "old")
   host = tmp_path / "old" / "checkpoints" / "6" / "host" / "metadata"
   about = json.loads(host.read_text())
-  del about["host"]["shapes"]
+  about["host"].pop("shapes")
+  about["host"] |= {} if shapes is None else {"shapes": shapes}
   host.write_text(json.dumps(about))
   status, _, err = run(LOCAL, *LONGER, f"--workdir={tmp_path / 'old'}", "--config.total_steps=7")
   assert status == 2 and "was written by another version" in err and "Traceback" not in err

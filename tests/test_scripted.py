@@ -29,7 +29,7 @@ from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_t
 from tests import fakes
 
 CHAT = Chat(fakes.ByteTokenizer())
-SHAPE = Shape(rows=4, length=768, teacher_rows=4, teacher_length=1280, tokens=640, responses=256)   # nothing else is compiled
+SHAPE = Shape(rows=4, length=768, teacher_rows=4, teacher_length=1280, tokens=640, responses=256, more_rows=0, more_length=0, packs=1)   # nothing else is compiled
 IFEVAL = {"key": 1, "prompt": "Describe rain.", "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
           "kwargs": [{}, {"relation": "at least", "num_words": 4}]}
 

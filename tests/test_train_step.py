@@ -17,13 +17,13 @@ BLEND = methods.row("sdpo") | dict(advantage=dict(name="group_mean"), surrogate=
 
 
 @functools.cache
-def grads_of(together=None, sliding=False):
+def grads_of(sliding=False):
   """(batch, teacher or None) -> (loss, gradient): read back from one SGD step of rate 1. The blend exercises both terms."""
   windows = dict(sliding=(True, False), sliding_window=5) if sliding else {}
   config, params = fakes.toy_model(0, **windows)
   objective = make_objective(BLEND)
   tx = optax.sgd(1.0)
-  step = jax.jit(make_train_step(make_signals(config, objective), objective, tx, together=together, recompute_old=True))
+  step = jax.jit(make_train_step(make_signals(config, objective), objective, tx, recompute_old=True))
   _, teacher = fakes.toy_model(1)
 
   def run(batch, teacher=teacher):
@@ -60,7 +60,7 @@ def test_packed_rows_equal_rows_of_their_own():
   packed = fakes.toy_batch(rows=8, length=33, teacher_length=41)
   assert packed.student.segment_CPT.max() > 2 and packed.teacher.segment_CPT.max() > 2
   assert_same(alone, grads_of()(packed))
-  assert_same(alone, grads_of(together=2)(fakes.toy_batch(rows=8, length=26, teacher_length=20, packs=2)))
+  assert_same(alone, grads_of()(fakes.toy_batch(rows=8, length=26, teacher_length=20, packs=2)))
 
 
 def test_what_texts_share_may_stand_once():
@@ -69,21 +69,21 @@ def test_what_texts_share_may_stand_once():
   apart, shared = batch(), batch(share=True)
   for a, b in ((apart.student, shared.student), (apart.teacher, shared.teacher)):
     assert (b.segment_CPT > 0).sum() < 0.8 * (a.segment_CPT > 0).sum() and b.prefix_CPT.any()
-  assert_same(grads_of(together=2)(apart), grads_of(together=2)(shared))
-  assert_same(grads_of(2, sliding=True)(apart), grads_of(2, sliding=True)(shared))
+  assert_same(grads_of()(apart), grads_of()(shared))
+  assert_same(grads_of(sliding=True)(apart), grads_of(sliding=True)(shared))
 
 
 def test_row_order_changes_nothing():
   batch = fakes.toy_batch(packs=4)
   order = np.array([2, 0, 3, 1])
   shuffled = jax.tree.map(lambda x: x[order], batch)
-  assert_same(grads_of(4)(batch), grads_of(4)(shuffled))
+  assert_same(grads_of()(batch), grads_of()(shuffled))
 
 
 def test_micro_batches_change_nothing():
   """Rows of unequal length and distill mask: a mean of means would differ."""
-  batch = fakes.toy_batch(rows=8, packs=4, length=20, teacher_length=26)
-  assert_same(grads_of(4)(batch), grads_of()(batch))
+  batch = functools.partial(fakes.toy_batch, rows=8, length=20, teacher_length=26)
+  assert_same(grads_of()(batch()), grads_of()(batch(packs=4)))
 
 
 def test_weight_zero_means_no_gradient():

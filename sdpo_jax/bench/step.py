@@ -17,7 +17,8 @@ Every case runs in a child process of its own. One JSON object a line as they co
   temporaries_mb   what the compiled step allocates beside arguments and results (the compiler's own figure)
   peak_mb          on CPU: highest resident memory of the whole process; on GPU and TPU: highest device memory in use
 
-MB = 10^6 bytes. results/step_cpu.json: small:equal with --micro_batches=4 and small:heavy with 2, one core of a Xeon at real-time priority; small:heavy's mfu still counts the logits that the divergence computes again: 0.49 without. On CPU a batch of SHAPE:equal wants --micro_batches=4, a group each: logits of few tokens are kept instead of computed twice.
+MB = 10^6 bytes. results/step_cpu.json: small:equal with --micro_batches=4 and small:heavy with 2, one core of a Xeon at real-time priority. On CPU a
+batch of SHAPE:equal wants --micro_batches=4, a group each: logits of few tokens are kept instead of computed twice.
 """
 
 import argparse

@@ -12,6 +12,7 @@ generation header are never touched. What was shortened is counted.
 
 import dataclasses
 import functools
+import math
 import os
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ CUT = "\n[...]\n"
 MAX_SHAPES = 16         # compilations that a run whose lengths never settle may ask for; beyond, only what fits nowhere makes one
 COMPILATION = 10.0      # what a compilation costs, in steps: tiny models on CPU take 4 s for it against 0.4 s a step
 WASTE = 0.08            # a share of a step that nobody compiles for
+FEW_PAIRS = 2**26       # of columns that attention may compare: a mask of so many takes little memory on any device
 ATTENTION_TOKENS = 8192  # row length at which attention costs about as much as a layer's matrix products (width 1,000): longer rows pack better but cost more
 
 
@@ -41,10 +43,12 @@ def bucket(length: int, multiple: int) -> int:
 
 
 def shorten(text: str, keep: int) -> str:
-  """At most `keep` characters: the head and the tail, which hold the error and its place, with a visible gap."""
+  """At most `keep` characters: the head and the tail, which hold the error and its place, with a visible gap; "" where there is no room for more than the gap."""
   if len(text) <= keep:
     return text
-  keep = max(keep - len(CUT), 0)
+  keep = keep - len(CUT)
+  if keep <= 0:   # so that what holds it, a template, goes too
+    return ""
   return text[:(keep + 1) // 2] + CUT + (text[len(text) - keep // 2:] if keep // 2 else "")
 
 
@@ -74,6 +78,11 @@ def teacher_prompt(chat: Chat, messages: list[dict[str, str]], context: Context,
   raise TaskError(f"a question with its closing instruction takes {len(tokens)} tokens, more than config.data.max_teacher_tokens={max_tokens}")
 
 
+def pairs(rows: int, length: int) -> int:
+  """Of columns of one row, in all rows; few are as good as none."""
+  return max(rows * length**2, FEW_PAIRS)
+
+
 class Shape(NamedTuple):
   """Sizes of one pack, the response positions R, and how many packs there are. All that the compiled step depends on."""
   rows: int
@@ -82,9 +91,9 @@ class Shape(NamedTuple):
   teacher_length: int
   tokens: int
   responses: int
-  more_rows: int = 0     # of each further reading by the teacher, if the method has any
-  more_length: int = 0
-  packs: int = 1
+  more_rows: int     # of each further reading by the teacher; 0: the method has none
+  more_length: int
+  packs: int
 
   def halves(self) -> tuple[tuple[int, int], ...]:
     """(rows, length) of student, teacher, and the teacher's further readings."""
@@ -97,14 +106,14 @@ class Shape(NamedTuple):
 
   def within(self, other: "Shape") -> bool:
     """A pack takes no more memory than one of `other`: columns, attention over pairs of them, response tokens."""
-    sizes = lambda shape: [shape.tokens, *(n for rows, length in shape.halves() for n in (rows * length, rows * length**2))]
+    sizes = lambda shape: [shape.tokens, *(n for half in shape.halves() for n in (math.prod(half), pairs(*half)))]
     return all(mine <= theirs for mine, theirs in zip(sizes(self), sizes(other)))
 
 
 @dataclasses.dataclass
 class Shapes:
   """Those that a run has used. Its state, `known` and `owed`: a resumed run has to choose the same ones to compute the same."""
-  longest: tuple[int, int, int]   # tokens that a text of the student, one of the teacher, and a response can have: no room beyond that
+  longest: tuple[int, int, int]   # see most_tokens: no room beyond that
   known: list[Shape] = dataclasses.field(default_factory=list)
   owed: float = 0.0         # steps' worth of waste that a better one would have spared, of all batches together, since one was last added for that reason
   limit: int = MAX_SHAPES   # of `known`; then only where none fits, and what is added holds whatever can come
@@ -178,21 +187,21 @@ class Dealt(NamedTuple):
 def choose_shape(dealt, counts: list[int], shapes: Shapes, *, length_multiple: int, response_multiple: int) -> Shape:
   """A shape that holds the batch: one of `shapes`, or a new one, which is added to them.
 
-  counts: of packs, ascending: the fewest that the devices and updates want, to the most that memory may want; dealt(packs) -> Dealt. A new shape has the fewest whose packs take no
-  more memory than the last ones' with texts as long as can be: so many are for long answers, and short ones lie together.
+  counts: of packs, ascending: the fewest that the devices and updates want, to the most that memory may want; dealt(packs) -> Dealt. A new shape
+  has the fewest whose packs take no more memory than those of the last count with texts as long as can be: so many are for long answers, and short ones lie together.
   """
   most = lambda packs: max((text.length for texts in packs for text in texts), default=0)
   needed = lambda packs, length: max(1, max(len(first_fit(texts, length)) for texts in packs))
   tokens_of, responses_of = lambda d: max(map(sum, d.responses)), lambda d: max(map(max, d.responses))
 
-  def best(packs):   # (rows, length) of the cheapest packing: rows as long as the longest text, or longer ones with less left over, up to a whole pack
+  def best(packs, full):   # (rows, length) of the cheapest packing: rows as long as the longest text, or longer ones with less left over, up to a whole pack
     longest, whole = most(packs), max(map(together, packs))
     fitting = []
     for wanted in {*(int(longest * stretch) for stretch in (1.0, 1.5, 2.0, 3.0)), *(max(longest, -(-whole // n)) for n in (1, 2, 3))}:
       length = bucket(wanted, length_multiple)
       rows = needed(packs, length)
-      fitting.append((rows * length * (1.0 + length / ATTENTION_TOKENS), rows, length))
-    return min(fitting)[1:]
+      fitting.append((pairs(rows, length) > pairs(*full), rows * length * (1.0 + length / ATTENTION_TOKENS), rows, length))
+    return min(fitting)[2:]
 
   def holds(shape: Shape) -> bool:
     d = dealt(shape.packs)
@@ -207,34 +216,43 @@ def choose_shape(dealt, counts: list[int], shapes: Shapes, *, length_multiple: i
     d = dealt(packs)
     count = len(d.student[0])
 
-    def sizes(packs, text):   # (rows, length) with room. None in the length of the first shape: lengths may all be equal
-      rows, length = best(packs)
-      return room(rows, count), bucket(room(length, count * text), length_multiple) if rows == 1 and shapes.known else length
+    def sizes(packs, full):   # (rows, length) with room. None in the length of the first shape: lengths may all be equal
+      rows, length = best(packs, full)
+      return room(rows, count), bucket(room(length, math.prod(full)), length_multiple) if rows == 1 and shapes.known else length
 
-    return Shape(*sizes(d.student, shapes.longest[0]), *sizes(d.teacher, shapes.longest[1]), bucket(room(tokens_of(d), count * shapes.longest[2]), response_multiple),
-                 bucket(responses_of(d), response_multiple), *(sizes(sum(d.more, []), shapes.longest[1]) if d.more else (0, 0)), packs)
+    student, teacher, more = worst.halves()
+    return Shape(*sizes(d.student, student), *sizes(d.teacher, teacher), bucket(room(tokens_of(d), worst.tokens), response_multiple),
+                 bucket(responses_of(d), response_multiple), *(sizes(sum(d.more, []), more) if d.more else more), packs)
 
   last = dealt(counts[-1])
-  worst = full_shape(len(last.student[0]), counts[-1], shapes.longest, length_multiple, response_multiple, more=bool(last.more))
+  worst = full_shape(len(last.student[0]), counts[-1], shapes.longest, length_multiple=length_multiple, response_multiple=response_multiple,
+                     taught=most(last.teacher) > 0, more=bool(last.more))
   new = next(shape for shape in map(fitting, counts) if shape.packs == counts[-1] or shape.within(worst))
-  usable = min((s for s in shapes.known if holds(s)), key=Shape.cost, default=None)
+  known = [s for s in shapes.known if s.packs in counts]   # a run may go on with another number of devices
+  usable = min(filter(holds, known), key=Shape.cost, default=None)
   if usable:
     waste = usable.cost() / new.cost() - 1.0
     shapes.owed += waste if waste > WASTE else 0.0
-    if waste <= WASTE or shapes.owed < COMPILATION or len(shapes.known) >= shapes.limit:
+    if waste <= WASTE or shapes.owed < COMPILATION or len(known) >= shapes.limit:
       return usable
     shapes.owed = 0.0
-  if len(shapes.known) >= shapes.limit:   # a length never seen: from now on everything fits into this one
+  if len(known) >= shapes.limit:   # a length never seen: from now on everything fits into this one
     new = worst
   shapes.known.append(new)
   return new
 
 
-def full_shape(rows: int, packs: int, longest: tuple[int, int, int], length_multiple: int, response_multiple: int, *, more: bool = False) -> Shape:
-  """Of packs of `rows` texts, each as long as can be: what a plan compiles for. It holds whatever can come."""
+def most_tokens(data, max_new_tokens: int) -> tuple[int, int, int]:
+  """Tokens that a text of the student, one of the teacher and a response can have. data: the settings."""
+  return data.max_prompt_tokens + max_new_tokens, data.max_teacher_tokens + max_new_tokens, max_new_tokens
+
+
+def full_shape(rows: int, packs: int, longest: tuple[int, int, int], *, length_multiple: int, response_multiple: int, taught: bool, more: bool) -> Shape:
+  """Of packs of `rows` texts, each as long as can be: what a plan compiles for. It holds whatever can come. taught, more: there is a teacher, and it reads again."""
   student, teacher = (bucket(n, length_multiple) for n in longest[:2])
   response = bucket(longest[2], response_multiple)
-  return Shape(rows, student, rows, teacher, rows * response, response, *((rows, teacher) if more else (0, 0)), packs)
+  half = (rows, teacher)
+  return Shape(rows, student, *(half if taught else (1, length_multiple)), rows * response, response, *(half if more else (0, 0)), packs)
 
 
 def lay_out(placed: list[list[int]], known: list[Text], texts: list[list[int]], starts: list[int], at: list[int], rows: int, length: int, tokens: int,
