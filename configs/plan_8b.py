@@ -4,10 +4,10 @@ Run:    python -m sdpo_jax.main --mode=plan --topology=v5p:2x2x2 --config=config
 GPUs:   python -m sdpo_jax.main --mode=plan --topology=h200:8 --config=configs/plan_8b.py:machine=h200-8
 Other:  machine=v5e-64 for --topology=v5e:8x8, machine=v6e-16 for --topology=v6e:4x4; model=olmo3-7b-instruct
 Smoke:  --config=configs/plan_8b.py:local
-Cost:   2.0 CPU minutes until both programs are compiled, and as much again for the suggestion of a micro-batch; h200:8 40 CPU seconds in all.
+Cost:   4.7 CPU minutes for v5p:2x2x2, about half of them for the suggestion of a micro-batch; h200:8 40 CPU seconds in all.
 Result: peak GB per chip of the train step, and of the decode step of 64 responses with the rest of the train state beside it; moving-average teacher.
                                Qwen3-8B        Olmo-3-7B       each chip has
-        v5p-16 (8 chips)       44.7  31.8      41.1  60.5      95
+        v5p-16 (8 chips)       44.6  31.8      41.1  60.5      95
         v5e-64 (64 chips)      10.1   4.1      10.1   7.8      16
         v6e-16 (16 chips)      24.6  15.8      22.6  30.2      32
         h200-8 (8 GPUs)        36.2  42.0      30.9  59.5      141, of which jax uses 105.8; nothing run on a GPU yet; attention by cuDNN, divergence by `xla`
