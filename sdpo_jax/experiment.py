@@ -76,6 +76,7 @@ def run_grid(grid: dict[str, list[str]], root: pathlib.Path, jobs: int) -> list[
 
 
 def begun_runs(grid: dict[str, list[str]], root: pathlib.Path) -> list[pathlib.Path]:
+  """Work directories of the grid's runs that have settings to report."""
   return [root / name for name in grid if (root / name / "config.json").exists()]
 
 

@@ -131,23 +131,27 @@ def longest_texts(c, part: Part | None) -> list[tuple[int, str]]:
 
 
 def check_positions(texts: list[tuple[int, str]], model: ModelConfig, path: str) -> None:
+  """texts: from longest_texts. ValueError for one that has more tokens than the model has positions."""
   for tokens, settings in texts:
     if tokens > model.max_positions:
       raise ValueError(f"{settings} together exceed the {model.max_positions} positions of {path}")
 
 
 def check_rows(c, shards: int) -> None:
+  """ValueError where the sequences that are decoded together do not divide among the mesh's row shards."""
   if c.rollout.rows % shards:
     raise ValueError(f"config.rollout.rows={c.rollout.rows} does not divide among the {shards} row shards of config.mesh")
 
 
 class Loaded(NamedTuple):
+  """A model with its weights, on the mesh if there is one, and its tokens."""
   model: ModelConfig
   params: Any
   chat: Chat
 
 
 def load(c, path: str, mesh) -> Loaded:
+  """From a Hugging Face directory or hub id, in the types of config.model. ValueError or OSError for one that cannot be read, or that the mesh does not divide."""
   model, params = load_pretrained(path, dtype=c.model.param_dtype, mesh=mesh)
   chat = Chat(load_tokenizer(path), thinking=c.model.thinking, teacher_thinking=c.model.teacher_thinking, eos_ids=model.eos_ids)
   return Loaded(dataclasses.replace(model, dtype=c.model.dtype), params, chat)
