@@ -18,7 +18,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
-        "test": ["pytest>=9.2.0", "hypothesis>=6.170.15", "pyarrow>=26.0.1", "torch==2.13.0"],
+        "test": ["pytest>=9.2.0", "hypothesis>=6.170.15", "pyarrow>=26.0.1", "torch==2.13.0", "ruff==0.17.6"],
         "hub": ["datasets", "huggingface_hub"],
         "wandb": ["wandb"],
         "agents": ["ray"],
