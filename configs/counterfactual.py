@@ -66,7 +66,9 @@ ARMS = {  # method, changes to its counterfactual part
     "grpo": ("grpo", {}),
     "grpo_extra": ("grpo", {}),
 }
-MEASURED = {  # tokens generated for one of a rollout, as it was with seed 0: the fewer attempts fail, the fewer alternatives are drawn; a verdict may be longer than an answer
+# tokens generated for one of a rollout, as it was with seed 0: the fewer attempts fail, the fewer
+# alternatives are drawn; a verdict may be longer than an answer
+MEASURED = {
     "tinycode": {"counterfactual": 1.30, "counterfactual_imagined": 2.45},
     "arithmetic": {"counterfactual": 1.28, "counterfactual_imagined": 1.46},
 }

@@ -38,7 +38,8 @@ def get_config(arg: str = ""):
     c = config.base()
     c.seed, c.model.path, c.env.level = a.seed, a.model or "tiny", a.level
     c.optimizer.update(lr=3e-3, warmup_steps=0, weight_decay=0.0)
-    c.data.update(length_multiple=64, response_multiple=24)   # few shapes: the programs compile once
+    # few shapes: the programs compile once
+    c.data.update(length_multiple=64, response_multiple=24)
     c.discover.below_pass_at_64 = 0.03
   elif a.task == "livecodebench" and a.subset in LIVECODEBENCH:
     config.refuse(a, "level", because="it chooses questions of tinycode")

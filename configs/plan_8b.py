@@ -34,12 +34,15 @@ def get_config(arg: str = ""):
   c = config.base()
   c.mesh.update(mesh)
   c.method = methods.row(a.method)
-  c.model.update(path=a.model, dtype="bfloat16", remat="block")   # weights, moments and teacher in float32: steps of 1e-6 vanish in bfloat16
+  # weights, moments and teacher in float32: steps of 1e-6 vanish in bfloat16
+  c.model.update(path=a.model, dtype="bfloat16", remat="block")
   c.data.update(max_prompt_tokens=2048, max_teacher_tokens=10240, length_multiple=1024, response_multiple=1024)
   c.rollout.update(questions=32, group=8, max_new_tokens=8192, rows=64)
   c.train.micro_batches = micro_batches
   c.optimizer.lr = 1e-6
-  if a.local:   # a small model, shorter texts; with fewer tokens a micro-batch their logits would be no larger than what the kernels may use
+  # a small model, shorter texts; with fewer tokens a micro-batch their logits would be no larger
+  # than what the kernels may use
+  if a.local:
     c.model.path = "qwen3-0.6b"
     c.data.update(max_prompt_tokens=128, max_teacher_tokens=256, length_multiple=128, response_multiple=128)
     c.rollout.update(questions=16, group=8, max_new_tokens=1024, rows=16)

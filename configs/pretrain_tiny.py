@@ -44,9 +44,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   c.corpus = dataclasses.asdict(Mixture())
   c.batch = dict(rows=32, length=112, responses=48, texts=62)
   c.optimizer = dict(name="adamw", lr=2e-3, warmup_steps=200, decay_steps=c.total_steps, weight_decay=0.01, b1=0.9, b2=0.98, state_dtype=None,
-                     clip_norm=ml_collections.FieldReference(1.0, field_type=object))   # None: no clipping
+                     # None: no clipping
+                     clip_norm=ml_collections.FieldReference(1.0, field_type=object))
   c.eval = dict(every_steps=500, questions=256, max_new_tokens=28)
-  if a.start:   # its shape is its own; notes and verdicts, and enough of the rest not to forget it
+  # its shape is its own; notes and verdicts, and enough of the rest not to forget it
+  if a.start:
     c.total_steps = 1_200
     c.corpus.update(plain=0.1, feedback=0.2, solution=0.05, both=0.05, notes=0.45, imagine=0.15)
     c.batch.update(**FURTHER[a.domain])

@@ -46,7 +46,9 @@ def save(workdir, step: int, state, host: dict, *, keep: int = 2):
   with _system_errors(_directory(workdir) / str(step)), _manager(workdir, **options) as manager:
     manager.save(int(step), force=True, args=ocp.args.Composite(
         state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave({"host": _to_json(host), "leaves": _leaves(state)})))
-  if jax.process_index() == 0:    # moved away whole first: a deletion that was killed must not leave half a checkpoint under its name
+  # moved away whole first: a deletion that was killed must not leave half a checkpoint under its
+  # name
+  if jax.process_index() == 0:
     shutil.rmtree(_directory(workdir) / "deleted", ignore_errors=True)
 
 

@@ -39,42 +39,61 @@ MODELS = {  # name: Hugging Face hub id; the tiny ones ship with the package
 def base() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.seed = 0
-  c.label = ""                               # what a report calls the run; empty: its method and what else differs
+  # what a report calls the run; empty: its method and what else differs
+  c.label = ""
   c.total_steps = 240                        # generation batches
-  c.method = methods.row("sdpo")             # each cell can be overridden by itself, and so can its part (`complete`)
+  # each cell can be overridden by itself, and so can its part (`complete`)
+  c.method = methods.row("sdpo")
   c.model = dict(
-      path="tiny",                           # a name of MODELS, a Hugging Face directory or a hub id
+      # a name of MODELS, a Hugging Face directory or a hub id
+      path="tiny",
       dtype="float32",                       # activations and matrix products
       param_dtype="float32",                 # weights
-      remat="dots",                          # none | dots | block: what the backward pass recomputes, see decoder.REMAT
-      thinking=False, teacher_thinking=False,   # passed to chat templates that know it: for the policy's prompts, and the teacher's
-      lora=dict(rank=0, alpha=32.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),   # rank 0: all weights train
+      # none | dots | block: what the backward pass recomputes, see decoder.REMAT
+      remat="dots",
+      # passed to chat templates that know it: for the policy's prompts, and the teacher's
+      thinking=False, teacher_thinking=False,
+      # rank 0: all weights train
+      lora=dict(rank=0, alpha=32.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
   )
-  c.mesh = dict(data=1, fsdp=-1, tensor=1)   # devices along each axis of the mesh (sharding.py); -1: what the devices leave
+  # devices along each axis of the mesh (sharding.py); -1: what the devices leave
+  c.mesh = dict(data=1, fsdp=-1, tensor=1)
   c.env = dict(name="tinycode", level="default", words_seed=0)
   c.sandbox = dict(workers=2, isolation="auto")
   c.data = dict(
-      sources=(),                            # "[SPLIT=]LOCATION[ xWEIGHT]" each (data/tasks.py); empty: the environment makes its own
-      on_bad_row="error",                    # error | skip (and count): a row that the environment cannot use, or whose question is too long
-      max_prompt_tokens=256,                 # a longer question is a bad row; from a generator, it stops the run
-      max_teacher_tokens=512,                # a longer teacher prompt has its feedback and solution shortened
-      length_multiple=32,                    # padded row lengths are rounded up to it: bounds the number of compilations
-      response_multiple=8,                   # likewise for the response columns, which the divergence is computed on
+      # "[SPLIT=]LOCATION[ xWEIGHT]" each (data/tasks.py); empty: the environment makes its own
+      sources=(),
+      # error | skip (and count): a row that the environment cannot use, or whose question is too
+      # long
+      on_bad_row="error",
+      # a longer question is a bad row; from a generator, it stops the run
+      max_prompt_tokens=256,
+      # a longer teacher prompt has its feedback and solution shortened
+      max_teacher_tokens=512,
+      # padded row lengths are rounded up to it: bounds the number of compilations
+      length_multiple=32,
+      # likewise for the response columns, which the divergence is computed on
+      response_multiple=8,
   )
   c.rollout = dict(
       questions=16, group=4,                 # responses per generation batch = questions x group
       max_new_tokens=24, temperature=1.0, top_p=1.0,
       rows=64,                               # sequences decoded together
-      chunk=8,                               # tokens between two looks at which responses are done
+      # tokens between two looks at which responses are done
+      chunk=8,
       judge_threads=4, judge_timeout_s=60.0,
   )
   c.optimizer = dict(name="adamw", lr=1e-3, warmup_steps=10, decay_steps=0, weight_decay=0.01, b1=0.9, b2=0.999, state_dtype="float32",
-                     clip_norm=ml_collections.FieldReference(1.0, field_type=object))   # None: no clipping
+                     # None: no clipping
+                     clip_norm=ml_collections.FieldReference(1.0, field_type=object))
   c.train = dict(
       updates_per_batch=1,                   # optimiser updates per generation batch
-      micro_batches=1,                       # gradient accumulation within an update: parts when texts are as long as can be; fewer when they are short
+      # gradient accumulation within an update: parts when texts are as long as can be; fewer when
+      # they are short
+      micro_batches=1,
       max_skipped_in_a_row=5,                # non-finite updates in a row that stop the run
-      max_env_failures_in_a_row=3,           # generation batches without one judged response that stop the run
+      # generation batches without one judged response that stop the run
+      max_env_failures_in_a_row=3,
       loss_implementation="auto",            # of kernels/distill_kl: auto | reference | xla | ...
   )
   c.eval = dict(
@@ -85,17 +104,29 @@ def base() -> ml_collections.ConfigDict:
   c.discover = dict(                         # --mode=discover: test-time self-distillation
       arms=("sdpo", "best_of_k"),            # of sdpo, counterfactual, best_of_k, multi_turn
       split="heldout", questions=20, seeds=5,
-      indices=(),                            # tasks of the split by index; empty: the first `questions`
-      below_pass_at_64=1.0,                  # below 1: only questions that the base model solves more seldom, out of the first `candidates`
-      candidates=200, calibration=2048,      # base attempts at each candidate where the environment cannot list the solutions; beside all budgets
-      attempts=256, tokens=0,                # budgets of one (question, seed): attempts, and generated tokens (0: no limit)
+      # tasks of the split by index; empty: the first `questions`
+      indices=(),
+      # below 1: only questions that the base model solves more seldom, out of the first
+      # `candidates`
+      below_pass_at_64=1.0,
+      # base attempts at each candidate where the environment cannot list the solutions; beside all
+      # budgets
+      candidates=200, calibration=2048,
+      # budgets of one (question, seed): attempts, and generated tokens (0: no limit)
+      attempts=256, tokens=0,
       rollouts=16,                           # attempts per update
-      history="feedback",                    # feedback | attempt_and_feedback: what multi_turn's prompt keeps of a turn
-      parallel=1,                            # questions at a time: the devices are divided among them, and `mesh` describes the part of one
-      warm_start=False,                      # learning begins a question with the weights that the question before left it: the order then matters
+      # feedback | attempt_and_feedback: what multi_turn's prompt keeps of a turn
+      history="feedback",
+      # questions at a time: the devices are divided among them, and `mesh` describes the part of
+      # one
+      parallel=1,
+      # learning begins a question with the weights that the question before left it: the order then
+      # matters
+      warm_start=False,
   )
   c.checkpoint = dict(every_steps=20, keep=2)
-  c.log = dict(rollouts_every_steps=10, rollouts_kept=16)   # rollout files: how often, how many rows
+  # rollout files: how often, how many rows
+  c.log = dict(rollouts_every_steps=10, rollouts_kept=16)
   return c
 
 
@@ -105,8 +136,11 @@ def tiny(a: types.SimpleNamespace) -> ml_collections.ConfigDict:
   c.seed, c.model.path, c.method = a.seed, a.model, methods.row(a.method)
   c.optimizer.update(lr=1.5e-3, decay_steps=c.total_steps)
   if c.method.teacher_weights.name == "ema":
-    c.method.teacher_weights.rate = 0.01   # the paper's rate for rich feedback; at 0.05 accuracy falls again once most problems are solved
-  if c.method.policy_share == 1.0:   # rewards alone: larger groups, so that one of them holds a success, and smaller steps at a constant rate
+    # the paper's rate for rich feedback; at 0.05 accuracy falls again once most problems are solved
+    c.method.teacher_weights.rate = 0.01
+  # rewards alone: larger groups, so that one of them holds a success, and smaller steps at a
+  # constant rate
+  if c.method.policy_share == 1.0:
     c.optimizer.update(lr=5e-4, decay_steps=0)
     c.rollout.update(questions=8, group=8)
   if c.method.reduction.name == "constant":
@@ -128,12 +162,15 @@ def paper(a: types.SimpleNamespace, *, rich_feedback: bool) -> ml_collections.Co
   """
   c = base()
   c.seed, c.model.path, c.method = a.seed, a.model, methods.row(a.method)
-  c.model.update(dtype="bfloat16", remat="block")   # weights, moments and teacher in float32: steps of 1e-6 vanish in bfloat16
+  # weights, moments and teacher in float32: steps of 1e-6 vanish in bfloat16
+  c.model.update(dtype="bfloat16", remat="block")
   c.data.update(max_prompt_tokens=2048, max_teacher_tokens=10_240, length_multiple=512, response_multiple=512)
   c.rollout.update(questions=32, group=8, max_new_tokens=8192, rows=256, chunk=64)
   c.optimizer.update(lr=1e-6 if rich_feedback else 1e-5, warmup_steps=0 if rich_feedback else 10)
-  c.train.update(updates_per_batch=32 if rich_feedback else 1, micro_batches=1 if rich_feedback else 32)   # at full length 8 rows at a time
-  if c.method.teacher_weights.name == "ema":   # the method's own column: rows with other teachers keep theirs
+  # at full length 8 rows at a time
+  c.train.update(updates_per_batch=32 if rich_feedback else 1, micro_batches=1 if rich_feedback else 32)
+  # the method's own column: rows with other teachers keep theirs
+  if c.method.teacher_weights.name == "ema":
     c.method.teacher_weights.rate = 0.01 if rich_feedback else 0.05
     c.method.token_signal.alpha = 1.0 if rich_feedback else 0.5
     c.method.token_signal.top_k = a.top_k or None
@@ -147,9 +184,12 @@ def paper(a: types.SimpleNamespace, *, rich_feedback: bool) -> ml_collections.Co
     c.optimizer.lr = 1e-6
     c.train.update(updates_per_batch=4, micro_batches=8)
   c.total_steps = 80 if rich_feedback else 100
-  c.eval.update(splits=("test",), final_splits=("test",), questions=10_000, samples=4 if rich_feedback else 16, every_steps=10)   # every question of the split
+  # every question of the split
+  c.eval.update(splits=("test",), final_splits=("test",), questions=10_000, samples=4 if rich_feedback else 16, every_steps=10)
   c.discover.split = "test"
-  if a.local:   # same path, toy sizes, seconds on a CPU: the tiny model reads any text, byte by byte where it must, and solves nothing
+  # same path, toy sizes, seconds on a CPU: the tiny model reads any text, byte by byte where it
+  # must, and solves nothing
+  if a.local:
     c.total_steps = 2
     c.model.update(path="tiny", dtype="float32", remat="dots")
     c.data.update(max_prompt_tokens=700, max_teacher_tokens=1000, length_multiple=128, response_multiple=8)
@@ -162,7 +202,8 @@ def paper(a: types.SimpleNamespace, *, rich_feedback: bool) -> ml_collections.Co
   return c
 
 
-ROWS = os.path.join(os.path.dirname(__file__), "assets", "rows")   # a handful of our own questions a task, for `:local` without data=
+# a handful of our own questions a task, for `:local` without data=
+ROWS = os.path.join(os.path.dirname(__file__), "assets", "rows")
 EXAMPLES = "`local` reads the examples that come with the package, unless data= names others"
 
 
@@ -243,7 +284,8 @@ def complete(c: ml_collections.ConfigDict, arguments: list[str]) -> None:
   for path, value in _overrides(arguments):
     if path == "config.method" or path == "config.method.name" and value != c.method.name:
       raise ValueError(f"{path} cannot be set alone: choose another row by the config file's argument, --config=FILE:method={value}")
-  for axis in [axis for axis in methods.AXES if axis in c.method]:   # `validate` says so if one is missing
+  # `validate` says so if one is missing
+  for axis in [axis for axis in methods.AXES if axis in c.method]:
     part = {"name": chosen[name]} if (name := f"method.{axis}") in chosen else c.method[axis].to_dict()
     with _named_in_full():
       known = methods.parameters(axis, part["name"])
@@ -314,7 +356,8 @@ def _same_keys(given: ml_collections.ConfigDict, known: ml_collections.ConfigDic
     name = f"{path}.{key}"
     if key not in known:
       raise ValueError(_not_a_setting(path, key, known))
-    if isinstance(known[key], ml_collections.ConfigDict) and name not in ("config.method", "config.env"):   # whose parts have settings of their own
+    # whose parts have settings of their own
+    if isinstance(known[key], ml_collections.ConfigDict) and name not in ("config.method", "config.env"):
       _same_keys(given[key], known[key], name)
   for key in known:
     if key not in given:

@@ -59,7 +59,8 @@ def explore(part: Part, collector: Collector, params, groups: list[list[Rollout]
   if "siblings" in part.sources:
     for q, i in wanting:
       found[q, i] += [Alternative(r, "siblings") for j, r in enumerate(groups[q]) if j != i]
-  unjudged = {id(a.rollout) for at in wanting for a in found[at] if a.rollout.feedback.status is Status.ENV_FAILED}   # attempts share some
+  # attempts share some
+  unjudged = {id(a.rollout) for at in wanting for a in found[at] if a.rollout.feedback.status is Status.ENV_FAILED}
   ask = getattr(collector.env, "behaviour", None)
   behaviour = lambda r: ask(r.task, r.text) if ask else (r.feedback.reward, r.feedback.text)
   for q, i in wanting:

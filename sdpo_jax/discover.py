@@ -256,7 +256,8 @@ def make_logp(score: Callable, make_batch: Callable, rows: int) -> Callable:
       part = rollouts[first:first + rows]
       packed = make_batch([part + part[:1] * (rows - len(part))])
       logp_B = np.where(packed.batch.weight_BR > 0, np.asarray(score(packed.batch)), 0.0).sum(1)
-      said |= dict(zip(map(id, packed.rollouts), logp_B))   # packs have their rows in an order of their own
+      # packs have their rows in an order of their own
+      said |= dict(zip(map(id, packed.rollouts), logp_B))
     return np.array([said[id(r)] for r in rollouts])
 
   return logp
@@ -451,7 +452,8 @@ def finish_all(c, workdir: pathlib.Path, runs: list[Run], w: Wired, first: Solve
   Whatever ends one of them, an error or an interrupt, stops the others after their present batch and is raised here.
   """
   done = {(line["arm"], line["task_id"], line["seed"]) for line in read_lines(workdir / "discover.jsonl")}
-  jobs: dict[Any, list[Run]] = {}   # a job's runs follow one another; without warm starts each run is a job
+  # a job's runs follow one another; without warm starts each run is a job
+  jobs: dict[Any, list[Run]] = {}
   for run in runs:
     if (run.arm, run.task.id, run.seed) not in done:
       jobs.setdefault((run.arm, run.seed) if c.discover.warm_start and run.arm in LEARNING else run.number, []).append(run)
@@ -467,7 +469,8 @@ def finish_all(c, workdir: pathlib.Path, runs: list[Run], w: Wired, first: Solve
     if start is not None and solver.w.mesh is None:
       start = uncommitted(start)
     line, state = solver.solve(run, log, start)
-    if chain and run.place + 1 not in checkpoint.all_steps(chain):   # it is there if a kill came between the two writes
+    # it is there if a kill came between the two writes
+    if chain and run.place + 1 not in checkpoint.all_steps(chain):
       checkpoint.save(chain, run.place + 1, state._replace(opt_state=None, teacher=None), {})
     with writing, open(workdir / "discover.jsonl", "a", encoding="utf-8") as out:
       out.write(json.dumps(line) + "\n")

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 
 from sdpo_jax import stats
 
-HARD, VERY_HARD = 0.5, 0.03   # pass@64 of the base model below which a question is called so (arXiv 2601.20802)
+# pass@64 of the base model below which a question is called so (arXiv 2601.20802)
+HARD, VERY_HARD = 0.5, 0.03
 DRAWS = 10_000
 COLOURS = {"sdpo": "#0072b2", "counterfactual": "#cc79a7", "best_of_k": "#d55e00", "multi_turn": "#009e73"}
 
@@ -56,11 +57,13 @@ def summarise(lines: list[dict], budget: int, *, difficulty: dict[str, float] | 
         "discovery_by_difficulty": {name: {"questions": len(members)} | curve(members) for name, members in classes.items() if members},
         "discovery_kaplan_meier": {str(k): stats.kaplan_meier([r["first_success"] for r in mine], [r["attempts"] for r in mine], k) for k in ks},
         "questions": len(groups), "runs": len(mine), "solved": sum(r["first_success"] is not None for r in mine),
-        "ended_early": sum(r["first_success"] is None and r["attempts"] < budget for r in mine),   # unsolved when its tokens were spent
+        # unsolved when its tokens were spent
+        "ended_early": sum(r["first_success"] is None and r["attempts"] < budget for r in mine),
         "mean_attempts": float(np.mean([r["first_success"] or r["attempts"] for r in mine])),
         "mean_tokens": float(np.mean([r["first_success_tokens"] or r["tokens"] for r in mine])),
         "mean_teacher_tokens": float(np.mean([r["teacher_tokens"] for r in mine])),
-        "env_failed": sum(r["env_failed"] for r in mine) if all("env_failed" in r for r in mine) else None,   # None: not recorded
+        # None: not recorded
+        "env_failed": sum(r["env_failed"] for r in mine) if all("env_failed" in r for r in mine) else None,
         "time_s": float(np.sum([r["time_s"] for r in mine]))}
   for question in dict.fromkeys(line["task_id"] for line in lines):
     row: dict[str, Any] = {"task_id": question, "pass@64": difficulty.get(question)}
@@ -154,7 +157,8 @@ def plot(lines: list[dict], budget: int, path: pathlib.Path, *, level: float = 0
       attempts.fill_between(ks, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.2, linewidth=0)
     costs = sorted(r["first_success_tokens"] for runs in groups.values() for r in runs if r["first_success"] is not None)
     runs = sum(map(len, groups.values()))
-    most = max(r["tokens"] for runs_of in groups.values() for r in runs_of)   # nothing more was found up to there
+    # nothing more was found up to there
+    most = max(r["tokens"] for runs_of in groups.values() for r in runs_of)
     tokens.step([0, *costs, most], np.append(np.arange(len(costs) + 1), len(costs)) / runs, where="post", color=colour, label=arm)
   attempts.set(xscale="log", xlabel="attempts k", ylabel="discovery@k", title=f"bands: {level:.0%} over questions", ylim=(0, None))
   tokens.set(xlabel="generated tokens", ylabel="runs solved", ylim=(0, None))

@@ -70,7 +70,8 @@ def run_grid(grid: dict[str, list[str]], root: pathlib.Path, jobs: int) -> list[
           print(f"{name}: {'done' if process.returncode == 0 else f'failed with status {process.returncode}, see {root / name}/run.log'} "
                 f"after {time.monotonic() - begun:.0f} s, {len(waiting) + len(running)} to go", flush=True)
   finally:
-    for _, process, _ in running.values():   # none, unless one could not be started or this one is interrupted
+    # none, unless one could not be started or this one is interrupted
+    for _, process, _ in running.values():
       process.terminate()
   return failed
 

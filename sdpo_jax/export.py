@@ -76,7 +76,8 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--{name}=... is needed")
     step = export(f.workdir, f.out, step=f.step, dtype=f.dtype, adapters=f.adapters)
   except (flags.Error, ValueError, OSError, KeyError) as error:
-    if isinstance(error, OSError) and error.errno:   # the system's: a write that found no room does not say where
+    # the system's: a write that found no room does not say where
+    if isinstance(error, OSError) and error.errno:
       error = f"{error.strerror}: {error.filename or f.out}"
     print(f"sdpo_jax: {' '.join(str(error).split())}", file=sys.stderr)
     return 2

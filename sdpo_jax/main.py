@@ -45,7 +45,8 @@ def parse(argv: list[str]):
     for argument in rest[1:]:
       if not argument.lstrip("-").startswith(("config.", "noconfig.")) and argument.startswith("-"):
         raise UsageError(f"unknown flag {argument!r}")
-    if not os.path.isfile(path := f.config.partition(":")[0]):   # at once: what follows imports jax, which takes seconds
+    # at once: what follows imports jax, which takes seconds
+    if not os.path.isfile(path := f.config.partition(":")[0]):
       raise UsageError(f"--config={path}: no such file")
     from sdpo_jax import config
     c = config.load(f.config)
@@ -83,7 +84,8 @@ def main(argv: list[str]) -> int:
       from sdpo_jax import hosts
       hosts.start(f.distributed)   # before anything asks for devices
     workdir = f.workdir or fresh_workdir()
-    from sdpo_jax import config   # after the flags: a wrong one answers at once, jax takes seconds to import
+    # after the flags: a wrong one answers at once, jax takes seconds to import
+    from sdpo_jax import config
     config.validate(c)
     if f.mode == "eval" and not f.checkpoint:
       raise UsageError("--mode=eval needs --checkpoint=WORKDIR[:step] or a Hugging Face directory")
@@ -134,9 +136,11 @@ def plan_lines(c, topology: str):
   from sdpo_jax import plan, sharding, wiring
   from sdpo_jax.model import lora
   from sdpo_jax.objectives import methods
-  jax.config.update("jax_platforms", "cpu")   # the compiler alone is wanted: neither a TPU nor its lock
+  # the compiler alone is wanted: neither a TPU nor its lock
+  jax.config.update("jax_platforms", "cpu")
   os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-  for name, value in {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}.items():   # libtpu complains where they are unset; it plans for the topology whatever they say
+  # libtpu complains where they are unset; it plans for the topology whatever they say
+  for name, value in {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}.items():
     os.environ.setdefault(name, value)
   wiring.check_rows(c, sharding.row_shards(sharding.make_mesh(plan.topology_devices(topology), **c.mesh)))
   model = dataclasses.replace(wiring.model_shape(c.model.path), dtype=c.model.dtype, param_dtype=c.model.param_dtype)

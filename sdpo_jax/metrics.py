@@ -25,7 +25,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sdpo_jax.records import Ratio
 
-MACHINE = ("time*", "perf/*", "*per_s*")    # names of values that another machine, or another try, would not repeat
+# names of values that another machine, or another try, would not repeat
+MACHINE = ("time*", "perf/*", "*per_s*")
 
 
 def reduce(metrics) -> dict[str, float | int]:
@@ -51,7 +52,8 @@ def read(workdir) -> list[dict]:
   path = pathlib.Path(workdir) / "metrics.jsonl"
   if not path.exists():
     return []
-  *whole, _ = path.read_text(encoding="utf-8").split("\n")    # what follows the last newline is empty, or cut short
+  # what follows the last newline is empty, or cut short
+  *whole, _ = path.read_text(encoding="utf-8").split("\n")
   lines = []
   for number, text in enumerate(whole, start=1):
     try:
@@ -110,7 +112,8 @@ class Writer:
       self._workdir.mkdir(parents=True, exist_ok=True)
       self._file = self._path.open("a", encoding="utf-8")
       older = any(self._workdir.glob("events*"))
-      self._events = EventsWriter(str(self._workdir / "events"))   # in this thread: SummaryWriter's own dies of a full disk, and then it waits for it forever
+      # in this thread: SummaryWriter's own dies of a full disk, and then it waits for it forever
+      self._events = EventsWriter(str(self._workdir / "events"))
       if older and self._purge_step is not None:
         self._events.write_event(Event(wall_time=time.time(), step=self._purge_step, session_log=SessionLog(status=SessionLog.START)))
     elapsed_s = self._earlier_s + time.monotonic() - self._opened
@@ -137,7 +140,8 @@ class Progress:
 
   def __init__(self, total_steps):
     self._total = total_steps
-    self._first = None    # (step, clock) of the first line of this session: its compilation is not typical
+    # (step, clock) of the first line of this session: its compilation is not typical
+    self._first = None
     self._console = rich.console.Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
     self._bar = None
 

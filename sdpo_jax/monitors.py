@@ -19,7 +19,8 @@ NGRAM = 8      # tokens
 
 def copy_rate(rollouts: list[Rollout], contexts, chat: Chat) -> Ratio:
   """n-grams that were copied, over all n-grams of responses that have a teacher. contexts[b]: what the teacher of rollouts[b] read, or None."""
-  grams = functools.cache(lambda text: frozenset(ngrams(chat.text_tokens(text))))   # a group shows one solution to many
+  # a group shows one solution to many
+  grams = functools.cache(lambda text: frozenset(ngrams(chat.text_tokens(text))))
   copied = total = 0
   for rollout, context in zip(rollouts, contexts):
     if context is None:

@@ -80,7 +80,8 @@ class OutOfMemory(Exception):
     self.needed = needed
 
 
-# ---- shapes -----------------------------------------------------------------------------------------------------------
+# ---- shapes --------------------------------------------------------------------------------------
+# ---------------------
 
 
 def state_shapes(model: ModelConfig, tx, mesh, *, adapters: lora.Lora | None = None, keep_teacher: bool, teacher_move: float = 0.0) -> TrainState:
@@ -126,7 +127,8 @@ def _bytes_per_chip(tree) -> int:
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-# ---- one program ------------------------------------------------------------------------------------------------------
+# ---- one program ---------------------------------------------------------------------------------
+# ---------------------
 
 
 def compile_for(mesh, function, *args, **kwargs) -> Program:
@@ -135,7 +137,8 @@ def compile_for(mesh, function, *args, **kwargs) -> Program:
     traced = function.trace(*args, **kwargs)
     try:
       lowered = traced.lower()
-      compiled = lowered.compile({"xla_gpu_autotune_level": "0"} if mesh.devices.flat[0].platform == "gpu" else None)   # no GPU to try on
+      # no GPU to try on
+      compiled = lowered.compile({"xla_gpu_autotune_level": "0"} if mesh.devices.flat[0].platform == "gpu" else None)
     except jax.errors.JaxRuntimeError as error:
       used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT]? hbm|HLO temporaries \(([\d.]+)([KMGT])\)", str(error))
       if used is None:
@@ -156,7 +159,8 @@ def operations(jaxpr) -> float:
     if eqn.primitive.name == "dot_general":
       (contracted, _), _ = eqn.params["dimension_numbers"]
       total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-    elif eqn.primitive.name.startswith("dot_product_attention_"):   # cuDNN's: two products forward, five backward, masked or not
+    # cuDNN's: two products forward, five backward, masked or not
+    elif eqn.primitive.name.startswith("dot_product_attention_"):
       (B, T, N, H), S = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
       total += (4.0 if "fwd" in eqn.primitive.name else 10.0) * B * T * N * H * S
     elif eqn.primitive.name == "cond":
@@ -178,7 +182,8 @@ def _share_computed(eqn) -> float:
   return (queries + 1) / (2 * queries) if eqn.params["name"].startswith("splash") and queries == keys else 1.0
 
 
-# ---- collectives of a compiled program ----------------------------------------------------------------------------------
+# ---- collectives of a compiled program
+# ----------------------------------------------------------------------------------
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
@@ -208,7 +213,8 @@ def collectives(text: str) -> dict[str, tuple[int, float]]:
         found[kind] = count + times, total + times * size
       loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
       if loop:
-        known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)   # the CPU compiler says so; the TPU's condition is read
+        # the CPU compiler says so; the TPU's condition is read
+        known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
         visit(loop[2], times * (int(known[1]) if known else _trips(bodies[loop[1]])))
         continue
       for group in re.findall(r"(?:calls|branch_computations|called_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)", line):
@@ -265,14 +271,16 @@ def logit_arrays(text: str, tokens: int, entries: int, model: ModelConfig) -> li
     if {tokens, entries} <= set(sizes):
       return True
     a, *rest = sorted(size for size in sizes if size > 1) or [1]
-    matrix = len(rest) == 1 and any(model.vocab % v == 0 and 2 * model.width % d == 0 for v, d in ((a, *rest), (*rest, a)))   # 2: a trust region's two side by side
+    # 2: a trust region's two side by side
+    matrix = len(rest) == 1 and any(model.vocab % v == 0 and 2 * model.width % d == 0 for v, d in ((a, *rest), (*rest, a)))
     return 2 * math.prod(sizes) >= tokens * entries and not matrix and model.layers not in sizes
 
   types = set(re.findall(r"\w+\[[\d,]+\]", text))
   return sorted(t for t in types if may_be([int(size) for size in t.partition("[")[2][:-1].split(",")]))
 
 
-# ---- the report -------------------------------------------------------------------------------------------------------
+# ---- the report ----------------------------------------------------------------------------------
+# ---------------------
 
 
 def topology_devices(name: str):
@@ -292,7 +300,8 @@ def topology_devices(name: str):
 
 def usable_share(chip: str) -> float:
   """Of a chip's memory: what jax gives a program."""
-  asked = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")   # its new name and the one that most know
+  # its new name and the one that most know
+  asked = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
   try:
     return float(asked or 0.75) if chip in GPUS else 1.0
   except ValueError:

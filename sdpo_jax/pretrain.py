@@ -63,7 +63,8 @@ class PackedRows:
       problem = self.corpus.problem(self.seed, i)
       texts.append((self.chat.prompt_tokens([{"role": "user", "content": problem.message}]),
                     self.chat.text_tokens(problem.response) + [self.chat.stop_tokens[0]]))
-    for p, a in sorted(texts, key=lambda pair: -len(pair[0])):   # the longest first: what is short fills the gaps
+    # the longest first: what is short fills the gaps
+    for p, a in sorted(texts, key=lambda pair: -len(pair[0])):
       b = next((b for b in range(B) if used[b] + len(p) + len(a) <= T and answered[b] + len(a) <= R), None)
       if b is None:
         left_out += 1
@@ -140,7 +141,8 @@ def run(c, workdir: str, out: str, model: ModelConfig, params, data: PackedRows,
   sampler = Sampler(model, rows=c.eval.questions, prompt_multiple=128, chunk=64, pad_token=chat.pad_token)
   if checkpoint.latest_step(workdir) is not None:
     state, _ = checkpoint.restore(workdir, state)
-  kept = [line for line in metrics.read(workdir) if line["step"] <= int(state.step)]   # what came after the checkpoint is written again
+  # what came after the checkpoint is written again
+  kept = [line for line in metrics.read(workdir) if line["step"] <= int(state.step)]
   metrics.write_atomically(pathlib.Path(workdir) / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")
   metrics.write_atomically(pathlib.Path(workdir) / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
   log = open(os.path.join(workdir, "metrics.jsonl"), "a")

@@ -36,9 +36,11 @@ class Task:
   id: str
   prompt: str                      # what the user says
   system: str | None = None        # system message, if the task has one
-  solution: str | None = None      # a reference response; only methods that ask for it may read it
+  # a reference response; only methods that ask for it may read it
+  solution: str | None = None
   split: str = "train"
-  data: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the judge needs: tests, answers
+  # what the judge needs: tests, answers
+  data: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +61,11 @@ class Rollout:
   finish_reason: str       # "stop" | "length"
   text: str                # the response as text, without the stop token
   feedback: Feedback
-  alternatives: list["Alternative"] = dataclasses.field(default_factory=list)   # what else might have been said to this question
-  extra_tokens: int = 0    # generated to find them and to imagine their feedback; what a question's attempts share, its first failed one bears
+  # what else might have been said to this question
+  alternatives: list["Alternative"] = dataclasses.field(default_factory=list)
+  # generated to find them and to imagine their feedback; what a question's attempts share, its
+  # first failed one bears
+  extra_tokens: int = 0
   extra_calls: int = 0     # judged for them
 
 
@@ -69,7 +74,8 @@ class Alternative:
   """Another response to the question of a failed attempt, judged; never trained on. Of a second model, its tokens are that one's."""
   rollout: Rollout
   source: str                  # samples | model | branches | siblings
-  imagined: str | None = None  # the feedback that the model imagined for it and the teacher reads; None: it reads the judge's
+  # the feedback that the model imagined for it and the teacher reads; None: it reads the judge's
+  imagined: str | None = None
 
 
 class Rows(NamedTuple):
@@ -81,14 +87,21 @@ class Rows(NamedTuple):
   token_CPT: np.ndarray      # int32
   segment_CPT: np.ndarray    # int32
   position_CPT: np.ndarray   # int32
-  prefix_CPT: np.ndarray | None   # int32: the segment that this one continues, 0 for none; None: no text of the batch shares anything
-  at_CX: np.ndarray          # int32: column, among the pack's P x T, whose logits predict response token x, which is the next column's
+  # int32: the segment that this one continues, 0 for none; None: no text of the batch shares
+  # anything
+  prefix_CPT: np.ndarray | None
+  # int32: column, among the pack's P x T, whose logits predict response token x, which is the next
+  # column's
+  at_CX: np.ndarray
 
 
 class Counterfactual(NamedTuple):
   """One more reading of a batch's responses: by a teacher that is told what alternatives would have received."""
-  teacher: Rows                # prompt with feedback and notes, then the SAME response at the same x as in the batch
-  weight_B: np.ndarray         # float32 >= 0: of the divergence from this reading; 0: nothing is told, no row holds this response
+  # prompt with feedback and notes, then the SAME response at the same x as in the batch
+  teacher: Rows
+  # float32 >= 0: of the divergence from this reading; 0: nothing is told, no row holds this
+  # response
+  weight_B: np.ndarray
 
 
 class TrainBatch(NamedTuple):
@@ -100,11 +113,15 @@ class TrainBatch(NamedTuple):
   """
   student: Rows                # prompt then response
   teacher: Rows                # prompt with feedback, then the SAME response at the same x
-  start_B: np.ndarray          # int32: response token r of row b is token start_B[b] + r of its pack
+  # int32: response token r of row b is token start_B[b] + r of its pack
+  start_B: np.ndarray
   response_BR: np.ndarray      # int32: the tokens being scored
-  weight_BR: np.ndarray        # float32 >= 0: 0 marks padding, tool output and dropped rows; only what weighs something is packed
+  # float32 >= 0: 0 marks padding, tool output and dropped rows; only what weighs something is
+  # packed
+  weight_BR: np.ndarray
   advantage_B: np.ndarray      # float32
-  distill_B: np.ndarray        # float32: 0 where the teacher has nothing to show: no row of its then holds this response
+  # float32: 0 where the teacher has nothing to show: no row of its then holds this response
+  distill_B: np.ndarray
   logp_rollout_BR: np.ndarray  # float32, nats: as the sampler reported it
   logp_old_BR: np.ndarray      # float32, nats: the trainer's, before this batch's updates
   counterfactuals: tuple[Counterfactual, ...] = ()

@@ -38,7 +38,8 @@ TRAINING = {   # metric -> title, unit
     "train/teacher_gap_abs": ("Distance of teacher and policy", "mean |log-prob. gap|, nats a token"),
     "rollout/length": ("Response length", "tokens"),
 }
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")   # Okabe and Ito: told apart by everyone
+# Okabe and Ito: told apart by everyone
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 FULL_COLOUR_NATS = 2.0    # a gap this large is painted at full strength
 ROLLOUTS_SHOWN = 16       # of each run
 
@@ -95,7 +96,8 @@ def write_report(workdirs, out) -> pathlib.Path:
       f"<h1>{_text(_title(runs))}</h1>", _results(runs), *_by_task(runs, out), *[_rollouts(run, len(runs) == 1) for run in runs], _settings(runs),
       "</body></html>"])
   path = out / "index.html"
-  path.write_bytes(page.encode("utf-8", "replace"))    # a lone surrogate in a response must not cost the page
+  # a lone surrogate in a response must not cost the page
+  path.write_bytes(page.encode("utf-8", "replace"))
   return path
 
 
@@ -143,7 +145,8 @@ def _flat(config, path=""):
 
 def _label(runs):
   """Name every run by its `label`, else its method, and by whatever else distinguishes it from runs of the same name and task, but for the seed."""
-  same_learning = ("seed", "checkpoint.", "log.", "sandbox.")    # where these differ, the runs are still of one kind
+  # where these differ, the runs are still of one kind
+  same_learning = ("seed", "checkpoint.", "log.", "sandbox.")
   settings = [{key: value for key, value in _flat(run.config).items() if not key.startswith(same_learning)} for run in runs]
   names = [str(flat.get("label") or flat.get("method.name", run.workdir.name)) for run, flat in zip(runs, settings)]
   kinds = [(name, flat.get("env.name")) for name, flat in zip(names, settings)]
@@ -338,7 +341,8 @@ def _smooth(value_X):
   return np.array([value_X[i - r:i + r + 1].mean() for i, r in enumerate(reach)])
 
 
-# Rollouts: what was asked, answered and said about it, each token painted by what the teacher thought of it.
+# Rollouts: what was asked, answered and said about it, each token painted by what the teacher
+# thought of it.
 
 def _rollouts(run, alone):
   if not run.rollouts:

@@ -84,7 +84,8 @@ class Collector:
       head, logp = begun[c.prompt_index]
       c = c._replace(tokens=head + c.tokens, logp=logp + c.logp)
       text = self.chat.response_text(c.tokens)
-      mine = (c.prompt_index * n + c.sample_index) % jax.process_count() == jax.process_index()   # every process samples all, judges its share
+      # every process samples all, judges its share
+      mine = (c.prompt_index * n + c.sample_index) % jax.process_count() == jax.process_index()
       future = self._submit(tasks[c.prompt_index], text, c) if mine else None
       pending[c.prompt_index, c.sample_index] = (c, text, future)
     said = {}

@@ -112,7 +112,8 @@ class Sampler:
     P = -(-longest // self.prompt_multiple) * self.prompt_multiple
     rows = min(self.rows, -(-(1 << (len(jobs) - 1).bit_length()) // self.row_multiple) * self.row_multiple)
     prompt_BP = np.full((rows, P), self.pad_token, np.int32)
-    length_B = np.ones(rows, np.int32)   # rows beyond the jobs read one padding token and are thrown away
+    # rows beyond the jobs read one padding token and are thrown away
+    length_B = np.ones(rows, np.int32)
     seed_B, sample_B = np.zeros(rows, np.uint32), np.zeros(rows, np.uint32)
     for b, (p, s) in enumerate(jobs):
       prompt_BP[b, P - len(prompts[p]):] = prompts[p]

@@ -16,7 +16,8 @@ WEIGHTS = {"L": None, "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F":
 ACTIVATIONS = {"B": ("data", "fsdp"), "T": None, "R": None, "S": None, "L": None, "D": None, "N": "tensor", "K": "tensor",
                "H": None, "F": "tensor", "V": "tensor"}
 
-GATHERED = WEIGHTS | {"D": None}   # a layer's weights while they are used: fsdp holds them in parts only between uses
+# a layer's weights while they are used: fsdp holds them in parts only between uses
+GATHERED = WEIGHTS | {"D": None}
 
 
 def spec(axes: str, rules: dict) -> PartitionSpec:
@@ -51,7 +52,8 @@ def make_mesh(devices, *, data: int, fsdp: int, tensor: int) -> jax.sharding.Mes
   shape, types = tuple(sizes.values()), (jax.sharding.AxisType.Auto,) * 3
   try:
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
-  except NotImplementedError:   # the chips' grid has no side of these lengths (8 x 2 on 4 x 4): one side is shared by two axes
+  # the chips' grid has no side of these lengths (8 x 2 on 4 x 4): one side is shared by two axes
+  except NotImplementedError:
     return jax.sharding.Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES, axis_types=types)
 
 

@@ -58,7 +58,8 @@ def pass_at_k(n, c, k):
     if not (1 <= k <= n and 0 <= c <= n):
       raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= c <= n; got n={n}, c={c}, k={k}")
     ways = math.comb(n, k)
-    return (ways - math.comb(n - c, k)) / ways    # whole numbers until the one division, so no cancellation
+    # whole numbers until the one division, so no cancellation
+    return (ways - math.comb(n - c, k)) / ways
   value = np.vectorize(one, otypes=[float])(n, c, k)
   return float(value) if value.ndim == 0 else value
 
@@ -69,7 +70,8 @@ def discovery_at_k(first_success, k):
   first_success: any shape (runs, or questions x seeds), attempts counted from 1; None, inf or NaN is a run that never succeeded and counts as not
   found at every k, however early it was stopped. k: a number or an array of numbers (a curve); the result has its shape.
   """
-  first_X = np.array(first_success, dtype=float).ravel()    # None becomes NaN, which is <= nothing
+  # None becomes NaN, which is <= nothing
+  first_X = np.array(first_success, dtype=float).ravel()
   if not first_X.size:
     raise ValueError("discovery@k of no runs")
   if np.any(first_X < 1):
@@ -128,7 +130,8 @@ def _bootstrap(x, axes, level, seed):
     return mean, None, None, None
   variance = [part.var(ddof=1) / len(part) for part in parts]
   total = sum(variance)
-  if math.sqrt(total) <= 1e-12 * max(1.0, abs(mean)):    # all equal up to rounding: only the signs speak
+  # all equal up to rounding: only the signs speak
+  if math.sqrt(total) <= 1e-12 * max(1.0, abs(mean)):
     return mean, mean, mean, 1.0 if mean == 0 else 2.0 ** (1 - max(len(part) for part in parts))
   freedom = total**2 / sum(v**2 / (len(part) - 1) for v, part in zip(variance, parts))
   stretch = math.sqrt(total / sum(v * (len(part) - 1) / len(part) for v, part in zip(variance, parts)))
@@ -142,7 +145,8 @@ def _bootstrap(x, axes, level, seed):
     return mean + widen * np.quantile(deviation, [outside / 2, 1 - outside / 2])
 
   low, high = interval(1 - level)
-  p_value, most = 2 / (1 + DRAWS), 1.0    # the least that the draws can resolve; halve towards the interval that just touches 0
+  # the least that the draws can resolve; halve towards the interval that just touches 0
+  p_value, most = 2 / (1 + DRAWS), 1.0
   for _ in range(20):
     middle = (p_value + most) / 2
     low_m, high_m = interval(middle)

@@ -117,7 +117,8 @@ def train(c, workdir: str) -> None:
     same_run(workdir, c, begun=checkpoint.latest_step(workdir) is not None)
     latest = checkpoint.latest_step(workdir)
   if latest is not None and latest >= c.total_steps:
-    if hosts.leads() and not (workdir / "report" / "index.html").exists():   # killed between the last step and the report
+    # killed between the last step and the report
+    if hosts.leads() and not (workdir / "report" / "index.html").exists():
       report.write_report([workdir], workdir / "report")
     return
 
@@ -174,7 +175,8 @@ def train(c, workdir: str) -> None:
                     share_prefixes=jax.default_backend() != "tpu")   # splash knows no prefixes
       return packed._replace(metrics=packed.metrics | explored | skipped | {"data/copy_rate": monitors.copy_rate(packed.rollouts, packed.contexts, w.chat)})
 
-    history, signs = read(workdir), set()   # lines as they stand in the file, so that a resumed run sees the same ones
+    # lines as they stand in the file, so that a resumed run sees the same ones
+    history, signs = read(workdir), set()
 
     def write(i, measured):
       if not hosts.leads():

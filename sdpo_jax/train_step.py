@@ -30,7 +30,8 @@ class TrainState(NamedTuple):
   step: jax.Array             # generation batches done
   params: Any                 # what is trained: the policy's weights, or its adapters
   opt_state: Any
-  teacher: Any                # None: the live policy teaches itself (or there is no teacher); else a second tree like params
+  # None: the live policy teaches itself (or there is no teacher); else a second tree like params
+  teacher: Any
   skipped: jax.Array          # updates skipped so far because the gradient was not finite
   skipped_in_a_row: jax.Array
 
@@ -38,7 +39,8 @@ class TrainState(NamedTuple):
 def init_state(params, tx: optax.GradientTransformation, *, keep_teacher: bool = False, teacher_move: float = 0.0) -> TrainState:
   """keep_teacher: a copy of `params` travels along as the teacher's (moving, frozen or the anchor of a trust region). One that moves is kept in
   float32: a step of 1 % of a small difference vanishes in bfloat16, and the average would stand still."""
-  kept = lambda p: jnp.array(p, dtype=jnp.promote_types(p.dtype, jnp.float32) if teacher_move else p.dtype)   # jnp.array copies
+  # jnp.array copies
+  kept = lambda p: jnp.array(p, dtype=jnp.promote_types(p.dtype, jnp.float32) if teacher_move else p.dtype)
   teacher = jax.tree.map(kept, params) if keep_teacher else None
   return TrainState(jnp.int32(0), params, tx.init(params), teacher, jnp.int32(0), jnp.int32(0))
 
@@ -50,7 +52,8 @@ def run_rows(hidden: Callable, *halves: Rows) -> list[jax.Array]:
   found = []
   for h, out_BTD in zip(halves, outs):
     (C, P, T), D = h.token_CPT.shape, out_BTD.shape[-1]
-    out_CYD = sharding.constrain(out_BTD.reshape(C, P * T, D), "BTD")   # a pack lies on one device, and so does what is taken from it
+    # a pack lies on one device, and so does what is taken from it
+    out_CYD = sharding.constrain(out_BTD.reshape(C, P * T, D), "BTD")
     out_CXD = jnp.take_along_axis(out_CYD, jnp.asarray(h.at_CX)[..., None], axis=1, mode="promise_in_bounds")
     found.append(sharding.constrain(out_CXD, "BTD").reshape(-1, D))
   return found
@@ -132,7 +135,8 @@ def make_signals(config: ModelConfig, objective: Objective, *, mix: float | None
       logp_X, entropy_X = token_logp(policy_XD, decoder.head(params, config).astype(config.dtype), target_X, temperature=temperature, mesh=mesh)
       return Signals(by_response(logp_X, batch), by_response(entropy_X, batch), None, None)
     halves = forward_pair(params, teacher, config, batch, mix=mix, remat=remat)
-    wanted = objective.divergence or {"alpha": 0.5, "top_k": None}   # sampled-token signals read the rest of the result
+    # sampled-token signals read the rest of the result
+    wanted = objective.divergence or {"alpha": 0.5, "top_k": None}
 
     policy_XD, head_DV, teacher_XE, teacher_head_EV = halves
     again = [read_again(params, teacher, config, c.teacher, mix=mix) for c in batch.counterfactuals]
@@ -202,7 +206,8 @@ def make_train_step(signals: Callable, objective: Objective, tx: optax.GradientT
 
     def accumulate(grads, piece):
       (_, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state.teacher, piece, norm, frozen)
-      new = jax.lax.optimization_barrier(new)   # else the TPU compiler tries to move the sums over devices out of the loop, and fails
+      # else the TPU compiler tries to move the sums over devices out of the loop, and fails
+      new = jax.lax.optimization_barrier(new)
       return jax.tree.map(lambda a, g: a + g.astype(a.dtype), grads, new), metrics
 
     if pieces == 1:
@@ -211,7 +216,8 @@ def make_train_step(signals: Callable, objective: Objective, tx: optax.GradientT
       zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
       grads, metrics = jax.lax.scan(accumulate, zeros, cut(batch, pieces))
       metrics = jax.tree.map(lambda x: jnp.sum(x, 0), metrics)
-      metrics["train/loss"] = Ratio(metrics["train/loss"].total, 1.0)   # shares of one loss, not a mean of losses
+      # shares of one loss, not a mean of losses
+      metrics["train/loss"] = Ratio(metrics["train/loss"].total, 1.0)
     norm_of_grads = optax.tree.norm(grads)
     finite = jnp.isfinite(norm_of_grads)
     delta, opt_state = tx.update(grads, state.opt_state, state.params)

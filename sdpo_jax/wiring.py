@@ -84,7 +84,9 @@ class Wired(NamedTuple):
   isolation: str
   adapters: lora.Lora | None        # None: all weights are trained
   mesh: jax.sharding.Mesh | None    # None: one device
-  other: tuple[Collector, Any] | None = None   # a second model, with its weights, that alternatives are drawn from; None: the method asks for none
+  # a second model, with its weights, that alternatives are drawn from; None: the method asks for
+  # none
+  other: tuple[Collector, Any] | None = None
 
   def fresh_state(self, trained, tx, teacher: TeacherWeights) -> TrainState:
     """init_state, each array made where it belongs."""
@@ -125,7 +127,8 @@ def longest_texts(c, part: Part | None) -> list[tuple[int, str]]:
   found = [(c.data.max_prompt_tokens + c.rollout.max_new_tokens, f"{prompt} and {new}"), (c.data.max_teacher_tokens + c.rollout.max_new_tokens, f"{teacher} and {new}")]
   if part is not None and part.feedback == "imagined":
     found.append((c.data.max_teacher_tokens + part.imagined_tokens, f"{teacher} and config.method.counterfactual.imagined_tokens={part.imagined_tokens}"))
-  if part is not None and "branches" in part.sources:   # one begins with the attempt up to there and may be as long again
+  # one begins with the attempt up to there and may be as long again
+  if part is not None and "branches" in part.sources:
     found.append((c.data.max_prompt_tokens + 2 * c.rollout.max_new_tokens, f"{prompt} and twice {new}, for config.method.counterfactual.sources={part.sources},"))
   return found
 
@@ -213,10 +216,12 @@ def wired(c, path: str | None = None, devices=None, part: Part | None = None, ta
           if length > c.data.max_prompt_tokens:
             raise ValueError(f"the question takes {length} tokens{whose}, more than config.data.max_prompt_tokens={c.data.max_prompt_tokens}")
         if taught and task.split == "train":
-          teacher_prompt(chat, env.prompt(task), Context(templates=templates), c.data.max_teacher_tokens)   # all that may be shortened left out
+          # all that may be shortened left out
+          teacher_prompt(chat, env.prompt(task), Context(templates=templates), c.data.max_teacher_tokens)
 
       asked = with_rows(env, c.data.sources, splits=splits, on_bad_row=c.data.on_bad_row, check=fits)
-      for split in splits:   # a split that is not there, a question too long: now, not at the first evaluation
+      # a split that is not there, a question too long: now, not at the first evaluation
+      for split in splits:
         fits(asked.task(split, 0))
 
       def collecting(model, chat):
@@ -237,7 +242,8 @@ def on_other_devices(c, w: Wired, devices):
   """The same on other devices, for a thread of its own: a copy of the weights and other judging threads; environment and sandbox are shared."""
   mesh = sharding.make_mesh(devices, **c.mesh)
   mesh = None if mesh.size == 1 else mesh
-  with jax.default_device(devices[0]) if mesh is None else jax.set_mesh(mesh):   # both hold for this thread alone
+  # both hold for this thread alone
+  with jax.default_device(devices[0]) if mesh is None else jax.set_mesh(mesh):
     params = uncommitted(w.params) if mesh is None else jax.device_put(w.params, sharding.named(mesh, decoder.axes(w.model)))
     with contextlib.closing(make_collector(c, w.collector.env, w.chat, w.collector.engine)) as collector:
       yield w._replace(params=params, collector=collector, mesh=mesh)
@@ -256,7 +262,8 @@ class Learner(NamedTuple):
   tx: Any
   step: Any
   score: Any
-  score_first: bool   # several updates a batch: log-probabilities from before the first one are needed
+  # several updates a batch: log-probabilities from before the first one are needed
+  score_first: bool
   explore: Any         # finds the alternatives of failed rollouts; None: the method asks for none
   counterfactual: Any  # what the teacher reads of them, for `pack`; None likewise
   readings: int        # further ones by the teacher of each batch; 0 likewise

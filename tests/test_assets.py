@@ -19,7 +19,9 @@ from sdpo_jax.records import Sampling
 from sdpo_jax.sampler import Sampler
 from sdpo_jax.wiring import wired
 
-ASSETS = [   # domain, model, what it solves: ranges that hold the shares over 256 problems in configs/pretrain_tiny.py, and what 128 of them may differ by
+# domain, model, what it solves: ranges that hold the shares over 256 problems in
+# configs/pretrain_tiny.py, and what 128 of them may differ by
+ASSETS = [
     ("tinycode", "tiny", dict(plain=(0.05, 0.20), feedback=(0.30, 0.55), solution=(0.98, 1.0))),
     ("tinycode", "tiny_notes", dict(plain=(0.03, 0.20), feedback=(0.28, 0.52), solution=(0.97, 1.0), notes=(0.28, 0.52), imagine_verdict=(0.70, 0.95))),
     ("arithmetic", "tiny_arithmetic", dict(plain=(0.01, 0.15), feedback=(0.50, 0.75), solution=(0.98, 1.0), notes=(0.60, 0.90), imagine_verdict=(0.60, 1.0))),
@@ -48,7 +50,8 @@ def test_what_the_untrained_teacher_makes_of_notes(domain, helped):
     tasks = [env.task("heldout", i) for i in range(200)]
     told, shares = {}, {}
     for how in ("verified", "imagined"):
-      groups = w.collector.collect(w.params, tasks, n=1, sampling=sampling, seeds=range(200))   # the same attempts both times
+      # the same attempts both times
+      groups = w.collector.collect(w.params, tasks, n=1, sampling=sampling, seeds=range(200))
       part = notes(**(dict(feedback=how, imagined_tokens=128) if how == "imagined" else {}))
       said = counterfactual.explore(part, w.collector, w.params, groups, sampling=sampling, seed=0, step=0, success_threshold=0.5, max_prompt_tokens=c.data.max_teacher_tokens)
       told[how] = {q: g for q, g in enumerate(groups) if len(g[0].alternatives) == 2 and all(failed(a.rollout, 0.5) for a in g[0].alternatives)}

@@ -52,7 +52,8 @@ def test_skipped_blocks_hide_nothing(T, K, window):
   visible = attention.mask(segment, segment.shape, window, prefix_BT=prefix, position_BT=position)
   who = attention.seen(visible)
   blocks = who.count_BI.shape[1]
-  assert int(who.count_BI.sum()) < 2 * blocks * (blocks + 1) // 2   # fewer than on and below the two rows' diagonals
+  # fewer than on and below the two rows' diagonals
+  assert int(who.count_BI.sum()) < 2 * blocks * (blocks + 1) // 2
   exact = with_gradients(attention.reference, segment, q, k, v, g, visible)
   blocked = with_gradients(attention.blocked, segment, q, k, v, g, who)
   again = with_gradients(jax.checkpoint(attention.blocked), segment, q, k, v, g, who)
@@ -111,11 +112,13 @@ def test_cudnn_is_used_where_it_gives_the_reference(trouble, monkeypatch, caplog
   for rough, want in zip(got, with_gradients(attention.reference, segment, q, k, v, g, visible)):
     np.testing.assert_allclose(np.asarray(rough, np.float32), want, atol=0.03 * np.max(np.abs(want)))
   tried = [shape for shape in used if shape[0] == 2]
-  assert len(tried) == 2 and (len(used) > 2) == (trouble == "none")   # two blocks of queries, each tried once
+  # two blocks of queries, each tried once
+  assert len(tried) == 2 and (len(used) > 2) == (trouble == "none")
   said = [r.getMessage() for r in caplog.records if "without cuDNN" in r.getMessage()]
   assert len(said) == (0 if trouble == "none" else 2), said
   used.clear()
-  with_gradients(lambda *given: attend(*given), segment, q, k, v, g, visible)   # float32: cuDNN has none
+  # float32: cuDNN has none
+  with_gradients(lambda *given: attend(*given), segment, q, k, v, g, visible)
   assert used == []
   attention.cudnn_agrees.cache_clear()
 

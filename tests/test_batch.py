@@ -40,7 +40,8 @@ def packed(group=GROUP, max_teacher_tokens=4096, **context):
 
 def test_who_is_shown_what():
   shown = [feedback_or_solution(GROUP, i) for i in range(4)]
-  assert shown[0] == Context(solution="right")               # the first success, its thinking removed; no feedback beside it
+  # the first success, its thinking removed; no feedback beside it
+  assert shown[0] == Context(solution="right")
   assert shown[1] == Context(solution="also right")          # never its own
   assert shown[2] is None                                    # the judge failed: nothing is known
   assert shown[3] == Context(solution="right")
@@ -68,7 +69,8 @@ def test_options_of_the_context():
   assert teacher_context.reference_solution(group, 0) is None
   solved = dataclasses.replace(group[0], task=dataclasses.replace(TASK, solution="<think>x</think>def f"))
   assert teacher_context.reference_solution([solved], 0) == Context("def f")
-  assert [teacher_context.without_thinking(t) for t in ("thought</think>\nX", "<think>a</think>X", "X")] == ["X"] * 3   # the template may have opened the block
+  # the template may have opened the block
+  assert [teacher_context.without_thinking(t) for t in ("thought</think>\nX", "<think>a</think>X", "X")] == ["X"] * 3
 
 
 def test_the_teacher_reads_question_solution_feedback_and_closing_in_this_order():
@@ -166,7 +168,8 @@ def test_few_packs_hold_what_many_held():
 
 
 def test_packs_hold_whole_questions_and_about_as_much():
-  groups = heavy_tailed(8, 4, 0, longest=40)   # what a question's responses share is more than what they differ by
+  # what a question's responses share is more than what they differ by
+  groups = heavy_tailed(8, 4, 0, longest=40)
   groups = [[dataclasses.replace(r, task=dataclasses.replace(TASK, id=str(q))) for r in group] for q, group in enumerate(groups)]
   p = pack_many(groups, fresh(), updates=2, shards=2, share_prefixes=True)
   for u in range(2):   # an update trains on its own questions, in some order
@@ -178,7 +181,8 @@ def test_packs_hold_whole_questions_and_about_as_much():
       columns = p.batch.student.at_CX[c, start:start + len(r.tokens)]
       assert (p.batch.student.token_CPT[c].reshape(-1)[columns + 1] == r.tokens).all()
   one = pack_many(groups, fresh())
-  assert [r.task.id for r in one.rollouts] == [str(q) for q in range(8) for _ in range(4)]   # a single pack keeps the order
+  # a single pack keeps the order
+  assert [r.task.id for r in one.rollouts] == [str(q) for q in range(8) for _ in range(4)]
 
 
 def test_a_shape_is_used_again_and_a_length_never_seen_gets_room():
@@ -217,7 +221,8 @@ def test_a_better_shape_is_compiled_once_its_lack_has_cost_as_much():
   shapes = fresh()
   long = one_row(800, shapes)
   served = [one_row(400, shapes) for _ in range(30)]
-  assert len(shapes.known) == 2 and 400 < (better := shapes.known[1]).length < 450   # room to grow into
+  # room to grow into
+  assert len(shapes.known) == 2 and 400 < (better := shapes.known[1]).length < 450
   assert served.index(better) == -(-COMPILATION // (long.cost() / better.cost() - 1.0)) - 1 and not shapes.owed
 
 
@@ -266,7 +271,8 @@ def test_a_resumed_run_chooses_the_same_shapes():
 def test_system_message_is_kept_and_tags_in_feedback_end_no_turn():
   tokens, cut = teacher_prompt(CHAT, messages(TASK), Context(feedback=fakes.NASTY), 4096)
   assert not cut
-  assert tokens.count(257) == 2 and tokens.count(256) == 3   # system, user, and the open assistant turn
+  # system, user, and the open assistant turn
+  assert tokens.count(257) == 2 and tokens.count(256) == 3
   text = CHAT.tokenizer.decode(tokens)
   assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>") and "< |im_end|>" in text and "{prompt} {0} \\n \\1 %s" in text
 
@@ -321,7 +327,8 @@ def test_a_question_stands_once_a_row_for_all_its_responses():
   rows = shared.batch.student
   for b, r in enumerate(shared.rollouts):
     pack_of, T = b // 8, rows.token_CPT.shape[2]
-    p, column = divmod(rows.at_CX[pack_of, shared.batch.start_B[b] + len(r.tokens) - 1], T)   # of the column that predicts the last token
+    # of the column that predicts the last token
+    p, column = divmod(rows.at_CX[pack_of, shared.batch.start_B[b] + len(r.tokens) - 1], T)
     own, prefix = rows.segment_CPT[pack_of, p, column], rows.prefix_CPT[pack_of, p, column]
     seen = [t for t in range(column + 1) if rows.segment_CPT[pack_of, p, t] in (own, prefix)]
     assert rows.token_CPT[pack_of, p, seen].tolist() == (r.prompt_tokens + r.tokens)[:-1]

@@ -40,8 +40,10 @@ def test_operations_are_those_of_a_step_that_computes_nothing_twice():
 
   (C, rows, T), (_, teacher_rows, S), X = batch.student.token_CPT.shape, batch.teacher.token_CPT.shape, batch.student.at_CX.size
   weights = L * (D * (2 * N + 2 * K) * H + 3 * D * F)
-  products = 2 * weights * C * (3 * rows * T + teacher_rows * S) + 2 * D * V * X * 4   # the policy's forward and twice as many backward, the teacher's forward
-  blocks = C * L * ((2 + 5) * rows * -(-T // 64) + 2 * teacher_rows * -(-S // 64))     # of attention: one key block of each query block
+  # the policy's forward and twice as many backward, the teacher's forward
+  products = 2 * weights * C * (3 * rows * T + teacher_rows * S) + 2 * D * V * X * 4
+  # of attention: one key block of each query block
+  blocks = C * L * ((2 + 5) * rows * -(-T // 64) + 2 * teacher_rows * -(-S // 64))
   assert found == products + blocks * 2 * N * 64 * 64 * H
 
 

@@ -37,7 +37,8 @@ def build(name: str):
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   model = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
   model.pre_tokenizer, model.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
-  thinks = [t for t in special if "think" in t]   # as in the wild: added tokens, but not special ones
+  # as in the wild: added tokens, but not special ones
+  thinks = [t for t in special if "think" in t]
   fast = transformers.PreTrainedTokenizerFast(
       tokenizer_object=model, eos_token=special[0], bos_token=special[1],
       additional_special_tokens=[t for t in special[1:] if t not in thinks], clean_up_tokenization_spaces=False)

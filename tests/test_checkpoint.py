@@ -67,7 +67,8 @@ def test_restore_from_abstract_state_and_into_donated_step(tmp_path):
   restored, _ = checkpoint.restore(tmp_path, like)
   assert_same(restored, expected)
   bump = jax.jit(lambda s: s._replace(step=s.step + 1), donate_argnums=0)
-  checkpoint.save(tmp_path, 2, bump(restored), {})    # a save is over when it returns, so donating afterwards is safe
+  # a save is over when it returns, so donating afterwards is safe
+  checkpoint.save(tmp_path, 2, bump(restored), {})
   bump(checkpoint.restore(tmp_path, like)[0])
   assert checkpoint.restore(tmp_path, like)[0].step == 2
 
@@ -118,7 +119,8 @@ def test_another_state_is_refused(tmp_path):
   checkpoint.save(tmp_path, 1, make_state(), {})
   with pytest.raises(ValueError, match=r"2 arrays differ\): \.teacher\['embed'\]\['table'\]: stored bfloat16\[8, 4\], wanted nothing"):
     checkpoint.restore(tmp_path, make_state(teacher=False))
-  with pytest.raises(ValueError, match=r"\.step: stored int32\[\], wanted float32\[\]"):    # no silent conversion
+  # no silent conversion
+  with pytest.raises(ValueError, match=r"\.step: stored int32\[\], wanted float32\[\]"):
     checkpoint.restore(tmp_path, make_state()._replace(step=jnp.float32(0)))
 
 
@@ -211,7 +213,8 @@ def check_survivor(workdir, reported):
     state, host = checkpoint.restore(workdir, like, step)
     assert host == {"step": step} and state["step"] == step
     assert all(bool((w == step).all()) for w in state["params"].values())
-  checkpoint.save(workdir, latest + 1, like, {"step": latest + 1})    # the next save cleans up and goes on
+  # the next save cleans up and goes on
+  checkpoint.save(workdir, latest + 1, like, {"step": latest + 1})
   assert all(path.name.isdigit() for path in (workdir / "checkpoints").iterdir() if path.is_dir())
   shutil.rmtree(workdir / "checkpoints" / str(latest + 1))
 

@@ -13,7 +13,8 @@ from sdpo_jax.envs.base import make_env
 from sdpo_jax.objectives import methods
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Files for training, as their docstring's smoke command says; others belong to another mode or entry point, and to its tests.
+# Files for training, as their docstring's smoke command says; others belong to another mode or
+# entry point, and to its tests.
 FILES = sorted(p.stem for p in (ROOT / "configs").glob("*.py")
                if re.search(rf"^Smoke: +python -m sdpo_jax.main --config=configs/{p.stem}.py:local(?!.*--mode)", p.read_text(encoding="utf-8"), re.MULTILINE))
 PAPER = ("science_mcq", "tool_use", "math_qa", "coding")

@@ -56,10 +56,12 @@ def test_one_alternative_for_each_behaviour_and_none_like_the_attempt():
   attempt = rollout("a", feedback="is 1")
   others = [verified("a", feedback="says the same"), verified("a2", feedback="is 1"), verified("b", feedback="is 2"), verified("b2", feedback="is 2"),
             verified("broken", status=Status.ENV_FAILED), verified("c", reward=1.0), verified("c2", reward=1.0), verified(" b\n", feedback="is 3")]
-  assert [a.rollout.text for a in told(attempt, *others, alternatives=9).alternatives] == ["c", "b"]   # a success comes first
+  # a success comes first
+  assert [a.rollout.text for a in told(attempt, *others, alternatives=9).alternatives] == ["c", "b"]
   assert [a.rollout.text for a in told(attempt, *others, alternatives=1).alternatives] == ["c"]
   imagined = [Alternative(rollout(t, feedback="is 1"), "samples", "perhaps") for t in ("a", "b", "b", "c")]
-  assert [a.rollout.text for a in told(attempt, *imagined, alternatives=9).alternatives] == ["b", "c"]   # what it does is not known
+  # what it does is not known
+  assert [a.rollout.text for a in told(attempt, *imagined, alternatives=9).alternatives] == ["b", "c"]
 
 
 def test_a_note_says_what_the_differing_lines_would_have_received():
@@ -69,7 +71,8 @@ def test_a_note_says_what_the_differing_lines_would_have_received():
   assert context.feedback == "is 1" and weight == 1.0
   assert context.notes == f"\nIf you had tried\n  x = 2\n  y = {{x}}\ninstead of\n  x = 1\nyou would have received\nis {fakes.NASTY}"
   assert context.render("Q").startswith("Q\nThe following is feedback") and context.render("Q").endswith(context.notes + "\n\nCorrectly solve the original question.")
-  assert differing("a\nb", "a") == ("a\nb", "a") and differing("a\nb\nc", "a\nc") == ("b\nc", "c")   # a line of each stays
+  # a line of each stays
+  assert differing("a\nb", "a") == ("a\nb", "a") and differing("a\nb\nc", "a\nc") == ("b\nc", "c")
 
 
 def test_a_verified_success_is_used_as_a_solution():
@@ -79,11 +82,13 @@ def test_a_verified_success_is_used_as_a_solution():
     context = functools.partial(feedback_or_solution, **settings)
     (found, _), = readings(notes(), context, [attempt], 0, success_threshold=0.5)
     assert Context(found.solution, found.feedback) == context([attempt, success], 0) and "wrong: b" in found.notes and "<think>" not in found.notes
-  imagined = told(rollout("a"), Alternative(success, "samples", "Correct"))   # nobody ran it: it is told, with its imagined feedback
+  # nobody ran it: it is told, with its imagined feedback
+  imagined = told(rollout("a"), Alternative(success, "samples", "Correct"))
   (found, weight), = read(imagined, feedback="imagined", kappa=0.25, eta=2.0)
   assert not found.solution and "c\ninstead of\na\nyou would have received\nCorrect" in found.notes and weight == 0.5
   group = [told(rollout("a"), Alternative(success, "samples")), rollout("d", reward=1.0)]
-  assert read(group[0], group) == [None]   # the group has a solution already: nothing more is told
+  # the group has a solution already: nothing more is told
+  assert read(group[0], group) == [None]
 
 
 def test_where_the_plain_teacher_reads_nothing_the_settings_of_its_context_hold():
@@ -95,7 +100,8 @@ def test_where_the_plain_teacher_reads_nothing_the_settings_of_its_context_hold(
     (context, _), = wiring.learner(c, fakes.toy_config()).counterfactual([told(rollout("a"), verified("b"))], 0)
     assert context.render("Q") == "Q" + "\nYour earlier attempt:\n\na" * show_attempt + FEEDBACK + "wrong: b Again."
     silent = told(rollout("a"), verified("b", feedback="", reward=0.1))
-    assert wiring.learner(c, fakes.toy_config()).counterfactual([silent], 0) == [None]   # nothing was said of it
+    # nothing was said of it
+    assert wiring.learner(c, fakes.toy_config()).counterfactual([silent], 0) == [None]
   row = methods.row("counterfactual")
   row["teacher_context"]["templates"]["reprompt"] = "{prompt}{feedback}"
   with pytest.raises(ValueError, match=r"method.teacher_context.templates.reprompt='{prompt}{feedback}' has no {notes}"):
@@ -112,7 +118,8 @@ def test_weights_and_readings():
   assert read(rollout("a")) == [None] and read(rollout("a", reward=1.0), alternatives=2, form="each") == [None, None]
   mixed = read(attempt, alternatives=3, eta=0.5, kappa=0.5, form="mixture")
   assert [r and r[1] for r in mixed] == [0.5, 0.25, None] and [r and r[0] for r in mixed] == [one[0], two[0], None]
-  assert readings(notes(form="mixture"), lambda group, i: None, [attempt], 0, success_threshold=0.5) == [None, None]   # nothing to mix with
+  # nothing to mix with
+  assert readings(notes(form="mixture"), lambda group, i: None, [attempt], 0, success_threshold=0.5) == [None, None]
   assert notes(eta=0.0) is None and notes(alternatives=0) is None and notes(sources=()) is None
   for wrong in (dict(eta=-1.0), dict(kappa=1.5), dict(feedback="dreamt"), dict(form="either"), dict(sources=("cousins",)), dict(imagined_tokens=0), dict(gate=True, form="mixture"),
                 dict(feedback="imagined", sources=("siblings",)), dict(kappa=0.25), dict(imagined_tokens=128)):
@@ -171,7 +178,8 @@ def test_a_second_model_answers_in_its_own_tokens_and_is_read_as_text():
   other = Collector(fakes.ListEnv(answers), chat, Second(), max_prompt_tokens=300, judge_threads=1, judge_timeout_s=5.0)
   metrics, own = explored(groups, [[say("c"), say("b")]], answers, (other, "weights"), **settings)
   other.close()
-  assert asked == [("weights", [[t + 1 for t in groups[0][0].prompt_tokens]], (258,))] and len(own) == 1   # once a question, and the solved one never
+  # once a question, and the solved one never
+  assert asked == [("weights", [[t + 1 for t in groups[0][0].prompt_tokens]], (258,))] and len(own) == 1
   assert [[(a.rollout.text, a.source) for a in r.alternatives] for r in groups[0]] == [[("right", "model"), ("c", "samples")]] * 2
   assert [r.extra_tokens for r in groups[0]] == [2 + 2 + 6 + 4, 0] and [r.extra_calls for r in groups[0]] == [4, 0] and metrics["counterfactual/successes"].mean == 0.5
   row = methods.row("counterfactual")
@@ -179,7 +187,8 @@ def test_a_second_model_answers_in_its_own_tokens_and_is_read_as_text():
   _, packed = batches(row, groups)
   assert packed.counterfactuals[0][0].solution == "right" and "wrong: c" in packed.counterfactuals[0][0].notes
   (more,) = packed.batch.counterfactuals
-  assert CHAT.tokenizer.decode(more.teacher.token_CPT[0, 0]).count("right") == 1   # in the policy's tokens
+  # in the policy's tokens
+  assert CHAT.tokenizer.decode(more.teacher.token_CPT[0, 0]).count("right") == 1
   for wrong in (dict(model="second"), dict(sources=("model",))):
     with pytest.raises(ValueError, match="method.counterfactual.model="):
       notes(**wrong)
@@ -190,7 +199,8 @@ def test_a_second_model_is_loaded_and_asked_beside_the_policy(monkeypatch, tmp_p
   c = config.base()
   c.method, c.mesh.fsdp, c.sandbox.workers = methods.row("counterfactual"), 1, 1
   c.method.counterfactual.update(sources=("model",), model="tiny_arithmetic", alternatives=1)
-  c.rollout.update(questions=1, group=1, rows=1, max_new_tokens=3, chunk=3)   # no program is as short as that
+  # no program is as short as that
+  c.rollout.update(questions=1, group=1, rows=1, max_new_tokens=3, chunk=3)
   seen = []
   monkeypatch.setattr(train, "run", lambda state, host, *, next_tasks, collect, **_: seen.extend(collect(state, next_tasks(), 1)))
   monkeypatch.setattr(train.report, "write_report", lambda *_: None)
@@ -213,7 +223,8 @@ def test_an_alternative_that_could_not_be_judged_is_told_to_nobody_and_counted_o
   groups = [[rollout("a"), rollout("b"), rollout("c", status=Status.ENV_FAILED)], [rollout("d")]]
   answers = {"broken": fakes.FAILED, "raises": RuntimeError("boom")}
   metrics, _ = explored(groups, [[say("broken"), say("e")], [say("raises"), say("f")]], answers, sources=("samples", "siblings"))
-  assert metrics["counterfactual/not_judged"] == 3.0   # two attempts share the first, and the sibling
+  # two attempts share the first, and the sibling
+  assert metrics["counterfactual/not_judged"] == 3.0
   assert [[a.rollout.text for a in r.alternatives] for g in groups for r in g] == [["e", "b"], ["e", "a"], [], ["f"]]
   metrics, _ = explored([[rollout("a")]], [[say("e"), say("f")]], {})
   assert metrics["counterfactual/not_judged"] == 0.0
@@ -230,7 +241,8 @@ def test_branches_begin_at_the_least_likely_token():
 
 def test_imagined_feedback_is_asked_for_once_and_measured_against_the_judge():
   groups = [[rollout("a"), rollout("b")]]
-  script = [[say("c"), say("d")]], [[say("wrong: c")], [say("Correct")]]   # first the alternatives, then what the policy thinks of them
+  # first the alternatives, then what the policy thinks of them
+  script = [[say("c"), say("d")]], [[say("wrong: c")], [say("Correct")]]
 
   class InTurn:
     def generate(self, params, prompts, **kwargs):
@@ -250,7 +262,8 @@ def test_imagined_feedback_is_asked_for_once_and_measured_against_the_judge():
   assert metrics["counterfactual/alternatives"].mean == 2.0 and "counterfactual/successes" in metrics
   assert [r.extra_tokens for r in groups[0]] == [2 + 2 + 9 + 8, 0]
   (context, weight), = read(groups[0][0], groups[0], feedback="imagined")
-  assert "wrong: d" not in context.render("Q") and weight == 0.5   # what the judge says of it reaches no teacher
+  # what the judge says of it reaches no teacher
+  assert "wrong: d" not in context.render("Q") and weight == 0.5
   groups = [[rollout("a" * 300)]]
   asked.clear()
   metrics, _ = explored(groups, script[0], {}, feedback="imagined")
@@ -313,7 +326,8 @@ def test_without_weight_or_alternatives_it_is_sdpo_bit_for_bit():
     state, step, said = init_state(params, learn.tx, keep_teacher=learn.teacher.keep), jax.jit(learn.step), []
     for _ in range(5):
       state, metrics = step(state, packed.batch)
-      said.append((state, metrics["train/loss"]))   # the optimiser's moments after the first step are the gradient and its square, scaled
+      # the optimiser's moments after the first step are the gradient and its square, scaled
+      said.append((state, metrics["train/loss"]))
     ended.append(said)
   assert ended[0][0][1].mean > 0
   for other in ended[1:]:
@@ -332,7 +346,8 @@ def test_the_batch_holds_the_same_responses_under_the_notes():
   at, n = packed.batch.start_B[0], len(group[0].tokens)
   assert more.teacher.token_CPT.reshape(-1)[more.teacher.at_CX[0, at:at + n] + 1].tolist() == group[0].tokens
   assert packed.metrics["counterfactual/teacher_tokens"] == len(asked) + n and packed.metrics["counterfactual/told_share"] == pytest.approx(1 / 3)
-  again = batches(row, [[rollout("a"), rollout("b"), rollout("c")]])[1].batch.counterfactuals   # nothing to tell: the same program, no weight
+  # nothing to tell: the same program, no weight
+  again = batches(row, [[rollout("a"), rollout("b"), rollout("c")]])[1].batch.counterfactuals
   assert len(again) == 1 and not again[0].weight_B.any()
   row["counterfactual"]["form"] = "each"
   assert [c.weight_B.tolist() for c in batches(row, [group])[1].batch.counterfactuals] == [[0.25, 0, 0]] * 2
@@ -344,7 +359,8 @@ def test_the_loss_is_the_specifications(form, gate, pieces):
   setup, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
   _, teacher = fakes.toy_model(1, layers=1, width=16, heads=2, kv_heads=1)
   batch = fakes.toy_batch(rows=4, packs=pieces)
-  one, two = np.array([0.5, 0, 0.25, 0], np.float32), np.array([0.5, 0, 0, 0.125], np.float32)   # row 2 has no feedback
+  # row 2 has no feedback
+  one, two = np.array([0.5, 0, 0.25, 0], np.float32), np.array([0.5, 0, 0, 0.125], np.float32)
   batch = batch._replace(counterfactuals=(Counterfactual(batch.student, one), Counterfactual(batch.teacher._replace(token_CPT=batch.teacher.token_CPT[:, :, ::-1] * 1), two)))
   row = methods.row("counterfactual") | dict(token_weight=dict(name="uniform"), token_signal=dict(name="divergence", alpha=0.5, top_k=7 if form == "mixture" else None))
   row["counterfactual"] = dict(name="notes", gate=gate, form=form)

@@ -236,7 +236,8 @@ def test_bfloat16_computes_norms_softmax_and_logits_in_float32():
   assert decoder.init_cache(config, 1, 4).k.dtype == jnp.bfloat16
   exact = logits(jax.tree.map(lambda x: x.astype(jnp.float32), params), OLMO, row)
   assert 0 < np.max(np.abs(out - exact)) < 0.05 * np.max(np.abs(exact))
-  mixed = dataclasses.replace(config, param_dtype="float32")   # float32 weights, bfloat16 computation
+  # float32 weights, bfloat16 computation
+  mixed = dataclasses.replace(config, param_dtype="float32")
   grads = jax.eval_shape(jax.grad(lambda p: jnp.sum(decoder.hidden(p, mixed, row).astype(jnp.float32))), params_of(OLMO))
   assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
 

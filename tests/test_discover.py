@@ -54,7 +54,8 @@ def test_learning_stops_at_the_budget_without_a_last_useless_update():
   budget, updates = learn([0] * 12, limit=12)
   assert not budget.found and budget.attempts == 12 and updates == 2
   budget, updates = learn([0] * 12, limit=12, tokens=20)
-  assert not budget.found and budget.attempts == 7 and budget.tokens == 21 and updates == 1   # the 7th began below the limit
+  # the 7th began below the limit
+  assert not budget.found and budget.attempts == 7 and budget.tokens == 21 and updates == 1
 
 
 FAILED = attempt(1, status=Status.ENV_FAILED)
@@ -153,7 +154,8 @@ def test_summary_counts_unsolved_runs_as_not_found_and_best_of_k_without_bias():
   assert summary["arms"]["sdpo"]["discovery_by_difficulty"]["hard"]["8"]["mean"] == 1.0
   assert summary["arms"]["sdpo"]["discovery_kaplan_meier"] == {k: pytest.approx(x["mean"]) for k, x in summary["arms"]["sdpo"]["discovery"].items()}
   means = {arm: (r["mean_attempts"], r["mean_tokens"], r["env_failed"]) for arm, r in summary["arms"].items()}
-  assert means == {"sdpo": (5.0, 50.0, None), "best_of_k": (5.0, 50.0, None)}   # (3 + 8 + 1 + 8) / 4 and (2 + 8) / 2 attempts, 10 tokens each
+  # (3 + 8 + 1 + 8) / 4 and (2 + 8) / 2 attempts, 10 tokens each
+  assert means == {"sdpo": (5.0, 50.0, None), "best_of_k": (5.0, 50.0, None)}
   said = [line.split() for line in discovery.summary_lines(summary)]
   assert ["runs", "solved", "by", "question", "base", "pass@64", "sdpo", "best_of_k"] in said and ["a", "0.010", "1/2", "1/1"] in said
   assert ["discovery@8,", "very", "hard:", "50.0%,", "1", "questions"] in said
@@ -172,7 +174,8 @@ def test_attempts_and_tokens_to_reach_the_baseline_by_hand():
   said = compare(learned + sampled, 90, level=0.9)
   assert said["target"] == 0.25 and said["attempts"]["to_reach"] == 4 and said["tokens"]["to_reach"] == 40
   assert said["tokens_with_teacher"]["to_reach"] == 45 and said["baseline_tokens"] == 900
-  # Draws of questions: both a -> best_of_k finds 1/2, sdpo needs 4; one of each -> 4; both b -> nothing is found, 0 are needed.
+  # Draws of questions: both a -> best_of_k finds 1/2, sdpo needs 4; one of each -> 4; both b ->
+  # nothing is found, 0 are needed.
   assert said["attempts"]["low"] == 0 and said["attempts"]["high"] == 4
   assert said["difference_at_a_third"]["difference"] == pytest.approx(2 / 4 - 1 / 4)
   never = compare([run_line("sdpo", "a", 0, None), run_line("best_of_k", "a", 0, 3)], 8, level=0.9)
@@ -182,7 +185,9 @@ def test_attempts_and_tokens_to_reach_the_baseline_by_hand():
 def test_intervals_cover_in_this_very_design():
   """20 questions x 5 seeds, nominal 90 %: questions of very unlike difficulty, seeds nested in them."""
   rng, trials, budget = np.random.default_rng(0), 400, 256
-  for rate in (0.0003, 0.002, 0.01):   # mean success probability of one attempt, the first like a baseline that finds little; log-uniform spread over questions
+  # mean success probability of one attempt, the first like a baseline that finds little; log-
+  # uniform spread over questions
+  for rate in (0.0003, 0.002, 0.01):
     true_Q = lambda: rate * np.exp(rng.uniform(-1.5, 1.5, 20))
     expected = np.mean([np.mean(1 - (1 - rate * np.exp(rng.uniform(-1.5, 1.5, 2000))) ** budget) for _ in range(10)])
     hits = 0
@@ -274,9 +279,11 @@ def test_a_session_leaves_everything_that_was_promised(whole, capsys):
   assert len(repeatable(workdir)) == 6 and set(summary["arms"]) == set(discover.ARMS) - {"counterfactual"}
   assert (workdir / "discover.png").stat().st_size > 10_000 and not (workdir / "attempts").exists()
   learned = [line for line in repeatable(workdir) if line["arm"] == "sdpo"]
-  assert all(line["teacher_tokens"] > 0 and line["skipped_updates"] == 0 for line in learned if line["attempts"] > 8)   # there was an update
+  # there was an update
+  assert all(line["teacher_tokens"] > 0 and line["skipped_updates"] == 0 for line in learned if line["attempts"] > 8)
   before = {path.name: path.read_bytes() for path in workdir.iterdir()}
-  assert main.main(["main", *LOCAL, "--config.discover.indices=(37,6)", f"--workdir={workdir}"]) == 0   # finished: nothing changes, and it says the same
+  # finished: nothing changes, and it says the same
+  assert main.main(["main", *LOCAL, "--config.discover.indices=(37,6)", f"--workdir={workdir}"]) == 0
   assert capsys.readouterr().out == (workdir / "discover.txt").read_text()
   assert {path.name: path.read_bytes() for path in workdir.iterdir()} == before
 
@@ -300,11 +307,13 @@ def test_an_interrupt_in_mid_question_changes_nothing(whole, tmp_path, monkeypat
   """And the other order of the questions, two of them at a time after it: nothing leaks from one to the next, or to the one beside it."""
   arguments = ["main", *LOCAL, "--config.discover.indices=(6,37)", "--config.discover.arms=('sdpo','best_of_k')", f"--workdir={tmp_path}"]
   with monkeypatch.context() as m:
-    interrupt(m, 1)   # the first question's learning has made one of its two batches, and an update
+    # the first question's learning has made one of its two batches, and an update
+    interrupt(m, 1)
     with pytest.raises(KeyboardInterrupt):
       main.main(arguments)
   begun, = (tmp_path / "attempts").iterdir()
-  assert main.main([*arguments, "--config.optimizer.lr=1.0"]) == 2   # what is begun belongs to its settings
+  # what is begun belongs to its settings
+  assert main.main([*arguments, "--config.optimizer.lr=1.0"]) == 2
   assert len(begun.read_text().splitlines()) == 1 and not repeatable(tmp_path) and not (tmp_path / "discover.json").exists()
   devices, both, original = set(), threading.Barrier(2), discover.Solver.solve
 
@@ -324,7 +333,8 @@ def test_a_warm_start_begins_where_the_question_before_ended(whole, tmp_path, mo
   monkeypatch.setattr(discover.Solver, "solve", lambda self, run, log, start=None: starts.append(start) or original(self, run, log, start))
   assert main.main(["main", *LOCAL, "--config.discover.indices=(37,6)", "--config.discover.warm_start=True", "--config.discover.arms=('sdpo',)",
                     f"--workdir={tmp_path}"]) == 0
-  kept = checkpoint.restore_params(tmp_path / "warm" / "sdpo_seed_0", starts[1], step=1)   # what the first question's run left
+  # what the first question's run left
+  kept = checkpoint.restore_params(tmp_path / "warm" / "sdpo_seed_0", starts[1], step=1)
   assert starts[0] is None and all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(*map(jax.tree.leaves, (starts[1], kept))))
   cold, warm = ({line["task_id"]: line for line in repeatable(workdir) if line["arm"] == "sdpo"} for workdir in (whole, tmp_path))
   one, other = (next(q for q in cold if q.endswith(end)) for end in ("/37", "/6"))
@@ -337,7 +347,8 @@ def test_counterfactual_tells_what_the_other_attempts_received(whole, tmp_path, 
   monkeypatch.setattr(discover.Solver, "batch_of", lambda self, *a: read.append(original(self, *a)) or read[-1])
   assert main.main(["main", *LOCAL, "--config.discover.indices=(37,6)", "--config.discover.arms=('counterfactual','sdpo')", f"--workdir={tmp_path}"]) == 0
   lines = {arm: [line for line in repeatable(tmp_path) if line["arm"] == arm] for arm in ("counterfactual", "sdpo")}
-  assert lines["sdpo"] == [line for line in repeatable(whole) if line["arm"] == "sdpo"]   # its part is not sdpo's
+  # its part is not sdpo's
+  assert lines["sdpo"] == [line for line in repeatable(whole) if line["arm"] == "sdpo"]
   told = [packed for packed in read if packed.counterfactuals]
   assert told and any("would have" in c.notes for packed in told for row in packed.counterfactuals for c in row if c is not None)
   updated = [(line, plain) for line, plain in zip(lines["counterfactual"], lines["sdpo"]) if plain["attempts"] > 8]
@@ -362,7 +373,8 @@ def test_killed_and_resumed(whole, tmp_path):
   options = dict(cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   process = subprocess.Popen(command, start_new_session=True, **options)
   attempts, deadline = tmp_path / "attempts" / "00000.jsonl", time.monotonic() + 300
-  while not (attempts.exists() and attempts.stat().st_size) and process.poll() is None and time.monotonic() < deadline:   # in mid-question: a batch is done
+  # in mid-question: a batch is done
+  while not (attempts.exists() and attempts.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
     time.sleep(0.005)
   os.killpg(process.pid, signal.SIGKILL)
   process.communicate()

@@ -105,7 +105,8 @@ def extreme(kind):
   hidden = np.eye(128, dtype=np.float32)[rng.integers(0, 128, 12)]
   if kind == "eighty":
     w, u = (rng.choice([-80.0, 0.0, 80.0], w.shape).astype(np.float32) for _ in range(2))
-  elif kind == "one_hot":  # each side sure of one entry, the policy of another one than the teacher
+  # each side sure of one entry, the policy of another one than the teacher
+  elif kind == "one_hot":
     w, u = (np.where(np.arange(391) == rng.integers(0, 391, (128, 1)), 80, -80).astype(np.float32) for _ in range(2))
   elif kind == "teacher_sure":
     u = np.where(np.arange(391) == 5, 80, -80) * np.ones_like(u)

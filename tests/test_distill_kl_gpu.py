@@ -102,7 +102,8 @@ def test_no_races(one_part):
   assert not get_races().races_found
 
 
-# ---- lowering and compilation ---------------------------------------------------------------------------------------
+# ---- lowering and compilation
+# ---------------------------------------------------------------------------------------
 
 
 def lower_for_h200(lower, alpha, X, D, E, V, dtype, sharding=None):

@@ -44,7 +44,8 @@ def test_interpret_mode(alpha, small_tiles):
 @pytest.mark.parametrize("copies", ("eager", "on_wait"))
 @pytest.mark.parametrize("alpha", (0.5, pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow)))
 def test_no_races(alpha, copies, small_tiles):
-  from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # where the detector leaves its finding
+  # where the detector leaves its finding
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call
   mode = pltpu.InterpretParams(detect_races=True, dma_execution_mode=copies)
   args = problem(21, 128, 256, 700, scale=3.0)
   got = run(distill_kl_tpu.distill_kl, *args, alpha=alpha, temperature=0.7, interpret=mode)
@@ -86,7 +87,8 @@ def test_sharded(small_tiles):
         exact(*args, alpha=0.5, temperature=0.7))
 
 
-# ---- the real compiler, each compilation in a process of its own ---------------------------------------------------
+# ---- the real compiler, each compilation in a process of its own
+# ---------------------------------------------------
 
 
 def compile_for(topology, D, alpha, tmp_path, X=4096, V=151936):

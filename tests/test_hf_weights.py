@@ -23,7 +23,8 @@ from sdpo_jax.model import config as model_config
 from sdpo_jax.model import decoder, hf_weights
 from sdpo_jax.model.hf_weights import CheckpointError, load_pretrained, save_pretrained
 
-# Nothing at its default: head size is not width / heads, theta is odd, windows are shorter than the sequence.
+# Nothing at its default: head size is not width / heads, theta is odd, windows are shorter than the
+# sequence.
 SIZES = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
              max_position_embeddings=512, bos_token_id=1, eos_token_id=None, pad_token_id=0, rms_norm_eps=3e-6, head_dim=12)
 DEFAULT = dict(rope_type="default", rope_theta=12345.0)
@@ -217,7 +218,8 @@ def test_both_spellings_of_rope_mean_the_same(name):
   assert "rope_parameters" in new and "rope_theta" not in new
   old = hub_spelling(new)
   assert model_config.from_hf(old) == model_config.from_hf(new)
-  assert model_config.from_hf(new | {k: v for k, v in old.items() if k not in new}) == model_config.from_hf(new)   # both at once
+  # both at once
+  assert model_config.from_hf(new | {k: v for k, v in old.items() if k not in new}) == model_config.from_hf(new)
   typed = dict(old["rope_scaling"] or {})
   if typed:   # the oldest files say "type"
     typed["type"] = typed.pop("rope_type")
@@ -331,7 +333,8 @@ def test_loading_onto_a_mesh(checkpoint, tmp_path, name):
     assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "split" / file).read_bytes(), file
 
 
-# ---- Damage ----------------------------------------------------------------------------------------------------------
+# ---- Damage --------------------------------------------------------------------------------------
+# --------------------
 
 
 def copy(checkpoint, tmp_path, name="qwen3"):
@@ -437,13 +440,15 @@ def test_extra_and_missing_tensors_are_named(checkpoint, tmp_path):
   del content["weight_map"][tensor]                                      # only the shard has it
   index.write_text(json.dumps(content))
   assert re.search(rf"{path.name}: extra tensor {re.escape(tensor)}", complaint(directory))
-  rename(path, tensor, "model.layers.0.mlp.extra.weight")                # both agree, the model disagrees
+  # both agree, the model disagrees
+  rename(path, tensor, "model.layers.0.mlp.extra.weight")
   content["weight_map"]["model.layers.0.mlp.extra.weight"] = path.name
   index.write_text(json.dumps(content))
   assert re.search(rf"{path.name}: extra tensor model.layers.0.mlp.extra.weight", complaint(directory))
   index.write_text(whole.replace(tensor, "model.layers.0.self_attn.rotary_emb.inv_freq"))
   rename(path, "model.layers.0.mlp.extra.weight", "model.layers.0.self_attn.rotary_emb.inv_freq")
-  assert re.search(rf"missing tensor {re.escape(tensor)}", complaint(directory))   # an ignored constant fills no weight
+  # an ignored constant fills no weight
+  assert re.search(rf"missing tensor {re.escape(tensor)}", complaint(directory))
 
 
 def test_a_tied_head_may_be_stored_twice_but_not_differ(checkpoint, tmp_path):
@@ -493,7 +498,8 @@ def test_a_hub_id_is_downloaded_and_a_failed_download_is_one_line(checkpoint, mo
   assert complaint("Qwen/some-model").endswith("the hub does not give it: cannot reach the hub")
 
 
-# ---- Several processes -----------------------------------------------------------------------------------------------
+# ---- Several processes
+# -----------------------------------------------------------------------------------------------
 
 PROCESS = r"""
 import sys
@@ -527,7 +533,8 @@ def test_two_processes_load_and_save_one_checkpoint(checkpoint, tmp_path):
     assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
 
 
-# ---- Memory ----------------------------------------------------------------------------------------------------------
+# ---- Memory --------------------------------------------------------------------------------------
+# --------------------
 
 MEMORY = r"""
 import json, os, resource, sys, threading, time

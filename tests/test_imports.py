@@ -13,7 +13,8 @@ LEVELS = {   # a folder's level holds for its files unless they have their own
     "sampler": 2, "remote": 2, "monitors": 2, "train_step": 2, "data": 2, "checkpoint": 2,
     "rollout": 3, "counterfactual": 3.5,
     "evaluate": 4, "report": 4, "discovery": 4, "plan": 4, "export": 4.5,
-    "config": 4,   # reads the METHODS table and the kernels' names alone; train asks it to validate
+    # reads the METHODS table and the kernels' names alone; train asks it to validate
+    "config": 4,
     "wiring": 4.5,   # from a configuration to what it names: shared by train and discover
     "train": 5, "discover": 5, "pretrain": 5, "experiment": 5, "bench": 5,
     "main": 6,
@@ -25,8 +26,10 @@ FORBIDDEN = {   # on top of the levels; a folder's rule holds for its files
     "envs": {"jax", "flax", "sdpo_jax.model", "sdpo_jax.objectives"},
     "objectives": {"sdpo_jax.envs", "sdpo_jax.data", "transformers"},
 }
-WITHOUT_JAX = ("records", "stats", "envs", "report", "discovery", "objectives/teacher_context")    # nor may anything that they import
-HUGGING_FACE = {"data/chat", "data/corpus", "model/hf_weights"}                       # corpus makes the tokenizer of the tiny model
+# nor may anything that they import
+WITHOUT_JAX = ("records", "stats", "envs", "report", "discovery", "objectives/teacher_context")
+# corpus makes the tokenizer of the tiny model
+HUGGING_FACE = {"data/chat", "data/corpus", "model/hf_weights"}
 
 FILES = sorted(str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 

@@ -33,7 +33,8 @@ def run(*args):
 
 
 LOCAL = "--config=configs/tinycode.py:local"
-LONGER = ["--config.total_steps=6", "--config.checkpoint.every_steps=2", "--config.eval.every_steps=3", "--config.data.length_multiple=4"]   # several batch shapes
+# several batch shapes
+LONGER = ["--config.total_steps=6", "--config.checkpoint.every_steps=2", "--config.eval.every_steps=3", "--config.data.length_multiple=4"]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,8 @@ def test_kill_and_resume_write_the_same_metrics(whole, tmp_path):
   killed_and_resumed(tmp_path, steps_before_kill=3, rng=random.Random(0))
   assert repeatable(tmp_path) == repeatable(whole[0])
   compiles = [[line["perf/compiles"] for line in metrics.read(workdir) if line["step"]] for workdir in (whole[0], tmp_path)]
-  assert compiles[0] == compiles[1] and compiles[0][-1] > 1   # the shapes used so far came back too
+  # the shapes used so far came back too
+  assert compiles[0] == compiles[1] and compiles[0][-1] > 1
 
 
 @pytest.mark.parametrize("shapes", [None, [list(range(1, 9))]])
@@ -140,7 +142,8 @@ def test_eval_scores_a_checkpoint_and_a_hugging_face_directory(whole, tmp_path):
   status, out, err = run(LOCAL, "--mode=eval", f"--checkpoint={tmp_path / 'exported'}", f"--workdir={tmp_path}")
   assert status == 0, err
   again = json.loads((tmp_path / "eval" / "exported.json").read_text())
-  assert {k: v for k, v in again.items() if k.startswith("eval/")} == {k: v for k, v in scored.items() if k.startswith("eval/")}   # the same weights
+  # the same weights
+  assert {k: v for k, v in again.items() if k.startswith("eval/")} == {k: v for k, v in scored.items() if k.startswith("eval/")}
 
 
 def test_another_configuration_does_not_continue_a_run(whole):
@@ -202,7 +205,8 @@ def test_help_shows_the_flags(module, capsys):
 
 def planned(monkeypatch, *settings):
   monkeypatch.setattr(plan, "topology_devices", lambda name: jax.devices())
-  for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_WORKER_HOSTNAMES"):   # set, so that they go back to what they were
+  # set, so that they go back to what they were
+  for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_WORKER_HOSTNAMES"):
     monkeypatch.setenv(name, "")
     monkeypatch.delenv(name)
   _, c = main.parse(["main", f"--config={ROOT}/configs/plan_8b.py:local", *settings])

@@ -72,7 +72,8 @@ def test_white_space_between_numbers_counts(env):
 
 def test_a_comparison_that_hangs_is_killed_and_the_next_one_works(env):
   task = env.task_from_row({"idx": 0, "question": "Q", "answer": "\\frac{1}{2}"}, "train")
-  assert env.judge(task, "\\boxed{0.5}").reward == 1.0   # starts the worker and has it load everything
+  # starts the worker and has it load everything
+  assert env.judge(task, "\\boxed{0.5}").reward == 1.0
   env.time_s = 1.0
   begun = time.monotonic()
   said = env.judge(task, "\\boxed{9^{9^{9^{9}}} - 3}")

@@ -18,7 +18,8 @@ def test_a_long_compilation_is_followed_by_a_trim(monkeypatch):
     jax.jit(lambda x: x + 1)(jnp.ones(3)).block_until_ready()
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
-  event = next(e for e in compiled if e.endswith("backend_compile_duration"))   # jax's own name for it
+  # jax's own name for it
+  event = next(e for e in compiled if e.endswith("backend_compile_duration"))
   with memory.released_by_the_compiler():
     jax.monitoring.record_event_duration_secs(event, 0.5)
     assert trims == []

@@ -28,7 +28,8 @@ from tests import fakes
 
 ROOT = pathlib.Path(__file__).parent.parent
 BLEND = methods.row("sdpo") | dict(advantage=dict(name="group_mean"), surrogate=dict(name="clipped"), policy_share=0.3)
-SIZES = dict(vocab=296, heads=16, kv_heads=8)   # every axis divides by every part of eight; queries are grouped
+# every axis divides by every part of eight; queries are grouped
+SIZES = dict(vocab=296, heads=16, kv_heads=8)
 MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
 FAST = [(1, 8, 1), (1, 1, 8), (2, 2, 2)]
 
@@ -144,7 +145,8 @@ def test_a_live_teacher_costs_its_forward_pass_and_no_collective_more():
   split = sum("D" in axes for axes in jax.tree.leaves(decoder.axes(config)["layers"]))
   in_layers = [len(re.findall(r" all-gather(?:-start)?\(.*while/body", text)) for text in texts]
   assert in_layers == [2 * split] * 2   # forward, and again for the backward pass
-  wide = [sorted(shape for kind, dtype, shape in collectives(text) if kind == "all-gather" and dtype == "f32" and len(shape) > 1) for text in texts]   # not token ids, nor scales of norms
+  # not token ids, nor scales of norms
+  wide = [sorted(shape for kind, dtype, shape in collectives(text) if kind == "all-gather" and dtype == "f32" and len(shape) > 1) for text in texts]
   assert wide[0] == wide[1], wide
   gathered, weights = set(wide[0]), parts_of_weights(config, mesh)
   assert gathered <= weights, gathered - weights
@@ -182,7 +184,8 @@ LARGE = SIZES | dict(vocab=8192)
 def test_no_logits_cross_devices(method, shape, monkeypatch):
   """With a vocabulary in blocks, forward and backward, of methods that read log-probability or entropy without a divergence: what comes out of a collective is a
   weight, or no larger than a device's hidden states, than which the logits of one token, even of one shard of the vocabulary, are larger."""
-  monkeypatch.setattr(token_logp, "BLOCK_BYTES", 4 * 8192 * 5)   # the logits of five tokens: no part of a weight has such an axis
+  # the logits of five tokens: no part of a weight has such an axis
+  monkeypatch.setattr(token_logp, "BLOCK_BYTES", 4 * 8192 * 5)
   mesh = sharding.make_mesh(jax.devices(), **dict(zip(sharding.AXES, shape)))
   config = fakes.toy_config(**LARGE)
   batch = fakes.toy_batch(rows=16, vocab=8192, length=40, teacher_length=40, packs=8)

@@ -40,7 +40,8 @@ def test_lines_are_strict_json_and_floats_survive(tmp_path):
   writer = metrics.Writer(tmp_path)
   writer.write(0, {"eval/heldout/avg@k": 0.1 + 0.2, "train/loss": math.nan, "train/none": None})
   writer.write(3, {"train/loss": Ratio(1, 3)})
-  assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()    # readable before the writer is closed
+  # readable before the writer is closed
+  assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
   first, second = lines(tmp_path)
   assert list(first) == ["step", "time_s", "eval/heldout/avg@k"] and first["eval/heldout/avg@k"] == 0.1 + 0.2
   assert second["train/loss"] == 1 / 3 and second["time_s"] >= first["time_s"] >= 0
@@ -133,7 +134,8 @@ def test_tensorboard_gets_the_same_values_and_the_cut(tmp_path):
   assert first[2][2] == pytest.approx(2 / 7)
   write(tmp_path, 2, truncate=2)
   assert ("purge", 2, None) in events(tmp_path)
-  write(tmp_path, 0, truncate=0)   # killed before its first checkpoint: all that came before is hidden
+  # killed before its first checkpoint: all that came before is hidden
+  write(tmp_path, 0, truncate=0)
   assert ("purge", 0, None) in events(tmp_path)
 
 

@@ -29,11 +29,13 @@ def history(steps=30, **last):
 def test_each_sign_is_seen_and_says_what_to_change(last, sign, says):
   found = monitors.warnings(history(**last))
   assert list(found) == [sign] and says in found[sign]
-  assert not monitors.warnings(history(steps=2 * monitors.WINDOW - 1, **last))   # too early to tell
+  # too early to tell
+  assert not monitors.warnings(history(steps=2 * monitors.WINDOW - 1, **last))
   named = re.findall(r"(config(?:\.\w+)+)(?:=(\w+))?", found[sign])
   rows = re.findall(r"(?<!\.)\bmethod=(\w+)", found[sign])
   assert named or rows
-  for row in rows or ["sdpo"]:   # each can be typed as it stands there; where no value is told, the one that it has
+  # each can be typed as it stands there; where no value is told, the one that it has
+  for row in rows or ["sdpo"]:
     for path, value in named:
       _, c = main.parse(["main", f"{TINYCODE}:method={row}"])
       for key in path.split(".")[1:]:
@@ -44,7 +46,8 @@ def test_each_sign_is_seen_and_says_what_to_change(last, sign, says):
 
 def test_a_healthy_run_and_one_that_improves_are_left_alone():
   assert monitors.warnings(history()) == {} and monitors.warnings([]) == {}
-  better = {"train/reward": 0.7, "rollout/length": 30.0, "train/entropy": 0.01, "train/teacher_gap_abs": 0.001}   # what success looks like
+  # what success looks like
+  better = {"train/reward": 0.7, "rollout/length": 30.0, "train/entropy": 0.01, "train/teacher_gap_abs": 0.001}
   assert monitors.warnings(history(**better)) == {}
 
 
@@ -57,8 +60,10 @@ def test_copy_rate_by_hand():
   chat = Chat(fakes.ByteTokenizer())
   def rollout(text):
     return Rollout(Task("t", "Q"), chat.text_tokens("the question is this"), chat.text_tokens(text), [], "stop", text, Feedback(0.0, ""))
-  rows = [rollout("0123456789ab"), rollout("the question"), rollout("0123456789"), rollout("short")]   # 5, 5, 3 and 0 n-grams of 8 bytes
+  # 5, 5, 3 and 0 n-grams of 8 bytes
+  rows = [rollout("0123456789ab"), rollout("the question"), rollout("0123456789"), rollout("short")]
   contexts = [Context(solution="x0123456789"), Context(feedback="the question is this"), None, Context(solution="short")]
   rate = monitors.copy_rate(rows, contexts, chat)
-  assert (rate.total, rate.count) == (3, 10)   # 01234567, 12345678, 23456789; what stands in the question is not copied
+  # 01234567, 12345678, 23456789; what stands in the question is not copied
+  assert (rate.total, rate.count) == (3, 10)
   assert monitors.copy_rate(rows[2:3], [None], chat).mean is None

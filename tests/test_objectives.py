@@ -154,7 +154,8 @@ def test_specification_and_fast_path_over_the_whole_grid(kwargs, distill):
       objective = make_objective(methods.row("sdpo") | dict(token_signal=signal[kwargs["granularity"]], token_weight=dict(name="importance", **clips)))
 
       def fast(s):
-        halves = s, jnp.eye(7, dtype=jnp.float32), flat(teacher), jnp.eye(7, dtype=jnp.float32), RESPONSE.reshape(-1)   # logits are hidden states under the identity
+        # logits are hidden states under the identity
+        halves = s, jnp.eye(7, dtype=jnp.float32), flat(teacher), jnp.eye(7, dtype=jnp.float32), RESPONSE.reshape(-1)
         wanted = objective.divergence or dict(alpha=0.5, top_k=None)
         out = distill_kl(*halves, alpha=wanted["alpha"]) if wanted["top_k"] is None else distill_topk(*halves, **wanted)
         said = Signals(*(x.reshape(2, 3) for x in (out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X)))
@@ -252,7 +253,8 @@ def test_gspo_clips_whole_sequences_and_cispo_never_loses_a_gradient():
   up = old + np.array([[0.1, 0, 0], [0.1, 0.2, 0.0]], np.float32)
   value, grad = policy_loss(up, batch, surrogate=dict(name="gspo", low=0.05, high=0.05))
   s1, s2 = np.exp(0.1), np.exp(0.1)   # the mean of (.1, .2, 0) is .1 too
-  assert float(value) == pytest.approx((-1.05 + 3 * s2) / 4, rel=1e-5)     # clipped for A > 0, free for A < 0
+  # clipped for A > 0, free for A < 0
+  assert float(value) == pytest.approx((-1.05 + 3 * s2) / 4, rel=1e-5)
   np.testing.assert_allclose(grad, [[0, 0, 0], [s2 / 4] * 3], rtol=1e-5)
   assert s1 > 1.05
   _, grad = policy_loss(up, batch, surrogate=dict(name="cispo", low=1.0, high=0.05))
@@ -333,7 +335,8 @@ def test_srpo_by_hand():
   value, (grad, grad_divergence) = jax.value_and_grad(loss, argnums=(0, 1))(jnp.asarray(old), jnp.asarray(divergence))
   sure = np.exp([0.0, -2.0])
   sure /= sure.mean()
-  assert float(value) == pytest.approx((sure[0] * 0.3 + sure[1] * 0.7 + 1.0) / 3, rel=1e-5)   # advantage -1: loss +1 at ratio 1
+  # advantage -1: loss +1 at ratio 1
+  assert float(value) == pytest.approx((sure[0] * 0.3 + sure[1] * 0.7 + 1.0) / 3, rel=1e-5)
   np.testing.assert_allclose(grad_divergence, [[sure[0] / 3, sure[1] / 3, 0], [0, 0, 0]], rtol=1e-5)
   np.testing.assert_allclose(grad, [[0, 0, 0], [1 / 3, 0, 0]], atol=1e-6)
   assert np.isclose(token_weight.certainty(Signals(jnp.asarray(old), None, None, None, jnp.asarray(entropy)), batch)[0, :2].mean(), 1.0)

@@ -35,14 +35,16 @@ def test_operations_count_scans_branches_and_shards():
 
   with jax.set_mesh(sharding.make_mesh(jax.devices()[:4], data=2, fsdp=1, tensor=-1)):
     found = plan.operations(jax.make_jaxpr(f)(square).jaxpr)
-  assert found == (5 + 2 + 1 * 2) * product   # the last one is computed by both devices along "tensor"
+  # the last one is computed by both devices along "tensor"
+  assert found == (5 + 2 + 1 * 2) * product
 
 
 def test_causal_attention_counts_the_blocks_on_and_below_the_diagonal():
   B, T, N, K, H = 2, 2048, 4, 2, 128
   q, k = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16), jax.ShapeDtypeStruct((B, T, K, H), jnp.bfloat16)
   count = lambda window: plan.operations(jax.make_jaxpr(lambda q, k, v, s: attention.splash(q, k, v, s, window))(q, k, k, jax.ShapeDtypeStruct((B, T), jnp.int32)).jaxpr)
-  square = 2 * 2.0 * B * N * T * T * H   # two products; blocks of 1024: three of four are on or below the diagonal
+  # two products; blocks of 1024: three of four are on or below the diagonal
+  square = 2 * 2.0 * B * N * T * T * H
   assert count(None) == 0.75 * square and count(512) <= square
 
 
@@ -80,10 +82,14 @@ def test_kernels_are_named():
 def test_arrays_as_large_as_the_logits_are_named():
   model = dataclasses.replace(PRESETS["qwen3-8b"], vocab=1000, width=64, layers=4)
   found = lambda *types: plan.logit_arrays(" ".join(types), 512, 1000, model)
-  logits = ["bf16[1024,512]", "bf16[512,1000]", "f32[2,512,500]", "f32[512,512]", "f32[512000]"]   # padded, whole, two blocks at once, one of two, flat
+  # padded, whole, two blocks at once, one of two, flat
+  logits = ["bf16[1024,512]", "bf16[512,1000]", "f32[2,512,500]", "f32[512,512]", "f32[512000]"]
   assert found(*logits) == sorted(logits)
-  assert not found("bf16[512,128]", "f32[4,1000,64,12]", "f32[2,512,64]")   # a block, a stack over the layers, hidden states
-  few = dataclasses.replace(model, width=2048)   # output matrices are larger than the logits of few tokens; two stand side by side in a trust region
+  # a block, a stack over the layers, hidden states
+  assert not found("bf16[512,128]", "f32[4,1000,64,12]", "f32[2,512,64]")
+  # output matrices are larger than the logits of few tokens; two stand side by side in a trust
+  # region
+  few = dataclasses.replace(model, width=2048)
   assert not plan.logit_arrays("f32[2048,1000] bf16[1000,1,1024] bf16[500,2048] bf16[4096,1000]", 512, 1000, few)
 
 
@@ -235,7 +241,8 @@ def test_a_second_model_is_said_not_to_be_counted(monkeypatch):
   monkeypatch.setattr(plan, "topology_devices", lambda name: jax.devices())
   c = config.base()
   c.method = methods.row("counterfactual")
-  said = lambda: "\n".join(itertools.islice(plan.plan(c, "v5p:2x2x2", PRESETS["qwen3-0.6b"], wiring.learner(c, PRESETS["qwen3-0.6b"])), 4))   # nothing is compiled yet
+  # nothing is compiled yet
+  said = lambda: "\n".join(itertools.islice(plan.plan(c, "v5p:2x2x2", PRESETS["qwen3-0.6b"], wiring.learner(c, PRESETS["qwen3-0.6b"])), 4))
   assert "not counted" not in said()
   c.method.counterfactual.update(sources=("model",), model="qwen3-8b")
   assert "not counted: weights and sampling of the second model, qwen3-8b" in said()

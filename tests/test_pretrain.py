@@ -27,7 +27,8 @@ def test_a_killed_run_resumes_to_the_same_weights(domain, tmp_path, capsys):
   assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["train/nll"] < lines[0]["train/nll"]
   assert {"eval/plain", "eval/feedback", "eval/solution"} <= lines[-1].keys() and lines[-1]["data/left_out"] == 0
   assert run(domain, tmp_path / "cut", "--config.total_steps=2") == 0
-  with open(tmp_path / "cut" / "metrics.jsonl", "a") as log:   # killed after a line, before its checkpoint
+  # killed after a line, before its checkpoint
+  with open(tmp_path / "cut" / "metrics.jsonl", "a") as log:
     log.write(json.dumps(lines[2]) + "\n" + '{"step": 4, "tra')
   assert run(domain, tmp_path / "cut") == 0
   assert list(map(metrics.reproducible, metrics.read(tmp_path / "cut"))) == list(map(metrics.reproducible, lines))

@@ -79,7 +79,8 @@ def test_a_run(tmp_path):
   assert "Comparison" not in page.source
   files = {file.name for file in (tmp_path / "out").glob("*.png")}
   assert {"eval_heldout_avg_k_by_step.png", "eval_heldout_avg_k_by_generations.png", "train_reward_by_step.png"} <= files
-  assert len(page.pictures()) == len(files)    # every picture is inside the page, and nothing is fetched
+  # every picture is inside the page, and nothing is fetched
+  assert len(page.pictures()) == len(files)
   assert {base64.b64decode(src.removeprefix("data:image/png;base64,")) for src in page.pictures()} == {
       file.read_bytes() for file in (tmp_path / "out").glob("*.png")}
   assert not re.search(r"(src|href)='(?!data:)", page.source)
@@ -92,7 +93,8 @@ def test_tokens_are_painted_by_the_gap(tmp_path):
   assert list(titles) == ["+0.50 nats", "-1.25 nats", "+6.00 nats", "+0.00 nats"]
   alpha = {title: float(re.search(r"rgba\((\d+),\d+,\d+,([\d.]+)\)", style)[2]) for title, style in titles.items()}
   red = {title: int(re.search(r"rgba\((\d+)", style)[1]) for title, style in titles.items()}
-  assert alpha["+0.00 nats"] == 0 < alpha["+0.50 nats"] < alpha["-1.25 nats"] < alpha["+6.00 nats"] == 0.75    # full strength at 2 nats
+  # full strength at 2 nats
+  assert alpha["+0.00 nats"] == 0 < alpha["+0.50 nats"] < alpha["-1.25 nats"] < alpha["+6.00 nats"] == 0.75
   assert red["-1.25 nats"] > 200 and red["+0.50 nats"] == 0
 
 
@@ -118,7 +120,8 @@ def test_seeds_make_a_group_and_other_settings_another(tmp_path):
   assert page.has("sdpo, grpo on tinycode") and page.has("Comparison") and page.has("grpo's 61.0%: 64 / 128 responses (2.0×), 1,001 / 2,001 tokens (2.0×)")
   assert page.has("sdpo, rollout.group=None's 80.0%: not reached")
   row, = [row for row in re.findall(r"<tr>.*?</tr>", page.source) if "<td>heldout</td><td><b>grpo</b>" in row]
-  assert re.search(r"<td>-19\.0 points <small>\[-2\d\.\d, -1\d\.\d\]</small></td>", row), row   # seed by seed: -20, -19, -18
+  # seed by seed: -20, -19, -18
+  assert re.search(r"<td>-19\.0 points <small>\[-2\d\.\d, -1\d\.\d\]</small></td>", row), row
 
 
 def test_curves_of_seeds_of_unequal_length_are_averaged_where_all_have_values(tmp_path):
@@ -132,7 +135,8 @@ def test_what_was_only_evaluated_before_training_is_left_out_and_said_to_be(tmp_
   runs += [workdir(tmp_path / "grpo", method="grpo", accuracy=(0.1,), unseen=False), workdir(tmp_path / "worse", method="dapo", accuracy=(0.1, 0.05), unseen=False)]
   page = Page(report.write_report(runs, tmp_path / "out"))
   row, = [row for row in re.findall(r"<tr>.*?</tr>", page.source) if "<td>heldout</td><td><b>sdpo</b>" in row]
-  assert "<td>2</td>" in row and "60.0%" in row   # the third seed's base model is not among what sdpo learned
+  # the third seed's base model is not among what sdpo learned
+  assert "<td>2</td>" in row and "60.0%" in row
   assert page.has("dapo's 5.0%: the base model already") and page.has("sdpo's 60.0%: not reached") and not page.has("grpo's")
   assert page.has("Left out, not evaluated since the base model: heldout: sdpo (1 of 3 runs); heldout: grpo (1 of 1 runs).")
 

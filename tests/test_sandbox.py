@@ -157,7 +157,8 @@ def test_functions_and_expressions(sandbox):
       "Test 1: wrong form\nReason: the program defines no function nothing\nInput: nothing(1)")
   assert sandbox.run("def f(x): return x + 1", [TestCase("1", "2")], fn_name="g").kind == "format"
   state = "class Solution:\n  seen = []\n  def __init__(self):\n    self.n = 10\n  def _more(self, x):\n    self.n += x\n    Solution.seen.append(x)\n  def f(self, x: int) -> List[int]:\n    self._more(x)\n    self._more(x)\n    return [self.n, len(self.seen)]"
-  assert sandbox.run(state, [TestCase("1", "[12, 2]")] * 2, fn_name="f").passed   # within one call it stays, from test to test it does not
+  # within one call it stays, from test to test it does not
+  assert sandbox.run(state, [TestCase("1", "[12, 2]")] * 2, fn_name="f").passed
   assert sandbox.run("print('noise')\ndef f(x):\n  print(x)\n  return (x, None)\nif __name__ == '__main__':\n  f(input())", [TestCase("true", "[true, null]")], fn_name="f").passed
   numpy = "import numpy as np\ndef f(x): return np.int64(x)"
   if jail_worker.installed("numpy"):
@@ -202,10 +203,12 @@ def test_time_limit_is_punctual(sandbox):
   """CPU time decides; where the machine gives the program none, wall time does."""
   limits = Limits(time_s=0.2)
   for program in ("while True: pass", "import hashlib\nwhile True: hashlib.sha256(bytes(10**5)).digest()",
-                  "b = b'x' * 600_000_000\nwhile True: pass"):   # giving back its memory does not count, nor delay the verdict
+                  # giving back its memory does not count, nor delay the verdict
+                  "b = b'x' * 600_000_000\nwhile True: pass"):
     results = [sandbox.run(program, [TestCase("", "")], limits=limits).tests[0] for _ in range(3)]
     assert all(r.kind == "time_limit" and (r.cpu_s >= 0.2 or r.wall_s >= limits.wall_s) for r in results)
-    assert statistics.median(r.cpu_s for r in results) < 0.23   # other work on the machine may delay one verdict, not most
+    # other work on the machine may delay one verdict, not most
+    assert statistics.median(r.cpu_s for r in results) < 0.23
   result = sandbox.run("import time\ntime.sleep(9)", [TestCase("", "")], limits=limits).tests[0]
   assert result.kind == "time_limit" and limits.wall_s <= result.wall_s < limits.wall_s + 0.5 and result.cpu_s < 0.2
 
@@ -223,7 +226,8 @@ def test_worker_killed_from_outside_costs_nothing():
     time.sleep(0.05)
     assert kind(pool, "print(1)", output="1") == "passed"
     worker, = _zygotes(pool)
-    threading.Timer(0.2, signal.pidfd_send_signal, [worker._pidfd, signal.SIGKILL]).start()   # at work
+    # at work
+    threading.Timer(0.2, signal.pidfd_send_signal, [worker._pidfd, signal.SIGKILL]).start()
     assert kind(pool, "import time\ntime.sleep(0.5)\nprint(1)", output="1") == "passed"
 
 
@@ -288,7 +292,8 @@ def test_no_descriptors_left_is_our_fault():
       while taken and "passed" not in kinds:
         kinds.append(kind(pool, "print(1)", output="1"))
         os.close(taken.pop())
-      if pool.isolation == "bubblewrap":   # the others first copy a Python, which takes descriptors too
+      # the others first copy a Python, which takes descriptors too
+      if pool.isolation == "bubblewrap":
         with pytest.raises(RuntimeError, match="Too many open files"):
           Sandbox(workers=8, isolation="bubblewrap")
     finally:
@@ -326,7 +331,8 @@ def test_missing_bubblewrap(monkeypatch, caplog):
 def test_no_copy_is_left_behind(monkeypatch):
   """Neither by close(), nor by an end without it, nor, once another sandbox is made, by a kill."""
   directory = pathlib.Path(tempfile.mkdtemp())
-  directory.chmod(0o755)   # the workers' users read there, which pytest's own directories do not allow
+  # the workers' users read there, which pytest's own directories do not allow
+  directory.chmod(0o755)
   monkeypatch.setattr(tempfile, "tempdir", str(directory))
 
   def left(end):
@@ -341,7 +347,8 @@ def test_no_copy_is_left_behind(monkeypatch):
     killed = left("os.kill(os.getpid(), signal.SIGKILL)") - held
     assert len(killed) == 1
     jail_worker.remove_abandoned()
-    assert set(directory.iterdir()) == held | killed   # too young: its process may be about to lock it
+    # too young: its process may be about to lock it
+    assert set(directory.iterdir()) == held | killed
     for path in held | killed:
       os.utime(path, (0, 0))
     jail_worker.remove_abandoned()

@@ -14,7 +14,8 @@ from tests.sandbox_host import Host, check_text, descendants, starved
 from sdpo_jax.envs.sandbox import KINDS, Limits, Sandbox, TestCase
 
 LIMITS = Limits(time_s=0.5, memory_mb=256, output_kb=1024)
-MAX_WALL_S = LIMITS.wall_s + 1.5   # the verdict's time: the backstop, and the machine under six attacks at once
+# the verdict's time: the backstop, and the machine under six attacks at once
+MAX_WALL_S = LIMITS.wall_s + 1.5
 
 MARKERS = ["<|", "|>", "[INST]", "</s>", "<start_of_turn>", "</think>", "\uff5c>", "\nTest 1: passed", "\nExpected: 5", "\nTest 2: passed"]
 
@@ -359,7 +360,8 @@ def test_contained(isolation, tmp_path_factory, monkeypatch):
   assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
-CARRIED = [  # (what one program does, what the next one on the same worker looks for, what it must print)
+# (what one program does, what the next one on the same worker looks for, what it must print)
+CARRIED = [
     ("import json, os, sys, builtins\njson.dumps = os.environ['X'] = 'left'\nsys.modules['left'] = builtins.left = 1\nos.chdir('/tmp')",
      "import json, os, sys, builtins\nprint(callable(json.dumps), 'X' in os.environ, 'left' in sys.modules, hasattr(builtins, 'left'), os.getcwd())",
      "True False False False /\n"),

@@ -71,7 +71,8 @@ def test_attacks(isolation, tmp_path_factory, monkeypatch):
   monkeypatch.setenv("SBX_CANARY", host.token)
   before, descriptors = descendants(), len(os.listdir("/proc/self/fd"))
   try:
-    pool = Sandbox(workers=6, isolation=isolation)  # most of the time limits are waited out asleep
+    # most of the time limits are waited out asleep
+    pool = Sandbox(workers=6, isolation=isolation)
   except RuntimeError as e:
     pytest.skip(str(e))
   with pool as sandbox:

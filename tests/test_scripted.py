@@ -29,11 +29,13 @@ from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_t
 from tests import fakes
 
 CHAT = Chat(fakes.ByteTokenizer())
-SHAPE = Shape(rows=4, length=768, teacher_rows=4, teacher_length=1280, tokens=640, responses=256, more_rows=0, more_length=0, packs=1)   # nothing else is compiled
+# nothing else is compiled
+SHAPE = Shape(rows=4, length=768, teacher_rows=4, teacher_length=1280, tokens=640, responses=256, more_rows=0, more_length=0, packs=1)
 IFEVAL = {"key": 1, "prompt": "Describe rain.", "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
           "kwargs": [{}, {"relation": "at least", "num_words": 4}]}
 
-# name: settings, source, (a second right response from the first, a wrong one, what the judge says of it; a malformed one, what the judge says of it)
+# name: settings, source, (a second right response from the first, a wrong one, what the judge says
+# of it; a malformed one, what the judge says of it)
 CASES = {
     "tinycode": (dict(level="easy"), None, lambda s: f"So:\n```python\n{s}\n```", "def f(x):\n    return [x]", "Wrong answer\nInput: ", "def f(x:", "Runtime error"),
     "arithmetic": (dict(level="easy"), None, lambda s: s.split("\n")[-1], "\\boxed{98}", "Wrong answer", "98", "Wrong format"),
@@ -112,7 +114,8 @@ def test_from_responses_to_a_gradient(name, sandbox, tmp_path):
   assert [r.feedback.reward for r in group] == [1.0, 0.0, 1.0, 0.0] and not group[0].feedback.text
   assert said in group[1].feedback.text and said_of_form in group[3].feedback.text
 
-  # Teacher's text: another success without its thinking, then the feedback; the question and the closing around them.
+  # Teacher's text: another success without its thinking, then the feedback; the question and the
+  # closing around them.
   batch = batch_of(env, group, "sdpo", feedback="always").batch
   question = env.prompt(group[0].task)
   for b, (solution, feedback) in enumerate([(group[2].text, ""), (right, group[1].feedback.text), (right, ""), (right, group[3].feedback.text)]):

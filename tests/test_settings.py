@@ -87,7 +87,8 @@ def test_an_environment_of_ones_own_takes_its_own_settings():
   assert c.env.to_dict() == {"name": "tests.my_env:ReverseWord", "length": 7}
   env = make_env(sandbox=None, **c.env)
   assert len(env.task("train", 0).solution) == 7
-  assert checked(f"{TINYCODE}:level=hard", "--config.env.name=arithmetic").env.level == "hard"   # what both have stays
+  # what both have stays
+  assert checked(f"{TINYCODE}:level=hard", "--config.env.name=arithmetic").env.level == "hard"
   with pytest.raises(main.UsageError, match=r"config.env.level='hard' is not a setting of tests.my_env:ReverseWord; choose from \['length'\]"):
     parse(f"{TINYCODE}:level=hard", own)
 
@@ -143,7 +144,8 @@ def test_a_wrong_setting_is_told_by_name(arguments, says):
 
 
 def test_the_implementation_of_the_loss_is_for_methods_that_read_it():
-  for signal in ("divergence", "sampled_token", "sequence"):   # the latter two read the kernel's other results
+  # the latter two read the kernel's other results
+  for signal in ("divergence", "sampled_token", "sequence"):
     assert checked(TINYCODE, "--config.train.loss_implementation=xla", f"--config.method.token_signal.name={signal}").train.loss_implementation == "xla"
   with pytest.raises(ValueError, match="loss_implementation='xla' would not be read: config.method.token_signal.name is 'none'"):
     checked(f"{TINYCODE}:method=grpo", "--config.train.loss_implementation=xla")

@@ -45,10 +45,12 @@ def test_discovery_counts_runs_that_never_succeed():
 def test_kaplan_meier_of_runs_that_ended_early_by_hand():
   """Successes at 2, 4 and 4; two runs without one ended after 1 and 3 attempts, one made all 5."""
   first, attempts = [2, 4, 4, None, None, None], [2, 4, 4, 1, 3, 5]
-  # At 2: one of the 5 still going. At 4: two of the 3 still going (the run that ended after 3 has left).
+  # At 2: one of the 5 still going. At 4: two of the 3 still going (the run that ended after 3 has
+  # left).
   for k, survival in ((1, 1.0), (2, 4 / 5), (3, 4 / 5), (4, 4 / 5 * 1 / 3), (5, 4 / 15)):
     assert stats.kaplan_meier(first, attempts, k) == pytest.approx(1 - survival)
-  assert stats.kaplan_meier(first, [5] * 6, 5) == pytest.approx(stats.discovery_at_k(first, 5))   # all observed to the end
+  # all observed to the end
+  assert stats.kaplan_meier(first, [5] * 6, 5) == pytest.approx(stats.discovery_at_k(first, 5))
 
 
 def test_discovery_of_independent_attempts_is_pass_at_k():
@@ -65,7 +67,8 @@ def test_avg_at_k_averages_questions_not_responses():
 
 
 def test_interval_is_exact_on_two_questions():
-  # Draws of the mean of {0, 1} are 0, 1/2, 1 with probability 1/4, 1/2, 1/4; one degree of freedom widens the outer ones past [0, 1].
+  # Draws of the mean of {0, 1} are 0, 1/2, 1 with probability 1/4, 1/2, 1/4; one degree of freedom
+  # widens the outer ones past [0, 1].
   assert stats.mean_interval([0.0, 1.0], level=0.95) == stats.Interval(0.5, 0.0, 1.0)
   assert stats.mean_interval([0.0, 1.0], level=0.1) == stats.Interval(0.5, 0.5, 0.5)
 
@@ -106,7 +109,8 @@ def test_interval_covers_the_true_mean(monkeypatch):
   for Q, p in [(12, 0.5), (60, 0.3)]:
     hits = 0
     for trial in range(trials):
-      score_Q = rng.binomial(4, rng.beta(2 * p, 2 * (1 - p), size=Q)) / 4    # four responses a question, questions of all difficulties
+      # four responses a question, questions of all difficulties
+      score_Q = rng.binomial(4, rng.beta(2 * p, 2 * (1 - p), size=Q)) / 4
       result = stats.mean_interval(score_Q, seed=trial)
       hits += result.low <= p <= result.high
     assert 0.92 <= hits / trials <= 0.98, (Q, p, hits / trials)

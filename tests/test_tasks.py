@@ -68,7 +68,8 @@ def test_weights_passes_and_seeds(two):
   assert sum(a >= 100 for a in drawn) == 72   # weights 1 and 3
   small = [a for a in drawn if a < 100]
   passes = [small[i:i + 6] for i in range(0, 24, 6)]
-  assert all(sorted(p) == list(range(6)) for p in passes) and len({tuple(p) for p in passes}) > 1   # each pass whole, in another order
+  # each pass whole, in another order
+  assert all(sorted(p) == list(range(6)) for p in passes) and len({tuple(p) for p in passes}) > 1
   assert drawn[:24] != answers(TaskStream(env, "train", seed=2).take(24)) and drawn[:24] == answers(TaskStream(env, "train", seed=1).take(24))
 
 
@@ -148,7 +149,8 @@ def test_an_environment_says_what_a_response_does_with_rows_as_without(two):
 
   env = with_rows(Knows(), two, splits=("train",))
   assert env.behaviour(env.task("train", 3), " 7\n") == (env.task("train", 3).data["answer"], "7")
-  assert not hasattr(with_rows(MathQA(), two, splits=("train",)), "behaviour")   # its rewards and feedback then tell
+  # its rewards and feedback then tell
+  assert not hasattr(with_rows(MathQA(), two, splits=("train",)), "behaviour")
 
 
 def test_patterns_of_files(tmp_path):

@@ -33,7 +33,8 @@ def test_tasks_are_pure_functions_of_their_id():
   a, b = composed.Problems(tinycode.DOMAIN, "default", 3), composed.Problems(tinycode.DOMAIN, "default", 3)
   assert [a.task("train", i) for i in range(20)] == [b.task("train", i) for i in reversed(range(20))][::-1]
   again = composed.Problems(tinycode.DOMAIN, "default", 3)
-  for split in ("heldout", "unseen", "adversarial"):   # nor do other splits, or what was asked before, change a task
+  # nor do other splits, or what was asked before, change a task
+  for split in ("heldout", "unseen", "adversarial"):
     assert [again.task(split, i) for i in (7, 2)] == [a.task(split, i) for i in (7, 2)]
   assert [a.task("train", i) for i in (0, 19)] == [again.task("train", i) for i in (0, 19)]
   other = composed.Problems(tinycode.DOMAIN, "default", 4)

@@ -122,7 +122,8 @@ def test_every_row_right_and_wrong():
       for kind, response in broken([c for c in task.data["calls"] if not c["optional"]]):
         said = env.judge(task, response)
         assert said.reward == 0.0 and said.status is Status.SCORED and said.text, (task.id, kind)
-        for call in task.data["calls"]:   # no value of the reference is said unless the response said it
+        # no value of the reference is said unless the response said it
+        for call in task.data["calls"]:
           for value in call["arguments"].values():
             assert not isinstance(value, str) or len(value) < 6 or value not in said.text or value in response, (task.id, kind)
         wrong += 1

@@ -54,7 +54,8 @@ def test_all_that_is_generated_is_counted():
   assert [log.written[i]["train/sampled_tokens"] for i in (1, 2, 3)] == [17, 34, 51] and [log.written[i]["train/generations"] for i in (1, 2, 3)] == [5, 10, 15]
   (at, stored), = log.saved[1:2]
   assert (at, stored) == (2, {"tokens": 34, "alternatives": 6, "failed_batches": 0})
-  _, log = run(start=2, tokens=stored["tokens"], alternatives=stored["alternatives"])   # resumed: only rollouts from there on
+  # resumed: only rollouts from there on
+  _, log = run(start=2, tokens=stored["tokens"], alternatives=stored["alternatives"])
   assert (log.written[3]["train/sampled_tokens"], log.written[3]["train/generations"]) == (40, 12)
 
 
@@ -76,7 +77,8 @@ def test_gradients_that_are_never_finite_stop_the_run():
   never = lambda name, i: False
   with pytest.raises(wiring.RunError, match=r"\(step 2\); there is no checkpoint yet;"):
     run(skipped=1, due=never)
-  with pytest.raises(wiring.RunError, match=r"not finite in 8 updates in a row \(step 8\); the last checkpoint is step 7;"):   # the one that it began from
+  # the one that it began from
+  with pytest.raises(wiring.RunError, match=r"not finite in 8 updates in a row \(step 8\); the last checkpoint is step 7;"):
     run(total_steps=9, skipped=1, start=7, due=never)
 
 

@@ -11,13 +11,15 @@ from sdpo_jax import config, experiment, main
 
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = [ROOT / "README.md", *sorted((ROOT / "configs").rglob("*.py")), *sorted((ROOT / "sdpo_jax").rglob("*.py"))]
-COMMAND = re.compile(r"python -m (sdpo_jax\.\w+)((?:'[^'\n]*'|[^\n`|&)\"'])*)")   # what is quoted may hold anything
+# what is quoted may hold anything
+COMMAND = re.compile(r"python -m (sdpo_jax\.\w+)((?:'[^'\n]*'|[^\n`|&)\"'])*)")
 
 
 def commands():
   for path in SOURCES:
     for module, rest in COMMAND.findall(path.read_text(encoding="utf-8").replace("\\\n", " ")):
-      if rest.strip() and not any(mark in rest for mark in ("FILE", "...", "[", "NAME", "{", "WORKDIR")):   # a synopsis, not a command
+      # a synopsis, not a command
+      if rest.strip() and not any(mark in rest for mark in ("FILE", "...", "[", "NAME", "{", "WORKDIR")):
         yield f"{path.relative_to(ROOT)}: {module}{rest.rstrip()}", module, rest
 
 

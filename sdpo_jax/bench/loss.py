@@ -46,7 +46,8 @@ SHAPES = {"cpu": "1024x256x151936,1024x128x704",
 IMPLEMENTATIONS = {"cpu": "reference,xla,torch", "gpu": "reference,xla,xla:weights,pallas_gpu,liger",
                    "tpu": "reference,xla,xla:weights,pallas_tpu"}
 PEERS = {"torch", "liger"}
-CHECKED = 64, 128, 70001  # X, D, V of the comparison with the reference: large enough for blocks, and ragged
+# X, D, V of the comparison with the reference: large enough for blocks, and ragged
+CHECKED = 64, 128, 70001
 COLUMNS = ("shape", "dtype", "alpha", "implementation", "time_s", "cpu_s", "us_per_token", "floor_us_per_token",
            "temporaries_mb", "peak_mb", "gradient_error", "peer_speedup")
 
@@ -61,7 +62,8 @@ def main(argv):
   parser.add_argument("--implementations", help="comma-separated")
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--json", metavar="FILE", help="also write all results there, as one JSON list")
-  parser.add_argument("--child", help=argparse.SUPPRESS)  # one measurement, as JSON: what the parent starts
+  # one measurement, as JSON: what the parent starts
+  parser.add_argument("--child", help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
   if args.child:
     print(json.dumps(_measure(**json.loads(args.child))))
@@ -81,7 +83,8 @@ def main(argv):
       child = subprocess.run([sys.executable, "-m", "sdpo_jax.bench", "loss", "--child", json.dumps(request)],
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False,
                              env=os.environ | {"JAX_PLATFORMS": {"gpu": "cuda"}.get(args.device, args.device),
-                                               "JAX_TRACEBACK_FILTERING": "off"})  # the last line is then the error
+                                               # the last line is then the error
+                                               "JAX_TRACEBACK_FILTERING": "off"})
       if child.returncode:
         why = (child.stderr.strip().splitlines() or ["no output"])[-1]
         result = request | {"error": f"exit {child.returncode}: {why}"}
@@ -126,7 +129,8 @@ def _measure(*, device, shape, alpha, dtype, implementation, repeats):
   run = _peer if implementation in PEERS else _jax
   result = run(_problem(shape, dtype), alpha, implementation, device, repeats, _problem(CHECKED, dtype))
   floor = 4 * 2 * D * V / (result["matrix_tflops"] * 1e12) * 1e6
-  # Values: float32 sums. Gradients: dlogits and results are rounded to dtype; tensor cores and torch reorder sums.
+  # Values: float32 sums. Gradients: dlogits and results are rounded to dtype; tensor cores and
+  # torch reorder sums.
   value, gradient = (1e-3, 0.03) if dtype == "bfloat16" else (1e-4, 1e-3)
   if implementation not in PEERS and not (result["value_error"] <= value and result["gradient_error"] <= gradient):
     raise ArithmeticError(f"off the reference at {CHECKED}: values by {result['value_error']}, gradients by {result['gradient_error']}")
@@ -215,7 +219,8 @@ def _peer(problem, alpha, implementation, device, repeats, checked):
     out = []
     while problem:
       x = torch.from_numpy(np.ascontiguousarray(problem[0].T if implementation == "liger" and len(out) in (1, 3) else problem[0],
-                                                np.float32 if len(out) < 4 else np.int64))  # liger's heads are [V, D]
+                                                # liger's heads are [V, D]
+                                                np.float32 if len(out) < 4 else np.int64))
       out.append(x.to(where, dtype) if len(out) < 4 else x.to(where))
       problem.pop(0)
     for x in out[:2]:
@@ -239,7 +244,8 @@ def _peer(problem, alpha, implementation, device, repeats, checked):
   rate = 2 * n**3 / best(lambda: (a @ a, wait()), repeats)[where == "cpu"] / 1e12
 
   numpy = lambda x: x.detach().float().cpu().numpy()
-  exact = [torch.from_numpy(x.astype(np.float32)) for x in checked[:4]]  # on the CPU: no shortened products
+  # on the CPU: no shortened products
+  exact = [torch.from_numpy(x.astype(np.float32)) for x in checked[:4]]
   exact[0].requires_grad_(), exact[1].requires_grad_()
   want = _torch(*exact, None, alpha)
   want.backward()
@@ -259,7 +265,8 @@ def _torch(h, w, g, u, target, alpha):
   s = torch.log_softmax((h @ w).float(), -1)
   with torch.no_grad():
     t = torch.log_softmax((g @ u).float(), -1)
-  kl = lambda a, b: torch.nn.functional.kl_div(b, a, reduction="none", log_target=True).sum(-1)  # KL(a || b)
+  # KL(a || b)
+  kl = lambda a, b: torch.nn.functional.kl_div(b, a, reduction="none", log_target=True).sum(-1)
   if alpha == 0:
     return kl(t, s).mean()
   if alpha == 1:

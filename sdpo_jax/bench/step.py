@@ -50,7 +50,8 @@ def main(argv):
   parser.add_argument("--remat", choices=("none", "dots", "block"), default="dots")
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--json", metavar="FILE", help="also write all results there, as one JSON list")
-  parser.add_argument("--child", help=argparse.SUPPRESS)  # one measurement, as JSON: what the parent starts
+  # one measurement, as JSON: what the parent starts
+  parser.add_argument("--child", help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
   if args.child:
     print(json.dumps(_measure(**json.loads(args.child))))
@@ -184,7 +185,8 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
     jax.block_until_ready(state)
 
   wall, cpu = best(one, repeats)
-  if jax.devices()[0].platform == "cpu":   # before the parts below, which are programs of their own
+  # before the parts below, which are programs of their own
+  if jax.devices()[0].platform == "cpu":
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   else:
     peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]

@@ -23,11 +23,17 @@ from sdpo_jax.objectives.teacher_context import Context
 from sdpo_jax.records import Counterfactual, Rollout, Rows, Status, TaskError, TrainBatch
 
 CUT = "\n[...]\n"
-MAX_SHAPES = 16         # compilations that a run whose lengths never settle may ask for; beyond, only what fits nowhere makes one
-COMPILATION = 10.0      # what a compilation costs, in steps: tiny models on CPU take 4 s for it against 0.4 s a step
+# compilations that a run whose lengths never settle may ask for; beyond, only what fits nowhere
+# makes one
+MAX_SHAPES = 16
+# what a compilation costs, in steps: tiny models on CPU take 4 s for it against 0.4 s a step
+COMPILATION = 10.0
 WASTE = 0.08            # a share of a step that nobody compiles for
-FEW_PAIRS = 2**26       # of columns that attention may compare: a mask of so many takes little memory on any device
-ATTENTION_TOKENS = 8192  # row length at which attention costs about as much as a layer's matrix products (width 1,000): longer rows pack better but cost more
+# of columns that attention may compare: a mask of so many takes little memory on any device
+FEW_PAIRS = 2**26
+# row length at which attention costs about as much as a layer's matrix products (width 1,000):
+# longer rows pack better but cost more
+ATTENTION_TOKENS = 8192
 
 
 class Packed(NamedTuple):
@@ -35,7 +41,8 @@ class Packed(NamedTuple):
   rollouts: list[Rollout]          # row b of the batch
   contexts: list[Context | None]   # what its teacher reads; None: nothing
   metrics: dict[str, float]        # counts of what was dropped, shortened, shown
-  counterfactuals: tuple[list[Context | None], ...] = ()   # what the teacher reads in each of the batch's further readings
+  # what the teacher reads in each of the batch's further readings
+  counterfactuals: tuple[list[Context | None], ...] = ()
 
 
 def bucket(length: int, multiple: int) -> int:
@@ -115,8 +122,11 @@ class Shapes:
   """Those that a run has used. Its state, `known` and `owed`: a resumed run has to choose the same ones to compute the same."""
   longest: tuple[int, int, int]   # see most_tokens: no room beyond that
   known: list[Shape] = dataclasses.field(default_factory=list)
-  owed: float = 0.0         # steps' worth of waste that a better one would have spared, of all batches together, since one was last added for that reason
-  limit: int = MAX_SHAPES   # of `known`; then only where none fits, and what is added holds whatever can come
+  # steps' worth of waste that a better one would have spared, of all batches together, since one
+  # was last added for that reason
+  owed: float = 0.0
+  # of `known`; then only where none fits, and what is added holds whatever can come
+  limit: int = MAX_SHAPES
 
 
 class Text(NamedTuple):
@@ -194,7 +204,9 @@ def choose_shape(dealt, counts: list[int], shapes: Shapes, *, length_multiple: i
   needed = lambda packs, length: max(1, max(len(first_fit(texts, length)) for texts in packs))
   tokens_of, responses_of = lambda d: max(map(sum, d.responses)), lambda d: max(map(max, d.responses))
 
-  def best(packs, full):   # (rows, length) of the cheapest packing: rows as long as the longest text, or longer ones with less left over, up to a whole pack
+  # (rows, length) of the cheapest packing: rows as long as the longest text, or longer ones with
+  # less left over, up to a whole pack
+  def best(packs, full):
     longest, whole = most(packs), max(map(together, packs))
     fitting = []
     for wanted in {*(int(longest * stretch) for stretch in (1.0, 1.5, 2.0, 3.0)), *(max(longest, -(-whole // n)) for n in (1, 2, 3))}:
@@ -216,7 +228,8 @@ def choose_shape(dealt, counts: list[int], shapes: Shapes, *, length_multiple: i
     d = dealt(packs)
     count = len(d.student[0])
 
-    def sizes(packs, full):   # (rows, length) with room. None in the length of the first shape: lengths may all be equal
+    # (rows, length) with room. None in the length of the first shape: lengths may all be equal
+    def sizes(packs, full):
       rows, length = best(packs, full)
       return room(rows, count), bucket(room(length, math.prod(full)), length_multiple) if rows == 1 and shapes.known else length
 
@@ -228,7 +241,8 @@ def choose_shape(dealt, counts: list[int], shapes: Shapes, *, length_multiple: i
   worst = full_shape(len(last.student[0]), counts[-1], shapes.longest, length_multiple=length_multiple, response_multiple=response_multiple,
                      taught=most(last.teacher) > 0, more=bool(last.more))
   new = next(shape for shape in map(fitting, counts) if shape.packs == counts[-1] or shape.within(worst))
-  known = [s for s in shapes.known if s.packs in counts]   # a run may go on with another number of devices
+  # a run may go on with another number of devices
+  known = [s for s in shapes.known if s.packs in counts]
   usable = min(filter(holds, known), key=Shape.cost, default=None)
   if usable:
     waste = usable.cost() / new.cost() - 1.0
@@ -236,7 +250,8 @@ def choose_shape(dealt, counts: list[int], shapes: Shapes, *, length_multiple: i
     if waste <= WASTE or shapes.owed < COMPILATION or len(known) >= shapes.limit:
       return usable
     shapes.owed = 0.0
-  if len(known) >= shapes.limit:   # a length never seen: from now on everything fits into this one
+  # a length never seen: from now on everything fits into this one
+  if len(known) >= shapes.limit:
     new = worst
   shapes.known.append(new)
   return new
@@ -275,7 +290,8 @@ def lay_out(placed: list[list[int]], known: list[Text], texts: list[list[int]], 
         put(texts[i][:shared], 0, 0)
         prefixes[family] = segment
       answer = len(texts[i]) - starts[i]
-      at_X[at[i]:at[i] + answer] = p * length + column + starts[i] - shared - 1 + np.arange(answer)   # the column before a token predicts it
+      # the column before a token predicts it
+      at_X[at[i]:at[i] + answer] = p * length + column + starts[i] - shared - 1 + np.arange(answer)
       put(texts[i][shared:], shared, prefixes[family] if shared else 0)
   return Rows(token_PT, segment_PT, position_PT, prefix_PT, at_X)
 
@@ -307,7 +323,8 @@ def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, 
   (*teacher, shortened), more = teacher_texts(contexts), [teacher_texts(c) for c in more_contexts]
   read = [student, teacher, *(reading[:2] for reading in more)]
   answers = [len(r.tokens) if valid(r) else 0 for r in rollouts]
-  work = [3 * len(s) + sum(map(len, t)) for s, *t in zip(*(texts for texts, _ in read))]   # the student's half goes backward too
+  # the student's half goes backward too
+  work = [3 * len(s) + sum(map(len, t)) for s, *t in zip(*(texts for texts, _ in read))]
 
   def in_packs(rows, order, packs):
     return [[rows[b] for b in order[first:first + B // packs]] for first in range(0, B, B // packs)]
@@ -355,7 +372,8 @@ def pack(groups: list[list[Rollout]], *, chat: Chat, messages, teacher_context, 
   metrics = {"data/dropped": float(sum(not valid(r) for r in rollouts)), "data/teacher_share": float(batch.distill_B.mean()),
              "data/teacher_shortened": float(shortened), "data/solution_share": float(np.mean([c is not None and bool(c.solution) for c in contexts])),
              "data/useful_tokens": float(sum((half.segment_CPT > 0).sum() for half in halves) / sum(half.segment_CPT.size for half in halves)),
-             "perf/compiles": float(len(shapes.known))}   # of the train step, this run's earlier sessions included
+             # of the train step, this run's earlier sessions included
+             "perf/compiles": float(len(shapes.known))}
   if counterfactual:
     metrics |= {"counterfactual/teacher_tokens": float(sum(len(t) for texts, _, _ in more for t in texts)), "counterfactual/shortened": float(sum(n for _, _, n in more)),
                 "counterfactual/told_share": float(np.mean([c is not None for row in more_contexts for c in row]))}
@@ -370,7 +388,8 @@ def balanced_order(work: list[int], group: int, updates: int, packs: int, *, who
   order, rows = [], len(work) // updates
   groups, rest = divmod(rows, group)
   unit = group if whole and not rest and groups % packs == 0 else 1
-  hands = packs // groups if whole and not rest and packs % groups == 0 and group % (packs // groups) == 0 else packs   # packs of one deal
+  # packs of one deal
+  hands = packs // groups if whole and not rest and packs % groups == 0 and group % (packs // groups) == 0 else packs
   dealt = rows * hands // packs
   for first in range(0, len(work), dealt):
     sizes = [sum(work[i:i + unit]) for i in range(first, first + dealt, unit)]

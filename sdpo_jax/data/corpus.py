@@ -33,15 +33,20 @@ class Mixture:
   feedback: float = 0.6
   solution: float = 0.12
   both: float = 0.08
-  notes: float = 0.0                              # feedback, or a solution, and notes on other attempts
+  # feedback, or a solution, and notes on other attempts
+  notes: float = 0.0
   imagine: float = 0.0                            # which verdict would another attempt receive?
   lengths: tuple[float, ...] = (0.3, 0.55, 0.15)  # one, two, three operations
-  novel: float = 0.5                              # chance that an operation is named by a novel word
+  # chance that an operation is named by a novel word
+  novel: float = 0.5
   twist: float = 0.1                              # chance of a misleading paraphrase
-  slip: float = 0.15                              # chance that the failed attempt gets a known operation wrong too
-  alternatives: int = 2                           # the most other attempts that a row of notes tells of
+  # chance that the failed attempt gets a known operation wrong too
+  slip: float = 0.15
+  # the most other attempts that a row of notes tells of
+  alternatives: int = 2
   success: float = 0.1                            # chance that another attempt is right
-  learnt: float = 0.4                             # chance that an attempt, where others are told of, gets a novel operation right
+  # chance that an attempt, where others are told of, gets a novel operation right
+  learnt: float = 0.4
 
   def __post_init__(self):
     shares = {view: getattr(self, view) for view in VIEWS}
@@ -115,7 +120,8 @@ class Corpus:
         guessed = {o: new and rng.random() >= self.mixture.learnt for o, new in novel.items()}
         ops, said = (answer.ops, "") if right else self._failed(rng, answer.ops, answer.kind, answer.details, guessed)
         text = self.domain.answer(ops, answer.details)[0]
-        if right or not self.domain.solves(text, answer.ops, answer.kind, answer.details):   # the right number by other steps is no failure
+        # the right number by other steps is no failure
+        if right or not self.domain.solves(text, answer.ops, answer.kind, answer.details):
           return Rollout(Task("", answer.message), [], [], [], "stop", text, Feedback(float(right), said))
 
     while True:
@@ -181,7 +187,8 @@ def build_tokenizer(name: str):
   natural = dict.fromkeys(phrases + pieces() + chat + [str(i) for i in range(-99, 100)])
   letters = [c for c in string.printable if c not in "\x0b\x0c" and c not in natural]
   byte_pieces = [f"<0x{b:02X}>" for b in range(256)]
-  # The fewest pieces win, and among equals the longest first piece: a constant price with a small bonus for length.
+  # The fewest pieces win, and among equals the longest first piece: a constant price with a small
+  # bonus for length.
   vocabulary = [("<unk>", 0.0)] + [(p, -10.0 + 0.01 * min(len(p), 90)) for p in natural] + [(c, -10.5) for c in letters] + [(b, -20.0) for b in byte_pieces]
   tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
   tokenizer.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])

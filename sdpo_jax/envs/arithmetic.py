@@ -44,7 +44,8 @@ OPS = {  # operation: (the step as text over the number before, what it gives, k
 }
 HEADERS = ("{} has {} {}. Take their number: {}. What is the result?", "Start from the number of {1} {2} that {0} has: {3}. What comes out?")
 NAMES, THINGS = ("Ann", "Ben", "Eva", "Tom"), ("apples", "coins", "stamps", "shells")
-STARTS, LARGEST = range(2, 21), 99   # the number that a problem starts from; the largest size of a number on the way
+# the number that a problem starts from; the largest size of a number on the way
+STARTS, LARGEST = range(2, 21), 99
 _STEP = re.compile(r"(-?\d{1,4}) (\+|-|\*|//|%) (-?\d{1,4}) = (-?\d{1,9})")
 _BOX = re.compile(r"\\boxed\{(-?\d{1,9})\}")
 _SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod}

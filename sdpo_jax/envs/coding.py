@@ -208,7 +208,8 @@ def mbpp_hub_task(row: dict, split: str) -> Task:
   task = _mbpp(row | {"task_id": f"MBPP/{row['task_id']}"}, split, row.get("prompt") or row["text"], row["code"].replace("\r\n", "\n"), test, None)
   imported = {word for line in row.get("test_imports") or [] for word in re.findall(r"\w+", line)} - {"import", "from", "as"}
   used = imported & {word for t in task.data["tests"] for word in re.findall(r"\w+", t["expression"])}
-  if used:   # isclose, which most of them import math for, is compared on the host and stands in no expression
+  # isclose, which most of them import math for, is compared on the host and stands in no expression
+  if used:
     raise ValueError(f"field 'test_imports': the tests use {sorted(used)}, which is not supported")
   return task
 
@@ -264,7 +265,8 @@ def tests_from_asserts(source: str, fn_name: str) -> list[dict]:
         node.id = fn_name
     if (test := _expression_test(statement.test, fn_name)) is not None:
       tests.append(test)
-  tests = [test for test in tests if fn_name in test["expression"]]   # HumanEval has asserts of True
+  # HumanEval has asserts of True
+  tests = [test for test in tests if fn_name in test["expression"]]
   if not tests:
     raise ValueError("check holds no assert on the function")
   return tests

@@ -22,10 +22,13 @@ import zlib
 
 from sdpo_jax.records import Task
 
-# More words than any domain has operations, so that pre-training sees more words than meanings and no word is tied to the last meaning left.
+# More words than any domain has operations, so that pre-training sees more words than meanings and
+# no word is tied to the last meaning left.
 NOVEL_WORDS = ("blick", "dax", "wug", "fep", "toma", "zib", "gorp", "lorp", "mimsy", "rell", "snid", "vash", "plim", "quor",
                "jent", "krat", "hob", "yolt", "drim", "stave", "frop", "glim", "nork", "pell", "tiv", "ulm")
-LEVELS = {  # name: (weights of one, two, three operations; share of the operations that are named by their novel word, the others by known phrases)
+# name: (weights of one, two, three operations; share of the operations that are named by their
+# novel word, the others by known phrases)
+LEVELS = {
     "easy": ((1.0, 0.0, 0.0), 0.5),
     "default": ((0.2, 0.8, 0.0), 0.5),
     "hard": ((0.0, 1.0, 0.0), 1.0),
@@ -39,13 +42,21 @@ HELDOUT_SHARE, UNSEEN_SHARE = 0.2, 0.15
 class Domain(NamedTuple):
   """What the operations work on."""
   phrases: dict[str, tuple[str, ...]]   # operation: its known phrases
-  compositions: Callable                # length -> {(*operations, input type): input type}: those in which each operation matters
-  draw: Callable                        # (rng, operations, input type) -> details: inputs, tests, whatever the problem is about
-  statement: Callable                   # (body, input type, details, header) -> what the user says
-  answer: Callable                      # (operations, details) -> (reference response, what the judge needs)
+  # length -> {(*operations, input type): input type}: those in which each operation matters
+  compositions: Callable
+  # (rng, operations, input type) -> details: inputs, tests, whatever the problem is about
+  draw: Callable
+  # (body, input type, details, header) -> what the user says
+  statement: Callable
+  # (operations, details) -> (reference response, what the judge needs)
+  answer: Callable
   types: dict[str, dict[str, str]]      # operation: {type it takes: type it gives}
-  complain: Callable                    # (attempted operations, operations, details) -> what a judge says of the attempt; "" if it is right
-  solves: Callable                      # (response, operations, input type, details) -> bool, without running anything but our own operations
+  # (attempted operations, operations, details) -> what a judge says of the attempt; "" if it is
+  # right
+  complain: Callable
+  # (response, operations, input type, details) -> bool, without running anything but our own
+  # operations
+  solves: Callable
 
 
 def novel_phrase(word: str) -> str:
@@ -71,7 +82,8 @@ def is_heldout(phrases, kind: str, header: int) -> bool:
   """A single operation is held out under one header at most: without its phrase, `train` could not teach what its word means."""
   if len(phrases) > 1:
     return _share("heldout", *phrases) < HELDOUT_SHARE
-  return int(_share("heldout", *phrases, kind) / HELDOUT_SHARE) == header   # one of the two headers, or neither
+  # one of the two headers, or neither
+  return int(_share("heldout", *phrases, kind) / HELDOUT_SHARE) == header
 
 
 def body(phrases, *, twist: str | None = None, distractor: str = "") -> str:

@@ -16,7 +16,8 @@ Needs nothing but the standard library. End of file on the socket (the host died
 import os
 import sys
 
-# Modules ask to be called after every fork (threading renews its locks, random its seed): a third of a short test's time,
+# Modules ask to be called after every fork (threading renews its locks, random its seed): a third
+# of a short test's time,
 # and needless in a process that forks with one thread and seeds for itself.
 os.register_at_fork = lambda **_: None
 
@@ -45,7 +46,8 @@ MAX_DEPTH = 100           # of a returned value
 MAX_BITS = 14_000         # of a returned integer: Python writes and reads 4300 decimal digits
 MAX_OPEN_FILES = 64
 MAX_PROCESSES = 64
-THREAD_STACK = 16 << 20   # else every thread reserves as much as the main stack, and a few exhaust the memory limit
+# else every thread reserves as much as the main stack, and a few exhaust the memory limit
+THREAD_STACK = 16 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
@@ -62,7 +64,8 @@ def _check(code, what):
   return code
 
 
-# What LeetCode's and LiveCodeBench's graders give a function without an import, less names that programs like to give variables.
+# What LeetCode's and LiveCodeBench's graders give a function without an import, less names that
+# programs like to give variables.
 GIVEN = {name: module for module, names in {
     "typing": "Any Callable DefaultDict Deque Dict Iterable Iterator List Optional Sequence Set Tuple Union",
     "collections": "Counter OrderedDict defaultdict deque namedtuple",
@@ -80,7 +83,8 @@ LEAN_IMPORTS = ("atexit", "bisect", "collections", "copy", "functools", "heapq",
 
 
 def main():
-  signal.signal(signal.SIGINT, signal.default_int_handler)  # a trainer started in the background hands on an ignored SIGINT
+  # a trainer started in the background hands on an ignored SIGINT
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   sock = socket.socket(fileno=int(sys.argv[1]))
   config = json.loads(sock.recv(1 << 20))
   try:
@@ -97,7 +101,8 @@ def _lock_down(config):
   few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
   if most < MAX_OPEN_FILES:
     raise OSError(f"this user may open only {most} files (hard limit), and {MAX_OPEN_FILES} are needed")
-  if few < MAX_OPEN_FILES:   # the caller's own limit, which may be lower than what a test's descriptors need
+  # the caller's own limit, which may be lower than what a test's descriptors need
+  if few < MAX_OPEN_FILES:
     resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, most))
   sys.path[:] = config["path"]
   for name in LEAN_IMPORTS + tuple(config["packages"]):
@@ -150,7 +155,8 @@ def _landlock_rules(read, list):
   scoped = 3 if abi >= 6 else 0  # abstract unix sockets, signals
   attributes = struct.pack("=QQQ", fs, net, scoped)[:8 if abi < 4 else 16 if abi < 6 else 24]
   ruleset = _check(_libc.syscall(444, attributes, ctypes.c_size_t(len(attributes)), 0), "landlock_create_ruleset")
-  for path, rights in [(p, 4 | 8 if os.path.isdir(p) else 4) for p in read] + [(p, 8) for p in list]:  # 4: read, 8: list
+  # 4: read, 8: list
+  for path, rights in [(p, 4 | 8 if os.path.isdir(p) else 4) for p in read] + [(p, 8) for p in list]:
     try:
       fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except FileNotFoundError:  # a link out of the standard library to what is not here
@@ -181,7 +187,8 @@ def _serve(sock, config, seccomp):
     for fd in fds:
       os.close(fd)
     used_s = _watch(pid, start, cpu_s, wall_s, poll)
-    if used_s is not None:  # told at once: the kernel takes 50 ms to give back each GB of a killed process
+    # told at once: the kernel takes 50 ms to give back each GB of a killed process
+    if used_s is not None:
       sock.send(DONE.pack(signal.SIGKILL, True, used_s, time.monotonic() - start, 0))
     _, status, usage = os.wait4(pid, 0)
     if used_s is None:
@@ -201,7 +208,8 @@ def _watch(pid, start, cpu_s, wall_s, poll):
       if wall_left <= 0 or cpu_left <= 0:
         os.kill(pid, signal.SIGKILL)
         return cpu_s - cpu_left
-      # Threads on all cores use the rest of the CPU time this much sooner; on none of them it never ends.
+      # Threads on all cores use the rest of the CPU time this much sooner; on none of them it never
+      # ends.
       wait_s = max(0.001, min(wall_left, cpu_left / cores))
       for fd, _ in poll.poll(wait_s * 1000):
         if fd == pidfd:
@@ -272,7 +280,8 @@ def _finish(run, program, name, free_reserve, *, write=os.pwrite, encode=json.du
     status, record = 1, {"error": [type(e).__name__, _message(e), _line(e)]}
   try:
     if run is _run_stdin:
-      threading._shutdown()              # waits for the program's own threads, as the interpreter does
+      # waits for the program's own threads, as the interpreter does
+      threading._shutdown()
       sys.modules["atexit"]._run_exitfuncs()
     for stream in {id(s): s for s in (sys.stdout, sys.__stdout__)}.values():
       if stream is not None:
@@ -361,7 +370,8 @@ def _run_function(program, name):
   os.lseek(0, 0, os.SEEK_END)
   namespace, function = _define(program, name)
   solution = namespace.get("Solution")
-  if isinstance(solution, type) and callable(getattr(solution, name, None)):  # it may use a function of its own name
+  # it may use a function of its own name
+  if isinstance(solution, type) and callable(getattr(solution, name, None)):
     function = getattr(solution(), name)
   if function is None:
     return _missing(name)

@@ -33,7 +33,8 @@ STDIN, FUNCTION, EXPRESSION = 0, 1, 2   # jail.py has the same three, and the sa
 JOB = struct.Struct("=ddQQB")
 DONE = struct.Struct("=iBddQ")
 
-STACK_KB = 256 << 10       # C stack of a program: recursion through C functions is common in contest code
+# C stack of a program: recursion through C functions is common in contest code
+STACK_KB = 256 << 10
 START_S = 20.0             # for a worker to come up
 GRACE_S = 1.0              # for a worker to answer after the test's own deadline
 FIRST_UID, UIDS = 61000, 4000
@@ -56,8 +57,10 @@ class Layout:
   stdlib: str
   loader: str                     # the dynamic linker that the executable names
   libraries: tuple[str, ...]      # directories of shared libraries outside the prefix
-  packages: tuple[str, ...]       # directories to import third-party packages from, each one package
-  home: str = ""                  # PYTHONHOME, where the interpreter is not to look around its executable
+  # directories to import third-party packages from, each one package
+  packages: tuple[str, ...]
+  # PYTHONHOME, where the interpreter is not to look around its executable
+  home: str = ""
 
 
 @functools.cache
@@ -117,7 +120,8 @@ def remove_abandoned() -> None:
       continue
     try:
       about = os.fstat(fd)
-      if about.st_uid == os.geteuid() and time.time() - about.st_mtime > STAGING_S:   # a younger one may be about to be locked
+      # a younger one may be about to be locked
+      if about.st_uid == os.geteuid() and time.time() - about.st_mtime > STAGING_S:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(path, ignore_errors=True)
     except BlockingIOError:
@@ -185,7 +189,8 @@ def _bubblewrap_view(layout: Layout, uid: int, with_proc: bool) -> _View:
   stdlib = f"{home}/{os.path.basename(layout.stdlib)}"
   command = [bwrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--as-pid-1",
              "--hostname", "sandbox", "--cap-drop", "ALL"]
-  # Root gives each worker a uid of its own and needs no user namespace; anyone else needs one for the other namespaces.
+  # Root gives each worker a uid of its own and needs no user namespace; anyone else needs one for
+  # the other namespaces.
   command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if uid else ["--unshare-user"]
   readable, bound = list(_DEVICES), [(layout.executable, "/py/bin/python"), (str(_JAIL), "/jail.py")]
   if layout.prefix == "/usr":
@@ -242,14 +247,16 @@ class Worker:
               "filter": "" if isolation == "unsafe" else jail_filter.build().hex(), "landlock": None}
     if isolation in ("bubblewrap", "landlock"):
       own = [os.path.join(view.stdlib, e.name) for e in os.scandir(layout.stdlib) if e.name not in _UNNEEDED]
-      config["landlock"] = {"read": own + view.readable, "list": [view.stdlib]}  # importing lists what it may not read
+      # importing lists what it may not read
+      config["landlock"] = {"read": own + view.readable, "list": [view.stdlib]}
     environment = {"LANG": "C.UTF-8", "TZ": "UTC", "HOME": "/", "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0",
                    "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
                    "MALLOC_ARENA_MAX": "1",   # else each thread reserves 64 MB of address space
                    "LD_BIND_NOW": "1"}        # else every child resolves the same symbols again
     if layout.home and isolation != "bubblewrap":
       environment["PYTHONHOME"] = layout.home
-    # The shell sets what must hold from the first instruction on: the C stack, and who dies first when memory runs out.
+    # The shell sets what must hold from the first instruction on: the C stack, and who dies first
+    # when memory runs out.
     shell = (f'ulimit -s {STACK_KB} 2>/dev/null || ulimit -s "$(ulimit -H -s)"; '
              'echo 1000 2>/dev/null > /proc/self/oom_score_adj; exec "$@"')
     self.pid = None   # as the host sees it, once it said hello
@@ -258,7 +265,8 @@ class Worker:
     try:
       self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
       with theirs:
-        # -I would also refuse PYTHONHASHSEED; -s, -P and an environment from scratch keep out everything else that it does.
+        # -I would also refuse PYTHONHASHSEED; -s, -P and an environment from scratch keep out
+        # everything else that it does.
         self._process = subprocess.Popen(
             ["/bin/sh", "-c", shell, "sh", *view.command, "-s", "-P", "-S", "-B", "-X", "utf8", view.script, str(theirs.fileno())],
             env=environment, cwd="/", pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -308,7 +316,8 @@ class Worker:
         raise WorkerLost("silent") from e
       except OSError as e:
         raise WorkerLost(str(e)) from e
-      except BaseException:  # interrupted: the answer to this test must not be taken for the next one's
+      # interrupted: the answer to this test must not be taken for the next one's
+      except BaseException:
         self.kill()
         raise
       if len(answer) != DONE.size:

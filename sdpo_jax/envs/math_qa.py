@@ -27,7 +27,8 @@ INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within 
 FORM = "Put the final answer within \\boxed{}."
 MAX_ANSWER = 1000   # characters
 START_S = 120.0     # importing sympy on a busy machine, before anything is judged
-RESTART_S = 40.0    # the same while a judge waits for it: with the comparison, less than config.rollout.judge_timeout_s
+# the same while a judge waits for it: with the comparison, less than config.rollout.judge_timeout_s
+RESTART_S = 40.0
 _NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d*)?")
 _CALCULATION = re.compile(r"<<[^<>]*>>")   # GSM8K's calculator annotations
 

@@ -120,5 +120,6 @@ def _gpqa(row: dict, split: str) -> Task:
   options = [right] + [field(row, f"Incorrect Answer {i}").strip() for i in (1, 2, 3)]
   name = row.get("Record ID", row["idx"])
   order = list(range(4))
-  random.Random(f"gpqa/{name}").shuffle(order)   # two options may have the same text, so places are shuffled
+  # two options may have the same text, so places are shuffled
+  random.Random(f"gpqa/{name}").shuffle(order)
   return _question(f"gpqa/{split}/{name}", split, field(row, "Question"), [options[i] for i in order], LETTERS[order.index(0)])

@@ -34,7 +34,8 @@ from sdpo_jax.envs.verdict import (KINDS, Limits, ProgramError, TestCase, TestRe
 __all__ = ["KINDS", "Limits", "ProgramError", "Sandbox", "TestCase", "TestResult", "Verdict"]
 
 ISOLATIONS = ("bubblewrap", "landlock", "seccomp", "unsafe")  # strongest first
-PACKAGES = ("numpy",)  # what a program may import besides the standard library, where it is installed
+# what a program may import besides the standard library, where it is installed
+PACKAGES = ("numpy",)
 _log = logging.getLogger(__name__)
 
 # Tries what must not be possible and prints what was.
@@ -247,7 +248,9 @@ class _Slot:
         try:
           outcome = worker.run(program_fd, given, mode, fn_name or "", limits)
           return judge_test(outcome, test, program, fn_name, limits)
-        except WorkerLost:  # once may be bad luck (killed from outside, a machine that stood still): the program gets another
+        # once may be bad luck (killed from outside, a machine that stood still): the program gets
+        # another
+        except WorkerLost:
           worker.kill()
       # Twice: the program's doing if a trivial program passes on a fresh worker, else ours.
       trivial = self._trivial(packages)

@@ -58,7 +58,8 @@ HEADERS = ("Write f(x) for {}: {}.", "f(x) takes {}: {}.")
 INPUTS = {"list": "a list of numbers x", "str": "a string x", "int": "a number x"}
 TESTS = 5   # hidden tests of a problem
 SHOWN = 2   # failing tests that the feedback shows
-_APPLY = {name: eval("lambda x: " + op.code) for name, op in OPS.items()}  # our own expressions, not a model's
+# our own expressions, not a model's
+_APPLY = {name: eval("lambda x: " + op.code) for name, op in OPS.items()}
 
 
 def sample_input(rng: random.Random, kind: str):
@@ -117,7 +118,8 @@ def solutions(task: Task) -> list[str]:
       for name, apply in _APPLY.items():
         try:
           grown.append((ops + (name,), apply(x)))
-        except Exception:   # the operation does not fit the type: no program that goes on from here runs
+        # the operation does not fit the type: no program that goes on from here runs
+        except Exception:
           continue
     alive = grown
     found += [ops for ops, x in alive if x == wanted and all(execute(ops, y) == (z, None) for y, z in rest)]
@@ -152,7 +154,8 @@ def distinct_inputs(rng: random.Random, ops, kind: str, count: int) -> list:
     x = sample_input(rng, kind)
     if x not in inputs and execute(ops, x)[1] is None:
       inputs.append(x)
-  return sorted(inputs, key=lambda x: (len(repr(x)), repr(x)))   # the judge goes through them in order: the shortest come first
+  # the judge goes through them in order: the shortest come first
+  return sorted(inputs, key=lambda x: (len(repr(x)), repr(x)))
 
 
 def statement(body: str, kind: str, details, header: int) -> str:

@@ -55,7 +55,8 @@ class ToolUse:
     names, arguments, faults = ([], {}, [fault]) if fault else parse(text)
     if faults:
       return [*faults, FORM]
-    # Where optional calls allow several answers, the one that the response comes closest to is spoken of.
+    # Where optional calls allow several answers, the one that the response comes closest to is
+    # spoken of.
     try:
       return min((mismatches(names, arguments, calls, task.data["tools"]) for calls in _variants(task.data["calls"])), key=len)
     except RecursionError:   # read, but too deep to be compared or shown

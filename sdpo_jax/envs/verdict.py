@@ -290,7 +290,8 @@ def _classify(outcome, test, program, fn_name, limits):
     return "output_limit", output, None, ""
   if signal_number := outcome.status & 0x7f:
     if signal_number == signal.SIGKILL and outcome.max_rss_kb > 0.9 * 1024 * limits.memory_mb:
-      return "memory_limit", output, None, ""  # the kernel was short of memory and chose this process
+      # the kernel was short of memory and chose this process
+      return "memory_limit", output, None, ""
     try:
       name = signal.Signals(signal_number).name
     except ValueError:
@@ -311,7 +312,8 @@ def _classify(outcome, test, program, fn_name, limits):
       same, text = same_value(value, json.loads(test.output)), json.dumps(value)
     else:
       same, text = _same_literal(value, test), _literal_text(value)
-  except Exception:  # mostly what a program wrote into the result by itself; whatever it is, it is the program's fault
+  # mostly what a program wrote into the result by itself; whatever it is, it is the program's fault
+  except Exception:
     return "format", "", None, "the result is not a value"
   return ("passed" if same else "wrong_answer"), text, None, ""
 
@@ -347,7 +349,8 @@ def clean(text: str) -> str:
   text = text.replace("\r\n", "\n")
   if not text.isascii() or not text.replace("\n", "").replace("\t", "").isprintable():
     text = "".join("\ufffd" if c not in "\n\t" and unicodedata.category(c) in _UNSAFE else c for c in text)
-  # a space after the first character breaks a marker, and a broken marker cannot join its neighbours into a new one
+  # a space after the first character breaks a marker, and a broken marker cannot join its
+  # neighbours into a new one
   return _ADDRESS.sub("0x...", _MARKERS.sub(lambda m: m[0][0] + " " + m[0][1:], text))
 
 
@@ -394,7 +397,8 @@ def describe(result: TestResult, number: int, limits: Limits) -> str:
     if result.kind == "wrong_answer":
       lines += [_field("Output", result.output), _field("Expected", result.expected)]
   if error := result.error:
-    # Of a hidden test no word that the program chooses: a message, a class's name or an exit status may quote the input.
+    # Of a hidden test no word that the program chooses: a message, a class's name or an exit status
+    # may quote the input.
     words = (error.type, error.message) if not result.hidden else (error.type,) if error.type in _EXCEPTIONS else ()
     if what := ": ".join(filter(None, words)):
       lines.append(_field("Error", what, MAX_ERROR_CHARS))

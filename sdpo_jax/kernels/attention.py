@@ -30,8 +30,12 @@ from sdpo_jax.kernels.distill_kl_xla import target_platform
 
 LANES = 128   # splash works on multiples of it
 QUERIES = 256   # at least so many a block in `causal`: each block is code of its own
-KEPT = "attention"   # name of what the backward pass of `blocked` and of splash needs beside q, k and v: see decoder's remat
-BLOCK = 64      # queries and keys of a block of `blocked`: with 32 its loop costs more, with 128 it computes more that nobody sees
+# name of what the backward pass of `blocked` and of splash needs beside q, k and v: see decoder's
+# remat
+KEPT = "attention"
+# queries and keys of a block of `blocked`: with 32 its loop costs more, with 128 it computes more
+# that nobody sees
+BLOCK = 64
 
 
 def mask(segment_BT: jax.Array | None, shape: tuple[int, int], window: int | None = None, *, prefix_BT: jax.Array | None = None,
@@ -55,7 +59,8 @@ def mask(segment_BT: jax.Array | None, shape: tuple[int, int], window: int | Non
 class Seen(NamedTuple):
   """Who sees whom in packed rows, and for `blocked` in which blocks; S = T, I and J count blocks of queries and of keys."""
   mask_BTS: jax.Array
-  blocks_BIJ: jax.Array | None = None   # the key blocks that a query block sees something of, before the others
+  # the key blocks that a query block sees something of, before the others
+  blocks_BIJ: jax.Array | None = None
   count_BI: jax.Array | None = None     # how many these are
 
 
@@ -152,7 +157,8 @@ def _blocked_backward(kept, g_BTNH):
   q_BTNH, k_BTKH, v_BTKH, who, out_BTNH, log_total = kept
   K, (_, I, _) = k_BTKH.shape[2], who.blocks_BIJ.shape
   q, g, k, v = _by_blocks(q_BTNH, who, K), _by_blocks(g_BTNH, who, K), _keys(k_BTKH, who), _keys(v_BTKH, who)
-  mean_g = jnp.sum(_by_blocks(out_BTNH, who, K).astype(jnp.float32) * g, axis=-1).reshape(log_total.shape)   # what softmax takes off its gradient
+  # what softmax takes off its gradient
+  mean_g = jnp.sum(_by_blocks(out_BTNH, who, K).astype(jnp.float32) * g, axis=-1).reshape(log_total.shape)
 
   def queries(carry, at):
     b, i = at // I, at % I
@@ -218,7 +224,8 @@ def cudnn_agrees(queries: tuple[int, int, int], keys: tuple[int, int, int], dtyp
   try:
     with jax.ensure_compile_time_eval():
       pairs = list(zip(gradients(_cudnn, False), gradients(reference, True)))
-    off = float(np.max([np.max(np.abs(got - want)) / np.max(np.abs(want)) for got, want in pairs]))   # NaN if one is
+    # NaN if one is
+    off = float(np.max([np.max(np.abs(got - want)) / np.max(np.abs(want)) for got, want in pairs]))
     why = "" if off <= 0.03 else f"off by {off:.2g} of the largest value"
   except Exception as error:   # whatever it is, the other path works
     why = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -33,7 +33,8 @@ from typing import NamedTuple
 
 import jax
 from jax import lax
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public from jax 0.11 on only
+# public from jax 0.11 on only
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -45,10 +46,12 @@ from sdpo_jax.kernels.distill_kl_xla import over_blocks
 from sdpo_jax.kernels.distill_kl_xla import target_platform
 
 WORKSPACE_BYTES = 640 * 2**20  # dlogits: 40,960 entries of the vocabulary at X = 8192 in bfloat16
-ROWS, COLUMNS, DEPTH = 128, 128, 64  # tokens, entries of the vocabulary and entries of D in a tile
+# tokens, entries of the vocabulary and entries of D in a tile
+ROWS, COLUMNS, DEPTH = 128, 128, 64
 HALF = ROWS // 2               # tokens of one of the two multiplying warpgroups
 STAGES = 4                     # tiles of either operand on their way, 32 KB together
-GROUP, PARTS = 16, 8           # blocks that run at a time: fewer than an H200's 132 multiprocessors
+# blocks that run at a time: fewer than an H200's 132 multiprocessors
+GROUP, PARTS = 16, 8
 
 
 class Plan(NamedTuple):
@@ -75,7 +78,8 @@ def make_plan(alpha, temperature, interpret=None):
   return Plan(alpha, temperature, interpret)
 
 
-# ---- the three parts that distill_kl_sweeps.py asks for -------------------------------------------------------------
+# ---- the three parts that distill_kl_sweeps.py asks for
+# -------------------------------------------------------------
 
 
 def statistics(plan, h, w, g, u, target):
@@ -112,7 +116,8 @@ def _rows(columns):
   return [x[:, 0] for x in columns]
 
 
-# ---- kernels ------------------------------------------------------------------------------------------------------
+# ---- kernels -------------------------------------------------------------------------------------
+# -----------------
 
 
 def _call(plan, name, h, w, g, u, per_token, output):

@@ -35,7 +35,8 @@ class Stats(NamedTuple):
   sum_s: jax.Array    # sum e^(s - max_s)
   sum_t: jax.Array
   sum_ss: jax.Array   # sum e^(s - max_s) (s - max_s)
-  cross: jax.Array    # alpha = 0: sum e^(t - max_t) (t - s); alpha = 1: sum e^(s - max_s) (s - t); else 0
+  # alpha = 0: sum e^(t - max_t) (t - s); alpha = 1: sum e^(s - max_s) (s - t); else 0
+  cross: jax.Array
   target_s: jax.Array  # s at the target, 0 if it is not among these entries
   target_t: jax.Array
 
@@ -59,7 +60,8 @@ class Fold(NamedTuple):
 ROWS = Fold(sum=lambda x: jnp.sum(x, axis=1, keepdims=True), max=lambda x: jnp.max(x, axis=1, keepdims=True),
             spread=lambda x, width: x)
 _lane_groups = lambda x: [x[:, i:i + 128] for i in range(0, x.shape[1], 128)]
-LANES = Fold(sum=lambda x: functools.reduce(jnp.add, _lane_groups(x)),  # no reduction across lanes until the very end
+# no reduction across lanes until the very end
+LANES = Fold(sum=lambda x: functools.reduce(jnp.add, _lane_groups(x)),
              max=lambda x: functools.reduce(jnp.maximum, _lane_groups(x)),
              spread=lambda x, width: jnp.tile(x, (1, width // 128)))
 
@@ -127,7 +129,8 @@ def is_mixture(alpha):
 
 def log_over_mixture(u, alpha):
   """ln(pi/m), given u = ln(pi/q). ln(q/m) is this minus u. The exponential never overflows."""
-  larger = alpha if alpha == 0.5 else jnp.where(u >= 0, 1 - alpha, alpha)  # weight of the larger of pi and q
+  # weight of the larger of pi and q
+  larger = alpha if alpha == 0.5 else jnp.where(u >= 0, 1 - alpha, alpha)
   return jnp.minimum(u, 0) - jnp.log(larger + (1 - larger) * jnp.exp(-jnp.abs(u)))
 
 

@@ -37,7 +37,8 @@ from sdpo_jax.kernels.distill_kl_xla import over_blocks
 WORKSPACE_BYTES = 640 * 2**20  # dlogits: 40,960 entries of the vocabulary at X = 8192 in bfloat16
 VMEM_BYTES = 60 * 2**20        # what a kernel may use; v5p has 64 MB, v5e and v6e twice that
 TILES = ((1024, 1024, 512), (1024, 512, 512), (512, 512, 512), (512, 256, 256), (256, 256, 256), (256, 128, 128),
-         (128, 128, 128))      # tokens, entries of the vocabulary, entries of a sub-tile; the first that fits
+         # tokens, entries of the vocabulary, entries of a sub-tile; the first that fits
+         (128, 128, 128))
 
 
 class Plan(NamedTuple):
@@ -61,19 +62,22 @@ def make_plan(h, w, g, u, alpha, temperature, interpret=True):
   assert all(a.dtype in (jnp.float32, jnp.bfloat16) for a in (h, w, g, u)), (h.dtype, w.dtype, g.dtype, u.dtype)
   (X, D), (E, V) = h.shape, u.shape
   item = max(a.dtype.itemsize for a in (h, w, g, u))
-  # Many tokens in a tile: the heads are read from memory once for each of them. Long tiles: less waiting at their ends.
+  # Many tokens in a tile: the heads are read from memory once for each of them. Long tiles: less
+  # waiting at their ends.
   rows, columns, sub = next(t for t in TILES if _vmem_bytes(*t, D + E, item) <= 0.95 * VMEM_BYTES or t == TILES[-1])
   sub = min(sub, -(-V // 128) * 128)
   return Plan(alpha, temperature, min(rows, -(-X // 16) * 16), min(columns, -(-V // sub) * sub), sub, interpret)
 
 
 def _vmem_bytes(rows, columns, sub, width, item):
-  inputs = 2 * item * width * (rows + columns)        # two buffers of hidden states and heads; width: both sides'
+  # two buffers of hidden states and heads; width: both sides'
+  inputs = 2 * item * width * (rows + columns)
   logits = 4 * 4 * rows * sub                         # two sub-tiles of both sides
   return inputs + logits + 2 * 4 * rows * max(8 * 128, columns)
 
 
-# ---- the three parts that distill_kl_sweeps.py asks for -------------------------------------------------------------
+# ---- the three parts that distill_kl_sweeps.py asks for
+# -------------------------------------------------------------
 
 
 def statistics(plan, h, w, g, u, target):
@@ -100,7 +104,8 @@ def gradients(plan, h, w, g, u, target, scalars, cotangents, dtype):
   return over_blocks(V, size, body, (jnp.zeros(h.shape, jnp.float32), jnp.zeros(w.shape, dtype)))
 
 
-# ---- kernels ------------------------------------------------------------------------------------------------------
+# ---- kernels -------------------------------------------------------------------------------------
+# -----------------
 
 
 def _statistics(plan, h, w, g, u, target):

@@ -36,8 +36,10 @@ from sdpo_jax.kernels import distill_kl_math as dm
 from sdpo_jax.kernels.distill_kl_ref import DistillKL
 from sdpo_jax.kernels.distill_kl_sweeps import distill
 
-ONE_BLOCK_ENTRIES = 2**22      # X * V up to here: plan `one`, 16 MB for each of the two logit arrays kept
-CPU_ONE_BLOCK_ENTRIES = 2**26  # the same on CPU, where two to four more products cost more than 256 MB are worth
+# X * V up to here: plan `one`, 16 MB for each of the two logit arrays kept
+ONE_BLOCK_ENTRIES = 2**22
+# the same on CPU, where two to four more products cost more than 256 MB are worth
+CPU_ONE_BLOCK_ENTRIES = 2**26
 BLOCK_ENTRIES = 2**27          # logits in any other block: 512 MB for each of the two arrays
 CPU_BLOCK_ENTRIES = 2**21      # logits in a block of the vocabulary on CPU: 8 MB, near the caches
 
@@ -74,7 +76,8 @@ def target_platform():
   return device.platform if device is not None and device.platform else jax.default_backend()
 
 
-# ---- all logits at once, and blocks of tokens -----------------------------------------------------------------------
+# ---- all logits at once, and blocks of tokens
+# -----------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -155,7 +158,8 @@ def _backward_tokens(plan, h, w, g, u, target, columns):
   return over_blocks(target.shape[0], plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dtype)))
 
 
-# ---- pieces -------------------------------------------------------------------------------------------------------
+# ---- pieces --------------------------------------------------------------------------------------
+# -----------------
 
 
 def logit_dtype(*arrays):
@@ -204,7 +208,8 @@ def _whole_vocabulary(plan, h, w, g, u, target):
   return DistillKL(divergence[:, 0], logp[:, 0], logp_teacher[:, 0], scalars.entropy[:, 0]), scalars, s, t
 
 
-# ---- blocks of the vocabulary: the three parts that distill_kl_sweeps.py asks for -----------------------------------
+# ---- blocks of the vocabulary: the three parts that distill_kl_sweeps.py asks for
+# -----------------------------------
 
 
 def block_logits(plan, h, w, g, u, start, size):

@@ -102,7 +102,8 @@ def top_log_probs(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher
     layout = Layout(mesh, tuple(token_axes), vocabulary_axis, head_axis)
     rows, _ = layout.sizes(*student_hidden_XD.shape, V)
     arrays = [x if i in (1, 3) else layout.pad(x) for i, x in enumerate(arrays)]
-  plan = blocked.vocabulary_plan(rows, 0.5, temperature)  # alpha 0.5: statistics without a divergence
+  # alpha 0.5: statistics without a divergence
+  plan = blocked.vocabulary_plan(rows, 0.5, temperature)
   return jax.tree.map(lambda x: x[:X], _top(plan, min(top_k, V), layout, *arrays))
 
 
@@ -168,7 +169,8 @@ def _backward(plan, layout, h, w, target, index, scalars, cotangents):
   from_all = g_logp + jnp.sum(c_XK, axis=1, keepdims=True)
   dw_dtype = w.dtype  # a column of dw is complete at once
   if layout is not None:
-    index, dw_dtype = index - V * lax.axis_index(layout.vocabulary_axis), dtype  # until the devices' parts are added
+    # until the devices' parts are added
+    index, dw_dtype = index - V * lax.axis_index(layout.vocabulary_axis), dtype
     target = own(layout, target, V)
 
   def body(start, size, carry):
@@ -177,7 +179,8 @@ def _backward(plan, layout, h, w, target, index, scalars, cotangents):
     log_pi = blocked.logits(plan, h, head, dtype) - scalars.log_z_s
     d = -jnp.exp(log_pi) * (g_entropy * (log_pi + scalars.entropy) + from_all)
     d += jnp.where(blocked.hit(target, start, size), g_logp, 0)
-    column = jnp.where((index >= start) & (index < start + size), index - start, size)  # size: nowhere
+    # size: nowhere
+    column = jnp.where((index >= start) & (index < start + size), index - start, size)
     d = d.at[jnp.arange(X)[:, None], column].add(c_XK, mode="drop")
     dh_part, dw_part = blocked.gradient_products(plan, d, h, head, dtype)
     return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(dw_dtype), start, 1)

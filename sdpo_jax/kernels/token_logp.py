@@ -69,7 +69,8 @@ def _forward(plan, layout, h, w, target):
   """((logp_X, entropy_X), log_z_X) of one device's tokens, the vocabulary's shards combined."""
   X, V = target.shape[0], w.shape[1]
   dtype = blocked.logit_dtype(h, w)
-  target, nobody = own(layout, target, V), jnp.zeros((X, 1), dtype)   # the teacher's side of the sums
+  # the teacher's side of the sums
+  target, nobody = own(layout, target, V), jnp.zeros((X, 1), dtype)
 
   def body(start, size, stats):
     s = blocked.logits(plan, h, jax.lax.dynamic_slice_in_dim(w, start, size, axis=1), dtype)
@@ -99,7 +100,8 @@ def _backward(plan, layout, h, w, target, *columns):
   log_z, entropy, g_logp, g_entropy = (x[:, None] for x in columns)
   dtype = log_z.dtype
   target = own(layout, target, V)
-  dw_dtype = w.dtype if layout is None else dtype   # a column of dw is complete at once, but for the other devices' parts
+  # a column of dw is complete at once, but for the other devices' parts
+  dw_dtype = w.dtype if layout is None else dtype
 
   def body(start, size, carry):
     dh, dw = carry

@@ -38,7 +38,8 @@ class Rope:
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """Sizes and switches of one decoder. The letters are the axis alphabet of `records`."""
-  family: str                   # "qwen2" | "qwen3" | "llama" | "olmo3": the model_type written on export
+  # "qwen2" | "qwen3" | "llama" | "olmo3": the model_type written on export
+  family: str
   vocab: int                    # V
   width: int                    # D
   layers: int                   # L
@@ -48,14 +49,18 @@ class ModelConfig:
   ff_width: int                 # F
   norm_eps: float = 1e-6
   rope: Rope = Rope()
-  sliding_rope: Rope | None = None       # rotary settings of sliding layers, None: the same as `rope`
-  sliding_window: int | None = None      # a sliding layer sees this many columns, its own included
+  # rotary settings of sliding layers, None: the same as `rope`
+  sliding_rope: Rope | None = None
+  # a sliding layer sees this many columns, its own included
+  sliding_window: int | None = None
   sliding: tuple[bool, ...] = ()         # which layers slide; () = none
-  qk_norm: str = "none"                  # "head": each head by itself (Qwen3); "all": all heads together (Olmo 3)
+  # "head": each head by itself (Qwen3); "all": all heads together (Olmo 3)
+  qk_norm: str = "none"
   qkv_bias: bool = False                 # Qwen2
   norm_placement: str = "pre"            # "pre": x + f(norm(x));  "post": x + norm(f(x)) (Olmo 3)
   tied: bool = False                     # the output matrix is the transposed embedding
-  dtype: str = "float32"                 # activations and matrix products; norms, softmax and logits are always float32
+  # activations and matrix products; norms, softmax and logits are always float32
+  dtype: str = "float32"
   param_dtype: str = "float32"           # how weights are stored
   max_positions: int = 32768             # what the checkpoint was made for; not enforced here
   bos_id: int | None = None
@@ -87,7 +92,8 @@ FAMILIES = {
 }
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
                  "llama": "LlamaForCausalLM", "olmo3": "Olmo3ForCausalLM"}
-_EPS = {"olmo3": 1e-5}                       # transformers' default where the file is silent, else 1e-6
+# transformers' default where the file is silent, else 1e-6
+_EPS = {"olmo3": 1e-5}
 _THETA = {"olmo3": 500000.0}                 # likewise, else 10000
 _HEAD_DIM = {"qwen3": 128}                   # likewise, else width / heads
 # Named shapes, for planning without a checkpoint; a run reads the checkpoint's own config.json.
@@ -197,7 +203,8 @@ def _ropes_from_hf(hf: dict, family: str) -> tuple[Rope, Rope | None]:
       candidates.append((build(both, "rope_scaling"),
                          build(by_type.get("sliding_attention"), "rope_parameters.sliding_attention")))
     for full, _ in candidates:
-      if not full.truncate:   # transformers reads it from the wrong level and so ignores it: nobody knows what is meant
+      # transformers reads it from the wrong level and so ignores it: nobody knows what is meant
+      if not full.truncate:
         raise ValueError("rope truncate=False is not supported for model_type='olmo3'")
   else:
     candidates = [(build(s, where), None) for s, where in ((new, "rope_parameters"), (old, "rope_scaling")) if s]

@@ -118,11 +118,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
   """Radians per position of each of the H/2 pairs, float32, after the scaling that `rope` asks for."""
   freq = 1.0 / np.float64(rope.theta) ** (np.arange(0, head_dim, 2) / head_dim)
-  if rope.kind == "llama3":       # long wavelengths are stretched by factor, short ones kept, those between blended
+  # long wavelengths are stretched by factor, short ones kept, those between blended
+  if rope.kind == "llama3":
     turns = rope.original_positions * freq / (2 * math.pi)
     keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
     freq = (1 - keep) * freq / rope.factor + keep * freq
-  elif rope.kind == "yarn":       # the same idea with a ramp over the index of the pair (arXiv:2309.00071 section 3.2)
+  # the same idea with a ramp over the index of the pair (arXiv:2309.00071 section 3.2)
+  elif rope.kind == "yarn":
     def pair_with(turns):
       return head_dim * math.log(rope.original_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
     low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
@@ -317,8 +319,10 @@ def _layer(config: ModelConfig, stream: _Stream, x_BTD, layer: dict, slides) -> 
 _policies = jax.checkpoint_policies
 REMAT = {   # what a layer keeps for the backward pass; the rest is computed again
     "none": None,    # everything, gathered weights included
-    "dots": _policies.save_from_both_policies(_policies.dots_saveable, _policies.save_only_these_names(attention.KEPT)),   # products and attention, but not cuDNN's: norms,
-                     # rotations and activations cost little, and on a CPU less than writing and reading what they give
+    # products and attention, but not cuDNN's: norms,
+    "dots": _policies.save_from_both_policies(_policies.dots_saveable, _policies.save_only_these_names(attention.KEPT)),
+                     # rotations and activations cost little, and on a CPU less than writing and
+                     # reading what they give
     "block": _policies.nothing_saveable,   # its input alone
 }
 
@@ -430,7 +434,8 @@ def extend(params: dict, config: ModelConfig, tokens_BT, cache: Cache, *, start,
 
   axes = cache_axes()
 
-  def body(carry, xs):   # the whole cache is carried, so that XLA updates it in place instead of restacking it
+  # the whole cache is carried, so that XLA updates it in place instead of restacking it
+  def body(carry, xs):
     x_BTD, all_k, all_v = carry
     layer, slides, i = xs
     rotation, mask_BTS = _pick(stream, config, slides)

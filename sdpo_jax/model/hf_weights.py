@@ -29,7 +29,8 @@ from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
 
 _L = r"model\.layers\.(\d+)\."
-# Hugging Face name (regular expression)         our path               their axes: rows of a matrix are its outputs
+# Hugging Face name (regular expression)         our path               their axes: rows of a matrix
+# are its outputs
 _SHARED = [
     (r"model\.embed_tokens\.weight",             "embed",               "VD"),
     (r"model\.norm\.weight",                     "norm",                "D"),
@@ -107,7 +108,8 @@ def _hf_shape(config: ModelConfig, slot: Slot) -> tuple[int, ...]:
   return tuple(math.prod(_sizes(config, letters)) for letters in merged)
 
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------
+# ---- Reading -------------------------------------------------------------------------------------
+# --------------------
 
 
 class _Entry(NamedTuple):
@@ -315,11 +317,13 @@ def load_pretrained(path_or_hub_id, *, dtype=jnp.bfloat16, mesh=None) -> tuple[M
       stack = parent.get(slot.path[-1])
       stack = empty_stack(slot.axes) if stack is None else stack
       parent[slot.path[-1]] = _put_layer(stack, value, slot.layer)
-      value = jax.block_until_ready(parent[slot.path[-1]])   # else reads run ahead and tensors pile up
+      # else reads run ahead and tensors pile up
+      value = jax.block_until_ready(parent[slot.path[-1]])
   return config, params
 
 
-# ---- Writing ---------------------------------------------------------------------------------------------------------
+# ---- Writing -------------------------------------------------------------------------------------
+# --------------------
 
 
 def to_host(x) -> np.ndarray:

@@ -97,7 +97,8 @@ def merge(params: dict, adapters: dict, lora: Lora) -> dict:
   return {**attached, "layers": merged}
 
 
-# ---- PEFT's format ---------------------------------------------------------------------------------------------------
+# ---- PEFT's format -------------------------------------------------------------------------------
+# --------------------
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -33,12 +33,16 @@ from sdpo_jax.records import Ratio, TrainBatch
 
 class Objective(NamedTuple):
   """A method as functions of arrays."""
-  token_loss: Callable     # (Signals, TrainBatch, normalisers) -> (scalar loss in nats, {metric: Ratio})
+  # (Signals, TrainBatch, normalisers) -> (scalar loss in nats, {metric: Ratio})
+  token_loss: Callable
   normalisers: Callable    # TrainBatch -> {term: scalar}
-  divergence: dict | None  # alpha, top_k, add_tail, advantage_clip of the divergence that the kernel must compute; None: none
+  # alpha, top_k, add_tail, advantage_clip of the divergence that the kernel must compute; None:
+  # none
+  divergence: dict | None
   needs_teacher: bool
   needs_teacher_entropy: bool = False
-  mixture: bool = False    # the batch's further readings are mixed into the teacher, not terms of their own
+  # the batch's further readings are mixed into the teacher, not terms of their own
+  mixture: bool = False
 
 
 def make_objective(method: dict) -> Objective:
@@ -70,7 +74,8 @@ def make_objective(method: dict) -> Objective:
     return found
 
   def token_loss(signals: Signals, batch: TrainBatch, norm: dict[str, jax.Array]):
-    # What stands where the weight is 0 may be anything. It is replaced before use, not only left out of the sum: 0 * inf is NaN,
+    # What stands where the weight is 0 may be anything. It is replaced before use, not only left
+    # out of the sum: 0 * inf is NaN,
     # in the gradient even behind a `where`.
     counted_BR = batch.weight_BR > 0
     clean = lambda x_BR: jnp.where(counted_BR, x_BR, 0.0)

@@ -99,21 +99,31 @@ _GRPO = dict(
 _STD = dict(name="group_mean", normalize_std=True)
 METHODS = {name: dict(row, name=name) for name, row in {
     "sdpo": _SDPO,
-    "sdpo_blend": _SDPO | {k: _GRPO[k] for k in ("advantage", "surrogate")} | dict(policy_share=0.9),   # lambda of arXiv 2601.20802
-    "opsd": _SDPO | dict(teacher_context=dict(name="reference_solution"), teacher_weights=dict(name="frozen"),   # arXiv 2601.18734
+    # lambda of arXiv 2601.20802
+    "sdpo_blend": _SDPO | {k: _GRPO[k] for k in ("advantage", "surrogate")} | dict(policy_share=0.9),
+    # arXiv 2601.18734
+    "opsd": _SDPO | dict(teacher_context=dict(name="reference_solution"), teacher_weights=dict(name="frozen"),
                          token_signal=dict(name="divergence", alpha=0.5, clip=0.05), token_weight=dict(name="uniform")),
-    "srpo": _SDPO | {k: _GRPO[k] for k in ("advantage", "surrogate")} | dict(policy_share="untaught",   # 2604.02288
+    # 2604.02288
+    "srpo": _SDPO | {k: _GRPO[k] for k in ("advantage", "surrogate")} | dict(policy_share="untaught",
                          teacher_context=dict(name="feedback_or_solution", only_failures=True),
                          token_weight=dict(name="certainty", is_clip=2.0, rollout_is_clip=2.0)),
-    "sc_sdpo": _SDPO | dict(advantage=dict(name="question_spread"),                                     # 2605.27765
+    # 2605.27765
+    "sc_sdpo": _SDPO | dict(advantage=dict(name="question_spread"),
                             token_weight=dict(name="importance", is_clip=2.0, rollout_is_clip=2.0, by_question=True)),
     "counterfactual": _SDPO | dict(counterfactual=dict(name="notes")),
-    "grpo": _GRPO,                                                                                      # SDPO's baseline: no std, token mean
-    "grpo_std": _GRPO | dict(advantage=_STD, surrogate=dict(name="clipped", low=0.2, high=0.2), reduction=dict(name="sequence_mean")),  # 2402.03300
-    "dapo": _GRPO | dict(advantage=_STD),                                                               # 2503.14476 without its dynamic sampling
-    "dr_grpo": _GRPO | dict(surrogate=dict(name="clipped", low=0.2, high=0.2), reduction=dict(name="constant", length=8192.0)),          # 2503.20783
-    "gspo": _GRPO | dict(advantage=_STD, surrogate=dict(name="gspo"), reduction=dict(name="sequence_mean")),                             # 2507.18071
-    "cispo": _GRPO | dict(advantage=_STD, surrogate=dict(name="cispo")),                                                                 # 2506.13585
+    # SDPO's baseline: no std, token mean
+    "grpo": _GRPO,
+    # 2402.03300
+    "grpo_std": _GRPO | dict(advantage=_STD, surrogate=dict(name="clipped", low=0.2, high=0.2), reduction=dict(name="sequence_mean")),
+    # 2503.14476 without its dynamic sampling
+    "dapo": _GRPO | dict(advantage=_STD),
+    # 2503.20783
+    "dr_grpo": _GRPO | dict(surrogate=dict(name="clipped", low=0.2, high=0.2), reduction=dict(name="constant", length=8192.0)),
+    # 2507.18071
+    "gspo": _GRPO | dict(advantage=_STD, surrogate=dict(name="gspo"), reduction=dict(name="sequence_mean")),
+    # 2506.13585
+    "cispo": _GRPO | dict(advantage=_STD, surrogate=dict(name="cispo")),
 }.items()}
 
 
@@ -165,9 +175,11 @@ def build(method: dict) -> dict:
     built[axis] = None if function is None else functools.partial(function, **given)
   check(method)
   made_up = Rollout(Task("", ""), [], [], [], "stop", "", Feedback(0.0, ""))
-  built["teacher_context"]([made_up], 0)   # refuses wrong choices and templates: now, not when the first batch has been sampled
+  # refuses wrong choices and templates: now, not when the first batch has been sampled
+  built["teacher_context"]([made_up], 0)
   threshold = arguments(method, "teacher_context").get("success_threshold")
-  if method["advantage"]["name"] == "question_spread" and threshold is not None:   # one setting says what a success is
+  # one setting says what a success is
+  if method["advantage"]["name"] == "question_spread" and threshold is not None:
     built["advantage"] = functools.partial(built["advantage"], success_threshold=threshold)
   return built
 

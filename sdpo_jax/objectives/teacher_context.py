@@ -26,10 +26,13 @@ TEMPLATES = {
     "attempt": "\nYour earlier attempt:\n\n{text}",
     "solution": SOLUTION + "{text}",
     "feedback": FEEDBACK + "{text}",
-    "note": "\nIf you had tried\n{alternative}\ninstead of\n{attempt}\nyou would have received\n{feedback}",   # `counterfactual`
+    # `counterfactual`
+    "note": "\nIf you had tried\n{alternative}\ninstead of\n{attempt}\nyou would have received\n{feedback}",
 }
-TEXTS = {"reprompt": ("prompt", "attempt", "solution", "feedback", "notes"), "note": ("alternative", "attempt", "feedback")}   # the others: one text
-_THINKING = re.compile(r"\A.*</think>\s*", re.DOTALL)   # the chat template may have opened the block
+# the others: one text
+TEXTS = {"reprompt": ("prompt", "attempt", "solution", "feedback", "notes"), "note": ("alternative", "attempt", "feedback")}
+# the chat template may have opened the block
+_THINKING = re.compile(r"\A.*</think>\s*", re.DOTALL)
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -40,7 +43,8 @@ class Context:
   feedback: str = ""
   attempt: str = ""
   templates: tuple[tuple[str, str], ...] = ()   # those that differ from TEMPLATES
-  notes: str = ""                               # what alternatives would have received, templates filled in (`counterfactual`)
+  # what alternatives would have received, templates filled in (`counterfactual`)
+  notes: str = ""
 
   def render(self, question: str) -> str:
     """The teacher's user message: question, what is shown, closing instruction."""
