@@ -17,13 +17,26 @@ from sdpo_jax import config
 
 MBPP = "hub:google-research-datasets/mbpp:sanitized"
 SOURCES = {
-    "livecodebench": ("hub:livecodebench/code_generation_lite/test6.jsonl",),
-    "mbpp": (f"train={MBPP}:train", f"test={MBPP}:test", "humaneval=hub:openai/openai_humaneval::test"),
+  "livecodebench": ("hub:livecodebench/code_generation_lite/test6.jsonl",),
+  "mbpp": (
+    f"train={MBPP}:train",
+    f"test={MBPP}:test",
+    "humaneval=hub:openai/openai_humaneval::test",
+  ),
 }
 
 
 def get_config(arg: str = ""):
-  a = config.parse_arg(arg, tasks="livecodebench", data="", top_k=20, method="sdpo", model="qwen3-8b", seed=0, local=False)
+  a = config.parse_arg(
+    arg,
+    tasks="livecodebench",
+    data="",
+    top_k=20,
+    method="sdpo",
+    model="qwen3-8b",
+    seed=0,
+    local=False,
+  )
   if a.tasks not in SOURCES:
     raise ValueError(f"tasks={a.tasks!r} is unknown; choose from {sorted(SOURCES)}")
   c = config.paper(a, rich_feedback=True)
@@ -36,7 +49,10 @@ def get_config(arg: str = ""):
   if a.local and not a.data:
     config.refuse(a, "tasks", because=config.EXAMPLES)
   if a.data or a.local:
-    c.data.sources, c.eval.final_splits = (a.data or os.path.join(config.ROWS, "coding.{split}.jsonl"),), ("test",)
+    c.data.sources, c.eval.final_splits = (
+      (a.data or os.path.join(config.ROWS, "coding.{split}.jsonl"),),
+      ("test",),
+    )
   c.sandbox.workers, c.rollout.judge_threads, c.rollout.judge_timeout_s = 16, 16, 300.0
   if a.local:
     c.sandbox.workers, c.rollout.judge_threads = 1, 2

@@ -55,33 +55,59 @@ from sdpo_jax import config
 from sdpo_jax.objectives.teacher_context import FEEDBACK
 
 TINY = {"tinycode": "tiny_notes", "arithmetic": "tiny_arithmetic"}
-PAPER = {"coding": "hub:livecodebench/code_generation_lite/test6.jsonl", "math_qa": "hub:openai/gsm8k:main"}
-EXTRA = 2     # samples that counterfactual may draw beside each of SDPO's groups
+PAPER = {
+  "coding": "hub:livecodebench/code_generation_lite/test6.jsonl",
+  "math_qa": "hub:openai/gsm8k:main",
+}
+EXTRA = 2  # samples that counterfactual may draw beside each of SDPO's groups
 ARMS = {  # method, changes to its counterfactual part
-    "sdpo": ("sdpo", {}),
-    "sdpo_extra": ("sdpo", {}),
-    "counterfactual": ("counterfactual", dict(alternatives=EXTRA)),
-    "counterfactual_imagined": ("counterfactual", dict(alternatives=EXTRA, feedback="imagined", imagined_tokens=128)),
-    "counterfactual_siblings": ("counterfactual", dict(sources=("siblings",))),
-    "grpo": ("grpo", {}),
-    "grpo_extra": ("grpo", {}),
+  "sdpo": ("sdpo", {}),
+  "sdpo_extra": ("sdpo", {}),
+  "counterfactual": ("counterfactual", dict(alternatives=EXTRA)),
+  "counterfactual_imagined": (
+    "counterfactual",
+    dict(alternatives=EXTRA, feedback="imagined", imagined_tokens=128),
+  ),
+  "counterfactual_siblings": ("counterfactual", dict(sources=("siblings",))),
+  "grpo": ("grpo", {}),
+  "grpo_extra": ("grpo", {}),
 }
 # tokens generated for one of a rollout, as it was with seed 0: the fewer attempts fail, the fewer
 # alternatives are drawn; a verdict may be longer than an answer
 MEASURED = {
-    "tinycode": {"counterfactual": 1.30, "counterfactual_imagined": 2.45},
-    "arithmetic": {"counterfactual": 1.28, "counterfactual_imagined": 1.46},
+  "tinycode": {"counterfactual": 1.30, "counterfactual_imagined": 2.45},
+  "arithmetic": {"counterfactual": 1.28, "counterfactual_imagined": 1.46},
 }
 
 
 def get_config(arg: str = ""):
-  a = config.parse_arg(arg, domain="tinycode", arm="counterfactual", model="", data="", top_k=0, steps=0, note="full", seed=0, local=False)
-  for name, value, choices in (("domain", a.domain, [*TINY, *PAPER]), ("arm", a.arm, list(ARMS)), ("note", a.note, ["feedback", "full"])):
+  a = config.parse_arg(
+    arg,
+    domain="tinycode",
+    arm="counterfactual",
+    model="",
+    data="",
+    top_k=0,
+    steps=0,
+    note="full",
+    seed=0,
+    local=False,
+  )
+  for name, value, choices in (
+    ("domain", a.domain, [*TINY, *PAPER]),
+    ("arm", a.arm, list(ARMS)),
+    ("note", a.note, ["feedback", "full"]),
+  ):
     if value not in choices:
       raise ValueError(f"{name}={value!r} is unknown; choose from {choices}")
   a.method, changes = ARMS[a.arm]
   if a.domain in TINY:
-    config.refuse(a, "data", "top_k", because=f"domain={a.domain} makes its own questions and compares whole vocabularies")
+    config.refuse(
+      a,
+      "data",
+      "top_k",
+      because=f"domain={a.domain} makes its own questions and compares whole vocabularies",
+    )
   if a.method != "counterfactual":
     config.refuse(a, "note", because=f"arm={a.arm} tells nothing of alternatives")
   if a.local:
@@ -96,7 +122,7 @@ def get_config(arg: str = ""):
     if a.arm.endswith("_extra"):
       larger_groups(a, c)
   if c.optimizer.decay_steps:
-    c.optimizer.decay_steps = max(c.total_steps, 20)   # past the warm-up
+    c.optimizer.decay_steps = max(c.total_steps, 20)  # past the warm-up
   return c
 
 
@@ -126,7 +152,7 @@ def tiny(a):
   a.model = a.model or TINY[a.domain]
   c = config.tiny(a)
   c.env.name = a.domain
-  c.data.max_teacher_tokens = 700   # with two notes
+  c.data.max_teacher_tokens = 700  # with two notes
   if not a.local:
     c.total_steps, c.eval.every_steps = 80 if a.domain == "tinycode" else 120, 10
   return c
@@ -136,8 +162,16 @@ def paper(a):
   a.model, rich = a.model or "qwen3-8b", a.domain == "coding"
   a.top_k = a.top_k or (20 if rich else 100)
   c = config.paper(a, rich_feedback=rich)
-  c.env = dict(name=a.domain, **(dict(first_date="2025-02-01", last_date="2025-05-01") if rich else dict(tell_correctness=True)))
-  c.data.sources = (a.data or (os.path.join(config.ROWS, f"{a.domain}.{{split}}.jsonl") if a.local else PAPER[a.domain]),)
+  c.env = dict(
+    name=a.domain,
+    **(
+      dict(first_date="2025-02-01", last_date="2025-05-01") if rich else dict(tell_correctness=True)
+    ),
+  )
+  c.data.sources = (
+    a.data
+    or (os.path.join(config.ROWS, f"{a.domain}.{{split}}.jsonl") if a.local else PAPER[a.domain]),
+  )
   c.data.on_bad_row = "error" if a.local or not rich else "skip"
   if rich and not a.local:
     c.sandbox.workers, c.rollout.judge_threads, c.rollout.judge_timeout_s = 16, 16, 300.0

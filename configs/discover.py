@@ -27,12 +27,23 @@ import runpy
 from sdpo_jax import config
 from sdpo_jax.objectives import methods
 
-LIVECODEBENCH = {"hard": (1, 3, 10, 43, 46, 59, 69, 74, 86, 91, 92, 95, 100, 103, 111, 120, 125, 127, 129),
-                 "very_hard": (3, 10, 46, 74, 91, 92, 95, 103, 125)}
+LIVECODEBENCH = {
+  "hard": (1, 3, 10, 43, 46, 59, 69, 74, 86, 91, 92, 95, 100, 103, 111, 120, 125, 127, 129),
+  "very_hard": (3, 10, 46, 74, 91, 92, 95, 103, 125),
+}
 
 
 def get_config(arg: str = ""):
-  a = config.parse_arg(arg, task="tinycode", subset="hard", model="", level="very_hard", seed=0, multi_turn=False, local=False)
+  a = config.parse_arg(
+    arg,
+    task="tinycode",
+    subset="hard",
+    model="",
+    level="very_hard",
+    seed=0,
+    multi_turn=False,
+    local=False,
+  )
   if a.task == "tinycode":
     config.refuse(a, "subset", because="it chooses questions of livecodebench")
     c = config.base()
@@ -51,17 +62,23 @@ def get_config(arg: str = ""):
     c.train.update(updates_per_batch=1, micro_batches=1 if a.local else 16)
     c.discover.update(split="test", indices=LIVECODEBENCH[a.subset], attempts=2750)
   else:
-    raise ValueError(f"task={a.task!r}, subset={a.subset!r} is unknown; choose from ['tinycode', 'livecodebench'] and {sorted(LIVECODEBENCH)}")
+    raise ValueError(
+      f"task={a.task!r}, subset={a.subset!r} is unknown; choose from ['tinycode', 'livecodebench'] and {sorted(LIVECODEBENCH)}"
+    )
   c.method = methods.row("sdpo")
-  c.method.teacher_context = dict(name="feedback_or_solution", use_solution=False, feedback="always")
+  c.method.teacher_context = dict(
+    name="feedback_or_solution", use_solution=False, feedback="always"
+  )
   c.method.teacher_weights.rate = 0.01
   c.method.token_signal = dict(name="divergence", alpha=1.0, top_k=20, advantage_clip=5.0)
   if a.multi_turn or a.local:
     c.discover.arms = ("sdpo", "best_of_k", "multi_turn")
-  if a.local:   # same path, toy sizes
-    c.discover.update(questions=2, indices=(), seeds=1, attempts=16, rollouts=8, candidates=12, calibration=64)
+  if a.local:  # same path, toy sizes
+    c.discover.update(
+      questions=2, indices=(), seeds=1, attempts=16, rollouts=8, candidates=12, calibration=64
+    )
     c.rollout.rows = 8
-    if a.task == "tinycode":   # one shape, one device
+    if a.task == "tinycode":  # one shape, one device
       c.data.update(max_prompt_tokens=128, max_teacher_tokens=128, length_multiple=128)
       c.mesh.fsdp = 1
   return c

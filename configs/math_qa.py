@@ -15,8 +15,20 @@ from sdpo_jax import config
 
 
 def get_config(arg: str = ""):
-  a = config.parse_arg(arg, data="hub:openai/gsm8k:main", top_k=100, method="sdpo", model="qwen3-8b", seed=0, local=False)
+  a = config.parse_arg(
+    arg,
+    data="hub:openai/gsm8k:main",
+    top_k=100,
+    method="sdpo",
+    model="qwen3-8b",
+    seed=0,
+    local=False,
+  )
   c = config.paper(a, rich_feedback=False)
   c.env = dict(name="math_qa")
-  c.data.sources = (os.path.join(config.ROWS, "math_qa.{split}.jsonl") if a.local and "data" not in a.given else a.data,)
+  c.data.sources = (
+    os.path.join(config.ROWS, "math_qa.{split}.jsonl")
+    if a.local and "data" not in a.given
+    else a.data,
+  )
   return c

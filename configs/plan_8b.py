@@ -18,12 +18,12 @@ from sdpo_jax import config
 from sdpo_jax.objectives import methods
 
 MACHINES = {  # mesh, micro-batches of the 256 responses
-    "v5p-16": (dict(fsdp=8, tensor=1), 32),
-    "v5e-64": (dict(fsdp=16, tensor=4), 16),
-    "v6e-16": (dict(fsdp=8, tensor=2), 32),
-    "h200-8": (dict(fsdp=8, tensor=1), 32),
+  "v5p-16": (dict(fsdp=8, tensor=1), 32),
+  "v5e-64": (dict(fsdp=16, tensor=4), 16),
+  "v6e-16": (dict(fsdp=8, tensor=2), 32),
+  "h200-8": (dict(fsdp=8, tensor=1), 32),
 }
-OLMO3 = {"v5e-64": (dict(fsdp=32, tensor=2), 8)}   # 4 does not divide its vocabulary
+OLMO3 = {"v5e-64": (dict(fsdp=32, tensor=2), 8)}  # 4 does not divide its vocabulary
 
 
 def get_config(arg: str = ""):
@@ -36,7 +36,9 @@ def get_config(arg: str = ""):
   c.method = methods.row(a.method)
   # weights, moments and teacher in float32: steps of 1e-6 vanish in bfloat16
   c.model.update(path=a.model, dtype="bfloat16", remat="block")
-  c.data.update(max_prompt_tokens=2048, max_teacher_tokens=10240, length_multiple=1024, response_multiple=1024)
+  c.data.update(
+    max_prompt_tokens=2048, max_teacher_tokens=10240, length_multiple=1024, response_multiple=1024
+  )
   c.rollout.update(questions=32, group=8, max_new_tokens=8192, rows=64)
   c.train.micro_batches = micro_batches
   c.optimizer.lr = 1e-6
@@ -44,7 +46,9 @@ def get_config(arg: str = ""):
   # than what the kernels may use
   if a.local:
     c.model.path = "qwen3-0.6b"
-    c.data.update(max_prompt_tokens=128, max_teacher_tokens=256, length_multiple=128, response_multiple=128)
+    c.data.update(
+      max_prompt_tokens=128, max_teacher_tokens=256, length_multiple=128, response_multiple=128
+    )
     c.rollout.update(questions=16, group=8, max_new_tokens=1024, rows=16)
     c.train.micro_batches = 2
   return c

@@ -30,7 +30,10 @@ import ml_collections
 from sdpo_jax.config import parse_arg
 from sdpo_jax.data.corpus import Mixture
 
-FURTHER = {"tinycode": dict(rows=12, length=432, responses=128, texts=30), "arithmetic": dict(rows=16, length=288, responses=80, texts=27)}
+FURTHER = {
+  "tinycode": dict(rows=12, length=432, responses=128, texts=30),
+  "arithmetic": dict(rows=16, length=288, responses=80, texts=27),
+}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -40,12 +43,30 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   c.total_steps = 7_000
   c.log_every_steps = 50
   c.checkpoint_every_steps = 500
-  c.model = dict(width=128, layers=4, heads=4, kv_heads=2, head_dim=32, ff_width=256, rope_theta=10_000.0, max_positions=1024)
+  c.model = dict(
+    width=128,
+    layers=4,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    ff_width=256,
+    rope_theta=10_000.0,
+    max_positions=1024,
+  )
   c.corpus = dataclasses.asdict(Mixture())
   c.batch = dict(rows=32, length=112, responses=48, texts=62)
-  c.optimizer = dict(name="adamw", lr=2e-3, warmup_steps=200, decay_steps=c.total_steps, weight_decay=0.01, b1=0.9, b2=0.98, state_dtype=None,
-                     # None: no clipping
-                     clip_norm=ml_collections.FieldReference(1.0, field_type=object))
+  c.optimizer = dict(
+    name="adamw",
+    lr=2e-3,
+    warmup_steps=200,
+    decay_steps=c.total_steps,
+    weight_decay=0.01,
+    b1=0.9,
+    b2=0.98,
+    state_dtype=None,
+    # None: no clipping
+    clip_norm=ml_collections.FieldReference(1.0, field_type=object),
+  )
   c.eval = dict(every_steps=500, questions=256, max_new_tokens=28)
   # its shape is its own; notes and verdicts, and enough of the rest not to forget it
   if a.start:

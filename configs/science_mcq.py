@@ -17,8 +17,16 @@ from sdpo_jax import config
 
 
 def get_config(arg: str = ""):
-  a = config.parse_arg(arg, subject="chemistry", data=os.path.join(os.environ.get("SDPO_JAX_DATA", "data"), "sciknoweval"), top_k=100,
-                       method="sdpo", model="qwen3-8b", seed=0, local=False)
+  a = config.parse_arg(
+    arg,
+    subject="chemistry",
+    data=os.path.join(os.environ.get("SDPO_JAX_DATA", "data"), "sciknoweval"),
+    top_k=100,
+    method="sdpo",
+    model="qwen3-8b",
+    seed=0,
+    local=False,
+  )
   c = config.paper(a, rich_feedback=False)
   c.env = dict(name="mcq")
   c.data.sources = (os.path.join(a.data, a.subject + ".{split}.jsonl"),)

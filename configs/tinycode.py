@@ -17,6 +17,6 @@ def get_config(arg: str = ""):
   a = config.parse_arg(arg, method="sdpo", model="tiny", level="default", seed=0, local=False)
   c = config.tiny(a)
   c.env.level = a.level
-  if a.level == "easy":   # one operation alone: there is no unseen composition
+  if a.level == "easy":  # one operation alone: there is no unseen composition
     c.eval.final_splits = tuple(split for split in c.eval.final_splits if split != "unseen")
   return c

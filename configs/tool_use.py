@@ -15,9 +15,20 @@ from sdpo_jax import config
 
 
 def get_config(arg: str = ""):
-  a = config.parse_arg(arg, data=os.path.join(os.environ.get("SDPO_JAX_DATA", "data"), "tooluse"), top_k=100, method="sdpo", model="qwen3-8b", seed=0,
-                       local=False)
+  a = config.parse_arg(
+    arg,
+    data=os.path.join(os.environ.get("SDPO_JAX_DATA", "data"), "tooluse"),
+    top_k=100,
+    method="sdpo",
+    model="qwen3-8b",
+    seed=0,
+    local=False,
+  )
   c = config.paper(a, rich_feedback=False)
   c.env = dict(name="tool_use")
-  c.data.sources = (os.path.join(config.ROWS, "tool_use.{split}.jsonl") if a.local and "data" not in a.given else os.path.join(a.data, "{split}.jsonl"),)
+  c.data.sources = (
+    os.path.join(config.ROWS, "tool_use.{split}.jsonl")
+    if a.local and "data" not in a.given
+    else os.path.join(a.data, "{split}.jsonl"),
+  )
   return c

@@ -37,15 +37,29 @@ def latest_step(workdir) -> int | None:
 def all_steps(workdir) -> list[int]:
   """Steps of the complete checkpoints, ascending. Waits for no other process, unlike Orbax's manager: one may ask alone, after a failure."""
   directory = _directory(workdir)
-  return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal()) if directory.is_dir() else []
+  return (
+    sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+    if directory.is_dir()
+    else []
+  )
 
 
 def save(workdir, step: int, state, host: dict, *, keep: int = 2):
   """Write checkpoint `step`, which must not exist, and delete all but the last `keep`."""
-  options = dict(preservation_policy=checkpoint_managers.LatestN(keep), todelete_subdir="deleted", cleanup_tmp_directories=True)
+  options = dict(
+    preservation_policy=checkpoint_managers.LatestN(keep),
+    todelete_subdir="deleted",
+    cleanup_tmp_directories=True,
+  )
   with _system_errors(_directory(workdir) / str(step)), _manager(workdir, **options) as manager:
-    manager.save(int(step), force=True, args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave({"host": _to_json(host), "leaves": _leaves(state)})))
+    manager.save(
+      int(step),
+      force=True,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state),
+        host=ocp.args.JsonSave({"host": _to_json(host), "leaves": _leaves(state)}),
+      ),
+    )
   # moved away whole first: a deletion that was killed must not leave half a checkpoint under its
   # name
   if jax.process_index() == 0:
@@ -58,11 +72,17 @@ def tell_failures_once():
   Orbax's threads log the error with its traceback before they raise it. Its other writes, whose result nobody waits for then, either fail
   too, which asyncio logs when it drops them, or outlive their event loop, which TensorStore prints.
   """
-  from_orbax = lambda record: record.exc_info and record.pathname.endswith("orbax/checkpoint/_src/futures/future.py")
+  from_orbax = lambda record: (
+    record.exc_info and record.pathname.endswith("orbax/checkpoint/_src/futures/future.py")
+  )
   logging.getLogger("absl").addFilter(lambda record: not from_orbax(record))
-  logging.getLogger("asyncio").addFilter(lambda record: not (record.exc_info and "orbax/checkpoint" in record.getMessage()))
+  logging.getLogger("asyncio").addFilter(
+    lambda record: not (record.exc_info and "orbax/checkpoint" in record.getMessage())
+  )
   told = sys.unraisablehook
-  sys.unraisablehook = lambda error: None if str(error.exc_value) == "Event loop is closed" else told(error)
+  sys.unraisablehook = lambda error: (
+    None if str(error.exc_value) == "Event loop is closed" else told(error)
+  )
 
 
 def restore(workdir, like_state, step: int | None = None):
@@ -72,7 +92,13 @@ def restore(workdir, like_state, step: int | None = None):
 
 def restore_params(workdir, like_params, step: int | None = None):
   """The policy's parameters alone: neither the optimiser nor the teacher is read."""
-  state, _ = _restore(workdir, {"params": like_params}, step, {".params" + path: kind for path, kind in _leaves(like_params).items()}, under=".params")
+  state, _ = _restore(
+    workdir,
+    {"params": like_params},
+    step,
+    {".params" + path: kind for path, kind in _leaves(like_params).items()},
+    under=".params",
+  )
   return state["params"]
 
 
@@ -82,19 +108,34 @@ def _restore(workdir, like, step, wanted, under):
   with _manager(workdir, create=False) as manager:
     text = manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore())).host
     stored = {path: kind for path, kind in text["leaves"].items() if path.startswith(under)}
-    unlike = sorted(path for path in wanted.keys() | stored.keys() if wanted.get(path) != stored.get(path))
+    unlike = sorted(
+      path for path in wanted.keys() | stored.keys() if wanted.get(path) != stored.get(path)
+    )
     if unlike:
-      shown = "; ".join(f"{path}: stored {stored.get(path, 'nothing')}, wanted {wanted.get(path, 'nothing')}" for path in unlike[:3])
-      raise ValueError(f"checkpoint {manager.directory / str(step)} holds another state ({len(unlike)} arrays differ): {shown}")
-    arguments = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=bool(under))
-    return manager.restore(step, args=ocp.args.Composite(state=arguments)).state, _from_json(text["host"])
+      shown = "; ".join(
+        f"{path}: stored {stored.get(path, 'nothing')}, wanted {wanted.get(path, 'nothing')}"
+        for path in unlike[:3]
+      )
+      raise ValueError(
+        f"checkpoint {manager.directory / str(step)} holds another state ({len(unlike)} arrays differ): {shown}"
+      )
+    arguments = ocp.args.PyTreeRestore(
+      like,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+      partial_restore=bool(under),
+    )
+    return manager.restore(step, args=ocp.args.Composite(state=arguments)).state, _from_json(
+      text["host"]
+    )
 
 
 def _existing(workdir, step):
   steps = all_steps(workdir)
   if not steps or step not in (None, *steps):
     missing = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-    raise FileNotFoundError(f"{missing} in {_directory(workdir)}; it holds " + (f"steps {steps}" if steps else "none"))
+    raise FileNotFoundError(
+      f"{missing} in {_directory(workdir)}; it holds " + (f"steps {steps}" if steps else "none")
+    )
   return steps[-1] if step is None else int(step)
 
 
@@ -103,8 +144,12 @@ def _directory(workdir):
 
 
 def _manager(workdir, **options):
-  return contextlib.closing(ocp.CheckpointManager(
-      _directory(workdir), options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)))
+  return contextlib.closing(
+    ocp.CheckpointManager(
+      _directory(workdir),
+      options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options),
+    )
+  )
 
 
 @contextlib.contextmanager
@@ -120,7 +165,10 @@ def _system_errors(path):
 
 
 def _leaves(tree):
-  return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  return {
+    jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 def _to_json(value):
@@ -134,5 +182,9 @@ def _to_json(value):
 
 def _from_json(value):
   if isinstance(value, dict):
-    return base64.b64decode(value["__bytes__"]) if value.keys() == {"__bytes__"} else {key: _from_json(item) for key, item in value.items()}
+    return (
+      base64.b64decode(value["__bytes__"])
+      if value.keys() == {"__bytes__"}
+      else {key: _from_json(item) for key, item in value.items()}
+    )
   return [_from_json(item) for item in value] if isinstance(value, list) else value

@@ -63,7 +63,18 @@ from sdpo_jax.objectives.teacher_context import CLOSING, TEMPLATES, Context, fil
 from sdpo_jax.records import Feedback, Rollout, Sampling, Status, Task
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.train_step import make_signals
-from sdpo_jax.wiring import Learner, RunError, Wired, blame_settings, describe_run, learner, on_other_devices, same_run, uncommitted, wired
+from sdpo_jax.wiring import (
+  Learner,
+  RunError,
+  Wired,
+  blame_settings,
+  describe_run,
+  learner,
+  on_other_devices,
+  same_run,
+  uncommitted,
+  wired,
+)
 
 ARMS = ("sdpo", "counterfactual", "best_of_k", "multi_turn")
 LEARNING = ARMS[:2]
@@ -85,8 +96,14 @@ class Budget:
 
   def __init__(self, attempts: int, tokens: int | None = None, env_failures: int = 3):
     self.limit, self.token_limit, self.env_failures = attempts, tokens, env_failures
-    self.asked = self.attempts = self.tokens = self.teacher_tokens = self.successes = self.env_failed = self.failed_batches = 0
-    self.first: dict[str, Any] = {"first_success": None, "first_success_tokens": None, "response": None}
+    self.asked = self.attempts = self.tokens = self.teacher_tokens = self.successes = (
+      self.env_failed
+    ) = self.failed_batches = 0
+    self.first: dict[str, Any] = {
+      "first_success": None,
+      "first_success_tokens": None,
+      "response": None,
+    }
 
   def count(self, rollouts: list[Rollout]) -> None:
     """One batch, in order; what comes after the end of the budget is ignored, a success as well: it must not matter what shared the batch."""
@@ -102,11 +119,17 @@ class Budget:
       if r.feedback.reward >= 1.0:
         self.successes += 1
         if not self.found:
-          self.first = {"first_success": self.attempts, "first_success_tokens": self.tokens, "response": r.text}
+          self.first = {
+            "first_success": self.attempts,
+            "first_success_tokens": self.tokens,
+            "response": r.text,
+          }
     self.failed_batches = 0 if judged(rollouts) else self.failed_batches + 1
     if self.failed_batches >= self.env_failures:
-      raise RunError(f"no attempt could be judged in {self.failed_batches} batches in a row: the environment or its sandbox is broken, see the log above; "
-                     "finished runs are intact, and the same command goes on with the one under way")
+      raise RunError(
+        f"no attempt could be judged in {self.failed_batches} batches in a row: the environment or its sandbox is broken, see the log above; "
+        "finished runs are intact, and the same command goes on with the one under way"
+      )
 
   @property
   def found(self) -> bool:
@@ -115,14 +138,31 @@ class Budget:
   @property
   def left(self) -> int:
     """Attempts that may still be made."""
-    return 0 if self.token_limit is not None and self.tokens >= self.token_limit else self.limit - self.attempts
+    return (
+      0
+      if self.token_limit is not None and self.tokens >= self.token_limit
+      else self.limit - self.attempts
+    )
 
   def record(self) -> dict[str, Any]:
-    return self.first | {"attempts": self.attempts, "successes": self.successes, "env_failed": self.env_failed, "tokens": self.tokens,
-                         "teacher_tokens": self.teacher_tokens}
+    return self.first | {
+      "attempts": self.attempts,
+      "successes": self.successes,
+      "env_failed": self.env_failed,
+      "tokens": self.tokens,
+      "teacher_tokens": self.teacher_tokens,
+    }
 
 
-def solve_by_learning(task: Task, budget: Budget, *, fresh: Callable, collect: Callable, make_batch: Callable, step: Callable):
+def solve_by_learning(
+  task: Task,
+  budget: Budget,
+  *,
+  fresh: Callable,
+  collect: Callable,
+  make_batch: Callable,
+  step: Callable,
+):
   """SDPO on one question from fresh() weights, until a success or the budget's end; returns the last state. collect(params, [(task, first attempt)]) -> groups."""
   state = fresh()
   while not budget.found and budget.left:
@@ -130,26 +170,42 @@ def solve_by_learning(task: Task, budget: Budget, *, fresh: Callable, collect: C
     budget.count(groups[0])
     if not budget.found and budget.left and judged(groups[0]):
       packed = make_batch(groups)
-      budget.teacher_tokens += sum(int((half.segment_CPT > 0).sum()) for half in (packed.batch.teacher, *(c.teacher for c in packed.batch.counterfactuals)))
+      budget.teacher_tokens += sum(
+        int((half.segment_CPT > 0).sum())
+        for half in (packed.batch.teacher, *(c.teacher for c in packed.batch.counterfactuals))
+      )
       state = step(state, packed.batch)
   return state
 
 
-def solve_by_sampling(task: Task, budget: Budget, *, params, collect: Callable, rollouts: int, together: int = 1) -> None:
+def solve_by_sampling(
+  task: Task, budget: Budget, *, params, collect: Callable, rollouts: int, together: int = 1
+) -> None:
   """All of the budget, independent, in `together` batches of `rollouts` attempts at a time."""
   while budget.left:
-    groups = collect(params, [(task, budget.asked + i * rollouts) for i in range(together) if i * rollouts < budget.left])
+    groups = collect(
+      params,
+      [(task, budget.asked + i * rollouts) for i in range(together) if i * rollouts < budget.left],
+    )
     budget.count(sum(groups, []))
 
 
-def solve_by_turns(task: Task, budget: Budget, *, params, collect: Callable, fits: Callable, history: str = "feedback") -> None:
+def solve_by_turns(
+  task: Task,
+  budget: Budget,
+  *,
+  params,
+  collect: Callable,
+  fits: Callable,
+  history: str = "feedback",
+) -> None:
   """What was said of earlier attempts stays in the prompt, newest last; the oldest is dropped while the prompt does not fit."""
   turns: list[Rollout] = []
   while not budget.found and budget.left:
     shown = list(turns)
     while shown and not fits(prompt_with(task, shown, history)):
       shown.pop(0)
-    rollout, = collect(params, [(prompt_with(task, shown, history), budget.asked)])[0]
+    (rollout,) = collect(params, [(prompt_with(task, shown, history), budget.asked)])[0]
     budget.count([rollout])
     if rollout.feedback.text and rollout.feedback.status is not Status.ENV_FAILED:
       turns.append(rollout)
@@ -162,7 +218,11 @@ def prompt_with(task: Task, turns: list[Rollout], history: str) -> Task:
   if history == "feedback":
     prompt = Context(feedback="\n\n".join(r.feedback.text for r in turns)).render(task.prompt)
   else:
-    said = [fill(TEMPLATES["attempt"], {"text": r.text}) + fill(TEMPLATES["feedback"], {"text": r.feedback.text}) for r in turns]
+    said = [
+      fill(TEMPLATES["attempt"], {"text": r.text})
+      + fill(TEMPLATES["feedback"], {"text": r.feedback.text})
+      for r in turns
+    ]
     prompt = task.prompt + "".join(said) + CLOSING
   return dataclasses.replace(task, prompt=prompt)
 
@@ -172,9 +232,13 @@ class Attempts:
 
   def __init__(self, path: pathlib.Path, run: list):
     self.path, self.run, self.stored = path, run, read_lines(path)
-    assert all(line["run"] == run for line in self.stored), f"{path} does not belong to the run {run}"
-    while self.stored and not judged([from_json(r, None) for group in self.stored[-1]["groups"] for r in group]):
-      self.stored.pop()   # the sandbox that broke there may work now
+    assert all(line["run"] == run for line in self.stored), (
+      f"{path} does not belong to the run {run}"
+    )
+    while self.stored and not judged(
+      [from_json(r, None) for group in self.stored[-1]["groups"] for r in group]
+    ):
+      self.stored.pop()  # the sandbox that broke there may work now
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.stored))
     self.begun = time.monotonic() - (self.stored[-1]["time_s"] if self.stored else 0.0)
@@ -190,10 +254,19 @@ class Attempts:
     def collect_or_read(params, asked):
       if self.stored:
         line = self.stored.pop(0)
-        assert line["first"] == [first for _, first in asked], f"{self.path} does not belong to this run"
-        return [[from_json(r, task) for r in group] for (task, _), group in zip(asked, line["groups"])]
+        assert line["first"] == [first for _, first in asked], (
+          f"{self.path} does not belong to this run"
+        )
+        return [
+          [from_json(r, task) for r in group] for (task, _), group in zip(asked, line["groups"])
+        ]
       groups = collect(params, asked)
-      line = {"run": self.run, "first": [first for _, first in asked], "time_s": self.time_s, "groups": [[to_json(r) for r in g] for g in groups]}
+      line = {
+        "run": self.run,
+        "first": [first for _, first in asked],
+        "time_s": self.time_s,
+        "groups": [[to_json(r) for r in g] for g in groups],
+      }
       with open(self.path, "a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")
       return groups
@@ -202,7 +275,9 @@ class Attempts:
 
 
 def to_json(r: Rollout) -> dict:
-  return dataclasses.asdict(dataclasses.replace(r, task=None)) | {"feedback": [r.feedback.reward, r.feedback.text, r.feedback.status.value]}
+  return dataclasses.asdict(dataclasses.replace(r, task=None)) | {
+    "feedback": [r.feedback.reward, r.feedback.text, r.feedback.status.value]
+  }
 
 
 def from_json(line: dict, task: Task | None) -> Rollout:
@@ -210,7 +285,9 @@ def from_json(line: dict, task: Task | None) -> Rollout:
   return Rollout(**line | {"task": task, "feedback": Feedback(reward, text, Status(status))})
 
 
-def calibrate(task: Task, *, below: float, attempts: int, collect: Callable, env_failures: int = 3) -> dict[str, Any]:
+def calibrate(
+  task: Task, *, below: float, attempts: int, collect: Callable, env_failures: int = 3
+) -> dict[str, Any]:
   """Base attempts on one candidate; ends early once it is too easy even if all that would come failed, when its pass@64 is a rough figure."""
   budget = Budget(attempts, env_failures=env_failures)
   while budget.left:
@@ -219,7 +296,13 @@ def calibrate(task: Task, *, below: float, attempts: int, collect: Callable, env
       break
   n, c = budget.attempts, budget.successes
   pass_at_64 = stats.pass_at_k(n, c, min(64, n))
-  return {"task_id": task.id, "attempts": n, "successes": c, "pass@64": pass_at_64, "used": n >= attempts and pass_at_64 < below}
+  return {
+    "task_id": task.id,
+    "attempts": n,
+    "successes": c,
+    "pass@64": pass_at_64,
+    "used": n >= attempts and pass_at_64 < below,
+  }
 
 
 def fixed_shapes(packs: int, rows: int, data, max_new_tokens: int, *, more: bool = False) -> Shapes:
@@ -228,23 +311,46 @@ def fixed_shapes(packs: int, rows: int, data, max_new_tokens: int, *, more: bool
   more: further readings by the teacher, of the same sizes. Responses up to max_new_tokens halved a few times; prompts up to their limits halved a few
   times, and half-way steps for the teacher's.
   """
-  down = lambda most, multiple, steps: sorted({bucket(int(most * step), multiple) for step in steps})
+  down = lambda most, multiple, steps: sorted(
+    {bucket(int(most * step), multiple) for step in steps}
+  )
   halves = [2.0**-i for i in range(6)]
   teacher = lambda t, r: (rows, bucket(t + r, data.length_multiple))
-  shapes = [Shape(rows, bucket(p + r, data.length_multiple), *teacher(t, r), bucket(rows * r, data.length_multiple), r, *(teacher(t, r) if more else (0, 0)), packs)
-          for r in down(max_new_tokens, data.response_multiple, halves)
-          for p in down(data.max_prompt_tokens, data.length_multiple, halves)
-          for t in down(data.max_teacher_tokens, data.length_multiple, [*halves, 0.75, 0.375])]
+  shapes = [
+    Shape(
+      rows,
+      bucket(p + r, data.length_multiple),
+      *teacher(t, r),
+      bucket(rows * r, data.length_multiple),
+      r,
+      *(teacher(t, r) if more else (0, 0)),
+      packs,
+    )
+    for r in down(max_new_tokens, data.response_multiple, halves)
+    for p in down(data.max_prompt_tokens, data.length_multiple, halves)
+    for t in down(data.max_teacher_tokens, data.length_multiple, [*halves, 0.75, 0.375])
+  ]
   return Shapes(most_tokens(data, max_new_tokens), shapes, limit=len(shapes))
 
 
-def exact_difficulty(task: Task, programs: list[str], *, below: float, prompt: list[int], chat, logp: Callable) -> dict[str, Any]:
+def exact_difficulty(
+  task: Task, programs: list[str], *, below: float, prompt: list[int], chat, logp: Callable
+) -> dict[str, Any]:
   """From the probability of the known solutions: a lower bound, in which solutions of another form are missing. logp([rollout]) -> nats each."""
-  rows = [Rollout(task, prompt, tokens, [0.0] * len(tokens), "stop", text, Feedback(1.0, ""))
-          for text in programs for tokens in [chat.text_tokens(text) + [chat.stop_tokens[0]]]]
+  rows = [
+    Rollout(task, prompt, tokens, [0.0] * len(tokens), "stop", text, Feedback(1.0, ""))
+    for text in programs
+    for tokens in [chat.text_tokens(text) + [chat.stop_tokens[0]]]
+  ]
   p = min(float(np.exp(logp(rows)).sum()), 1.0)
-  pass_at_64 = 1.0 - (1.0 - p)**64
-  return {"task_id": task.id, "pass@1": p, "solutions": len(rows), "pass@64": pass_at_64, "used": pass_at_64 < below}
+  pass_at_64 = 1.0 - (1.0 - p) ** 64
+  return {
+    "task_id": task.id,
+    "pass@1": p,
+    "solutions": len(rows),
+    "pass@64": pass_at_64,
+    "used": pass_at_64 < below,
+  }
 
 
 def make_logp(score: Callable, make_batch: Callable, rows: int) -> Callable:
@@ -253,7 +359,7 @@ def make_logp(score: Callable, make_batch: Callable, rows: int) -> Callable:
   def logp(rollouts: list[Rollout]) -> np.ndarray:
     said = {}
     for first in range(0, len(rollouts), rows):
-      part = rollouts[first:first + rows]
+      part = rollouts[first : first + rows]
       packed = make_batch([part + part[:1] * (rows - len(part))])
       logp_B = np.where(packed.batch.weight_BR > 0, np.asarray(score(packed.batch)), 0.0).sum(1)
       # packs have their rows in an order of their own
@@ -268,15 +374,16 @@ class Stopped(Exception):
 
 
 class Run(NamedTuple):
-  number: int   # in the list of all runs
+  number: int  # in the list of all runs
   arm: str
   task: Task
-  place: int    # of the task among the questions
+  place: int  # of the task among the questions
   seed: int
 
 
 class Taught(NamedTuple):
   """A learning arm: its method, the compiled step, the shapes that it is compiled for."""
+
   learn: Learner
   step: Callable
   shapes: Shapes
@@ -301,10 +408,14 @@ class Solver:
     self.packs = c.train.micro_batches * self.shards
     with blame_settings():
       if c.discover.rollouts % self.packs:
-        raise ValueError(f"config.discover.rollouts={c.discover.rollouts} rows do not divide into {self.packs} packs: train.micro_batches x the mesh's data x fsdp")
+        raise ValueError(
+          f"config.discover.rollouts={c.discover.rollouts} rows do not divide into {self.packs} packs: train.micro_batches x the mesh's data x fsdp"
+        )
       self.base, self.frozen = w.trainable(c.seed)
       self.taught = {arm: self.teach(arm) for arm in c.discover.arms if arm in LEARNING}
-    self.sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
+    self.sampling = Sampling(
+      c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens
+    )
     self.together = max(1, c.rollout.rows // c.discover.rollouts)
 
   def teach(self, arm: str) -> Taught:
@@ -312,9 +423,20 @@ class Solver:
     with c.unlocked():
       c.method = method_of(self.c, arm)
     learn = learner(c, w.model, w.join)
-    places = None if w.mesh is None else jax.tree.map(lambda x: x.sharding, self.fresh(learn, self.base))
-    return Taught(learn, jax.jit(learn.step, donate_argnums=0, out_shardings=(places, w.everywhere)),
-                  fixed_shapes(self.packs, c.discover.rollouts // self.packs, c.data, c.rollout.max_new_tokens, more=learn.counterfactual is not None))
+    places = (
+      None if w.mesh is None else jax.tree.map(lambda x: x.sharding, self.fresh(learn, self.base))
+    )
+    return Taught(
+      learn,
+      jax.jit(learn.step, donate_argnums=0, out_shardings=(places, w.everywhere)),
+      fixed_shapes(
+        self.packs,
+        c.discover.rollouts // self.packs,
+        c.data,
+        c.rollout.max_new_tokens,
+        more=learn.counterfactual is not None,
+      ),
+    )
 
   def fresh(self, learn: Learner, params):
     """A state of its own: a step overwrites the weights that it is given."""
@@ -325,27 +447,50 @@ class Solver:
     if skipped := int(state.skipped_in_a_row):
       logging.warning("the gradient was not finite: update skipped, %d in a row", skipped)
       if skipped >= self.c.train.max_skipped_in_a_row:
-        raise RunError(f"the gradient was not finite in {skipped} updates in a row; finished runs are intact; lower config.optimizer.lr")
+        raise RunError(
+          f"the gradient was not finite in {skipped} updates in a row; finished runs are intact; lower config.optimizer.lr"
+        )
     return state
 
   def batch_of(self, taught: Taught, groups):
     """What the update on these attempts reads. Siblings are alternatives that cost nothing: no weights are needed and no seed is used."""
     if taught.learn.explore:
-      taught.learn.explore(self.w.collector, None, groups, sampling=self.sampling, seed=0, step=0, max_prompt_tokens=self.c.data.max_teacher_tokens)
+      taught.learn.explore(
+        self.w.collector,
+        None,
+        groups,
+        sampling=self.sampling,
+        seed=0,
+        step=0,
+        max_prompt_tokens=self.c.data.max_teacher_tokens,
+      )
     return self.make_batch(groups, taught.learn.parts, taught.shapes, taught.learn.counterfactual)
 
   def make_batch(self, groups, parts: dict, shapes: Shapes, counterfactual=None):
     data = self.c.data
-    return pack(groups, chat=self.w.chat, messages=self.env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"], counterfactual=counterfactual,
-                max_teacher_tokens=data.max_teacher_tokens, length_multiple=data.length_multiple, response_multiple=data.response_multiple,
-                shapes=shapes, micro_batches=self.c.train.micro_batches, shards=self.shards)
+    return pack(
+      groups,
+      chat=self.w.chat,
+      messages=self.env.prompt,
+      teacher_context=parts["teacher_context"],
+      advantage=parts["advantage"],
+      counterfactual=counterfactual,
+      max_teacher_tokens=data.max_teacher_tokens,
+      length_multiple=data.length_multiple,
+      response_multiple=data.response_multiple,
+      shapes=shapes,
+      micro_batches=self.c.train.micro_batches,
+      shards=self.shards,
+    )
 
   def collect(self, weights, asked, *, path, n):
     """n attempts for each (task, first attempt); a batch has a seed of its own, so it is the same whatever is sampled beside it."""
     if self.stop.is_set():
       raise Stopped
     seeds = [prompt_seed(self.c.seed, *path, task.id, first) for task, first in asked]
-    return self.w.collector.collect(weights, [task for task, _ in asked], n=n, sampling=self.sampling, seeds=seeds)
+    return self.w.collector.collect(
+      weights, [task for task, _ in asked], n=n, sampling=self.sampling, seeds=seeds
+    )
 
   def fits(self, task: Task) -> bool:
     return len(self.w.chat.prompt_tokens(self.env.prompt(task))) <= self.c.data.max_prompt_tokens
@@ -354,38 +499,83 @@ class Solver:
     """-> measure(task) -> its line of difficulty.jsonl."""
     c, w, d = self.c, self.w, self.c.discover
     if not hasattr(self.env, "solutions"):
-      return lambda task: calibrate(task, below=d.below_pass_at_64, attempts=d.calibration, env_failures=c.train.max_env_failures_in_a_row, collect=lambda n: sum(
-          self.collect(w.params, [(task, n + i * d.rollouts) for i in range(self.together)], path=("calibration",), n=d.rollouts), []))
-    plain = make_signals(w.model, make_objective(methods.row("grpo")), temperature=c.rollout.temperature)
+      return lambda task: calibrate(
+        task,
+        below=d.below_pass_at_64,
+        attempts=d.calibration,
+        env_failures=c.train.max_env_failures_in_a_row,
+        collect=lambda n: sum(
+          self.collect(
+            w.params,
+            [(task, n + i * d.rollouts) for i in range(self.together)],
+            path=("calibration",),
+            n=d.rollouts,
+          ),
+          [],
+        ),
+      )
+    plain = make_signals(
+      w.model, make_objective(methods.row("grpo")), temperature=c.rollout.temperature
+    )
     score = jax.jit(lambda batch: plain(w.params, None, batch).logp_BR, out_shardings=w.everywhere)
-    shapes, parts = fixed_shapes(self.packs, d.rollouts // self.packs, c.data, c.rollout.max_new_tokens), methods.build(methods.row("grpo"))
+    shapes, parts = (
+      fixed_shapes(self.packs, d.rollouts // self.packs, c.data, c.rollout.max_new_tokens),
+      methods.build(methods.row("grpo")),
+    )
     logp = make_logp(score, lambda groups: self.make_batch(groups, parts, shapes), d.rollouts)
-    return lambda task: exact_difficulty(task, self.env.solutions(task), below=d.below_pass_at_64, prompt=w.chat.prompt_tokens(self.env.prompt(task)),
-                                         chat=w.chat, logp=logp)
+    return lambda task: exact_difficulty(
+      task,
+      self.env.solutions(task),
+      below=d.below_pass_at_64,
+      prompt=w.chat.prompt_tokens(self.env.prompt(task)),
+      chat=w.chat,
+      logp=logp,
+    )
 
   def solve(self, run: Run, log: Attempts, start=None):
     """-> (the run's line of discover.jsonl, a learning arm's last state or None). start: weights that it begins with; None: the base model's."""
     c, d, w = self.c, self.c.discover, self.w
     budget, state = Budget(d.attempts, d.tokens or None, c.train.max_env_failures_in_a_row), None
-    asking = lambda n, weights=lambda params: params: log.around(lambda params, asked: self.collect(weights(params), asked, path=("discover", run.seed), n=n))
+    asking = lambda n, weights=lambda params: params: log.around(
+      lambda params, asked: self.collect(weights(params), asked, path=("discover", run.seed), n=n)
+    )
     if run.arm in LEARNING:
       taught = self.taught[run.arm]
-      state = solve_by_learning(run.task, budget, fresh=lambda: self.fresh(taught.learn, self.base if start is None else start),
-                                collect=asking(d.rollouts, lambda params: w.weights(params, self.frozen)),
-                                make_batch=functools.partial(self.batch_of, taught), step=functools.partial(self.update, taught))
+      state = solve_by_learning(
+        run.task,
+        budget,
+        fresh=lambda: self.fresh(taught.learn, self.base if start is None else start),
+        collect=asking(d.rollouts, lambda params: w.weights(params, self.frozen)),
+        make_batch=functools.partial(self.batch_of, taught),
+        step=functools.partial(self.update, taught),
+      )
     elif run.arm == "best_of_k":
-      solve_by_sampling(run.task, budget, params=w.params, collect=asking(d.rollouts), rollouts=d.rollouts, together=self.together)
+      solve_by_sampling(
+        run.task,
+        budget,
+        params=w.params,
+        collect=asking(d.rollouts),
+        rollouts=d.rollouts,
+        together=self.together,
+      )
     else:
-      solve_by_turns(run.task, budget, params=w.params, collect=asking(1), fits=self.fits, history=d.history)
+      solve_by_turns(
+        run.task, budget, params=w.params, collect=asking(1), fits=self.fits, history=d.history
+      )
     line = {"arm": run.arm, "task_id": run.task.id, "seed": run.seed} | budget.record()
-    return line | {"skipped_updates": 0 if state is None else int(state.skipped), "time_s": log.time_s}, state
+    return line | {
+      "skipped_updates": 0 if state is None else int(state.skipped),
+      "time_s": log.time_s,
+    }, state
 
 
 def check(c) -> None:
   """ValueError for settings that this mode cannot run with."""
   d = c.discover
   if not d.arms or len(set(d.arms)) < len(d.arms) or len(set(d.indices)) < len(d.indices):
-    raise ValueError(f"config.discover.arms={tuple(d.arms)} must name at least one, and neither arms nor config.discover.indices={tuple(d.indices)} one twice")
+    raise ValueError(
+      f"config.discover.arms={tuple(d.arms)} must name at least one, and neither arms nor config.discover.indices={tuple(d.indices)} one twice"
+    )
   if d.tokens < 0:
     raise ValueError(f"config.discover.tokens={d.tokens} must be at least 0 (0: no limit)")
   for arm in d.arms:
@@ -394,21 +584,33 @@ def check(c) -> None:
   if jax.process_count() > 1:
     raise ValueError("--mode=discover runs in one process; it uses all of its devices")
   if d.history not in HISTORIES:
-    raise ValueError(f"config.discover.history={d.history!r} is unknown; choose from {list(HISTORIES)}")
+    raise ValueError(
+      f"config.discover.history={d.history!r} is unknown; choose from {list(HISTORIES)}"
+    )
   for arm in (arm for arm in LEARNING if arm in d.arms):
     if not make_objective(c.method.to_dict()).needs_teacher:
-      raise ValueError(f"config.discover.arms holds {arm!r}, but config.method has no teacher to learn from: its reward is 0 until the first success; choose one that has")
+      raise ValueError(
+        f"config.discover.arms holds {arm!r}, but config.method has no teacher to learn from: its reward is 0 until the first success; choose one that has"
+      )
     if sources := set(method_of(c, arm)["counterfactual"].get("sources", ())) - {"siblings"}:
-      raise ValueError(f"config.method.counterfactual.sources holds {sorted(sources)[0]!r}, which would try the question outside the budget: "
-                       "--mode=discover takes ('siblings',) alone")
+      raise ValueError(
+        f"config.method.counterfactual.sources holds {sorted(sources)[0]!r}, which would try the question outside the budget: "
+        "--mode=discover takes ('siblings',) alone"
+      )
   if c.train.updates_per_batch != 1:
-    raise ValueError(f"config.train.updates_per_batch={c.train.updates_per_batch} must be 1: --mode=discover makes one update a batch")
+    raise ValueError(
+      f"config.train.updates_per_batch={c.train.updates_per_batch} must be 1: --mode=discover makes one update a batch"
+    )
   if any(i < 0 for i in d.indices):
     raise ValueError(f"config.discover.indices={tuple(d.indices)} must not be negative")
   if d.rollouts % c.train.micro_batches:
-    raise ValueError(f"config.discover.rollouts={d.rollouts} rows do not divide into train.micro_batches={c.train.micro_batches}")
+    raise ValueError(
+      f"config.discover.rollouts={d.rollouts} rows do not divide into train.micro_batches={c.train.micro_batches}"
+    )
   if d.below_pass_at_64 < 1 and d.calibration < 64:
-    raise ValueError(f"config.discover.calibration={d.calibration} must be at least 64 where below_pass_at_64={d.below_pass_at_64} asks for it")
+    raise ValueError(
+      f"config.discover.calibration={d.calibration} must be at least 64 where below_pass_at_64={d.below_pass_at_64} asks for it"
+    )
 
 
 def discover(c, workdir: str) -> dict[str, Any]:
@@ -417,22 +619,44 @@ def discover(c, workdir: str) -> dict[str, Any]:
   with blame_settings():
     check(c)
     parts = sharding.divide(jax.devices(), d.parallel)
-    same_run(workdir, c, begun=any((workdir / name).exists() for name in ("attempts", "discover.jsonl", "difficulty.jsonl")))
-  if (workdir / "discover.json").exists():   # written last
+    same_run(
+      workdir,
+      c,
+      begun=any(
+        (workdir / name).exists() for name in ("attempts", "discover.jsonl", "difficulty.jsonl")
+      ),
+    )
+  if (workdir / "discover.json").exists():  # written last
     return json.loads((workdir / "discover.json").read_text())
   stop = threading.Event()
   with wired(c, devices=parts[0]) as w:
-    describe_run(workdir, c, {"sandbox_isolation": w.isolation, "mesh": None if w.mesh is None else dict(w.mesh.shape)})
+    describe_run(
+      workdir,
+      c,
+      {"sandbox_isolation": w.isolation, "mesh": None if w.mesh is None else dict(w.mesh.shape)},
+    )
     first = Solver(c, w, stop)
     tasks = questions(c, first, workdir)
-    runs = [Run(n, arm, task, place, seed) for n, (seed, (place, task), arm) in enumerate(itertools.product(range(d.seeds), enumerate(tasks), d.arms))]
+    runs = [
+      Run(n, arm, task, place, seed)
+      for n, (seed, (place, task), arm) in enumerate(
+        itertools.product(range(d.seeds), enumerate(tasks), d.arms)
+      )
+    ]
     finish_all(c, workdir, runs, w, first, parts[1:], stop)
   number = {(run.arm, run.task.id, run.seed): run.number for run in runs}
-  lines = sorted(read_lines(workdir / "discover.jsonl"), key=lambda line: number[line["arm"], line["task_id"], line["seed"]])
-  difficulty = {line["task_id"]: line["pass@64"] for line in read_lines(workdir / "difficulty.jsonl")}
+  lines = sorted(
+    read_lines(workdir / "discover.jsonl"),
+    key=lambda line: number[line["arm"], line["task_id"], line["seed"]],
+  )
+  difficulty = {
+    line["task_id"]: line["pass@64"] for line in read_lines(workdir / "difficulty.jsonl")
+  }
   summary = discovery.summarise(lines, d.attempts, difficulty=difficulty)
   discovery.plot(lines, d.attempts, workdir / "discover.png")
-  write_atomically(workdir / "discover.txt", "".join(line + "\n" for line in discovery.summary_lines(summary)))
+  write_atomically(
+    workdir / "discover.txt", "".join(line + "\n" for line in discovery.summary_lines(summary))
+  )
   write_atomically(workdir / "discover.json", json.dumps(summary, indent=2) + "\n")
   return summary
 
@@ -441,31 +665,55 @@ def questions(c, solver: Solver, workdir: pathlib.Path) -> list[Task]:
   env, d = solver.env, c.discover
   with blame_settings():
     if isinstance(env, RowEnv) and max(d.indices, default=0) >= env.size(d.split):
-      raise ValueError(f"config.discover.indices={tuple(d.indices)}: split {d.split!r} has {env.size(d.split)} tasks, numbered from 0")
-    tasks = [env.task(d.split, i) for i in d.indices] or first_tasks(env, d.split, d.candidates if d.below_pass_at_64 < 1 else d.questions)
+      raise ValueError(
+        f"config.discover.indices={tuple(d.indices)}: split {d.split!r} has {env.size(d.split)} tasks, numbered from 0"
+      )
+    tasks = [env.task(d.split, i) for i in d.indices] or first_tasks(
+      env, d.split, d.candidates if d.below_pass_at_64 < 1 else d.questions
+    )
   return choose_hard(tasks, d, workdir, solver.measure()) if d.below_pass_at_64 < 1 else tasks
 
 
-def finish_all(c, workdir: pathlib.Path, runs: list[Run], w: Wired, first: Solver, more_devices: list, stop: threading.Event) -> None:
+def finish_all(
+  c,
+  workdir: pathlib.Path,
+  runs: list[Run],
+  w: Wired,
+  first: Solver,
+  more_devices: list,
+  stop: threading.Event,
+) -> None:
   """Makes the runs that are not done: `first` in this thread, and a solver in a thread of its own for each part of `more_devices`.
 
   Whatever ends one of them, an error or an interrupt, stops the others after their present batch and is raised here.
   """
-  done = {(line["arm"], line["task_id"], line["seed"]) for line in read_lines(workdir / "discover.jsonl")}
+  done = {
+    (line["arm"], line["task_id"], line["seed"]) for line in read_lines(workdir / "discover.jsonl")
+  }
   # a job's runs follow one another; without warm starts each run is a job
   jobs: dict[Any, list[Run]] = {}
   for run in runs:
     if (run.arm, run.task.id, run.seed) not in done:
-      jobs.setdefault((run.arm, run.seed) if c.discover.warm_start and run.arm in LEARNING else run.number, []).append(run)
+      jobs.setdefault(
+        (run.arm, run.seed) if c.discover.warm_start and run.arm in LEARNING else run.number, []
+      ).append(run)
   todo: queue.SimpleQueue = queue.SimpleQueue()
   for job in jobs.values():
     todo.put(job)
   writing = threading.Lock()
 
   def finish(solver: Solver, run: Run) -> None:
-    log = Attempts(workdir / "attempts" / f"{run.number:05d}.jsonl", [run.arm, run.task.id, run.seed])
-    chain = workdir / "warm" / f"{run.arm}_seed_{run.seed}" if c.discover.warm_start and run.arm in LEARNING else None
-    start = checkpoint.restore_params(chain, solver.base, step=run.place) if chain and run.place else None
+    log = Attempts(
+      workdir / "attempts" / f"{run.number:05d}.jsonl", [run.arm, run.task.id, run.seed]
+    )
+    chain = (
+      workdir / "warm" / f"{run.arm}_seed_{run.seed}"
+      if c.discover.warm_start and run.arm in LEARNING
+      else None
+    )
+    start = (
+      checkpoint.restore_params(chain, solver.base, step=run.place) if chain and run.place else None
+    )
     if start is not None and solver.w.mesh is None:
       start = uncommitted(start)
     line, state = solver.solve(run, log, start)
@@ -526,7 +774,9 @@ def choose_hard(candidates: list[Task], d, workdir: pathlib.Path, measure: Calla
         chosen.append(task)
   with blame_settings():
     if not chosen:
-      raise ValueError(f"config.discover.below_pass_at_64={d.below_pass_at_64}: none of {len(candidates)} candidates is as hard as that")
+      raise ValueError(
+        f"config.discover.below_pass_at_64={d.below_pass_at_64}: none of {len(candidates)} candidates is as hard as that"
+      )
   return chosen
 
 
@@ -535,7 +785,7 @@ def read_lines(path: pathlib.Path) -> list[dict]:
   if not path.exists():
     return []
   text = path.read_text(encoding="utf-8")
-  whole = text[:text.rfind("\n") + 1]
+  whole = text[: text.rfind("\n") + 1]
   if whole != text:
     write_atomically(path, whole)
   return [json.loads(line) for line in whole.splitlines()]

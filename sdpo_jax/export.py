@@ -16,9 +16,11 @@ import sys
 from absl import flags
 
 
-def export(workdir, out, *, step: int | None = None, dtype: str | None = None, adapters: bool = False) -> int:
+def export(
+  workdir, out, *, step: int | None = None, dtype: str | None = None, adapters: bool = False
+) -> int:
   """Writes the policy of checkpoint `step` to `out`; returns the step taken. ValueError, FileNotFoundError or OSError, one line."""
-  import jax   # here: a wrong argument answers at once, jax takes seconds to import
+  import jax  # here: a wrong argument answers at once, jax takes seconds to import
 
   from sdpo_jax import checkpoint
   from sdpo_jax.config import MODELS, model_of_run
@@ -34,7 +36,10 @@ def export(workdir, out, *, step: int | None = None, dtype: str | None = None, a
   source = hf_weights.local_directory(MODELS.get(model["path"], model["path"]))
   about = lora.from_settings(model)
   if adapters and (about is None or step == 0):
-    raise ValueError(f"--adapters: {workdir} has none" + (" at step 0" if about else "; its run trained all weights"))
+    raise ValueError(
+      f"--adapters: {workdir} has none"
+      + (" at step 0" if about else "; its run trained all weights")
+    )
   if step != 0:
     step = checkpoint.latest_step(workdir) if step is None else step
   if step == 0 or about:
@@ -42,7 +47,9 @@ def export(workdir, out, *, step: int | None = None, dtype: str | None = None, a
   else:
     config = hf_weights.read_config(source, dtype=model["param_dtype"])
   if step != 0:
-    trained = checkpoint.restore_params(workdir, lora.shapes(config, about) if about else decoder.shapes(config), step)
+    trained = checkpoint.restore_params(
+      workdir, lora.shapes(config, about) if about else decoder.shapes(config), step
+    )
     if adapters:
       if dtype is not None:
         trained = jax.tree.map(lambda x: x.astype(jax.numpy.dtype(dtype)), trained)
@@ -61,8 +68,16 @@ def main(argv: list[str]) -> int:
   flags.DEFINE_string("workdir", None, "the run's work directory", flag_values=f)
   flags.DEFINE_integer("step", None, "checkpoint to take; default: the newest", flag_values=f)
   flags.DEFINE_string("out", None, "directory to write; absent or empty", flag_values=f)
-  flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "type of the written weights; default: the run's", flag_values=f)
-  flags.DEFINE_bool("adapters", False, "write a LoRA run's adapters alone, in PEFT's format", flag_values=f)
+  flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "type of the written weights; default: the run's",
+    flag_values=f,
+  )
+  flags.DEFINE_bool(
+    "adapters", False, "write a LoRA run's adapters alone, in PEFT's format", flag_values=f
+  )
   flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=f)
   try:
     rest = f(argv)

@@ -25,7 +25,9 @@ def start(address: str) -> None:
     if not re.fullmatch(r".+:\d+", coordinator) or not 0 <= rank < processes:
       raise ValueError
   except ValueError:
-    raise ValueError(f"--distributed={address!r} must be auto or HOST:PORT,PROCESSES,RANK, with a rank below the number of processes") from None
+    raise ValueError(
+      f"--distributed={address!r} must be auto or HOST:PORT,PROCESSES,RANK, with a rank below the number of processes"
+    ) from None
   jax.distributed.initialize(coordinator, processes, rank)
 
 
@@ -41,5 +43,8 @@ def share(value: Any) -> list[Any]:
   mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.array([mine.size]))[:, 0]
   padded = np.zeros(sizes.max(), np.uint8)
-  padded[:mine.size] = mine
-  return [json.loads(row[:size].tobytes()) for row, size in zip(multihost_utils.process_allgather(padded), sizes)]
+  padded[: mine.size] = mine
+  return [
+    json.loads(row[:size].tobytes())
+    for row, size in zip(multihost_utils.process_allgather(padded), sizes)
+  ]

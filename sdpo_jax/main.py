@@ -28,13 +28,32 @@ def parse(argv: list[str]):
 
   Flags are defined here: importing this file does nothing.
   """
-  f, sys.argv = flags.FlagValues(), argv   # run.json tells the command
-  flags.DEFINE_string("config", "configs/tinycode.py", "settings: FILE[:key=value,...]; --config.section.key=value changes one", flag_values=f)
-  flags.DEFINE_string("workdir", None, "where everything about the run goes; default: a fresh directory under runs/", flag_values=f)
+  f, sys.argv = flags.FlagValues(), argv  # run.json tells the command
+  flags.DEFINE_string(
+    "config",
+    "configs/tinycode.py",
+    "settings: FILE[:key=value,...]; --config.section.key=value changes one",
+    flag_values=f,
+  )
+  flags.DEFINE_string(
+    "workdir",
+    None,
+    "where everything about the run goes; default: a fresh directory under runs/",
+    flag_values=f,
+  )
   flags.DEFINE_string("mode", "train", " | ".join(MODES), flag_values=f)
-  flags.DEFINE_string("checkpoint", None, "eval: WORKDIR[:step] or a Hugging Face directory", flag_values=f)
-  flags.DEFINE_string("distributed", None, "several processes: auto (TPU pods, Slurm, ...) or HOST:PORT,PROCESSES,RANK; needs --workdir", flag_values=f)
-  flags.DEFINE_string("topology", None, "plan: chip and shape, such as v5p:2x2x2 or h200:8", flag_values=f)
+  flags.DEFINE_string(
+    "checkpoint", None, "eval: WORKDIR[:step] or a Hugging Face directory", flag_values=f
+  )
+  flags.DEFINE_string(
+    "distributed",
+    None,
+    "several processes: auto (TPU pods, Slurm, ...) or HOST:PORT,PROCESSES,RANK; needs --workdir",
+    flag_values=f,
+  )
+  flags.DEFINE_string(
+    "topology", None, "plan: chip and shape, such as v5p:2x2x2 or h200:8", flag_values=f
+  )
   flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=f)
   try:
     rest = f(argv, known_only=True)
@@ -49,6 +68,7 @@ def parse(argv: list[str]):
     if not os.path.isfile(path := f.config.partition(":")[0]):
       raise UsageError(f"--config={path}: no such file")
     from sdpo_jax import config
+
     c = config.load(f.config)
     config.complete(c, rest)
     return f, config.overridden(c, rest)
@@ -67,7 +87,7 @@ def check_writable(workdir: str) -> None:
     path.mkdir(parents=True, exist_ok=True)
     probe = path / ".writable"
     probe.write_text("")
-    probe.unlink(missing_ok=True)   # several processes may try at once
+    probe.unlink(missing_ok=True)  # several processes may try at once
   except OSError as error:
     raise UsageError(f"--workdir={workdir}: cannot write there: {error.strerror}") from error
 
@@ -82,14 +102,19 @@ def main(argv: list[str]) -> int:
       if not f.workdir:
         raise UsageError("--distributed needs --workdir: all processes write to one place")
       from sdpo_jax import hosts
-      hosts.start(f.distributed)   # before anything asks for devices
+
+      hosts.start(f.distributed)  # before anything asks for devices
     workdir = f.workdir or fresh_workdir()
     # after the flags: a wrong one answers at once, jax takes seconds to import
     from sdpo_jax import config
+
     config.validate(c)
     if f.mode == "eval" and not f.checkpoint:
       raise UsageError("--mode=eval needs --checkpoint=WORKDIR[:step] or a Hugging Face directory")
-    for name, mode, instead in (("checkpoint", "eval", "; to begin from it, export it and set config.model.path"), ("topology", "plan", "")):
+    for name, mode, instead in (
+      ("checkpoint", "eval", "; to begin from it, export it and set config.model.path"),
+      ("topology", "plan", ""),
+    ):
       if f[name].value is not None and f.mode != mode:
         raise UsageError(f"--{name} would not be read: it is for --mode={mode}{instead}")
     if f.mode == "plan":
@@ -102,6 +127,7 @@ def main(argv: list[str]) -> int:
   except (UsageError, ValueError) as error:
     return complain(error, 2)
   from sdpo_jax import checkpoint, discover, discovery, metrics, records, train, wiring
+
   checkpoint.tell_failures_once()
   absl_logging.use_absl_handler()
   absl_logging.set_verbosity(absl_logging.WARNING)
@@ -132,21 +158,38 @@ def main(argv: list[str]) -> int:
 def plan_lines(c, topology: str):
   import dataclasses
   import functools
+
   import jax
+
   from sdpo_jax import plan, sharding, wiring
   from sdpo_jax.model import lora
   from sdpo_jax.objectives import methods
+
   # the compiler alone is wanted: neither a TPU nor its lock
   jax.config.update("jax_platforms", "cpu")
   os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
   # libtpu complains where they are unset; it plans for the topology whatever they say
   for name, value in {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}.items():
     os.environ.setdefault(name, value)
-  wiring.check_rows(c, sharding.row_shards(sharding.make_mesh(plan.topology_devices(topology), **c.mesh)))
-  model = dataclasses.replace(wiring.model_shape(c.model.path), dtype=c.model.dtype, param_dtype=c.model.param_dtype)
-  wiring.check_positions(wiring.longest_texts(c, methods.build(c.method.to_dict())["counterfactual"]()), model, c.model.path)
+  wiring.check_rows(
+    c, sharding.row_shards(sharding.make_mesh(plan.topology_devices(topology), **c.mesh))
+  )
+  model = dataclasses.replace(
+    wiring.model_shape(c.model.path), dtype=c.model.dtype, param_dtype=c.model.param_dtype
+  )
+  wiring.check_positions(
+    wiring.longest_texts(c, methods.build(c.method.to_dict())["counterfactual"]()),
+    model,
+    c.model.path,
+  )
   adapters = lora.from_settings(c.model)
-  return plan.plan(c, topology, model, wiring.learner(c, model, adapters and functools.partial(lora.attach, lora=adapters)), adapters)
+  return plan.plan(
+    c,
+    topology,
+    model,
+    wiring.learner(c, model, adapters and functools.partial(lora.attach, lora=adapters)),
+    adapters,
+  )
 
 
 def complain(error: Exception, status: int) -> int:

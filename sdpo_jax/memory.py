@@ -9,7 +9,7 @@ import jax
 @contextlib.contextmanager
 def released_by_the_compiler():
   """What a compilation of more than a second has freed goes back to the system: glibc keeps it, 0.5 GB after the train step of an eight-layer model."""
-  trim = getattr(ctypes.CDLL(None), "malloc_trim", None)   # other C libraries have none
+  trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
 
   def ended(event: str, seconds: float, **_) -> None:
     if trim is not None and seconds > 1 and event.endswith("backend_compile_duration"):

@@ -44,7 +44,11 @@ def reduce(metrics) -> dict[str, float | int]:
 
 def reproducible(line: dict) -> dict:
   """A line of metrics.jsonl without the values that depend on the machine: what an exact resume must repeat."""
-  return {name: value for name, value in line.items() if not any(fnmatch.fnmatchcase(name, pattern) for pattern in MACHINE)}
+  return {
+    name: value
+    for name, value in line.items()
+    if not any(fnmatch.fnmatchcase(name, pattern) for pattern in MACHINE)
+  }
 
 
 def read(workdir) -> list[dict]:
@@ -96,32 +100,44 @@ class Writer:
       write_atomically(self._path, text)
     self._last_step = kept[-1]["step"] if kept else -1
     self._earlier_s = kept[-1]["time_s"] if kept else 0.0
-    self._purge_step = step    # TensorBoard hides what older event files hold from here on
+    self._purge_step = step  # TensorBoard hides what older event files hold from here on
 
   def write(self, step: int, metrics: dict):
     """One line. metrics: name -> Ratio, number or None; everything known about the step, training and evaluation, in one call."""
     step = int(step)
     if step <= self._last_step:
-      raise ValueError(f"metrics of step {step} come after those of step {self._last_step}: merge what belongs to one step, or truncate first")
+      raise ValueError(
+        f"metrics of step {step} come after those of step {self._last_step}: merge what belongs to one step, or truncate first"
+      )
     ungrouped = [name for name in metrics if "/" not in name]
     if ungrouped:
       raise ValueError(f"metrics are named group/name; got {ungrouped}")
     values = reduce(metrics)
     if self._file is None:
-      self.truncate(self._last_step + 1)    # drops a last line cut short
+      self.truncate(self._last_step + 1)  # drops a last line cut short
       self._workdir.mkdir(parents=True, exist_ok=True)
       self._file = self._path.open("a", encoding="utf-8")
       older = any(self._workdir.glob("events*"))
       # in this thread: SummaryWriter's own dies of a full disk, and then it waits for it forever
       self._events = EventsWriter(str(self._workdir / "events"))
       if older and self._purge_step is not None:
-        self._events.write_event(Event(wall_time=time.time(), step=self._purge_step, session_log=SessionLog(status=SessionLog.START)))
+        self._events.write_event(
+          Event(
+            wall_time=time.time(),
+            step=self._purge_step,
+            session_log=SessionLog(status=SessionLog.START),
+          )
+        )
     elapsed_s = self._earlier_s + time.monotonic() - self._opened
-    self._file.write(json.dumps({"step": step, "time_s": round(elapsed_s, 3)} | values, allow_nan=False) + "\n")
+    self._file.write(
+      json.dumps({"step": step, "time_s": round(elapsed_s, 3)} | values, allow_nan=False) + "\n"
+    )
     self._file.flush()
     os.fsync(self._file.fileno())
     for name, value in values.items():
-      self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value)))
+      self._events.write_event(
+        Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value))
+      )
     self._events.flush()
     self._last_step = step
     self._progress.show(step, values)
@@ -136,13 +152,19 @@ class Writer:
 class Progress:
   """Where a run stands, on stderr: a moving bar on a terminal, elsewhere a line a step. Evaluations stay on the screen either way."""
 
-  SHOWN = {"train/reward": "reward {:.3f}", "train/loss": "loss {:.4f}", "perf/tokens_per_s": "{:,.0f} tokens/s"}
+  SHOWN = {
+    "train/reward": "reward {:.3f}",
+    "train/loss": "loss {:.4f}",
+    "perf/tokens_per_s": "{:,.0f} tokens/s",
+  }
 
   def __init__(self, total_steps):
     self._total = total_steps
     # (step, clock) of the first line of this session: its compilation is not typical
     self._first = None
-    self._console = rich.console.Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
+    self._console = rich.console.Console(
+      file=sys.stderr, highlight=False, markup=False, soft_wrap=True
+    )
     self._bar = None
 
   def show(self, step, values):
@@ -159,7 +181,10 @@ class Progress:
       return
     if self._bar is None:
       self._bar = rich.progress.Progress(
-          rich.progress.BarColumn(bar_width=24), rich.progress.TextColumn("{task.description}", markup=False), console=self._console)
+        rich.progress.BarColumn(bar_width=24),
+        rich.progress.TextColumn("{task.description}", markup=False),
+        console=self._console,
+      )
       self._bar.add_task("", total=self._total)
       self._bar.start()
     self._bar.update(self._bar.task_ids[0], completed=step, description="  ".join([count, *shown]))

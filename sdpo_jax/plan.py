@@ -36,14 +36,21 @@ from sdpo_jax.train_step import TrainState, init_state
 
 class Chip(NamedTuple):
   """As their maker states them. Interconnect: all links of a chip together, one direction each; of a GPU, those within its node."""
+
   memory_gb: float
-  tflops: float        # bfloat16
+  tflops: float  # bfloat16
   memory_gb_s: float
   links_gb_s: float
 
 
-CHIPS = {"v4": Chip(32, 275, 1228, 300), "v5e": Chip(16, 197, 819, 200), "v5p": Chip(95, 459, 2765, 600), "v6e": Chip(32, 918, 1640, 448),
-         "h100": Chip(80, 989, 3350, 450), "h200": Chip(141, 989, 4800, 450)}
+CHIPS = {
+  "v4": Chip(32, 275, 1228, 300),
+  "v5e": Chip(16, 197, 819, 200),
+  "v5p": Chip(95, 459, 2765, 600),
+  "v6e": Chip(32, 918, 1640, 448),
+  "h100": Chip(80, 989, 3350, 450),
+  "h200": Chip(141, 989, 4800, 450),
+}
 GPUS = ("h100", "h200")
 HOPPER = """
 gpu_device_info {{
@@ -59,16 +66,17 @@ platform_name: "CUDA"
 runtime_version {{ major: 13 }}
 dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "{name}"
-"""   # what the compiler for GPUs asks of a device, told by one that is not there (XLA: tools/hlo_opt/gpu_specs)
+"""  # what the compiler for GPUs asks of a device, told by one that is not there (XLA: tools/hlo_opt/gpu_specs)
 
 
 class Program(NamedTuple):
   """One compiled program, per chip. Bytes, but for operations (multiply-adds count two)."""
+
   arguments: float
   temporaries: float
   peak: float
   operations: float
-  collectives: dict[str, tuple[int, float]]   # kind -> (how often it runs, bytes received)
+  collectives: dict[str, tuple[int, float]]  # kind -> (how often it runs, bytes received)
   text: str
 
 
@@ -84,10 +92,24 @@ class OutOfMemory(Exception):
 # ---------------------
 
 
-def state_shapes(model: ModelConfig, tx, mesh, *, adapters: lora.Lora | None = None, keep_teacher: bool, teacher_move: float = 0.0) -> TrainState:
+def state_shapes(
+  model: ModelConfig,
+  tx,
+  mesh,
+  *,
+  adapters: lora.Lora | None = None,
+  keep_teacher: bool,
+  teacher_move: float = 0.0,
+) -> TrainState:
   """The train state, of all weights or of adapters alone, as shapes with their places."""
-  params, axes = (decoder.shapes(model), decoder.axes(model)) if adapters is None else (lora.shapes(model, adapters), lora.axes(model, adapters))
-  state = jax.eval_shape(lambda p: init_state(p, tx, keep_teacher=keep_teacher, teacher_move=teacher_move), params)
+  params, axes = (
+    (decoder.shapes(model), decoder.axes(model))
+    if adapters is None
+    else (lora.shapes(model, adapters), lora.axes(model, adapters))
+  )
+  state = jax.eval_shape(
+    lambda p: init_state(p, tx, keep_teacher=keep_teacher, teacher_move=teacher_move), params
+  )
   return _placed(state, sharding.state_shardings(mesh, state, axes))
 
 
@@ -99,32 +121,69 @@ def weight_shapes(model: ModelConfig, mesh) -> dict:
 
 def batch_shapes(mesh, shape: Shape, responses: int, readings: int = 0) -> TrainBatch:
   """A batch of so many responses in packs of this shape. readings: further ones by the teacher."""
-  ints, floats = (lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)), (lambda *s: jax.ShapeDtypeStruct(s, jnp.float32))
-  student, teacher, more = (Rows(*(ints(shape.packs, *half),) * 3, None, ints(shape.packs, shape.tokens)) for half in shape.halves())
+  ints, floats = (
+    (lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)),
+    (lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)),
+  )
+  student, teacher, more = (
+    Rows(*(ints(shape.packs, *half),) * 3, None, ints(shape.packs, shape.tokens))
+    for half in shape.halves()
+  )
   B, R = responses, shape.responses
-  batch = TrainBatch(student, teacher, ints(B), ints(B, R), floats(B, R), floats(B), floats(B), floats(B, R), floats(B, R), (Counterfactual(more, floats(B)),) * readings)
+  batch = TrainBatch(
+    student,
+    teacher,
+    ints(B),
+    ints(B, R),
+    floats(B, R),
+    floats(B),
+    floats(B),
+    floats(B, R),
+    floats(B, R),
+    (Counterfactual(more, floats(B)),) * readings,
+  )
   return _placed(batch, jax.tree.map(lambda _: sharding.over_rows(mesh), batch))
 
 
-def decode_shapes(model: ModelConfig, mesh, *, rows: int, prompt: int, new: int) -> tuple[DecodeState, jax.ShapeDtypeStruct]:
+def decode_shapes(
+  model: ModelConfig, mesh, *, rows: int, prompt: int, new: int
+) -> tuple[DecodeState, jax.ShapeDtypeStruct]:
   """(state, keys) of a decode step with full caches."""
-  with jax.set_mesh(mesh):   # the order of the cache is the platform's
-    cache, axes = jax.eval_shape(lambda: decoder.init_cache(model, rows, prompt + new)), decoder.cache_axes()
-  put = lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, sharding.spec(axes, sharding.ACTIVATIONS)))
-  by_row = lambda dtype, *rest: put(jax.ShapeDtypeStruct((rows, *rest), dtype), "BTT"[:1 + len(rest)])
+  with jax.set_mesh(mesh):  # the order of the cache is the platform's
+    cache, axes = (
+      jax.eval_shape(lambda: decoder.init_cache(model, rows, prompt + new)),
+      decoder.cache_axes(),
+    )
+  put = lambda x, axes: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=jax.NamedSharding(mesh, sharding.spec(axes, sharding.ACTIVATIONS))
+  )
+  by_row = lambda dtype, *rest: put(
+    jax.ShapeDtypeStruct((rows, *rest), dtype), "BTT"[: 1 + len(rest)]
+  )
   cache = decoder.Cache(put(cache.k, axes), put(cache.v, axes), put(cache.valid_BS, "BS"))
-  state = DecodeState(cache, by_row(jnp.dtype(model.dtype), model.width), by_row(jnp.int32), by_row(bool), by_row(jnp.int32, new), by_row(jnp.float32, new),
-                      jax.ShapeDtypeStruct((), jnp.int32))
+  state = DecodeState(
+    cache,
+    by_row(jnp.dtype(model.dtype), model.width),
+    by_row(jnp.int32),
+    by_row(bool),
+    by_row(jnp.int32, new),
+    by_row(jnp.float32, new),
+    jax.ShapeDtypeStruct((), jnp.int32),
+  )
   key = jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32)))
   return state, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.over_rows(mesh))
 
 
 def _placed(tree, shardings):
-  return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings)
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
+  )
 
 
 def _bytes_per_chip(tree) -> int:
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )
 
 
 # ---- one program ---------------------------------------------------------------------------------
@@ -138,27 +197,49 @@ def compile_for(mesh, function, *args, **kwargs) -> Program:
     try:
       lowered = traced.lower()
       # no GPU to try on
-      compiled = lowered.compile({"xla_gpu_autotune_level": "0"} if mesh.devices.flat[0].platform == "gpu" else None)
+      compiled = lowered.compile(
+        {"xla_gpu_autotune_level": "0"} if mesh.devices.flat[0].platform == "gpu" else None
+      )
     except jax.errors.JaxRuntimeError as error:
-      used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT]? hbm|HLO temporaries \(([\d.]+)([KMGT])\)", str(error))
+      used = re.search(
+        r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT]? hbm|HLO temporaries \(([\d.]+)([KMGT])\)",
+        str(error),
+      )
       if used is None:
         raise
       size, unit = filter(None, used.groups())
       raise OutOfMemory(float(size) * 2.0 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit]) from error
   m, text = compiled.memory_analysis(), compiled.as_text()
-  peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-  return Program(m.argument_size_in_bytes, m.temp_size_in_bytes, peak, operations(traced.jaxpr.jaxpr) / mesh.size, collectives(text), text)
+  peak = (
+    m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+  )
+  return Program(
+    m.argument_size_in_bytes,
+    m.temp_size_in_bytes,
+    peak,
+    operations(traced.jaxpr.jaxpr) / mesh.size,
+    collectives(text),
+    text,
+  )
 
 
 def operations(jaxpr) -> float:
   """Of the matrix products of a traced program, on all chips. A `while` of unknown length counts once, of a `cond` the larger branch."""
   total = 0.0
   for eqn in jaxpr.eqns:
-    inner = [operations(getattr(j, "jaxpr", j)) for p in eqn.params.values() for j in (p if isinstance(p, (tuple, list)) else (p,))
-             if isinstance(getattr(j, "jaxpr", j), jax.extend.core.Jaxpr)]
+    inner = [
+      operations(getattr(j, "jaxpr", j))
+      for p in eqn.params.values()
+      for j in (p if isinstance(p, (tuple, list)) else (p,))
+      if isinstance(getattr(j, "jaxpr", j), jax.extend.core.Jaxpr)
+    ]
     if eqn.primitive.name == "dot_general":
       (contracted, _), _ = eqn.params["dimension_numbers"]
-      total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+      total += (
+        2.0
+        * math.prod(eqn.outvars[0].aval.shape)
+        * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+      )
     # cuDNN's: two products forward, five backward, masked or not
     elif eqn.primitive.name.startswith("dot_product_attention_"):
       (B, T, N, H), S = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
@@ -168,7 +249,9 @@ def operations(jaxpr) -> float:
     elif eqn.primitive.name == "scan":
       total += sum(inner) * eqn.params["length"]
     elif eqn.primitive.name == "shard_map":
-      total += sum(inner) * math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
+      total += sum(inner) * math.prod(
+        eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"]
+      )
     elif eqn.primitive.name == "pallas_call":
       total += sum(inner) * math.prod(eqn.params["grid_mapping"].grid) * _share_computed(eqn)
     else:
@@ -179,14 +262,29 @@ def operations(jaxpr) -> float:
 def _share_computed(eqn) -> float:
   """Causal attention visits every block of the square and computes those on and below the diagonal; with a window it visits what it computes."""
   queries, keys = eqn.params["grid_mapping"].grid[-2:]
-  return (queries + 1) / (2 * queries) if eqn.params["name"].startswith("splash") and queries == keys else 1.0
+  return (
+    (queries + 1) / (2 * queries)
+    if eqn.params["name"].startswith("splash") and queries == keys
+    else 1.0
+  )
 
 
 # ---- collectives of a compiled program
 # ----------------------------------------------------------------------------------
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
+_BYTES = {
+  "pred": 1,
+  "s8": 1,
+  "u8": 1,
+  "bf16": 2,
+  "f16": 2,
+  "s16": 2,
+  "u16": 2,
+  "s64": 8,
+  "u64": 8,
+  "f64": 8,
+}
 
 
 def collectives(text: str) -> dict[str, tuple[int, float]]:
@@ -207,7 +305,7 @@ def collectives(text: str) -> dict[str, tuple[int, float]]:
       op = re.search(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(", line)
       if op:
         kind, size = op[2], _received(op[1], op[2], bool(op[3]), _group_size(line))
-        if "all-reduce-scatter" in name:   # how the TPU compiler writes a fused reduce-scatter
+        if "all-reduce-scatter" in name:  # how the TPU compiler writes a fused reduce-scatter
           kind, size = "reduce-scatter", size / 2
         count, total = found.get(kind, (0, 0.0))
         found[kind] = count + times, total + times * size
@@ -217,7 +315,9 @@ def collectives(text: str) -> dict[str, tuple[int, float]]:
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
         visit(loop[2], times * (int(known[1]) if known else _trips(bodies[loop[1]])))
         continue
-      for group in re.findall(r"(?:calls|branch_computations|called_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)", line):
+      for group in re.findall(
+        r"(?:calls|branch_computations|called_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)", line
+      ):
         for callee in re.split(r", ", group):
           if callee.strip("%") in bodies:
             visit(callee.strip("%"), times)
@@ -227,12 +327,24 @@ def collectives(text: str) -> dict[str, tuple[int, float]]:
 
 
 def _received(shape: str, kind: str, start: bool, group: int) -> float:
-  sizes = [math.prod(map(int, dims.split(","))) * _BYTES.get(dtype, 4) for dtype, dims in re.findall(r"(\w+)\[([\d,]+)\]", shape)]
-  if start and kind != "all-reduce":   # names its operands too, before the results
-    sizes = sizes[len(sizes) // 2:]
+  sizes = [
+    math.prod(map(int, dims.split(","))) * _BYTES.get(dtype, 4)
+    for dtype, dims in re.findall(r"(\w+)\[([\d,]+)\]", shape)
+  ]
+  if start and kind != "all-reduce":  # names its operands too, before the results
+    sizes = sizes[len(sizes) // 2 :]
   total = float(sum(sizes))
   share = (group - 1) / group
-  return total * {"all-gather": share, "all-reduce": 2 * share, "reduce-scatter": group - 1.0, "all-to-all": share, "collective-permute": 1.0}[kind]
+  return (
+    total
+    * {
+      "all-gather": share,
+      "all-reduce": 2 * share,
+      "reduce-scatter": group - 1.0,
+      "all-to-all": share,
+      "collective-permute": 1.0,
+    }[kind]
+  )
 
 
 def _group_size(line: str) -> int:
@@ -249,7 +361,11 @@ def _group_size(line: str) -> int:
 
 def _trips(condition: list[str]) -> int:
   """Of a loop counted up from 0; 1 where the length is not a constant."""
-  constants = {name: int(value) for line in condition for name, value in re.findall(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", line)}
+  constants = {
+    name: int(value)
+    for line in condition
+    for name, value in re.findall(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", line)
+  }
   for line in condition:
     compare = re.search(r"compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT", line)
     if compare and compare[1] in constants:
@@ -259,8 +375,13 @@ def _trips(condition: list[str]) -> int:
 
 def kernels(text: str) -> list[str]:
   """Names of the Pallas kernels that a compiled program calls, and of cuDNN's attention."""
-  pallas = re.findall(r"%([\w.\-]+) = [^\n]*custom_call_target=\"(?:tpu_custom_call|mosaic_gpu_v2)\"", text)
-  return sorted({re.sub(r"\.\d+$", "", name) for name in pallas} | set(re.findall(r'custom_call_target="__(cudnn\$fmha\w+)"', text)))
+  pallas = re.findall(
+    r"%([\w.\-]+) = [^\n]*custom_call_target=\"(?:tpu_custom_call|mosaic_gpu_v2)\"", text
+  )
+  return sorted(
+    {re.sub(r"\.\d+$", "", name) for name in pallas}
+    | set(re.findall(r'custom_call_target="__(cudnn\$fmha\w+)"', text))
+  )
 
 
 def logit_arrays(text: str, tokens: int, entries: int, model: ModelConfig) -> list[str]:
@@ -272,11 +393,15 @@ def logit_arrays(text: str, tokens: int, entries: int, model: ModelConfig) -> li
       return True
     a, *rest = sorted(size for size in sizes if size > 1) or [1]
     # 2: a trust region's two side by side
-    matrix = len(rest) == 1 and any(model.vocab % v == 0 and 2 * model.width % d == 0 for v, d in ((a, *rest), (*rest, a)))
+    matrix = len(rest) == 1 and any(
+      model.vocab % v == 0 and 2 * model.width % d == 0 for v, d in ((a, *rest), (*rest, a))
+    )
     return 2 * math.prod(sizes) >= tokens * entries and not matrix and model.layers not in sizes
 
   types = set(re.findall(r"\w+\[[\d,]+\]", text))
-  return sorted(t for t in types if may_be([int(size) for size in t.partition("[")[2][:-1].split(",")]))
+  return sorted(
+    t for t in types if may_be([int(size) for size in t.partition("[")[2][:-1].split(",")])
+  )
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -286,26 +411,40 @@ def logit_arrays(text: str, tokens: int, entries: int, model: ModelConfig) -> li
 def topology_devices(name: str):
   """Devices of a topology such as "v5p:2x2x2", or "h200:2x8", two nodes of eight. ValueError with the choices."""
   chip, _, shape = name.partition(":")
-  if chip not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + ("?" if chip in GPUS else "*"), shape):
-    raise ValueError(f"--topology={name!r} must look like v5p:2x2x2, v5e:8x8, v6e:4x4, h200:8 or h200:2x8; choose the chip from {sorted(CHIPS)}")
+  if chip not in CHIPS or not re.fullmatch(
+    r"[1-9]\d*(x[1-9]\d*)" + ("?" if chip in GPUS else "*"), shape
+  ):
+    raise ValueError(
+      f"--topology={name!r} must look like v5p:2x2x2, v5e:8x8, v6e:4x4, h200:8 or h200:2x8; choose the chip from {sorted(CHIPS)}"
+    )
   try:
     if chip in GPUS:
       slices_nodes_gpus = f"1x{shape}" if "x" in shape else f"1x1x{shape}"
-      return topologies.get_topology_desc(platform="cuda", topology_name=name, topology=slices_nodes_gpus,
-                                          target_config=HOPPER.format(name=chip, **CHIPS[chip]._asdict())).devices
+      return topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=name,
+        topology=slices_nodes_gpus,
+        target_config=HOPPER.format(name=chip, **CHIPS[chip]._asdict()),
+      ).devices
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
   except (RuntimeError, ValueError, NotImplementedError) as error:
-    raise ValueError(f"--topology={name!r}: {str(error).splitlines()[0]} (plan needs the compiler: pip install \"jax[{'cuda13' if chip in GPUS else 'tpu'}]\")") from error
+    raise ValueError(
+      f'--topology={name!r}: {str(error).splitlines()[0]} (plan needs the compiler: pip install "jax[{"cuda13" if chip in GPUS else "tpu"}]")'
+    ) from error
 
 
 def usable_share(chip: str) -> float:
   """Of a chip's memory: what jax gives a program."""
   # its new name and the one that most know
-  asked = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
+  asked = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get(
+    "XLA_PYTHON_CLIENT_MEM_FRACTION"
+  )
   try:
     return float(asked or 0.75) if chip in GPUS else 1.0
   except ValueError:
-    raise ValueError(f"XLA_PYTHON_CLIENT_MEM_FRACTION={asked!r} must be a number, such as 0.9") from None
+    raise ValueError(
+      f"XLA_PYTHON_CLIENT_MEM_FRACTION={asked!r} must be a number, such as 0.9"
+    ) from None
 
 
 def plan(c, topology: str, model: ModelConfig, learn, adapters: lora.Lora | None = None):
@@ -315,28 +454,59 @@ def plan(c, topology: str, model: ModelConfig, learn, adapters: lora.Lora | None
   devices, chip = topology_devices(topology), CHIPS[name]
   mesh = sharding.make_mesh(devices, **c.mesh)
   shards = sharding.row_shards(mesh)
-  rollouts, pieces = c.rollout.questions * c.rollout.group, c.train.updates_per_batch * c.train.micro_batches
+  rollouts, pieces = (
+    c.rollout.questions * c.rollout.group,
+    c.train.updates_per_batch * c.train.micro_batches,
+  )
   if rollouts % (pieces * shards):
-    raise ValueError(f"{rollouts} responses do not divide into {pieces} micro-batches on {shards} row shards of config.mesh")
+    raise ValueError(
+      f"{rollouts} responses do not divide into {pieces} micro-batches on {shards} row shards of config.mesh"
+    )
   limit = chip.memory_gb * 1e9 * usable_share(name)
   up = functools.partial(bucket, multiple=c.data.length_multiple)
-  prompt, new, teacher = up(c.data.max_prompt_tokens), up(c.rollout.max_new_tokens), up(c.data.max_teacher_tokens)
+  prompt, new, teacher = (
+    up(c.data.max_prompt_tokens),
+    up(c.rollout.max_new_tokens),
+    up(c.data.max_teacher_tokens),
+  )
   weights = weight_shapes(model, mesh)
-  yield (f"{c.model.path}: {sum(x.size for x in jax.tree.leaves(weights)) / 1e9:.2f} G weights ({c.model.param_dtype}, products in {c.model.dtype}); method {c.method.name}, teacher {c.method.teacher_weights.name}")
+  yield (
+    f"{c.model.path}: {sum(x.size for x in jax.tree.leaves(weights)) / 1e9:.2f} G weights ({c.model.param_dtype}, products in {c.model.dtype}); method {c.method.name}, teacher {c.method.teacher_weights.name}"
+  )
   yield f"{len(devices)} x {name} ({chip.memory_gb} GB, {chip.tflops} TFLOP/s, {chip.memory_gb_s} GB/s memory, {chip.links_gb_s} GB/s links), mesh {dict(mesh.shape)}"
   yield f"{rollouts} responses of {prompt} + {new} tokens, teacher prompts of {teacher}; remat {c.model.remat}"
   if second := c.method.counterfactual.get("model"):
     yield f"not counted: weights and sampling of the second model, {second}"
 
-  state = state_shapes(model, learn.tx, mesh, adapters=adapters, keep_teacher=learn.teacher.keep, teacher_move=learn.teacher.move)
+  state = state_shapes(
+    model,
+    learn.tx,
+    mesh,
+    adapters=adapters,
+    keep_teacher=learn.teacher.keep,
+    teacher_move=learn.teacher.move,
+  )
   frozen = None if adapters is None else weights
   places = jax.tree.map(lambda x: x.sharding, state)
-  full = lambda rows: full_shape(rows, pieces * shards, most_tokens(c.data, c.rollout.max_new_tokens), length_multiple=c.data.length_multiple,
-                                 response_multiple=c.data.response_multiple, taught=learn.objective.needs_teacher, more=learn.readings > 0)
-  shapes = lambda rows: batch_shapes(mesh, full(rows), rows * pieces * shards, readings=learn.readings)
+  full = lambda rows: full_shape(
+    rows,
+    pieces * shards,
+    most_tokens(c.data, c.rollout.max_new_tokens),
+    length_multiple=c.data.length_multiple,
+    response_multiple=c.data.response_multiple,
+    taught=learn.objective.needs_teacher,
+    more=learn.readings > 0,
+  )
+  shapes = lambda rows: batch_shapes(
+    mesh, full(rows), rows * pieces * shards, readings=learn.readings
+  )
   rows = rollouts // (pieces * shards)
   step = jax.jit(learn.step, donate_argnums=0, out_shardings=(places, None))
-  yield f"train state {_bytes_per_chip(state) / 1e9:.1f} GB per chip" + ("" if frozen is None else f", and {_bytes_per_chip(frozen) / 1e9:.1f} GB of weights that its adapters stand on")
+  yield f"train state {_bytes_per_chip(state) / 1e9:.1f} GB per chip" + (
+    ""
+    if frozen is None
+    else f", and {_bytes_per_chip(frozen) / 1e9:.1f} GB of weights that its adapters stand on"
+  )
   peaks, programs = [], []
 
   def report(name, resident, *args, **kwargs):
@@ -350,16 +520,46 @@ def plan(c, topology: str, model: ModelConfig, learn, adapters: lora.Lora | None
     programs.append(program)
     yield from lines(name, program, chip, resident)
 
-  yield from report(f"train step, {pieces} micro-batches of {rows * shards} responses", 0.0, step, state, shapes(rows), frozen)
+  yield from report(
+    f"train step, {pieces} micro-batches of {rows * shards} responses",
+    0.0,
+    step,
+    state,
+    shapes(rows),
+    frozen,
+  )
   if programs:
     yield f"  kernels: {', '.join(kernels(programs[0].text)) or 'none'}"
-    found = logit_arrays(programs[0].text, tokens := full(rows).tokens, entries := model.vocab // mesh.shape["tensor"], model)
+    found = logit_arrays(
+      programs[0].text,
+      tokens := full(rows).tokens,
+      entries := model.vocab // mesh.shape["tensor"],
+      model,
+    )
     yield f"  arrays of {tokens} tokens x {entries} entries of the vocabulary, or half as large: {', '.join(found) or 'none'}"
   sampling = Sampling(new, c.rollout.temperature, c.rollout.top_p, (0,))
-  resident = _bytes_per_chip((state._replace(params=None), None) if frozen is None else (state, frozen))
+  resident = _bytes_per_chip(
+    (state._replace(params=None), None) if frozen is None else (state, frozen)
+  )
   args = decode_shapes(model, mesh, rows=c.rollout.rows, prompt=prompt, new=new)
-  yield from report(f"decode step, one token of {c.rollout.rows} responses", resident, decode, weights, *args, config=model, sampling=sampling, chunk=1)
-  yield from suggestion(peaks[0], limit, rows, c.train.micro_batches, shards, lambda rows: compile_for(mesh, step, state, shapes(rows), frozen).peak)
+  yield from report(
+    f"decode step, one token of {c.rollout.rows} responses",
+    resident,
+    decode,
+    weights,
+    *args,
+    config=model,
+    sampling=sampling,
+    chunk=1,
+  )
+  yield from suggestion(
+    peaks[0],
+    limit,
+    rows,
+    c.train.micro_batches,
+    shards,
+    lambda rows: compile_for(mesh, step, state, shapes(rows), frozen).peak,
+  )
   worst = max(peaks)
   yield f"plan: {'fits' if worst <= limit else 'does not fit'} ({worst / 1e9:.1f} of {limit / 1e9:.4g} GB per chip)"
 
@@ -372,9 +572,15 @@ def lines(name: str, program: Program, chip: Chip, resident: float):
   for kind, (times, size) in sorted(program.collectives.items()):
     yield f"  {kind}: {times} runs, {gb(size)} received per chip"
   moved = sum(size for _, size in program.collectives.values())
-  times = program.operations / (chip.tflops * 1e12), program.arguments / (chip.memory_gb_s * 1e9), moved / (chip.links_gb_s * 1e9)
-  yield (f"  {program.operations / 1e12:.2f} T operations per chip; at peak rates {times[0]:.3f} s of products, {times[1]:.3f} s to read the arguments once, "
-         f"{times[2]:.3f} s of collectives; step at least {max(times):.3f} s, {sum(times):.3f} s without overlap")
+  times = (
+    program.operations / (chip.tflops * 1e12),
+    program.arguments / (chip.memory_gb_s * 1e9),
+    moved / (chip.links_gb_s * 1e9),
+  )
+  yield (
+    f"  {program.operations / 1e12:.2f} T operations per chip; at peak rates {times[0]:.3f} s of products, {times[1]:.3f} s to read the arguments once, "
+    f"{times[2]:.3f} s of collectives; step at least {max(times):.3f} s, {sum(times):.3f} s without overlap"
+  )
 
 
 def suggestion(peak: float, limit: float, rows: int, micro_batches: int, shards: int, peak_of):

@@ -11,10 +11,29 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-WEIGHTS = {"L": None, "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F": "tensor", "V": "tensor",
-           "r": None}   # r: rank of an adapter
-ACTIVATIONS = {"B": ("data", "fsdp"), "T": None, "R": None, "S": None, "L": None, "D": None, "N": "tensor", "K": "tensor",
-               "H": None, "F": "tensor", "V": "tensor"}
+WEIGHTS = {
+  "L": None,
+  "D": "fsdp",
+  "N": "tensor",
+  "K": "tensor",
+  "H": None,
+  "F": "tensor",
+  "V": "tensor",
+  "r": None,
+}  # r: rank of an adapter
+ACTIVATIONS = {
+  "B": ("data", "fsdp"),
+  "T": None,
+  "R": None,
+  "S": None,
+  "L": None,
+  "D": None,
+  "N": "tensor",
+  "K": "tensor",
+  "H": None,
+  "F": "tensor",
+  "V": "tensor",
+}
 
 # a layer's weights while they are used: fsdp holds them in parts only between uses
 GATHERED = WEIGHTS | {"D": None}
@@ -48,13 +67,19 @@ def make_mesh(devices, *, data: int, fsdp: int, tensor: int) -> jax.sharding.Mes
   if len(open_axes) == 1 and known > 0 and len(devices) % known == 0:
     sizes[open_axes[0]] = len(devices) // known
   if math.prod(sizes.values()) != len(devices) or min(sizes.values()) < 1:
-    raise ValueError(f"config.mesh={dict(data=data, fsdp=fsdp, tensor=tensor)} does not multiply to the {len(devices)} devices; one size may be -1")
+    raise ValueError(
+      f"config.mesh={dict(data=data, fsdp=fsdp, tensor=tensor)} does not multiply to the {len(devices)} devices; one size may be -1"
+    )
   shape, types = tuple(sizes.values()), (jax.sharding.AxisType.Auto,) * 3
   try:
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
   # the chips' grid has no side of these lengths (8 x 2 on 4 x 4): one side is shared by two axes
   except NotImplementedError:
-    return jax.sharding.Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES, axis_types=types)
+    return jax.sharding.Mesh(
+      mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True),
+      AXES,
+      axis_types=types,
+    )
 
 
 def divide(devices, parts: int) -> list:
@@ -62,7 +87,7 @@ def divide(devices, parts: int) -> list:
   if parts < 1 or len(devices) % parts:
     raise ValueError(f"config.discover.parallel={parts} must divide the {len(devices)} devices")
   size = len(devices) // parts
-  return [devices[i * size:(i + 1) * size] for i in range(parts)]
+  return [devices[i * size : (i + 1) * size] for i in range(parts)]
 
 
 def current_mesh():
@@ -86,7 +111,9 @@ def put_rows(mesh: jax.sharding.Mesh | None, batch):
   if mesh is None:
     return batch
   where = over_rows(mesh)
-  return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, where, lambda at: x[at]), batch)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, where, lambda at: x[at]), batch
+  )
 
 
 def state_shardings(mesh: jax.sharding.Mesh, state, axes):

@@ -18,20 +18,20 @@ import numpy as np
 import scipy.special
 
 DRAWS = 10_000
-_CHUNK = 500    # draws held in memory at once
+_CHUNK = 500  # draws held in memory at once
 
 
 class Interval(NamedTuple):
   mean: float
-  low: float | None     # None: one question says nothing about the spread
+  low: float | None  # None: one question says nothing about the spread
   high: float | None
 
 
 class Difference(NamedTuple):
-  difference: float       # mean of a minus mean of b
+  difference: float  # mean of a minus mean of b
   low: float | None
   high: float | None
-  p_value: float | None   # two-sided; the difference is zero under the null
+  p_value: float | None  # two-sided; the difference is zero under the null
 
 
 def mean_interval(score_Q, *, level=0.95, seed=0) -> Interval:
@@ -40,12 +40,16 @@ def mean_interval(score_Q, *, level=0.95, seed=0) -> Interval:
   if score_Q.min() < 0 or score_Q.max() > 1:
     raise ValueError(f"scores must lie in [0, 1]; got {score_Q.min()} to {score_Q.max()}")
   mean, low, high, _ = _bootstrap(score_Q, [0], level, seed)
-  return Interval(mean, None if low is None else max(low, 0.0), None if high is None else min(high, 1.0))
+  return Interval(
+    mean, None if low is None else max(low, 0.0), None if high is None else min(high, 1.0)
+  )
 
 
 def avg_at_k(score_QG, *, level=0.95, seed=0) -> Interval:
   """Mean score of k = G responses a question: an average over responses, then over questions. Rows may differ in length."""
-  return mean_interval([_finite(score_G, ndim=1).mean() for score_G in score_QG], level=level, seed=seed)
+  return mean_interval(
+    [_finite(score_G, ndim=1).mean() for score_G in score_QG], level=level, seed=seed
+  )
 
 
 def pass_at_k(n, c, k):
@@ -53,6 +57,7 @@ def pass_at_k(n, c, k):
 
   1 - C(n-c, k) / C(n, k), correctly rounded. Scalars give a float; arrays broadcast and give one value a question (their mean is pass@k).
   """
+
   def one(n, c, k):
     n, c, k = int(n), int(c), int(k)
     if not (1 <= k <= n and 0 <= c <= n):
@@ -60,6 +65,7 @@ def pass_at_k(n, c, k):
     ways = math.comb(n, k)
     # whole numbers until the one division, so no cancellation
     return (ways - math.comb(n - c, k)) / ways
+
   value = np.vectorize(one, otypes=[float])(n, c, k)
   return float(value) if value.ndim == 0 else value
 
@@ -86,9 +92,14 @@ def kaplan_meier(first_success, attempts, k):
   first_success: as in discovery_at_k, any shape; attempts: how many each run made. A run without success is censored after its attempts. With
   every unsolved run observed up to k this is discovery_at_k. Beyond the last attempt of any run the estimate stays where it was.
   """
-  first_X, attempts_X = np.array(first_success, dtype=float).ravel(), np.array(attempts, dtype=float).ravel()
+  first_X, attempts_X = (
+    np.array(first_success, dtype=float).ravel(),
+    np.array(attempts, dtype=float).ravel(),
+  )
   if not first_X.size or first_X.shape != attempts_X.shape:
-    raise ValueError(f"kaplan_meier needs as many numbers of attempts as runs, and at least one; got {first_X.size} and {attempts_X.size}")
+    raise ValueError(
+      f"kaplan_meier needs as many numbers of attempts as runs, and at least one; got {first_X.size} and {attempts_X.size}"
+    )
   end_X = np.where(np.isfinite(first_X), first_X, attempts_X)
   survival = 1.0
   for j in np.unique(first_X[np.isfinite(first_X) & (first_X <= k)]):
@@ -108,14 +119,18 @@ def paired_bootstrap(a_QS, b_QS, *, level=0.95, seed=0) -> Difference:
   """
   a_QS, b_QS = _finite(a_QS), _finite(b_QS)
   if a_QS.shape != b_QS.shape or a_QS.ndim not in (1, 2):
-    raise ValueError(f"paired scores must both be questions x seeds; got shapes {a_QS.shape} and {b_QS.shape}")
+    raise ValueError(
+      f"paired scores must both be questions x seeds; got shapes {a_QS.shape} and {b_QS.shape}"
+    )
   return Difference(*_bootstrap(a_QS - b_QS, range(a_QS.ndim), level, seed))
 
 
 def _finite(score, ndim=None):
   score = np.asarray(score, dtype=float)
   if not score.size or not np.all(np.isfinite(score)) or ndim not in (None, score.ndim):
-    raise ValueError(f"scores must be finite, not empty and of the right rank; got shape {score.shape}")
+    raise ValueError(
+      f"scores must be finite, not empty and of the right rank; got shape {score.shape}"
+    )
   return score
 
 
@@ -134,11 +149,21 @@ def _bootstrap(x, axes, level, seed):
   if math.sqrt(total) <= 1e-12 * max(1.0, abs(mean)):
     return mean, mean, mean, 1.0 if mean == 0 else 2.0 ** (1 - max(len(part) for part in parts))
   freedom = total**2 / sum(v**2 / (len(part) - 1) for v, part in zip(variance, parts))
-  stretch = math.sqrt(total / sum(v * (len(part) - 1) / len(part) for v, part in zip(variance, parts)))
+  stretch = math.sqrt(
+    total / sum(v * (len(part) - 1) / len(part) for v, part in zip(variance, parts))
+  )
 
   rng = np.random.default_rng(seed)
-  deviation = sum(np.concatenate([part[rng.integers(len(part), size=(_CHUNK, len(part)))].mean(axis=1)
-                                  for _ in range(DRAWS // _CHUNK)]) - part.mean() for part in parts)
+  deviation = sum(
+    np.concatenate(
+      [
+        part[rng.integers(len(part), size=(_CHUNK, len(part)))].mean(axis=1)
+        for _ in range(DRAWS // _CHUNK)
+      ]
+    )
+    - part.mean()
+    for part in parts
+  )
 
   def interval(outside):
     widen = stretch * scipy.special.stdtrit(freedom, outside / 2) / scipy.special.ndtri(outside / 2)

@@ -30,7 +30,23 @@ from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.wiring import RunError, blame_settings, describe_run, learner, same_run, wired
 
 
-def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, score, evaluate, due, write, write_rollouts, save, limits):
+def run(
+  state,
+  host,
+  *,
+  total_steps,
+  next_tasks,
+  collect,
+  make_batch,
+  step,
+  score,
+  evaluate,
+  due,
+  write,
+  write_rollouts,
+  save,
+  limits,
+):
   """Trains `state` to total_steps and returns it. Every collaborator is an argument; due(name, i) says what step i calls for.
 
   host: {"tokens": sampled so far, "alternatives": responses among them that are not trained on, "failed_batches": without a verdict, in a row}; goes into
@@ -40,8 +56,10 @@ def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, scor
   first = int(state.step)
   if first == 0 and due("eval", 0):
     write(0, evaluate(state, 0))
-  saved = first   # the last checkpoint's step; 0: none
-  checkpoints = lambda: f"the last checkpoint is step {saved}" if saved else "there is no checkpoint yet"
+  saved = first  # the last checkpoint's step; 0: none
+  checkpoints = lambda: (
+    f"the last checkpoint is step {saved}" if saved else "there is no checkpoint yet"
+  )
   for i in range(first + 1, total_steps + 1):
     begun = time.monotonic()
     tasks = next_tasks()
@@ -50,24 +68,40 @@ def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, scor
     packed = make_batch(groups)
     host["tokens"] += sum(len(r.tokens) + r.extra_tokens for g in groups for r in g)
     host["alternatives"] += sum(r.extra_calls for g in groups for r in g)
-    metrics = packed.metrics | rollout_metrics(groups) | {"train/generations": i * sum(map(len, groups)) + host["alternatives"], "train/sampled_tokens": host["tokens"]}
-    host["failed_batches"] = host["failed_batches"] + 1 if metrics["data/dropped"] == len(packed.contexts) else 0
+    metrics = (
+      packed.metrics
+      | rollout_metrics(groups)
+      | {
+        "train/generations": i * sum(map(len, groups)) + host["alternatives"],
+        "train/sampled_tokens": host["tokens"],
+      }
+    )
+    host["failed_batches"] = (
+      host["failed_batches"] + 1 if metrics["data/dropped"] == len(packed.contexts) else 0
+    )
     if host["failed_batches"] >= limits["env_failures"]:
-      raise RunError(f"no response could be judged in {host['failed_batches']} generation batches in a row (step {i}): the environment or its sandbox is broken, "
-                     f"see the log above; {checkpoints()}")
+      raise RunError(
+        f"no response could be judged in {host['failed_batches']} generation batches in a row (step {i}): the environment or its sandbox is broken, "
+        f"see the log above; {checkpoints()}"
+      )
     said = score(state, packed.batch) if due("score", i) else None
     if said is not None:
       packed = packed._replace(batch=packed.batch._replace(logp_old_BR=np.asarray(said.logp_BR)))
     if due("rollouts", i):
       write_rollouts(i, packed, said)
-    state, stepped = step(state, packed.batch)   # the only line that changes weights
+    state, stepped = step(state, packed.batch)  # the only line that changes weights
     metrics |= jax.device_get(stepped)
     ended = time.monotonic()
-    metrics |= {"time/rollout_s": sampled - begun, "time/update_s": ended - sampled,
-                "perf/tokens_per_s": sum(len(r.tokens) for g in groups for r in g) / (ended - begun)}
+    metrics |= {
+      "time/rollout_s": sampled - begun,
+      "time/update_s": ended - sampled,
+      "perf/tokens_per_s": sum(len(r.tokens) for g in groups for r in g) / (ended - begun),
+    }
     if int(state.skipped_in_a_row) >= limits["skipped"]:
-      raise RunError(f"the gradient was not finite in {int(state.skipped_in_a_row)} updates in a row (step {i}); {checkpoints()}; "
-                     "lower config.optimizer.lr or look at the rollouts of this step")
+      raise RunError(
+        f"the gradient was not finite in {int(state.skipped_in_a_row)} updates in a row (step {i}); {checkpoints()}; "
+        "lower config.optimizer.lr or look at the rollouts of this step"
+      )
     if due("eval", i):
       metrics |= evaluate(state, i)
     write(i, metrics)
@@ -80,27 +114,54 @@ def run(state, host, *, total_steps, next_tasks, collect, make_batch, step, scor
 def rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
   rows = [r for g in groups for r in g]
   judged = [r for r in rows if r.feedback.status is not Status.ENV_FAILED]
-  metrics = {"rollout/length": float(np.mean([len(r.tokens) for r in rows])),
-             "rollout/truncated": float(np.mean([r.finish_reason == "length" for r in rows])),
-             "rollout/timeouts": float(sum(r.feedback.status is Status.TIMEOUT for r in rows))}
+  metrics = {
+    "rollout/length": float(np.mean([len(r.tokens) for r in rows])),
+    "rollout/truncated": float(np.mean([r.finish_reason == "length" for r in rows])),
+    "rollout/timeouts": float(sum(r.feedback.status is Status.TIMEOUT for r in rows)),
+  }
   if judged:
-    metrics |= {"train/reward": float(np.mean([r.feedback.reward for r in judged])),
-                "train/solved_questions": float(np.mean([any(r.feedback.reward >= 1.0 for r in g) for g in groups]))}
+    metrics |= {
+      "train/reward": float(np.mean([r.feedback.reward for r in judged])),
+      "train/solved_questions": float(
+        np.mean([any(r.feedback.reward >= 1.0 for r in g) for g in groups])
+      ),
+    }
   return metrics
 
 
 def rollout_lines(step: int, packed: Packed, said, chat: Chat, kept: int):
   """One JSON-able object per response: what was asked, answered, said about it, read by the teacher, and the gap per token in nats."""
-  gap_BR = np.asarray(said.logp_teacher_BR) - np.asarray(said.logp_BR) if said is not None and said.logp_teacher_BR is not None else None
+  gap_BR = (
+    np.asarray(said.logp_teacher_BR) - np.asarray(said.logp_BR)
+    if said is not None and said.logp_teacher_BR is not None
+    else None
+  )
   for b, (r, context) in enumerate(list(zip(packed.rollouts, packed.contexts))[:kept]):
-    line = {"step": step, "task_id": r.task.id, "prompt": r.task.prompt, "response": r.text, "reward": r.feedback.reward,
-            "status": r.feedback.status.value, "finish_reason": r.finish_reason, "feedback": r.feedback.text,
-            "teacher_context": None if context is None else context.render(r.task.prompt), "tokens": chat.token_strings(r.tokens)}
+    line = {
+      "step": step,
+      "task_id": r.task.id,
+      "prompt": r.task.prompt,
+      "response": r.text,
+      "reward": r.feedback.reward,
+      "status": r.feedback.status.value,
+      "finish_reason": r.finish_reason,
+      "feedback": r.feedback.text,
+      "teacher_context": None if context is None else context.render(r.task.prompt),
+      "tokens": chat.token_strings(r.tokens),
+    }
     if gap_BR is not None and context is not None:
-      line["teacher_gap"] = [round(float(x), 4) for x in gap_BR[b, :len(r.tokens)]]
+      line["teacher_gap"] = [round(float(x), 4) for x in gap_BR[b, : len(r.tokens)]]
     if r.alternatives:
-      line["counterfactuals"] = [{"source": a.source, "response": a.rollout.text, "reward": a.rollout.feedback.reward, "feedback": a.rollout.feedback.text,
-                                  "imagined": a.imagined} for a in r.alternatives]
+      line["counterfactuals"] = [
+        {
+          "source": a.source,
+          "response": a.rollout.text,
+          "reward": a.rollout.feedback.reward,
+          "feedback": a.rollout.feedback.text,
+          "imagined": a.imagined,
+        }
+        for a in r.alternatives
+      ]
     told = [c[b].render(r.task.prompt) for c in packed.counterfactuals if c[b] is not None]
     yield line | ({"counterfactual_contexts": told} if told else {})
 
@@ -130,50 +191,111 @@ def train(c, workdir: str) -> None:
       shards = sharding.row_shards(w.mesh)
       packs = c.train.updates_per_batch * c.train.micro_batches * shards
       if c.rollout.questions * c.rollout.group % packs:
-        raise ValueError(f"config.rollout.questions x group = {c.rollout.questions * c.rollout.group} responses do not divide into {packs} packs: "
-                         "train.updates_per_batch x micro_batches x the mesh's data x fsdp")
-      host = {"tokens": 0, "alternatives": 0, "failed_batches": 0, "data": None, "shapes": [], "owed": 0.0}
+        raise ValueError(
+          f"config.rollout.questions x group = {c.rollout.questions * c.rollout.group} responses do not divide into {packs} packs: "
+          "train.updates_per_batch x micro_batches x the mesh's data x fsdp"
+        )
+      host = {
+        "tokens": 0,
+        "alternatives": 0,
+        "failed_batches": 0,
+        "data": None,
+        "shapes": [],
+        "owed": 0.0,
+      }
       stream = TaskStream(w.collector.env, "train", seed=c.seed)
       if latest is not None:
         state, stored = checkpoint.restore(workdir, state)
-        if stored.keys() != host.keys() or any(len(sizes) != len(Shape._fields) for sizes in stored["shapes"]):
-          raise ValueError(f"the checkpoint in {workdir} was written by another version of sdpo_jax: go on with that one, or choose another --workdir")
+        if stored.keys() != host.keys() or any(
+          len(sizes) != len(Shape._fields) for sizes in stored["shapes"]
+        ):
+          raise ValueError(
+            f"the checkpoint in {workdir} was written by another version of sdpo_jax: go on with that one, or choose another --workdir"
+          )
         host = stored
         stream.restore(host["data"])
-    shapes = Shapes(most_tokens(c.data, c.rollout.max_new_tokens), [Shape(*sizes) for sizes in host["shapes"]], host["owed"])
+    shapes = Shapes(
+      most_tokens(c.data, c.rollout.max_new_tokens),
+      [Shape(*sizes) for sizes in host["shapes"]],
+      host["owed"],
+    )
     places = None if w.mesh is None else jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(learn.step, donate_argnums=0, out_shardings=(places, w.everywhere))
     score = jax.jit(learn.score, out_shardings=w.everywhere)
     on_mesh = functools.partial(sharding.put_rows, w.mesh)
-    sampling = Sampling(c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens)
+    sampling = Sampling(
+      c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens
+    )
     writer = None
     if hosts.leads():
-      describe_run(workdir, c, {"sandbox_isolation": w.isolation, "mesh": None if w.mesh is None else dict(w.mesh.shape)})
+      describe_run(
+        workdir,
+        c,
+        {"sandbox_isolation": w.isolation, "mesh": None if w.mesh is None else dict(w.mesh.shape)},
+      )
       writer = Writer(workdir, total_steps=c.total_steps)
       writer.truncate(0 if latest is None else latest + 1)
 
     def evaluate_at(state, i):
       splits = c.eval.final_splits if i in (0, c.total_steps) else c.eval.splits
-      return evaluate(w.collector, w.weights(state.params, frozen), splits=splits, questions=c.eval.questions, samples=c.eval.samples, sampling=w.eval_sampling)
+      return evaluate(
+        w.collector,
+        w.weights(state.params, frozen),
+        splits=splits,
+        questions=c.eval.questions,
+        samples=c.eval.samples,
+        sampling=w.eval_sampling,
+      )
 
     def collect(state, tasks, i):
       seeds = [prompt_seed(c.seed, "train", i, q) for q in range(len(tasks))]
       params = w.weights(state.params, frozen)
       groups = w.collector.collect(params, tasks, n=c.rollout.group, sampling=sampling, seeds=seeds)
       if learn.explore:
-        explored.update(learn.explore(w.collector, params, groups, sampling=sampling, seed=c.seed, step=i, max_prompt_tokens=c.data.max_teacher_tokens,
-                                      other=w.other))
+        explored.update(
+          learn.explore(
+            w.collector,
+            params,
+            groups,
+            sampling=sampling,
+            seed=c.seed,
+            step=i,
+            max_prompt_tokens=c.data.max_teacher_tokens,
+            other=w.other,
+          )
+        )
       return groups
 
-    explored = {}   # what the last batch's alternatives cost and said
-    skipped = {"data/skipped_rows": float(w.collector.env.skipped)} if isinstance(w.collector.env, RowEnv) else {}
+    explored = {}  # what the last batch's alternatives cost and said
+    skipped = (
+      {"data/skipped_rows": float(w.collector.env.skipped)}
+      if isinstance(w.collector.env, RowEnv)
+      else {}
+    )
 
     def make_batch(groups):
-      packed = pack(groups, chat=w.chat, messages=w.collector.env.prompt, teacher_context=learn.parts["teacher_context"], advantage=learn.parts["advantage"],
-                    max_teacher_tokens=c.data.max_teacher_tokens, length_multiple=c.data.length_multiple, response_multiple=c.data.response_multiple,
-                    shapes=shapes, updates=c.train.updates_per_batch, micro_batches=c.train.micro_batches, shards=shards, counterfactual=learn.counterfactual,
-                    share_prefixes=jax.default_backend() != "tpu")   # splash knows no prefixes
-      return packed._replace(metrics=packed.metrics | explored | skipped | {"data/copy_rate": monitors.copy_rate(packed.rollouts, packed.contexts, w.chat)})
+      packed = pack(
+        groups,
+        chat=w.chat,
+        messages=w.collector.env.prompt,
+        teacher_context=learn.parts["teacher_context"],
+        advantage=learn.parts["advantage"],
+        max_teacher_tokens=c.data.max_teacher_tokens,
+        length_multiple=c.data.length_multiple,
+        response_multiple=c.data.response_multiple,
+        shapes=shapes,
+        updates=c.train.updates_per_batch,
+        micro_batches=c.train.micro_batches,
+        shards=shards,
+        counterfactual=learn.counterfactual,
+        share_prefixes=jax.default_backend() != "tpu",
+      )  # splash knows no prefixes
+      return packed._replace(
+        metrics=packed.metrics
+        | explored
+        | skipped
+        | {"data/copy_rate": monitors.copy_rate(packed.rollouts, packed.contexts, w.chat)}
+      )
 
     # lines as they stand in the file, so that a resumed run sees the same ones
     history, signs = read(workdir), set()
@@ -190,9 +312,13 @@ def train(c, workdir: str) -> None:
       writer.write(i, measured | {"train/warnings": len(found)})
 
     def due(name, i):
-      if name == "score":   # a pass of its own, only where somebody reads it
+      if name == "score":  # a pass of its own, only where somebody reads it
         return learn.score_first or due("rollouts", i)
-      every = {"eval": c.eval.every_steps, "checkpoint": c.checkpoint.every_steps, "rollouts": c.log.rollouts_every_steps}
+      every = {
+        "eval": c.eval.every_steps,
+        "checkpoint": c.checkpoint.every_steps,
+        "rollouts": c.log.rollouts_every_steps,
+      }
       return i == c.total_steps or i % every[name] == 0 or (name == "rollouts" and i == 1)
 
     def write_rollouts(i, packed, said):
@@ -200,16 +326,40 @@ def train(c, workdir: str) -> None:
         return
       (workdir / "rollouts").mkdir(exist_ok=True)
       lines = rollout_lines(i, packed, said, w.chat, c.log.rollouts_kept)
-      write_atomically(workdir / "rollouts" / f"step_{i:06d}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+      write_atomically(
+        workdir / "rollouts" / f"step_{i:06d}.jsonl",
+        "".join(json.dumps(line) + "\n" for line in lines),
+      )
 
     def save(i, state, host):
-      checkpoint.save(workdir, i, state, host | {"data": stream.state(), "shapes": shapes.known, "owed": shapes.owed}, keep=c.checkpoint.keep)
+      checkpoint.save(
+        workdir,
+        i,
+        state,
+        host | {"data": stream.state(), "shapes": shapes.known, "owed": shapes.owed},
+        keep=c.checkpoint.keep,
+      )
 
     try:
-      run(state, host, total_steps=c.total_steps, next_tasks=lambda: stream.take(c.rollout.questions), collect=collect, make_batch=make_batch,
-          step=lambda state, batch: step(state, on_mesh(batch), frozen), score=lambda state, batch: score(state, on_mesh(batch), frozen), evaluate=evaluate_at, due=due,
-          write=write, write_rollouts=write_rollouts, save=save,
-          limits={"skipped": c.train.max_skipped_in_a_row, "env_failures": c.train.max_env_failures_in_a_row})
+      run(
+        state,
+        host,
+        total_steps=c.total_steps,
+        next_tasks=lambda: stream.take(c.rollout.questions),
+        collect=collect,
+        make_batch=make_batch,
+        step=lambda state, batch: step(state, on_mesh(batch), frozen),
+        score=lambda state, batch: score(state, on_mesh(batch), frozen),
+        evaluate=evaluate_at,
+        due=due,
+        write=write,
+        write_rollouts=write_rollouts,
+        save=save,
+        limits={
+          "skipped": c.train.max_skipped_in_a_row,
+          "env_failures": c.train.max_env_failures_in_a_row,
+        },
+      )
     finally:
       if writer:
         writer.close()
@@ -224,19 +374,31 @@ def evaluate_checkpoint(c, workdir: str, source: str) -> dict[str, float]:
   root, step = (head, int(tail)) if head and tail.isdigit() else (source, None)
   with blame_settings():
     is_run = checkpoint.latest_step(root) is not None
-    if is_run:   # what it stands on, and with which adapters, the run itself says
+    if is_run:  # what it stands on, and with which adapters, the run itself says
       c = c.copy_and_resolve_references()
       c.model.update(model_of_run(root))
     if not is_run and not (pathlib.Path(source) / "config.json").exists():
-      raise ValueError(f"--checkpoint={source}: neither a work directory with a checkpoint nor a Hugging Face directory")
+      raise ValueError(
+        f"--checkpoint={source}: neither a work directory with a checkpoint nor a Hugging Face directory"
+      )
   with wired(c, None if is_run else source) as w:
     params, name = w.params, pathlib.Path(root).name
     if is_run:
       with blame_settings():
         step = checkpoint.latest_step(root) if step is None else step
         trained, frozen = w.trainable(c.seed)
-        params, name = w.weights(checkpoint.restore_params(root, trained, step), frozen), f"step_{step:06d}"
-    metrics = evaluate(w.collector, params, splits=c.eval.final_splits, questions=c.eval.questions, samples=c.eval.samples, sampling=w.eval_sampling)
+        params, name = (
+          w.weights(checkpoint.restore_params(root, trained, step), frozen),
+          f"step_{step:06d}",
+        )
+    metrics = evaluate(
+      w.collector,
+      params,
+      splits=c.eval.final_splits,
+      questions=c.eval.questions,
+      samples=c.eval.samples,
+      sampling=w.eval_sampling,
+    )
   if not hosts.leads():
     return metrics
   (workdir / "eval").mkdir(parents=True, exist_ok=True)
@@ -251,8 +413,15 @@ def summary_lines(results: dict[str, float], base: dict[str, float]) -> list[str
   def interval(metrics, key):
     low, high = metrics.get(key + "_low"), metrics.get(key + "_high")
     pass_at_k = metrics.get(key.replace("avg@k", "pass@k"))
-    return (f"avg@k {metrics[key]:.1%}" + (f" [{low:.1%}, {high:.1%}]" if low is not None else "")
-            + (f" pass@k {pass_at_k:.1%}" if pass_at_k is not None else ""))
+    return (
+      f"avg@k {metrics[key]:.1%}"
+      + (f" [{low:.1%}, {high:.1%}]" if low is not None else "")
+      + (f" pass@k {pass_at_k:.1%}" if pass_at_k is not None else "")
+    )
 
-  return [f"{key.split('/')[1]:>12}  {interval(results, key)}" + (f"   base model {interval(base, key)}" if key in base else "")
-          for key in results if key.endswith("/avg@k")]
+  return [
+    f"{key.split('/')[1]:>12}  {interval(results, key)}"
+    + (f"   base model {interval(base, key)}" if key in base else "")
+    for key in results
+    if key.endswith("/avg@k")
+  ]

@@ -41,7 +41,14 @@ from sdpo_jax.objectives.teacher_context import Context, own_templates
 from sdpo_jax.records import Sampling
 from sdpo_jax.rollout import Collector
 from sdpo_jax.sampler import Sampler
-from sdpo_jax.train_step import TrainState, init_state, make_optimizer, make_score, make_signals, make_train_step
+from sdpo_jax.train_step import (
+  TrainState,
+  init_state,
+  make_optimizer,
+  make_score,
+  make_signals,
+  make_train_step,
+)
 
 
 class SettingError(ValueError):
@@ -70,20 +77,27 @@ def blame_disk(workdir):
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
       raise
     step = checkpoint.latest_step(workdir)
-    raise RunError(f"{error.strerror}: {error.filename or workdir} could not be written. Make room, then run the same command again: "
-                   + ("it goes on from what is complete" if step is None else f"it goes on from the checkpoint of step {step}, the last complete one")) from error
+    raise RunError(
+      f"{error.strerror}: {error.filename or workdir} could not be written. Make room, then run the same command again: "
+      + (
+        "it goes on from what is complete"
+        if step is None
+        else f"it goes on from the checkpoint of step {step}, the last complete one"
+      )
+    ) from error
 
 
 class Wired(NamedTuple):
   """What training and evaluation share: a model that samples, and an environment that judges it."""
+
   chat: Chat
   model: ModelConfig
   params: Any
   collector: Collector
   eval_sampling: Sampling
   isolation: str
-  adapters: lora.Lora | None        # None: all weights are trained
-  mesh: jax.sharding.Mesh | None    # None: one device
+  adapters: lora.Lora | None  # None: all weights are trained
+  mesh: jax.sharding.Mesh | None  # None: one device
   # a second model, with its weights, that alternatives are drawn from; None: the method asks for
   # none
   other: tuple[Collector, Any] | None = None
@@ -93,8 +107,12 @@ class Wired(NamedTuple):
     make = lambda p: init_state(p, tx, keep_teacher=teacher.keep, teacher_move=teacher.move)
     if self.mesh is None:
       return make(trained)
-    axes = decoder.axes(self.model) if self.adapters is None else lora.axes(self.model, self.adapters)
-    return jax.jit(make, out_shardings=sharding.state_shardings(self.mesh, jax.eval_shape(make, trained), axes))(trained)
+    axes = (
+      decoder.axes(self.model) if self.adapters is None else lora.axes(self.model, self.adapters)
+    )
+    return jax.jit(
+      make, out_shardings=sharding.state_shardings(self.mesh, jax.eval_shape(make, trained), axes)
+    )(trained)
 
   @property
   def everywhere(self) -> jax.NamedSharding | None:
@@ -122,14 +140,33 @@ _merge = jax.jit(lora.merge, static_argnums=2)
 
 def longest_texts(c, part: Part | None) -> list[tuple[int, str]]:
   """(tokens, the settings that make them) of whatever a model may have to read and write in one piece; rollouts come first."""
-  prompt, teacher, new = (f"config.{name}={value}" for name, value in (("data.max_prompt_tokens", c.data.max_prompt_tokens),
-                          ("data.max_teacher_tokens", c.data.max_teacher_tokens), ("rollout.max_new_tokens", c.rollout.max_new_tokens)))
-  found = [(c.data.max_prompt_tokens + c.rollout.max_new_tokens, f"{prompt} and {new}"), (c.data.max_teacher_tokens + c.rollout.max_new_tokens, f"{teacher} and {new}")]
+  prompt, teacher, new = (
+    f"config.{name}={value}"
+    for name, value in (
+      ("data.max_prompt_tokens", c.data.max_prompt_tokens),
+      ("data.max_teacher_tokens", c.data.max_teacher_tokens),
+      ("rollout.max_new_tokens", c.rollout.max_new_tokens),
+    )
+  )
+  found = [
+    (c.data.max_prompt_tokens + c.rollout.max_new_tokens, f"{prompt} and {new}"),
+    (c.data.max_teacher_tokens + c.rollout.max_new_tokens, f"{teacher} and {new}"),
+  ]
   if part is not None and part.feedback == "imagined":
-    found.append((c.data.max_teacher_tokens + part.imagined_tokens, f"{teacher} and config.method.counterfactual.imagined_tokens={part.imagined_tokens}"))
+    found.append(
+      (
+        c.data.max_teacher_tokens + part.imagined_tokens,
+        f"{teacher} and config.method.counterfactual.imagined_tokens={part.imagined_tokens}",
+      )
+    )
   # one begins with the attempt up to there and may be as long again
   if part is not None and "branches" in part.sources:
-    found.append((c.data.max_prompt_tokens + 2 * c.rollout.max_new_tokens, f"{prompt} and twice {new}, for config.method.counterfactual.sources={part.sources},"))
+    found.append(
+      (
+        c.data.max_prompt_tokens + 2 * c.rollout.max_new_tokens,
+        f"{prompt} and twice {new}, for config.method.counterfactual.sources={part.sources},",
+      )
+    )
   return found
 
 
@@ -143,11 +180,14 @@ def check_positions(texts: list[tuple[int, str]], model: ModelConfig, path: str)
 def check_rows(c, shards: int) -> None:
   """ValueError where the sequences that are decoded together do not divide among the mesh's row shards."""
   if c.rollout.rows % shards:
-    raise ValueError(f"config.rollout.rows={c.rollout.rows} does not divide among the {shards} row shards of config.mesh")
+    raise ValueError(
+      f"config.rollout.rows={c.rollout.rows} does not divide among the {shards} row shards of config.mesh"
+    )
 
 
 class Loaded(NamedTuple):
   """A model with its weights, on the mesh if there is one, and its tokens."""
+
   model: ModelConfig
   params: Any
   chat: Chat
@@ -156,7 +196,12 @@ class Loaded(NamedTuple):
 def load(c, path: str, mesh) -> Loaded:
   """From a Hugging Face directory or hub id, in the types of config.model. ValueError or OSError for one that cannot be read, or that the mesh does not divide."""
   model, params = load_pretrained(path, dtype=c.model.param_dtype, mesh=mesh)
-  chat = Chat(load_tokenizer(path), thinking=c.model.thinking, teacher_thinking=c.model.teacher_thinking, eos_ids=model.eos_ids)
+  chat = Chat(
+    load_tokenizer(path),
+    thinking=c.model.thinking,
+    teacher_thinking=c.model.teacher_thinking,
+    eos_ids=model.eos_ids,
+  )
   return Loaded(dataclasses.replace(model, dtype=c.model.dtype), params, chat)
 
 
@@ -186,14 +231,18 @@ def wired(c, path: str | None = None, devices=None, part: Part | None = None, ta
       mesh = None if mesh.size == 1 else mesh
       shards = sharding.row_shards(mesh)
       if mesh is not None and c.train.loss_implementation == "reference":
-        raise ValueError(f"config.train.loss_implementation='reference' is for one device, and config.mesh lays the run over {mesh.size}: use 'xla'")
+        raise ValueError(
+          f"config.train.loss_implementation='reference' is for one device, and config.mesh lays the run over {mesh.size}: use 'xla'"
+        )
       check_rows(c, shards)
       if mesh is not None:
         stack.enter_context(jax.set_mesh(mesh))
       adapters = lora.from_settings(c.model)
       splits = {"train": "training"}
       for setting in ("splits", "final_splits"):
-        splits |= {split: f"config.eval.{setting}" for split in c.eval[setting] if split not in splits}
+        splits |= {
+          split: f"config.eval.{setting}" for split in c.eval[setting] if split not in splits
+        }
       if c.data.sources:
         check_sources(c.data.sources, splits)
       model, params, chat = load(c, path, mesh)
@@ -202,39 +251,74 @@ def wired(c, path: str | None = None, devices=None, part: Part | None = None, ta
       if part is not None and part.model:
         second = load_second(c, part.model, mesh)
         readers.append((second.chat, f" of config.method.counterfactual.model={part.model}"))
-      sandbox = stack.enter_context(Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation))
+      sandbox = stack.enter_context(
+        Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation)
+      )
       env = make_env(sandbox=sandbox, **c.env)
       stack.callback(getattr(env, "close", lambda: None))
       getattr(env, "start", lambda: None)()
 
       shown = methods.arguments(c.method.to_dict(), "teacher_context")
-      taught, templates = taught and c.method.teacher_context.name != "none", own_templates(shown.get("templates", {}))
+      taught, templates = (
+        taught and c.method.teacher_context.name != "none",
+        own_templates(shown.get("templates", {})),
+      )
 
       def fits(task):
         for reader, whose in readers if task.split == "train" else readers[:1]:
           length = len(reader.prompt_tokens(env.prompt(task)))
           if length > c.data.max_prompt_tokens:
-            raise ValueError(f"the question takes {length} tokens{whose}, more than config.data.max_prompt_tokens={c.data.max_prompt_tokens}")
+            raise ValueError(
+              f"the question takes {length} tokens{whose}, more than config.data.max_prompt_tokens={c.data.max_prompt_tokens}"
+            )
         if taught and task.split == "train":
           # all that may be shortened left out
-          teacher_prompt(chat, env.prompt(task), Context(templates=templates), c.data.max_teacher_tokens)
+          teacher_prompt(
+            chat, env.prompt(task), Context(templates=templates), c.data.max_teacher_tokens
+          )
 
-      asked = with_rows(env, c.data.sources, splits=splits, on_bad_row=c.data.on_bad_row, check=fits)
+      asked = with_rows(
+        env, c.data.sources, splits=splits, on_bad_row=c.data.on_bad_row, check=fits
+      )
       # a split that is not there, a question too long: now, not at the first evaluation
       for split in splits:
         fits(asked.task(split, 0))
 
       def collecting(model, chat):
-        engine = Sampler(model, rows=c.rollout.rows, row_multiple=shards, chunk=c.rollout.chunk, prompt_multiple=c.data.length_multiple, pad_token=chat.pad_token)
+        engine = Sampler(
+          model,
+          rows=c.rollout.rows,
+          row_multiple=shards,
+          chunk=c.rollout.chunk,
+          prompt_multiple=c.data.length_multiple,
+          pad_token=chat.pad_token,
+        )
         return stack.enter_context(contextlib.closing(make_collector(c, asked, chat, engine)))
 
       collector = collecting(model, chat)
       other = None if second is None else (collecting(second.model, second.chat), second.params)
-    yield Wired(chat, model, params, collector, Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens), sandbox.isolation, adapters, mesh, other)
+    yield Wired(
+      chat,
+      model,
+      params,
+      collector,
+      Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens),
+      sandbox.isolation,
+      adapters,
+      mesh,
+      other,
+    )
 
 
 def make_collector(c, env, chat: Chat, engine) -> Collector:
-  return Collector(env, chat, engine, max_prompt_tokens=c.data.max_prompt_tokens, judge_threads=c.rollout.judge_threads, judge_timeout_s=c.rollout.judge_timeout_s)
+  return Collector(
+    env,
+    chat,
+    engine,
+    max_prompt_tokens=c.data.max_prompt_tokens,
+    judge_threads=c.rollout.judge_threads,
+    judge_timeout_s=c.rollout.judge_timeout_s,
+  )
 
 
 @contextlib.contextmanager
@@ -244,8 +328,14 @@ def on_other_devices(c, w: Wired, devices):
   mesh = None if mesh.size == 1 else mesh
   # both hold for this thread alone
   with jax.default_device(devices[0]) if mesh is None else jax.set_mesh(mesh):
-    params = uncommitted(w.params) if mesh is None else jax.device_put(w.params, sharding.named(mesh, decoder.axes(w.model)))
-    with contextlib.closing(make_collector(c, w.collector.env, w.chat, w.collector.engine)) as collector:
+    params = (
+      uncommitted(w.params)
+      if mesh is None
+      else jax.device_put(w.params, sharding.named(mesh, decoder.axes(w.model)))
+    )
+    with contextlib.closing(
+      make_collector(c, w.collector.env, w.chat, w.collector.engine)
+    ) as collector:
       yield w._replace(params=params, collector=collector, mesh=mesh)
 
 
@@ -256,6 +346,7 @@ def uncommitted(params):
 
 class Learner(NamedTuple):
   """A method as what training compiles. step(state, batch, frozen), score(state, batch, frozen): not jitted yet."""
+
   objective: Objective
   parts: dict
   teacher: TeacherWeights
@@ -264,9 +355,9 @@ class Learner(NamedTuple):
   score: Any
   # several updates a batch: log-probabilities from before the first one are needed
   score_first: bool
-  explore: Any         # finds the alternatives of failed rollouts; None: the method asks for none
+  explore: Any  # finds the alternatives of failed rollouts; None: the method asks for none
   counterfactual: Any  # what the teacher reads of them, for `pack`; None likewise
-  readings: int        # further ones by the teacher of each batch; 0 likewise
+  readings: int  # further ones by the teacher of each batch; 0 likewise
 
 
 def learner(c, model: ModelConfig, join=None) -> Learner:
@@ -274,16 +365,48 @@ def learner(c, model: ModelConfig, join=None) -> Learner:
   method = c.method.to_dict()
   objective, parts = make_objective(method), methods.build(method)
   teacher, tx = parts["teacher_weights"](), make_optimizer(**c.optimizer)
-  signals = make_signals(model, objective, mix=teacher.mix, temperature=c.rollout.temperature, remat=c.model.remat, join=join,
-                         implementation=None if c.train.loss_implementation == "auto" else c.train.loss_implementation)
+  signals = make_signals(
+    model,
+    objective,
+    mix=teacher.mix,
+    temperature=c.rollout.temperature,
+    remat=c.model.remat,
+    join=join,
+    implementation=None if c.train.loss_implementation == "auto" else c.train.loss_implementation,
+  )
   several = c.train.updates_per_batch > 1
   part, explore, told = parts["counterfactual"](), None, None
   if part is not None:
     shown = methods.arguments(method, "teacher_context")
-    explore = functools.partial(counterfactual.explore, part, success_threshold=shown["success_threshold"])
-    told = functools.partial(readings, part, parts["teacher_context"], **{key: shown[key] for key in ("success_threshold", "show_attempt", "templates")})
-  step = make_train_step(signals, objective, tx, teacher_move=teacher.move, updates=c.train.updates_per_batch, recompute_old=several)
-  return Learner(objective, parts, teacher, tx, step, make_score(signals), several, explore, told, part.readings if part else 0)
+    explore = functools.partial(
+      counterfactual.explore, part, success_threshold=shown["success_threshold"]
+    )
+    told = functools.partial(
+      readings,
+      part,
+      parts["teacher_context"],
+      **{key: shown[key] for key in ("success_threshold", "show_attempt", "templates")},
+    )
+  step = make_train_step(
+    signals,
+    objective,
+    tx,
+    teacher_move=teacher.move,
+    updates=c.train.updates_per_batch,
+    recompute_old=several,
+  )
+  return Learner(
+    objective,
+    parts,
+    teacher,
+    tx,
+    step,
+    make_score(signals),
+    several,
+    explore,
+    told,
+    part.readings if part else 0,
+  )
 
 
 def model_shape(path: str) -> ModelConfig:
@@ -296,24 +419,56 @@ def same_run(workdir: pathlib.Path, c, *, begun: bool) -> None:
   path = workdir / "config.json"
   if not begun or not path.exists():
     return
-  flat = lambda d, prefix="config": {k2: v2 for k, v in d.items() for k2, v2 in
-                                     (flat(v, f"{prefix}.{k}") if isinstance(v, dict) else {f"{prefix}.{k}": v}).items()}
+  flat = lambda d, prefix="config": {
+    k2: v2
+    for k, v in d.items()
+    for k2, v2 in (
+      flat(v, f"{prefix}.{k}") if isinstance(v, dict) else {f"{prefix}.{k}": v}
+    ).items()
+  }
   before, now = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(c.to_dict())))
   for key in sorted(before.keys() | now.keys()):
-    if key not in ("config.total_steps", "config.discover.parallel") and before.get(key) != now.get(key):
-      raise ValueError(f"{key}={now.get(key)!r} but {workdir} was begun with {before.get(key)!r}: choose another --workdir, or the same settings")
+    if key not in ("config.total_steps", "config.discover.parallel") and before.get(key) != now.get(
+      key
+    ):
+      raise ValueError(
+        f"{key}={now.get(key)!r} but {workdir} was begun with {before.get(key)!r}: choose another --workdir, or the same settings"
+      )
 
 
 def describe_run(workdir: pathlib.Path, c, extra: dict) -> None:
   """config.json (resolved) and run.json (command, commit, versions, devices, seed), before anything is trained. A resumed run adds a start."""
   path = workdir / "run.json"
   earlier = json.loads(path.read_text()).get("started", []) if path.exists() else []
-  git = shutil.which("git")   # an installed package has neither git nor a commit
-  commit = git and subprocess.run([git, "-C", os.path.dirname(__file__), "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
-  about = {"command": shlex.join([os.path.basename(sys.executable), "-m", "sdpo_jax.main", *sys.argv[1:]]), "commit": commit or None,
-           "started": earlier + [datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")],
-           "python": sys.version.split()[0], "versions": {p: importlib.metadata.version(p) for p in packages},
-           "devices": [str(d) for d in jax.devices()], "seed": c.seed} | extra
+  git = shutil.which("git")  # an installed package has neither git nor a commit
+  commit = (
+    git
+    and subprocess.run(
+      [git, "-C", os.path.dirname(__file__), "rev-parse", "HEAD"],
+      capture_output=True,
+      text=True,
+      check=False,
+    ).stdout.strip()
+  )
+  packages = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "grain",
+    "numpy",
+  )
+  about = {
+    "command": shlex.join([os.path.basename(sys.executable), "-m", "sdpo_jax.main", *sys.argv[1:]]),
+    "commit": commit or None,
+    "started": earlier
+    + [datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")],
+    "python": sys.version.split()[0],
+    "versions": {p: importlib.metadata.version(p) for p in packages},
+    "devices": [str(d) for d in jax.devices()],
+    "seed": c.seed,
+  } | extra
   write_atomically(path, json.dumps(about, indent=2) + "\n")
   write_atomically(workdir / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")

@@ -29,6 +29,7 @@ def no_file_beyond(size):
 
 class ByteTokenizer:
   """One token a byte; 0 pads, 256 starts a turn, 257 ends one."""
+
   pad_token_id, eos_token_id = 0, 257
   all_special_tokens = ("<|im_start|>", "<|im_end|>")
   added_tokens_decoder = {}
@@ -36,7 +37,10 @@ class ByteTokenizer:
 
   def apply_chat_template(self, messages, *, tokenize, add_generation_prompt, enable_thinking):
     assert not tokenize
-    return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages) + "<|im_start|>assistant\n"
+    return (
+      "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+      + "<|im_start|>assistant\n"
+    )
 
   def __call__(self, text, add_special_tokens):
     ids = []
@@ -44,7 +48,7 @@ class ByteTokenizer:
       for i, special in enumerate(self.all_special_tokens):
         if text.startswith(special):
           ids.append(256 + i)
-          text = text[len(special):]
+          text = text[len(special) :]
           break
       else:
         ids += text[0].encode()
@@ -52,12 +56,30 @@ class ByteTokenizer:
     return {"input_ids": ids}
 
   def decode(self, ids, skip_special_tokens=False, clean_up_tokenization_spaces=False):
-    return b"".join(self.all_special_tokens[i - 256].encode() if i >= 256 else bytes([i]) for i in ids).decode(errors="replace")
+    return b"".join(
+      self.all_special_tokens[i - 256].encode() if i >= 256 else bytes([i]) for i in ids
+    ).decode(errors="replace")
 
 
 def toy_config(**changes) -> ModelConfig:
-  return dataclasses.replace(ModelConfig(family="qwen3", vocab=300, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ff_width=48, qk_norm="head",
-                                         tied=True, eos_ids=(257,), pad_id=0, max_positions=4096), **changes)
+  return dataclasses.replace(
+    ModelConfig(
+      family="qwen3",
+      vocab=300,
+      width=32,
+      layers=2,
+      heads=4,
+      kv_heads=2,
+      head_dim=8,
+      ff_width=48,
+      qk_norm="head",
+      tied=True,
+      eos_ids=(257,),
+      pad_id=0,
+      max_positions=4096,
+    ),
+    **changes,
+  )
 
 
 def toy_model(seed=0, **changes):
@@ -67,8 +89,20 @@ def toy_model(seed=0, **changes):
   return config, jax.tree.map(lambda p: p * (3.0 if p.ndim > 1 else 1.0), params)
 
 
-def toy_batch(rows=4, seed=0, prompt=7, teacher_prompt=11, response=6, vocab=300, length=None, teacher_length=None, packs=1, spare=0, alike=1,
-              share=False) -> TrainBatch:
+def toy_batch(
+  rows=4,
+  seed=0,
+  prompt=7,
+  teacher_prompt=11,
+  response=6,
+  vocab=300,
+  length=None,
+  teacher_length=None,
+  packs=1,
+  spare=0,
+  alike=1,
+  share=False,
+) -> TrainBatch:
   """Random texts of unequal lengths; log-probabilities of the rollout are arbitrary but plausible.
 
   One text a row, or as many as fit into rows of `length`. spare: rows, columns and tokens more than needed, all padding. alike: so many
@@ -77,10 +111,23 @@ def toy_batch(rows=4, seed=0, prompt=7, teacher_prompt=11, response=6, vocab=300
   rng = np.random.default_rng(seed)
   zeros = lambda dtype=np.int32: np.zeros((rows, response + spare), dtype)
   advantage, texts, starts = rng.normal(size=rows).astype(np.float32), ([], []), ([], [])
-  b = TrainBatch(None, None, np.zeros(rows, np.int32), zeros(), zeros(np.float32), advantage, (np.arange(rows) % 3 != 2).astype(np.float32),
-                 zeros(np.float32), zeros(np.float32))
+  b = TrainBatch(
+    None,
+    None,
+    np.zeros(rows, np.int32),
+    zeros(),
+    zeros(np.float32),
+    advantage,
+    (np.arange(rows) % 3 != 2).astype(np.float32),
+    zeros(np.float32),
+    zeros(np.float32),
+  )
   for i in range(rows):
-    p, q, n = rng.integers(2, prompt + 1), rng.integers(2, teacher_prompt + 1), rng.integers(2, response + 1)
+    p, q, n = (
+      rng.integers(2, prompt + 1),
+      rng.integers(2, teacher_prompt + 1),
+      rng.integers(2, response + 1),
+    )
     p, q = (p, q) if i % alike == 0 else (starts[0][-1], starts[1][-1])
     y = rng.integers(1, vocab, n)
     for half, m in enumerate((p, q)):
@@ -98,11 +145,15 @@ def toy_batch(rows=4, seed=0, prompt=7, teacher_prompt=11, response=6, vocab=300
       mine = slice(first, first + rows // packs)
       known = [Text(len(t)) for t in texts[half][mine]]
       if share:
-        known = begin_alike(texts[half][mine], starts[half][mine], [i // alike for i in range(rows)][mine])
+        known = begin_alike(
+          texts[half][mine], starts[half][mine], [i // alike for i in range(rows)][mine]
+        )
       answers = [t.length - s for t, s in zip(known, starts[half][mine])]
       b.start_B[mine] = [sum(answers[:i]) for i in range(len(answers))]
       placed = first_fit(known, columns) if wanted else [[i] for i in range(len(known))]
-      layouts.append((placed, known, texts[half][mine], starts[half][mine], b.start_B[mine], sum(answers)))
+      layouts.append(
+        (placed, known, texts[half][mine], starts[half][mine], b.start_B[mine], sum(answers))
+      )
     sizes = max(len(x[0]) for x in layouts) + spare, columns, max(x[-1] for x in layouts) + spare
     stacked = Rows(*map(np.stack, zip(*(lay_out(*x[:-1], *sizes, 0) for x in layouts))))
     halves.append(stacked if share else stacked._replace(prefix_CPT=None))
@@ -119,7 +170,13 @@ class ScriptedEngine:
     for p in range(len(prompts)):
       for s in range(n):
         tokens = self.script[p][s]
-        yield Completion(p, s, tokens, [-1.0] * len(tokens), "stop" if tokens and tokens[-1] in sampling.stop_tokens else "length")
+        yield Completion(
+          p,
+          s,
+          tokens,
+          [-1.0] * len(tokens),
+          "stop" if tokens and tokens[-1] in sampling.stop_tokens else "length",
+        )
 
 
 class ListEnv:
@@ -147,6 +204,8 @@ FAILED = Feedback(0.0, "the judge broke", Status.ENV_FAILED)
 def dense_logits(params, config, rows: Rows, batch: TrainBatch):
   """[B, R, V] logits of the columns that predict the response, of a batch of one pack: what the fast path never builds."""
   token_PT, segment_PT, position_PT, at_X = (x[0] for x in (*rows[:3], rows.at_CX))
-  logits_PTV = decoder.logits(params, config, token_PT, positions_BT=position_PT, segment_ids_BT=segment_PT)
+  logits_PTV = decoder.logits(
+    params, config, token_PT, positions_BT=position_PT, segment_ids_BT=segment_PT
+  )
   x_BR = np.minimum(batch.start_B[:, None] + np.arange(batch.response_BR.shape[1]), len(at_X) - 1)
   return logits_PTV.reshape(-1, logits_PTV.shape[-1])[at_X[x_BR]]

@@ -13,13 +13,19 @@ class ReverseWord:
 
   def task(self, split: str, index: int) -> Task:
     word = "".join(random.Random(f"{split}/{index}").choices("abcdefgh", k=self.length))
-    return Task(id=f"{split}/{index}", prompt=f"Write {word} backwards.", solution=word[::-1], split=split)
+    return Task(
+      id=f"{split}/{index}", prompt=f"Write {word} backwards.", solution=word[::-1], split=split
+    )
 
   def prompt(self, task: Task) -> list[dict[str, str]]:
     return [{"role": "user", "content": task.prompt}]
 
   def judge(self, task: Task, response: str) -> Feedback:
-    wrong = [i + 1 for i, (a, b) in enumerate(zip(response.strip().ljust(self.length), task.solution)) if a != b]
+    wrong = [
+      i + 1
+      for i, (a, b) in enumerate(zip(response.strip().ljust(self.length), task.solution))
+      if a != b
+    ]
     if not wrong and len(response.strip()) == self.length:
       return Feedback(1.0, "")
     return Feedback(0.0, f"Wrong letters at places {wrong}." if wrong else "The word is too long.")

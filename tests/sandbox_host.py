@@ -35,8 +35,13 @@ class Host:
       listener.setblocking(False)
 
   def fill(self, text):
-    for name, value in (("@CANARY_FILE@", self.file), ("@CANARY_DIR@", self.folder), ("@PORT@", self.port),
-                        ("@ABSTRACT@", self.abstract), ("@MARK@", self.mark)):
+    for name, value in (
+      ("@CANARY_FILE@", self.file),
+      ("@CANARY_DIR@", self.folder),
+      ("@PORT@", self.port),
+      ("@ABSTRACT@", self.abstract),
+      ("@MARK@", self.mark),
+    ):
       text = text.replace(name, str(value))
     return text
 

@@ -9,7 +9,7 @@ from sdpo_jax.envs import arithmetic, composed
 from sdpo_jax.records import Task
 
 ENV = arithmetic.Arithmetic()
-TASK = Task("t", "", data={"numbers": [7, 14, 9]})   # 7 doubled, then minus five
+TASK = Task("t", "", data={"numbers": [7, 14, 9]})  # 7 doubled, then minus five
 RIGHT = "7 * 2 = 14\n14 - 5 = 9\n\\boxed{9}"
 
 
@@ -29,23 +29,35 @@ def test_references_score_one_and_another_composition_scores_zero(level):
       assert (judged.text == "") == (judged.reward == 1.0)
 
 
-@pytest.mark.parametrize("response, said", [
+@pytest.mark.parametrize(
+  "response, said",
+  [
     ("7 * 2 = 15\n15 - 5 = 10\n\\boxed{10}", "Step 1: 7 * 2 is 14, not 15."),
     ("7 * 2 = 14\n13 - 5 = 8\n\\boxed{8}", "Step 2 does not go on from 14."),
     ("7 * 2 = 14\n14 + 5 = 19\n\\boxed{19}", "Step 2: 14 came to 19.\nExpected: 9"),
     ("7 + 3 = 10\n10 - 5 = 5\n\\boxed{5}", "Step 1: 7 came to 10.\nExpected: 14"),
     ("7 * 2 = 14\n14 - 5 = 9\n\\boxed{8}", "The box says 8, the steps come to 9."),
     ("7 * 2 = 14\n\\boxed{14}", "There are 1 steps.\nExpected: 2"),
-    ("7 // 0 = 1\n\\boxed{1}", "divides by zero"), ("7 * 2 = 14\n14 - 5 = 9", "result in a box"), ("", "result in a box"),
-    ("seven\n\\boxed{8}", "Step 1 is not a calculation"), ("__import__('os')\n\\boxed{8}", "is not a calculation"),
-    ("7 * 2 = 14\n14 - 5 = 9\n\\boxed{x}", "result in a box"), ("\\boxed{99999999999999}", "result in a box")])
+    ("7 // 0 = 1\n\\boxed{1}", "divides by zero"),
+    ("7 * 2 = 14\n14 - 5 = 9", "result in a box"),
+    ("", "result in a box"),
+    ("seven\n\\boxed{8}", "Step 1 is not a calculation"),
+    ("__import__('os')\n\\boxed{8}", "is not a calculation"),
+    ("7 * 2 = 14\n14 - 5 = 9\n\\boxed{x}", "result in a box"),
+    ("\\boxed{99999999999999}", "result in a box"),
+  ],
+)
 def test_feedback_says_where_the_steps_go_off(response, said):
   judged = ENV.judge(TASK, response)
   assert judged.reward == 0.0 and said in judged.text
 
 
 def test_the_number_in_the_last_box_is_what_counts():
-  assert ENV.judge(TASK, RIGHT).reward == ENV.judge(TASK, "It is \\boxed{3}, no, \\boxed{9}.").reward == 1.0
+  assert (
+    ENV.judge(TASK, RIGHT).reward
+    == ENV.judge(TASK, "It is \\boxed{3}, no, \\boxed{9}.").reward
+    == 1.0
+  )
   assert ENV.judge(TASK, "\\boxed{9} or \\boxed{3}").reward == 0.0
 
 
@@ -55,11 +67,18 @@ def test_pre_training_shows_what_the_judge_says():
   lengths = []
   for i in range(200):
     p = corpus.problem(0, i)
-    assert ENV.judge(Task("t", "", data={"numbers": arithmetic.chain(p.ops, p.details["start"])}), p.response).reward == 1.0
+    assert (
+      ENV.judge(
+        Task("t", "", data={"numbers": arithmetic.chain(p.ops, p.details["start"])}), p.response
+      ).reward
+      == 1.0
+    )
     for text in (p.message, p.response):
       assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     lengths.append(len(tokenizer(p.response)["input_ids"]))
   assert sum(lengths) / len(lengths) < 16
   seen = {corpus.problem(0, i).ops for i in range(400)}
-  unseen = {tuple(composed.Problems(arithmetic.DOMAIN).task("unseen", i).data["ops"]) for i in range(100)}
+  unseen = {
+    tuple(composed.Problems(arithmetic.DOMAIN).task("unseen", i).data["ops"]) for i in range(100)
+  }
   assert not seen & unseen

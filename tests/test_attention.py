@@ -11,7 +11,10 @@ from sdpo_jax.kernels import attention
 
 
 def problem(T=256, B=2, N=2, K=1, H=32):
-  q, k, v, g = (jax.random.normal(key, (B, T, heads, H)) for key, heads in zip(jax.random.split(jax.random.key(0), 4), (N, K, K, N)))
+  q, k, v, g = (
+    jax.random.normal(key, (B, T, heads, H))
+    for key, heads in zip(jax.random.split(jax.random.key(0), 4), (N, K, K, N))
+  )
   segment = np.zeros((B, T), np.int32)
   segment[0, :100], segment[0, 100:230], segment[1] = 1, 2, 1
   return q, k, v, g, segment
@@ -20,7 +23,9 @@ def problem(T=256, B=2, N=2, K=1, H=32):
 @functools.partial(jax.jit, static_argnums=0)
 def with_gradients(attend, segment, q, k, v, g, *more):
   """(output, dq, dk, dv) of attend(q, k, v, *more), with nothing at padding."""
-  out, back = jax.vjp(lambda *qkv: jnp.where((segment > 0)[..., None, None], attend(*qkv, *more), 0.0), q, k, v)
+  out, back = jax.vjp(
+    lambda *qkv: jnp.where((segment > 0)[..., None, None], attend(*qkv, *more), 0.0), q, k, v
+  )
   return out, *back(g.astype(out.dtype))
 
 
@@ -28,7 +33,9 @@ def with_gradients(attend, segment, q, k, v, g, *more):
 def test_splash_gives_the_reference_and_its_gradients(window):
   q, k, v, g, segment = problem()
   splash = lambda *given: attention.splash(*given, window, interpret=True)
-  reference = with_gradients(attention.reference, segment, q, k, v, g, attention.mask(segment, segment.shape, window))
+  reference = with_gradients(
+    attention.reference, segment, q, k, v, g, attention.mask(segment, segment.shape, window)
+  )
   for got, want in zip(with_gradients(splash, segment, q, k, v, g, segment), reference):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -38,8 +45,14 @@ def shared_prefixes(T, B, K):
   q, k, v, g, segment = problem(T, B, K=K, N=4)
   prefix, position, length = np.zeros_like(segment), np.zeros_like(segment), T - 5
   segment[:] = 0
-  for number, (start, end, before) in enumerate([(0, 50, 0), (50, 120, 1), (120, 140, 1), (140, 200, 1), (200, length, 0)], 1):
-    segment[0, start:end], prefix[0, start:end], position[0, start:end] = number, before, 50 * (before > 0) + np.arange(end - start)
+  for number, (start, end, before) in enumerate(
+    [(0, 50, 0), (50, 120, 1), (120, 140, 1), (140, 200, 1), (200, length, 0)], 1
+  ):
+    segment[0, start:end], prefix[0, start:end], position[0, start:end] = (
+      number,
+      before,
+      50 * (before > 0) + np.arange(end - start),
+    )
   segment[1, :length], position[1, :length] = 1, np.arange(length)
   return q, k, v, g, segment, prefix, position
 
@@ -57,12 +70,16 @@ def test_skipped_blocks_hide_nothing(T, K, window):
   exact = with_gradients(attention.reference, segment, q, k, v, g, visible)
   blocked = with_gradients(attention.blocked, segment, q, k, v, g, who)
   again = with_gradients(jax.checkpoint(attention.blocked), segment, q, k, v, g, who)
-  short = with_gradients(attention.blocked, segment, *(x.astype(jnp.bfloat16) for x in (q, k, v, g)), who)
+  short = with_gradients(
+    attention.blocked, segment, *(x.astype(jnp.bfloat16) for x in (q, k, v, g)), who
+  )
   for want, got, too, rough in zip(exact, blocked, again, short):
     np.testing.assert_allclose(got, want, atol=1e-5)
     np.testing.assert_allclose(too, want, atol=1e-5)
     assert rough.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(rough, np.float32), want, atol=0.03 * np.max(np.abs(want)))
+    np.testing.assert_allclose(
+      np.asarray(rough, np.float32), want, atol=0.03 * np.max(np.abs(want))
+    )
 
 
 def test_a_row_of_padding_is_finite_with_no_gradient():
@@ -78,7 +95,12 @@ def test_blocks_of_queries_give_the_reference_and_its_gradients(T):
   q, k, v, g, segment = problem(T)
   segment[1, 300:] = 2
   visible = attention.mask(segment, segment.shape)
-  for got, want in zip(*(with_gradients(attend, segment, q, k, v, g, visible) for attend in (attention.causal, attention.reference))):
+  for got, want in zip(
+    *(
+      with_gradients(attend, segment, q, k, v, g, visible)
+      for attend in (attention.causal, attention.reference)
+    )
+  ):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -91,12 +113,12 @@ def test_cudnn_is_used_where_it_gives_the_reference(trouble, monkeypatch, caplog
     used.append(q.shape)
     if trouble == "refuses":
       raise RuntimeError("cuDNN is not detected")
-    if trouble == "ungrouped":   # heads of queries and keys paired in the wrong order
+    if trouble == "ungrouped":  # heads of queries and keys paired in the wrong order
       k, v = (jnp.flip(x, axis=2) for x in (k, v))
     out = attention.reference(q, k, v, mask)
     return spoil(out) if trouble == "no gradient" else out
 
-  spoil = jax.custom_vjp(lambda x: x)   # the right values, and NaN for gradients
+  spoil = jax.custom_vjp(lambda x: x)  # the right values, and NaN for gradients
   spoil.defvjp(lambda x: (x, None), lambda _, g: (jnp.nan * g,))
   monkeypatch.setattr(attention, "_cudnn", cudnn)
   monkeypatch.setattr(attention, "target_platform", lambda: "gpu")
@@ -110,7 +132,9 @@ def test_cudnn_is_used_where_it_gives_the_reference(trouble, monkeypatch, caplog
   got = with_gradients(jax.checkpoint(attend), segment, *short, visible)
   assert got[0].dtype == jnp.bfloat16
   for rough, want in zip(got, with_gradients(attention.reference, segment, q, k, v, g, visible)):
-    np.testing.assert_allclose(np.asarray(rough, np.float32), want, atol=0.03 * np.max(np.abs(want)))
+    np.testing.assert_allclose(
+      np.asarray(rough, np.float32), want, atol=0.03 * np.max(np.abs(want))
+    )
   tried = [shape for shape in used if shape[0] == 2]
   # two blocks of queries, each tried once
   assert len(tried) == 2 and (len(used) > 2) == (trouble == "none")
@@ -141,7 +165,11 @@ def test_a_text_sees_neither_its_neighbour_nor_the_padding():
 
 
 def test_splash_is_for_tpus_and_whole_lanes():
-  assert not attention.splash_fits(256)   # here: a CPU
-  described = jax.sharding.AbstractMesh((), (), abstract_device=jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu"))
+  assert not attention.splash_fits(256)  # here: a CPU
+  described = jax.sharding.AbstractMesh(
+    (),
+    (),
+    abstract_device=jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu"),
+  )
   with jax.sharding.use_abstract_mesh(described):
     assert attention.splash_fits(256) and not attention.splash_fits(200)

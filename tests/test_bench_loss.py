@@ -12,7 +12,18 @@ from sdpo_jax.bench import loss
 
 def test_measures_both_in_children(tmp_path, capfd):
   path = tmp_path / "loss.json"
-  assert bench.main(["loss", "--shapes=16x128x300", "--implementations=reference,xla", "--repeats=1", f"--json={path}"]) == 0
+  assert (
+    bench.main(
+      [
+        "loss",
+        "--shapes=16x128x300",
+        "--implementations=reference,xla",
+        "--repeats=1",
+        f"--json={path}",
+      ]
+    )
+    == 0
+  )
   rows = json.loads(path.read_text())
   assert [row["implementation"] for row in rows] == ["reference", "xla"]
   for row in rows:
@@ -39,10 +50,15 @@ def test_every_measurement_is_there():
 
 
 def test_a_peer_that_is_not_installed_is_told_and_does_not_fail(capfd, monkeypatch, tmp_path):
-  (tmp_path / "liger_kernel.py").write_text("raise ModuleNotFoundError(\"No module named 'liger_kernel'\")")
+  (tmp_path / "liger_kernel.py").write_text(
+    "raise ModuleNotFoundError(\"No module named 'liger_kernel'\")"
+  )
   monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
   assert bench.main(["loss", "--shapes=4x128x200", "--implementations=liger", "--repeats=1"]) == 0
-  assert "| liger | exit 1: ModuleNotFoundError: No module named 'liger_kernel' |" in capfd.readouterr().out
+  assert (
+    "| liger | exit 1: ModuleNotFoundError: No module named 'liger_kernel' |"
+    in capfd.readouterr().out
+  )
 
 
 def test_malformed_shape(capsys):
@@ -52,8 +68,20 @@ def test_malformed_shape(capsys):
 
 
 def test_speedup_is_the_peers_cost_over_ours():
-  row = lambda implementation, **more: dict(shape=[1, 2, 3], alpha=1, dtype="float32", implementation=implementation) | more
-  cpu = loss.with_speedups([row("xla", device="cpu", cpu_s=2.0, time_s=1.0), row("torch", device="cpu", cpu_s=8.0, time_s=9.0)])
+  row = lambda implementation, **more: (
+    dict(shape=[1, 2, 3], alpha=1, dtype="float32", implementation=implementation) | more
+  )
+  cpu = loss.with_speedups(
+    [
+      row("xla", device="cpu", cpu_s=2.0, time_s=1.0),
+      row("torch", device="cpu", cpu_s=8.0, time_s=9.0),
+    ]
+  )
   assert [r["peer_speedup"] for r in cpu] == [4, 1]
-  gpu = loss.with_speedups([row("xla", device="gpu", time_s=3.0, cpu_s=1.0), row("liger", device="gpu", error="exit 1: no GPU")])
+  gpu = loss.with_speedups(
+    [
+      row("xla", device="gpu", time_s=3.0, cpu_s=1.0),
+      row("liger", device="gpu", error="exit 1: no GPU"),
+    ]
+  )
   assert not any("peer_speedup" in r for r in gpu)

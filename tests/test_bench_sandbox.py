@@ -5,7 +5,9 @@ import pytest
 from sdpo_jax.bench import sandbox
 
 
-@pytest.mark.parametrize("wrong, least", [("--workers=0", 1), ("--programs=1", 2), ("--repeats=0", 1)])
+@pytest.mark.parametrize(
+  "wrong, least", [("--workers=0", 1), ("--programs=1", 2), ("--repeats=0", 1)]
+)
 def test_a_wrong_count_is_named(wrong, least, capsys):
   with pytest.raises(SystemExit) as stop:
     sandbox.main([wrong])

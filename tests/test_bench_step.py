@@ -12,33 +12,72 @@ from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.train_step import init_state, make_optimizer
 
 
-@pytest.mark.parametrize("kind, packs, share", [("equal", 1, False), ("equal", 8, True), ("heavy", 4, False), ("heavy", 2, True)])
+@pytest.mark.parametrize(
+  "kind, packs, share",
+  [("equal", 1, False), ("equal", 8, True), ("heavy", 4, False), ("heavy", 2, True)],
+)
 def test_batches_hold_the_lengths_that_were_asked_for(kind, packs, share):
   lengths = step.lengths_of(kind, 32)
   batch = step.make_batch(lengths, 500, packs, share=share)
   assert sorted(batch.weight_BR.sum(1)) == sorted(n for _, _, n in lengths)
-  for half, whole in ((batch.student, sum(p + n for p, _, n in lengths)), (batch.teacher, sum(q + n for _, q, n in lengths))):
+  for half, whole in (
+    (batch.student, sum(p + n for p, _, n in lengths)),
+    (batch.teacher, sum(q + n for _, q, n in lengths)),
+  ):
     assert (half.prefix_CPT is not None) == share
-    assert (half.segment_CPT > 0).sum() < 0.8 * whole if share else (half.segment_CPT > 0).sum() == whole
+    assert (
+      (half.segment_CPT > 0).sum() < 0.8 * whole if share else (half.segment_CPT > 0).sum() == whole
+    )
   for half in (batch.student, batch.teacher):
     for b in range(32):
       pack, n = b // (32 // packs), int(batch.weight_BR[b].sum())
-      columns = half.at_CX[pack, batch.start_B[b]:batch.start_B[b] + n]
-      np.testing.assert_array_equal(half.token_CPT[pack].reshape(-1)[columns + 1], batch.response_BR[b, :n])
+      columns = half.at_CX[pack, batch.start_B[b] : batch.start_B[b] + n]
+      np.testing.assert_array_equal(
+        half.token_CPT[pack].reshape(-1)[columns + 1], batch.response_BR[b, :n]
+      )
   if kind == "heavy":
-    assert max(n for _, _, n in lengths) == 1000 and 40 <= np.median([n for _, _, n in lengths]) <= 90
+    assert (
+      max(n for _, _, n in lengths) == 1000 and 40 <= np.median([n for _, _, n in lengths]) <= 90
+    )
 
 
 def test_operations_are_those_of_a_step_that_computes_nothing_twice():
   L, D, N, K, H, F, V = 2, 32, 4, 2, 16, 64, 97
-  model = ModelConfig(family="qwen3", qk_norm="head", tied=True, width=D, layers=L, heads=N, kv_heads=K, head_dim=H, ff_width=F, vocab=V)
+  model = ModelConfig(
+    family="qwen3",
+    qk_norm="head",
+    tied=True,
+    width=D,
+    layers=L,
+    heads=N,
+    kv_heads=K,
+    head_dim=H,
+    ff_width=F,
+    vocab=V,
+  )
   objective = make_objective(methods.row("sdpo"))
-  tx = make_optimizer(name="adamw", lr=1e-6, warmup_steps=0, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
+  tx = make_optimizer(
+    name="adamw",
+    lr=1e-6,
+    warmup_steps=0,
+    decay_steps=0,
+    weight_decay=0.01,
+    clip_norm=1.0,
+    b1=0.9,
+    b2=0.999,
+    state_dtype="float32",
+  )
   batch = step.make_batch(step.lengths_of("equal", 16), V, 2)
-  state = jax.eval_shape(lambda key: init_state(decoder.init(model, key), tx, keep_teacher=True), jax.random.key(0))
+  state = jax.eval_shape(
+    lambda key: init_state(decoder.init(model, key), tx, keep_teacher=True), jax.random.key(0)
+  )
   found = step.needed_operations(model, objective, tx, state, batch)
 
-  (C, rows, T), (_, teacher_rows, S), X = batch.student.token_CPT.shape, batch.teacher.token_CPT.shape, batch.student.at_CX.size
+  (C, rows, T), (_, teacher_rows, S), X = (
+    batch.student.token_CPT.shape,
+    batch.teacher.token_CPT.shape,
+    batch.student.at_CX.size,
+  )
   weights = L * (D * (2 * N + 2 * K) * H + 3 * D * F)
   # the policy's forward and twice as many backward, the teacher's forward
   products = 2 * weights * C * (3 * rows * T + teacher_rows * S) + 2 * D * V * X * 4

@@ -10,8 +10,8 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
 import pytest
@@ -33,9 +33,17 @@ TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
 def make_state(seed=0, width=4, teacher=True):
   rng = np.random.default_rng(seed)
-  params = {"embed": {"table": jnp.asarray(rng.normal(size=(8, width)), jnp.bfloat16)},
-            "layers": {"odd\\name {x}": jnp.asarray(rng.normal(size=(3, width)), jnp.float32)}}
-  return State(jnp.int32(seed), params, TX.init(params), jax.tree.map(jnp.copy, params) if teacher else None, {"lambda": jnp.float32(0.1)})
+  params = {
+    "embed": {"table": jnp.asarray(rng.normal(size=(8, width)), jnp.bfloat16)},
+    "layers": {"odd\\name {x}": jnp.asarray(rng.normal(size=(3, width)), jnp.float32)},
+  }
+  return State(
+    jnp.int32(seed),
+    params,
+    TX.init(params),
+    jax.tree.map(jnp.copy, params) if teacher else None,
+    {"lambda": jnp.float32(0.1)},
+  )
 
 
 def assert_same(a, b):
@@ -49,8 +57,12 @@ def test_round_trip_bit_for_bit(tmp_path, teacher):
   state = make_state(3, teacher=teacher)
   special = state.params["layers"]["odd\\name {x}"].at[0, :3].set(jnp.array([-0.0, jnp.inf, 1e-42]))
   state.params["layers"]["odd\\name {x}"] = special
-  host = {"data": b'{"next": \x00\xff}', "rng": np.random.default_rng(0).bit_generator.state, "names": ["a", None, {"bytes": "text"}, [b""]],
-          "generations": 10**20}
+  host = {
+    "data": b'{"next": \x00\xff}',
+    "rng": np.random.default_rng(0).bit_generator.state,
+    "names": ["a", None, {"bytes": "text"}, [b""]],
+    "generations": 10**20,
+  }
   checkpoint.save(tmp_path, 3, state, host)
   assert checkpoint.latest_step(tmp_path) == 3
   restored, restored_host = checkpoint.restore(tmp_path, make_state(0, teacher=teacher))
@@ -78,20 +90,32 @@ def test_restore_onto_other_shardings(tmp_path):
   if len(devices) < 8:
     pytest.skip("needs 8 devices")
   x = np.arange(64, dtype=np.float32).reshape(8, 8)
-  put = lambda mesh, spec: {"w": jax.device_put(x, NamedSharding(mesh, spec)), "n": jax.device_put(np.int32(5), NamedSharding(mesh, PartitionSpec()))}
+  put = lambda mesh, spec: {
+    "w": jax.device_put(x, NamedSharding(mesh, spec)),
+    "n": jax.device_put(np.int32(5), NamedSharding(mesh, PartitionSpec())),
+  }
   saved = put(jax.make_mesh((2, 4), ("a", "b"), devices=devices[:8]), PartitionSpec("a", "b"))
   wanted = put(jax.make_mesh((4,), ("c",), devices=devices[4:8]), PartitionSpec(None, "c"))
   checkpoint.save(tmp_path, 1, saved, {})
-  restored, _ = checkpoint.restore(tmp_path, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted))
+  restored, _ = checkpoint.restore(
+    tmp_path,
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted),
+  )
   assert_same(restored, wanted)
-  assert restored["w"].sharding == wanted["w"].sharding and restored["n"].sharding == wanted["n"].sharding
+  assert (
+    restored["w"].sharding == wanted["w"].sharding
+    and restored["n"].sharding == wanted["n"].sharding
+  )
 
 
 def test_params_alone(tmp_path):
   state = make_state(5)
   checkpoint.save(tmp_path, 5, state, {})
   assert_same(checkpoint.restore_params(tmp_path, make_state(0).params), state.params)
-  with pytest.raises(ValueError, match=r"\.params\['embed'\]\['table'\]: stored bfloat16\[8, 4\], wanted bfloat16\[8, 6\]"):
+  with pytest.raises(
+    ValueError,
+    match=r"\.params\['embed'\]\['table'\]: stored bfloat16\[8, 4\], wanted bfloat16\[8, 6\]",
+  ):
     checkpoint.restore_params(tmp_path, make_state(0, width=6).params)
   with pytest.raises(ValueError, match="wanted nothing"):
     checkpoint.restore_params(tmp_path, {"embed": state.params["embed"]})
@@ -107,17 +131,24 @@ def test_keeps_the_last(tmp_path):
 
 def test_missing_checkpoints_are_named(tmp_path):
   assert checkpoint.latest_step(tmp_path / "nowhere") is None
-  with pytest.raises(FileNotFoundError, match="no checkpoint in .*nowhere/checkpoints; it holds none"):
+  with pytest.raises(
+    FileNotFoundError, match="no checkpoint in .*nowhere/checkpoints; it holds none"
+  ):
     checkpoint.restore(tmp_path / "nowhere", make_state())
-  assert not (tmp_path / "nowhere").exists()    # looking does not create
+  assert not (tmp_path / "nowhere").exists()  # looking does not create
   checkpoint.save(tmp_path, 4, make_state(), {})
-  with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 9 in .*; it holds steps \[4\]"):
+  with pytest.raises(
+    FileNotFoundError, match=r"no checkpoint of step 9 in .*; it holds steps \[4\]"
+  ):
     checkpoint.restore(tmp_path, make_state(), step=9)
 
 
 def test_another_state_is_refused(tmp_path):
   checkpoint.save(tmp_path, 1, make_state(), {})
-  with pytest.raises(ValueError, match=r"2 arrays differ\): \.teacher\['embed'\]\['table'\]: stored bfloat16\[8, 4\], wanted nothing"):
+  with pytest.raises(
+    ValueError,
+    match=r"2 arrays differ\): \.teacher\['embed'\]\['table'\]: stored bfloat16\[8, 4\], wanted nothing",
+  ):
     checkpoint.restore(tmp_path, make_state(teacher=False))
   # no silent conversion
   with pytest.raises(ValueError, match=r"\.step: stored int32\[\], wanted float32\[\]"):
@@ -136,10 +167,12 @@ def test_a_full_disk_is_a_system_error_and_spares_the_earlier_checkpoint(tmp_pat
   checkpoint.save(tmp_path, 1, state, {})
   with no_file_beyond(100_000), pytest.raises(OSError) as raised:
     checkpoint.save(tmp_path, 2, state, {})
-  assert raised.value.errno == errno.EFBIG and raised.value.filename == str(tmp_path / "checkpoints" / "2")
+  assert raised.value.errno == errno.EFBIG and raised.value.filename == str(
+    tmp_path / "checkpoints" / "2"
+  )
   assert checkpoint.all_steps(tmp_path) == [1]
   assert_same(checkpoint.restore(tmp_path, state)[0], state)
-  checkpoint.save(tmp_path, 2, state, {})   # there is room again
+  checkpoint.save(tmp_path, 2, state, {})  # there is room again
   assert checkpoint.all_steps(tmp_path) == [1, 2]
 
 
@@ -163,18 +196,31 @@ def test_writes_that_fail_unseen_print_nothing_and_other_libraries_still_do():
   """What a full disk leaves behind when several of Orbax's writes fail; which of them asyncio drops is chance, so here it is made."""
   said = {}
   for how in ("as it is", "once"):
-    said[how] = subprocess.run([sys.executable, "-c", DROPPED, how], capture_output=True, text=True, check=True,
-                               cwd=pathlib.Path(__file__).parent.parent, env=os.environ | {"JAX_PLATFORMS": "cpu"}).stderr
-  assert "async_serialize_from_host" in said["as it is"]   # or this shows nothing
-  assert "orbax" not in said["once"] and said["once"].count("Traceback") == 1 and "of another library" in said["once"]
+    said[how] = subprocess.run(
+      [sys.executable, "-c", DROPPED, how],
+      capture_output=True,
+      text=True,
+      check=True,
+      cwd=pathlib.Path(__file__).parent.parent,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    ).stderr
+  assert "async_serialize_from_host" in said["as it is"]  # or this shows nothing
+  assert (
+    "orbax" not in said["once"]
+    and said["once"].count("Traceback") == 1
+    and "of another library" in said["once"]
+  )
 
 
 def test_a_save_of_a_million_parameters_is_quick(tmp_path):
-  params = {f"w{i}": jnp.asarray(np.random.default_rng(i).normal(size=(100_000,)), jnp.float32) for i in range(10)}
+  params = {
+    f"w{i}": jnp.asarray(np.random.default_rng(i).normal(size=(100_000,)), jnp.float32)
+    for i in range(10)
+  }
   state = State(jnp.int32(0), params, TX.init(params), params, {})
   seconds = []
   for step in range(4):
-    start = time.process_time()   # not the clock: other programs must not decide
+    start = time.process_time()  # not the clock: other programs must not decide
     checkpoint.save(tmp_path, step, state, {})
     seconds.append(time.process_time() - start)
   assert min(seconds) < 0.3
@@ -195,9 +241,14 @@ for step in range(first, first + 10_000):
 def kill_while_saving(workdir, delay_s):
   """Save step after step in another process and kill it; returns the last step it reported as saved."""
   first = (checkpoint.latest_step(workdir) or 0) + 1
-  process = subprocess.Popen([sys.executable, "-c", SAVER, str(workdir), str(first)], stdout=subprocess.PIPE, text=True,
-                             cwd=pathlib.Path(__file__).parent.parent, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-  process.stdout.readline()    # it saves from here on
+  process = subprocess.Popen(
+    [sys.executable, "-c", SAVER, str(workdir), str(first)],
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=pathlib.Path(__file__).parent.parent,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+  )
+  process.stdout.readline()  # it saves from here on
   time.sleep(delay_s)
   process.send_signal(signal.SIGKILL)
   reported = [int(line) for line in process.stdout.read().splitlines()]
@@ -207,8 +258,11 @@ def kill_while_saving(workdir, delay_s):
 
 def check_survivor(workdir, reported):
   latest = checkpoint.latest_step(workdir)
-  assert latest >= reported    # what was reported as saved is there
-  like = {"step": jnp.int32(0), "params": {f"w{i}": jnp.zeros((20_000,), jnp.float32) for i in range(8)}}
+  assert latest >= reported  # what was reported as saved is there
+  like = {
+    "step": jnp.int32(0),
+    "params": {f"w{i}": jnp.zeros((20_000,), jnp.float32) for i in range(8)},
+  }
   for step in checkpoint.all_steps(workdir):
     state, host = checkpoint.restore(workdir, like, step)
     assert host == {"step": step} and state["step"] == step

@@ -33,7 +33,10 @@ def only(view, **settings):
 @pytest.mark.parametrize("domain, checksum", [("tinycode", 2934915202), ("arithmetic", 926289844)])
 def test_the_corpora_of_the_shipped_models_are_what_they_were(domain, checksum):
   corpus = Corpus(DOMAINS[domain][0])
-  assert zlib.crc32("".join(repr(tuple(corpus.problem(0, i))[:2]) for i in range(400)).encode()) == checksum
+  assert (
+    zlib.crc32("".join(repr(tuple(corpus.problem(0, i))[:2]) for i in range(400)).encode())
+    == checksum
+  )
 
 
 class Recorded(Corpus):
@@ -45,7 +48,11 @@ class Recorded(Corpus):
 
 
 def task_of(domain, row, statement):
-  data = {"numbers": chain(row.ops, row.details["start"])} if domain == "arithmetic" else {"tests": DOMAINS[domain][0].answer(row.ops, row.details)[1]["tests"]}
+  data = (
+    {"numbers": chain(row.ops, row.details["start"])}
+    if domain == "arithmetic"
+    else {"tests": DOMAINS[domain][0].answer(row.ops, row.details)[1]["tests"]}
+  )
   return Task("t/0", statement, data=data)
 
 
@@ -57,15 +64,35 @@ def in_training(env, task, attempt, others, *, imagined=()):
     def generate(self, params, prompts, **kwargs):
       asked.append([CHAT.tokenizer.decode(p) for p in prompts])
       said = [[text] for text in imagined] if len(asked) > 1 else [list(others)]
-      return fakes.ScriptedEngine([[CHAT.text_tokens(text) + [257] for text in row] for row in said]).generate(params, prompts, **kwargs)
+      return fakes.ScriptedEngine(
+        [[CHAT.text_tokens(text) + [257] for text in row] for row in said]
+      ).generate(params, prompts, **kwargs)
 
-  collector = Collector(env, CHAT, Engine(), max_prompt_tokens=10_000, judge_threads=1, judge_timeout_s=60.0)
-  rollout = Rollout(task, CHAT.prompt_tokens(env.prompt(task)), CHAT.text_tokens(attempt) + [257], [-1.0] * (len(CHAT.text_tokens(attempt)) + 1), "stop", attempt,
-                    env.judge(task, attempt))
+  collector = Collector(
+    env, CHAT, Engine(), max_prompt_tokens=10_000, judge_threads=1, judge_timeout_s=60.0
+  )
+  rollout = Rollout(
+    task,
+    CHAT.prompt_tokens(env.prompt(task)),
+    CHAT.text_tokens(attempt) + [257],
+    [-1.0] * (len(CHAT.text_tokens(attempt)) + 1),
+    "stop",
+    attempt,
+    env.judge(task, attempt),
+  )
   part = notes(alternatives=len(others), feedback="imagined" if imagined else "verified")
   try:
-    counterfactual.explore(part, collector, None, [[rollout]], sampling=Sampling(10_000, stop_tokens=(257,)), seed=0, step=1, success_threshold=0.5,
-                           max_prompt_tokens=10_000)
+    counterfactual.explore(
+      part,
+      collector,
+      None,
+      [[rollout]],
+      sampling=Sampling(10_000, stop_tokens=(257,)),
+      seed=0,
+      step=1,
+      success_threshold=0.5,
+      max_prompt_tokens=10_000,
+    )
   finally:
     collector.close()
   return part, rollout, asked
@@ -80,7 +107,9 @@ def test_a_row_of_notes_is_what_the_teacher_reads_in_training(domain, envs):
     attempt, *others = corpus.found
     statement = Corpus(DOMAINS[domain][0], only("plain")).problem(0, i).message
     task, texts = task_of(domain, row, statement), [r.text for r in others]
-    assert envs[domain].judge(task, row.response).reward == 1.0 and DOMAINS[domain][0].solves(row.response, *row[2:5])
+    assert envs[domain].judge(task, row.response).reward == 1.0 and DOMAINS[domain][0].solves(
+      row.response, *row[2:5]
+    )
     told = []
     for imagined in ((), [envs[domain].judge(task, text).text or CORRECT for text in texts]):
       part, rollout, _ = in_training(envs[domain], task, attempt.text, texts, imagined=imagined)
@@ -88,7 +117,11 @@ def test_a_row_of_notes_is_what_the_teacher_reads_in_training(domain, envs):
       told.append(found[0].render(statement))
     assert row.message in told
     kinds.add((len(others), "Correct solution:" in row.message, CORRECT + "\n" in row.message))
-  assert {n for n, _, _ in kinds} == {1, 2} and any(solved for _, solved, _ in kinds) and any(right for _, _, right in kinds)
+  assert (
+    {n for n, _, _ in kinds} == {1, 2}
+    and any(solved for _, solved, _ in kinds)
+    and any(right for _, _, right in kinds)
+  )
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -99,9 +132,13 @@ def test_a_row_of_imagination_is_what_the_policy_is_asked_in_training(domain, en
     attempt, other = (r.text for r in corpus.found)
     task = task_of(domain, row, Corpus(DOMAINS[domain][0], only("plain")).problem(0, i).message)
     _, rollout, asked = in_training(envs[domain], task, attempt, [other], imagined=["?"])
-    assert asked[1] == [CHAT.tokenizer.decode(CHAT.prompt_tokens([{"role": "user", "content": row.message}]))]
+    assert asked[1] == [
+      CHAT.tokenizer.decode(CHAT.prompt_tokens([{"role": "user", "content": row.message}]))
+    ]
     judged = envs[domain].judge(task, other)
-    assert row.response == (CORRECT if judged.reward else judged.text) and rollout.feedback.reward == 0.0
+    assert (
+      row.response == (CORRECT if judged.reward else judged.text) and rollout.feedback.reward == 0.0
+    )
     replies.append(row.response)
   assert CORRECT in replies and len(set(replies)) > 5
 
@@ -110,7 +147,11 @@ def test_a_row_of_imagination_is_what_the_policy_is_asked_in_training(domain, en
 def test_the_longest_rows_fit(domain):
   """The longest rows of notes and of verdicts fit the packs of configs/pretrain_tiny.py, a teacher prompt's bound and the model's positions."""
   from sdpo_jax import config
-  c, chat = config.load(f"configs/pretrain_tiny.py:domain={domain},start=tiny"), Chat(build_tokenizer(domain))
+
+  c, chat = (
+    config.load(f"configs/pretrain_tiny.py:domain={domain},start=tiny"),
+    Chat(build_tokenizer(domain)),
+  )
   longest = config.load(f"configs/counterfactual.py:domain={domain}").data.max_teacher_tokens
   assert sum(c.corpus[view] for view in VIEWS) == pytest.approx(1.0)
   for view in ("notes", "imagine"):
@@ -118,5 +159,7 @@ def test_the_longest_rows_fit(domain):
     rows = [corpus.problem(0, i) for i in range(300)]
     prompts = [len(chat.prompt_tokens([{"role": "user", "content": r.message}])) for r in rows]
     answers = [len(chat.text_tokens(r.response)) + 1 for r in rows]
-    assert max(map(sum, zip(prompts, answers))) <= c.batch.length and max(answers) <= c.batch.responses
+    assert (
+      max(map(sum, zip(prompts, answers))) <= c.batch.length and max(answers) <= c.batch.responses
+    )
     assert max(prompts) <= longest

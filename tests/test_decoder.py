@@ -13,13 +13,33 @@ from sdpo_jax import sharding
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig, Rope
 
-QWEN = ModelConfig(family="qwen3", vocab=61, width=32, layers=3, heads=4, kv_heads=2, head_dim=12, ff_width=48, qk_norm="head",
-                   tied=True)
+QWEN = ModelConfig(
+  family="qwen3",
+  vocab=61,
+  width=32,
+  layers=3,
+  heads=4,
+  kv_heads=2,
+  head_dim=12,
+  ff_width=48,
+  qk_norm="head",
+  tied=True,
+)
 OLMO = dataclasses.replace(
-    QWEN, family="olmo3", qk_norm="all", norm_placement="post", tied=False, sliding=(True, False, True), sliding_window=5,
-    rope=Rope(5e4, "yarn", factor=4.0, original_positions=64, attention_factor=1.2), sliding_rope=Rope(7e3))
+  QWEN,
+  family="olmo3",
+  qk_norm="all",
+  norm_placement="post",
+  tied=False,
+  sliding=(True, False, True),
+  sliding_window=5,
+  rope=Rope(5e4, "yarn", factor=4.0, original_positions=64, attention_factor=1.2),
+  sliding_rope=Rope(7e3),
+)
 YARN = dataclasses.replace(OLMO, rope=dataclasses.replace(OLMO.rope, truncate=False))
-LLAMA = dataclasses.replace(QWEN, family="llama", qk_norm="none", rope=Rope(3e4, "llama3", factor=4.0, original_positions=64))
+LLAMA = dataclasses.replace(
+  QWEN, family="llama", qk_norm="none", rope=Rope(3e4, "llama3", factor=4.0, original_positions=64)
+)
 
 # Many programs, little arithmetic: what takes the time here is the compiler.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -46,8 +66,11 @@ def test_init_agrees_with_the_declared_axes_and_shapes():
   for config in (QWEN, OLMO, dataclasses.replace(QWEN, qkv_bias=True, param_dtype="bfloat16")):
     params = jax.eval_shape(lambda key: decoder.init(config, key), jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), decoder.shapes(config))
-    assert all(jax.tree.leaves(jax.tree.map(lambda x, a: x.ndim == len(a), params, decoder.axes(config))))
+      lambda x: (x.shape, x.dtype), decoder.shapes(config)
+    )
+    assert all(
+      jax.tree.leaves(jax.tree.map(lambda x, a: x.ndim == len(a), params, decoder.axes(config)))
+    )
 
 
 @pytest.mark.parametrize("config", [QWEN, OLMO], ids=["qwen", "olmo"])
@@ -70,7 +93,9 @@ def test_packed_and_padded_rows_equal_rows_alone(config):
   together = np.asarray(logits(params, config, packed, segment_ids_BT=segments))
   np.testing.assert_allclose(together[:, 3:24], alone, atol=2e-5)
   positions = np.array([[0] * 3 + list(range(9)) + list(range(12)) + [0] * 4])
-  explicit = np.asarray(logits(params, config, packed, positions_BT=positions, segment_ids_BT=segments))
+  explicit = np.asarray(
+    logits(params, config, packed, positions_BT=positions, segment_ids_BT=segments)
+  )
   np.testing.assert_array_equal(explicit[:, 3:24], together[:, 3:24])
   assert np.all(np.isfinite(together))
 
@@ -83,15 +108,26 @@ def test_cached_steps_equal_whole_rows(config):
   row, params = tokens(B, T), params_of(config)
   positions = np.maximum(np.arange(T)[None] - pad[:, None], 0)
   valid = np.arange(T)[None] >= pad[:, None]
-  whole = jit(decoder.hidden, static_argnums=1)(params, config, row, positions_BT=positions, segment_ids_BT=valid.astype(np.int32))
+  whole = jit(decoder.hidden, static_argnums=1)(
+    params, config, row, positions_BT=positions, segment_ids_BT=valid.astype(np.int32)
+  )
 
   extend = jit(decoder.extend, static_argnums=1, donate_argnums=3)
   cache = decoder.init_cache(config, B, T + 3)
-  out, cache = extend(params, config, row[:, :P], cache, start=0, positions_BT=positions[:, :P], valid_BT=valid[:, :P])
+  out, cache = extend(
+    params, config, row[:, :P], cache, start=0, positions_BT=positions[:, :P], valid_BT=valid[:, :P]
+  )
   parts = [out]
   for t in range(P, T):
-    out, cache = extend(params, config, row[:, t:t + 1], cache, start=t, positions_BT=positions[:, t:t + 1],
-                        valid_BT=valid[:, t:t + 1])
+    out, cache = extend(
+      params,
+      config,
+      row[:, t : t + 1],
+      cache,
+      start=t,
+      positions_BT=positions[:, t : t + 1],
+      valid_BT=valid[:, t : t + 1],
+    )
     parts.append(out)
   np.testing.assert_allclose(np.concatenate(parts, 1)[valid], np.asarray(whole)[valid], atol=3e-5)
 
@@ -100,7 +136,10 @@ def test_decoding_updates_the_cache_in_place():
   B, S = 4, 32
   cache = jax.eval_shape(lambda: decoder.init_cache(QWEN, B, S))
   one = jnp.zeros((B, 1), jnp.int32)
-  step = jit(lambda p, c: decoder.extend(p, QWEN, one, c, start=5, positions_BT=one, valid_BT=one == 0), donate_argnums=1)
+  step = jit(
+    lambda p, c: decoder.extend(p, QWEN, one, c, start=5, positions_BT=one, valid_BT=one == 0),
+    donate_argnums=1,
+  )
   compiled = step.lower(decoder.shapes(QWEN), cache).compile()
   cache_bytes = sum(x.size * x.dtype.itemsize for x in cache)
   assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes
@@ -121,24 +160,35 @@ def test_the_pair_equals_two_passes_and_only_the_policy_is_differentiated(config
   teacher_params = jax.tree.map(lambda x: np.float32(0.9) * np.asarray(x), params) if ema else None
 
   def pair_loss(params, teacher_params, remat="none"):
-    policy, teaching = decoder.hidden_pair(params, teacher_params, config, student, teacher, remat=remat)
+    policy, teaching = decoder.hidden_pair(
+      params, teacher_params, config, student, teacher, remat=remat
+    )
     return jnp.sum(jnp.sin(policy)) + jnp.sum(jnp.cos(teaching)), (policy, teaching)
 
   def policy_loss(params):
     return jnp.sum(jnp.sin(decoder.hidden(params, config, student[0])))
 
   if ema:
-    (grads, teacher_grads), (policy, teaching) = jit(jax.grad(pair_loss, argnums=(0, 1), has_aux=True))(
-        params, teacher_params)
+    (grads, teacher_grads), (policy, teaching) = jit(
+      jax.grad(pair_loss, argnums=(0, 1), has_aux=True)
+    )(params, teacher_params)
     assert all(not np.any(g) for g in jax.tree.leaves(teacher_grads))
   else:
-    grads, (policy, teaching) = jit(jax.grad(pair_loss, has_aux=True), static_argnums=1)(params, None)
+    grads, (policy, teaching) = jit(jax.grad(pair_loss, has_aux=True), static_argnums=1)(
+      params, None
+    )
   expected = jit(jax.grad(policy_loss))(params)
   hidden = jit(decoder.hidden, static_argnums=1)
   np.testing.assert_allclose(policy, hidden(params, config, student[0]), atol=1e-5)
   other = teacher_params if ema else params
-  np.testing.assert_allclose(teaching, hidden(other, config, teacher[0], segment_ids_BT=teacher[2]), atol=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.max(np.abs(b)))), grads, expected)
+  np.testing.assert_allclose(
+    teaching, hidden(other, config, teacher[0], segment_ids_BT=teacher[2]), atol=1e-5
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.max(np.abs(b)))),
+    grads,
+    expected,
+  )
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "block"])
@@ -146,29 +196,42 @@ def test_the_teacher_half_costs_one_forward_pass_and_no_residuals(remat):
   """The compiler's own counts: pair = policy forward and backward + teacher forward."""
   config, (student, teacher) = QWEN, halves()
   shapes = decoder.shapes(config)
-  teacher = (tokens(32, 48), None, None)   # large, so that a backward pass over it could not hide
+  teacher = (tokens(32, 48), None, None)  # large, so that a backward pass over it could not hide
 
   def cost(f):
     compiled = jit(f).lower(shapes).compile()
     return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
   policy = lambda p: jnp.sum(decoder.hidden(p, config, student[0], remat=remat))
-  pair = lambda p: sum(jnp.sum(h) for h in decoder.hidden_pair(p, None, config, student, teacher, remat=remat))
+  pair = lambda p: sum(
+    jnp.sum(h) for h in decoder.hidden_pair(p, None, config, student, teacher, remat=remat)
+  )
   policy_flops, _ = cost(jax.grad(policy))
   teacher_flops, teacher_bytes = cost(lambda p: decoder.hidden(p, config, teacher[0]))
   pair_flops, pair_bytes = cost(jax.value_and_grad(pair))
   _, differentiated_bytes = cost(jax.grad(lambda p: jnp.sum(decoder.hidden(p, config, teacher[0]))))
-  assert pair_flops <= (1.03 if remat == "none" else 1.05) * (policy_flops + teacher_flops), (pair_flops, policy_flops, teacher_flops)
+  assert pair_flops <= (1.03 if remat == "none" else 1.05) * (policy_flops + teacher_flops), (
+    pair_flops,
+    policy_flops,
+    teacher_flops,
+  )
   assert pair_bytes < 0.7 * differentiated_bytes, (pair_bytes, teacher_bytes, differentiated_bytes)
 
 
 def test_rematerialisation_changes_memory_and_not_the_gradient():
   row, params = tokens(4, 32), params_of(QWEN)
-  grad = lambda remat: jit(jax.grad(
-      lambda p: jnp.sum(jnp.sin(decoder.hidden(p, QWEN, row, remat=remat))))).lower(params).compile()
+  grad = lambda remat: (
+    jit(jax.grad(lambda p: jnp.sum(jnp.sin(decoder.hidden(p, QWEN, row, remat=remat)))))
+    .lower(params)
+    .compile()
+  )
   plain, dots, block = map(grad, ("none", "dots", "block"))
   for other in (dots, block):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.max(np.abs(a)))), plain(params), other(params))
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.max(np.abs(a)))),
+      plain(params),
+      other(params),
+    )
   bytes_of = lambda compiled: compiled.memory_analysis().temp_size_in_bytes
   assert bytes_of(block) < bytes_of(dots) < 0.8 * bytes_of(plain)
   with pytest.raises(ValueError, match="model.remat='all'"):
@@ -179,7 +242,12 @@ def test_program_size_does_not_grow_with_depth():
   def size(layers):
     config = dataclasses.replace(OLMO, layers=layers, sliding=(True,) * (layers - 1) + (False,))
     f = lambda p, t: decoder.logits(p, config, t)
-    return len(jax.jit(f).lower(decoder.shapes(config), jax.ShapeDtypeStruct((2, 8), jnp.int32)).as_text().splitlines())
+    return len(
+      jax.jit(f)
+      .lower(decoder.shapes(config), jax.ShapeDtypeStruct((2, 8), jnp.int32))
+      .as_text()
+      .splitlines()
+    )
 
   assert abs(size(3) - size(30)) <= 2
 
@@ -191,7 +259,9 @@ def test_sharded_equals_unsharded(config):
   row, params = tokens(8, 12), params_of(config)
   loss = lambda p, row: jnp.sum(jnp.sin(decoder.logits(p, config, row)))
   value, grads = jit(jax.value_and_grad(loss))(params, row)
-  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  mesh = jax.make_mesh(
+    (2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
+  )
   where = sharding.named(mesh, decoder.axes(config))
   with jax.set_mesh(mesh):
     sharded = jax.device_put(params, where)
@@ -200,13 +270,19 @@ def test_sharded_equals_unsharded(config):
     sharded_value, sharded_grads = step(sharded, jax.device_put(row, rows))
   assert sharded["layers"]["attn"]["q"].addressable_shards[0].data.shape == (3, 16, 2, 12)
   np.testing.assert_allclose(sharded_value, value, rtol=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.max(np.abs(b)))), sharded_grads, grads)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.max(np.abs(b)))),
+    sharded_grads,
+    grads,
+  )
 
 
 def test_the_pair_gathers_each_weight_once():
   """Under fsdp: in the scan, one all-gather a weight of the block, as in one half alone, and one more in the backward pass."""
   config = dataclasses.replace(QWEN, heads=8, kv_heads=8, vocab=64)
-  mesh = jax.make_mesh((1, 8, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  mesh = jax.make_mesh(
+    (1, 8, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
+  )
   where = sharding.named(mesh, decoder.axes(config))
   rows = jax.NamedSharding(mesh, sharding.spec("BT", sharding.ACTIVATIONS))
   row = jax.ShapeDtypeStruct((16, 12), jnp.int32, sharding=rows)
@@ -214,10 +290,17 @@ def test_the_pair_gathers_each_weight_once():
 
   def gathers(f):
     with jax.set_mesh(mesh):
-      text = jit(f, in_shardings=(where, rows, rows)).lower(decoder.shapes(config), row, row).compile().as_text()
+      text = (
+        jit(f, in_shardings=(where, rows, rows))
+        .lower(decoder.shapes(config), row, row)
+        .compile()
+        .as_text()
+      )
     return len(re.findall(r" all-gather(?:-start)?\(.*while/body", text))
 
-  pair = lambda p, a, b: decoder.hidden_pair(p, None, config, (a, None, None), (b, None, None), remat="block")
+  pair = lambda p, a, b: decoder.hidden_pair(
+    p, None, config, (a, None, None), (b, None, None), remat="block"
+  )
   assert gathers(lambda p, a, b: decoder.hidden(p, config, a)) == split
   assert gathers(pair) == split
   assert gathers(jax.grad(lambda p, a, b: jnp.sum(pair(p, a, b)[0]))) == 2 * split
@@ -238,37 +321,58 @@ def test_bfloat16_computes_norms_softmax_and_logits_in_float32():
   assert 0 < np.max(np.abs(out - exact)) < 0.05 * np.max(np.abs(exact))
   # float32 weights, bfloat16 computation
   mixed = dataclasses.replace(config, param_dtype="float32")
-  grads = jax.eval_shape(jax.grad(lambda p: jnp.sum(decoder.hidden(p, mixed, row).astype(jnp.float32))), params_of(OLMO))
+  grads = jax.eval_shape(
+    jax.grad(lambda p: jnp.sum(decoder.hidden(p, mixed, row).astype(jnp.float32))), params_of(OLMO)
+  )
   assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
 
 
 # Every field of the configuration: what changing it alone does.
-CHANGED = {   # same weights, other output: (base, changes)
-    "norm_eps": (QWEN, dict(norm_eps=0.1)),
-    "rope": (QWEN, dict(rope=Rope(5e5))),
-    "sliding_rope": (OLMO, dict(sliding_rope=None)),
-    "sliding_window": (OLMO, dict(sliding_window=6)),
-    "sliding": (OLMO, dict(sliding=(True, True, True))),
-    "norm_placement": (QWEN, dict(norm_placement="post")),
-    "dtype": (QWEN, dict(dtype="bfloat16")),
-    "rope.theta": (QWEN, dict(rope=Rope(2e4))),
-    "rope.kind": (LLAMA, dict(rope=dataclasses.replace(LLAMA.rope, kind="yarn"))),
-    "rope.factor": (LLAMA, dict(rope=dataclasses.replace(LLAMA.rope, factor=8.0))),
-    "rope.original_positions": (LLAMA, dict(rope=dataclasses.replace(LLAMA.rope, original_positions=128))),
-    "rope.low_freq_factor": (LLAMA, dict(rope=dataclasses.replace(LLAMA.rope, low_freq_factor=2.0))),
-    "rope.high_freq_factor": (LLAMA, dict(rope=dataclasses.replace(LLAMA.rope, high_freq_factor=3.0))),
-    "rope.beta_fast": (YARN, dict(rope=dataclasses.replace(YARN.rope, beta_fast=4.0))),
-    "rope.beta_slow": (YARN, dict(rope=dataclasses.replace(YARN.rope, beta_slow=0.1))),
-    "rope.truncate": (YARN, dict(rope=dataclasses.replace(YARN.rope, truncate=True))),
-    "rope.attention_factor": (OLMO, dict(rope=dataclasses.replace(OLMO.rope, attention_factor=1.0))),
+CHANGED = {  # same weights, other output: (base, changes)
+  "norm_eps": (QWEN, dict(norm_eps=0.1)),
+  "rope": (QWEN, dict(rope=Rope(5e5))),
+  "sliding_rope": (OLMO, dict(sliding_rope=None)),
+  "sliding_window": (OLMO, dict(sliding_window=6)),
+  "sliding": (OLMO, dict(sliding=(True, True, True))),
+  "norm_placement": (QWEN, dict(norm_placement="post")),
+  "dtype": (QWEN, dict(dtype="bfloat16")),
+  "rope.theta": (QWEN, dict(rope=Rope(2e4))),
+  "rope.kind": (LLAMA, dict(rope=dataclasses.replace(LLAMA.rope, kind="yarn"))),
+  "rope.factor": (LLAMA, dict(rope=dataclasses.replace(LLAMA.rope, factor=8.0))),
+  "rope.original_positions": (
+    LLAMA,
+    dict(rope=dataclasses.replace(LLAMA.rope, original_positions=128)),
+  ),
+  "rope.low_freq_factor": (LLAMA, dict(rope=dataclasses.replace(LLAMA.rope, low_freq_factor=2.0))),
+  "rope.high_freq_factor": (
+    LLAMA,
+    dict(rope=dataclasses.replace(LLAMA.rope, high_freq_factor=3.0)),
+  ),
+  "rope.beta_fast": (YARN, dict(rope=dataclasses.replace(YARN.rope, beta_fast=4.0))),
+  "rope.beta_slow": (YARN, dict(rope=dataclasses.replace(YARN.rope, beta_slow=0.1))),
+  "rope.truncate": (YARN, dict(rope=dataclasses.replace(YARN.rope, truncate=True))),
+  "rope.attention_factor": (OLMO, dict(rope=dataclasses.replace(OLMO.rope, attention_factor=1.0))),
 }
-RESHAPED = dict(vocab=62, width=36, layers=4, heads=8, kv_heads=4, head_dim=14, ff_width=50, qk_norm="all", qkv_bias=True,
-                tied=False, param_dtype="bfloat16")
+RESHAPED = dict(
+  vocab=62,
+  width=36,
+  layers=4,
+  heads=8,
+  kv_heads=4,
+  head_dim=14,
+  ff_width=50,
+  qk_norm="all",
+  qkv_bias=True,
+  tied=False,
+  param_dtype="bfloat16",
+)
 NOT_IN_THE_FUNCTION = {"family", "max_positions", "bos_id", "eos_ids", "pad_id"}
 
 
 def test_every_field_is_accounted_for():
-  fields = {f.name for f in dataclasses.fields(ModelConfig)} | {f"rope.{f.name}" for f in dataclasses.fields(Rope)}
+  fields = {f.name for f in dataclasses.fields(ModelConfig)} | {
+    f"rope.{f.name}" for f in dataclasses.fields(Rope)
+  }
   assert fields == set(CHANGED) | set(RESHAPED) | NOT_IN_THE_FUNCTION
 
 
@@ -287,10 +391,18 @@ def test_each_size_alone_changes_the_weights(field):
   assert describe(dataclasses.replace(QWEN, **{field: RESHAPED[field]})) != describe(QWEN)
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(family="gpt2"), "model.family='gpt2'"), (dict(kv_heads=3), "model.kv_heads=3"), (dict(head_dim=11), "model.head_dim=11"),
-    (dict(qk_norm="yes"), "model.qk_norm='yes'"), (dict(dtype="int8"), "model.dtype='int8'"),
-    (dict(sliding=(True,)), "model.sliding names 1 layers"), (dict(sliding=(True,) * 3), "model.sliding_window=None")])
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    (dict(family="gpt2"), "model.family='gpt2'"),
+    (dict(kv_heads=3), "model.kv_heads=3"),
+    (dict(head_dim=11), "model.head_dim=11"),
+    (dict(qk_norm="yes"), "model.qk_norm='yes'"),
+    (dict(dtype="int8"), "model.dtype='int8'"),
+    (dict(sliding=(True,)), "model.sliding names 1 layers"),
+    (dict(sliding=(True,) * 3), "model.sliding_window=None"),
+  ],
+)
 def test_impossible_configurations_are_named(changes, words):
   with pytest.raises(ValueError, match=re.escape(words)):
     dataclasses.replace(QWEN, **changes)
@@ -298,7 +410,9 @@ def test_impossible_configurations_are_named(changes, words):
 
 def test_scales_of_norms_are_not_rounded_to_the_compute_dtype():
   config = dataclasses.replace(QWEN, dtype="bfloat16", param_dtype="float32")
-  grads = jit(jax.grad(lambda p: jnp.sum(decoder.hidden(p, config, tokens(2, 12)).astype(jnp.float32) ** 2)))(params_of(QWEN))
+  grads = jit(
+    jax.grad(lambda p: jnp.sum(decoder.hidden(p, config, tokens(2, 12)).astype(jnp.float32) ** 2))
+  )(params_of(QWEN))
   for path in (("norm",), ("layers", "attn_norm"), ("layers", "attn", "q_norm")):
     g = functools.reduce(lambda tree, key: tree[key], path, grads)
     assert np.any(np.asarray(g) != np.asarray(g.astype(jnp.bfloat16).astype(jnp.float32))), path

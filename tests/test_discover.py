@@ -16,7 +16,15 @@ import numpy as np
 import pytest
 
 from sdpo_jax import checkpoint, discover, discovery, main, stats
-from sdpo_jax.discover import Attempts, Budget, calibrate, prompt_with, solve_by_learning, solve_by_sampling, solve_by_turns
+from sdpo_jax.discover import (
+  Attempts,
+  Budget,
+  calibrate,
+  prompt_with,
+  solve_by_learning,
+  solve_by_sampling,
+  solve_by_turns,
+)
 from sdpo_jax.discovery import compare, summarise
 from sdpo_jax.records import Feedback, Rollout, Status, Task
 from sdpo_jax.wiring import RunError
@@ -26,27 +34,56 @@ TASK = Task("q", "question")
 
 
 def attempt(right, tokens=3, status=Status.SCORED, text="no", task=TASK):
-  return Rollout(task, [1, 2], [0] * tokens, [-0.1] * tokens, "stop", "tried", Feedback(float(right), "" if right else text, status))
+  return Rollout(
+    task,
+    [1, 2],
+    [0] * tokens,
+    [-0.1] * tokens,
+    "stop",
+    "tried",
+    Feedback(float(right), "" if right else text, status),
+  )
 
 
 def scripted(outcomes, size):
   """collect(...) that hands out the outcomes in batches of `size`."""
-  return lambda params, asked: [[attempt(x) for x in outcomes[first:first + size]] for _, first in asked]
+  return lambda params, asked: [
+    [attempt(x) for x in outcomes[first : first + size]] for _, first in asked
+  ]
 
 
 def learn(outcomes, limit, size=4, tokens=None):
   updates = []
   budget = Budget(limit, tokens)
-  batch = types.SimpleNamespace(batch=types.SimpleNamespace(counterfactuals=(), teacher=types.SimpleNamespace(segment_CPT=np.array([[[1, 1, 1, 2, 2, 2, 2, 0]]]))))
-  solve_by_learning(TASK, budget, fresh=lambda: types.SimpleNamespace(params=None), collect=scripted(outcomes, size), make_batch=lambda groups: batch,
-                    step=lambda state, b: updates.append(1) or state)
+  batch = types.SimpleNamespace(
+    batch=types.SimpleNamespace(
+      counterfactuals=(),
+      teacher=types.SimpleNamespace(segment_CPT=np.array([[[1, 1, 1, 2, 2, 2, 2, 0]]])),
+    )
+  )
+  solve_by_learning(
+    TASK,
+    budget,
+    fresh=lambda: types.SimpleNamespace(params=None),
+    collect=scripted(outcomes, size),
+    make_batch=lambda groups: batch,
+    step=lambda state, b: updates.append(1) or state,
+  )
   return budget, len(updates)
 
 
 def test_learning_stops_at_the_first_success():
   budget, updates = learn([0, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0], limit=12)
-  assert budget.record() == {"first_success": 6, "first_success_tokens": 18, "response": "tried", "attempts": 8, "successes": 2, "env_failed": 0,
-                             "tokens": 24, "teacher_tokens": 7}
+  assert budget.record() == {
+    "first_success": 6,
+    "first_success_tokens": 18,
+    "response": "tried",
+    "attempts": 8,
+    "successes": 2,
+    "env_failed": 0,
+    "tokens": 24,
+    "teacher_tokens": 7,
+  }
   assert updates == 1
 
 
@@ -64,17 +101,36 @@ FAILED = attempt(1, status=Status.ENV_FAILED)
 def test_what_could_not_be_judged_is_neither_success_nor_failure():
   budget = Budget(4)
   budget.count([FAILED, attempt(0)])
-  assert not budget.found and budget.left == 3 and (budget.asked, budget.attempts, budget.env_failed, budget.tokens) == (2, 1, 1, 3)
+  assert (
+    not budget.found
+    and budget.left == 3
+    and (budget.asked, budget.attempts, budget.env_failed, budget.tokens) == (2, 1, 1, 3)
+  )
 
 
 def test_a_broken_sandbox_ends_the_run_and_no_update_is_made_without_a_verdict():
   budget, asked, updates = Budget(8, env_failures=2), [], []
-  broken = lambda params, ask: asked.append(ask[0][1]) or [[FAILED] * 4 if len(asked) != 2 else [FAILED, attempt(0)] * 2]
+  broken = lambda params, ask: (
+    asked.append(ask[0][1]) or [[FAILED] * 4 if len(asked) != 2 else [FAILED, attempt(0)] * 2]
+  )
   step = lambda state, b: updates.append(1) or state
-  batch = types.SimpleNamespace(batch=types.SimpleNamespace(counterfactuals=(), teacher=types.SimpleNamespace(segment_CPT=np.zeros((1, 1, 1)))))
+  batch = types.SimpleNamespace(
+    batch=types.SimpleNamespace(
+      counterfactuals=(), teacher=types.SimpleNamespace(segment_CPT=np.zeros((1, 1, 1)))
+    )
+  )
   with pytest.raises(RunError, match="in 2 batches in a row"):
-    solve_by_learning(TASK, budget, fresh=lambda: types.SimpleNamespace(params=None), collect=broken, make_batch=lambda groups: batch, step=step)
-  assert asked == [0, 4, 8, 12] and updates == [1] and (budget.attempts, budget.env_failed) == (2, 14)
+    solve_by_learning(
+      TASK,
+      budget,
+      fresh=lambda: types.SimpleNamespace(params=None),
+      collect=broken,
+      make_batch=lambda groups: batch,
+      step=step,
+    )
+  assert (
+    asked == [0, 4, 8, 12] and updates == [1] and (budget.attempts, budget.env_failed) == (2, 14)
+  )
   with pytest.raises(RunError):
     calibrate(TASK, below=0.03, attempts=64, collect=lambda n: [FAILED])
 
@@ -82,15 +138,34 @@ def test_a_broken_sandbox_ends_the_run_and_no_update_is_made_without_a_verdict()
 @pytest.mark.parametrize("together", [1, 2, 5])
 def test_sampling_spends_everything_whatever_is_sampled_together(together):
   budget = Budget(6)
-  solve_by_sampling(TASK, budget, params=None, collect=scripted([0, 0, 1, 0, 1, 1, 1, 1], 4), rollouts=4, together=together)
-  assert budget.record()["successes"] == 3 and budget.first["first_success"] == 3 and budget.attempts == 6 and not budget.left
+  solve_by_sampling(
+    TASK,
+    budget,
+    params=None,
+    collect=scripted([0, 0, 1, 0, 1, 1, 1, 1], 4),
+    rollouts=4,
+    together=together,
+  )
+  assert (
+    budget.record()["successes"] == 3
+    and budget.first["first_success"] == 3
+    and budget.attempts == 6
+    and not budget.left
+  )
 
 
 @pytest.mark.parametrize("together", [1, 4])
 def test_a_limit_of_tokens_counts_the_same_whatever_is_sampled_together(together):
   budget, outcomes = Budget(64, tokens=16), [0, 0, 1, 0, 1, 1, 1, 1] * 8
-  solve_by_sampling(TASK, budget, params=None, collect=scripted(outcomes, 4), rollouts=4, together=together)
-  assert (budget.attempts, budget.tokens, budget.successes, budget.first["first_success"]) == (6, 18, 3, 3)
+  solve_by_sampling(
+    TASK, budget, params=None, collect=scripted(outcomes, 4), rollouts=4, together=together
+  )
+  assert (budget.attempts, budget.tokens, budget.successes, budget.first["first_success"]) == (
+    6,
+    18,
+    3,
+    3,
+  )
 
 
 @pytest.mark.parametrize("history", discover.HISTORIES)
@@ -98,29 +173,56 @@ def test_turns_show_feedback_newest_last_and_drop_the_oldest(history):
   budget, seen = Budget(4), []
 
   def collect(params, asked):
-    (task, first), = asked
+    ((task, first),) = asked
     seen.append(task.prompt)
     return [[attempt(first == 3, text=f"F{first}")]]
 
-  solve_by_turns(TASK, budget, params=None, collect=collect, fits=lambda t: t.prompt.count("F") <= 2, history=history)
+  solve_by_turns(
+    TASK,
+    budget,
+    params=None,
+    collect=collect,
+    fits=lambda t: t.prompt.count("F") <= 2,
+    history=history,
+  )
   assert budget.first["first_success"] == 4 and seen[0] == "question"
   turns = [attempt(0, text=f"F{i}") for i in range(3)]
-  assert seen[1] == prompt_with(TASK, turns[:1], history).prompt and seen[3] == prompt_with(TASK, turns[1:], history).prompt
+  assert (
+    seen[1] == prompt_with(TASK, turns[:1], history).prompt
+    and seen[3] == prompt_with(TASK, turns[1:], history).prompt
+  )
   assert seen[3].count("tried") == (2 if history == "attempt_and_feedback" else 0)
 
 
 def test_attempts_stand_before_their_feedback_where_asked_for():
-  turns = [dataclasses.replace(attempt(0, text="F1"), text="A1"), dataclasses.replace(attempt(0, text="F2"), text="A2")]
+  turns = [
+    dataclasses.replace(attempt(0, text="F1"), text="A1"),
+    dataclasses.replace(attempt(0, text="F2"), text="A2"),
+  ]
   prompt = prompt_with(TASK, turns, "attempt_and_feedback").prompt
-  assert prompt.startswith("question") and [prompt.index(x) for x in ("A1", "F1", "A2", "F2")] == sorted(prompt.index(x) for x in ("A1", "F1", "A2", "F2"))
+  assert prompt.startswith("question") and [
+    prompt.index(x) for x in ("A1", "F1", "A2", "F2")
+  ] == sorted(prompt.index(x) for x in ("A1", "F1", "A2", "F2"))
   assert "A1" not in prompt_with(TASK, turns, "feedback").prompt
 
 
 def test_calibration_is_unbiased_to_the_end_and_stops_where_nothing_can_help():
   outcomes = [0] * 100 + [1] + [0] * 1000
-  ask = lambda n: [attempt(x) for x in outcomes[n:n + 64]]
-  assert calibrate(TASK, below=0.03, attempts=512, collect=ask) == {"task_id": "q", "attempts": 128, "successes": 1, "pass@64": 0.5, "used": False}
-  assert calibrate(TASK, below=0.2, attempts=512, collect=ask) == {"task_id": "q", "attempts": 512, "successes": 1, "pass@64": 64 / 512, "used": True}
+  ask = lambda n: [attempt(x) for x in outcomes[n : n + 64]]
+  assert calibrate(TASK, below=0.03, attempts=512, collect=ask) == {
+    "task_id": "q",
+    "attempts": 128,
+    "successes": 1,
+    "pass@64": 0.5,
+    "used": False,
+  }
+  assert calibrate(TASK, below=0.2, attempts=512, collect=ask) == {
+    "task_id": "q",
+    "attempts": 512,
+    "successes": 1,
+    "pass@64": 64 / 512,
+    "used": True,
+  }
 
 
 def test_a_solution_keeps_its_own_probability_where_packs_reorder_the_rows():
@@ -129,50 +231,105 @@ def test_a_solution_keeps_its_own_probability_where_packs_reorder_the_rows():
   def make_batch(groups):
     rows = groups[0][::-1]
     weight_BR = np.array([[1.0, 0.0]] * len(rows))
-    return types.SimpleNamespace(rollouts=rows, batch=types.SimpleNamespace(rows=rows, weight_BR=weight_BR))
+    return types.SimpleNamespace(
+      rollouts=rows, batch=types.SimpleNamespace(rows=rows, weight_BR=weight_BR)
+    )
 
   score = lambda batch: np.array([[-float(r.tokens[0]), -100.0] for r in batch.rows])
-  np.testing.assert_array_equal(discover.make_logp(score, make_batch, 4)(rollouts), [-0.0, -1.0, -2.0, -3.0, -4.0])
+  np.testing.assert_array_equal(
+    discover.make_logp(score, make_batch, 4)(rollouts), [-0.0, -1.0, -2.0, -3.0, -4.0]
+  )
 
 
 def run_line(arm, q, s, first, attempts=8, successes=None, per_attempt=10, teacher=5):
   tokens = (attempts if arm == "best_of_k" or first is None else first) * per_attempt
-  return {"arm": arm, "task_id": q, "seed": s, "first_success": first, "first_success_tokens": None if first is None else first * per_attempt,
-          "successes": int(first is not None) if successes is None else successes, "attempts": attempts, "tokens": tokens,
-          "teacher_tokens": teacher, "time_s": 1.0}
+  return {
+    "arm": arm,
+    "task_id": q,
+    "seed": s,
+    "first_success": first,
+    "first_success_tokens": None if first is None else first * per_attempt,
+    "successes": int(first is not None) if successes is None else successes,
+    "attempts": attempts,
+    "tokens": tokens,
+    "teacher_tokens": teacher,
+    "time_s": 1.0,
+  }
 
 
 def test_summary_counts_unsolved_runs_as_not_found_and_best_of_k_without_bias():
-  learned = [run_line("sdpo", q, s, f) for q, s, f in (("a", 0, 3), ("a", 1, None), ("b", 0, 1), ("b", 1, 8))]
-  sampled = [run_line("best_of_k", q, 0, f, successes=c) for q, f, c in (("a", 2, 2), ("b", None, 0))]
+  learned = [
+    run_line("sdpo", q, s, f) for q, s, f in (("a", 0, 3), ("a", 1, None), ("b", 0, 1), ("b", 1, 8))
+  ]
+  sampled = [
+    run_line("best_of_k", q, 0, f, successes=c) for q, f, c in (("a", 2, 2), ("b", None, 0))
+  ]
   summary = summarise(learned + sampled, 8, difficulty={"a": 0.01, "b": 0.2})
-  at = {arm: {int(k): x["mean"] for k, x in r["discovery"].items()} for arm, r in summary["arms"].items()}
+  at = {
+    arm: {int(k): x["mean"] for k, x in r["discovery"].items()}
+    for arm, r in summary["arms"].items()
+  }
   assert at["sdpo"] == {1: 0.25, 2: 0.25, 4: 0.5, 8: 0.75}
   assert at["best_of_k"] == {k: pytest.approx(stats.pass_at_k(8, 2, k) / 2) for k in (1, 2, 4, 8)}
   assert summary["arms"]["sdpo"]["solved"] == 3 and json.loads(json.dumps(summary)) == summary
   assert summary["arms"]["sdpo"]["discovery_by_difficulty"]["very hard"]["8"]["mean"] == 0.5
   assert summary["arms"]["sdpo"]["discovery_by_difficulty"]["hard"]["8"]["mean"] == 1.0
-  assert summary["arms"]["sdpo"]["discovery_kaplan_meier"] == {k: pytest.approx(x["mean"]) for k, x in summary["arms"]["sdpo"]["discovery"].items()}
-  means = {arm: (r["mean_attempts"], r["mean_tokens"], r["env_failed"]) for arm, r in summary["arms"].items()}
+  assert summary["arms"]["sdpo"]["discovery_kaplan_meier"] == {
+    k: pytest.approx(x["mean"]) for k, x in summary["arms"]["sdpo"]["discovery"].items()
+  }
+  means = {
+    arm: (r["mean_attempts"], r["mean_tokens"], r["env_failed"])
+    for arm, r in summary["arms"].items()
+  }
   # (3 + 8 + 1 + 8) / 4 and (2 + 8) / 2 attempts, 10 tokens each
   assert means == {"sdpo": (5.0, 50.0, None), "best_of_k": (5.0, 50.0, None)}
   said = [line.split() for line in discovery.summary_lines(summary)]
-  assert ["runs", "solved", "by", "question", "base", "pass@64", "sdpo", "best_of_k"] in said and ["a", "0.010", "1/2", "1/1"] in said
+  assert ["runs", "solved", "by", "question", "base", "pass@64", "sdpo", "best_of_k"] in said and [
+    "a",
+    "0.010",
+    "1/2",
+    "1/1",
+  ] in said
   assert ["discovery@8,", "very", "hard:", "50.0%,", "1", "questions"] in said
 
 
 def test_runs_whose_tokens_were_spent_are_said_to_have_ended_early():
-  summary = summarise([run_line("sdpo", "a", s, f, attempts=n) for s, (f, n) in enumerate(((None, 2), (4, 8), (None, 8), (6, 8)))], 8)
+  summary = summarise(
+    [
+      run_line("sdpo", "a", s, f, attempts=n)
+      for s, (f, n) in enumerate(((None, 2), (4, 8), (None, 8), (6, 8)))
+    ],
+    8,
+  )
   arm = summary["arms"]["sdpo"]
-  assert arm["ended_early"] == 1 and arm["discovery"]["8"]["mean"] == 0.5 and arm["discovery_kaplan_meier"]["8"] == pytest.approx(2 / 3)
-  assert any("1 unsolved runs ended before attempt 8" in line and line.endswith("is 66.7%") for line in discovery.summary_lines(summary))
+  assert (
+    arm["ended_early"] == 1
+    and arm["discovery"]["8"]["mean"] == 0.5
+    and arm["discovery_kaplan_meier"]["8"] == pytest.approx(2 / 3)
+  )
+  assert any(
+    "1 unsolved runs ended before attempt 8" in line and line.endswith("is 66.7%")
+    for line in discovery.summary_lines(summary)
+  )
 
 
 def test_attempts_and_tokens_to_reach_the_baseline_by_hand():
-  learned = [run_line("sdpo", q, s, f, attempts=90) for q, fs in (("a", (4, 20)), ("b", (None, 60))) for s, f in enumerate(fs)]
-  sampled = [run_line("best_of_k", q, s, f, attempts=90) for q, fs in (("a", (50, None)), ("b", (None, None))) for s, f in enumerate(fs)]
+  learned = [
+    run_line("sdpo", q, s, f, attempts=90)
+    for q, fs in (("a", (4, 20)), ("b", (None, 60)))
+    for s, f in enumerate(fs)
+  ]
+  sampled = [
+    run_line("best_of_k", q, s, f, attempts=90)
+    for q, fs in (("a", (50, None)), ("b", (None, None)))
+    for s, f in enumerate(fs)
+  ]
   said = compare(learned + sampled, 90, level=0.9)
-  assert said["target"] == 0.25 and said["attempts"]["to_reach"] == 4 and said["tokens"]["to_reach"] == 40
+  assert (
+    said["target"] == 0.25
+    and said["attempts"]["to_reach"] == 4
+    and said["tokens"]["to_reach"] == 40
+  )
   assert said["tokens_with_teacher"]["to_reach"] == 45 and said["baseline_tokens"] == 900
   # Draws of questions: both a -> best_of_k finds 1/2, sdpo needs 4; one of each -> 4; both b ->
   # nothing is found, 0 are needed.
@@ -189,7 +346,9 @@ def test_intervals_cover_in_this_very_design():
   # uniform spread over questions
   for rate in (0.0003, 0.002, 0.01):
     true_Q = lambda: rate * np.exp(rng.uniform(-1.5, 1.5, 20))
-    expected = np.mean([np.mean(1 - (1 - rate * np.exp(rng.uniform(-1.5, 1.5, 2000))) ** budget) for _ in range(10)])
+    expected = np.mean(
+      [np.mean(1 - (1 - rate * np.exp(rng.uniform(-1.5, 1.5, 2000))) ** budget) for _ in range(10)]
+    )
     hits = 0
     for trial in range(trials):
       first_QS = rng.geometric(true_Q()[:, None], (20, 5))
@@ -219,45 +378,102 @@ def test_batches_on_disk_are_not_sampled_again(tmp_path):
   ask = again.around(collect)
   assert ask(None, [(TASK, 0)]) == original and len(calls) == 1
   ask(None, [(TASK, 2)])
-  assert len(calls) == 2 and again.time_s >= 100.0   # what the earlier session spent counts
+  assert len(calls) == 2 and again.time_s >= 100.0  # what the earlier session spent counts
   again.around(lambda params, asked: [[FAILED]])(None, [(TASK, 4)])
-  repaired = Attempts(path, run)   # what a broken sandbox left behind is asked again
+  repaired = Attempts(path, run)  # what a broken sandbox left behind is asked again
   assert [line["first"] for line in repaired.stored] == [[0], [2]]
   with pytest.raises(AssertionError, match="does not belong"):
     Attempts(path, ["sdpo", "q", 1])
 
 
-@pytest.mark.parametrize("config, override, words", [
+@pytest.mark.parametrize(
+  "config, override, words",
+  [
     ("tinycode.py:method=grpo", "--config.discover.seeds=1", "config.method has no teacher"),
     ("discover.py:local", "--config.train.updates_per_batch=2", "config.train.updates_per_batch=2"),
     ("discover.py:local", "--config.discover.indices=(3,-1)", "config.discover.indices=(3, -1)"),
-    ("discover.py:local", "--config.discover.arms=('counterfactual',) --config.method.counterfactual.name=notes", "config.method.counterfactual.sources holds 'samples'"),
-    ("discover.py:local", "--config.discover.arms=('counterfactual',) --config.method.counterfactual.name=notes --config.method.counterfactual.sources=('siblings','model') "
-     "--config.method.counterfactual.model=tiny_arithmetic", "config.method.counterfactual.sources holds 'model'"),
-    ("discover.py:local", "--config.discover.parallel=3", "config.discover.parallel=3 must divide the 8 devices"),
-    ("tinycode.py:local", "--config.mesh.tensor=2", "config.mesh.tensor=2 does not divide vocab=707 of the model"),
-    ("tinycode.py:local", "--config.mesh.fsdp=2 --config.mesh.data=4 --config.train.loss_implementation=reference", "loss_implementation='reference' is for one device"),
-    ("discover.py:local", "--config.mesh.fsdp=4 --config.discover.parallel=2 --config.train.micro_batches=4", "do not divide into 16 packs"),
-    ("discover.py:task=livecodebench,local", "--config.discover.indices=(0,99) --config.rollout.rows=8", "config.discover.indices=(0, 99): split")])
+    (
+      "discover.py:local",
+      "--config.discover.arms=('counterfactual',) --config.method.counterfactual.name=notes",
+      "config.method.counterfactual.sources holds 'samples'",
+    ),
+    (
+      "discover.py:local",
+      "--config.discover.arms=('counterfactual',) --config.method.counterfactual.name=notes --config.method.counterfactual.sources=('siblings','model') "
+      "--config.method.counterfactual.model=tiny_arithmetic",
+      "config.method.counterfactual.sources holds 'model'",
+    ),
+    (
+      "discover.py:local",
+      "--config.discover.parallel=3",
+      "config.discover.parallel=3 must divide the 8 devices",
+    ),
+    (
+      "tinycode.py:local",
+      "--config.mesh.tensor=2",
+      "config.mesh.tensor=2 does not divide vocab=707 of the model",
+    ),
+    (
+      "tinycode.py:local",
+      "--config.mesh.fsdp=2 --config.mesh.data=4 --config.train.loss_implementation=reference",
+      "loss_implementation='reference' is for one device",
+    ),
+    (
+      "discover.py:local",
+      "--config.mesh.fsdp=4 --config.discover.parallel=2 --config.train.micro_batches=4",
+      "do not divide into 16 packs",
+    ),
+    (
+      "discover.py:task=livecodebench,local",
+      "--config.discover.indices=(0,99) --config.rollout.rows=8",
+      "config.discover.indices=(0, 99): split",
+    ),
+  ],
+)
 def test_what_cannot_run_says_so_in_one_line(config, override, words, tmp_path, capsys):
-  assert main.main(["main", "--mode=discover", f"--config={ROOT}/configs/{config}", *override.split(), f"--workdir={tmp_path}"]) == 2
+  assert (
+    main.main(
+      [
+        "main",
+        "--mode=discover",
+        f"--config={ROOT}/configs/{config}",
+        *override.split(),
+        f"--workdir={tmp_path}",
+      ]
+    )
+    == 2
+  )
   said = capsys.readouterr().err.strip()
   assert words in said and "\n" not in said
 
 
-LOCAL = ["--mode=discover", f"--config={ROOT}/configs/discover.py:local", "--config.discover.below_pass_at_64=1.0"]
+LOCAL = [
+  "--mode=discover",
+  f"--config={ROOT}/configs/discover.py:local",
+  "--config.discover.below_pass_at_64=1.0",
+]
 
 
 def repeatable(workdir):
   """The finished runs without their times, in one order."""
-  lines = [json.loads(line) for line in (workdir / "discover.jsonl").read_text().splitlines()] if (workdir / "discover.jsonl").exists() else []
-  return sorted(({k: v for k, v in line.items() if k != "time_s"} for line in lines), key=lambda line: (line["arm"], line["task_id"], line["seed"]))
+  lines = (
+    [json.loads(line) for line in (workdir / "discover.jsonl").read_text().splitlines()]
+    if (workdir / "discover.jsonl").exists()
+    else []
+  )
+  return sorted(
+    ({k: v for k, v in line.items() if k != "time_s"} for line in lines),
+    key=lambda line: (line["arm"], line["task_id"], line["seed"]),
+  )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
   """Sessions of this file compile the same programs: the later ones read them."""
-  settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")), "jax_persistent_cache_min_compile_time_secs": 0.2}
+  settings = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+    "jax_persistent_cache_min_compile_time_secs": 0.2,
+  }
   before = {name: getattr(jax.config, name) for name in settings}
   for name, value in settings.items():
     jax.config.update(name, value)
@@ -270,20 +486,30 @@ def compiled_once(tmp_path_factory):
 def whole(tmp_path_factory):
   """An uninterrupted session over two questions and all arms, one run after another."""
   workdir = tmp_path_factory.mktemp("whole")
-  assert main.main(["main", *LOCAL, "--config.discover.indices=(37,6)", f"--workdir={workdir}"]) == 0
+  assert (
+    main.main(["main", *LOCAL, "--config.discover.indices=(37,6)", f"--workdir={workdir}"]) == 0
+  )
   return workdir
 
 
 def test_a_session_leaves_everything_that_was_promised(whole, capsys):
   workdir, summary = whole, json.loads((whole / "discover.json").read_text())
-  assert len(repeatable(workdir)) == 6 and set(summary["arms"]) == set(discover.ARMS) - {"counterfactual"}
+  assert len(repeatable(workdir)) == 6 and set(summary["arms"]) == set(discover.ARMS) - {
+    "counterfactual"
+  }
   assert (workdir / "discover.png").stat().st_size > 10_000 and not (workdir / "attempts").exists()
   learned = [line for line in repeatable(workdir) if line["arm"] == "sdpo"]
   # there was an update
-  assert all(line["teacher_tokens"] > 0 and line["skipped_updates"] == 0 for line in learned if line["attempts"] > 8)
+  assert all(
+    line["teacher_tokens"] > 0 and line["skipped_updates"] == 0
+    for line in learned
+    if line["attempts"] > 8
+  )
   before = {path.name: path.read_bytes() for path in workdir.iterdir()}
   # finished: nothing changes, and it says the same
-  assert main.main(["main", *LOCAL, "--config.discover.indices=(37,6)", f"--workdir={workdir}"]) == 0
+  assert (
+    main.main(["main", *LOCAL, "--config.discover.indices=(37,6)", f"--workdir={workdir}"]) == 0
+  )
   assert capsys.readouterr().out == (workdir / "discover.txt").read_text()
   assert {path.name: path.read_bytes() for path in workdir.iterdir()} == before
 
@@ -298,6 +524,7 @@ def interrupt(monkeypatch, batches):
       if len(calls) == batches + 1:
         raise KeyboardInterrupt
       return collect(params, asked)
+
     return original(self, counted)
 
   monkeypatch.setattr(discover.Attempts, "around", cut)
@@ -305,38 +532,71 @@ def interrupt(monkeypatch, batches):
 
 def test_an_interrupt_in_mid_question_changes_nothing(whole, tmp_path, monkeypatch):
   """And the other order of the questions, two of them at a time after it: nothing leaks from one to the next, or to the one beside it."""
-  arguments = ["main", *LOCAL, "--config.discover.indices=(6,37)", "--config.discover.arms=('sdpo','best_of_k')", f"--workdir={tmp_path}"]
+  arguments = [
+    "main",
+    *LOCAL,
+    "--config.discover.indices=(6,37)",
+    "--config.discover.arms=('sdpo','best_of_k')",
+    f"--workdir={tmp_path}",
+  ]
   with monkeypatch.context() as m:
     # the first question's learning has made one of its two batches, and an update
     interrupt(m, 1)
     with pytest.raises(KeyboardInterrupt):
       main.main(arguments)
-  begun, = (tmp_path / "attempts").iterdir()
+  (begun,) = (tmp_path / "attempts").iterdir()
   # what is begun belongs to its settings
   assert main.main([*arguments, "--config.optimizer.lr=1.0"]) == 2
-  assert len(begun.read_text().splitlines()) == 1 and not repeatable(tmp_path) and not (tmp_path / "discover.json").exists()
+  assert (
+    len(begun.read_text().splitlines()) == 1
+    and not repeatable(tmp_path)
+    and not (tmp_path / "discover.json").exists()
+  )
   devices, both, original = set(), threading.Barrier(2), discover.Solver.solve
 
   def solve(self, run, *rest):
     if run.arm == "sdpo":
       devices.add(jax.tree.leaves(self.w.params)[0].device)
-      both.wait(timeout=300)   # neither question learns before the other does
+      both.wait(timeout=300)  # neither question learns before the other does
     return original(self, run, *rest)
 
   monkeypatch.setattr(discover.Solver, "solve", solve)
   assert main.main([*arguments, "--config.discover.parallel=2"]) == 0
-  assert repeatable(tmp_path) == [line for line in repeatable(whole) if line["arm"] != "multi_turn"] and len(devices) == 2
+  assert (
+    repeatable(tmp_path) == [line for line in repeatable(whole) if line["arm"] != "multi_turn"]
+    and len(devices) == 2
+  )
 
 
 def test_a_warm_start_begins_where_the_question_before_ended(whole, tmp_path, monkeypatch):
   starts, original = [], discover.Solver.solve
-  monkeypatch.setattr(discover.Solver, "solve", lambda self, run, log, start=None: starts.append(start) or original(self, run, log, start))
-  assert main.main(["main", *LOCAL, "--config.discover.indices=(37,6)", "--config.discover.warm_start=True", "--config.discover.arms=('sdpo',)",
-                    f"--workdir={tmp_path}"]) == 0
+  monkeypatch.setattr(
+    discover.Solver,
+    "solve",
+    lambda self, run, log, start=None: starts.append(start) or original(self, run, log, start),
+  )
+  assert (
+    main.main(
+      [
+        "main",
+        *LOCAL,
+        "--config.discover.indices=(37,6)",
+        "--config.discover.warm_start=True",
+        "--config.discover.arms=('sdpo',)",
+        f"--workdir={tmp_path}",
+      ]
+    )
+    == 0
+  )
   # what the first question's run left
   kept = checkpoint.restore_params(tmp_path / "warm" / "sdpo_seed_0", starts[1], step=1)
-  assert starts[0] is None and all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(*map(jax.tree.leaves, (starts[1], kept))))
-  cold, warm = ({line["task_id"]: line for line in repeatable(workdir) if line["arm"] == "sdpo"} for workdir in (whole, tmp_path))
+  assert starts[0] is None and all(
+    (np.asarray(a) == np.asarray(b)).all() for a, b in zip(*map(jax.tree.leaves, (starts[1], kept)))
+  )
+  cold, warm = (
+    {line["task_id"]: line for line in repeatable(workdir) if line["arm"] == "sdpo"}
+    for workdir in (whole, tmp_path)
+  )
   one, other = (next(q for q in cold if q.endswith(end)) for end in ("/37", "/6"))
   assert warm[one] == cold[one] and warm[other] != cold[other]
 
@@ -344,24 +604,65 @@ def test_a_warm_start_begins_where_the_question_before_ended(whole, tmp_path, mo
 @pytest.mark.slow
 def test_counterfactual_tells_what_the_other_attempts_received(whole, tmp_path, monkeypatch):
   read, original = [], discover.Solver.batch_of
-  monkeypatch.setattr(discover.Solver, "batch_of", lambda self, *a: read.append(original(self, *a)) or read[-1])
-  assert main.main(["main", *LOCAL, "--config.discover.indices=(37,6)", "--config.discover.arms=('counterfactual','sdpo')", f"--workdir={tmp_path}"]) == 0
-  lines = {arm: [line for line in repeatable(tmp_path) if line["arm"] == arm] for arm in ("counterfactual", "sdpo")}
+  monkeypatch.setattr(
+    discover.Solver, "batch_of", lambda self, *a: read.append(original(self, *a)) or read[-1]
+  )
+  assert (
+    main.main(
+      [
+        "main",
+        *LOCAL,
+        "--config.discover.indices=(37,6)",
+        "--config.discover.arms=('counterfactual','sdpo')",
+        f"--workdir={tmp_path}",
+      ]
+    )
+    == 0
+  )
+  lines = {
+    arm: [line for line in repeatable(tmp_path) if line["arm"] == arm]
+    for arm in ("counterfactual", "sdpo")
+  }
   # its part is not sdpo's
   assert lines["sdpo"] == [line for line in repeatable(whole) if line["arm"] == "sdpo"]
   told = [packed for packed in read if packed.counterfactuals]
-  assert told and any("would have" in c.notes for packed in told for row in packed.counterfactuals for c in row if c is not None)
-  updated = [(line, plain) for line, plain in zip(lines["counterfactual"], lines["sdpo"]) if plain["attempts"] > 8]
-  assert updated and all(line["task_id"] == plain["task_id"] and line["teacher_tokens"] > plain["teacher_tokens"] for line, plain in updated)
+  assert told and any(
+    "would have" in c.notes
+    for packed in told
+    for row in packed.counterfactuals
+    for c in row
+    if c is not None
+  )
+  updated = [
+    (line, plain)
+    for line, plain in zip(lines["counterfactual"], lines["sdpo"])
+    if plain["attempts"] > 8
+  ]
+  assert updated and all(
+    line["task_id"] == plain["task_id"] and line["teacher_tokens"] > plain["teacher_tokens"]
+    for line, plain in updated
+  )
 
 
 @pytest.mark.slow
 def test_questions_side_by_side_on_meshes_of_two_equal_one_after_the_other(tmp_path):
   """Two devices hold one question's weights in parts; four hold two questions."""
   for devices in (2, 4):
-    command = [sys.executable, "-m", "sdpo_jax.main", *LOCAL, "--config.discover.indices=(37,6)", "--config.discover.arms=('sdpo',)", "--config.mesh.fsdp=2",
-               f"--config.discover.parallel={devices // 2}", f"--workdir={tmp_path / str(devices)}"]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [
+      sys.executable,
+      "-m",
+      "sdpo_jax.main",
+      *LOCAL,
+      "--config.discover.indices=(37,6)",
+      "--config.discover.arms=('sdpo',)",
+      "--config.mesh.fsdp=2",
+      f"--config.discover.parallel={devices // 2}",
+      f"--workdir={tmp_path / str(devices)}",
+    ]
+    env = os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
     done = subprocess.run(command, cwd=ROOT, env=env, timeout=900, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
   assert repeatable(tmp_path / "4") == repeatable(tmp_path / "2")
@@ -369,12 +670,28 @@ def test_questions_side_by_side_on_meshes_of_two_equal_one_after_the_other(tmp_p
 
 @pytest.mark.slow
 def test_killed_and_resumed(whole, tmp_path):
-  command = [sys.executable, "-m", "sdpo_jax.main", *LOCAL, "--config.discover.indices=(37,6)", f"--workdir={tmp_path}"]
-  options = dict(cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  command = [
+    sys.executable,
+    "-m",
+    "sdpo_jax.main",
+    *LOCAL,
+    "--config.discover.indices=(37,6)",
+    f"--workdir={tmp_path}",
+  ]
+  options = dict(
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
   process = subprocess.Popen(command, start_new_session=True, **options)
   attempts, deadline = tmp_path / "attempts" / "00000.jsonl", time.monotonic() + 300
   # in mid-question: a batch is done
-  while not (attempts.exists() and attempts.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+  while (
+    not (attempts.exists() and attempts.stat().st_size)
+    and process.poll() is None
+    and time.monotonic() < deadline
+  ):
     time.sleep(0.005)
   os.killpg(process.pid, signal.SIGKILL)
   process.communicate()

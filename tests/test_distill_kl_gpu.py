@@ -21,8 +21,7 @@ import pytest
 
 from sdpo_jax import plan
 from sdpo_jax.kernels import distill_kl_gpu
-from sdpo_jax.kernels.distill_kl import distill_kl
-from sdpo_jax.kernels.distill_kl import distill_kl_sharded
+from sdpo_jax.kernels.distill_kl import distill_kl, distill_kl_sharded
 from tests.test_distill_kl import check, exact, extreme, problem, run
 
 gpu = functools.partial(distill_kl, implementation="pallas_gpu")
@@ -36,12 +35,23 @@ def one_part(monkeypatch):
   monkeypatch.setattr(distill_kl_gpu, "GROUP", 1)
 
 
-@pytest.mark.parametrize("alpha", (0.5, pytest.param(0, marks=pytest.mark.slow), pytest.param(0.2, marks=pytest.mark.slow),
-                                   pytest.param(1, marks=pytest.mark.slow)))
+@pytest.mark.parametrize(
+  "alpha",
+  (
+    0.5,
+    pytest.param(0, marks=pytest.mark.slow),
+    pytest.param(0.2, marks=pytest.mark.slow),
+    pytest.param(1, marks=pytest.mark.slow),
+  ),
+)
 def test_interpret_mode(alpha, one_part):
   """bfloat16, E != D, two tiles of the vocabulary, the last one ragged, and a temperature."""
   args = problem(21, 128, 192, 200, scale=3.0, dtype=jnp.bfloat16)
-  check(run(gpu, *args, alpha=alpha, temperature=0.7), exact(*args, alpha=alpha, temperature=0.7), gradient_tolerance=2**-7)
+  check(
+    run(gpu, *args, alpha=alpha, temperature=0.7),
+    exact(*args, alpha=alpha, temperature=0.7),
+    gradient_tolerance=2**-7,
+  )
 
 
 @pytest.mark.slow
@@ -59,7 +69,9 @@ def test_several_blocks_and_parts(alpha, monkeypatch):
 @pytest.mark.parametrize("kind", ("eighty", "one_hot", "teacher_sure"))
 def test_extreme_logits(kind, one_part):
   for alpha in (0, 0.5, 1):
-    check(run(gpu, *extreme(kind), alpha=alpha), exact(*extreme(kind), alpha=alpha, temperature=1.0))
+    check(
+      run(gpu, *extreme(kind), alpha=alpha), exact(*extreme(kind), alpha=alpha, temperature=1.0)
+    )
 
 
 @pytest.mark.slow
@@ -82,10 +94,22 @@ def test_teacher_equal_to_policy_gives_exactly_nothing(one_part):
 def test_sharded_form_on_a_mesh_of_one(one_part):
   """The GPU interpreter simulates one device at a time, so several virtual ones cannot share it: what is common to all
   implementations is held on eight in test_distill_kl.py."""
-  mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:1])
+  mesh = jax.make_mesh(
+    (1, 1, 1),
+    ("data", "fsdp", "tensor"),
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    devices=jax.devices()[:1],
+  )
   args = problem(21, 64, 64, 300, scale=3.0, dtype=jnp.bfloat16)
-  check(run(functools.partial(distill_kl_sharded, mesh=mesh, implementation="pallas_gpu"), *args, alpha=0.5),
-        exact(*args, alpha=0.5, temperature=1.0), gradient_tolerance=2**-7)
+  check(
+    run(
+      functools.partial(distill_kl_sharded, mesh=mesh, implementation="pallas_gpu"),
+      *args,
+      alpha=0.5,
+    ),
+    exact(*args, alpha=0.5, temperature=1.0),
+    gradient_tolerance=2**-7,
+  )
 
 
 @pytest.mark.slow
@@ -95,10 +119,14 @@ def test_no_races(one_part):
     pytest.skip("jax 0.11's GPU interpreter is the first that watches wgmma and the copies")
   from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
   from jax.experimental.pallas import mosaic_gpu as plgpu
+
   mode = plgpu.InterpretGPUParams(detect_races=True)
   args = problem(21, 192, 384, 300, scale=3.0, dtype=jnp.bfloat16)
-  check(run(distill_kl_gpu.distill_kl, *args, alpha=0.5, temperature=0.7, interpret=mode),
-        exact(*args, alpha=0.5, temperature=0.7), gradient_tolerance=2**-7)
+  check(
+    run(distill_kl_gpu.distill_kl, *args, alpha=0.5, temperature=0.7, interpret=mode),
+    exact(*args, alpha=0.5, temperature=0.7),
+    gradient_tolerance=2**-7,
+  )
   assert not get_races().races_found
 
 
@@ -119,12 +147,25 @@ def lower_for_h200(lower, alpha, X, D, E, V, dtype, sharding=None):
     return lower(jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)))(*args)
 
 
-@pytest.mark.parametrize("alpha,D,E,V,dtype", [(0.5, 1024, 2048, 151936, "bfloat16"),
-                                               pytest.param(0, 4096, 4096, 151936, "bfloat16", marks=pytest.mark.slow),
-                                               pytest.param(1, 128, 128, 300, "float32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  "alpha,D,E,V,dtype",
+  [
+    (0.5, 1024, 2048, 151936, "bfloat16"),
+    pytest.param(0, 4096, 4096, 151936, "bfloat16", marks=pytest.mark.slow),
+    pytest.param(1, 128, 128, 300, "float32", marks=pytest.mark.slow),
+  ],
+)
 def test_lowers_for_cuda(alpha, D, E, V, dtype):
   checks = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
-  lowered = lower_for_h200(functools.partial(export.export, platforms=["cuda"], disabled_checks=checks), alpha, 300, D, E, V, dtype)
+  lowered = lower_for_h200(
+    functools.partial(export.export, platforms=["cuda"], disabled_checks=checks),
+    alpha,
+    300,
+    D,
+    E,
+    V,
+    dtype,
+  )
   assert lowered.mlir_module().count("@mosaic_gpu_v2") >= (3 if alpha == 0.5 else 2)
 
 
@@ -134,14 +175,26 @@ def test_compiles_for_an_h200_without_serialised_products(D, alpha):
   """ptxas reports registers, spills and products that it had to serialise; memory beside arguments and gradients."""
   if importlib.util.find_spec("jax_cuda13_plugin") is None or _ptxas() is None:
     pytest.skip("no CUDA compiler: jax's CUDA plugin and ptxas are not installed")
-  env = os.environ | {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                      "PATH": os.pathsep.join((str(_ptxas().parent), os.environ["PATH"]))}
-  child = subprocess.run([sys.executable, __file__, str(D), str(alpha)], env=env, text=True, stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, check=False)
+  env = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "MOSAIC_GPU_DUMP_PTXAS": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    "PATH": os.pathsep.join((str(_ptxas().parent), os.environ["PATH"])),
+  }
+  child = subprocess.run(
+    [sys.executable, __file__, str(D), str(alpha)],
+    env=env,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    check=False,
+  )
   assert child.returncode == 0, child.stdout[-2000:]
   reports = child.stdout.count("bytes stack frame")
   assert reports >= (3 if alpha == 0.5 else 2), child.stdout[-2000:]
-  assert child.stdout.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == reports, child.stdout
+  assert (
+    child.stdout.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == reports
+  ), child.stdout
   assert "serialized" not in child.stdout, child.stdout
   temporaries = int(child.stdout.splitlines()[-1])
   assert temporaries <= distill_kl_gpu.WORKSPACE_BYTES + 4 * D * (4096 + 151936)
@@ -149,16 +202,23 @@ def test_compiles_for_an_h200_without_serialised_products(D, alpha):
 
 def _ptxas():
   """Path of the ptxas that pip installed, else of the one on PATH."""
-  installed = [path for root in sys.path for path in pathlib.Path(root or ".").glob("nvidia/*/bin/ptxas")]
+  installed = [
+    path for root in sys.path for path in pathlib.Path(root or ".").glob("nvidia/*/bin/ptxas")
+  ]
   found = installed or list(filter(None, [shutil.which("ptxas")]))
   return pathlib.Path(found[0]) if found else None
 
 
 def _compile_in_child(D, alpha):
-  sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(plan.topology_devices("h200:1")), ("x",)), jax.sharding.PartitionSpec())
+  sharding = jax.sharding.NamedSharding(
+    jax.sharding.Mesh(np.array(plan.topology_devices("h200:1")), ("x",)),
+    jax.sharding.PartitionSpec(),
+  )
   lowered = lower_for_h200(lambda f: f.lower, alpha, 4096, D, D, 151936, jnp.bfloat16, sharding)
   print(lowered.compile().memory_analysis().temp_size_in_bytes)
 
 
 if __name__ == "__main__":
-  _compile_in_child(int(sys.argv[1]), float(sys.argv[2]) if "." in sys.argv[2] else int(sys.argv[2]))
+  _compile_in_child(
+    int(sys.argv[1]), float(sys.argv[2]) if "." in sys.argv[2] else int(sys.argv[2])
+  )

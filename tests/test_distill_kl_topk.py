@@ -5,10 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdpo_jax.kernels import distill_kl_ref
-from sdpo_jax.kernels import distill_kl_xla
-from sdpo_jax.kernels.distill_topk import distill_topk
-from sdpo_jax.kernels.distill_topk import top_log_probs
+from sdpo_jax.kernels import distill_kl_ref, distill_kl_xla
+from sdpo_jax.kernels.distill_topk import distill_topk, top_log_probs
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +34,13 @@ def plain(h, w, g, u, target, *, alpha, top_k, add_tail, temperature):
     a, b = log_softmax(a), log_softmax(b)
   kl = lambda x, y: jnp.sum(jnp.exp(x) * (x - y), axis=1)
   m = jnp.log((1 - alpha) * jnp.exp(a) + alpha * jnp.exp(b))
-  divergence = kl(b, a) if alpha == 0 else kl(a, b) if alpha == 1 else (1 - alpha) * kl(a, m) + alpha * kl(b, m)
+  divergence = (
+    kl(b, a)
+    if alpha == 0
+    else kl(a, b)
+    if alpha == 1
+    else (1 - alpha) * kl(a, m) + alpha * kl(b, m)
+  )
   at = lambda x: jnp.take_along_axis(x, target[:, None], axis=1)[:, 0]
   return distill_kl_ref.DistillKL(divergence, at(s), at(t), -jnp.sum(jnp.exp(s) * s, axis=1))
 
@@ -66,16 +70,29 @@ def test_equals_the_plain_formula(alpha, add_tail):
     assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
 
 
-@pytest.mark.parametrize("mesh_shape", ((1, 2, 2), pytest.param((2, 2, 2), marks=pytest.mark.slow), pytest.param((1, 1, 8), marks=pytest.mark.slow)))
+@pytest.mark.parametrize(
+  "mesh_shape",
+  (
+    (1, 2, 2),
+    pytest.param((2, 2, 2), marks=pytest.mark.slow),
+    pytest.param((1, 1, 8), marks=pytest.mark.slow),
+  ),
+)
 def test_sharded_equals_unsharded(mesh_shape):
   """9 tokens divide by no mesh; more entries are wanted (41) than a device of the last mesh has (38)."""
-  mesh = jax.make_mesh(mesh_shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3,
-                       devices=jax.devices()[:np.prod(mesh_shape)])
+  mesh = jax.make_mesh(
+    mesh_shape,
+    ("data", "fsdp", "tensor"),
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    devices=jax.devices()[: np.prod(mesh_shape)],
+  )
   arrays, target = problem(V=304)
   cotangents = np.random.default_rng(1).normal(size=(4, 9)).astype(np.float32)
   static = dict(alpha=0.5, top_k=41, temperature=0.8)
   whole = value_and_gradients(distill_topk, arrays, target, cotangents, **static)
-  for a, b in zip(value_and_gradients(distill_topk, arrays, target, cotangents, mesh=mesh, **static), whole):
+  for a, b in zip(
+    value_and_gradients(distill_topk, arrays, target, cotangents, mesh=mesh, **static), whole
+  ):
     np.testing.assert_allclose(a, b, rtol=3e-6, atol=3e-6 * np.abs(b).max())
   at = lambda **mesh: np.asarray(top_log_probs(*arrays, target, top_k=41, **mesh).index_XK)
   np.testing.assert_array_equal(at(mesh=mesh), at())
@@ -87,7 +104,9 @@ def test_entries_are_the_policys_best():
   s = arrays[0] @ arrays[1]
   np.testing.assert_array_equal(top.index_XK, np.argsort(-s, axis=1)[:, :5])
   t = jax.nn.log_softmax(arrays[2] @ arrays[3])
-  np.testing.assert_allclose(top.logp_teacher_XK, np.take_along_axis(np.asarray(t), np.asarray(top.index_XK), 1), atol=1e-5)
+  np.testing.assert_allclose(
+    top.logp_teacher_XK, np.take_along_axis(np.asarray(t), np.asarray(top.index_XK), 1), atol=1e-5
+  )
 
 
 @pytest.mark.parametrize("alpha", (0, 0.5, 1))
@@ -97,11 +116,16 @@ def test_bucketed_never_exceeds_the_full_divergence_and_reaches_it(alpha):
     arrays, target = problem(V=40)
     arrays = [np.asarray(a, np.float64) for a in arrays]
     full = distill_kl_ref.distill_kl(*arrays, target, alpha=alpha, temperature=1.0).divergence_X
-    bucketed = [np.asarray(distill_topk(*arrays, target, alpha=alpha, top_k=k).divergence_X) for k in (1, 5, 39)]
+    bucketed = [
+      np.asarray(distill_topk(*arrays, target, alpha=alpha, top_k=k).divergence_X)
+      for k in (1, 5, 39)
+    ]
     for smaller, larger in zip(bucketed, bucketed[1:] + [full]):
       assert (smaller <= larger + 1e-9).all()
     np.testing.assert_allclose(bucketed[2], full, rtol=1e-6)
-    np.testing.assert_allclose(distill_topk(*arrays, target, alpha=alpha, top_k=100).divergence_X, full, atol=1e-5)
+    np.testing.assert_allclose(
+      distill_topk(*arrays, target, alpha=alpha, top_k=100).divergence_X, full, atol=1e-5
+    )
 
 
 def test_same_weights_and_prompt_give_zero():

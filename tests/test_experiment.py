@@ -15,7 +15,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def running(pid: int) -> list[int]:
   """The children of a process."""
-  return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+  return [
+    int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+  ]
 
 
 def until(condition, seconds=60):
@@ -28,16 +30,28 @@ def until(condition, seconds=60):
 @pytest.mark.parametrize("where", ["nowhere", "grid.py"])
 def test_a_report_of_nothing_is_one_line(where, tmp_path, capsys):
   (tmp_path / "grid.py").write_text("def get_grid(): return {'one': []}\n")
-  assert experiment.main([f"--config={tmp_path}/grid.py", f"--workdir={tmp_path / where}", "--report"]) == 2
-  assert "no run of" in (said := capsys.readouterr().err) and f"{where}: " in said and said.count("\n") == 1
+  assert (
+    experiment.main([f"--config={tmp_path}/grid.py", f"--workdir={tmp_path / where}", "--report"])
+    == 2
+  )
+  assert (
+    "no run of" in (said := capsys.readouterr().err)
+    and f"{where}: " in said
+    and said.count("\n") == 1
+  )
 
 
 def test_a_grid_that_is_told_to_end_ends_its_runs(tmp_path):
   grid = tmp_path / "grid.py"
-  grid.write_text("def get_grid():\n  return {'one': ['--config=configs/tinycode.py:local', '--config.total_steps=100000']}\n")
-  experiment = subprocess.Popen([sys.executable, "-m", "sdpo_jax.experiment", f"--config={grid}", f"--workdir={tmp_path}"], cwd=ROOT)
+  grid.write_text(
+    "def get_grid():\n  return {'one': ['--config=configs/tinycode.py:local', '--config.total_steps=100000']}\n"
+  )
+  experiment = subprocess.Popen(
+    [sys.executable, "-m", "sdpo_jax.experiment", f"--config={grid}", f"--workdir={tmp_path}"],
+    cwd=ROOT,
+  )
   try:
-    run, = until(lambda: running(experiment.pid))
+    (run,) = until(lambda: running(experiment.pid))
     experiment.send_signal(signal.SIGTERM)
     assert experiment.wait(60) == 143
     assert until(lambda: not pathlib.Path(f"/proc/{run}").exists())

@@ -2,6 +2,7 @@
 
 import json
 
+from absl.testing import flagsaver
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,6 @@ import optax
 import pytest
 import torch
 import transformers
-from absl.testing import flagsaver
 
 from sdpo_jax import checkpoint, export, train_step
 from sdpo_jax.config import MODELS
@@ -20,7 +20,9 @@ from sdpo_jax.model import decoder, hf_weights
 def run(tmp_path_factory):
   """A work directory of the tiny model with checkpoints 2 and 4, the latter's weights 1.5 times the base model's."""
   workdir = tmp_path_factory.mktemp("run")
-  (workdir / "config.json").write_text(json.dumps(dict(model=dict(path="tiny", param_dtype="float32", lora=dict(rank=0)))))
+  (workdir / "config.json").write_text(
+    json.dumps(dict(model=dict(path="tiny", param_dtype="float32", lora=dict(rank=0))))
+  )
   config, params = hf_weights.load_pretrained(MODELS["tiny"], dtype=jnp.float32)
   for step, factor in ((2, 1.25), (4, 1.5)):
     scaled = jax.tree.map(lambda x: factor * x, params)
@@ -41,10 +43,17 @@ def test_transformers_loads_the_exported_policy(run, tmp_path, step, factor):
   tokens = np.random.default_rng(0).integers(0, config.vocab, (2, 20)).astype(np.int32)
   with torch.no_grad():
     theirs = model(torch.tensor(tokens).long()).logits.numpy()
-  np.testing.assert_allclose(theirs, scaled_logits(config, params, factor, tokens), atol=2e-3, rtol=1e-4)
-  ours, original = (transformers.AutoTokenizer.from_pretrained(p) for p in (tmp_path / "out", MODELS["tiny"]))
+  np.testing.assert_allclose(
+    theirs, scaled_logits(config, params, factor, tokens), atol=2e-3, rtol=1e-4
+  )
+  ours, original = (
+    transformers.AutoTokenizer.from_pretrained(p) for p in (tmp_path / "out", MODELS["tiny"])
+  )
   messages = [dict(role="system", content="Write Python."), dict(role="user", content="return x")]
-  said = [t.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for t in (ours, original)]
+  said = [
+    t.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    for t in (ours, original)
+  ]
   assert said[0] == said[1]
   assert ours(said[0])["input_ids"] == original(said[0])["input_ids"]
 
@@ -54,19 +63,29 @@ def test_another_dtype(run, tmp_path):
   export.export(workdir, tmp_path / "out", dtype="bfloat16")
   config, written = hf_weights.load_pretrained(tmp_path / "out", dtype=jnp.bfloat16)
   assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
-  assert all(np.array_equal(w, (1.5 * p).astype(jnp.bfloat16)) for w, p in zip(jax.tree.leaves(written), jax.tree.leaves(params)))
+  assert all(
+    np.array_equal(w, (1.5 * p).astype(jnp.bfloat16))
+    for w, p in zip(jax.tree.leaves(written), jax.tree.leaves(params))
+  )
 
 
-@pytest.mark.parametrize("arguments, words", [
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
     ([], "--workdir=... is needed"),
     (["--workdir={run}"], "--out=... is needed"),
     (["--workdir={run}", "--out={run}"], "exists and is not an empty directory"),
     (["--workdir={out}", "--out={out}"], "no config.json"),
-    (["--workdir={pretrained}", "--out={out}"], "is a work directory of sdpo_jax.pretrain: use what it wrote for transformers"),
+    (
+      ["--workdir={pretrained}", "--out={out}"],
+      "is a work directory of sdpo_jax.pretrain: use what it wrote for transformers",
+    ),
     (["--workdir={run}", "--out={out}", "--step=3"], "no checkpoint of step 3"),
     (["--workdir={run}", "--out={out}", "--dtype=int8"], "int8"),
     (["--workdir={run}", "--out={out}", "--setp=3"], "setp"),
-    (["--workdir={run}", "--out={out}", "now"], "unknown argument 'now'")])
+    (["--workdir={run}", "--out={out}", "now"], "unknown argument 'now'"),
+  ],
+)
 def test_a_wrong_argument_is_one_line(run, tmp_path, capsys, arguments, words):
   (tmp_path / "config.json").write_text(json.dumps(dict(model=dict(width=8))))
   filled = [a.format(run=run[0], out=tmp_path / "out", pretrained=tmp_path) for a in arguments]
@@ -79,5 +98,7 @@ def test_a_wrong_argument_is_one_line(run, tmp_path, capsys, arguments, words):
 
 def test_the_command_line_says_what_it_wrote(run, tmp_path, capsys):
   with flagsaver.flagsaver():
-    assert export.main(["export", f"--workdir={run[0]}", f"--out={tmp_path / 'out'}", "--step=2"]) == 0
+    assert (
+      export.main(["export", f"--workdir={run[0]}", f"--out={tmp_path / 'out'}", "--step=2"]) == 0
+    )
   assert capsys.readouterr().out == f"step 2 of {run[0]} written to {tmp_path / 'out'}\n"

@@ -25,27 +25,66 @@ from sdpo_jax.model.hf_weights import CheckpointError, load_pretrained, save_pre
 
 # Nothing at its default: head size is not width / heads, theta is odd, windows are shorter than the
 # sequence.
-SIZES = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
-             max_position_embeddings=512, bos_token_id=1, eos_token_id=None, pad_token_id=0, rms_norm_eps=3e-6, head_dim=12)
+SIZES = dict(
+  vocab_size=97,
+  hidden_size=48,
+  intermediate_size=80,
+  num_hidden_layers=4,
+  num_attention_heads=6,
+  num_key_value_heads=2,
+  max_position_embeddings=512,
+  bos_token_id=1,
+  eos_token_id=None,
+  pad_token_id=0,
+  rms_norm_eps=3e-6,
+  head_dim=12,
+)
 DEFAULT = dict(rope_type="default", rope_theta=12345.0)
-YARN = dict(rope_type="yarn", rope_theta=5e4, factor=8.0, original_max_position_embeddings=64, beta_fast=16.0, beta_slow=0.5)
-LLAMA3 = dict(rope_type="llama3", rope_theta=3e4, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=64)
+YARN = dict(
+  rope_type="yarn",
+  rope_theta=5e4,
+  factor=8.0,
+  original_max_position_embeddings=64,
+  beta_fast=16.0,
+  beta_slow=0.5,
+)
+LLAMA3 = dict(
+  rope_type="llama3",
+  rope_theta=3e4,
+  factor=4.0,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+  original_max_position_embeddings=64,
+)
 MODELS = {
-    "qwen2": dict(rope_parameters=DEFAULT, tie_word_embeddings=True),
-    "qwen2-window": dict(rope_parameters=YARN, use_sliding_window=True, sliding_window=23, max_window_layers=2),
-    "qwen3": dict(rope_parameters=DEFAULT, tie_word_embeddings=True),
-    "qwen3-yarn": dict(rope_parameters=YARN | dict(truncate=False)),
-    "llama": dict(rope_parameters=LLAMA3),
-    "llama-tied": dict(rope_parameters=LLAMA3, tie_word_embeddings=True),
-    "olmo3": dict(sliding_window=19, rope_parameters=dict(full_attention=YARN | dict(attention_factor=1.3),
-                                                          sliding_attention=dict(rope_type="default", rope_theta=7e3))),
-    "olmo3-tied": dict(sliding_window=31, rope_parameters=dict(full_attention=DEFAULT, sliding_attention=DEFAULT),
-                       tie_word_embeddings=True,
-                       layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"]),
+  "qwen2": dict(rope_parameters=DEFAULT, tie_word_embeddings=True),
+  "qwen2-window": dict(
+    rope_parameters=YARN, use_sliding_window=True, sliding_window=23, max_window_layers=2
+  ),
+  "qwen3": dict(rope_parameters=DEFAULT, tie_word_embeddings=True),
+  "qwen3-yarn": dict(rope_parameters=YARN | dict(truncate=False)),
+  "llama": dict(rope_parameters=LLAMA3),
+  "llama-tied": dict(rope_parameters=LLAMA3, tie_word_embeddings=True),
+  "olmo3": dict(
+    sliding_window=19,
+    rope_parameters=dict(
+      full_attention=YARN | dict(attention_factor=1.3),
+      sliding_attention=dict(rope_type="default", rope_theta=7e3),
+    ),
+  ),
+  "olmo3-tied": dict(
+    sliding_window=31,
+    rope_parameters=dict(full_attention=DEFAULT, sliding_attention=DEFAULT),
+    tie_word_embeddings=True,
+    layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+  ),
 }
-CONFIGS = dict(qwen2=transformers.Qwen2Config, qwen3=transformers.Qwen3Config, llama=transformers.LlamaConfig,
-               olmo3=transformers.Olmo3Config)
+CONFIGS = dict(
+  qwen2=transformers.Qwen2Config,
+  qwen3=transformers.Qwen3Config,
+  llama=transformers.LlamaConfig,
+  olmo3=transformers.Olmo3Config,
+)
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 logits = jit(decoder.logits, static_argnums=1)
 
@@ -64,11 +103,13 @@ def build(name, **changes):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
   """name -> (directory, model): written once by transformers."""
+
   @functools.cache
   def make(name):
     directory, model = tmp_path_factory.mktemp(name), build(name)
     model.save_pretrained(directory, max_shard_size="60KB")
     return str(directory), model
+
   return make
 
 
@@ -114,20 +155,34 @@ def test_greedy_generation_is_identical(checkpoint, name):
   prompt, real = batch()[0][:2, :P], np.ones((2, P), np.int32)
   prompt[0, :11] = real[0, :11] = 0
   with torch.no_grad():
-    reference = model.generate(torch.tensor(prompt).long(), attention_mask=torch.tensor(real), max_new_tokens=R, do_sample=False)
+    reference = model.generate(
+      torch.tensor(prompt).long(),
+      attention_mask=torch.tensor(real),
+      max_new_tokens=R,
+      do_sample=False,
+    )
   length = real.sum(1)
 
   @jit
   def generate(params):
     cache = decoder.init_cache(config, 2, P + R)
     positions = jnp.maximum(jnp.arange(P)[None] - (P - length)[:, None], 0)
-    hidden, cache = decoder.extend(params, config, prompt, cache, start=0, positions_BT=positions, valid_BT=real)
+    hidden, cache = decoder.extend(
+      params, config, prompt, cache, start=0, positions_BT=positions, valid_BT=real
+    )
 
     def step(carry, i):
       last, cache = carry
       token = jnp.argmax(decoder.project(last, decoder.head(params, config)), -1).astype(jnp.int32)
-      hidden, cache = decoder.extend(params, config, token[:, None], cache, start=P + i, positions_BT=(length + i)[:, None],
-                                     valid_BT=jnp.ones((2, 1), bool))
+      hidden, cache = decoder.extend(
+        params,
+        config,
+        token[:, None],
+        cache,
+        start=P + i,
+        positions_BT=(length + i)[:, None],
+        valid_BT=jnp.ones((2, 1), bool),
+      )
       return (hidden[:, 0], cache), token
 
     return jax.lax.scan(step, (hidden[:, -1], cache), jnp.arange(R))[1].T
@@ -151,25 +206,49 @@ def rewrite(directory, out, **changes):
 
 # Every field of config.json that changes the function but no weight, changed alone.
 FIELDS = {
-    "rms_norm_eps": ("qwen3", dict(rms_norm_eps=0.05)),
-    "rope_theta": ("qwen3", dict(rope_parameters=dict(DEFAULT, rope_theta=777.0))),
-    "yarn": ("qwen3", dict(rope_parameters=YARN)),
-    "yarn.factor": ("qwen3-yarn", dict(rope_parameters=YARN | dict(truncate=False, factor=3.0))),
-    "yarn.beta_fast": ("qwen3-yarn", dict(rope_parameters=YARN | dict(truncate=False, beta_fast=4.0))),
-    "yarn.beta_slow": ("qwen3-yarn", dict(rope_parameters=YARN | dict(truncate=False, beta_slow=2.0))),
-    "yarn.original": ("qwen3-yarn", dict(rope_parameters=YARN | dict(truncate=False, original_max_position_embeddings=128))),
-    "yarn.attention_factor": ("qwen3-yarn", dict(rope_parameters=YARN | dict(truncate=False, attention_factor=0.9))),
-    "yarn.truncate": ("qwen3-yarn", dict(rope_parameters=YARN)),
-    "yarn.mscale": ("qwen3-yarn", dict(rope_parameters=YARN | dict(truncate=False, mscale=1.5, mscale_all_dim=0.5))),
-    "llama3.factor": ("llama", dict(rope_parameters=LLAMA3 | dict(factor=16.0))),
-    "llama3.low": ("llama", dict(rope_parameters=LLAMA3 | dict(low_freq_factor=0.25))),
-    "llama3.high": ("llama", dict(rope_parameters=LLAMA3 | dict(high_freq_factor=8.0))),
-    "llama3.original": ("llama", dict(rope_parameters=LLAMA3 | dict(original_max_position_embeddings=256))),
-    "use_sliding_window": ("qwen2-window", dict(use_sliding_window=False, sliding_window=None, layer_types=None)),
-    "max_window_layers": ("qwen2-window", dict(max_window_layers=1, layer_types=None)),
-    "sliding_window": ("olmo3", dict(sliding_window=20)),
-    "layer_types": ("olmo3", dict(layer_types=["sliding_attention"] * 4)),
-    "sliding rope": ("olmo3", dict(rope_parameters=dict(MODELS["olmo3"]["rope_parameters"], sliding_attention=DEFAULT))),
+  "rms_norm_eps": ("qwen3", dict(rms_norm_eps=0.05)),
+  "rope_theta": ("qwen3", dict(rope_parameters=dict(DEFAULT, rope_theta=777.0))),
+  "yarn": ("qwen3", dict(rope_parameters=YARN)),
+  "yarn.factor": ("qwen3-yarn", dict(rope_parameters=YARN | dict(truncate=False, factor=3.0))),
+  "yarn.beta_fast": (
+    "qwen3-yarn",
+    dict(rope_parameters=YARN | dict(truncate=False, beta_fast=4.0)),
+  ),
+  "yarn.beta_slow": (
+    "qwen3-yarn",
+    dict(rope_parameters=YARN | dict(truncate=False, beta_slow=2.0)),
+  ),
+  "yarn.original": (
+    "qwen3-yarn",
+    dict(rope_parameters=YARN | dict(truncate=False, original_max_position_embeddings=128)),
+  ),
+  "yarn.attention_factor": (
+    "qwen3-yarn",
+    dict(rope_parameters=YARN | dict(truncate=False, attention_factor=0.9)),
+  ),
+  "yarn.truncate": ("qwen3-yarn", dict(rope_parameters=YARN)),
+  "yarn.mscale": (
+    "qwen3-yarn",
+    dict(rope_parameters=YARN | dict(truncate=False, mscale=1.5, mscale_all_dim=0.5)),
+  ),
+  "llama3.factor": ("llama", dict(rope_parameters=LLAMA3 | dict(factor=16.0))),
+  "llama3.low": ("llama", dict(rope_parameters=LLAMA3 | dict(low_freq_factor=0.25))),
+  "llama3.high": ("llama", dict(rope_parameters=LLAMA3 | dict(high_freq_factor=8.0))),
+  "llama3.original": (
+    "llama",
+    dict(rope_parameters=LLAMA3 | dict(original_max_position_embeddings=256)),
+  ),
+  "use_sliding_window": (
+    "qwen2-window",
+    dict(use_sliding_window=False, sliding_window=None, layer_types=None),
+  ),
+  "max_window_layers": ("qwen2-window", dict(max_window_layers=1, layer_types=None)),
+  "sliding_window": ("olmo3", dict(sliding_window=20)),
+  "layer_types": ("olmo3", dict(layer_types=["sliding_attention"] * 4)),
+  "sliding rope": (
+    "olmo3",
+    dict(rope_parameters=dict(MODELS["olmo3"]["rope_parameters"], sliding_attention=DEFAULT)),
+  ),
 }
 
 
@@ -178,22 +257,34 @@ def test_each_field_alone_changes_the_output_as_in_transformers(checkpoint, tmp_
   name, changes = FIELDS[field]
   directory, model = checkpoint(name)
   tokens, real = batch()
-  changed_model = transformers.AutoModelForCausalLM.from_pretrained(rewrite(directory, tmp_path / "changed", **changes)).eval()
+  changed_model = transformers.AutoModelForCausalLM.from_pretrained(
+    rewrite(directory, tmp_path / "changed", **changes)
+  ).eval()
   reference = theirs(changed_model, tokens, real)
   assert worst(reference, theirs(model, tokens, real), real) > 1e-3
   config, params = load_pretrained(tmp_path / "changed", dtype=jnp.float32)
   assert worst(ours(params, config, tokens, real), reference, real) < 2e-4
 
 
-SHAPES = dict(vocab_size=98, hidden_size=60, intermediate_size=81, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=3,
-              head_dim=14, tie_word_embeddings=False)
+SHAPES = dict(
+  vocab_size=98,
+  hidden_size=60,
+  intermediate_size=81,
+  num_hidden_layers=3,
+  num_attention_heads=8,
+  num_key_value_heads=3,
+  head_dim=14,
+  tie_word_embeddings=False,
+)
 
 
 @pytest.mark.parametrize("field", SHAPES)
 def test_each_size_alone_must_agree_with_the_tensors(checkpoint, tmp_path, field):
   directory, _ = checkpoint("qwen3")
   with pytest.raises(CheckpointError, match=r"tensor \S+\.(weight|bias)"):
-    load_pretrained(rewrite(directory, tmp_path / "changed", **{field: SHAPES[field]}), dtype=jnp.float32)
+    load_pretrained(
+      rewrite(directory, tmp_path / "changed", **{field: SHAPES[field]}), dtype=jnp.float32
+    )
 
 
 def hub_spelling(hf):
@@ -201,7 +292,10 @@ def hub_spelling(hf):
   hf = dict(hf)
   rope = hf.pop("rope_parameters")
   if "full_attention" in rope:
-    assert rope["sliding_attention"] in (None, DEFAULT | dict(rope_theta=rope["full_attention"]["rope_theta"]))
+    assert rope["sliding_attention"] in (
+      None,
+      DEFAULT | dict(rope_theta=rope["full_attention"]["rope_theta"]),
+    )
     rope = rope["full_attention"]
   rope = dict(rope)
   hf["rope_theta"] = rope.pop("rope_theta")
@@ -212,16 +306,22 @@ def hub_spelling(hf):
 @pytest.mark.parametrize("name", ["qwen2", "qwen3-yarn", "llama", "olmo3", "olmo3-tied"])
 def test_both_spellings_of_rope_mean_the_same(name):
   changes = {}
-  if name == "olmo3":   # the hub's spelling has one theta for all layers
-    changes = dict(rope_parameters=dict(full_attention=YARN, sliding_attention=dict(DEFAULT, rope_theta=YARN["rope_theta"])))
+  if name == "olmo3":  # the hub's spelling has one theta for all layers
+    changes = dict(
+      rope_parameters=dict(
+        full_attention=YARN, sliding_attention=dict(DEFAULT, rope_theta=YARN["rope_theta"])
+      )
+    )
   new = build(name, **changes).config.to_dict()
   assert "rope_parameters" in new and "rope_theta" not in new
   old = hub_spelling(new)
   assert model_config.from_hf(old) == model_config.from_hf(new)
   # both at once
-  assert model_config.from_hf(new | {k: v for k, v in old.items() if k not in new}) == model_config.from_hf(new)
+  assert model_config.from_hf(
+    new | {k: v for k, v in old.items() if k not in new}
+  ) == model_config.from_hf(new)
   typed = dict(old["rope_scaling"] or {})
-  if typed:   # the oldest files say "type"
+  if typed:  # the oldest files say "type"
     typed["type"] = typed.pop("rope_type")
     assert model_config.from_hf(old | dict(rope_scaling=typed)) == model_config.from_hf(new)
   with pytest.raises(ValueError, match="disagree"):
@@ -230,35 +330,70 @@ def test_both_spellings_of_rope_mean_the_same(name):
 
 def test_the_real_olmo3_spelling_equals_transformers():
   """Olmo-3-7B's rotary fields as published: rope_scaling concerns the full layers, rope_theta 500000 all of them."""
-  hub = dict(build("olmo3").config.to_dict(), rope_theta=500000, rope_scaling=dict(
-      attention_factor=1.2079441541679836, beta_fast=32.0, beta_slow=1.0, factor=8.0, original_max_position_embeddings=8192,
-      rope_type="yarn"), max_position_embeddings=65536)
+  hub = dict(
+    build("olmo3").config.to_dict(),
+    rope_theta=500000,
+    rope_scaling=dict(
+      attention_factor=1.2079441541679836,
+      beta_fast=32.0,
+      beta_slow=1.0,
+      factor=8.0,
+      original_max_position_embeddings=8192,
+      rope_type="yarn",
+    ),
+    max_position_embeddings=65536,
+  )
   del hub["rope_parameters"]
   nested = transformers.Olmo3Config.from_dict(dict(hub)).rope_parameters
-  assert model_config.from_hf(hub) == model_config.from_hf(dict(hub, rope_parameters=nested, rope_theta=None, rope_scaling=None))
+  assert model_config.from_hf(hub) == model_config.from_hf(
+    dict(hub, rope_parameters=nested, rope_theta=None, rope_scaling=None)
+  )
   assert model_config.from_hf(hub).sliding_rope == model_config.Rope(500000.0)
 
 
-@pytest.mark.parametrize("name, changes, words", [
+@pytest.mark.parametrize(
+  "name, changes, words",
+  [
     ("qwen3", dict(model_type="qwen3_moe"), "model_type='qwen3_moe'"),
     ("qwen3", dict(num_experts=8), "num_experts=8"),
     ("qwen3", dict(attention_bias=True), "attention_bias=True"),
     ("llama", dict(mlp_bias=True), "mlp_bias=True"),
     ("llama", dict(hidden_act="gelu"), "hidden_act='gelu'"),
     ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
-    ("llama", dict(rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5)), "partial_rotary_factor=0.5"),
-    ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)), "rope_type='linear'"),
-    ("qwen2", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "rope_type='dynamic'"),
+    (
+      "llama",
+      dict(rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5)),
+      "partial_rotary_factor=0.5",
+    ),
+    (
+      "llama",
+      dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)),
+      "rope_type='linear'",
+    ),
+    (
+      "qwen2",
+      dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
+      "rope_type='dynamic'",
+    ),
     ("qwen2", dict(rope_scaling=dict(type="longrope")), "rope_type='longrope'"),
     ("llama", dict(rope_parameters=LLAMA3 | dict(beta_fast=3)), "rope_parameters.beta_fast=3"),
-    ("llama", dict(rope_parameters={k: v for k, v in LLAMA3.items() if k != "factor"}), "lacks factor"),
+    (
+      "llama",
+      dict(rope_parameters={k: v for k, v in LLAMA3.items() if k != "factor"}),
+      "lacks factor",
+    ),
     ("llama", dict(original_max_position_embeddings=77), "original_max_position_embeddings=77"),
     ("llama", dict(layer_types=["sliding_attention"] * 4), "layer_types"),
     ("olmo3", dict(layer_types=["chunked_attention"] * 4), "chunked_attention"),
-    ("olmo3", dict(rope_parameters=dict(full_attention=YARN | dict(truncate=False))), "truncate=False"),
+    (
+      "olmo3",
+      dict(rope_parameters=dict(full_attention=YARN | dict(truncate=False))),
+      "truncate=False",
+    ),
     ("qwen3", dict(quantization_config=dict(bits=4)), "quantization_config"),
     ("qwen3", dict(hidden_size=None), "hidden_size"),
-])
+  ],
+)
 def test_what_is_not_implemented_is_named(name, changes, words):
   hf = build(name).config.to_dict() | changes
   with pytest.raises(ValueError, match=re.escape(words)):
@@ -267,7 +402,10 @@ def test_what_is_not_implemented_is_named(name, changes, words):
 
 def leaves_equal(a, b):
   assert jax.tree.structure(a) == jax.tree.structure(b)
-  return all(x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+  return all(
+    x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+  )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
@@ -291,7 +429,9 @@ def test_import_export_import_is_exact_and_transformers_agrees(checkpoint, tmp_p
     assert value.dtype == expected[key].dtype and torch.equal(value, expected[key]), key
   tokens, real = batch()
   original = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
-  np.testing.assert_array_equal(theirs(back.float(), tokens, real), theirs(original.float(), tokens, real))
+  np.testing.assert_array_equal(
+    theirs(back.float(), tokens, real), theirs(original.float(), tokens, real)
+  )
 
 
 def test_an_export_replaces_an_earlier_one(checkpoint, tmp_path):
@@ -320,9 +460,14 @@ def test_stop_tokens_come_from_the_generation_config(checkpoint, tmp_path):
 @pytest.mark.parametrize("name", ["qwen2", "olmo3"])
 def test_loading_onto_a_mesh(checkpoint, tmp_path, name):
   directory, _ = checkpoint(name)
-  mesh = jax.make_mesh((1, 4, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  mesh = jax.make_mesh(
+    (1, 4, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
+  )
   config = dataclasses.replace(load_pretrained(directory, dtype=jnp.float32)[0], vocab=96)
-  whole = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(0).standard_normal(x.shape), x.dtype), decoder.shapes(config))
+  whole = jax.tree.map(
+    lambda x: jnp.asarray(np.random.default_rng(0).standard_normal(x.shape), x.dtype),
+    decoder.shapes(config),
+  )
   save_pretrained(tmp_path / "whole", config, whole, shard_bytes=50_000)
   _, split = load_pretrained(tmp_path / "whole", dtype=jnp.float32, mesh=mesh)
   for leaf, axes in zip(jax.tree.leaves(split), jax.tree.leaves(decoder.axes(config))):
@@ -330,7 +475,9 @@ def test_loading_onto_a_mesh(checkpoint, tmp_path, name):
   assert leaves_equal(whole, split)
   save_pretrained(tmp_path / "split", config, split, shard_bytes=50_000)
   for file in os.listdir(tmp_path / "whole"):
-    assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "split" / file).read_bytes(), file
+    assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "split" / file).read_bytes(), (
+      file
+    )
 
 
 # ---- Damage --------------------------------------------------------------------------------------
@@ -349,15 +496,15 @@ def copy(checkpoint, tmp_path, name="qwen3"):
 def edit_header(path, change):
   data = path.read_bytes()
   length = struct.unpack("<Q", data[:8])[0]
-  header = json.loads(data[8:8 + length])
-  body = change(header, data[8 + length:])
+  header = json.loads(data[8 : 8 + length])
+  body = change(header, data[8 + length :])
   encoded = json.dumps(header).encode()
   path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + body)
 
 
 def first_tensor(path):
   data = path.read_bytes()
-  header = json.loads(data[8:8 + struct.unpack("<Q", data[:8])[0]])
+  header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
   return next(name for name in header if name != "__metadata__")
 
 
@@ -376,7 +523,11 @@ def shard(directory, i=1):
 def test_a_missing_shard_is_named(checkpoint, tmp_path):
   directory = copy(checkpoint, tmp_path)
   gone = shard(directory)
-  tensor = min(k for k, f in json.loads((directory / hf_weights._INDEX).read_text())["weight_map"].items() if f == gone.name)
+  tensor = min(
+    k
+    for k, f in json.loads((directory / hf_weights._INDEX).read_text())["weight_map"].items()
+    if f == gone.name
+  )
   gone.unlink()
   message = complaint(directory)
   assert gone.name in message and tensor in message and "missing" in message
@@ -403,9 +554,17 @@ def test_a_corrupt_header_is_named(checkpoint, tmp_path):
   assert path.name in message
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(dtype="I8"), "dtype I8"), (dict(dtype="F8_E4M3"), "dtype F8_E4M3"), (dict(dtype="F64"), "dtype F64"),
-    (dict(dtype="BF16"), "corrupt"), (dict(shape=[7]), "corrupt"), (dict(shape="x"), "corrupt")])
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    (dict(dtype="I8"), "dtype I8"),
+    (dict(dtype="F8_E4M3"), "dtype F8_E4M3"),
+    (dict(dtype="F64"), "dtype F64"),
+    (dict(dtype="BF16"), "corrupt"),
+    (dict(shape=[7]), "corrupt"),
+    (dict(shape="x"), "corrupt"),
+  ],
+)
 def test_a_wrong_dtype_or_shape_in_the_header_is_named(checkpoint, tmp_path, change, words):
   directory = copy(checkpoint, tmp_path)
   path = shard(directory)
@@ -417,13 +576,16 @@ def test_a_wrong_dtype_or_shape_in_the_header_is_named(checkpoint, tmp_path, cha
 
   edit_header(path, apply)
   message = complaint(directory)
-  assert path.name in message and words in message and (tensor in message or change == dict(shape="x"))
+  assert (
+    path.name in message and words in message and (tensor in message or change == dict(shape="x"))
+  )
 
 
 def rename(path, old, new):
   def apply(header, body):
     header[new] = header.pop(old)
     return body
+
   edit_header(path, apply)
 
 
@@ -433,18 +595,22 @@ def test_extra_and_missing_tensors_are_named(checkpoint, tmp_path):
   tensor = first_tensor(path)
   whole = index.read_text()
   content = json.loads(whole)
-  content["weight_map"]["model.layers.0.mlp.extra.weight"] = path.name   # only the index has it
+  content["weight_map"]["model.layers.0.mlp.extra.weight"] = path.name  # only the index has it
   index.write_text(json.dumps(content))
-  assert re.search(rf"{path.name}: missing tensor model.layers.0.mlp.extra.weight", complaint(directory))
+  assert re.search(
+    rf"{path.name}: missing tensor model.layers.0.mlp.extra.weight", complaint(directory)
+  )
   content = json.loads(whole)
-  del content["weight_map"][tensor]                                      # only the shard has it
+  del content["weight_map"][tensor]  # only the shard has it
   index.write_text(json.dumps(content))
   assert re.search(rf"{path.name}: extra tensor {re.escape(tensor)}", complaint(directory))
   # both agree, the model disagrees
   rename(path, tensor, "model.layers.0.mlp.extra.weight")
   content["weight_map"]["model.layers.0.mlp.extra.weight"] = path.name
   index.write_text(json.dumps(content))
-  assert re.search(rf"{path.name}: extra tensor model.layers.0.mlp.extra.weight", complaint(directory))
+  assert re.search(
+    rf"{path.name}: extra tensor model.layers.0.mlp.extra.weight", complaint(directory)
+  )
   index.write_text(whole.replace(tensor, "model.layers.0.self_attn.rotary_emb.inv_freq"))
   rename(path, "model.layers.0.mlp.extra.weight", "model.layers.0.self_attn.rotary_emb.inv_freq")
   # an ignored constant fills no weight
@@ -489,7 +655,9 @@ def test_a_hub_id_is_downloaded_and_a_failed_download_is_one_line(checkpoint, mo
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
   config, _ = load_pretrained("Qwen/some-model", dtype=jnp.float32)
-  assert config.family == "qwen3" and asked[0][0] == "Qwen/some-model" and "*.safetensors" in asked[0][1]
+  assert (
+    config.family == "qwen3" and asked[0][0] == "Qwen/some-model" and "*.safetensors" in asked[0][1]
+  )
 
   def fail(name, allow_patterns):
     raise huggingface_hub.errors.LocalEntryNotFoundError("cannot reach the hub\nsecond line")
@@ -523,8 +691,15 @@ def test_two_processes_load_and_save_one_checkpoint(checkpoint, tmp_path):
     s.bind(("localhost", 0))
     address = f"localhost:{s.getsockname()[1]}"
   env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-  children = [subprocess.Popen([sys.executable, "-c", PROCESS, address, str(i), directory, str(tmp_path / "two")], env=env,
-                               stderr=subprocess.PIPE, text=True) for i in range(2)]
+  children = [
+    subprocess.Popen(
+      [sys.executable, "-c", PROCESS, address, str(i), directory, str(tmp_path / "two")],
+      env=env,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
   errors = [child.communicate(timeout=300)[1] for child in children]
   assert [child.returncode for child in children] == [0, 0], errors
   written = sorted(os.listdir(tmp_path / "one"))
@@ -558,13 +733,26 @@ print(json.dumps(dict(before=before, peak=peak, weights=sum(x.nbytes for x in ja
 @pytest.mark.slow
 def test_memory_of_loading_stays_near_the_weights(tmp_path):
   """1.5 GB in 4 shards onto 8 virtual devices of one host: peak below the checkpoint's bytes plus 1 GiB."""
-  config = model_config.ModelConfig(family="qwen3", vocab=65536, width=1024, layers=40, heads=16, kv_heads=8, head_dim=128,
-                                    ff_width=3072, qk_norm="head", tied=False, param_dtype="bfloat16")
+  config = model_config.ModelConfig(
+    family="qwen3",
+    vocab=65536,
+    width=1024,
+    layers=40,
+    heads=16,
+    kv_heads=8,
+    head_dim=128,
+    ff_width=3072,
+    qk_norm="head",
+    tied=False,
+    param_dtype="bfloat16",
+  )
   params = jax.tree.map(lambda x: jnp.full(x.shape, 0.5, x.dtype), decoder.shapes(config))
   nbytes = sum(x.nbytes for x in jax.tree.leaves(params))
   save_pretrained(tmp_path, config, params, shard_bytes=nbytes // 4 + (32 << 20))
   assert len(list(tmp_path.glob("model-*.safetensors"))) == 4
-  child = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True)
+  child = subprocess.run(
+    [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True
+  )
   used = json.loads(child.stdout)
   assert used["weights"] == nbytes > 1.5e9
   assert used["peak"] < nbytes + (1 << 30), used

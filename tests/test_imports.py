@@ -7,31 +7,58 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "sdpo_jax"
 
-LEVELS = {   # a folder's level holds for its files unless they have their own
-    "records": 0, "stats": 0, "sharding": 0, "hosts": 0, "memory": 0, "kernels": 0,
-    "model": 1, "objectives": 1, "envs": 1, "data/chat": 1, "metrics": 1,
-    "sampler": 2, "remote": 2, "monitors": 2, "train_step": 2, "data": 2, "checkpoint": 2,
-    "rollout": 3, "counterfactual": 3.5,
-    "evaluate": 4, "report": 4, "discovery": 4, "plan": 4, "export": 4.5,
-    # reads the METHODS table and the kernels' names alone; train asks it to validate
-    "config": 4,
-    "wiring": 4.5,   # from a configuration to what it names: shared by train and discover
-    "train": 5, "discover": 5, "pretrain": 5, "experiment": 5, "bench": 5,
-    "main": 6,
+LEVELS = {  # a folder's level holds for its files unless they have their own
+  "records": 0,
+  "stats": 0,
+  "sharding": 0,
+  "hosts": 0,
+  "memory": 0,
+  "kernels": 0,
+  "model": 1,
+  "objectives": 1,
+  "envs": 1,
+  "data/chat": 1,
+  "metrics": 1,
+  "sampler": 2,
+  "remote": 2,
+  "monitors": 2,
+  "train_step": 2,
+  "data": 2,
+  "checkpoint": 2,
+  "rollout": 3,
+  "counterfactual": 3.5,
+  "evaluate": 4,
+  "report": 4,
+  "discovery": 4,
+  "plan": 4,
+  "export": 4.5,
+  # reads the METHODS table and the kernels' names alone; train asks it to validate
+  "config": 4,
+  "wiring": 4.5,  # from a configuration to what it names: shared by train and discover
+  "train": 5,
+  "discover": 5,
+  "pretrain": 5,
+  "experiment": 5,
+  "bench": 5,
+  "main": 6,
 }
-FORBIDDEN = {   # on top of the levels; a folder's rule holds for its files
-    "records": {"jax", "sdpo_jax"},
-    "stats": {"jax", "sdpo_jax"},
-    "kernels": {"sdpo_jax.model", "sdpo_jax.objectives"},
-    "envs": {"jax", "flax", "sdpo_jax.model", "sdpo_jax.objectives"},
-    "objectives": {"sdpo_jax.envs", "sdpo_jax.data", "transformers"},
+FORBIDDEN = {  # on top of the levels; a folder's rule holds for its files
+  "records": {"jax", "sdpo_jax"},
+  "stats": {"jax", "sdpo_jax"},
+  "kernels": {"sdpo_jax.model", "sdpo_jax.objectives"},
+  "envs": {"jax", "flax", "sdpo_jax.model", "sdpo_jax.objectives"},
+  "objectives": {"sdpo_jax.envs", "sdpo_jax.data", "transformers"},
 }
 # nor may anything that they import
 WITHOUT_JAX = ("records", "stats", "envs", "report", "discovery", "objectives/teacher_context")
 # corpus makes the tokenizer of the tiny model
 HUGGING_FACE = {"data/chat", "data/corpus", "model/hf_weights"}
 
-FILES = sorted(str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+FILES = sorted(
+  str(path.relative_to(PACKAGE).with_suffix(""))
+  for path in PACKAGE.rglob("*.py")
+  if path.name != "__init__.py"
+)
 
 
 def lookup(table, name, default=None):
@@ -46,7 +73,11 @@ def imports(name):
       found |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
       assert node.level == 0, f"{name}: relative import"
-      ours = {f"{node.module}.{alias.name}" for alias in node.names if file_of(f"{node.module}.{alias.name}") in FILES}
+      ours = {
+        f"{node.module}.{alias.name}"
+        for alias in node.names
+        if file_of(f"{node.module}.{alias.name}") in FILES
+      }
       found |= ours or {node.module}
   return found
 
@@ -69,26 +100,38 @@ def test_a_file_imports_only_what_lies_below(name):
     other = file_of(module)
     if other:
       inside = "/" in name and name.split("/")[0] == other.split("/")[0]
-      assert lookup(LEVELS, other) < level or inside and lookup(LEVELS, other) == level, f"{name} imports {other}, which is not below it"
+      assert lookup(LEVELS, other) < level or inside and lookup(LEVELS, other) == level, (
+        f"{name} imports {other}, which is not below it"
+      )
     if module.split(".")[0] in ("transformers", "tokenizers", "huggingface_hub", "datasets"):
       assert name in HUGGING_FACE, f"{name} imports {module}"
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name in WITHOUT_JAX or name.split("/")[0] in WITHOUT_JAX])
+@pytest.mark.parametrize(
+  "name", [name for name in FILES if name in WITHOUT_JAX or name.split("/")[0] in WITHOUT_JAX]
+)
 def test_no_jax_behind(name):
   reached, waiting = set(), {name}
   while waiting:
     here = waiting.pop()
     reached.add(here)
     for module in imports(here):
-      assert module.split(".")[0] not in ("jax", "flax", "optax", "orbax", "torch"), f"{name} reaches {module} through {here}"
+      assert module.split(".")[0] not in ("jax", "flax", "optax", "orbax", "torch"), (
+        f"{name} reaches {module} through {here}"
+      )
     waiting |= {file_of(module) for module in imports(here)} & set(FILES) - reached
 
 
 def test_report_knows_only_stats():
-  assert {module for module in imports("report") if within(module, "sdpo_jax")} == {"sdpo_jax.stats"}
+  assert {module for module in imports("report") if within(module, "sdpo_jax")} == {
+    "sdpo_jax.stats"
+  }
 
 
 def test_the_walk_sees_every_form_of_import():
   assert {"sdpo_jax.stats", "matplotlib.figure", "argparse"} <= imports("report")
-  assert "sdpo_jax.records" in imports("metrics") and "records" in FILES and file_of("sdpo_jax.model.decoder") == "model/decoder"
+  assert (
+    "sdpo_jax.records" in imports("metrics")
+    and "records" in FILES
+    and file_of("sdpo_jax.model.decoder") == "model/decoder"
+  )

@@ -14,7 +14,18 @@ from sdpo_jax import sharding
 from sdpo_jax.model import decoder, hf_weights, lora
 from sdpo_jax.model.config import ModelConfig
 
-CONFIG = ModelConfig(family="qwen3", vocab=64, width=32, layers=3, heads=4, kv_heads=2, head_dim=12, ff_width=48, qk_norm="head", tied=True)
+CONFIG = ModelConfig(
+  family="qwen3",
+  vocab=64,
+  width=32,
+  layers=3,
+  heads=4,
+  kv_heads=2,
+  head_dim=12,
+  ff_width=48,
+  qk_norm="head",
+  tied=True,
+)
 LORA = lora.Lora(rank=4, alpha=6.0)
 jit = lambda f, **k: jax.jit(f, compiler_options={"xla_backend_optimization_level": 0}, **k)
 logits = jit(decoder.logits, static_argnums=1)
@@ -33,10 +44,14 @@ def test_init_agrees_with_the_declared_shapes_and_changes_nothing():
   fresh = lora.init(CONFIG, LORA, jax.random.key(0))
   describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   assert describe(fresh) == describe(lora.shapes(CONFIG, LORA))
-  assert all(jax.tree.leaves(jax.tree.map(lambda x, a: x.ndim == len(a), fresh, lora.axes(CONFIG, LORA))))
+  assert all(
+    jax.tree.leaves(jax.tree.map(lambda x, a: x.ndim == len(a), fresh, lora.axes(CONFIG, LORA)))
+  )
   for path, leaf in jax.tree_util.tree_leaves_with_path(fresh):
     assert np.any(leaf) == (path[-1].key == "a")
-  np.testing.assert_array_equal(logits(lora.attach(PARAMS, fresh, LORA), CONFIG, ROW), logits(PARAMS, CONFIG, ROW))
+  np.testing.assert_array_equal(
+    logits(lora.attach(PARAMS, fresh, LORA), CONFIG, ROW), logits(PARAMS, CONFIG, ROW)
+  )
 
 
 @pytest.mark.parametrize("target", lora.TARGETS)
@@ -61,14 +76,22 @@ def test_attached_equals_merged_in_training_and_sampling(dtype):
   np.testing.assert_allclose(logits(attached, config, ROW), logits(merged, config, ROW), atol=1e-5)
   assert not np.allclose(logits(params, config, ROW), logits(merged, config, ROW), atol=0.1)
   positions = np.broadcast_to(np.arange(10), ROW.shape)
-  extend = jit(lambda p, cache: decoder.extend(p, config, ROW, cache, start=0, positions_BT=positions, valid_BT=positions >= 0)[0])
+  extend = jit(
+    lambda p, cache: decoder.extend(
+      p, config, ROW, cache, start=0, positions_BT=positions, valid_BT=positions >= 0
+    )[0]
+  )
   cache = decoder.init_cache(config, 2, 12)
-  np.testing.assert_allclose(extend(attached, cache).astype(np.float32), extend(merged, cache).astype(np.float32), atol=1e-5)
+  np.testing.assert_allclose(
+    extend(attached, cache).astype(np.float32), extend(merged, cache).astype(np.float32), atol=1e-5
+  )
 
 
 def test_gradients_reach_the_adapters_alone_and_equal_the_chain_rule():
   loss = lambda params: jnp.sum(jnp.sin(decoder.logits(params, CONFIG, ROW)))
-  frozen, grads = jit(jax.grad(lambda p, a: loss(lora.attach(p, a, LORA)), argnums=(0, 1)))(PARAMS, ADAPTERS)
+  frozen, grads = jit(jax.grad(lambda p, a: loss(lora.attach(p, a, LORA)), argnums=(0, 1)))(
+    PARAMS, ADAPTERS
+  )
   assert not any(np.any(g) for g in jax.tree.leaves(frozen))
   whole = jit(jax.grad(loss))(lora.merge(PARAMS, ADAPTERS, LORA))
   for group, name, _ in lora.TARGETS.values():
@@ -76,19 +99,29 @@ def test_gradients_reach_the_adapters_alone_and_equal_the_chain_rule():
     a, b = np.asarray(ab["a"]).reshape(3, -1, 4), np.asarray(ab["b"]).reshape(3, 4, -1)
     dw = np.asarray(whole["layers"][group][name]).reshape(3, a.shape[1], b.shape[2])
     scale = 1e-4 * np.max(np.abs(dw))
-    np.testing.assert_allclose(np.asarray(g["a"]).reshape(a.shape), 1.5 * np.einsum("lio,lro->lir", dw, b), atol=10 * scale)
-    np.testing.assert_allclose(np.asarray(g["b"]).reshape(b.shape), 1.5 * np.einsum("lir,lio->lro", a, dw), atol=10 * scale)
+    np.testing.assert_allclose(
+      np.asarray(g["a"]).reshape(a.shape), 1.5 * np.einsum("lio,lro->lir", dw, b), atol=10 * scale
+    )
+    np.testing.assert_allclose(
+      np.asarray(g["b"]).reshape(b.shape), 1.5 * np.einsum("lir,lio->lro", a, dw), atol=10 * scale
+    )
 
 
 def test_adapters_on_a_mesh():
-  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  mesh = jax.make_mesh(
+    (2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
+  )
   params = jax.device_put(PARAMS, sharding.named(mesh, decoder.axes(CONFIG)))
   adapters = jax.device_put(ADAPTERS, sharding.named(mesh, lora.axes(CONFIG, LORA)))
   loss = lambda a, p: jnp.sum(jnp.sin(decoder.logits(lora.attach(p, a, LORA), CONFIG, ROW)))
   with jax.set_mesh(mesh):
     split = jit(jax.grad(loss))(adapters, params)
   whole = jit(jax.grad(loss))(ADAPTERS, PARAMS)
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * max(1.0, np.max(np.abs(y)))), split, whole)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * max(1.0, np.max(np.abs(y)))),
+    split,
+    whole,
+  )
 
 
 def test_saved_adapters_mean_what_peft_says(tmp_path):
@@ -97,7 +130,10 @@ def test_saved_adapters_mean_what_peft_says(tmp_path):
   lora.save_adapters(tmp_path / "adapter", CONFIG, LORA, ADAPTERS, base=str(tmp_path / "base"))
   about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
   assert set(about["target_modules"]) == set(lora.TARGETS)
-  base, parts = load_file(tmp_path / "base" / "model.safetensors"), load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+  base, parts = (
+    load_file(tmp_path / "base" / "model.safetensors"),
+    load_file(tmp_path / "adapter" / "adapter_model.safetensors"),
+  )
   for name, a in parts.items():
     if name.endswith(".lora_A.weight"):
       target = re.fullmatch(r"base_model\.model\.(.*)\.lora_A\.weight", name).group(1) + ".weight"
@@ -107,10 +143,21 @@ def test_saved_adapters_mean_what_peft_says(tmp_path):
   assert len(parts) == 2 * 7 * CONFIG.layers
   save_file(base, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
   _, by_hand = hf_weights.load_pretrained(tmp_path / "base", dtype=jnp.float32)
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), by_hand, lora.merge(PARAMS, ADAPTERS, LORA))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5),
+    by_hand,
+    lora.merge(PARAMS, ADAPTERS, LORA),
+  )
 
 
-@pytest.mark.parametrize("changes, words", [(dict(rank=0), "lora.rank=0"), (dict(targets=("q",)), "lora.targets=['q']"), (dict(targets=()), "lora.targets=[]")])
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    (dict(rank=0), "lora.rank=0"),
+    (dict(targets=("q",)), "lora.targets=['q']"),
+    (dict(targets=()), "lora.targets=[]"),
+  ],
+)
 def test_impossible_adapters_are_named(changes, words):
   with pytest.raises(ValueError, match=re.escape(words)):
     dataclasses.replace(LORA, **changes)

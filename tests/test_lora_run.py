@@ -13,9 +13,16 @@ from sdpo_jax.config import MODELS
 from sdpo_jax.model import decoder, hf_weights, lora
 
 LORA = lora.Lora(4, 8.0, ("q_proj", "down_proj"))
-ARGS = ["--config=configs/tinycode.py:local", "--config.model.lora.rank=4", "--config.model.lora.alpha=8.0",
-        "--config.model.lora.targets=('q_proj','down_proj')", "--config.eval.questions=2", "--config.eval.samples=1", "--config.checkpoint.every_steps=1",
-        "--config.optimizer.warmup_steps=0"]
+ARGS = [
+  "--config=configs/tinycode.py:local",
+  "--config.model.lora.rank=4",
+  "--config.model.lora.alpha=8.0",
+  "--config.model.lora.targets=('q_proj','down_proj')",
+  "--config.eval.questions=2",
+  "--config.eval.samples=1",
+  "--config.checkpoint.every_steps=1",
+  "--config.optimizer.warmup_steps=0",
+]
 
 
 def run(workdir, *more):
@@ -37,17 +44,25 @@ def adapters(workdir, step):
 
 def test_only_adapters_are_trained_and_saved(workdir):
   config, after = adapters(workdir, 2)
-  assert all(np.any(leaf) for leaf in jax.tree.leaves(after))   # b began at zero
-  saved = sum(p.stat().st_size for p in (workdir / "checkpoints" / "2" / "state").rglob("*") if p.is_file())
+  assert all(np.any(leaf) for leaf in jax.tree.leaves(after))  # b began at zero
+  saved = sum(
+    p.stat().st_size for p in (workdir / "checkpoints" / "2" / "state").rglob("*") if p.is_file()
+  )
   weights = sum(np.prod(s.shape) * 4 for s in jax.tree.leaves(decoder.shapes(config)))
-  assert saved < weights / 4   # adapters, their optimiser and their teacher
+  assert saved < weights / 4  # adapters, their optimiser and their teacher
 
 
 def test_a_resumed_run_writes_the_same_metrics(workdir, tmp_path):
   assert run(tmp_path, "--config.total_steps=1") == 0
   assert run(tmp_path) == 0
-  ours, theirs = ([{k: v for k, v in metrics.reproducible(line).items() if not k.startswith("eval/")} for line in metrics.read(w)] for w in (tmp_path, workdir))
-  assert ours == theirs   # evaluations differ: step 1 was the last one once
+  ours, theirs = (
+    [
+      {k: v for k, v in metrics.reproducible(line).items() if not k.startswith("eval/")}
+      for line in metrics.read(w)
+    ]
+    for w in (tmp_path, workdir)
+  )
+  assert ours == theirs  # evaluations differ: step 1 was the last one once
 
 
 def test_export_merges_adapters_or_writes_them_alone(workdir, tmp_path):
@@ -60,16 +75,29 @@ def test_export_merges_adapters_or_writes_them_alone(workdir, tmp_path):
   assert not np.array_equal(merged["layers"]["attn"]["q"], base["layers"]["attn"]["q"])
   np.testing.assert_array_equal(merged["layers"]["attn"]["k"], base["layers"]["attn"]["k"])
   assert export.export(workdir, tmp_path / "alone", adapters=True) == 2
-  about, alone = json.loads((tmp_path / "alone" / "adapter_config.json").read_text()), load_file(tmp_path / "alone" / "adapter_model.safetensors")
-  assert (about["r"], about["lora_alpha"], about["target_modules"]) == (4, 8.0, ["down_proj", "q_proj"]) and len(alone) == 2 * 2 * config.layers
+  about, alone = (
+    json.loads((tmp_path / "alone" / "adapter_config.json").read_text()),
+    load_file(tmp_path / "alone" / "adapter_model.safetensors"),
+  )
+  assert (about["r"], about["lora_alpha"], about["target_modules"]) == (
+    4,
+    8.0,
+    ["down_proj", "q_proj"],
+  ) and len(alone) == 2 * 2 * config.layers
   for layer in range(config.layers):
-    for letter in "ab":   # tests/test_lora.py says what the numbers mean
-      tensor = alone[f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{letter.upper()}.weight"]
-      np.testing.assert_array_equal(tensor.T.reshape(-1), np.asarray(trained["layers"]["attn"]["q"][letter][layer]).reshape(-1))
+    for letter in "ab":  # tests/test_lora.py says what the numbers mean
+      tensor = alone[
+        f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{letter.upper()}.weight"
+      ]
+      np.testing.assert_array_equal(
+        tensor.T.reshape(-1), np.asarray(trained["layers"]["attn"]["q"][letter][layer]).reshape(-1)
+      )
 
 
 def test_adapters_of_a_run_without_them_is_an_error(tmp_path):
-  (tmp_path / "config.json").write_text(json.dumps(dict(model=dict(path="tiny", param_dtype="float32", lora=dict(rank=0)))))
+  (tmp_path / "config.json").write_text(
+    json.dumps(dict(model=dict(path="tiny", param_dtype="float32", lora=dict(rank=0))))
+  )
   with pytest.raises(ValueError, match="its run trained all weights"):
     export.export(tmp_path, tmp_path / "out", adapters=True)
 

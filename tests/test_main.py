@@ -23,7 +23,15 @@ ENV = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
 
 def start(*args, **kwargs):
-  return subprocess.Popen([sys.executable, "-m", "sdpo_jax.main", *args], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+  return subprocess.Popen(
+    [sys.executable, "-m", "sdpo_jax.main", *args],
+    cwd=ROOT,
+    env=ENV,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    **kwargs,
+  )
 
 
 def run(*args):
@@ -34,7 +42,12 @@ def run(*args):
 
 LOCAL = "--config=configs/tinycode.py:local"
 # several batch shapes
-LONGER = ["--config.total_steps=6", "--config.checkpoint.every_steps=2", "--config.eval.every_steps=3", "--config.data.length_multiple=4"]
+LONGER = [
+  "--config.total_steps=6",
+  "--config.checkpoint.every_steps=2",
+  "--config.eval.every_steps=3",
+  "--config.data.length_multiple=4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +68,31 @@ def test_a_run_leaves_everything_that_was_promised(whole):
   assert "avg@k" in out and "base model" in out
   lines = metrics.read(workdir)
   assert [line["step"] for line in lines] == list(range(7))
-  assert "eval/heldout/avg@k" in lines[0] and "eval/heldout/avg@k" in lines[3] and "train/loss" in lines[1]
+  assert (
+    "eval/heldout/avg@k" in lines[0]
+    and "eval/heldout/avg@k" in lines[3]
+    and "train/loss" in lines[1]
+  )
   about = json.loads((workdir / "run.json").read_text())
-  assert about["sandbox_isolation"] and about["versions"]["jax"] and about["devices"] and about["seed"] == 0
+  assert (
+    about["sandbox_isolation"]
+    and about["versions"]["jax"]
+    and about["devices"]
+    and about["seed"] == 0
+  )
   assert json.loads((workdir / "config.json").read_text())["method"]["name"] == "sdpo"
-  rows = [json.loads(line) for line in (workdir / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
-  assert len(rows) == 8 and all({"prompt", "response", "reward", "feedback", "teacher_context", "tokens"} <= r.keys() for r in rows)
+  rows = [
+    json.loads(line)
+    for line in (workdir / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+  ]
+  assert len(rows) == 8 and all(
+    {"prompt", "response", "reward", "feedback", "teacher_context", "tokens"} <= r.keys()
+    for r in rows
+  )
   assert any("teacher_gap" in r for r in rows)
-  assert "<html" in (workdir / "report" / "index.html").read_text() and list(workdir.glob("events*"))
+  assert "<html" in (workdir / "report" / "index.html").read_text() and list(
+    workdir.glob("events*")
+  )
 
 
 def test_running_a_finished_run_again_changes_nothing(whole):
@@ -76,7 +106,11 @@ def test_running_a_finished_run_again_changes_nothing(whole):
 def killed_and_resumed(workdir, steps_before_kill, rng):
   process = start(LOCAL, *LONGER, f"--workdir={workdir}", start_new_session=True)
   deadline = time.monotonic() + 300
-  while len(metrics.read(workdir)) <= steps_before_kill and process.poll() is None and time.monotonic() < deadline:
+  while (
+    len(metrics.read(workdir)) <= steps_before_kill
+    and process.poll() is None
+    and time.monotonic() < deadline
+  ):
     time.sleep(0.01)
   time.sleep(rng.random() * 0.5)
   os.killpg(process.pid, signal.SIGKILL)
@@ -88,7 +122,10 @@ def killed_and_resumed(workdir, steps_before_kill, rng):
 def test_kill_and_resume_write_the_same_metrics(whole, tmp_path):
   killed_and_resumed(tmp_path, steps_before_kill=3, rng=random.Random(0))
   assert repeatable(tmp_path) == repeatable(whole[0])
-  compiles = [[line["perf/compiles"] for line in metrics.read(workdir) if line["step"]] for workdir in (whole[0], tmp_path)]
+  compiles = [
+    [line["perf/compiles"] for line in metrics.read(workdir) if line["step"]]
+    for workdir in (whole[0], tmp_path)
+  ]
   # the shapes used so far came back too
   assert compiles[0] == compiles[1] and compiles[0][-1] > 1
 
@@ -108,19 +145,30 @@ def test_a_checkpoint_of_another_version_is_named(whole, tmp_path, shapes):
 
 def test_a_full_disk_is_one_line_that_names_the_last_checkpoint(whole, tmp_path):
   shutil.copytree(whole[0], tmp_path / "run")
-  with no_file_beyond(1_000_000):   # metrics and report fit, a checkpoint does not
+  with no_file_beyond(1_000_000):  # metrics and report fit, a checkpoint does not
     process = start(LOCAL, *LONGER, f"--workdir={tmp_path / 'run'}", "--config.total_steps=7")
   _, err = process.communicate(timeout=600)
   assert process.returncode == 1 and "Traceback" not in err, err
-  assert f"File too large: {tmp_path}/run/checkpoints/7 could not be written" in (said := err.splitlines()[-1]) and "goes on from the checkpoint of step 6" in said
+  assert (
+    f"File too large: {tmp_path}/run/checkpoints/7 could not be written"
+    in (said := err.splitlines()[-1])
+    and "goes on from the checkpoint of step 6" in said
+  )
 
 
 def test_a_process_alone_can_say_that_its_disk_is_full(tmp_path, monkeypatch):
   """Orbax's manager waits for all processes of a run; only one of them has met the error."""
   for name in ("2", "10", "11.orbax-checkpoint-tmp", "deleted/12"):
     (tmp_path / "checkpoints" / name).mkdir(parents=True)
-  monkeypatch.setattr(checkpoint.ocp, "CheckpointManager", lambda *args, **kwargs: pytest.fail("asked the manager"))
-  with pytest.raises(wiring.RunError, match="goes on from the checkpoint of step 10, the last complete one"), wiring.blame_disk(tmp_path):
+  monkeypatch.setattr(
+    checkpoint.ocp, "CheckpointManager", lambda *args, **kwargs: pytest.fail("asked the manager")
+  )
+  with (
+    pytest.raises(
+      wiring.RunError, match="goes on from the checkpoint of step 10, the last complete one"
+    ),
+    wiring.blame_disk(tmp_path),
+  ):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -139,61 +187,127 @@ def test_eval_scores_a_checkpoint_and_a_hugging_face_directory(whole, tmp_path):
   scored = json.loads((tmp_path / "eval" / "step_000006.json").read_text())
   assert scored["eval/heldout/avg@k"] == metrics.read(workdir)[-1]["eval/heldout/avg@k"]
   assert export.export(workdir, tmp_path / "exported", step=6) == 6
-  status, out, err = run(LOCAL, "--mode=eval", f"--checkpoint={tmp_path / 'exported'}", f"--workdir={tmp_path}")
+  status, out, err = run(
+    LOCAL, "--mode=eval", f"--checkpoint={tmp_path / 'exported'}", f"--workdir={tmp_path}"
+  )
   assert status == 0, err
   again = json.loads((tmp_path / "eval" / "exported.json").read_text())
   # the same weights
-  assert {k: v for k, v in again.items() if k.startswith("eval/")} == {k: v for k, v in scored.items() if k.startswith("eval/")}
+  assert {k: v for k, v in again.items() if k.startswith("eval/")} == {
+    k: v for k, v in scored.items() if k.startswith("eval/")
+  }
 
 
 def test_another_configuration_does_not_continue_a_run(whole):
-  status, _, err = run("--config=configs/tinycode.py:local,seed=3", *LONGER, f"--workdir={whole[0]}")
-  assert status == 2 and "config.seed=3" in err and "was begun with 0" in err and len(err.strip().splitlines()) <= 2
+  status, _, err = run(
+    "--config=configs/tinycode.py:local,seed=3", *LONGER, f"--workdir={whole[0]}"
+  )
+  assert (
+    status == 2
+    and "config.seed=3" in err
+    and "was begun with 0" in err
+    and len(err.strip().splitlines()) <= 2
+  )
 
 
-@pytest.mark.parametrize("args, said", [
+@pytest.mark.parametrize(
+  "args, said",
+  [
     (["--config=configs/nowhere.py"], "configs/nowhere.py"),
-    (["--config=configs/tinycode.py:metod=grpo"], "'metod' of the config file is unknown; choose from"),
-    (["--config=configs/tinycode.py:method=gspoo"], "method='gspoo' is unknown; choose from ['cispo', 'counterfactual'"),
+    (
+      ["--config=configs/tinycode.py:metod=grpo"],
+      "'metod' of the config file is unknown; choose from",
+    ),
+    (
+      ["--config=configs/tinycode.py:method=gspoo"],
+      "method='gspoo' is unknown; choose from ['cispo', 'counterfactual'",
+    ),
     (["--config=configs/tinycode.py:local", "--config.rollout.grup=4"], "grup"),
     (["--config=configs/tinycode.py:local", "--config.rollout.group=four"], "four"),
-    (["--config=configs/tinycode.py:local", "--mode=training"], "choose from ['train', 'eval', 'discover', 'plan']"),
+    (
+      ["--config=configs/tinycode.py:local", "--mode=training"],
+      "choose from ['train', 'eval', 'discover', 'plan']",
+    ),
     (["--config=configs/tinycode.py:local", "--nonsense"], "nonsense"),
-    (["--config=configs/tinycode.py:local,method=grpo", "--config.rollout.group=1"], "config.rollout.group=1 with advantage 'group_mean'"),
+    (
+      ["--config=configs/tinycode.py:local,method=grpo", "--config.rollout.group=1"],
+      "config.rollout.group=1 with advantage 'group_mean'",
+    ),
     (["--config=configs/tinycode.py:local", "--config.method.token_signal.alpha=2.0"], "alpha"),
     (["--config=configs/tinycode.py:local", "--config.train.micro_batches=3"], "do not divide"),
     (["--config=configs/tinycode.py:local", "--mode=eval"], "--checkpoint"),
     (["--config=configs/tinycode.py:local", "--workdir=/proc/nowhere"], "cannot write there"),
-    (["--config=configs/tinycode.py:local", "--workdir=/proc/nowhere", "--distributed=127.0.0.1,1,0"], "--distributed='127.0.0.1,1,0' must be auto or HOST:PORT"),
-])
+    (
+      [
+        "--config=configs/tinycode.py:local",
+        "--workdir=/proc/nowhere",
+        "--distributed=127.0.0.1,1,0",
+      ],
+      "--distributed='127.0.0.1,1,0' must be auto or HOST:PORT",
+    ),
+  ],
+)
 def test_usage_errors_are_one_line_and_status_2(args, said):
   status, out, err = run(*args)
-  assert status == 2 and said in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
+  assert (
+    status == 2 and said in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err
+  ), err
 
 
-@pytest.mark.parametrize("args, said", [
+@pytest.mark.parametrize(
+  "args, said",
+  [
     (["--config.rollout.max_new_tokens=4000"], "positions"),
     (["--config.model.path=/nowhere/model"], "/nowhere/model"),
     (["--config.env.level=harder"], "very_hard"),
     (["--mode=eval", "--checkpoint=/nowhere/run"], "/nowhere/run"),
-])
+  ],
+)
 def test_impossible_settings_stop_before_anything_compiles(args, said, tmp_path):
   status, _, err = run(LOCAL, *args, f"--workdir={tmp_path}")
   assert status == 2 and said in err and "Traceback" not in err, err
 
 
-@pytest.mark.parametrize("args, said", [
-    (["--checkpoint=runs/x"], "--checkpoint would not be read: it is for --mode=eval; to begin from it, export it and set config.model.path"),
-    (["--mode=eval", "--checkpoint=runs/x", "--topology=v5p:2x2x2"], "--topology would not be read: it is for --mode=plan"),
-    ([f"--config.data.sources=('train={config.ROWS}/math_qa.train.jsonl',)"], "has nothing for the split 'heldout', which config.eval.splits asks for"),
-    (["--config.data.max_teacher_tokens=10"], "tokens, more than config.data.max_teacher_tokens=10"),
-    (["--mode=eval", "--checkpoint={pretrained}"], "is a work directory of sdpo_jax.pretrain: use what it wrote for transformers"),
-])
+@pytest.mark.parametrize(
+  "args, said",
+  [
+    (
+      ["--checkpoint=runs/x"],
+      "--checkpoint would not be read: it is for --mode=eval; to begin from it, export it and set config.model.path",
+    ),
+    (
+      ["--mode=eval", "--checkpoint=runs/x", "--topology=v5p:2x2x2"],
+      "--topology would not be read: it is for --mode=plan",
+    ),
+    (
+      [f"--config.data.sources=('train={config.ROWS}/math_qa.train.jsonl',)"],
+      "has nothing for the split 'heldout', which config.eval.splits asks for",
+    ),
+    (
+      ["--config.data.max_teacher_tokens=10"],
+      "tokens, more than config.data.max_teacher_tokens=10",
+    ),
+    (
+      ["--mode=eval", "--checkpoint={pretrained}"],
+      "is a work directory of sdpo_jax.pretrain: use what it wrote for transformers",
+    ),
+  ],
+)
 def test_wrong_commands_end_in_one_line(args, said, tmp_path, capsys):
   pretrained = tmp_path / "pretrained"
   checkpoint.save(pretrained, 1, {"x": np.zeros(1)}, {})
   (pretrained / "config.json").write_text(json.dumps({"model": {"ff_width": 64}}))
-  assert main.main(["main", f"--config={ROOT}/configs/tinycode.py:local", f"--workdir={tmp_path / 'run'}", *(a.format(pretrained=pretrained) for a in args)]) == 2
+  assert (
+    main.main(
+      [
+        "main",
+        f"--config={ROOT}/configs/tinycode.py:local",
+        f"--workdir={tmp_path / 'run'}",
+        *(a.format(pretrained=pretrained) for a in args),
+      ]
+    )
+    == 2
+  )
   assert said in capsys.readouterr().err.splitlines()[-1] and not metrics.read(tmp_path / "run")
 
 
@@ -213,8 +327,13 @@ def planned(monkeypatch, *settings):
   return main.plan_lines(c, "v5p:2x2x2")
 
 
-@pytest.mark.parametrize("setting, said", [("rollout.rows=12", "config.rollout.rows=12 does not divide among the 8 row shards"),
-                                           ("rollout.max_new_tokens=50000", "together exceed the 40960 positions of qwen3-0.6b")])
+@pytest.mark.parametrize(
+  "setting, said",
+  [
+    ("rollout.rows=12", "config.rollout.rows=12 does not divide among the 8 row shards"),
+    ("rollout.max_new_tokens=50000", "together exceed the 40960 positions of qwen3-0.6b"),
+  ],
+)
 def test_plan_refuses_what_training_refuses(setting, said, monkeypatch):
   with pytest.raises(ValueError, match=said):
     planned(monkeypatch, f"--config.{setting}")
@@ -223,13 +342,19 @@ def test_plan_refuses_what_training_refuses(setting, said, monkeypatch):
 def test_plan_tells_libtpu_what_it_asks_for_and_leaves_what_is_set(monkeypatch):
   monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v6e-8")
   planned(monkeypatch)
-  assert (os.environ["TPU_WORKER_HOSTNAMES"], os.environ["TPU_ACCELERATOR_TYPE"]) == ("localhost", "v6e-8")
+  assert (os.environ["TPU_WORKER_HOSTNAMES"], os.environ["TPU_ACCELERATOR_TYPE"]) == (
+    "localhost",
+    "v6e-8",
+  )
 
 
 def test_config_files_cannot_add_or_lose_settings():
   c = config.base()
   c.rollout.qestions = 3
-  with pytest.raises(ValueError, match=r"config.rollout.qestions is not a setting; did you mean config.rollout.questions"):
+  with pytest.raises(
+    ValueError,
+    match=r"config.rollout.qestions is not a setting; did you mean config.rollout.questions",
+  ):
     config.validate(c)
   c = config.base()
   del c.rollout["group"]
@@ -239,7 +364,23 @@ def test_config_files_cannot_add_or_lose_settings():
 
 
 def test_summary_lines_show_both_models_with_intervals():
-  base = {"eval/heldout/avg@k": 0.1, "eval/heldout/avg@k_low": 0.05, "eval/heldout/avg@k_high": 0.15}
+  base = {
+    "eval/heldout/avg@k": 0.1,
+    "eval/heldout/avg@k_low": 0.05,
+    "eval/heldout/avg@k_high": 0.15,
+  }
   (line,) = train.summary_lines(base | {"eval/heldout/avg@k": 0.4}, base)
-  assert line.split() == ["heldout", "avg@k", "40.0%", "[5.0%,", "15.0%]", "base", "model", "avg@k", "10.0%", "[5.0%,", "15.0%]"]
+  assert line.split() == [
+    "heldout",
+    "avg@k",
+    "40.0%",
+    "[5.0%,",
+    "15.0%]",
+    "base",
+    "model",
+    "avg@k",
+    "10.0%",
+    "[5.0%,",
+    "15.0%]",
+  ]
   assert main.MODES == ("train", "eval", "discover", "plan")

@@ -15,10 +15,19 @@ _DATA = os.environ.get("SDPO_JAX_DATA")
 needs_data = pytest.mark.skipif(_DATA is None, reason="SDPO_JAX_DATA is unset: no GSM8K rows")
 
 GSM8K = {"idx": 4, "question": "How many?", "answer": "2*9 = <<2*9=18>>18 eggs.\n#### 18"}
-MALFORMED = {   # {x} is the right answer
-    "empty": "", "space": " \n", "no_box": "The answer is {x}.", "not_closed": "So \\boxed{{x}", "empty_box": "\\boxed{}", "blank_box": "\\boxed{  }",
-    "inside_thinking": "<think> \\boxed{{x}}", "before_thinking_ends": "<think>\\boxed{{x}}</think> Done.", "nothing_after_hashes": "#### ",
-    "too_long": "\\boxed{{x}" + "0" * 2000 + "}", "last_box_not_closed": "\\boxed{{x}} so \\boxed{"}
+MALFORMED = {  # {x} is the right answer
+  "empty": "",
+  "space": " \n",
+  "no_box": "The answer is {x}.",
+  "not_closed": "So \\boxed{{x}",
+  "empty_box": "\\boxed{}",
+  "blank_box": "\\boxed{  }",
+  "inside_thinking": "<think> \\boxed{{x}}",
+  "before_thinking_ends": "<think>\\boxed{{x}}</think> Done.",
+  "nothing_after_hashes": "#### ",
+  "too_long": "\\boxed{{x}" + "0" * 2000 + "}",
+  "last_box_not_closed": "\\boxed{{x}} so \\boxed{",
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,38 +39,118 @@ def env():
 
 def test_instruction_and_solution():
   task = MathQA().task_from_row(GSM8K, "train")
-  assert MathQA().prompt(task) == [{"role": "user", "content": "How many?\n\nPlease reason step by step, and put your final answer within \\boxed{}."}]
-  assert task.solution == "2*9 = 18 eggs.\nThe answer is \\boxed{18}." and task.data == {"answer": "18"}
-  asked = MathQA().task_from_row({"idx": 0, "prompt": "Give \\boxed{x}: 1+1?", "system": "Think.", "answer": 2, "dataset": "mine"}, "test")
-  assert MathQA().prompt(asked) == [{"role": "system", "content": "Think."}, {"role": "user", "content": "Give \\boxed{x}: 1+1?"}] and asked.id == "mine/test/0"
-  assert MathQA().task_from_row({"idx": 0, "problem": "P", "solution": "So $\\boxed{\\frac{1}{2}}$."}, "test").data == {"answer": "\\frac{1}{2}"}
+  assert MathQA().prompt(task) == [
+    {
+      "role": "user",
+      "content": "How many?\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
+    }
+  ]
+  assert task.solution == "2*9 = 18 eggs.\nThe answer is \\boxed{18}." and task.data == {
+    "answer": "18"
+  }
+  asked = MathQA().task_from_row(
+    {
+      "idx": 0,
+      "prompt": "Give \\boxed{x}: 1+1?",
+      "system": "Think.",
+      "answer": 2,
+      "dataset": "mine",
+    },
+    "test",
+  )
+  assert (
+    MathQA().prompt(asked)
+    == [
+      {"role": "system", "content": "Think."},
+      {"role": "user", "content": "Give \\boxed{x}: 1+1?"},
+    ]
+    and asked.id == "mine/test/0"
+  )
+  assert MathQA().task_from_row(
+    {"idx": 0, "problem": "P", "solution": "So $\\boxed{\\frac{1}{2}}$."}, "test"
+  ).data == {"answer": "\\frac{1}{2}"}
 
 
-@pytest.mark.parametrize("row, says", [
-    ({"idx": 0, "question": "Q"}, "'solution' is missing"), ({"idx": 0, "answer": "1"}, "'prompt' is missing"), ({"idx": 0, "question": "Q", "answer": "so\n####"}, "'answer'"),
-    ({"idx": 0, "question": "Q", "answer": True}, "'answer' is of type bool"), ({"idx": 0, "problem": "P", "solution": "\\boxed{"}, "'solution'")])
+@pytest.mark.parametrize(
+  "row, says",
+  [
+    ({"idx": 0, "question": "Q"}, "'solution' is missing"),
+    ({"idx": 0, "answer": "1"}, "'prompt' is missing"),
+    ({"idx": 0, "question": "Q", "answer": "so\n####"}, "'answer'"),
+    ({"idx": 0, "question": "Q", "answer": True}, "'answer' is of type bool"),
+    ({"idx": 0, "problem": "P", "solution": "\\boxed{"}, "'solution'"),
+  ],
+)
 def test_a_malformed_row_names_its_field(row, says):
   with pytest.raises(ValueError, match=says):
     MathQA().task_from_row(row, "train")
 
 
-@pytest.mark.parametrize("response, answer", [
-    ("\\boxed{5}", "5"), ("\\boxed{4} no, \\boxed{5}", "5"), ("$\\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}"), ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
-    ("so\n#### 18\n", "18"), ("#### 1\nthen \\boxed{2}", "2"), ("<think>\\boxed{1}</think>\\boxed{2}", "2")])
+@pytest.mark.parametrize(
+  "response, answer",
+  [
+    ("\\boxed{5}", "5"),
+    ("\\boxed{4} no, \\boxed{5}", "5"),
+    ("$\\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}"),
+    ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+    ("so\n#### 18\n", "18"),
+    ("#### 1\nthen \\boxed{2}", "2"),
+    ("<think>\\boxed{1}</think>\\boxed{2}", "2"),
+  ],
+)
 def test_extract(response, answer):
   assert extract(response) == (answer, "")
 
 
-@pytest.mark.parametrize("text, value", [
-    ("18", 18), ("-10", -10), ("1,080", 1080), ("\\$1{,}080.50", 1080.5), ("$18$", 18), (".5", 0.5), ("18.", 18), ("+3", 3), ("1,08", None), ("", None), (".", None), ("-", None),
-    ("1/2", None), ("x", None), ("18 eggs", None), ("1e5", None), ("²", None), ("9" * 5000, None), ("1 2", None), ("1_0", None)])
+@pytest.mark.parametrize(
+  "text, value",
+  [
+    ("18", 18),
+    ("-10", -10),
+    ("1,080", 1080),
+    ("\\$1{,}080.50", 1080.5),
+    ("$18$", 18),
+    (".5", 0.5),
+    ("18.", 18),
+    ("+3", 3),
+    ("1,08", None),
+    ("", None),
+    (".", None),
+    ("-", None),
+    ("1/2", None),
+    ("x", None),
+    ("18 eggs", None),
+    ("1e5", None),
+    ("²", None),
+    ("9" * 5000, None),
+    ("1 2", None),
+    ("1_0", None),
+  ],
+)
 def test_plain_numbers(text, value):
   assert number(text) == value
 
 
 def test_equal_answers_in_a_worker(env):
-  equal = [("\\frac{1}{2}", "0.5"), ("\\frac{1}{2}", "1/2"), ("2\\sqrt{3}", "\\sqrt{12}"), ("(1, 2)", "(1,2)"), ("x^2+2x+1", "(x+1)^2"), ("18", "18\\text{ eggs}"), ("\\{1,2\\}", "\\{2,1\\}")]
-  different = [("\\frac{1}{2}", "\\frac{1}{3}"), ("x+1", "x+2"), ("(1, 2)", "(2, 1)"), ("18", "19 eggs"), ("5", "\\text{none}"), ("[0,1]", "(0,1)"), ("5", "}{"), ("5", "__import__('os')")]
+  equal = [
+    ("\\frac{1}{2}", "0.5"),
+    ("\\frac{1}{2}", "1/2"),
+    ("2\\sqrt{3}", "\\sqrt{12}"),
+    ("(1, 2)", "(1,2)"),
+    ("x^2+2x+1", "(x+1)^2"),
+    ("18", "18\\text{ eggs}"),
+    ("\\{1,2\\}", "\\{2,1\\}"),
+  ]
+  different = [
+    ("\\frac{1}{2}", "\\frac{1}{3}"),
+    ("x+1", "x+2"),
+    ("(1, 2)", "(2, 1)"),
+    ("18", "19 eggs"),
+    ("5", "\\text{none}"),
+    ("[0,1]", "(0,1)"),
+    ("5", "}{"),
+    ("5", "__import__('os')"),
+  ]
   assert [env.same(a, b) for a, b in equal] == [True] * len(equal)
   assert [env.same(a, b) for a, b in different] == [False] * len(different)
 
@@ -78,14 +167,20 @@ def test_a_comparison_that_hangs_is_killed_and_the_next_one_works(env):
   begun = time.monotonic()
   said = env.judge(task, "\\boxed{9^{9^{9^{9}}} - 3}")
   env.time_s = 20.0
-  assert said.reward == 0.0 and (said.status is Status.TIMEOUT and "too complicated" in said.text and time.monotonic() - begun < 15.0)
+  assert said.reward == 0.0 and (
+    said.status is Status.TIMEOUT
+    and "too complicated" in said.text
+    and time.monotonic() - begun < 15.0
+  )
   assert env.judge(task, "\\boxed{\\frac{2}{4}}").reward == 1.0
 
 
 def test_judges_from_threads_share_the_workers(env):
   task = env.task_from_row({"idx": 0, "question": "Q", "answer": "\\frac{1}{2}"}, "train")
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
-    rewards = list(pool.map(lambda i: env.judge(task, f"\\boxed{{\\frac{{{i}}}{{6}}}}").reward, range(1, 6)))
+    rewards = list(
+      pool.map(lambda i: env.judge(task, f"\\boxed{{\\frac{{{i}}}{{6}}}}").reward, range(1, 6))
+    )
   assert rewards == [0.0, 0.0, 1.0, 0.0, 0.0]
 
 
@@ -93,7 +188,7 @@ def test_workers_that_do_not_start_are_our_failure(monkeypatch):
   monkeypatch.setattr("sdpo_jax.envs.math_qa.math_worker.__file__", "/nowhere.py")
   broken = MathQA(workers=1)
   task = broken.task_from_row({"idx": 0, "question": "Q", "answer": "x"}, "train")
-  for _ in range(2):   # the place is given back
+  for _ in range(2):  # the place is given back
     with pytest.raises(RuntimeError, match="did not start"):
       broken.judge(task, "\\boxed{y}")
   with pytest.raises(RuntimeError, match="did not start"):
@@ -116,7 +211,10 @@ def test_a_slow_start_is_no_failed_judgement(monkeypatch):
 def test_that_an_answer_is_wrong_is_said_only_when_asked():
   task = MathQA().task_from_row(GSM8K, "train")
   assert MathQA().judge(task, "\\boxed{17}").text == ""
-  assert MathQA(tell_correctness=True).judge(task, "\\boxed{17}").text == "The final answer 17 is not correct."
+  assert (
+    MathQA(tell_correctness=True).judge(task, "\\boxed{17}").text
+    == "The final answer 17 is not correct."
+  )
 
 
 @needs_data
@@ -130,10 +228,20 @@ def test_every_gsm8k_row_right_wrong_and_malformed():
         task = env.task_from_row(row, split)
         rows += 1
         answer = task.data["answer"]
-        right += all(env.judge(task, text).reward == 1.0 for text in (task.solution, row["answer"], f"\\boxed{{{answer}.00}}", f"\\boxed{{\\${answer}}}"))
+        right += all(
+          env.judge(task, text).reward == 1.0
+          for text in (
+            task.solution,
+            row["answer"],
+            f"\\boxed{{{answer}.00}}",
+            f"\\boxed{{\\${answer}}}",
+          )
+        )
         for text in MALFORMED.values():
           said = env.judge(task, text.replace("{x}", answer))
-          malformed += said.reward == 0.0 and said.status is Status.SCORED and "\\boxed{}" in said.text
+          malformed += (
+            said.reward == 0.0 and said.status is Status.SCORED and "\\boxed{}" in said.text
+          )
         said = env.judge(task, f"\\boxed{{{number(answer) + 1}}}")
         wrong += said.reward == 0.0 and "not correct" in said.text
   assert (rows, right, malformed, wrong) == (2000, 2000, 2000 * len(MALFORMED), 2000)

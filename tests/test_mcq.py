@@ -12,15 +12,47 @@ from sdpo_jax.records import Status
 _DATA = os.environ.get("SDPO_JAX_DATA")
 needs_data = pytest.mark.skipif(_DATA is None, reason="SDPO_JAX_DATA is unset: no SciKnowEval rows")
 
-PAPER = {"idx": 7, "kind": "mcq", "dataset": "sciknoweval", "answer": "B", "system": "Pick.", "prompt": "C: is no option here\nWhich?\n\nA: 1\n\nB: 2\nPlease reason step by step."}
-MMLU_PRO = {"idx": 0, "question_id": 70, "question": "Which?", "options": [f"option {i}" for i in range(10)], "answer": "J", "answer_index": 9, "category": "law"}
-GPQA = {"idx": 3, "Record ID": "rec1", "Question": "Which?", "Correct Answer": "right\n", "Incorrect Answer 1": "w1", "Incorrect Answer 2": "w2", "Incorrect Answer 3": "w3"}
+PAPER = {
+  "idx": 7,
+  "kind": "mcq",
+  "dataset": "sciknoweval",
+  "answer": "B",
+  "system": "Pick.",
+  "prompt": "C: is no option here\nWhich?\n\nA: 1\n\nB: 2\nPlease reason step by step.",
+}
+MMLU_PRO = {
+  "idx": 0,
+  "question_id": 70,
+  "question": "Which?",
+  "options": [f"option {i}" for i in range(10)],
+  "answer": "J",
+  "answer_index": 9,
+  "category": "law",
+}
+GPQA = {
+  "idx": 3,
+  "Record ID": "rec1",
+  "Question": "Which?",
+  "Correct Answer": "right\n",
+  "Incorrect Answer 1": "w1",
+  "Incorrect Answer 2": "w2",
+  "Incorrect Answer 3": "w3",
+}
 
-MALFORMED = {   # ten kinds of response without a usable answer; {x} is the right letter
-    "empty": "", "space": " \n ", "no_tags": "The answer is {x}.", "not_closed": "<reasoning>r</reasoning>\n<answer>\n{x}",
-    "empty_answer": "<answer>\n</answer>", "restated": "<answer>\n{x}: the text\n</answer>", "two_letters": "<answer>\n{x}, A\n</answer>",
-    "no_option": "<answer>Z</answer>", "small_letter": "<answer>{small}</answer>", "inside_thinking": "<think> I say <answer>{x}</answer>",
-    "before_thinking_ends": "<think><answer>{x}</answer></think> Done.", "opened_again": "<answer>{x}</answer> or rather <answer>"}
+MALFORMED = {  # ten kinds of response without a usable answer; {x} is the right letter
+  "empty": "",
+  "space": " \n ",
+  "no_tags": "The answer is {x}.",
+  "not_closed": "<reasoning>r</reasoning>\n<answer>\n{x}",
+  "empty_answer": "<answer>\n</answer>",
+  "restated": "<answer>\n{x}: the text\n</answer>",
+  "two_letters": "<answer>\n{x}, A\n</answer>",
+  "no_option": "<answer>Z</answer>",
+  "small_letter": "<answer>{small}</answer>",
+  "inside_thinking": "<think> I say <answer>{x}</answer>",
+  "before_thinking_ends": "<think><answer>{x}</answer></think> Done.",
+  "opened_again": "<answer>{x}</answer> or rather <answer>",
+}
 
 
 def fill(text, letter):
@@ -29,41 +61,77 @@ def fill(text, letter):
 
 def test_rows_of_the_paper_are_asked_as_they_are():
   task = MCQ().task_from_row(PAPER, "test")
-  assert MCQ().prompt(task) == [{"role": "system", "content": "Pick."}, {"role": "user", "content": PAPER["prompt"]}]
-  assert task.id == "sciknoweval/test/7" and task.data == {"answer": "B", "letters": "AB"} and task.split == "test"
+  assert MCQ().prompt(task) == [
+    {"role": "system", "content": "Pick."},
+    {"role": "user", "content": PAPER["prompt"]},
+  ]
+  assert (
+    task.id == "sciknoweval/test/7"
+    and task.data == {"answer": "B", "letters": "AB"}
+    and task.split == "test"
+  )
 
 
 def test_mmlu_pro_has_ten_options():
   env = MCQ()
   task = env.task_from_row(MMLU_PRO, "test")
   system, user = env.prompt(task)
-  assert "ten options" in system["content"] and "(A, B, C, D, E, F, G, H, I, or J)" in system["content"]
-  assert user["content"].startswith("Which?\n\nA: option 0\nB: option 1\n") and "\nJ: option 9\nPlease reason" in user["content"]
-  assert env.judge(task, "<answer>J</answer>").reward == 1 and env.judge(task, "<answer>A</answer>").reward == 0
+  assert (
+    "ten options" in system["content"] and "(A, B, C, D, E, F, G, H, I, or J)" in system["content"]
+  )
+  assert (
+    user["content"].startswith("Which?\n\nA: option 0\nB: option 1\n")
+    and "\nJ: option 9\nPlease reason" in user["content"]
+  )
+  assert (
+    env.judge(task, "<answer>J</answer>").reward == 1
+    and env.judge(task, "<answer>A</answer>").reward == 0
+  )
   assert task.id == "mmlu_pro/test/70"
 
 
 def test_gpqa_places_depend_on_the_record_alone():
   tasks = [MCQ().task_from_row(GPQA | {"Record ID": f"rec{i}"}, "train") for i in range(40)]
-  assert [t.data["answer"] for t in tasks] == [MCQ().task_from_row(GPQA | {"Record ID": f"rec{i}"}, "test").data["answer"] for i in range(40)]
+  assert [t.data["answer"] for t in tasks] == [
+    MCQ().task_from_row(GPQA | {"Record ID": f"rec{i}"}, "test").data["answer"] for i in range(40)
+  ]
   assert {t.data["answer"] for t in tasks} == set("ABCD")
   for task in tasks:
-    assert f"\n{task.data['answer']}: right\n" in task.prompt and sorted("ABCD") == sorted(line[0] for line in task.prompt.split("\n") if line[1:2] == ":")
+    assert f"\n{task.data['answer']}: right\n" in task.prompt and sorted("ABCD") == sorted(
+      line[0] for line in task.prompt.split("\n") if line[1:2] == ":"
+    )
 
 
-@pytest.mark.parametrize("row, says", [
-    (PAPER | {"answer": "C"}, "'answer'"), (PAPER | {"answer": None}, "'answer' is missing"), (PAPER | {"answer": 2}, "'answer' is of type int"),
-    (PAPER | {"prompt": "Which?"}, "'prompt' has no options"), (PAPER | {"prompt": ""}, "'prompt' is empty"), (PAPER | {"kind": "tooluse"}, "'kind'"),
-    (MMLU_PRO | {"answer_index": 3}, "'answer_index'"), (MMLU_PRO | {"options": ["only"]}, "'options'"), (MMLU_PRO | {"options": "ABC"}, "'options' is of type str"),
-    (GPQA | {"Incorrect Answer 2": " "}, "'Incorrect Answer 2' is empty")])
+@pytest.mark.parametrize(
+  "row, says",
+  [
+    (PAPER | {"answer": "C"}, "'answer'"),
+    (PAPER | {"answer": None}, "'answer' is missing"),
+    (PAPER | {"answer": 2}, "'answer' is of type int"),
+    (PAPER | {"prompt": "Which?"}, "'prompt' has no options"),
+    (PAPER | {"prompt": ""}, "'prompt' is empty"),
+    (PAPER | {"kind": "tooluse"}, "'kind'"),
+    (MMLU_PRO | {"answer_index": 3}, "'answer_index'"),
+    (MMLU_PRO | {"options": ["only"]}, "'options'"),
+    (MMLU_PRO | {"options": "ABC"}, "'options' is of type str"),
+    (GPQA | {"Incorrect Answer 2": " "}, "'Incorrect Answer 2' is empty"),
+  ],
+)
 def test_a_malformed_row_names_its_field(row, says):
   with pytest.raises(ValueError, match=says):
     MCQ().task_from_row(row, "train")
 
 
-@pytest.mark.parametrize("response", [
-    "<answer>B</answer>", "<reasoning>\nA is wrong.\n</reasoning>\n<answer>\nB\n</answer>", "<answer>A</answer> No: <answer> B </answer>",
-    "<think><answer>A</answer></think><answer>B</answer>", "the thought went before</think>\n<answer>B</answer>"])
+@pytest.mark.parametrize(
+  "response",
+  [
+    "<answer>B</answer>",
+    "<reasoning>\nA is wrong.\n</reasoning>\n<answer>\nB\n</answer>",
+    "<answer>A</answer> No: <answer> B </answer>",
+    "<think><answer>A</answer></think><answer>B</answer>",
+    "the thought went before</think>\n<answer>B</answer>",
+  ],
+)
 def test_right_answers(response):
   assert MCQ().judge(MCQ().task_from_row(PAPER, "test"), response).reward == 1
 
@@ -71,13 +139,25 @@ def test_right_answers(response):
 def test_that_a_letter_is_wrong_is_said_only_when_asked():
   task = MCQ().task_from_row(PAPER, "test")
   assert MCQ().judge(task, "<answer>A</answer>").text == ""
-  assert MCQ(tell_correctness=True).judge(task, "<answer>A</answer>").text == "The answer A is not correct."
+  assert (
+    MCQ(tell_correctness=True).judge(task, "<answer>A</answer>").text
+    == "The answer A is not correct."
+  )
 
 
 def test_extract_says_what_is_wrong():
   said = {name: extract(fill(text, "B"), "AB")[1] for name, text in MALFORMED.items()}
-  assert "empty" in said["empty"] and "no <answer>" in said["no_tags"] and "not closed" in said["not_closed"] and "not closed" in said["opened_again"]
-  assert said["empty_answer"] == "The answer is empty." and "'Z' is not the letter" in said["no_option"] and "thinking" in said["inside_thinking"]
+  assert (
+    "empty" in said["empty"]
+    and "no <answer>" in said["no_tags"]
+    and "not closed" in said["not_closed"]
+    and "not closed" in said["opened_again"]
+  )
+  assert (
+    said["empty_answer"] == "The answer is empty."
+    and "'Z' is not the letter" in said["no_option"]
+    and "thinking" in said["inside_thinking"]
+  )
 
 
 @needs_data
@@ -94,9 +174,15 @@ def test_every_row_right_wrong_and_malformed():
         right += env.judge(task, f"<reasoning>\n...\n</reasoning>\n{task.solution}").reward == 1.0
         for text in MALFORMED.values():
           said = env.judge(task, fill(text, answer))
-          malformed += said.reward == 0.0 and said.status is Status.SCORED and "<answer>" in said.text
+          malformed += (
+            said.reward == 0.0 and said.status is Status.SCORED and "<answer>" in said.text
+          )
         for letter in set(task.data["letters"]) - {answer}:
           said = told.judge(task, f"<answer>{letter}</answer>")
-          wrong += said.reward == 0.0 and letter in said.text and answer not in said.text.removeprefix("The answer")
+          wrong += (
+            said.reward == 0.0
+            and letter in said.text
+            and answer not in said.text.removeprefix("The answer")
+          )
   assert (rows, right, malformed) == (4335, 4335, 4335 * len(MALFORMED)), (rows, right, malformed)
-  assert wrong == 4135 * 3 + 200   # 200 rows have two options
+  assert wrong == 4135 * 3 + 200  # 200 rows have two options

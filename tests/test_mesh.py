@@ -23,11 +23,20 @@ from sdpo_jax.kernels.distill_kl import distill_kl_sharded
 from sdpo_jax.model import decoder
 from sdpo_jax.objectives import methods
 from sdpo_jax.objectives.loss import make_objective
-from sdpo_jax.train_step import forward_pair, init_state, make_signals, make_train_step, run_rows, targets
+from sdpo_jax.train_step import (
+  forward_pair,
+  init_state,
+  make_signals,
+  make_train_step,
+  run_rows,
+  targets,
+)
 from tests import fakes
 
 ROOT = pathlib.Path(__file__).parent.parent
-BLEND = methods.row("sdpo") | dict(advantage=dict(name="group_mean"), surrogate=dict(name="clipped"), policy_share=0.3)
+BLEND = methods.row("sdpo") | dict(
+  advantage=dict(name="group_mean"), surrogate=dict(name="clipped"), policy_share=0.3
+)
 # every axis divides by every part of eight; queries are grouped
 SIZES = dict(vocab=296, heads=16, kv_heads=8)
 MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
@@ -39,16 +48,24 @@ def gradient(mesh, batch, *, method=BLEND):
   config, params = fakes.toy_model(0, **SIZES)
   _, teacher = fakes.toy_model(1, **SIZES)
   objective, tx = make_objective(method), optax.sgd(1024.0)
-  step = make_train_step(make_signals(config, objective, remat="dots"), objective, tx, recompute_old=True)
+  step = make_train_step(
+    make_signals(config, objective, remat="dots"), objective, tx, recompute_old=True
+  )
   state = init_state(params, tx)._replace(teacher=teacher)
   if mesh is None:
     new, said = jax.jit(step)(state, batch)
   else:
     places = sharding.state_shardings(mesh, state, decoder.axes(config))
     with jax.set_mesh(mesh):
-      new, said = jax.jit(step, out_shardings=(places, None))(jax.device_put(state, places), sharding.put_rows(mesh, batch))
-    assert new.params["layers"]["mlp"]["gate"].sharding.spec == sharding.spec("LDF", sharding.WEIGHTS)
-  return float(said["train/loss"].mean), jax.tree.map(lambda a, b: (np.asarray(a) - np.asarray(b)) / 1024.0, params, new.params)
+      new, said = jax.jit(step, out_shardings=(places, None))(
+        jax.device_put(state, places), sharding.put_rows(mesh, batch)
+      )
+    assert new.params["layers"]["mlp"]["gate"].sharding.spec == sharding.spec(
+      "LDF", sharding.WEIGHTS
+    )
+  return float(said["train/loss"].mean), jax.tree.map(
+    lambda a, b: (np.asarray(a) - np.asarray(b)) / 1024.0, params, new.params
+  )
 
 
 @functools.cache
@@ -62,36 +79,75 @@ def assert_same(got, want):
     assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y), jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("shape", [shape if shape in FAST else pytest.param(shape, marks=pytest.mark.slow) for shape in MESHES])
+@pytest.mark.parametrize(
+  "shape",
+  [shape if shape in FAST else pytest.param(shape, marks=pytest.mark.slow) for shape in MESHES],
+)
 def test_every_mesh_gives_the_gradient_of_one_device(shape):
   """Texts packed together, one pack a row shard; on one device each text has a row of its own."""
   mesh = sharding.make_mesh(jax.devices(), **dict(zip(sharding.AXES, shape)))
-  batch = fakes.toy_batch(rows=16, vocab=296, length=26, teacher_length=34, packs=sharding.row_shards(mesh))
+  batch = fakes.toy_batch(
+    rows=16, vocab=296, length=26, teacher_length=34, packs=sharding.row_shards(mesh)
+  )
   assert_same(gradient(mesh, batch), on_one_device())
 
 
-@pytest.mark.parametrize("name,shape", [("grpo", (2, 2, 2)), pytest.param("grpo", (1, 8, 1), marks=pytest.mark.slow), pytest.param("srpo", (2, 2, 2), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  "name,shape",
+  [
+    ("grpo", (2, 2, 2)),
+    pytest.param("grpo", (1, 8, 1), marks=pytest.mark.slow),
+    pytest.param("srpo", (2, 2, 2), marks=pytest.mark.slow),
+  ],
+)
 def test_without_a_divergence_every_mesh_gives_the_gradient_of_one_device(name, shape, monkeypatch):
   """Log-probability and entropy by themselves, the vocabulary in blocks of 128 on the mesh, in one piece on one device."""
-  mesh, method = sharding.make_mesh(jax.devices(), **dict(zip(sharding.AXES, shape))), methods.row(name)
+  mesh, method = (
+    sharding.make_mesh(jax.devices(), **dict(zip(sharding.AXES, shape))),
+    methods.row(name),
+  )
   want = gradient(None, fakes.toy_batch(rows=16, vocab=296), method=method)
   monkeypatch.setattr(token_logp, "BLOCK_BYTES", 1)
-  assert_same(gradient(mesh, fakes.toy_batch(rows=16, vocab=296, length=26, teacher_length=34, packs=sharding.row_shards(mesh)), method=method), want)
+  assert_same(
+    gradient(
+      mesh,
+      fakes.toy_batch(
+        rows=16, vocab=296, length=26, teacher_length=34, packs=sharding.row_shards(mesh)
+      ),
+      method=method,
+    ),
+    want,
+  )
 
 
 @pytest.mark.slow
 def test_micro_batches_on_a_mesh_give_the_gradient_of_one_device():
   mesh = sharding.make_mesh(jax.devices(), data=2, fsdp=2, tensor=2)
-  assert_same(gradient(mesh, fakes.toy_batch(rows=16, vocab=296, length=26, teacher_length=34, packs=8)), on_one_device())
+  assert_same(
+    gradient(mesh, fakes.toy_batch(rows=16, vocab=296, length=26, teacher_length=34, packs=8)),
+    on_one_device(),
+  )
 
 
 def compiled_parts(mesh, config, batch, remat):
   """Compiled, each with the divergence behind it: (gradient of the live-teacher pair, of the student against given teacher states, teacher forward)."""
   where = sharding.named(mesh, decoder.axes(config))
-  place = lambda tree, places: jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places)
-  params, rows = place(decoder.shapes(config), where), place(batch, jax.tree.map(lambda _: sharding.over_rows(mesh), batch))
-  one = lambda p, half: run_rows(lambda x: [decoder.hidden(p, config, x[0], positions_BT=x[1], segment_ids_BT=x[2], remat=remat)], half)[0]
-  divergence = lambda halves, batch: jnp.sum(distill_kl_sharded(*halves, targets(batch.student), mesh=mesh, alpha=0.5).divergence_X)
+  place = lambda tree, places: jax.tree.map(
+    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places
+  )
+  params, rows = (
+    place(decoder.shapes(config), where),
+    place(batch, jax.tree.map(lambda _: sharding.over_rows(mesh), batch)),
+  )
+  one = lambda p, half: run_rows(
+    lambda x: [
+      decoder.hidden(p, config, x[0], positions_BT=x[1], segment_ids_BT=x[2], remat=remat)
+    ],
+    half,
+  )[0]
+  divergence = lambda halves, batch: jnp.sum(
+    distill_kl_sharded(*halves, targets(batch.student), mesh=mesh, alpha=0.5).divergence_X
+  )
   pair = lambda p, batch: divergence(forward_pair(p, None, config, batch, remat=remat), batch)
 
   def student(p, batch, teacher_XD):
@@ -99,20 +155,31 @@ def compiled_parts(mesh, config, batch, remat):
     return divergence((one(p, batch.student), head, teacher_XD, jax.lax.stop_gradient(head)), batch)
 
   with jax.set_mesh(mesh):
-    teacher_XD = jax.ShapeDtypeStruct((batch.student.at_CX.size, config.width), jnp.float32, sharding=sharding.over_rows(mesh))
+    teacher_XD = jax.ShapeDtypeStruct(
+      (batch.student.at_CX.size, config.width), jnp.float32, sharding=sharding.over_rows(mesh)
+    )
     compile_one = lambda f, *args: jax.jit(f).lower(*args).compile()
-    return (compile_one(jax.value_and_grad(pair), params, rows), compile_one(jax.value_and_grad(student), params, rows, teacher_XD),
-            compile_one(lambda p, batch: one(p, batch.teacher), params, rows))
+    return (
+      compile_one(jax.value_and_grad(pair), params, rows),
+      compile_one(jax.value_and_grad(student), params, rows, teacher_XD),
+      compile_one(lambda p, batch: one(p, batch.teacher), params, rows),
+    )
 
 
 def collectives(text):
   """[(kind, type, shape without axes of 1)] of every array that comes out of a collective, pieces of one (an all-to-all's tuple) counted as one; groups of one device move nothing."""
   found = []
   for line in text.splitlines():
-    op = re.match(r"\s*(?:ROOT )?%?\S+ = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast)(?:-start)?\(", line)
+    op = re.match(
+      r"\s*(?:ROOT )?%?\S+ = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast)(?:-start)?\(",
+      line,
+    )
     if op is None or op[2] != "collective-permute" and plan._group_size(line) == 1:
       continue
-    arrays = [(op[2], dtype, tuple(int(n) for n in dims.split(",") if n not in ("", "1"))) for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", op[1])]
+    arrays = [
+      (op[2], dtype, tuple(int(n) for n in dims.split(",") if n not in ("", "1")))
+      for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", op[1])
+    ]
     assert arrays, line
     found += [(*arrays[0][:2], (len(arrays), *arrays[0][2]))] if op[2] == "all-to-all" else arrays
   assert found
@@ -121,10 +188,19 @@ def collectives(text):
 
 def parts_of_weights(config, mesh):
   """Shapes, without axes of 1, of the weights of a layer and around the layers: whole or split over mesh axes, neighbouring axes joined or not, in either order."""
-  joined = lambda shape: {shape} if len(shape) < 2 else {shape[:1] + rest for rest in joined(shape[1:])} | joined((shape[0] * shape[1], *shape[2:]))
+  joined = lambda shape: (
+    {shape}
+    if len(shape) < 2
+    else {shape[:1] + rest for rest in joined(shape[1:])}
+    | joined((shape[0] * shape[1], *shape[2:]))
+  )
   found = set()
-  for w, letters in zip(jax.tree.leaves(decoder.shapes(config)), jax.tree.leaves(decoder.axes(config))):
-    splits = [{1, mesh.shape[axis] if axis else 1} for axis in sharding.spec(letters, sharding.WEIGHTS)]
+  for w, letters in zip(
+    jax.tree.leaves(decoder.shapes(config)), jax.tree.leaves(decoder.axes(config))
+  ):
+    splits = [
+      {1, mesh.shape[axis] if axis else 1} for axis in sharding.spec(letters, sharding.WEIGHTS)
+    ]
     for parts in itertools.product(*splits):
       shape = tuple(n // k for n, k, letter in zip(w.shape, parts, letters) if letter != "L")
       found |= joined(shape) | joined(shape[::-1])
@@ -139,14 +215,23 @@ def test_a_live_teacher_costs_its_forward_pass_and_no_collective_more():
   batch = fakes.toy_batch(rows=32, vocab=296, length=40, teacher_length=40, packs=8)
   pair, student, teacher = compiled_parts(mesh, config, batch, "none")
   operations = lambda compiled: compiled.cost_analysis()["flops"]
-  assert operations(pair) <= 1.03 * (operations(student) + operations(teacher)), [operations(x) for x in (pair, student, teacher)]
+  assert operations(pair) <= 1.03 * (operations(student) + operations(teacher)), [
+    operations(x) for x in (pair, student, teacher)
+  ]
   pair, student, _ = compiled_parts(mesh, config, batch, "block")
   texts = pair.as_text(), student.as_text()
   split = sum("D" in axes for axes in jax.tree.leaves(decoder.axes(config)["layers"]))
   in_layers = [len(re.findall(r" all-gather(?:-start)?\(.*while/body", text)) for text in texts]
-  assert in_layers == [2 * split] * 2   # forward, and again for the backward pass
+  assert in_layers == [2 * split] * 2  # forward, and again for the backward pass
   # not token ids, nor scales of norms
-  wide = [sorted(shape for kind, dtype, shape in collectives(text) if kind == "all-gather" and dtype == "f32" and len(shape) > 1) for text in texts]
+  wide = [
+    sorted(
+      shape
+      for kind, dtype, shape in collectives(text)
+      if kind == "all-gather" and dtype == "f32" and len(shape) > 1
+    )
+    for text in texts
+  ]
   assert wide[0] == wide[1], wide
   gathered, weights = set(wide[0]), parts_of_weights(config, mesh)
   assert gathered <= weights, gathered - weights
@@ -156,14 +241,27 @@ def compiled_step(mesh, config, method, batch, **settings):
   """The compiled train step's text."""
   objective, tx = make_objective(methods.row(method)), optax.sgd(1.0)
   step = make_train_step(make_signals(config, objective), objective, tx, **settings)
-  state = jax.eval_shape(lambda p: init_state(p, tx, keep_teacher=objective.needs_teacher), decoder.shapes(config))
-  put = lambda tree, places: jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places)
+  state = jax.eval_shape(
+    lambda p: init_state(p, tx, keep_teacher=objective.needs_teacher), decoder.shapes(config)
+  )
+  put = lambda tree, places: jax.tree.map(
+    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places
+  )
   with jax.set_mesh(mesh):
-    return jax.jit(step).lower(put(state, sharding.state_shardings(mesh, state, decoder.axes(config))),
-                               put(batch, jax.tree.map(lambda _: sharding.over_rows(mesh), batch))).compile().as_text()
+    return (
+      jax.jit(step)
+      .lower(
+        put(state, sharding.state_shardings(mesh, state, decoder.axes(config))),
+        put(batch, jax.tree.map(lambda _: sharding.over_rows(mesh), batch)),
+      )
+      .compile()
+      .as_text()
+    )
 
 
-@pytest.mark.parametrize("method,settings", [("sdpo", dict(teacher_move=0.05)), ("grpo", {})], ids=("sdpo", "grpo"))
+@pytest.mark.parametrize(
+  "method,settings", [("sdpo", dict(teacher_move=0.05)), ("grpo", {})], ids=("sdpo", "grpo")
+)
 def test_no_activation_is_gathered_over_the_rows(method, settings):
   """Rows split eight ways, weights copied: each array that comes out of a collective, whatever its kind and type, is shaped like a weight (its gradient) or has no more
   elements than a device has tokens. Its hidden states have more, even those of a micro-batch's response tokens alone."""
@@ -180,7 +278,14 @@ def test_no_activation_is_gathered_over_the_rows(method, settings):
 LARGE = SIZES | dict(vocab=8192)
 
 
-@pytest.mark.parametrize("method,shape", [("grpo", (1, 8, 1)), pytest.param("grpo", (2, 2, 2), marks=pytest.mark.slow), ("srpo", (2, 2, 2))])
+@pytest.mark.parametrize(
+  "method,shape",
+  [
+    ("grpo", (1, 8, 1)),
+    pytest.param("grpo", (2, 2, 2), marks=pytest.mark.slow),
+    ("srpo", (2, 2, 2)),
+  ],
+)
 def test_no_logits_cross_devices(method, shape, monkeypatch):
   """With a vocabulary in blocks, forward and backward, of methods that read log-probability or entropy without a divergence: what comes out of a collective is a
   weight, or no larger than a device's hidden states, than which the logits of one token, even of one shard of the vocabulary, are larger."""
@@ -189,7 +294,11 @@ def test_no_logits_cross_devices(method, shape, monkeypatch):
   mesh = sharding.make_mesh(jax.devices(), **dict(zip(sharding.AXES, shape)))
   config = fakes.toy_config(**LARGE)
   batch = fakes.toy_batch(rows=16, vocab=8192, length=40, teacher_length=40, packs=8)
-  hidden = max(half.token_CPT.size for half in (batch.student, batch.teacher)) // sharding.row_shards(mesh) * config.width
+  hidden = (
+    max(half.token_CPT.size for half in (batch.student, batch.teacher))
+    // sharding.row_shards(mesh)
+    * config.width
+  )
   assert hidden < config.vocab // mesh.shape["tensor"]
   weights = parts_of_weights(config, mesh)
   moved = collectives(compiled_step(mesh, config, method, batch))
@@ -197,23 +306,58 @@ def test_no_logits_cross_devices(method, shape, monkeypatch):
 
 
 def test_a_mesh_that_does_not_multiply_is_named():
-  assert dict(sharding.make_mesh(jax.devices(), data=2, fsdp=-1, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-  for wrong in (dict(data=3, fsdp=-1, tensor=1), dict(data=2, fsdp=2, tensor=1), dict(data=-1, fsdp=-1, tensor=1), dict(data=0, fsdp=-1, tensor=1)):
+  assert dict(sharding.make_mesh(jax.devices(), data=2, fsdp=-1, tensor=2).shape) == {
+    "data": 2,
+    "fsdp": 2,
+    "tensor": 2,
+  }
+  for wrong in (
+    dict(data=3, fsdp=-1, tensor=1),
+    dict(data=2, fsdp=2, tensor=1),
+    dict(data=-1, fsdp=-1, tensor=1),
+    dict(data=0, fsdp=-1, tensor=1),
+  ):
     with pytest.raises(ValueError, match="config.mesh="):
       sharding.make_mesh(jax.devices(), **wrong)
 
 
 def test_one_process_shares_with_itself_and_a_wrong_address_is_named():
   assert hosts.share([1, "x"]) == [[1, "x"]] and hosts.leads()
-  for wrong in ("localhost:1234,two,0", "localhost:1234", "127.0.0.1,1,0", "localhost:port,1,0", "localhost:1234,2,2"):
-    with pytest.raises(ValueError, match=f"--distributed='{wrong}' must be auto or HOST:PORT,PROCESSES,RANK"):
+  for wrong in (
+    "localhost:1234,two,0",
+    "localhost:1234",
+    "127.0.0.1,1,0",
+    "localhost:port,1,0",
+    "localhost:1234,2,2",
+  ):
+    with pytest.raises(
+      ValueError, match=f"--distributed='{wrong}' must be auto or HOST:PORT,PROCESSES,RANK"
+    ):
       hosts.start(wrong)
 
 
 def start(workdir, devices, *extra):
-  env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-  return subprocess.Popen([sys.executable, "-m", "sdpo_jax.main", "--config=configs/tinycode.py:local", f"--workdir={workdir}",
-                           "--config.mesh.data=2", "--config.mesh.fsdp=2", *extra], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  env = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+  }
+  return subprocess.Popen(
+    [
+      sys.executable,
+      "-m",
+      "sdpo_jax.main",
+      "--config=configs/tinycode.py:local",
+      f"--workdir={workdir}",
+      "--config.mesh.data=2",
+      "--config.mesh.fsdp=2",
+      *extra,
+    ],
+    cwd=ROOT,
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 @pytest.mark.slow
@@ -225,11 +369,16 @@ def test_two_processes_over_loopback_equal_one(tmp_path):
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     port = s.getsockname()[1]
-  both = [start(tmp_path / "two", 2, f"--distributed=127.0.0.1:{port},2,{rank}") for rank in range(2)]
+  both = [
+    start(tmp_path / "two", 2, f"--distributed=127.0.0.1:{port},2,{rank}") for rank in range(2)
+  ]
   for process in both:
     _, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
-  one, two = ([metrics.reproducible(line) for line in metrics.read(tmp_path / name)] for name in ("one", "two"))
+  one, two = (
+    [metrics.reproducible(line) for line in metrics.read(tmp_path / name)]
+    for name in ("one", "two")
+  )
   assert [line["step"] for line in one] == [line["step"] for line in two] == [0, 1, 2]
   for a, b in zip(one, two):
     assert a.keys() == b.keys()

@@ -29,9 +29,18 @@ def write(workdir, *steps, truncate=None):
 
 
 def test_reduce():
-  reduced = metrics.reduce({
-      "a/ratio": Ratio(jnp.float32(3.0), jnp.float32(4.0)), "a/empty": Ratio(0.0, 0.0), "a/none": None, "a/nan": math.nan,
-      "a/inf": Ratio(np.inf, 1.0), "a/int": np.int32(7), "a/float32": np.float32(0.1), "a/jax": jnp.int32(3)})
+  reduced = metrics.reduce(
+    {
+      "a/ratio": Ratio(jnp.float32(3.0), jnp.float32(4.0)),
+      "a/empty": Ratio(0.0, 0.0),
+      "a/none": None,
+      "a/nan": math.nan,
+      "a/inf": Ratio(np.inf, 1.0),
+      "a/int": np.int32(7),
+      "a/float32": np.float32(0.1),
+      "a/jax": jnp.int32(3),
+    }
+  )
   assert reduced == {"a/ratio": 0.75, "a/int": 7, "a/float32": float(np.float32(0.1)), "a/jax": 3}
   assert [type(value) for value in reduced.values()] == [float, int, float, int]
 
@@ -43,7 +52,10 @@ def test_lines_are_strict_json_and_floats_survive(tmp_path):
   # readable before the writer is closed
   assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
   first, second = lines(tmp_path)
-  assert list(first) == ["step", "time_s", "eval/heldout/avg@k"] and first["eval/heldout/avg@k"] == 0.1 + 0.2
+  assert (
+    list(first) == ["step", "time_s", "eval/heldout/avg@k"]
+    and first["eval/heldout/avg@k"] == 0.1 + 0.2
+  )
   assert second["train/loss"] == 1 / 3 and second["time_s"] >= first["time_s"] >= 0
   assert metrics.read(tmp_path) == [first, second]
   writer.close()
@@ -66,7 +78,9 @@ def test_resume_writes_what_an_uninterrupted_run_writes(tmp_path):
   write(cut, *range(6))
   time_s = lines(cut)[3]["time_s"]
   write(cut, *range(4, 8), truncate=4)
-  assert [metrics.reproducible(line) for line in lines(cut)] == [metrics.reproducible(line) for line in lines(whole)]
+  assert [metrics.reproducible(line) for line in lines(cut)] == [
+    metrics.reproducible(line) for line in lines(whole)
+  ]
   assert lines(cut)[4]["time_s"] >= time_s
   assert not list(cut.glob("*.tmp"))
 
@@ -78,7 +92,7 @@ def test_a_last_line_cut_short_is_dropped(tmp_path, keep):
   text = path.read_text()
   path.write_text(text + text.splitlines()[-1][:keep])
   assert [line["step"] for line in metrics.read(tmp_path)] == [0, 1, 2]
-  write(tmp_path, 3)    # without truncate, too
+  write(tmp_path, 3)  # without truncate, too
   assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3]
 
 
@@ -94,7 +108,9 @@ def test_opening_a_finished_run_changes_nothing(tmp_path):
   write(tmp_path, 0, 1, 2)
   before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
   write(tmp_path, truncate=3)
-  assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+  assert before == {
+    path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()
+  }
   write(tmp_path / "never", truncate=0)
   assert not (tmp_path / "never").exists()
 
@@ -108,7 +124,15 @@ def test_truncate_to_nothing(tmp_path):
 
 
 def test_reproducible_leaves_out_what_the_machine_decides():
-  line = {"step": 1, "time_s": 3.0, "time/judge": 1.0, "perf/memory_gb": 1.0, "train/tokens_per_s": 9.0, "train/timeouts": 2, "train/loss": 0.1}
+  line = {
+    "step": 1,
+    "time_s": 3.0,
+    "time/judge": 1.0,
+    "perf/memory_gb": 1.0,
+    "train/tokens_per_s": 9.0,
+    "train/timeouts": 2,
+    "train/loss": 0.1,
+  }
   assert metrics.reproducible(line) == {"step": 1, "train/timeouts": 2, "train/loss": 0.1}
 
 
@@ -117,9 +141,9 @@ def events(workdir):
   found = []
   for path in sorted(glob.glob(str(workdir / "events*"))):
     data, at = open(path, "rb").read(), 0
-    while at < len(data):    # a record: length 8, checksum 4, data, checksum 4
-      size = int.from_bytes(data[at:at + 8], "little")
-      event = event_pb2.Event.FromString(data[at + 12:at + 12 + size])
+    while at < len(data):  # a record: length 8, checksum 4, data, checksum 4
+      size = int.from_bytes(data[at : at + 8], "little")
+      event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
       at += size + 16
       if event.session_log.status == event_pb2.SessionLog.START:
         found.append(("purge", event.step, None))
@@ -130,7 +154,11 @@ def events(workdir):
 def test_tensorboard_gets_the_same_values_and_the_cut(tmp_path):
   write(tmp_path, 0, 1, 2)
   first = events(tmp_path)
-  assert [(tag, step) for tag, step, _ in first] == [("train/loss", 0), ("train/loss", 1), ("train/loss", 2)]
+  assert [(tag, step) for tag, step, _ in first] == [
+    ("train/loss", 0),
+    ("train/loss", 1),
+    ("train/loss", 2),
+  ]
   assert first[2][2] == pytest.approx(2 / 7)
   write(tmp_path, 2, truncate=2)
   assert ("purge", 2, None) in events(tmp_path)
@@ -146,9 +174,9 @@ def test_a_full_disk_is_an_error_at_once_and_spares_what_was_written(tmp_path):
       for step in range(1000):
         writer.write(step, {"train/loss": step / 7})
         written.append(step)
-    with pytest.raises(OSError, match="File too large"):   # what the file did not take
+    with pytest.raises(OSError, match="File too large"):  # what the file did not take
       writer.close()
-  assert written and [line["step"] for line in metrics.read(tmp_path)][:len(written)] == written
+  assert written and [line["step"] for line in metrics.read(tmp_path)][: len(written)] == written
 
 
 class Screen(io.StringIO):
@@ -160,8 +188,14 @@ class Screen(io.StringIO):
     return self.terminal
 
 
-SHOWN = {"train/reward": 0.25, "train/loss": 0.5, "perf/tokens_per_s": 1234.0, "eval/heldout/avg@k": 0.4, "eval/heldout/avg@k_low": 0.3,
-         "eval/heldout/avg@k_high": 0.5}
+SHOWN = {
+  "train/reward": 0.25,
+  "train/loss": 0.5,
+  "perf/tokens_per_s": 1234.0,
+  "eval/heldout/avg@k": 0.4,
+  "eval/heldout/avg@k_low": 0.3,
+  "eval/heldout/avg@k_high": 0.5,
+}
 
 
 def test_plain_lines_without_a_terminal(tmp_path, monkeypatch):
@@ -186,5 +220,9 @@ def test_bar_on_a_terminal(tmp_path, monkeypatch):
   writer = metrics.Writer(tmp_path, total_steps=4)
   writer.write(1, SHOWN)
   writer.close()
-  assert "reward 0.250" in screen.getvalue() and "1,234 tokens/s" in screen.getvalue() and "[0.300, 0.500]" in screen.getvalue()
-  assert "\x1b[?25h" in screen.getvalue()    # the cursor is given back
+  assert (
+    "reward 0.250" in screen.getvalue()
+    and "1,234 tokens/s" in screen.getvalue()
+    and "[0.300, 0.500]" in screen.getvalue()
+  )
+  assert "\x1b[?25h" in screen.getvalue()  # the cursor is given back

@@ -29,7 +29,13 @@ def test_divergence_by_hand(alpha):
   p, q = np.array([0.9, 0.1]), np.array([0.3, 0.7])
   kl = lambda a, b: float(np.sum(a * np.log(a / b)))
   m = (1 - alpha) * p + alpha * q
-  want = kl(q, p) if alpha == 0 else kl(p, q) if alpha == 1 else (1 - alpha) * kl(p, m) + alpha * kl(q, m)
+  want = (
+    kl(q, p)
+    if alpha == 0
+    else kl(p, q)
+    if alpha == 1
+    else (1 - alpha) * kl(p, m) + alpha * kl(q, m)
+  )
   got = reference.divergence(jnp.log(jnp.array(p)), jnp.log(jnp.array(q)), alpha)
   assert got == pytest.approx(want, rel=1e-5)
 
@@ -45,27 +51,39 @@ def test_proposition_2_1_closed_form_and_finite_differences():
     closed = p * (jnp.log(p / q) - kl) * WEIGHT[..., None] / WEIGHT.sum()
     np.testing.assert_allclose(grad, closed, atol=1e-12)
     # The same number as -E_{y ~ p}[A(y) grad ln p(y)], summed over every y.
-    score = jax.nn.one_hot(jnp.arange(7), 7) - p[..., None, :]       # [B, R, y, v]
-    policy_gradient = -jnp.einsum("bry,bry,bryv->brv", p, jnp.log(q / p), score) * WEIGHT[..., None] / WEIGHT.sum()
+    score = jax.nn.one_hot(jnp.arange(7), 7) - p[..., None, :]  # [B, R, y, v]
+    policy_gradient = (
+      -jnp.einsum("bry,bry,bryv->brv", p, jnp.log(q / p), score) * WEIGHT[..., None] / WEIGHT.sum()
+    )
     np.testing.assert_allclose(grad, policy_gradient, atol=1e-12)
     eps = 1e-6
     for index in [(0, 0, 0), (0, 1, 6), (1, 2, 3)]:
       step = jnp.zeros_like(student).at[index].set(eps)
-      assert (loss(student + step) - loss(student - step)) / (2 * eps) == pytest.approx(float(grad[index]), abs=1e-8)
+      assert (loss(student + step) - loss(student - step)) / (2 * eps) == pytest.approx(
+        float(grad[index]), abs=1e-8
+      )
 
 
-@pytest.mark.parametrize("kwargs", [dict(alpha=a) for a in (0.0, 0.4, 1.0)] + [dict(alpha=0.5, top_k=3), dict(alpha=1.0, top_k=3, add_tail=False)] +
-                         [dict(alpha=1.0, granularity="token"), dict(granularity="sequence")])
+@pytest.mark.parametrize(
+  "kwargs",
+  [dict(alpha=a) for a in (0.0, 0.4, 1.0)]
+  + [dict(alpha=0.5, top_k=3), dict(alpha=1.0, top_k=3, add_tail=False)]
+  + [dict(alpha=1.0, granularity="token"), dict(granularity="sequence")],
+)
 def test_teacher_equal_to_policy_teaches_nothing(kwargs):
   student = logits(0)
-  value, grad = jax.value_and_grad(lambda s: reference.sdpo_loss(s, student, RESPONSE, WEIGHT, DISTILL, **kwargs))(student)
+  value, grad = jax.value_and_grad(
+    lambda s: reference.sdpo_loss(s, student, RESPONSE, WEIGHT, DISTILL, **kwargs)
+  )(student)
   assert abs(float(value)) < 1e-6 and float(jnp.abs(grad).max()) < 1e-6
 
 
 def test_top_k_bounds():
   """Bucketed KL never exceeds the full one, and equals it once only one entry is in the tail."""
   student, teacher = logits(2), logits(3)
-  loss = lambda **k: float(reference.sdpo_loss(student, teacher, RESPONSE, WEIGHT, DISTILL, alpha=1.0, **k))
+  loss = lambda **k: float(
+    reference.sdpo_loss(student, teacher, RESPONSE, WEIGHT, DISTILL, alpha=1.0, **k)
+  )
   full = loss()
   by_k = [loss(top_k=k) for k in range(1, 7)]
   assert all(b <= full + 1e-6 for b in by_k)
@@ -75,18 +93,27 @@ def test_top_k_bounds():
 def test_advantage_clip_by_hand():
   """Where no advantage leaves the bounds nothing changes; else the gradient is -p_v (a_v - sum_u p_u a_u) with a = clip(ln q - ln p)."""
   student, teacher = logits(2), logits(3)
-  value_and_grad = lambda **k: jax.value_and_grad(lambda s: reference.sdpo_loss(s, teacher, RESPONSE, WEIGHT, DISTILL, alpha=1.0, **k))(student)
+  value_and_grad = lambda **k: jax.value_and_grad(
+    lambda s: reference.sdpo_loss(s, teacher, RESPONSE, WEIGHT, DISTILL, alpha=1.0, **k)
+  )(student)
   for kwargs in (dict(), dict(top_k=3), dict(top_k=3, add_tail=False)):
-    (free, free_grad), (wide, wide_grad) = value_and_grad(**kwargs), value_and_grad(advantage_clip=100.0, **kwargs)
+    (free, free_grad), (wide, wide_grad) = (
+      value_and_grad(**kwargs),
+      value_and_grad(advantage_clip=100.0, **kwargs),
+    )
     assert float(wide) == pytest.approx(float(free), rel=1e-5)
     np.testing.assert_allclose(wide_grad, free_grad, atol=1e-6)
   value, grad = value_and_grad(advantage_clip=0.5)
   p, q = (np.asarray(jax.nn.softmax(x), np.float64) for x in (student, teacher))
   advantage_BRV = np.clip(np.log(q / p), -0.5, 0.5)
-  assert (np.abs(np.log(q / p)) > 0.5).mean() > 0.3   # the bounds matter here
+  assert (np.abs(np.log(q / p)) > 0.5).mean() > 0.3  # the bounds matter here
   mean_BR1 = (p * advantage_BRV).sum(-1, keepdims=True)
-  assert float(value) == pytest.approx(float((-mean_BR1[..., 0] * WEIGHT).sum() / WEIGHT.sum()), rel=1e-5)
-  np.testing.assert_allclose(grad, -p * (advantage_BRV - mean_BR1) * WEIGHT[..., None] / WEIGHT.sum(), atol=1e-6)
+  assert float(value) == pytest.approx(
+    float((-mean_BR1[..., 0] * WEIGHT).sum() / WEIGHT.sum()), rel=1e-5
+  )
+  np.testing.assert_allclose(
+    grad, -p * (advantage_BRV - mean_BR1) * WEIGHT[..., None] / WEIGHT.sum(), atol=1e-6
+  )
 
 
 def test_importance_weights_by_hand():
@@ -95,16 +122,40 @@ def test_importance_weights_by_hand():
   response, one = np.array([[2]]), np.ones((1, 1), np.float32)
   logp = jax.nn.log_softmax(student)[0, 0, 2]
   plain = reference.sdpo_loss(student, teacher, response, one, one[0])
-  weighted = reference.sdpo_loss(student, teacher, response, one, one[0], logp_old_BR=logp[None, None] - 1.0, logp_rollout_BR=logp[None, None] - 0.5)
+  weighted = reference.sdpo_loss(
+    student,
+    teacher,
+    response,
+    one,
+    one[0],
+    logp_old_BR=logp[None, None] - 1.0,
+    logp_rollout_BR=logp[None, None] - 0.5,
+  )
   assert float(weighted) == pytest.approx(float(plain) * 2.0 * np.exp(-0.5), rel=1e-5)
 
 
-def by_hand(student, teacher, old, rollout, distill, *, alpha, top_k, add_tail, granularity, is_clip, rollout_is_clip):
+def by_hand(
+  student,
+  teacher,
+  old,
+  rollout,
+  distill,
+  *,
+  alpha,
+  top_k,
+  add_tail,
+  granularity,
+  is_clip,
+  rollout_is_clip,
+):
   """The paper's formulas once more in plain NumPy, float64, token by token."""
   log_softmax = lambda x: x - np.log(np.exp(x - x.max()).sum()) - x.max()
   total = count = 0.0
   for b, r in np.argwhere(WEIGHT > 0):
-    gaps = [log_softmax(teacher[b, t])[RESPONSE[b, t]] - log_softmax(student[b, t])[RESPONSE[b, t]] for t in np.flatnonzero(WEIGHT[b])]
+    gaps = [
+      log_softmax(teacher[b, t])[RESPONSE[b, t]] - log_softmax(student[b, t])[RESPONSE[b, t]]
+      for t in np.flatnonzero(WEIGHT[b])
+    ]
     p, q, y = log_softmax(student[b, r]), log_softmax(teacher[b, r]), RESPONSE[b, r]
     logp = p[y]
     if granularity == "logit":
@@ -117,7 +168,13 @@ def by_hand(student, teacher, old, rollout, distill, *, alpha, top_k, add_tail, 
           p, q = log_softmax(p), log_softmax(q)
       kl = lambda a, b: (np.exp(a) * (a - b)).sum()
       m = np.log((1 - alpha) * np.exp(p) + alpha * np.exp(q))
-      loss = kl(q, p) if alpha == 0 else kl(p, q) if alpha == 1 else (1 - alpha) * kl(p, m) + alpha * kl(q, m)
+      loss = (
+        kl(q, p)
+        if alpha == 0
+        else kl(p, q)
+        if alpha == 1
+        else (1 - alpha) * kl(p, m) + alpha * kl(q, m)
+      )
     else:
       loss = -logp * (q[y] - p[y] if granularity == "token" else np.mean(gaps))
     if is_clip is not None:
@@ -128,7 +185,11 @@ def by_hand(student, teacher, old, rollout, distill, *, alpha, top_k, add_tail, 
   return total / count
 
 
-GRID = [dict(alpha=a, top_k=k, add_tail=t, granularity="logit") for a in (0.0, 0.3, 0.5, 1.0) for k, t in ((None, True), (3, True), (3, False), (1, True))]
+GRID = [
+  dict(alpha=a, top_k=k, add_tail=t, granularity="logit")
+  for a in (0.0, 0.3, 0.5, 1.0)
+  for k, t in ((None, True), (3, True), (3, False), (1, True))
+]
 GRID += [dict(alpha=1.0, top_k=None, add_tail=True, granularity=g) for g in ("token", "sequence")]
 
 
@@ -138,45 +199,107 @@ def test_specification_and_fast_path_over_the_whole_grid(kwargs, distill):
   """Every alpha, top-K with and without tail, granularity and pair of clips: plain NumPy, the specification, and row + kernel, loss and gradient."""
   rng = np.random.default_rng(7)
   student, teacher = rng.normal(size=(2, 2, 3, 7)) * 2
-  logp = np.take_along_axis(np.log(np.exp(student) / np.exp(student).sum(-1, keepdims=True)), RESPONSE[..., None], -1)[..., 0]
+  logp = np.take_along_axis(
+    np.log(np.exp(student) / np.exp(student).sum(-1, keepdims=True)), RESPONSE[..., None], -1
+  )[..., 0]
   old, rollout = logp - rng.normal(size=(2, 3)), logp - rng.normal(size=(2, 3))
-  batch = fakes.toy_batch(rows=2, response=3)._replace(response_BR=RESPONSE, weight_BR=WEIGHT, distill_B=distill, logp_old_BR=old.astype(np.float32),
-                                                       logp_rollout_BR=rollout.astype(np.float32))
-  signal = {"logit": dict(name="divergence", **{k: kwargs[k] for k in ("alpha", "top_k", "add_tail")}), "token": dict(name="sampled_token"), "sequence": dict(name="sequence")}
+  batch = fakes.toy_batch(rows=2, response=3)._replace(
+    response_BR=RESPONSE,
+    weight_BR=WEIGHT,
+    distill_B=distill,
+    logp_old_BR=old.astype(np.float32),
+    logp_rollout_BR=rollout.astype(np.float32),
+  )
+  signal = {
+    "logit": dict(name="divergence", **{k: kwargs[k] for k in ("alpha", "top_k", "add_tail")}),
+    "token": dict(name="sampled_token"),
+    "sequence": dict(name="sequence"),
+  }
   flat = lambda x: jnp.asarray(x, jnp.float32).reshape(6, 7)
   for is_clip in (None, 1.5):
     for rollout_is_clip in (None, 2.0):
       clips = dict(is_clip=is_clip, rollout_is_clip=rollout_is_clip)
       with jax.enable_x64(True):
-        spec = lambda s: reference.sdpo_loss(s, teacher, RESPONSE, WEIGHT, distill, logp_old_BR=old, logp_rollout_BR=rollout, **kwargs, **clips)
+        spec = lambda s: reference.sdpo_loss(
+          s,
+          teacher,
+          RESPONSE,
+          WEIGHT,
+          distill,
+          logp_old_BR=old,
+          logp_rollout_BR=rollout,
+          **kwargs,
+          **clips,
+        )
         want, want_grad = jax.value_and_grad(spec)(jnp.asarray(student))
-        assert float(want) == pytest.approx(by_hand(student, teacher, old, rollout, distill, **kwargs, **clips), rel=1e-5)
-      objective = make_objective(methods.row("sdpo") | dict(token_signal=signal[kwargs["granularity"]], token_weight=dict(name="importance", **clips)))
+        assert float(want) == pytest.approx(
+          by_hand(student, teacher, old, rollout, distill, **kwargs, **clips), rel=1e-5
+        )
+      objective = make_objective(
+        methods.row("sdpo")
+        | dict(
+          token_signal=signal[kwargs["granularity"]], token_weight=dict(name="importance", **clips)
+        )
+      )
 
       def fast(s):
         # logits are hidden states under the identity
-        halves = s, jnp.eye(7, dtype=jnp.float32), flat(teacher), jnp.eye(7, dtype=jnp.float32), RESPONSE.reshape(-1)
+        halves = (
+          s,
+          jnp.eye(7, dtype=jnp.float32),
+          flat(teacher),
+          jnp.eye(7, dtype=jnp.float32),
+          RESPONSE.reshape(-1),
+        )
         wanted = objective.divergence or dict(alpha=0.5, top_k=None)
-        out = distill_kl(*halves, alpha=wanted["alpha"]) if wanted["top_k"] is None else distill_topk(*halves, **wanted)
-        said = Signals(*(x.reshape(2, 3) for x in (out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X)))
+        out = (
+          distill_kl(*halves, alpha=wanted["alpha"])
+          if wanted["top_k"] is None
+          else distill_topk(*halves, **wanted)
+        )
+        said = Signals(
+          *(
+            x.reshape(2, 3)
+            for x in (out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X)
+          )
+        )
         return objective.token_loss(said, batch, objective.normalisers(batch))[0]
 
       got, got_grad = jax.value_and_grad(fast)(flat(student))
       assert float(got) == pytest.approx(float(want), rel=1e-5)
-      np.testing.assert_allclose(np.reshape(got_grad, (2, 3, 7)), want_grad, atol=2e-5 * np.abs(want_grad).max())
+      np.testing.assert_allclose(
+        np.reshape(got_grad, (2, 3, 7)), want_grad, atol=2e-5 * np.abs(want_grad).max()
+      )
 
 
 METHOD_CASES = {
-    "jsd": (dict(), dict(alpha=0.5)),
-    "forward": (dict(token_signal=dict(name="divergence", alpha=0.0)), dict(alpha=0.0)),
-    "top_k": (dict(token_signal=dict(name="divergence", alpha=0.5, top_k=20)), dict(alpha=0.5, top_k=20)),
-    "top_k_renormalised": (dict(token_signal=dict(name="divergence", alpha=1.0, top_k=5, add_tail=False)), dict(alpha=1.0, top_k=5, add_tail=False)),
-    "advantage_clip": (dict(token_signal=dict(name="divergence", alpha=1.0, top_k=20, advantage_clip=1.0)), dict(alpha=1.0, top_k=20, advantage_clip=1.0)),
-    "reverse": (dict(token_signal=dict(name="divergence", alpha=1.0)), dict(alpha=1.0)),
-    "skewed": (dict(token_signal=dict(name="divergence", alpha=0.2), token_weight=dict(name="importance", is_clip=None, rollout_is_clip=1.1)),
-               dict(alpha=0.2, is_clip=None, rollout_is_clip=1.1)),
-    "token": (dict(token_signal=dict(name="sampled_token")), dict(alpha=1.0, granularity="token")),
-    "sequence": (dict(token_signal=dict(name="sequence"), token_weight=dict(name="uniform")), dict(granularity="sequence", is_clip=None, rollout_is_clip=None)),
+  "jsd": (dict(), dict(alpha=0.5)),
+  "forward": (dict(token_signal=dict(name="divergence", alpha=0.0)), dict(alpha=0.0)),
+  "top_k": (
+    dict(token_signal=dict(name="divergence", alpha=0.5, top_k=20)),
+    dict(alpha=0.5, top_k=20),
+  ),
+  "top_k_renormalised": (
+    dict(token_signal=dict(name="divergence", alpha=1.0, top_k=5, add_tail=False)),
+    dict(alpha=1.0, top_k=5, add_tail=False),
+  ),
+  "advantage_clip": (
+    dict(token_signal=dict(name="divergence", alpha=1.0, top_k=20, advantage_clip=1.0)),
+    dict(alpha=1.0, top_k=20, advantage_clip=1.0),
+  ),
+  "reverse": (dict(token_signal=dict(name="divergence", alpha=1.0)), dict(alpha=1.0)),
+  "skewed": (
+    dict(
+      token_signal=dict(name="divergence", alpha=0.2),
+      token_weight=dict(name="importance", is_clip=None, rollout_is_clip=1.1),
+    ),
+    dict(alpha=0.2, is_clip=None, rollout_is_clip=1.1),
+  ),
+  "token": (dict(token_signal=dict(name="sampled_token")), dict(alpha=1.0, granularity="token")),
+  "sequence": (
+    dict(token_signal=dict(name="sequence"), token_weight=dict(name="uniform")),
+    dict(granularity="sequence", is_clip=None, rollout_is_clip=None),
+  ),
 }
 
 
@@ -196,12 +319,26 @@ def test_fast_path_agrees_with_the_specification(case):
   def plain(p):
     student = fakes.dense_logits(p, config, batch.student, batch) / 1.3
     q = fakes.dense_logits(teacher, config, batch.teacher, batch) / 1.3
-    return reference.sdpo_loss(student, q, batch.response_BR, batch.weight_BR, batch.distill_B, logp_old_BR=batch.logp_old_BR,
-                               logp_rollout_BR=batch.logp_rollout_BR, **kwargs)
+    return reference.sdpo_loss(
+      student,
+      q,
+      batch.response_BR,
+      batch.weight_BR,
+      batch.distill_B,
+      logp_old_BR=batch.logp_old_BR,
+      logp_rollout_BR=batch.logp_rollout_BR,
+      **kwargs,
+    )
 
-  (got, got_grad), (want, want_grad) = (jax.jit(jax.value_and_grad(f))(params) for f in (fast, plain))
+  (got, got_grad), (want, want_grad) = (
+    jax.jit(jax.value_and_grad(f))(params) for f in (fast, plain)
+  )
   assert float(got) == pytest.approx(float(want), rel=1e-5)
-  jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5 * float(jnp.abs(w).max() + 1e-3)), got_grad, want_grad)
+  jax.tree.map(
+    lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5 * float(jnp.abs(w).max() + 1e-3)),
+    got_grad,
+    want_grad,
+  )
 
 
 def test_trust_region_mixes_logits():
@@ -209,7 +346,9 @@ def test_trust_region_mixes_logits():
   config, params = fakes.toy_model(0)
   _, anchor = fakes.toy_model(1)
   batch = fakes.toy_batch()
-  objective = make_objective(methods.row("sdpo") | dict(teacher_weights=dict(name="trust_region", rate=0.3)))
+  objective = make_objective(
+    methods.row("sdpo") | dict(teacher_weights=dict(name="trust_region", rate=0.3))
+  )
   signals = make_signals(config, objective, mix=0.3)
 
   def fast(p):
@@ -217,19 +356,36 @@ def test_trust_region_mixes_logits():
 
   def plain(p):
     dense = lambda w, rows, batch: fakes.dense_logits(w, config, rows, batch)
-    q = 0.7 * dense(anchor, batch.teacher, batch) + 0.3 * dense(jax.lax.stop_gradient(p), batch.teacher, batch)
-    return reference.sdpo_loss(dense(p, batch.student, batch), q, batch.response_BR, batch.weight_BR, batch.distill_B,
-                               logp_old_BR=batch.logp_old_BR, logp_rollout_BR=batch.logp_rollout_BR)
+    q = 0.7 * dense(anchor, batch.teacher, batch) + 0.3 * dense(
+      jax.lax.stop_gradient(p), batch.teacher, batch
+    )
+    return reference.sdpo_loss(
+      dense(p, batch.student, batch),
+      q,
+      batch.response_BR,
+      batch.weight_BR,
+      batch.distill_B,
+      logp_old_BR=batch.logp_old_BR,
+      logp_rollout_BR=batch.logp_rollout_BR,
+    )
 
-  (got, got_grad), (want, want_grad) = (jax.jit(jax.value_and_grad(f))(params) for f in (fast, plain))
+  (got, got_grad), (want, want_grad) = (
+    jax.jit(jax.value_and_grad(f))(params) for f in (fast, plain)
+  )
   assert float(got) == pytest.approx(float(want), rel=1e-5)
-  jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5 * float(jnp.abs(w).max() + 1e-3)), got_grad, want_grad)
+  jax.tree.map(
+    lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5 * float(jnp.abs(w).max() + 1e-3)),
+    got_grad,
+    want_grad,
+  )
 
 
 def policy_loss(logp_BR, batch, **changes):
   """Loss and gradient of a GRPO-like row with respect to the log-probabilities of the policy."""
   objective = make_objective(methods.row("grpo") | changes)
-  loss = lambda x: objective.token_loss(Signals(x, jnp.zeros_like(x), None, None), batch, objective.normalisers(batch))[0]
+  loss = lambda x: objective.token_loss(
+    Signals(x, jnp.zeros_like(x), None, None), batch, objective.normalisers(batch)
+  )[0]
   return jax.value_and_grad(loss)(jnp.asarray(logp_BR, jnp.float32))
 
 
@@ -238,12 +394,21 @@ def two_responses():
   batch = fakes.toy_batch(rows=2, response=3)
   weight = np.array([[1, 0, 0], [1, 1, 1]], np.float32)
   old = np.full((2, 3), -1.0, np.float32)
-  return batch._replace(weight_BR=weight, advantage_B=np.array([1.0, -1.0], np.float32), logp_old_BR=old, logp_rollout_BR=old), old
+  return batch._replace(
+    weight_BR=weight,
+    advantage_B=np.array([1.0, -1.0], np.float32),
+    logp_old_BR=old,
+    logp_rollout_BR=old,
+  ), old
 
 
 def test_reductions_by_hand():
   batch, old = two_responses()
-  for reduction, first, second in ((dict(name="token_mean"), 1 / 4, 1 / 4), (dict(name="sequence_mean"), 1 / 2, 1 / 6), (dict(name="constant", length=5.0), 1 / 10, 1 / 10)):
+  for reduction, first, second in (
+    (dict(name="token_mean"), 1 / 4, 1 / 4),
+    (dict(name="sequence_mean"), 1 / 2, 1 / 6),
+    (dict(name="constant", length=5.0), 1 / 10, 1 / 10),
+  ):
     _, grad = policy_loss(old, batch, reduction=reduction)
     np.testing.assert_allclose(grad, [[-first, 0, 0], [second] * 3], rtol=1e-5)
 
@@ -252,7 +417,7 @@ def test_gspo_clips_whole_sequences_and_cispo_never_loses_a_gradient():
   batch, old = two_responses()
   up = old + np.array([[0.1, 0, 0], [0.1, 0.2, 0.0]], np.float32)
   value, grad = policy_loss(up, batch, surrogate=dict(name="gspo", low=0.05, high=0.05))
-  s1, s2 = np.exp(0.1), np.exp(0.1)   # the mean of (.1, .2, 0) is .1 too
+  s1, s2 = np.exp(0.1), np.exp(0.1)  # the mean of (.1, .2, 0) is .1 too
   # clipped for A > 0, free for A < 0
   assert float(value) == pytest.approx((-1.05 + 3 * s2) / 4, rel=1e-5)
   np.testing.assert_allclose(grad, [[0, 0, 0], [s2 / 4] * 3], rtol=1e-5)
@@ -266,7 +431,11 @@ def test_opsd_clips_the_divergence_of_a_token():
   batch = batch._replace(distill_B=np.ones(2, np.float32))
   objective = make_objective(methods.row("opsd"))
   divergence = jnp.array([[0.01, 9, 9], [0.04, 0.2, 3.0]], jnp.float32)
-  loss = lambda d: objective.token_loss(Signals(jnp.asarray(old), jnp.zeros((2, 3)), d, jnp.asarray(old)), batch, objective.normalisers(batch))[0]
+  loss = lambda d: objective.token_loss(
+    Signals(jnp.asarray(old), jnp.zeros((2, 3)), d, jnp.asarray(old)),
+    batch,
+    objective.normalisers(batch),
+  )[0]
   value, grad = jax.value_and_grad(loss)(divergence)
   assert float(value) == pytest.approx((0.01 + 0.04 + 0.05 + 0.05) / 4, rel=1e-5)
   np.testing.assert_allclose(grad, np.array([[1, 0, 0], [1, 0, 0]]) / 4, rtol=1e-5)
@@ -288,11 +457,15 @@ def test_group_mean_leaves_out_what_was_not_judged():
   got = advantage.group_mean(reward)
   np.testing.assert_allclose(got, [[0.5, -0.5, 0.0, 0.0], [0.0] * 4])
   std = advantage.group_mean(np.array([[1.0, 0.0, 1.0, 0.0]]), normalize_std=True)
-  np.testing.assert_allclose(std, np.array([[0.5, -0.5, 0.5, -0.5]]) / np.std([1, 0, 1, 0], ddof=1), rtol=1e-4)
+  np.testing.assert_allclose(
+    std, np.array([[0.5, -0.5, 0.5, -0.5]]) / np.std([1, 0, 1, 0], ddof=1), rtol=1e-4
+  )
 
 
 def test_group_mean_within_a_clip():
-  np.testing.assert_allclose(advantage.group_mean(np.array([[1.0, 0.0, 0.0, 0.0]]), clip=0.5), [[0.5, -0.25, -0.25, -0.25]])
+  np.testing.assert_allclose(
+    advantage.group_mean(np.array([[1.0, 0.0, 0.0, 0.0]]), clip=0.5), [[0.5, -0.25, -0.25, -0.25]]
+  )
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
@@ -307,19 +480,31 @@ def test_rewards_that_are_not_numbers_change_nothing_else(name):
   signals[2] = np.abs(signals[2])
   batch = fakes.toy_batch(rows=4)
   reward = np.array([[1.0, 0.0, np.nan, 0.75]])
-  broken = batch._replace(advantage_B=parts["advantage"](reward)[0].astype(np.float32), weight_BR=batch.weight_BR * np.array([1, 1, 0, 1], np.float32)[:, None],
-                          distill_B=np.array([0, 1, 0, 1], np.float32))
+  broken = batch._replace(
+    advantage_B=parts["advantage"](reward)[0].astype(np.float32),
+    weight_BR=batch.weight_BR * np.array([1, 1, 0, 1], np.float32)[:, None],
+    distill_B=np.array([0, 1, 0, 1], np.float32),
+  )
   assert np.isfinite(broken.advantage_B).all() and broken.advantage_B[2] == 0
-  signals[:, 2] = np.nan   # whatever the passes say of that row
+  signals[:, 2] = np.nan  # whatever the passes say of that row
   keep = np.array([0, 1, 3])
-  alone = broken._replace(advantage_B=np.insert(parts["advantage"](reward[:, keep])[0], 2, 0).astype(np.float32))
-  without = alone._replace(**{name: x[keep] for name, x in alone._asdict().items() if name.endswith(("_B", "_BR"))})
+  alone = broken._replace(
+    advantage_B=np.insert(parts["advantage"](reward[:, keep])[0], 2, 0).astype(np.float32)
+  )
+  without = alone._replace(
+    **{name: x[keep] for name, x in alone._asdict().items() if name.endswith(("_B", "_BR"))}
+  )
 
   def value_and_grad(signals, batch):
-    loss = lambda x: objective.token_loss(Signals(*x[:4], x[4]), batch, objective.normalisers(batch))[0]
+    loss = lambda x: objective.token_loss(
+      Signals(*x[:4], x[4]), batch, objective.normalisers(batch)
+    )[0]
     return jax.value_and_grad(loss)(jnp.asarray(signals))
 
-  (got, got_grad), (want, want_grad) = value_and_grad(signals, broken), value_and_grad(signals[:, keep], without)
+  (got, got_grad), (want, want_grad) = (
+    value_and_grad(signals, broken),
+    value_and_grad(signals[:, keep], without),
+  )
   assert np.isfinite(got) and float(got) == pytest.approx(float(want), rel=1e-5)
   np.testing.assert_allclose(got_grad[:, keep], want_grad, atol=1e-6)
   assert not np.asarray(got_grad[:, 2]).any()
@@ -328,28 +513,50 @@ def test_rewards_that_are_not_numbers_change_nothing_else(name):
 def test_srpo_by_hand():
   """Row 0 has a teacher: its divergence, weighted by the teacher's certainty with mean 1. Row 1 has none: the policy gradient. Both over all 3 tokens."""
   batch, old = two_responses()
-  batch = batch._replace(weight_BR=np.array([[1, 1, 0], [1, 0, 0]], np.float32), distill_B=np.array([1, 0], np.float32))
+  batch = batch._replace(
+    weight_BR=np.array([[1, 1, 0], [1, 0, 0]], np.float32), distill_B=np.array([1, 0], np.float32)
+  )
   objective = make_objective(methods.row("srpo"))
-  divergence, entropy = np.array([[0.3, 0.7, 9], [9, 9, 9]], np.float32), np.array([[0.0, 2.0, 5], [0, 0, 0]], np.float32)
-  loss = lambda x, d: objective.token_loss(Signals(x, jnp.zeros((2, 3)), d, jnp.asarray(old), jnp.asarray(entropy)), batch, objective.normalisers(batch))[0]
-  value, (grad, grad_divergence) = jax.value_and_grad(loss, argnums=(0, 1))(jnp.asarray(old), jnp.asarray(divergence))
+  divergence, entropy = (
+    np.array([[0.3, 0.7, 9], [9, 9, 9]], np.float32),
+    np.array([[0.0, 2.0, 5], [0, 0, 0]], np.float32),
+  )
+  loss = lambda x, d: objective.token_loss(
+    Signals(x, jnp.zeros((2, 3)), d, jnp.asarray(old), jnp.asarray(entropy)),
+    batch,
+    objective.normalisers(batch),
+  )[0]
+  value, (grad, grad_divergence) = jax.value_and_grad(loss, argnums=(0, 1))(
+    jnp.asarray(old), jnp.asarray(divergence)
+  )
   sure = np.exp([0.0, -2.0])
   sure /= sure.mean()
   # advantage -1: loss +1 at ratio 1
   assert float(value) == pytest.approx((sure[0] * 0.3 + sure[1] * 0.7 + 1.0) / 3, rel=1e-5)
   np.testing.assert_allclose(grad_divergence, [[sure[0] / 3, sure[1] / 3, 0], [0, 0, 0]], rtol=1e-5)
   np.testing.assert_allclose(grad, [[0, 0, 0], [1 / 3, 0, 0]], atol=1e-6)
-  assert np.isclose(token_weight.certainty(Signals(jnp.asarray(old), None, None, None, jnp.asarray(entropy)), batch)[0, :2].mean(), 1.0)
+  assert np.isclose(
+    token_weight.certainty(
+      Signals(jnp.asarray(old), None, None, None, jnp.asarray(entropy)), batch
+    )[0, :2].mean(),
+    1.0,
+  )
 
 
 def test_the_teachers_entropy_is_that_of_its_distribution():
   config, params = fakes.toy_model(0)
   _, teacher = fakes.toy_model(1)
   batch = fakes.toy_batch()
-  said = jax.jit(make_signals(config, make_objective(methods.row("srpo")), temperature=1.3))(params, teacher, batch)
+  said = jax.jit(make_signals(config, make_objective(methods.row("srpo")), temperature=1.3))(
+    params, teacher, batch
+  )
   logq_BRV = jax.nn.log_softmax(fakes.dense_logits(teacher, config, batch.teacher, batch) / 1.3)
   counted_BR = batch.weight_BR > 0
-  np.testing.assert_allclose(said.entropy_teacher_BR[counted_BR], -(jnp.exp(logq_BRV) * logq_BRV).sum(-1)[counted_BR], rtol=1e-4)
+  np.testing.assert_allclose(
+    said.entropy_teacher_BR[counted_BR],
+    -(jnp.exp(logq_BRV) * logq_BRV).sum(-1)[counted_BR],
+    rtol=1e-4,
+  )
 
 
 def test_sc_sdpo_weighs_questions_by_how_open_they_are():
@@ -358,36 +565,66 @@ def test_sc_sdpo_weighs_questions_by_how_open_they_are():
   np.testing.assert_allclose(weight[:, 0], [0.5, np.sqrt(2) / 3, 0, 0], rtol=1e-6)
   assert weight[1, 3] == 0
   batch, old = two_responses()
-  batch = batch._replace(advantage_B=np.array([0.5, 0.25], np.float32), distill_B=np.ones(2, np.float32))
+  batch = batch._replace(
+    advantage_B=np.array([0.5, 0.25], np.float32), distill_B=np.ones(2, np.float32)
+  )
   objective = make_objective(methods.row("sc_sdpo"))
-  loss = lambda d: objective.token_loss(Signals(jnp.asarray(old), jnp.zeros((2, 3)), d, jnp.asarray(old)), batch, objective.normalisers(batch))[0]
-  np.testing.assert_allclose(jax.grad(loss)(jnp.ones((2, 3))), [[0.5 / 4, 0, 0], [0.25 / 4] * 3], rtol=1e-6)
+  loss = lambda d: objective.token_loss(
+    Signals(jnp.asarray(old), jnp.zeros((2, 3)), d, jnp.asarray(old)),
+    batch,
+    objective.normalisers(batch),
+  )[0]
+  np.testing.assert_allclose(
+    jax.grad(loss)(jnp.ones((2, 3))), [[0.5 / 4, 0, 0], [0.25 / 4] * 3], rtol=1e-6
+  )
 
 
 def test_blend_is_the_weighted_sum_of_its_two_losses():
   config, params = fakes.toy_model(0)
   batch = fakes.toy_batch()
-  blend = methods.row("sdpo") | dict(advantage=dict(name="group_mean"), surrogate=dict(name="clipped"), policy_share=0.9)
+  blend = methods.row("sdpo") | dict(
+    advantage=dict(name="group_mean"), surrogate=dict(name="clipped"), policy_share=0.9
+  )
   value = {}
   for name, row in dict(blend=blend, sdpo=methods.row("sdpo"), grpo=methods.row("grpo")).items():
     objective = make_objective(row)
-    value[name] = float(objective.token_loss(make_signals(config, objective)(params, None, batch), batch, objective.normalisers(batch))[0])
+    value[name] = float(
+      objective.token_loss(
+        make_signals(config, objective)(params, None, batch), batch, objective.normalisers(batch)
+      )[0]
+    )
   assert value["blend"] == pytest.approx(0.9 * value["grpo"] + 0.1 * value["sdpo"], rel=1e-5)
 
 
-@pytest.mark.parametrize("change, named", [
+@pytest.mark.parametrize(
+  "change, named",
+  [
     (dict(token_signal=dict(name="divergense")), "method.token_signal.name='divergense'"),
     (dict(token_signal=dict(name="divergence", alhpa=1.0)), "method.token_signal.alhpa"),
     (dict(teacher_context=dict(name="none")), "needs a teacher"),
-    (dict(token_signal=dict(name="divergence", alpha=1.0, advantage_clip=5.0)), "method.token_signal.advantage_clip=5.0 must be above 0 and needs"),
+    (
+      dict(token_signal=dict(name="divergence", alpha=1.0, advantage_clip=5.0)),
+      "method.token_signal.advantage_clip=5.0 must be above 0 and needs",
+    ),
     (dict(policy_share=0.5), "needs a surrogate"),
     (dict(policy_share=1.5), "must lie in [0, 1]"),
-    (dict(policy_share="routed"), "method.policy_share='routed' must lie in [0, 1], or be 'untaught'"),
+    (
+      dict(policy_share="routed"),
+      "method.policy_share='routed' must lie in [0, 1], or be 'untaught'",
+    ),
     (dict(advantage=dict(name="question_spread")), "set both or neither"),
-    (dict(advantage=dict(name="question_spread"), surrogate=dict(name="clipped"), policy_share=0.5), "needs the advantage 'group_mean'"),
-])
+    (
+      dict(
+        advantage=dict(name="question_spread"), surrogate=dict(name="clipped"), policy_share=0.5
+      ),
+      "needs the advantage 'group_mean'",
+    ),
+  ],
+)
 def test_a_row_that_cannot_be_built_says_why(change, named):
-  with pytest.raises(ValueError, match=named.replace("[", r"\[").replace("]", r"\]").replace(".", r"\.")):
+  with pytest.raises(
+    ValueError, match=named.replace("[", r"\[").replace("]", r"\]").replace(".", r"\.")
+  ):
     methods.build(methods.row("sdpo") | change)
 
 

@@ -21,7 +21,9 @@ from sdpo_jax.records import Sampling
 from sdpo_jax.sampler import decode
 
 ROOT = os.path.dirname(os.path.dirname(__file__))
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler")
+needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler"
+)
 
 
 def test_operations_count_scans_branches_and_shards():
@@ -31,7 +33,9 @@ def test_operations_count_scans_branches_and_shards():
   def f(x):
     x, _ = jax.lax.scan(lambda x, _: (jax.checkpoint(lambda y: y @ square)(x), None), x, length=5)
     x = jax.lax.cond(x[0, 0] > 0, lambda x: x @ square @ square, lambda x: x @ square, x)
-    return jax.shard_map(lambda a: a @ square, in_specs=jax.P("data"), out_specs=jax.P("data"), check_vma=False)(x)
+    return jax.shard_map(
+      lambda a: a @ square, in_specs=jax.P("data"), out_specs=jax.P("data"), check_vma=False
+    )(x)
 
   with jax.set_mesh(sharding.make_mesh(jax.devices()[:4], data=2, fsdp=1, tensor=-1)):
     found = plan.operations(jax.make_jaxpr(f)(square).jaxpr)
@@ -41,8 +45,15 @@ def test_operations_count_scans_branches_and_shards():
 
 def test_causal_attention_counts_the_blocks_on_and_below_the_diagonal():
   B, T, N, K, H = 2, 2048, 4, 2, 128
-  q, k = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16), jax.ShapeDtypeStruct((B, T, K, H), jnp.bfloat16)
-  count = lambda window: plan.operations(jax.make_jaxpr(lambda q, k, v, s: attention.splash(q, k, v, s, window))(q, k, k, jax.ShapeDtypeStruct((B, T), jnp.int32)).jaxpr)
+  q, k = (
+    jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16),
+    jax.ShapeDtypeStruct((B, T, K, H), jnp.bfloat16),
+  )
+  count = lambda window: plan.operations(
+    jax.make_jaxpr(lambda q, k, v, s: attention.splash(q, k, v, s, window))(
+      q, k, k, jax.ShapeDtypeStruct((B, T), jnp.int32)
+    ).jaxpr
+  )
   # two products; blocks of 1024: three of four are on or below the diagonal
   square = 2 * 2.0 * B * N * T * T * H
   assert count(None) == 0.75 * square and count(512) <= square
@@ -50,21 +61,33 @@ def test_causal_attention_counts_the_blocks_on_and_below_the_diagonal():
 
 def test_operations_of_attention_that_is_no_program_of_ours():
   q, k = jnp.ones((2, 30, 8, 16)), jnp.ones((2, 50, 4, 16))
-  for name, products in (("dot_product_attention_fwd_wrapper", 2), ("dot_product_attention_bwd_wrapper", 5)):
+  for name, products in (
+    ("dot_product_attention_fwd_wrapper", 2),
+    ("dot_product_attention_bwd_wrapper", 5),
+  ):
     fused = jax.extend.core.Primitive(name)
     fused.def_abstract_eval(lambda q, k, v: q)
-    assert plan.operations(jax.make_jaxpr(fused.bind)(q, k, k).jaxpr) == products * 2 * 2 * 30 * 50 * 8 * 16
+    assert (
+      plan.operations(jax.make_jaxpr(fused.bind)(q, k, k).jaxpr)
+      == products * 2 * 2 * 30 * 50 * 8 * 16
+    )
 
 
 @pytest.mark.parametrize("local", ["", ",local"])
 @pytest.mark.parametrize("model", ["qwen3-8b", "olmo3-7b-instruct"])
-@pytest.mark.parametrize("machine, chips", [("v5p-16", 8), ("v5e-64", 64), ("v6e-16", 16), ("h200-8", 8)])
+@pytest.mark.parametrize(
+  "machine, chips", [("v5p-16", 8), ("v5e-64", 64), ("v6e-16", 16), ("h200-8", 8)]
+)
 def test_the_presets_divide_over_their_machines(machine, chips, model, local):
   c = config.load(os.path.join(ROOT, f"configs/plan_8b.py:machine={machine},model={model}{local}"))
   assert c.mesh.data * c.mesh.fsdp * c.mesh.tensor == chips
-  assert c.rollout.questions * c.rollout.group % (c.train.micro_batches * c.mesh.data * c.mesh.fsdp) == 0
+  assert (
+    c.rollout.questions * c.rollout.group % (c.train.micro_batches * c.mesh.data * c.mesh.fsdp) == 0
+  )
   shape = PRESETS[c.model.path]
-  for axes, leaf in zip(jax.tree.leaves(decoder.axes(shape)), jax.tree.leaves(decoder.shapes(shape))):
+  for axes, leaf in zip(
+    jax.tree.leaves(decoder.axes(shape)), jax.tree.leaves(decoder.shapes(shape))
+  ):
     for letter, size in zip(axes, leaf.shape, strict=True):
       axis = sharding.WEIGHTS[letter]
       assert axis is None or size % c.mesh[axis] == 0, (axes, leaf.shape, axis)
@@ -90,12 +113,15 @@ def test_arrays_as_large_as_the_logits_are_named():
   # output matrices are larger than the logits of few tokens; two stand side by side in a trust
   # region
   few = dataclasses.replace(model, width=2048)
-  assert not plan.logit_arrays("f32[2048,1000] bf16[1000,1,1024] bf16[500,2048] bf16[4096,1000]", 512, 1000, few)
+  assert not plan.logit_arrays(
+    "f32[2048,1000] bf16[1000,1,1024] bf16[500,2048] bf16[4096,1000]", 512, 1000, few
+  )
 
 
 @pytest.fixture
 def planned(monkeypatch):
   """The report on eight devices of this machine, and what would have been compiled: traced, and given this peak."""
+
   def run(topology, *arguments, peak=1e9):
     _, c = main.parse(["main", f"--config={ROOT}/configs/tinycode.py:local", *arguments])
     asked = []
@@ -109,11 +135,14 @@ def planned(monkeypatch):
     monkeypatch.setattr(plan, "topology_devices", lambda name: jax.devices())
     monkeypatch.setattr(plan, "compile_for", compile_for)
     return list(main.plan_lines(c, topology)), asked
+
   return run
 
 
 def test_a_dimension_that_the_mesh_does_not_divide_is_named(planned):
-  with pytest.raises(ValueError, match=r"config.mesh.tensor=4 does not divide kv_heads=2 of the model"):
+  with pytest.raises(
+    ValueError, match=r"config.mesh.tensor=4 does not divide kv_heads=2 of the model"
+  ):
     planned("v5p:2x2x2", "--config.mesh.tensor=4")
 
 
@@ -123,9 +152,13 @@ def test_adapters_train_on_weights_that_stand_beside_them(planned):
   state, _, frozen = step
   model = wiring.model_shape("tiny")
   sizes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
-  assert sizes(state.params) == sizes(state.teacher) == sizes(lora.shapes(model, lora.Lora(2, 32.0)))
+  assert (
+    sizes(state.params) == sizes(state.teacher) == sizes(lora.shapes(model, lora.Lora(2, 32.0)))
+  )
   assert sizes(frozen) == sizes(decoding[0]) == sizes(decoder.shapes(model))
-  assert any("weights that its adapters stand on" in line for line in lines) and not any("adapters" in line for line in whole)
+  assert any("weights that its adapters stand on" in line for line in lines) and not any(
+    "adapters" in line for line in whole
+  )
 
 
 def test_the_suggestion_is_a_setting_that_validates(planned):
@@ -140,9 +173,13 @@ def test_of_a_gpu_jax_gives_a_program_a_share(planned, monkeypatch):
   last = lambda topology: planned(topology, peak=120e9)[0][-1]
   for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
     monkeypatch.delenv(name, raising=False)
-  assert last("h200:8") == "plan: does not fit (120.0 of 105.8 GB per chip)" and last("v5p:2x2x2").endswith("of 95 GB per chip)")
+  assert last("h200:8") == "plan: does not fit (120.0 of 105.8 GB per chip)" and last(
+    "v5p:2x2x2"
+  ).endswith("of 95 GB per chip)")
   monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-  assert last("h200:8") == "plan: fits (120.0 of 126.9 GB per chip)" and last("v5p:2x2x2").endswith("of 95 GB per chip)")
+  assert last("h200:8") == "plan: fits (120.0 of 126.9 GB per chip)" and last("v5p:2x2x2").endswith(
+    "of 95 GB per chip)"
+  )
 
 
 @needs_libtpu
@@ -150,11 +187,26 @@ def test_decoding_on_a_tpu_copies_no_cache():
   devices = plan.topology_devices("v5p:2x2x1")
   mesh = sharding.make_mesh(devices, data=1, fsdp=4, tensor=1)
   model = dataclasses.replace(PRESETS["qwen3-8b"], layers=2, vocab=1024, dtype="bfloat16")
-  params = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), decoder.shapes(model), sharding.named(mesh, decoder.axes(model)))
+  params = jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    decoder.shapes(model),
+    sharding.named(mesh, decoder.axes(model)),
+  )
   state, keys = plan.decode_shapes(model, mesh, rows=64, prompt=1024, new=1024)
-  program = plan.compile_for(mesh, decode, params, state, keys, config=model, sampling=Sampling(1024, 1.0, 1.0, (0,)), chunk=1)
+  program = plan.compile_for(
+    mesh,
+    decode,
+    params,
+    state,
+    keys,
+    config=model,
+    sampling=Sampling(1024, 1.0, 1.0, (0,)),
+    chunk=1,
+  )
   shape = ",".join(map(str, state.cache.k.sharding.shard_shape(state.cache.k.shape)))
-  assert f"bf16[{shape}]" in program.text and not re.search(rf"bf16\[{shape}\]\S* copy\(", program.text)
+  assert f"bf16[{shape}]" in program.text and not re.search(
+    rf"bf16\[{shape}\]\S* copy\(", program.text
+  )
 
 
 def test_collectives_of_a_real_program_count_every_turn_of_the_loop():
@@ -165,6 +217,7 @@ def test_collectives_of_a_real_program_count_every_turn_of_the_loop():
     def body(y, _):
       y = jax.lax.with_sharding_constraint(jnp.sin(y), whole)
       return jax.lax.with_sharding_constraint(y * 2.0, jax.NamedSharding(mesh, jax.P("fsdp"))), None
+
     return jax.lax.scan(body, x, length=7)[0]
 
   x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("fsdp")))
@@ -193,7 +246,11 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 }
 """
   size = 64 * 128 * 2
-  assert plan.collectives(text) == {"all-gather": (36, 36 * size * 7 / 8), "reduce-scatter": (36, 36 * size * 7 / 8), "all-reduce": (1, 2 * 48 * 3 / 4)}
+  assert plan.collectives(text) == {
+    "all-gather": (36, 36 * size * 7 / 8),
+    "reduce-scatter": (36, 36 * size * 7 / 8),
+    "all-reduce": (1, 2 * 48 * 3 / 4),
+  }
 
 
 def test_collectives_in_the_words_of_the_gpu_compiler():
@@ -207,15 +264,27 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 }
 """
   whole = 64 * (64 + 32)
-  assert plan.collectives(text) == {"all-gather": (1, 2 * whole * 7 / 8), "reduce-scatter": (1, 4 * whole * 7 / 8), "collective-permute": (1, 32.0)}
+  assert plan.collectives(text) == {
+    "all-gather": (1, 2 * whole * 7 / 8),
+    "reduce-scatter": (1, 4 * whole * 7 / 8),
+    "collective-permute": (1, 32.0),
+  }
 
 
 @pytest.mark.parametrize("name, shape", [("h200:8", (1, 1, 8)), ("h100:2x8", (1, 2, 8))])
 def test_a_topology_of_gpus_is_slices_x_nodes_x_gpus(name, shape, monkeypatch):
   asked = {}
-  monkeypatch.setattr(plan.topologies, "get_topology_desc", lambda **kwargs: asked.update(kwargs) or jax.sharding.Mesh(jax.devices(), "x"))
+  monkeypatch.setattr(
+    plan.topologies,
+    "get_topology_desc",
+    lambda **kwargs: asked.update(kwargs) or jax.sharding.Mesh(jax.devices(), "x"),
+  )
   plan.topology_devices(name)
-  assert asked["platform"] == "cuda" and asked["topology"] == "x".join(map(str, shape)) and f'"{name[:4]}"' in asked["target_config"]
+  assert (
+    asked["platform"] == "cuda"
+    and asked["topology"] == "x".join(map(str, shape))
+    and f'"{name[:4]}"' in asked["target_config"]
+  )
 
 
 @needs_libtpu
@@ -226,7 +295,9 @@ def test_a_mesh_that_shares_a_side_of_the_grid_between_two_axes():
 
 def test_the_suggestion_divides_the_responses():
   say = lambda limit: list(plan.suggestion(30e9, limit, 2, 16, 8, lambda rows: 10e9 + 10e9 * rows))
-  assert say(95e9) == ["largest micro-batch: 64 responses (config.train.micro_batches=4), from the slope between 16 and 32"]
+  assert say(95e9) == [
+    "largest micro-batch: 64 responses (config.train.micro_batches=4), from the slope between 16 and 32"
+  ]
   assert say(25e9)[0].startswith("largest micro-batch: 8 responses (config.train.micro_batches=32)")
   assert say(15e9)[0].startswith("no micro-batch")
 
@@ -242,26 +313,69 @@ def test_a_second_model_is_said_not_to_be_counted(monkeypatch):
   c = config.base()
   c.method = methods.row("counterfactual")
   # nothing is compiled yet
-  said = lambda: "\n".join(itertools.islice(plan.plan(c, "v5p:2x2x2", PRESETS["qwen3-0.6b"], wiring.learner(c, PRESETS["qwen3-0.6b"])), 4))
+  said = lambda: "\n".join(
+    itertools.islice(
+      plan.plan(c, "v5p:2x2x2", PRESETS["qwen3-0.6b"], wiring.learner(c, PRESETS["qwen3-0.6b"])), 4
+    )
+  )
   assert "not counted" not in said()
   c.method.counterfactual.update(sources=("model",), model="qwen3-8b")
   assert "not counted: weights and sampling of the second model, qwen3-8b" in said()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology, memory_gb, kernels", [
-    pytest.param("v5p:2x2x2", "95", ["splash_mha_fwd_segmented_residuals", "distill_kl_statistics", "distill_kl_dlogits"], marks=needs_libtpu),
-    pytest.param("h200:8", "105.8", ["cudnn$fmhaScaleBiasSoftmaxBackward"], marks=pytest.mark.skipif(
-        importlib.util.find_spec("jax_cuda13_plugin") is None, reason="jax's CUDA plugin is not installed: no compiler for GPUs"))])
+@pytest.mark.parametrize(
+  "topology, memory_gb, kernels",
+  [
+    pytest.param(
+      "v5p:2x2x2",
+      "95",
+      ["splash_mha_fwd_segmented_residuals", "distill_kl_statistics", "distill_kl_dlogits"],
+      marks=needs_libtpu,
+    ),
+    pytest.param(
+      "h200:8",
+      "105.8",
+      ["cudnn$fmhaScaleBiasSoftmaxBackward"],
+      marks=pytest.mark.skipif(
+        importlib.util.find_spec("jax_cuda13_plugin") is None,
+        reason="jax's CUDA plugin is not installed: no compiler for GPUs",
+      ),
+    ),
+  ],
+)
 def test_plan_of_a_small_model_from_the_command_line(topology, memory_gb, kernels):
   """The real compiler: ends with the promised line, attention and on a TPU the divergence are on the chip's own kernels, and no array is as large as the logits."""
-  child = subprocess.run([sys.executable, "-m", "sdpo_jax.main", "--mode=plan", f"--topology={topology}", "--config=configs/plan_8b.py:local"], cwd=ROOT,
-                         env=os.environ | {"XLA_FLAGS": "", "XLA_PYTHON_CLIENT_MEM_FRACTION": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+  child = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "sdpo_jax.main",
+      "--mode=plan",
+      f"--topology={topology}",
+      "--config=configs/plan_8b.py:local",
+    ],
+    cwd=ROOT,
+    env=os.environ | {"XLA_FLAGS": "", "XLA_PYTHON_CLIENT_MEM_FRACTION": ""},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    check=False,
+  )
   assert child.returncode == 0, child.stderr[-2000:]
   assert "host bounds" not in child.stderr and "E0000" not in child.stderr, child.stderr[-2000:]
   lines = child.stdout.splitlines()
-  assert re.fullmatch(rf"plan: fits \([\d.]+ of {re.escape(memory_gb)} GB per chip\)", lines[-1]), lines
-  (found,) = [line.removeprefix("  kernels: ").split(", ") for line in lines if line.startswith("  kernels: ")]
+  assert re.fullmatch(rf"plan: fits \([\d.]+ of {re.escape(memory_gb)} GB per chip\)", lines[-1]), (
+    lines
+  )
+  (found,) = [
+    line.removeprefix("  kernels: ").split(", ") for line in lines if line.startswith("  kernels: ")
+  ]
   assert set(kernels) <= set(found), found
-  assert any(line.startswith("  arrays of 8192 tokens x 151936 entries") and line.endswith(": none") for line in lines), lines
-  assert any(line.startswith("train step") for line in lines) and any(line.startswith("decode step") for line in lines)
+  assert any(
+    line.startswith("  arrays of 8192 tokens x 151936 entries") and line.endswith(": none")
+    for line in lines
+  ), lines
+  assert any(line.startswith("train step") for line in lines) and any(
+    line.startswith("decode step") for line in lines
+  )

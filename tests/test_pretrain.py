@@ -17,24 +17,40 @@ from tests import fakes
 def run(domain, workdir, *more, start=""):
   with flagsaver.flagsaver():
     arguments = f"domain={domain},local" + f",start={start}" * bool(start)
-    return pretrain.main(["pretrain", f"--config=configs/pretrain_tiny.py:{arguments}", f"--workdir={workdir}", *more])
+    return pretrain.main(
+      ["pretrain", f"--config=configs/pretrain_tiny.py:{arguments}", f"--workdir={workdir}", *more]
+    )
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_a_killed_run_resumes_to_the_same_weights(domain, tmp_path, capsys):
   assert run(domain, tmp_path / "whole") == 0
-  lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-  assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["train/nll"] < lines[0]["train/nll"]
-  assert {"eval/plain", "eval/feedback", "eval/solution"} <= lines[-1].keys() and lines[-1]["data/left_out"] == 0
+  lines = [
+    json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+  ]
+  assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["train/nll"] < lines[0][
+    "train/nll"
+  ]
+  assert {"eval/plain", "eval/feedback", "eval/solution"} <= lines[-1].keys() and lines[-1][
+    "data/left_out"
+  ] == 0
   assert run(domain, tmp_path / "cut", "--config.total_steps=2") == 0
   # killed after a line, before its checkpoint
   with open(tmp_path / "cut" / "metrics.jsonl", "a") as log:
     log.write(json.dumps(lines[2]) + "\n" + '{"step": 4, "tra')
   assert run(domain, tmp_path / "cut") == 0
-  assert list(map(metrics.reproducible, metrics.read(tmp_path / "cut"))) == list(map(metrics.reproducible, lines))
+  assert list(map(metrics.reproducible, metrics.read(tmp_path / "cut"))) == list(
+    map(metrics.reproducible, lines)
+  )
   assert run(domain, tmp_path / "cut", "--config.optimizer.lr=1.0") == 2
-  assert "config.optimizer.lr=1.0" in (said := capsys.readouterr().err) and "was begun with" in said and said.count("\n") == 1
-  (config, whole), (_, cut) = (load_pretrained(tmp_path / name / "hf", dtype="float32") for name in ("whole", "cut"))
+  assert (
+    "config.optimizer.lr=1.0" in (said := capsys.readouterr().err)
+    and "was begun with" in said
+    and said.count("\n") == 1
+  )
+  (config, whole), (_, cut) = (
+    load_pretrained(tmp_path / name / "hf", dtype="float32") for name in ("whole", "cut")
+  )
   jax.tree.map(np.testing.assert_array_equal, whole, cut)
   assert config.eos_ids and config.max_positions == 1024
 
@@ -42,27 +58,60 @@ def test_a_killed_run_resumes_to_the_same_weights(domain, tmp_path, capsys):
 def test_it_goes_on_from_a_model_of_the_same_vocabulary(tmp_path, capsys):
   """From its weights; it reads notes and verdicts too, and says what it makes of them."""
   tokenizer = build_tokenizer("arithmetic")
-  model, params = fakes.toy_model(0, layers=1, vocab=len(tokenizer), eos_ids=(tokenizer.eos_token_id,), pad_id=tokenizer.pad_token_id, max_positions=1024)
+  model, params = fakes.toy_model(
+    0,
+    layers=1,
+    vocab=len(tokenizer),
+    eos_ids=(tokenizer.eos_token_id,),
+    pad_id=tokenizer.pad_token_id,
+    max_positions=1024,
+  )
   save_pretrained(tmp_path / "base", model, params, tokenizer=tokenizer)
   c = load(f"configs/pretrain_tiny.py:domain=arithmetic,local,start={tmp_path}/base")
   jax.tree.map(np.testing.assert_array_equal, pretrain.beginning(c, tokenizer)[1], params)
-  assert run("arithmetic", tmp_path / "further", "--config.eval.every_steps=4", start=tmp_path / "base") == 0
+  assert (
+    run("arithmetic", tmp_path / "further", "--config.eval.every_steps=4", start=tmp_path / "base")
+    == 0
+  )
   first, *_, last = metrics.read(tmp_path / "further")
   assert last["train/nll"] < first["train/nll"] and last["data/left_out"] == 0
-  assert {"eval/notes", "eval/imagine", "eval/imagine_verdict"} <= last.keys() and "verdicts imagined: " in capsys.readouterr().out
+  assert {
+    "eval/notes",
+    "eval/imagine",
+    "eval/imagine_verdict",
+  } <= last.keys() and "verdicts imagined: " in capsys.readouterr().out
   assert run("arithmetic", tmp_path / "other", start="tiny") == 2
-  assert "start='tiny' has another vocabulary" in (said := capsys.readouterr().err) and said.count("\n") == 1
+  assert (
+    "start='tiny' has another vocabulary" in (said := capsys.readouterr().err)
+    and said.count("\n") == 1
+  )
 
 
-@pytest.mark.parametrize("domain, arguments, says", [
+@pytest.mark.parametrize(
+  "domain, arguments, says",
+  [
     ("poetry", [], "domain='poetry' is unknown; choose from ['arithmetic', 'tinycode']"),
-    ("arithmetic", ["--config=configs/tinycode.py"], "configs/tinycode.py names no domain: it is a file for python -m sdpo_jax.main"),
+    (
+      "arithmetic",
+      ["--config=configs/tinycode.py"],
+      "configs/tinycode.py names no domain: it is a file for python -m sdpo_jax.main",
+    ),
     ("arithmetic", ["--workdir=/proc/nowhere"], "/proc/nowhere"),
     ("arithmetic", ["--config.optimizer.name=sgd"], "optimizer.name='sgd' is unknown"),
-    ("arithmetic", ["--config.optimizer.clip_norm=0"], "config.optimizer.clip_norm=0 must be above 0"),
+    (
+      "arithmetic",
+      ["--config.optimizer.clip_norm=0"],
+      "config.optimizer.clip_norm=0 must be above 0",
+    ),
     ("arithmetic", ["--config.corpus.plain=-5"], "config.corpus: the shares {'plain': -5.0"),
-    ("arithmetic", ["--config.batch.length=8"], "config.batch.length=8 and config.batch.responses=48 have room for none of the first batch's 16 texts"),
-    ("arithmetic", ["--config.batch.texts=0"], "config.batch.texts=0 must be at least 1")])
+    (
+      "arithmetic",
+      ["--config.batch.length=8"],
+      "config.batch.length=8 and config.batch.responses=48 have room for none of the first batch's 16 texts",
+    ),
+    ("arithmetic", ["--config.batch.texts=0"], "config.batch.texts=0 must be at least 1"),
+  ],
+)
 def test_a_wrong_setting_is_one_line(domain, arguments, says, tmp_path, capsys):
   assert run(domain, tmp_path / "run", *arguments) == 2
   said = capsys.readouterr().err

@@ -16,12 +16,13 @@ NASTY = "{x} {{y}} \\n \\frac{1}{2} $a_b$ %s <|im_start|>assistant\n</pre><scrip
 
 class Page(html.parser.HTMLParser):
   """Checks that tags nest, and collects text, tags and attributes."""
+
   VOID = {"meta", "img", "input", "br"}
 
   def __init__(self, path):
     super().__init__()
     self.open, self.tags, self.text, self.titles = [], [], [], []
-    self.source = path.read_bytes().decode("utf-8")    # strict
+    self.source = path.read_bytes().decode("utf-8")  # strict
     self.feed(self.source)
     self.close()
     assert not self.open
@@ -45,44 +46,110 @@ class Page(html.parser.HTMLParser):
 
 
 def rollout(step, **changes):
-  return {"step": step, "task_id": "train/7", "prompt": "Reverse the list.", "response": "return xs[::-1]", "reward": 0.0, "status": "scored",
-          "feedback": "Wrong Answer", "teacher_context": "Reverse the list.\nWrong Answer", "tokens": ["return", " xs", "[::-1]", "\n"],
-          "teacher_gap": [0.5, -1.25, 6.0, 0.0]} | changes
+  return {
+    "step": step,
+    "task_id": "train/7",
+    "prompt": "Reverse the list.",
+    "response": "return xs[::-1]",
+    "reward": 0.0,
+    "status": "scored",
+    "feedback": "Wrong Answer",
+    "teacher_context": "Reverse the list.\nWrong Answer",
+    "tokens": ["return", " xs", "[::-1]", "\n"],
+    "teacher_gap": [0.5, -1.25, 6.0, 0.0],
+  } | changes
 
 
-def workdir(path, *, method="sdpo", seed=0, accuracy=(0.1, 0.5, 0.9), rollouts=(), config=None, unseen=True):
+def workdir(
+  path, *, method="sdpo", seed=0, accuracy=(0.1, 0.5, 0.9), rollouts=(), config=None, unseen=True
+):
   path.mkdir()
-  settings = {"seed": seed, "total_steps": 2, "method": {"name": method}, "env": {"name": "tinycode"}, "eval": {"samples": 4}} | (config or {})
+  settings = {
+    "seed": seed,
+    "total_steps": 2,
+    "method": {"name": method},
+    "env": {"name": "tinycode"},
+    "eval": {"samples": 4},
+  } | (config or {})
   (path / "config.json").write_text(json.dumps(settings))
-  (path / "run.json").write_text(json.dumps({"command": "python -m sdpo_jax.main --config=x", "versions": {"jax": "0.10.2"}, "devices": ["cpu:0"], "commit": None}))
+  (path / "run.json").write_text(
+    json.dumps(
+      {
+        "command": "python -m sdpo_jax.main --config=x",
+        "versions": {"jax": "0.10.2"},
+        "devices": ["cpu:0"],
+        "commit": None,
+      }
+    )
+  )
   lines = []
   for step, value in enumerate(accuracy):
-    line = {"step": step, "time_s": 2.0 * step, "eval/heldout/avg@k": value, "eval/heldout/avg@k_low": value - 0.05, "eval/heldout/avg@k_high": value + 0.05}
-    line |= {"train/reward": value, "train/loss": 1 - value, "train/generations": 64 * step, "train/sampled_tokens": 1000 * step + seed, "rollout/length": 9.0} if step else {}
+    line = {
+      "step": step,
+      "time_s": 2.0 * step,
+      "eval/heldout/avg@k": value,
+      "eval/heldout/avg@k_low": value - 0.05,
+      "eval/heldout/avg@k_high": value + 0.05,
+    }
+    line |= (
+      {
+        "train/reward": value,
+        "train/loss": 1 - value,
+        "train/generations": 64 * step,
+        "train/sampled_tokens": 1000 * step + seed,
+        "rollout/length": 9.0,
+      }
+      if step
+      else {}
+    )
     lines.append(line | ({"eval/unseen/avg@k": value} if unseen and step == 0 else {}))
   (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   if rollouts:
     (path / "rollouts").mkdir()
     for step, found in rollouts:
-      (path / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
+      (path / "rollouts" / f"step_{step:06d}.jsonl").write_text(
+        "".join(json.dumps(one) + "\n" for one in found)
+      )
   return path
 
 
 def test_a_run(tmp_path):
-  run = workdir(tmp_path / "run", rollouts=[(1, [rollout(1)]), (2, [rollout(2, reward=1.0, counterfactual_contexts=["If you had tried"])])])
+  run = workdir(
+    tmp_path / "run",
+    rollouts=[
+      (1, [rollout(1)]),
+      (2, [rollout(2, reward=1.0, counterfactual_contexts=["If you had tried"])]),
+    ],
+  )
   path = report.write_report([run], tmp_path / "out")
   page = Page(path)
   assert path == tmp_path / "out" / "index.html"
-  for text in ("sdpo on tinycode", "python -m sdpo_jax.main --config=x", "10.0% [5.0%, 15.0%]", "90.0% [85.0%, 95.0%]", "10.0% at step 0", "128", "jax 0.10.2",
-               "What the teacher read", "What it read of alternatives", "If you had tried", "reward 1"):
+  for text in (
+    "sdpo on tinycode",
+    "python -m sdpo_jax.main --config=x",
+    "10.0% [5.0%, 15.0%]",
+    "90.0% [85.0%, 95.0%]",
+    "10.0% at step 0",
+    "128",
+    "jax 0.10.2",
+    "What the teacher read",
+    "What it read of alternatives",
+    "If you had tried",
+    "reward 1",
+  ):
     assert page.has(text), text
   assert "Comparison" not in page.source
   files = {file.name for file in (tmp_path / "out").glob("*.png")}
-  assert {"eval_heldout_avg_k_by_step.png", "eval_heldout_avg_k_by_generations.png", "train_reward_by_step.png"} <= files
+  assert {
+    "eval_heldout_avg_k_by_step.png",
+    "eval_heldout_avg_k_by_generations.png",
+    "train_reward_by_step.png",
+  } <= files
   # every picture is inside the page, and nothing is fetched
   assert len(page.pictures()) == len(files)
-  assert {base64.b64decode(src.removeprefix("data:image/png;base64,")) for src in page.pictures()} == {
-      file.read_bytes() for file in (tmp_path / "out").glob("*.png")}
+  assert {
+    base64.b64decode(src.removeprefix("data:image/png;base64,")) for src in page.pictures()
+  } == {file.read_bytes() for file in (tmp_path / "out").glob("*.png")}
   assert not re.search(r"(src|href)='(?!data:)", page.source)
 
 
@@ -91,17 +158,47 @@ def test_tokens_are_painted_by_the_gap(tmp_path):
   page = Page(report.write_report([run], tmp_path / "out"))
   titles = {attrs["title"]: attrs["style"] for tag, attrs in page.tags if "title" in attrs}
   assert list(titles) == ["+0.50 nats", "-1.25 nats", "+6.00 nats", "+0.00 nats"]
-  alpha = {title: float(re.search(r"rgba\((\d+),\d+,\d+,([\d.]+)\)", style)[2]) for title, style in titles.items()}
+  alpha = {
+    title: float(re.search(r"rgba\((\d+),\d+,\d+,([\d.]+)\)", style)[2])
+    for title, style in titles.items()
+  }
   red = {title: int(re.search(r"rgba\((\d+)", style)[1]) for title, style in titles.items()}
   # full strength at 2 nats
-  assert alpha["+0.00 nats"] == 0 < alpha["+0.50 nats"] < alpha["-1.25 nats"] < alpha["+6.00 nats"] == 0.75
+  assert (
+    alpha["+0.00 nats"]
+    == 0
+    < alpha["+0.50 nats"]
+    < alpha["-1.25 nats"]
+    < alpha["+6.00 nats"]
+    == 0.75
+  )
   assert red["-1.25 nats"] > 200 and red["+0.50 nats"] == 0
 
 
 def test_text_that_looks_like_markup_stays_text(tmp_path):
-  run = workdir(tmp_path / "run", method=NASTY, config={"env": {"name": NASTY}}, rollouts=[(1, [
-      rollout(1, prompt=NASTY, response=NASTY, feedback=NASTY, teacher_context=NASTY, task_id=NASTY, status=NASTY, tokens=[NASTY, NASTY, "", "<b>"]),
-      rollout(1, response=NASTY, tokens=None)])])
+  run = workdir(
+    tmp_path / "run",
+    method=NASTY,
+    config={"env": {"name": NASTY}},
+    rollouts=[
+      (
+        1,
+        [
+          rollout(
+            1,
+            prompt=NASTY,
+            response=NASTY,
+            feedback=NASTY,
+            teacher_context=NASTY,
+            task_id=NASTY,
+            status=NASTY,
+            tokens=[NASTY, NASTY, "", "<b>"],
+          ),
+          rollout(1, response=NASTY, tokens=None),
+        ],
+      )
+    ],
+  )
   page = Page(report.write_report([run], tmp_path / "out"))
   assert not {"script", "b>"} & {tag for tag, _ in page.tags}
   assert page.has("{x} {{y}} \\n \\frac{1}{2} $a_b$ %s <|im_start|>assistant")
@@ -110,44 +207,98 @@ def test_text_that_looks_like_markup_stays_text(tmp_path):
 
 
 def test_seeds_make_a_group_and_other_settings_another(tmp_path):
-  runs = [workdir(tmp_path / f"sdpo{seed}", seed=seed, accuracy=(0.1, 0.6 + seed / 10, 0.8), config={"log": {"rollouts_kept": seed}}) for seed in range(3)]
-  runs += [workdir(tmp_path / f"grpo{seed}", method="grpo", seed=seed, accuracy=(0.1, 0.2, 0.6 + seed / 100)) for seed in range(3)]
+  runs = [
+    workdir(
+      tmp_path / f"sdpo{seed}",
+      seed=seed,
+      accuracy=(0.1, 0.6 + seed / 10, 0.8),
+      config={"log": {"rollouts_kept": seed}},
+    )
+    for seed in range(3)
+  ]
+  runs += [
+    workdir(
+      tmp_path / f"grpo{seed}", method="grpo", seed=seed, accuracy=(0.1, 0.2, 0.6 + seed / 100)
+    )
+    for seed in range(3)
+  ]
   runs += [workdir(tmp_path / "wide", config={"rollout": {"group": 16}, "seed": 9})]
   found = [report.read_run(run) for run in runs]
   report._label(found)
-  assert {label: len(members) for label, members in report._groups(found).items()} == {"sdpo, rollout.group=None": 3, "grpo": 3, "sdpo, rollout.group=16": 1}
+  assert {label: len(members) for label, members in report._groups(found).items()} == {
+    "sdpo, rollout.group=None": 3,
+    "grpo": 3,
+    "sdpo, rollout.group=16": 1,
+  }
   page = Page(report.write_report(runs, tmp_path / "out"))
-  assert page.has("sdpo, grpo on tinycode") and page.has("Comparison") and page.has("grpo's 61.0%: 64 / 128 responses (2.0×), 1,001 / 2,001 tokens (2.0×)")
+  assert (
+    page.has("sdpo, grpo on tinycode")
+    and page.has("Comparison")
+    and page.has("grpo's 61.0%: 64 / 128 responses (2.0×), 1,001 / 2,001 tokens (2.0×)")
+  )
   assert page.has("sdpo, rollout.group=None's 80.0%: not reached")
-  row, = [row for row in re.findall(r"<tr>.*?</tr>", page.source) if "<td>heldout</td><td><b>grpo</b>" in row]
+  (row,) = [
+    row
+    for row in re.findall(r"<tr>.*?</tr>", page.source)
+    if "<td>heldout</td><td><b>grpo</b>" in row
+  ]
   # seed by seed: -20, -19, -18
   assert re.search(r"<td>-19\.0 points <small>\[-2\d\.\d, -1\d\.\d\]</small></td>", row), row
 
 
 def test_curves_of_seeds_of_unequal_length_are_averaged_where_all_have_values(tmp_path):
-  runs = [report.read_run(workdir(tmp_path / f"r{seed}", seed=seed, accuracy=accuracy)) for seed, accuracy in enumerate([(0.0, 0.5, 1.0), (0.5, 1.0)])]
-  assert report._mean_curve(runs, "eval/heldout/avg@k", "train/generations") == [(0, 0.25), (64, 0.75)]
+  runs = [
+    report.read_run(workdir(tmp_path / f"r{seed}", seed=seed, accuracy=accuracy))
+    for seed, accuracy in enumerate([(0.0, 0.5, 1.0), (0.5, 1.0)])
+  ]
+  assert report._mean_curve(runs, "eval/heldout/avg@k", "train/generations") == [
+    (0, 0.25),
+    (64, 0.75),
+  ]
   report.write_report([run.workdir for run in runs], tmp_path / "out")
 
 
 def test_what_was_only_evaluated_before_training_is_left_out_and_said_to_be(tmp_path):
-  runs = [workdir(tmp_path / f"sdpo{seed}", seed=seed, accuracy=accuracy, unseen=False) for seed, accuracy in enumerate([(0.1, 0.5), (0.1, 0.7), (0.1,)])]
-  runs += [workdir(tmp_path / "grpo", method="grpo", accuracy=(0.1,), unseen=False), workdir(tmp_path / "worse", method="dapo", accuracy=(0.1, 0.05), unseen=False)]
+  runs = [
+    workdir(tmp_path / f"sdpo{seed}", seed=seed, accuracy=accuracy, unseen=False)
+    for seed, accuracy in enumerate([(0.1, 0.5), (0.1, 0.7), (0.1,)])
+  ]
+  runs += [
+    workdir(tmp_path / "grpo", method="grpo", accuracy=(0.1,), unseen=False),
+    workdir(tmp_path / "worse", method="dapo", accuracy=(0.1, 0.05), unseen=False),
+  ]
   page = Page(report.write_report(runs, tmp_path / "out"))
-  row, = [row for row in re.findall(r"<tr>.*?</tr>", page.source) if "<td>heldout</td><td><b>sdpo</b>" in row]
+  (row,) = [
+    row
+    for row in re.findall(r"<tr>.*?</tr>", page.source)
+    if "<td>heldout</td><td><b>sdpo</b>" in row
+  ]
   # the third seed's base model is not among what sdpo learned
   assert "<td>2</td>" in row and "60.0%" in row
-  assert page.has("dapo's 5.0%: the base model already") and page.has("sdpo's 60.0%: not reached") and not page.has("grpo's")
-  assert page.has("Left out, not evaluated since the base model: heldout: sdpo (1 of 3 runs); heldout: grpo (1 of 1 runs).")
+  assert (
+    page.has("dapo's 5.0%: the base model already")
+    and page.has("sdpo's 60.0%: not reached")
+    and not page.has("grpo's")
+  )
+  assert page.has(
+    "Left out, not evaluated since the base model: heldout: sdpo (1 of 3 runs); heldout: grpo (1 of 1 runs)."
+  )
 
 
 def test_tasks_are_compared_apart_and_labels_are_names(tmp_path):
-  runs = [workdir(tmp_path / f"{task}{seed}", seed=seed, config={"env": {"name": task}, "label": "mine"}) for task in ("a", "b") for seed in range(2)]
+  runs = [
+    workdir(tmp_path / f"{task}{seed}", seed=seed, config={"env": {"name": task}, "label": "mine"})
+    for task in ("a", "b")
+    for seed in range(2)
+  ]
   runs += [workdir(tmp_path / "other", config={"env": {"name": "b"}, "label": "other"})]
   page = Page(report.write_report(runs, tmp_path / "out"))
   assert page.has("sdpo on a, b")
   files = {file.name for file in (tmp_path / "out").glob("*.png")}
-  assert {"a_eval_heldout_avg_k_by_sampled_tokens.png", "b_eval_heldout_avg_k_by_step.png"} <= files and len(page.pictures()) == len(files)
+  assert {
+    "a_eval_heldout_avg_k_by_sampled_tokens.png",
+    "b_eval_heldout_avg_k_by_step.png",
+  } <= files and len(page.pictures()) == len(files)
   assert page.has("other's 90.0%: 128 / 128 responses, 2,000 / 2,000 tokens")
   ids = [attrs["id"] for tag, attrs in page.tags if tag == "input"]
   assert len(ids) == len(set(ids)) == 6
@@ -155,11 +306,23 @@ def test_tasks_are_compared_apart_and_labels_are_names(tmp_path):
 
 def test_runs_of_one_label_are_seeds_only_where_all_else_is_equal(tmp_path):
   """Of one task: on another one a label's settings differ as they must."""
-  mine = lambda task, seed, group, **more: workdir(tmp_path / f"{task}{seed}{group}", seed=seed, config={"label": "mine", "env": {"name": task}, "rollout": {"group": group}} | more)
-  runs = [mine("a", 0, 4, log={"rollouts_kept": 3}), mine("a", 1, 4, log={"rollouts_kept": 5}), mine("a", 2, 16), mine("b", 0, 8), mine("b", 1, 8)]
+  mine = lambda task, seed, group, **more: workdir(
+    tmp_path / f"{task}{seed}{group}",
+    seed=seed,
+    config={"label": "mine", "env": {"name": task}, "rollout": {"group": group}} | more,
+  )
+  runs = [
+    mine("a", 0, 4, log={"rollouts_kept": 3}),
+    mine("a", 1, 4, log={"rollouts_kept": 5}),
+    mine("a", 2, 16),
+    mine("b", 0, 8),
+    mine("b", 1, 8),
+  ]
   found = [report.read_run(run) for run in runs]
   report._label(found)
-  assert [run.label for run in found] == ["mine, rollout.group=4"] * 2 + ["mine, rollout.group=16"] + ["mine"] * 2
+  assert [run.label for run in found] == ["mine, rollout.group=4"] * 2 + [
+    "mine, rollout.group=16"
+  ] + ["mine"] * 2
   page = Page(report.write_report(runs, tmp_path / "out"))
   assert page.has("mine, rollout.group=16's 90.0%") and page.has(f"b: {tmp_path / 'b08'}")
 
@@ -169,7 +332,9 @@ def test_running_mean_stays_centred():
   assert list(report._smooth(report.np.array(line))) == pytest.approx(line)
 
 
-@pytest.mark.parametrize("missing", ["config.json", "run.json", "metrics.jsonl", "rollouts", "everything"])
+@pytest.mark.parametrize(
+  "missing", ["config.json", "run.json", "metrics.jsonl", "rollouts", "everything"]
+)
 def test_missing_files_are_left_out(tmp_path, missing):
   run = workdir(tmp_path / "run", rollouts=[(1, [rollout(1)])])
   for path in list(run.iterdir()):
@@ -182,13 +347,31 @@ def test_missing_files_are_left_out(tmp_path, missing):
 
 
 def test_damaged_files_and_odd_rollouts(tmp_path):
-  run = workdir(tmp_path / "run", rollouts=[(1, []), (2, [rollout(2)]), (3, [
-      {}, rollout(3, teacher_gap=[1.0]), rollout(3, teacher_gap=[None, "x", float("nan"), 1]), rollout(3, reward=None, teacher_context=None, feedback="")])])
+  run = workdir(
+    tmp_path / "run",
+    rollouts=[
+      (1, []),
+      (2, [rollout(2)]),
+      (
+        3,
+        [
+          {},
+          rollout(3, teacher_gap=[1.0]),
+          rollout(3, teacher_gap=[None, "x", float("nan"), 1]),
+          rollout(3, reward=None, teacher_context=None, feedback=""),
+        ],
+      ),
+    ],
+  )
   with (run / "metrics.jsonl").open("ab") as file:
     file.write(b'[1]\n{"step": "x"}\n\xff\xfe\n{"step": 3, "train/rew')
   (run / "run.json").write_text("[")
   page = Page(report.write_report([run], tmp_path / "out"))
-  assert page.has("3 unreadable lines left out.") and page.has("reward ?") and page.has("The teacher read nothing more.")
+  assert (
+    page.has("3 unreadable lines left out.")
+    and page.has("reward ?")
+    and page.has("The teacher read nothing more.")
+  )
 
 
 def test_a_live_run_without_evaluations(tmp_path):
@@ -202,14 +385,39 @@ def test_command(tmp_path):
   run = workdir(tmp_path / "run")
   root = pathlib.Path(__file__).parent.parent
   command = [sys.executable, "-m", "sdpo_jax.report", str(run)]
-  result = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False)
-  assert (result.returncode, result.stdout.strip(), result.stderr) == (0, str(run / "report" / "index.html"), "")
+  result = subprocess.run(
+    command,
+    cwd=tmp_path,
+    env=os.environ | {"PYTHONPATH": str(root)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert (result.returncode, result.stdout.strip(), result.stderr) == (
+    0,
+    str(run / "report" / "index.html"),
+    "",
+  )
   assert (run / "report" / "index.html").exists()
-  result = subprocess.run([*command, str(tmp_path / "nowhere")], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False)
-  assert result.returncode == 2 and result.stderr.splitlines() == [f"sdpo_jax.report: no work directory {tmp_path / 'nowhere'}"]
+  result = subprocess.run(
+    [*command, str(tmp_path / "nowhere")],
+    cwd=tmp_path,
+    env=os.environ | {"PYTHONPATH": str(root)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.returncode == 2 and result.stderr.splitlines() == [
+    f"sdpo_jax.report: no work directory {tmp_path / 'nowhere'}"
+  ]
 
 
 def test_needs_no_jax():
   root = pathlib.Path(__file__).parent.parent
   code = "import sys, sdpo_jax.report; print([name for name in ('jax', 'flax', 'torch', 'matplotlib.pyplot') if name in sys.modules])"
-  assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+  assert (
+    subprocess.run(
+      [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    == "[]"
+  )

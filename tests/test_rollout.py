@@ -15,20 +15,37 @@ say = lambda text: CHAT.text_tokens(text) + [257]
 
 
 def collector(answers, engine, **settings):
-  return Collector(fakes.ListEnv(answers), CHAT, engine, **(dict(max_prompt_tokens=200, judge_threads=4, judge_timeout_s=0.5) | settings))
+  return Collector(
+    fakes.ListEnv(answers),
+    CHAT,
+    engine,
+    **(dict(max_prompt_tokens=200, judge_threads=4, judge_timeout_s=0.5) | settings),
+  )
 
 
 def test_a_judge_that_raises_hangs_or_returns_nan_costs_its_own_row():
   hang = threading.Event()
-  answers = {"good": Feedback(1.0, ""), "raise": RuntimeError("boom"), "nan": Feedback(float("nan"), ""),
-             "hang": lambda: hang.wait(5) or Feedback(1.0, "")}
-  c = collector(answers, fakes.ScriptedEngine([[say(t) for t in ("good", "raise", "nan", "hang", "bad")]]))
+  answers = {
+    "good": Feedback(1.0, ""),
+    "raise": RuntimeError("boom"),
+    "nan": Feedback(float("nan"), ""),
+    "hang": lambda: hang.wait(5) or Feedback(1.0, ""),
+  }
+  c = collector(
+    answers, fakes.ScriptedEngine([[say(t) for t in ("good", "raise", "nan", "hang", "bad")]])
+  )
   try:
     (group,) = c.collect(None, [c.env.task("train", 0)], n=5, sampling=SAMPLING, seeds=[0])
   finally:
     hang.set()
     c.close()
-  assert [r.feedback.status for r in group] == [Status.SCORED, Status.ENV_FAILED, Status.ENV_FAILED, Status.ENV_FAILED, Status.SCORED]
+  assert [r.feedback.status for r in group] == [
+    Status.SCORED,
+    Status.ENV_FAILED,
+    Status.ENV_FAILED,
+    Status.ENV_FAILED,
+    Status.SCORED,
+  ]
   assert [r.feedback.reward for r in group] == [1.0, 0.0, 0.0, 0.0, 0.0]
   assert group[4].feedback.text == "wrong: bad" and "boom" in group[1].feedback.text
   assert group[0].text == "good" and group[0].tokens[-1] == 257
@@ -36,15 +53,32 @@ def test_a_judge_that_raises_hangs_or_returns_nan_costs_its_own_row():
 
 def test_a_response_that_was_cut_off_is_told_so():
   """By the engine's word alone; not where it is right, where the judge is silent, or where the fault is ours."""
-  answers = {"right": Feedback(1.0, ""), "silent": Feedback(0.0, ""), "broken": fakes.FAILED, "late": Feedback(0.0, "time", Status.TIMEOUT)}
+  answers = {
+    "right": Feedback(1.0, ""),
+    "silent": Feedback(0.0, ""),
+    "broken": fakes.FAILED,
+    "late": Feedback(0.0, "time", Status.TIMEOUT),
+  }
   texts = ("right", "silent", "broken", "late", "def f(")
-  c = collector(answers, fakes.ScriptedEngine([[say(t)[:-1] for t in texts], [say(t) for t in texts]]))
-  cut_off, ended = c.collect(None, [c.env.task("train", i) for i in range(2)], n=5, sampling=SAMPLING, seeds=[0, 0])
+  c = collector(
+    answers, fakes.ScriptedEngine([[say(t)[:-1] for t in texts], [say(t) for t in texts]])
+  )
+  cut_off, ended = c.collect(
+    None, [c.env.task("train", i) for i in range(2)], n=5, sampling=SAMPLING, seeds=[0, 0]
+  )
   c.close()
   too_long = "The response was too long: it was cut off after {} tokens.\n"
-  assert [r.feedback.text for r in cut_off] == ["", "", "the judge broke", too_long.format(4) + "time", too_long.format(6) + "wrong: def f("]
+  assert [r.feedback.text for r in cut_off] == [
+    "",
+    "",
+    "the judge broke",
+    too_long.format(4) + "time",
+    too_long.format(6) + "wrong: def f(",
+  ]
   assert [r.feedback.text for r in ended] == ["", "", "the judge broke", "time", "wrong: def f("]
-  assert [(r.feedback.reward, r.feedback.status) for r in cut_off] == [(r.feedback.reward, r.feedback.status) for r in ended]
+  assert [(r.feedback.reward, r.feedback.status) for r in cut_off] == [
+    (r.feedback.reward, r.feedback.status) for r in ended
+  ]
 
 
 def test_judging_starts_before_sampling_ends():
@@ -52,7 +86,7 @@ def test_judging_starts_before_sampling_ends():
 
   class SlowEngine:
     def generate(self, params, prompts, *, n, sampling, seeds):
-      yield Completion(0, 1, say("first"), [-1.0] * 6, "stop")    # out of order, too
+      yield Completion(0, 1, say("first"), [-1.0] * 6, "stop")  # out of order, too
       assert judged.wait(5), "the first response was not judged while the second was being sampled"
       yield Completion(0, 0, say("second"), [-1.0] * 7, "stop")
 
@@ -71,4 +105,7 @@ def test_a_prompt_over_the_limit_names_the_setting():
 
 def test_seeds_differ_by_path_and_repeat():
   assert prompt_seed(0, "train", 1, 0) == prompt_seed(0, "train", 1, 0)
-  assert len({prompt_seed(s, "train", i, q) for s in range(5) for i in range(20) for q in range(8)}) == 800
+  assert (
+    len({prompt_seed(s, "train", i, q) for s in range(5) for i in range(20) for q in range(8)})
+    == 800
+  )

@@ -49,7 +49,9 @@ def test_stop_tokens_end_a_response_and_are_part_of_it():
   assert free.finish_reason == "length" and len(free.tokens) == 7
   stopped = generate(temperature=0.0, stop_tokens=(free.tokens[2],))[0, 0]
   assert stopped.finish_reason == "stop"
-  assert stopped.tokens == free.tokens[:free.tokens.index(free.tokens[2]) + 1] and len(stopped.logp) == len(stopped.tokens)
+  assert stopped.tokens == free.tokens[: free.tokens.index(free.tokens[2]) + 1] and len(
+    stopped.logp
+  ) == len(stopped.tokens)
 
 
 def test_greedy_is_the_argmax_of_the_full_forward_pass():
@@ -57,7 +59,7 @@ def test_greedy_is_the_argmax_of_the_full_forward_pass():
   c = generate(temperature=0.0, stop_tokens=())[1, 0]
   row = PROMPTS[1] + c.tokens
   best = jnp.argmax(decoder.logits(params, config, jnp.asarray([row]))[0], -1)
-  assert c.tokens == best[len(PROMPTS[1]) - 1:-1].tolist()
+  assert c.tokens == best[len(PROMPTS[1]) - 1 : -1].tolist()
 
 
 def test_top_p_keeps_the_smallest_sufficient_set():
@@ -76,8 +78,10 @@ def test_frequencies_follow_the_distribution():
   keys = jax.random.split(jax.random.key(0), 20_000)
   token, logp = choose(logits, keys, Sampling(1, temperature=0.5, top_p=0.9))
   sharp = p**2 / np.sum(p**2)
-  kept = np.where(np.arange(4) < 3, sharp, 0.0)   # 0.52 + 0.23 + ... : the first three reach 0.9
+  kept = np.where(np.arange(4) < 3, sharp, 0.0)  # 0.52 + 0.23 + ... : the first three reach 0.9
   kept = kept / kept.sum()
   share = np.bincount(np.asarray(token), minlength=4) / 20_000
   assert np.all(np.abs(share - kept) <= 5 * np.sqrt(kept * (1 - kept) / 20_000))
-  np.testing.assert_allclose(np.asarray(logp)[:50], np.log(sharp)[np.asarray(token)[:50]], atol=1e-5)
+  np.testing.assert_allclose(
+    np.asarray(logp)[:50], np.log(sharp)[np.asarray(token)[:50]], atol=1e-5
+  )

@@ -16,10 +16,12 @@ import time
 
 import pytest
 
-from tests.sandbox_host import check_text, descendants
-from sdpo_jax.envs import jail_worker, sandbox as sandbox_module, verdict as verdict_module
+from sdpo_jax.envs import jail_worker
+from sdpo_jax.envs import sandbox as sandbox_module
+from sdpo_jax.envs import verdict as verdict_module
 from sdpo_jax.envs.sandbox import KINDS, Limits, Sandbox, TestCase
 from sdpo_jax.envs.verdict import clean, cut, same_text, same_value
+from tests.sandbox_host import check_text, descendants
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +36,33 @@ def kind(sandbox, program, given="", output="", **kw):
 
 # Comparison, on the host.
 
-@pytest.mark.parametrize("output, expected, same", [
-    ("1 2\n", "1 2", True), ("1 2  \n\n", "1 2", True), (" 1\t2", "1 2", True), ("1\n2", "1 2", False), ("a  b", "a b", False),
-    ("1.0 2", "1 2.00", True), ("1e3", "1000", True), ("0.30000000000000004", "0.3", False), ("-0", "0", True), ("1,2", "1, 2", False),
-    ("", "", True), ("", "0", False), ("nan", "nan", True), ("NaN", "nan", False), ("sNaN", "1", False), ("Infinity", "inf", True),
-    ("Yes", "YES", False), ("5-", "5", False), ("1\n\n2", "1\n2", False), ("9" * 10_000_000, "8", False), ("1e999999999", "5", False)])
+
+@pytest.mark.parametrize(
+  "output, expected, same",
+  [
+    ("1 2\n", "1 2", True),
+    ("1 2  \n\n", "1 2", True),
+    (" 1\t2", "1 2", True),
+    ("1\n2", "1 2", False),
+    ("a  b", "a b", False),
+    ("1.0 2", "1 2.00", True),
+    ("1e3", "1000", True),
+    ("0.30000000000000004", "0.3", False),
+    ("-0", "0", True),
+    ("1,2", "1, 2", False),
+    ("", "", True),
+    ("", "0", False),
+    ("nan", "nan", True),
+    ("NaN", "nan", False),
+    ("sNaN", "1", False),
+    ("Infinity", "inf", True),
+    ("Yes", "YES", False),
+    ("5-", "5", False),
+    ("1\n\n2", "1\n2", False),
+    ("9" * 10_000_000, "8", False),
+    ("1e999999999", "5", False),
+  ],
+)
 def test_same_text(output, expected, same):
   start = time.monotonic()
   assert same_text(output, expected) is same
@@ -52,29 +76,65 @@ def _nested(depth):
   return value
 
 
-@pytest.mark.parametrize("value, expected, same", [
-    (1, 1.0, True), (True, 1, False), (1, True, False), (True, True, True), (None, None, True), (None, 0, False), ("1", 1, False),
-    ([1, [2, 3]], [1, [2, 3]], True), ([1, 2], [2, 1], False), ([], {}, False), ({"a": [1]}, {"a": [1]}, True), ({"a": 1}, {"a": 1, "b": 2}, False),
-    (float("nan"), float("nan"), False), (2 ** 53 + 1, float(2 ** 53), False), ([True], [1], False), (_nested(5000), _nested(5000), True)])
+@pytest.mark.parametrize(
+  "value, expected, same",
+  [
+    (1, 1.0, True),
+    (True, 1, False),
+    (1, True, False),
+    (True, True, True),
+    (None, None, True),
+    (None, 0, False),
+    ("1", 1, False),
+    ([1, [2, 3]], [1, [2, 3]], True),
+    ([1, 2], [2, 1], False),
+    ([], {}, False),
+    ({"a": [1]}, {"a": [1]}, True),
+    ({"a": 1}, {"a": 1, "b": 2}, False),
+    (float("nan"), float("nan"), False),
+    (2**53 + 1, float(2**53), False),
+    ([True], [1], False),
+    (_nested(5000), _nested(5000), True),
+  ],
+)
 def test_same_value(value, expected, same):
   assert same_value(value, expected) is same
 
 
 # Verdicts.
 
+
 def test_verdict_of_each_failing_test(sandbox):
   program = "x = input()\nif x == 'boom':\n  raise ValueError('no ' + x)\nprint(x)"
   right, wrong, boom = TestCase("a", "a"), TestCase("a", "b"), TestCase("boom", "boom")
   passed = sandbox.run(program, [right, right])
-  assert passed.passed and passed.kind == "passed" and passed.feedback == "" and passed.number == 2 and len(passed.tests) == 2
+  assert (
+    passed.passed
+    and passed.kind == "passed"
+    and passed.feedback == ""
+    and passed.number == 2
+    and len(passed.tests) == 2
+  )
   verdict = sandbox.run(program, [right, wrong, boom, wrong])
-  assert verdict.kind == "wrong_answer" and [t.kind for t in verdict.tests] == ["passed", "wrong_answer", "runtime_error"]
+  assert verdict.kind == "wrong_answer" and [t.kind for t in verdict.tests] == [
+    "passed",
+    "wrong_answer",
+    "runtime_error",
+  ]
   assert verdict.feedback == "Test 2: wrong answer\nInput: a\nOutput: a\nExpected: b"
   verdict = sandbox.run(program, [right, boom, wrong])
   assert verdict.kind == "runtime_error" and len(verdict.tests) == 2
   error = verdict.tests[1].error
-  assert (error.type, error.message, error.line, error.source) == ("ValueError", "no boom", 3, "raise ValueError('no ' + x)")
-  assert verdict.feedback == "Test 2: runtime error\nInput: boom\nError: ValueError: no boom\nLine 3: raise ValueError('no ' + x)"
+  assert (error.type, error.message, error.line, error.source) == (
+    "ValueError",
+    "no boom",
+    3,
+    "raise ValueError('no ' + x)",
+  )
+  assert (
+    verdict.feedback
+    == "Test 2: runtime error\nInput: boom\nError: ValueError: no boom\nLine 3: raise ValueError('no ' + x)"
+  )
   assert len(sandbox.run(program, [wrong] * 5, max_failures=1).tests) == 1
   assert len(sandbox.run(program, [wrong] * 5, max_failures=4).tests) == 4
   assert sandbox.run(program, []).passed
@@ -83,40 +143,90 @@ def test_verdict_of_each_failing_test(sandbox):
 def test_feedback_tells_the_two_shortest_wrong_answers(sandbox):
   tests = [TestCase("a" * n, "b") for n in (9, 3, 7, 5)]
   verdict = sandbox.run("print(input())", tests, max_failures=4)
-  assert [line for line in verdict.feedback.split("\n") if line.startswith("Test")] == ["Test 2: wrong answer", "Test 4: wrong answer"]
+  assert [line for line in verdict.feedback.split("\n") if line.startswith("Test")] == [
+    "Test 2: wrong answer",
+    "Test 4: wrong answer",
+  ]
 
 
 def test_feedback_is_bounded_and_deterministic(sandbox):
   program = "class A: pass\nprint(A())\nprint('y' * 100000)\nraise ValueError('x' * 100000, A())"
-  verdicts = {sandbox.run(program, [TestCase("i" * 100000, "o" * 100000)]).feedback for _ in range(3)}
+  verdicts = {
+    sandbox.run(program, [TestCase("i" * 100000, "o" * 100000)]).feedback for _ in range(3)
+  }
   assert len(verdicts) == 1 and len(verdicts.pop()) <= 2000
-  shown = sandbox.run("class A: pass\nprint(A(), id(3) % 2 < 2, {'b', 'a', 'c'}, hash('a'))", [TestCase("", "")]).feedback
-  assert "A object at 0x...>" in shown and shown == sandbox.run("class A: pass\nprint(A(), id(3) % 2 < 2, {'b', 'a', 'c'}, hash('a'))", [TestCase("", "")]).feedback
-  many = sandbox.run("print('\\n'.join(map(str, range(1000))))", [TestCase("1\n2\n3", "x\ny")]).feedback
-  assert "Input:\n  1\n  2\n  3\nOutput:\n  0\n  1\n" in many and many.endswith("Expected:\n  x\n  y")
+  shown = sandbox.run(
+    "class A: pass\nprint(A(), id(3) % 2 < 2, {'b', 'a', 'c'}, hash('a'))", [TestCase("", "")]
+  ).feedback
+  assert (
+    "A object at 0x...>" in shown
+    and shown
+    == sandbox.run(
+      "class A: pass\nprint(A(), id(3) % 2 < 2, {'b', 'a', 'c'}, hash('a'))", [TestCase("", "")]
+    ).feedback
+  )
+  many = sandbox.run(
+    "print('\\n'.join(map(str, range(1000))))", [TestCase("1\n2\n3", "x\ny")]
+  ).feedback
+  assert "Input:\n  1\n  2\n  3\nOutput:\n  0\n  1\n" in many and many.endswith(
+    "Expected:\n  x\n  y"
+  )
   check_text(many, [])
 
 
 def test_hidden_tests_show_no_values(sandbox):
   secret = TestCase("secret-input", "secret-output", hidden=True)
-  for program in ("print('wrong')", "raise ValueError(input())", "print(input(), file=__import__('sys').stderr); 1 / 0", "import sys; sys.exit(input())",
-                  "raise type(input(), (Exception,), {})", "import json, os; os.pwrite(3, json.dumps({'error': ['', input(), None]}).encode(), 0); os._exit(1)"):
+  for program in (
+    "print('wrong')",
+    "raise ValueError(input())",
+    "print(input(), file=__import__('sys').stderr); 1 / 0",
+    "import sys; sys.exit(input())",
+    "raise type(input(), (Exception,), {})",
+    "import json, os; os.pwrite(3, json.dumps({'error': ['', input(), None]}).encode(), 0); os._exit(1)",
+  ):
     assert "secret" not in sandbox.run(program, [secret]).feedback
   function = TestCase('"secret"', "1", hidden=True)
-  for body in ("return type(s, (), {})()", "import os; os.pwrite(3, b'{\"format\": \"%s\"}' % s.encode(), 0); os._exit(0)"):
-    assert sandbox.run(f"def f(s): {body}", [function], fn_name="f").feedback == "Hidden test 1: wrong form"
-  assert sandbox.run("def f(s): raise KeyError(s)", [function], fn_name="f").feedback == "Hidden test 1: runtime error\nError: KeyError\nLine 1: def f(s): raise KeyError(s)"
-  assert sandbox.run("import sys\nsys.exit(len(input()))", [secret]).feedback == "Hidden test 1: runtime error"
+  for body in (
+    "return type(s, (), {})()",
+    'import os; os.pwrite(3, b\'{"format": "%s"}\' % s.encode(), 0); os._exit(0)',
+  ):
+    assert (
+      sandbox.run(f"def f(s): {body}", [function], fn_name="f").feedback
+      == "Hidden test 1: wrong form"
+    )
+  assert (
+    sandbox.run("def f(s): raise KeyError(s)", [function], fn_name="f").feedback
+    == "Hidden test 1: runtime error\nError: KeyError\nLine 1: def f(s): raise KeyError(s)"
+  )
+  assert (
+    sandbox.run("import sys\nsys.exit(len(input()))", [secret]).feedback
+    == "Hidden test 1: runtime error"
+  )
 
 
-@pytest.mark.parametrize("program, passes", [
-    ("gcd", False), ("from math import gcd", False), ("import math\nmath.gcd, old = None, gcd", False), ("class Solution:\n  def gcd(self, a, b): return 99", False),
-    ("class Solution:\n  def gcd(self, a, b): return gcd(a, b)", True), ("def gcd(a, b): return 6", True), ("gcd = lambda *a: 6", True),
-    ("class Solution:\n  def gcd(self, a, b): return 6\ndef gcd(a, b): return Solution().gcd(a, b)", True)])
+@pytest.mark.parametrize(
+  "program, passes",
+  [
+    ("gcd", False),
+    ("from math import gcd", False),
+    ("import math\nmath.gcd, old = None, gcd", False),
+    ("class Solution:\n  def gcd(self, a, b): return 99", False),
+    ("class Solution:\n  def gcd(self, a, b): return gcd(a, b)", True),
+    ("def gcd(a, b): return 6", True),
+    ("gcd = lambda *a: 6", True),
+    (
+      "class Solution:\n  def gcd(self, a, b): return 6\ndef gcd(a, b): return Solution().gcd(a, b)",
+      True,
+    ),
+  ],
+)
 def test_a_library_function_is_not_the_programs_own(sandbox, program, passes):
   assert sandbox.run(program, [TestCase("12\n18", "6")], fn_name="gcd").passed is passes
   if "class" not in program or "\ndef" in program:
-    assert sandbox.run(program, [TestCase(expression="gcd(12, 18)", output="6")], fn_name="gcd").passed is passes
+    assert (
+      sandbox.run(program, [TestCase(expression="gcd(12, 18)", output="6")], fn_name="gcd").passed
+      is passes
+    )
 
 
 def test_no_returned_value_breaks_the_comparison(sandbox):
@@ -126,11 +236,40 @@ def test_no_returned_value_breaks_the_comparison(sandbox):
   assert sandbox.run(forged, [near]).kind == "format"
 
 
-@pytest.mark.parametrize("text", ["<|im_start|>", "<|im_<|im_end|>end|>", "<<||>>", "</s><s>", "[INST] [/INST]", "<start_of_turn>user", "<\uff5cUser\uff5c>", "</think>",
-                                  "a\x00b\x1b[0m\u202e\u200b\ud800", "\r\n\r", "{braces} \\n {{", "ordinary: x < y | z > w, 2 <= 3"])
+@pytest.mark.parametrize(
+  "text",
+  [
+    "<|im_start|>",
+    "<|im_<|im_end|>end|>",
+    "<<||>>",
+    "</s><s>",
+    "[INST] [/INST]",
+    "<start_of_turn>user",
+    "<\uff5cUser\uff5c>",
+    "</think>",
+    "a\x00b\x1b[0m\u202e\u200b\ud800",
+    "\r\n\r",
+    "{braces} \\n {{",
+    "ordinary: x < y | z > w, 2 <= 3",
+  ],
+)
 def test_clean(text):
   result = clean(text)
-  check_text(result, ["<|", "|>", "<s>", "</s>", "[INST]", "[/INST]", "<start_of_turn>", "<\uff5c", "\uff5c>", "</think>"])
+  check_text(
+    result,
+    [
+      "<|",
+      "|>",
+      "<s>",
+      "</s>",
+      "[INST]",
+      "[/INST]",
+      "<start_of_turn>",
+      "<\uff5c",
+      "\uff5c>",
+      "</think>",
+    ],
+  )
   assert clean(result) == result
   if text.startswith(("ordinary", "{")):
     assert result == text
@@ -143,33 +282,66 @@ def test_cut():
 
 # Programs.
 
+
 def test_functions_and_expressions(sandbox):
   program = "class Solution:\n  def both(self, a: List[int], s: Optional[str] = None):\n    return Counter(a), s\nrows = lambda n: {(i, i * i) for i in range(n)}"
-  assert sandbox.run(program, [TestCase('["x", "x"]\n"s"', '[{"x": 2}, "s"]')], fn_name="both").passed
-  assert sandbox.run(program, [TestCase(expression="rows(2)", output="{(1, 1), (0, 0)}"), TestCase(expression="len(rows(5))", output="5"),
-                               TestCase(expression="math.sqrt(2)", output="1.4142", compare="isclose", rel_tol=1e-4),
-                               TestCase(expression="[2, 1, 1]", output="(1, 2)", compare="set"), TestCase(expression="{1: b'x', None: 2j}", output="{1: b'x', None: 2j}"),
-                               TestCase(expression="frozenset([()])", output="{()}")]).passed
+  assert sandbox.run(
+    program, [TestCase('["x", "x"]\n"s"', '[{"x": 2}, "s"]')], fn_name="both"
+  ).passed
+  assert sandbox.run(
+    program,
+    [
+      TestCase(expression="rows(2)", output="{(1, 1), (0, 0)}"),
+      TestCase(expression="len(rows(5))", output="5"),
+      TestCase(expression="math.sqrt(2)", output="1.4142", compare="isclose", rel_tol=1e-4),
+      TestCase(expression="[2, 1, 1]", output="(1, 2)", compare="set"),
+      TestCase(expression="{1: b'x', None: 2j}", output="{1: b'x', None: 2j}"),
+      TestCase(expression="frozenset([()])", output="{()}"),
+    ],
+  ).passed
   verdict = sandbox.run(program, [TestCase(expression="rows(1)", output="{(0, 1)}")])
-  assert verdict.feedback == "Test 1: wrong answer\nInput: rows(1)\nOutput: {(0, 0)}\nExpected: {(0, 1)}"
+  assert (
+    verdict.feedback == "Test 1: wrong answer\nInput: rows(1)\nOutput: {(0, 0)}\nExpected: {(0, 1)}"
+  )
   assert sandbox.run(program, [TestCase(expression="rows", output="1")]).kind == "format"
-  assert sandbox.run(program, [TestCase(expression="nothing(1)", output="1")], fn_name="nothing").feedback == (
-      "Test 1: wrong form\nReason: the program defines no function nothing\nInput: nothing(1)")
+  assert sandbox.run(
+    program, [TestCase(expression="nothing(1)", output="1")], fn_name="nothing"
+  ).feedback == (
+    "Test 1: wrong form\nReason: the program defines no function nothing\nInput: nothing(1)"
+  )
   assert sandbox.run("def f(x): return x + 1", [TestCase("1", "2")], fn_name="g").kind == "format"
   state = "class Solution:\n  seen = []\n  def __init__(self):\n    self.n = 10\n  def _more(self, x):\n    self.n += x\n    Solution.seen.append(x)\n  def f(self, x: int) -> List[int]:\n    self._more(x)\n    self._more(x)\n    return [self.n, len(self.seen)]"
   # within one call it stays, from test to test it does not
   assert sandbox.run(state, [TestCase("1", "[12, 2]")] * 2, fn_name="f").passed
-  assert sandbox.run("print('noise')\ndef f(x):\n  print(x)\n  return (x, None)\nif __name__ == '__main__':\n  f(input())", [TestCase("true", "[true, null]")], fn_name="f").passed
+  assert sandbox.run(
+    "print('noise')\ndef f(x):\n  print(x)\n  return (x, None)\nif __name__ == '__main__':\n  f(input())",
+    [TestCase("true", "[true, null]")],
+    fn_name="f",
+  ).passed
   numpy = "import numpy as np\ndef f(x): return np.int64(x)"
   if jail_worker.installed("numpy"):
     assert sandbox.run(numpy, [TestCase("1", "1")], fn_name="f").passed
-    assert sandbox.run("import numpy.linalg, numpy.fft, numpy as np\nprint(np.linalg.det(np.eye(2)), np.random.default_rng(0).integers(2, 3))", [TestCase("", "1.0 2")]).passed
+    assert sandbox.run(
+      "import numpy.linalg, numpy.fft, numpy as np\nprint(np.linalg.det(np.eye(2)), np.random.default_rng(0).integers(2, 3))",
+      [TestCase("", "1.0 2")],
+    ).passed
 
 
-@pytest.mark.parametrize("source, error, line", [
-    ("def f(:\n  pass", "SyntaxError", 1), ("x = 1\n  y = 2", "IndentationError", 2), ("x = (1,\n", "SyntaxError", 1), ("import json\njson.loads('{')", "JSONDecodeError", 2),
-    ("def f(x):\n  return f(x)\nf(1)", "RecursionError", 2), ("x = 'a", "SyntaxError", 1), ("try:\n  1/0\nexcept Exception as e:\n  raise KeyError(2) from e", "KeyError", 4),
-    ("import sys\nsys.exit('bye')", "SystemExit", 2), ("def g():\n  yield\n  raise StopIteration\nlist(g())", "RuntimeError", 4), ("raise ExceptionGroup('many', [ValueError(1)])", "ExceptionGroup", 1)])
+@pytest.mark.parametrize(
+  "source, error, line",
+  [
+    ("def f(:\n  pass", "SyntaxError", 1),
+    ("x = 1\n  y = 2", "IndentationError", 2),
+    ("x = (1,\n", "SyntaxError", 1),
+    ("import json\njson.loads('{')", "JSONDecodeError", 2),
+    ("def f(x):\n  return f(x)\nf(1)", "RecursionError", 2),
+    ("x = 'a", "SyntaxError", 1),
+    ("try:\n  1/0\nexcept Exception as e:\n  raise KeyError(2) from e", "KeyError", 4),
+    ("import sys\nsys.exit('bye')", "SystemExit", 2),
+    ("def g():\n  yield\n  raise StopIteration\nlist(g())", "RuntimeError", 4),
+    ("raise ExceptionGroup('many', [ValueError(1)])", "ExceptionGroup", 1),
+  ],
+)
 def test_errors_name_the_line(sandbox, source, error, line):
   result = sandbox.run(source, [TestCase("", "")]).tests[0]
   assert (result.kind, result.error.type) == ("runtime_error", error)
@@ -185,14 +357,27 @@ def test_ordinary_programs(isolation):
   except RuntimeError as e:
     pytest.skip(str(e))
   programs = (
-      "import sys\nsys.stdout.write('ok')", "import os\nos.write(1, b'ok')", "import atexit\natexit.register(print, 'ok')", "print('ok')\nexit()", "print('ok')\nquit(0)",
-      "import asyncio\nasync def f():\n  await asyncio.sleep(0.001)\n  return 'ok'\nprint(asyncio.run(f()))", "import threading\nthreading.Timer(.01, print, ['ok']).start()",
-      "import concurrent.futures as c\nwith c.ThreadPoolExecutor(4) as p: print(*p.map(str, ['ok']))", "import sys\nprint('o', end='')\nsys.stdout.flush()\nprint('k')",
-      "import io, os, sys\nsys.stdin = io.BytesIO(os.read(0, 100))\nprint('ok')", "import sys\nfor line in open('/dev/stdin'): pass\nprint('ok')", "import sys\nassert sys.stdin.buffer.read() == b'x'\nprint('ok')",
-      "import signal\nsignal.signal(signal.SIGALRM, lambda *a: print('ok') or exit())\nsignal.alarm(1)\nsignal.pause()", "import sqlite3, ssl, decimal, hashlib, zlib, lzma, bz2, csv, xml.dom, email, unittest\nprint('ok')",
-      "import subprocess, multiprocessing, socket, tempfile, shutil, glob, getpass\nprint('ok')", "import inspect, pickle, pprint, textwrap, traceback, logging, datetime, zoneinfo, statistics, array\nprint('ok')",
-      "import sys\nsys.setrecursionlimit(10**6)\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\nassert f(50000) == 50000\nprint('ok')", "from dataclasses import dataclass\n@dataclass\nclass A: x: int\nimport pickle\nassert pickle.loads(pickle.dumps(A(1))) == A(1)\nprint('ok')",
-      "import resource\nassert resource.getrlimit(resource.RLIMIT_STACK)[0] >= 256 << 20\nprint('ok')", "import time, os\ntime.sleep(0.001)\nassert os.cpu_count() and os.getpid() and os.urandom(3)\nprint('ok')")
+    "import sys\nsys.stdout.write('ok')",
+    "import os\nos.write(1, b'ok')",
+    "import atexit\natexit.register(print, 'ok')",
+    "print('ok')\nexit()",
+    "print('ok')\nquit(0)",
+    "import asyncio\nasync def f():\n  await asyncio.sleep(0.001)\n  return 'ok'\nprint(asyncio.run(f()))",
+    "import threading\nthreading.Timer(.01, print, ['ok']).start()",
+    "import concurrent.futures as c\nwith c.ThreadPoolExecutor(4) as p: print(*p.map(str, ['ok']))",
+    "import sys\nprint('o', end='')\nsys.stdout.flush()\nprint('k')",
+    "import io, os, sys\nsys.stdin = io.BytesIO(os.read(0, 100))\nprint('ok')",
+    "import sys\nfor line in open('/dev/stdin'): pass\nprint('ok')",
+    "import sys\nassert sys.stdin.buffer.read() == b'x'\nprint('ok')",
+    "import signal\nsignal.signal(signal.SIGALRM, lambda *a: print('ok') or exit())\nsignal.alarm(1)\nsignal.pause()",
+    "import sqlite3, ssl, decimal, hashlib, zlib, lzma, bz2, csv, xml.dom, email, unittest\nprint('ok')",
+    "import subprocess, multiprocessing, socket, tempfile, shutil, glob, getpass\nprint('ok')",
+    "import inspect, pickle, pprint, textwrap, traceback, logging, datetime, zoneinfo, statistics, array\nprint('ok')",
+    "import sys\nsys.setrecursionlimit(10**6)\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\nassert f(50000) == 50000\nprint('ok')",
+    "from dataclasses import dataclass\n@dataclass\nclass A: x: int\nimport pickle\nassert pickle.loads(pickle.dumps(A(1))) == A(1)\nprint('ok')",
+    "import resource\nassert resource.getrlimit(resource.RLIMIT_STACK)[0] >= 256 << 20\nprint('ok')",
+    "import time, os\ntime.sleep(0.001)\nassert os.cpu_count() and os.getpid() and os.urandom(3)\nprint('ok')",
+  )
   with pool:
     for program in programs:
       verdict = pool.run(program, [TestCase("x", "ok")])
@@ -202,18 +387,28 @@ def test_ordinary_programs(isolation):
 def test_time_limit_is_punctual(sandbox):
   """CPU time decides; where the machine gives the program none, wall time does."""
   limits = Limits(time_s=0.2)
-  for program in ("while True: pass", "import hashlib\nwhile True: hashlib.sha256(bytes(10**5)).digest()",
-                  # giving back its memory does not count, nor delay the verdict
-                  "b = b'x' * 600_000_000\nwhile True: pass"):
+  for program in (
+    "while True: pass",
+    "import hashlib\nwhile True: hashlib.sha256(bytes(10**5)).digest()",
+    # giving back its memory does not count, nor delay the verdict
+    "b = b'x' * 600_000_000\nwhile True: pass",
+  ):
     results = [sandbox.run(program, [TestCase("", "")], limits=limits).tests[0] for _ in range(3)]
-    assert all(r.kind == "time_limit" and (r.cpu_s >= 0.2 or r.wall_s >= limits.wall_s) for r in results)
+    assert all(
+      r.kind == "time_limit" and (r.cpu_s >= 0.2 or r.wall_s >= limits.wall_s) for r in results
+    )
     # other work on the machine may delay one verdict, not most
     assert statistics.median(r.cpu_s for r in results) < 0.23
   result = sandbox.run("import time\ntime.sleep(9)", [TestCase("", "")], limits=limits).tests[0]
-  assert result.kind == "time_limit" and limits.wall_s <= result.wall_s < limits.wall_s + 0.5 and result.cpu_s < 0.2
+  assert (
+    result.kind == "time_limit"
+    and limits.wall_s <= result.wall_s < limits.wall_s + 0.5
+    and result.cpu_s < 0.2
+  )
 
 
 # Our own failures.
+
 
 def _zygotes(pool):
   return [worker for slot in pool._slots for worker in slot.workers.values()]
@@ -221,11 +416,11 @@ def _zygotes(pool):
 
 def test_worker_killed_from_outside_costs_nothing():
   with Sandbox(workers=1) as pool:
-    worker, = _zygotes(pool)
-    signal.pidfd_send_signal(worker._pidfd, signal.SIGKILL)   # idle
+    (worker,) = _zygotes(pool)
+    signal.pidfd_send_signal(worker._pidfd, signal.SIGKILL)  # idle
     time.sleep(0.05)
     assert kind(pool, "print(1)", output="1") == "passed"
-    worker, = _zygotes(pool)
+    (worker,) = _zygotes(pool)
     # at work
     threading.Timer(0.2, signal.pidfd_send_signal, [worker._pidfd, signal.SIGKILL]).start()
     assert kind(pool, "import time\ntime.sleep(0.5)\nprint(1)", output="1") == "passed"
@@ -263,11 +458,15 @@ def test_no_worker_or_no_memory_is_our_fault(monkeypatch):
   with Sandbox(workers=1) as pool:
     pool._slots[0].discard()
     with monkeypatch.context() as patch:
-      patch.setattr(pool._slots[0], "_start", lambda *a: (_ for _ in ()).throw(OSError(12, "no memory")))
+      patch.setattr(
+        pool._slots[0], "_start", lambda *a: (_ for _ in ()).throw(OSError(12, "no memory"))
+      )
       verdict = pool.run("print(1)", [TestCase("", "1")])
       assert verdict.kind == "sandbox_failed" and "no memory" in verdict.feedback
+
     def full(*_):
       raise OSError(28, "No space left on device")
+
     for name in ("memory_file",):
       with monkeypatch.context() as patch:
         patch.setattr(sandbox_module, name, full)
@@ -283,7 +482,9 @@ def test_no_descriptors_left_is_our_fault():
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   before, taken = len(os.listdir("/proc/self/fd")), []
   with Sandbox(workers=1) as pool:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, hard))
+    resource.setrlimit(
+      resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, hard)
+    )
     try:
       with pytest.raises(OSError, match="Too many open files"):
         while True:
@@ -309,9 +510,11 @@ def test_a_low_limit_of_descriptors_is_not_the_programs(isolation):
   """The soft limit of whoever starts the pool (40 here) is raised for the workers, which need descriptors up to 63."""
   if isolation == "bubblewrap" and shutil.which("bwrap") is None:
     pytest.skip("bubblewrap is not installed")
-  code = ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
-          "from sdpo_jax.envs.sandbox import Sandbox; from sdpo_jax.envs.verdict import TestCase\n"
-          f"with Sandbox(workers=1, isolation={isolation!r}) as pool: print(pool.run('print(1)', [TestCase(input='', output='1')]).passed)")
+  code = (
+    "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+    "from sdpo_jax.envs.sandbox import Sandbox; from sdpo_jax.envs.verdict import TestCase\n"
+    f"with Sandbox(workers=1, isolation={isolation!r}) as pool: print(pool.run('print(1)', [TestCase(input='', output='1')]).passed)"
+  )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert done.stdout == "True\n", done.stderr
 
@@ -324,7 +527,12 @@ def test_missing_bubblewrap(monkeypatch, caplog):
   with Sandbox(workers=1) as pool:
     assert pool.isolation == "landlock"
     assert kind(pool, "print(1)", output="1") == "passed"
-  assert len([r for r in caplog.records if "WEAKER" in r.message and "bwrap is not installed" in r.message]) == 1
+  assert (
+    len(
+      [r for r in caplog.records if "WEAKER" in r.message and "bwrap is not installed" in r.message]
+    )
+    == 1
+  )
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes copies, for the workers' own users")
@@ -338,7 +546,9 @@ def test_no_copy_is_left_behind(monkeypatch):
   def left(end):
     """What there is once a process that has made a directory has come to this end."""
     begin = "import os, signal; from sdpo_jax.envs import jail_worker; stage = jail_worker.StageDirectory(); "
-    subprocess.run([sys.executable, "-c", begin + end], env=os.environ | {"TMPDIR": str(directory)}, check=False)
+    subprocess.run(
+      [sys.executable, "-c", begin + end], env=os.environ | {"TMPDIR": str(directory)}, check=False
+    )
     return set(directory.iterdir())
 
   with Sandbox(workers=1, isolation="landlock") as pool:
@@ -352,8 +562,11 @@ def test_no_copy_is_left_behind(monkeypatch):
     for path in held | killed:
       os.utime(path, (0, 0))
     jail_worker.remove_abandoned()
-    assert set(directory.iterdir()) == held and kind(pool, "import json; print(1)", output="1") == "passed"
-  directory.rmdir()   # which must be empty
+    assert (
+      set(directory.iterdir()) == held
+      and kind(pool, "import json; print(1)", output="1") == "passed"
+    )
+  directory.rmdir()  # which must be empty
 
 
 def test_weak_isolation_only_by_name(monkeypatch):
@@ -361,7 +574,11 @@ def test_weak_isolation_only_by_name(monkeypatch):
     Sandbox(isolation="docker")
   with pytest.raises(ValueError, match="workers=0"):
     Sandbox(workers=0)
-  monkeypatch.setattr(sandbox_module, "_try_canaries", lambda worker, isolation: (_ for _ in ()).throw(jail_worker.WorkerLost("a program could fork")))
+  monkeypatch.setattr(
+    sandbox_module,
+    "_try_canaries",
+    lambda worker, isolation: (_ for _ in ()).throw(jail_worker.WorkerLost("a program could fork")),
+  )
   before = descendants()
   with pytest.raises(RuntimeError, match="a program could fork"):
     Sandbox(workers=1)
@@ -392,9 +609,16 @@ def test_malformed_tests_are_not_the_program_s_fault(sandbox):
 
 def test_interrupted_run_does_not_mix_up_answers(monkeypatch):
   with Sandbox(workers=1) as pool:
-    worker, = _zygotes(pool)
+    (worker,) = _zygotes(pool)
     with monkeypatch.context() as patch:
-      patch.setattr(jail_worker.socket, "send_fds", lambda *a, send=jail_worker.socket.send_fds: (send(*a), (_ for _ in ()).throw(KeyboardInterrupt)))
+      patch.setattr(
+        jail_worker.socket,
+        "send_fds",
+        lambda *a, send=jail_worker.socket.send_fds: (
+          send(*a),
+          (_ for _ in ()).throw(KeyboardInterrupt),
+        ),
+      )
       with pytest.raises(KeyboardInterrupt):
         pool.run("print(1)", [TestCase("", "1")])
     assert kind(pool, "print(2)", output="2") == "passed"
@@ -430,10 +654,15 @@ def test_caller_is_never_forked_and_dies_alone():
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)
     below = descendants() - before
-    assert len(below) >= 4   # the caller, two workers, one test; bubblewrap's own
+    assert len(below) >= 4  # the caller, two workers, one test; bubblewrap's own
     process.kill()
   deadline = time.monotonic() + 5
-  alive = lambda: {p for p in below if os.path.exists(f"/proc/{p}") and open(f"/proc/{p}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"}
+  alive = lambda: {
+    p
+    for p in below
+    if os.path.exists(f"/proc/{p}")
+    and open(f"/proc/{p}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+  }
   while alive() and time.monotonic() < deadline:
     time.sleep(0.02)
   assert not alive()
@@ -442,12 +671,23 @@ def test_caller_is_never_forked_and_dies_alone():
 def test_many_threads_share_few_workers(sandbox):
   def job(i):
     return sandbox.run("a = int(input())\nprint(a * a)", [TestCase(str(i), str(i * i))]).passed
+
   with concurrent.futures.ThreadPoolExecutor(16) as threads:
     assert all(threads.map(job, range(200)))
 
 
 def test_kinds_are_the_contract():
-  assert KINDS == ("passed", "wrong_answer", "runtime_error", "time_limit", "memory_limit", "output_limit", "format", "contained", "sandbox_failed")
+  assert KINDS == (
+    "passed",
+    "wrong_answer",
+    "runtime_error",
+    "time_limit",
+    "memory_limit",
+    "output_limit",
+    "format",
+    "contained",
+    "sandbox_failed",
+  )
   for name in KINDS[1:]:
     result = verdict_module.TestResult(input="1", output="2", expected="3", kind=name)
     assert verdict_module.describe(result, 1, Limits()).startswith("Test 1: ")
@@ -460,14 +700,23 @@ def test_ten_thousand_programs_leave_nothing(isolation):
   with Sandbox(workers=2, isolation=isolation) as pool:
     staged = pool._staged and pool._staged.name
     workers = descendants() - before
+
     def job(i):
       if i % 50 == 0:
-        program, want = ("import os\nwhile True: os.fork()", "runtime_error") if i % 100 else ("print('x' * 10 ** 8)", "output_limit")
+        program, want = (
+          ("import os\nwhile True: os.fork()", "runtime_error")
+          if i % 100
+          else ("print('x' * 10 ** 8)", "output_limit")
+        )
       elif i % 50 == 25:
         program, want = "b = bytearray(10 ** 10)", "memory_limit"
       else:
         program, want = f"print({i})", "passed"
-      return kind(pool, program, output=str(i), limits=Limits(time_s=2.0, memory_mb=256, output_kb=64)) == want
+      return (
+        kind(pool, program, output=str(i), limits=Limits(time_s=2.0, memory_mb=256, output_kb=64))
+        == want
+      )
+
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
       assert all(threads.map(job, range(10_000)))
     assert len(descendants() - before) == len(workers)
@@ -477,12 +726,20 @@ def test_ten_thousand_programs_leave_nothing(isolation):
 
 @pytest.mark.slow
 def test_same_verdicts_beside_six_hogs():
-  programs = [("print(1)", "passed"), ("print(2)", "wrong_answer"), ("1/0", "runtime_error"), ("while True: pass", "time_limit"),
-              ("s = 0\nfor i in range(5_000_000): s += i\nprint(1)", "passed"), ("import time\ntime.sleep(0.3)\nprint(1)", "passed")]
+  programs = [
+    ("print(1)", "passed"),
+    ("print(2)", "wrong_answer"),
+    ("1/0", "runtime_error"),
+    ("while True: pass", "time_limit"),
+    ("s = 0\nfor i in range(5_000_000): s += i\nprint(1)", "passed"),
+    ("import time\ntime.sleep(0.3)\nprint(1)", "passed"),
+  ]
   hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(6)]
   try:
     with Sandbox(workers=2) as pool, concurrent.futures.ThreadPoolExecutor(4) as threads:
-      got = list(threads.map(lambda p: kind(pool, p[0], output="1", limits=Limits(time_s=1.5)), programs * 5))
+      got = list(
+        threads.map(lambda p: kind(pool, p[0], output="1", limits=Limits(time_s=1.5)), programs * 5)
+      )
   finally:
     for hog in hogs:
       hog.kill()

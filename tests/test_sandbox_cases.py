@@ -14,14 +14,16 @@ import time
 
 import pytest
 
-from tests.sandbox_host import Host, check_text, descendants, starved
 from sdpo_jax.envs.jail_worker import installed
 from sdpo_jax.envs.sandbox import Limits, Sandbox, TestCase
+from tests.sandbox_host import Host, check_text, descendants, starved
 
 _DATA = os.environ.get("SDPO_JAX_DATA")
 _CASES = pathlib.Path(_DATA).parent / "sandbox_cases" if _DATA else None
-needs_cases = pytest.mark.skipif(_CASES is None or not _CASES.is_dir(),
-                                 reason="SDPO_JAX_DATA is unset or has no folder sandbox_cases beside it")
+needs_cases = pytest.mark.skipif(
+  _CASES is None or not _CASES.is_dir(),
+  reason="SDPO_JAX_DATA is unset or has no folder sandbox_cases beside it",
+)
 
 
 def rows(name):
@@ -42,11 +44,18 @@ def limits(row):
 
 def judge(sandbox, row, program=None):
   tests = [TestCase(t["input"], t["output"]) for t in row["tests"]]
-  return sandbox.run(row["program"] if program is None else program, tests, fn_name=row["fn_name"], limits=limits(row))
+  return sandbox.run(
+    row["program"] if program is None else program,
+    tests,
+    fn_name=row["fn_name"],
+    limits=limits(row),
+  )
 
 
 @needs_cases
-@pytest.mark.parametrize("row", rows("correct.jsonl") + rows("wrong.jsonl"), ids=lambda row: row["name"])
+@pytest.mark.parametrize(
+  "row", rows("correct.jsonl") + rows("wrong.jsonl"), ids=lambda row: row["name"]
+)
 def test_declared(sandbox, row):
   missing = [name for name in row["requires"] if not installed(name)]
   if missing:
@@ -54,7 +63,7 @@ def test_declared(sandbox, row):
   if row.get("stack_mb", 8) > 8 and sys.version_info >= (3, 12):
     pytest.skip("since 3.12 CPython limits recursion through C functions by itself")
   verdict = judge(sandbox, row)
-  for _ in range(3):   # again, where the machine gave it no time
+  for _ in range(3):  # again, where the machine gave it no time
     if starved(verdict, limits(row)) and row["expect"]["kind"] != "time_limit":
       verdict = judge(sandbox, row)
   assert verdict.kind == row["expect"]["kind"].replace("ok", "passed"), verdict.feedback
@@ -89,12 +98,20 @@ def test_attacks(isolation, tmp_path_factory, monkeypatch):
     wrong = []
     for row, verdict, wall_s in done:
       expect = row["expect"]
-      for _ in range(3):   # again without the five others, where the machine gave it no time
-        if wall_s > expect["max_wall_s"] or starved(verdict, limits(row)) and "time_limit" not in expect["kinds"]:
+      for _ in range(3):  # again without the five others, where the machine gave it no time
+        if (
+          wall_s > expect["max_wall_s"]
+          or starved(verdict, limits(row))
+          and "time_limit" not in expect["kinds"]
+        ):
           row, verdict, wall_s = attack(row)
       if verdict.passed or verdict.kind not in expect["kinds"] or wall_s > expect["max_wall_s"]:
         wrong.append((row["name"], verdict.kind, wall_s, verdict.feedback))
-      check_text(verdict.feedback, expect["feedback_must_not_contain"] + [host.token], expect["feedback_max_chars"])
+      check_text(
+        verdict.feedback,
+        expect["feedback_must_not_contain"] + [host.token],
+        expect["feedback_max_chars"],
+      )
       assert not any(host.token in t.output for t in verdict.tests), row["name"]
     assert len(done) == 60 and not wrong
     for _ in range(6):

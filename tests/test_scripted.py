@@ -30,22 +30,90 @@ from tests import fakes
 
 CHAT = Chat(fakes.ByteTokenizer())
 # nothing else is compiled
-SHAPE = Shape(rows=4, length=768, teacher_rows=4, teacher_length=1280, tokens=640, responses=256, more_rows=0, more_length=0, packs=1)
-IFEVAL = {"key": 1, "prompt": "Describe rain.", "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
-          "kwargs": [{}, {"relation": "at least", "num_words": 4}]}
+SHAPE = Shape(
+  rows=4,
+  length=768,
+  teacher_rows=4,
+  teacher_length=1280,
+  tokens=640,
+  responses=256,
+  more_rows=0,
+  more_length=0,
+  packs=1,
+)
+IFEVAL = {
+  "key": 1,
+  "prompt": "Describe rain.",
+  "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+  "kwargs": [{}, {"relation": "at least", "num_words": 4}],
+}
 
 # name: settings, source, (a second right response from the first, a wrong one, what the judge says
 # of it; a malformed one, what the judge says of it)
 CASES = {
-    "tinycode": (dict(level="easy"), None, lambda s: f"So:\n```python\n{s}\n```", "def f(x):\n    return [x]", "Wrong answer\nInput: ", "def f(x:", "Runtime error"),
-    "arithmetic": (dict(level="easy"), None, lambda s: s.split("\n")[-1], "\\boxed{98}", "Wrong answer", "98", "Wrong format"),
-    "coding": ({}, "coding", lambda s: "Sum them.\n" + s, "```python\nprint(7)\n```", "Test 1: wrong answer\nInput: 1 2 3\nOutput: 7\nExpected: 6", "print(6)", "no Python code block"),
-    "mcq": (dict(tell_correctness=True), "science_mcq", lambda s: "<reasoning>\nI know.\n</reasoning>\n" + s, "<answer>\nD\n</answer>", "The answer D is not correct.",
-            "It is carbon dioxide.", "has no <answer>"),
-    "math_qa": (dict(tell_correctness=True), "math_qa", lambda s: "\\boxed{19.0}", "\\boxed{29}", "The final answer 29 is not correct.", "It is 19.", "has no \\boxed{}"),
-    "tool_use": ({}, "tool_use", lambda s: "Thought: look it up.\n" + s, 'Action: getTime\nAction Input: {"city": "Rome"}', "The argument 'city' has a wrong value: \"Rome\".",
-                 "Action: getTime\nAction Input: {city}", "Action Input 1 is not valid JSON"),
-    "ifeval": ({}, "ifeval", lambda s: s + " too", "Water falls, and falls.", "punctuation:no_comma", "", "The response is empty."),
+  "tinycode": (
+    dict(level="easy"),
+    None,
+    lambda s: f"So:\n```python\n{s}\n```",
+    "def f(x):\n    return [x]",
+    "Wrong answer\nInput: ",
+    "def f(x:",
+    "Runtime error",
+  ),
+  "arithmetic": (
+    dict(level="easy"),
+    None,
+    lambda s: s.split("\n")[-1],
+    "\\boxed{98}",
+    "Wrong answer",
+    "98",
+    "Wrong format",
+  ),
+  "coding": (
+    {},
+    "coding",
+    lambda s: "Sum them.\n" + s,
+    "```python\nprint(7)\n```",
+    "Test 1: wrong answer\nInput: 1 2 3\nOutput: 7\nExpected: 6",
+    "print(6)",
+    "no Python code block",
+  ),
+  "mcq": (
+    dict(tell_correctness=True),
+    "science_mcq",
+    lambda s: "<reasoning>\nI know.\n</reasoning>\n" + s,
+    "<answer>\nD\n</answer>",
+    "The answer D is not correct.",
+    "It is carbon dioxide.",
+    "has no <answer>",
+  ),
+  "math_qa": (
+    dict(tell_correctness=True),
+    "math_qa",
+    lambda s: "\\boxed{19.0}",
+    "\\boxed{29}",
+    "The final answer 29 is not correct.",
+    "It is 19.",
+    "has no \\boxed{}",
+  ),
+  "tool_use": (
+    {},
+    "tool_use",
+    lambda s: "Thought: look it up.\n" + s,
+    'Action: getTime\nAction Input: {"city": "Rome"}',
+    "The argument 'city' has a wrong value: \"Rome\".",
+    "Action: getTime\nAction Input: {city}",
+    "Action Input 1 is not valid JSON",
+  ),
+  "ifeval": (
+    {},
+    "ifeval",
+    lambda s: s + " too",
+    "Water falls, and falls.",
+    "punctuation:no_comma",
+    "",
+    "The response is empty.",
+  ),
 }
 
 
@@ -61,16 +129,33 @@ def judged(name, sandbox, tmp_path, *, broken=None):
   if name == "ifeval":
     (tmp_path / "ifeval.train.jsonl").write_text(json.dumps(IFEVAL) + "\n")
   env = make_env(name, sandbox=sandbox, **settings)
-  env = with_rows(env, (f"{tmp_path if name == 'ifeval' else ROWS}/{source}.{{split}}.jsonl",) if source else (), splits=("train",))
+  env = with_rows(
+    env,
+    (f"{tmp_path if name == 'ifeval' else ROWS}/{source}.{{split}}.jsonl",) if source else (),
+    splits=("train",),
+  )
   task = first_tasks(env, "train", 1)[0]
   right = task.solution or "Water falls from the clouds."
   thought = "" if name in ("tinycode", "arithmetic") else "<think>\nhm, 5?\n</think>\n\n"
   responses = [thought + right, wrong, again(right), malformed]
   if broken:
-    env.judge = lambda task, response, judge=env.judge: broken[responses.index(response)]() if responses.index(response) in broken else judge(task, response)
-  collector = Collector(env, CHAT, fakes.ScriptedEngine([[CHAT.text_tokens(r) + [257] for r in responses]]), max_prompt_tokens=1024, judge_threads=2, judge_timeout_s=3.0 if broken else 60.0)
+    env.judge = lambda task, response, judge=env.judge: (
+      broken[responses.index(response)]()
+      if responses.index(response) in broken
+      else judge(task, response)
+    )
+  collector = Collector(
+    env,
+    CHAT,
+    fakes.ScriptedEngine([[CHAT.text_tokens(r) + [257] for r in responses]]),
+    max_prompt_tokens=1024,
+    judge_threads=2,
+    judge_timeout_s=3.0 if broken else 60.0,
+  )
   try:
-    (group,) = collector.collect(None, [task], n=4, sampling=Sampling(256, stop_tokens=(257,)), seeds=[0])
+    (group,) = collector.collect(
+      None, [task], n=4, sampling=Sampling(256, stop_tokens=(257,)), seeds=[0]
+    )
   finally:
     collector.close()
     if hasattr(env, "close"):
@@ -88,22 +173,35 @@ def machine(name):
   objective, tx = make_objective(row), optax.sgd(0.01)
   signals = make_signals(config, objective)
   step = jax.jit(make_train_step(signals, objective, tx))
-  return init_state(params, tx, keep_teacher=name == "sdpo"), step, jax.jit(lambda state, batch: signals(state.params, state.teacher, batch).logp_BR)
+  return (
+    init_state(params, tx, keep_teacher=name == "sdpo"),
+    step,
+    jax.jit(lambda state, batch: signals(state.params, state.teacher, batch).logp_BR),
+  )
 
 
 def batch_of(env, group, name, shape=SHAPE, **context):
   parts = methods.build(methods.row(name))
   if context:
     parts["teacher_context"] = functools.partial(parts["teacher_context"], **context)
-  return pack([group], chat=CHAT, messages=env.prompt, teacher_context=parts["teacher_context"], advantage=parts["advantage"], max_teacher_tokens=2000,
-              length_multiple=8, response_multiple=8, shapes=Shapes((2000, 3000, 1000), [shape] if shape else [], limit=1 if shape else 2))
+  return pack(
+    [group],
+    chat=CHAT,
+    messages=env.prompt,
+    teacher_context=parts["teacher_context"],
+    advantage=parts["advantage"],
+    max_teacher_tokens=2000,
+    length_multiple=8,
+    response_multiple=8,
+    shapes=Shapes((2000, 3000, 1000), [shape] if shape else [], limit=1 if shape else 2),
+  )
 
 
 def text_before(half, batch, b):
   """The tokens of row b's text, read off the packed rows."""
   start = half.at_CX[0, batch.start_B[b]]
   row, segments = start // half.token_CPT.shape[2], half.segment_CPT[0].reshape(-1)
-  mine = (half.segment_CPT[0, row] == segments[start])
+  mine = half.segment_CPT[0, row] == segments[start]
   return half.token_CPT[0, row][mine].tolist()
 
 
@@ -118,19 +216,41 @@ def test_from_responses_to_a_gradient(name, sandbox, tmp_path):
   # closing around them.
   batch = batch_of(env, group, "sdpo", feedback="always").batch
   question = env.prompt(group[0].task)
-  for b, (solution, feedback) in enumerate([(group[2].text, ""), (right, group[1].feedback.text), (right, ""), (right, group[3].feedback.text)]):
-    asked = question[-1]["content"] + SOLUTION + solution + (FEEDBACK + feedback if feedback else "") + CLOSING
-    assert text_before(batch.teacher, batch, b) == CHAT.prompt_tokens(question[:-1] + [{"role": "user", "content": asked}]) + group[b].tokens
+  for b, (solution, feedback) in enumerate(
+    [
+      (group[2].text, ""),
+      (right, group[1].feedback.text),
+      (right, ""),
+      (right, group[3].feedback.text),
+    ]
+  ):
+    asked = (
+      question[-1]["content"]
+      + SOLUTION
+      + solution
+      + (FEEDBACK + feedback if feedback else "")
+      + CLOSING
+    )
+    assert (
+      text_before(batch.teacher, batch, b)
+      == CHAT.prompt_tokens(question[:-1] + [{"role": "user", "content": asked}]) + group[b].tokens
+    )
     assert text_before(batch.student, batch, b) == CHAT.prompt_tokens(question) + group[b].tokens
   # Mask: every token of every judged response, and nothing else.
-  assert batch.weight_BR.sum(1).tolist() == [len(r.tokens) for r in group] and batch.distill_B.tolist() == [1, 1, 1, 1]
-  assert all(batch.weight_BR[b, :len(r.tokens)].all() for b, r in enumerate(group))
+  assert batch.weight_BR.sum(1).tolist() == [
+    len(r.tokens) for r in group
+  ] and batch.distill_B.tolist() == [1, 1, 1, 1]
+  assert all(batch.weight_BR[b, : len(r.tokens)].all() for b, r in enumerate(group))
 
   # Divergence: not zero, and one step lowers it.
   state, step, _ = machine("sdpo")
   state, first = step(state, batch)
   _, second = step(state, batch)
-  assert first["train/loss"].mean > 1e-3 and second["train/loss"].mean < first["train/loss"].mean and first["train/grad_norm"].mean > 0
+  assert (
+    first["train/loss"].mean > 1e-3
+    and second["train/loss"].mean < first["train/loss"].mean
+    and first["train/grad_norm"].mean > 0
+  )
 
   # Rewards: one step makes right responses likelier and wrong ones less likely.
   batch = batch_of(env, group, "grpo").batch
@@ -147,7 +267,9 @@ def test_every_environment_has_a_script():
 
 
 @pytest.mark.parametrize("how", ["raises", "hangs"])
-def test_a_judge_that_fails_or_returns_nan_for_one_response_costs_that_row_alone(how, sandbox, tmp_path):
+def test_a_judge_that_fails_or_returns_nan_for_one_response_costs_that_row_alone(
+  how, sandbox, tmp_path
+):
   """The step goes on, as if the row had not been there."""
   over = threading.Event()
 
@@ -156,14 +278,29 @@ def test_a_judge_that_fails_or_returns_nan_for_one_response_costs_that_row_alone
       raise RuntimeError("boom")
     over.wait(60)
 
-  env, group, _ = judged("mcq", sandbox, tmp_path, broken={1: fail, 3: lambda: Feedback(float("nan"), "")})
+  env, group, _ = judged(
+    "mcq", sandbox, tmp_path, broken={1: fail, 3: lambda: Feedback(float("nan"), "")}
+  )
   over.set()
-  assert [r.feedback.status for r in group] == [Status.SCORED, Status.ENV_FAILED, Status.SCORED, Status.ENV_FAILED]
+  assert [r.feedback.status for r in group] == [
+    Status.SCORED,
+    Status.ENV_FAILED,
+    Status.SCORED,
+    Status.ENV_FAILED,
+  ]
   packed = batch_of(env, group, "sdpo")
-  assert packed.metrics["data/dropped"] == 2 and packed.batch.distill_B.tolist() == [1, 0, 1, 0] and not packed.batch.weight_BR[[1, 3]].any()
+  assert (
+    packed.metrics["data/dropped"] == 2
+    and packed.batch.distill_B.tolist() == [1, 0, 1, 0]
+    and not packed.batch.weight_BR[[1, 3]].any()
+  )
   state, step, _ = machine("sdpo")
   _, metrics = step(state, packed.batch)
-  assert metrics["train/loss"].mean > 1e-3 and metrics["train/update_skipped"].mean == 0 and np.isfinite(metrics["train/grad_norm"].mean)
+  assert (
+    metrics["train/loss"].mean > 1e-3
+    and metrics["train/update_skipped"].mean == 0
+    and np.isfinite(metrics["train/grad_norm"].mean)
+  )
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
@@ -175,11 +312,30 @@ def test_every_method_runs_two_steps(name, sandbox, tmp_path):
   objective, teacher = make_objective(row), methods.build(row)["teacher_weights"]()
   batch = batch_of(env, group, name, shape=None).batch
   assert batch.distill_B.any() == objective.needs_teacher
-  tx = make_optimizer(name="adamw", lr=1e-3, warmup_steps=0, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
-  step = jax.jit(make_train_step(make_signals(config, objective, mix=teacher.mix), objective, tx, teacher_move=teacher.move))
+  tx = make_optimizer(
+    name="adamw",
+    lr=1e-3,
+    warmup_steps=0,
+    decay_steps=0,
+    weight_decay=0.01,
+    clip_norm=1.0,
+    b1=0.9,
+    b2=0.999,
+    state_dtype="float32",
+  )
+  step = jax.jit(
+    make_train_step(
+      make_signals(config, objective, mix=teacher.mix), objective, tx, teacher_move=teacher.move
+    )
+  )
   state = init_state(params, tx, keep_teacher=teacher.keep)
   for i in (1, 2):
     state, metrics = step(state, batch)
-    assert int(state.step) == i and np.isfinite(metrics["train/loss"].mean) and metrics["train/grad_norm"].mean > 0 and int(state.skipped) == 0
+    assert (
+      int(state.step) == i
+      and np.isfinite(metrics["train/loss"].mean)
+      and metrics["train/grad_norm"].mean > 0
+      and int(state.skipped) == 0
+    )
   moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, params)
   assert max(jax.tree.leaves(moved)) > 0

@@ -38,9 +38,19 @@ def test_every_argument_of_every_part_can_be_set(axis, name):
     if key == "templates":
       given["templates.solution"] = "{text} it is"
     else:
-      given[key] = next(sample for kind, sample in SAMPLES.items() if kind in methods._kinds(parameter.annotation)[-1:] or type(parameter.default) is kind
-                        or parameter.default is None and kind in methods._kinds(parameter.annotation))
-  c = parse(TINYCODE, f"--config.method.{axis}.name={name}", *(f"--config.method.{axis}.{key}={value}" for key, value in given.items()))
+      given[key] = next(
+        sample
+        for kind, sample in SAMPLES.items()
+        if kind in methods._kinds(parameter.annotation)[-1:]
+        or type(parameter.default) is kind
+        or parameter.default is None
+        and kind in methods._kinds(parameter.annotation)
+      )
+  c = parse(
+    TINYCODE,
+    f"--config.method.{axis}.name={name}",
+    *(f"--config.method.{axis}.{key}={value}" for key, value in given.items()),
+  )
   part = c.method[axis].to_dict()
   assert part.keys() == {"name", *methods.parameters(axis, name)}
   for key, value in given.items():
@@ -49,10 +59,24 @@ def test_every_argument_of_every_part_can_be_set(axis, name):
 
 
 def test_what_may_be_none_can_be_set_and_unset():
-  c = checked(TINYCODE, "--config.method.token_signal.top_k=20", "--config.method.token_weight.is_clip=None")
-  assert c.method.token_signal.top_k == 20 and c.method.token_weight.is_clip is None and c.method.token_weight.rollout_is_clip == 2.0
-  assert checked(f"--config={ROOT}/configs/math_qa.py", "--config.method.token_signal.top_k=None").method.token_signal.top_k is None
-  assert checked(TINYCODE, "--config.optimizer.clip_norm=None").optimizer.clip_norm is None and checked(TINYCODE, "--config.optimizer.clip_norm=2").optimizer.clip_norm == 2
+  c = checked(
+    TINYCODE, "--config.method.token_signal.top_k=20", "--config.method.token_weight.is_clip=None"
+  )
+  assert (
+    c.method.token_signal.top_k == 20
+    and c.method.token_weight.is_clip is None
+    and c.method.token_weight.rollout_is_clip == 2.0
+  )
+  assert (
+    checked(
+      f"--config={ROOT}/configs/math_qa.py", "--config.method.token_signal.top_k=None"
+    ).method.token_signal.top_k
+    is None
+  )
+  assert (
+    checked(TINYCODE, "--config.optimizer.clip_norm=None").optimizer.clip_norm is None
+    and checked(TINYCODE, "--config.optimizer.clip_norm=2").optimizer.clip_norm == 2
+  )
 
 
 @pytest.mark.parametrize("row", methods.METHODS)
@@ -60,24 +84,39 @@ def test_another_part_makes_a_working_row_or_one_clear_line(row):
   """Every part in the place of every row's: what passes gives a loss that is a number."""
   r = np.random.default_rng(0)
   batch = fakes.toy_batch()
-  signals = Signals(*(jnp.asarray(r.normal(size=batch.weight_BR.shape), jnp.float32) for _ in range(5)))
+  signals = Signals(
+    *(jnp.asarray(r.normal(size=batch.weight_BR.shape), jnp.float32) for _ in range(5))
+  )
   worked = 0
   for axis, name in PARTS:
     try:
-      c = checked(f"{TINYCODE}:method={row}", f"--config.method.{axis}.name={name}", *["--config.method.reduction.length=24"] * (name == "constant"))
+      c = checked(
+        f"{TINYCODE}:method={row}",
+        f"--config.method.{axis}.name={name}",
+        *["--config.method.reduction.length=24"] * (name == "constant"),
+      )
     except ValueError as error:
       assert "config.method." in str(error) and "\n" not in str(error)
       continue
     objective = make_objective(c.method.to_dict())
     assert jnp.isfinite(objective.token_loss(signals, batch, objective.normalisers(batch))[0])
     worked += 1
-  assert worked >= len(methods.AXES)   # its own parts, at least
+  assert worked >= len(methods.AXES)  # its own parts, at least
 
 
 @pytest.mark.parametrize("name", ENVS)
 def test_every_setting_of_every_environment_can_be_set(name):
-  given = {key: {"level": "hard", "first_date": "2025-01-01", "last_date": "2025-01-02"}.get(key, SAMPLES[type(p.default)]) for key, p in env_settings(name).items()}
-  c = parse(TINYCODE, f"--config.env.name={name}", *(f"--config.env.{key}={value}" for key, value in given.items()))
+  given = {
+    key: {"level": "hard", "first_date": "2025-01-01", "last_date": "2025-01-02"}.get(
+      key, SAMPLES[type(p.default)]
+    )
+    for key, p in env_settings(name).items()
+  }
+  c = parse(
+    TINYCODE,
+    f"--config.env.name={name}",
+    *(f"--config.env.{key}={value}" for key, value in given.items()),
+  )
   assert c.env.to_dict() == given | {"name": name}
 
 
@@ -89,7 +128,10 @@ def test_an_environment_of_ones_own_takes_its_own_settings():
   assert len(env.task("train", 0).solution) == 7
   # what both have stays
   assert checked(f"{TINYCODE}:level=hard", "--config.env.name=arithmetic").env.level == "hard"
-  with pytest.raises(main.UsageError, match=r"config.env.level='hard' is not a setting of tests.my_env:ReverseWord; choose from \['length'\]"):
+  with pytest.raises(
+    main.UsageError,
+    match=r"config.env.level='hard' is not a setting of tests.my_env:ReverseWord; choose from \['length'\]",
+  ):
     parse(f"{TINYCODE}:level=hard", own)
 
 
@@ -102,38 +144,94 @@ class Demanding:
 
 def test_a_setting_without_a_default_must_be_given():
   own = "--config.env.name=tests.test_settings:Demanding"
-  with pytest.raises(ValueError, match="config.env.depth is not set, and tests.test_settings:Demanding has no default"):
+  with pytest.raises(
+    ValueError,
+    match="config.env.depth is not set, and tests.test_settings:Demanding has no default",
+  ):
     make_env(sandbox=None, **parse(TINYCODE, own).env)
   assert make_env(sandbox=None, **parse(TINYCODE, own, "--config.env.depth=2").env).depth == 2
-  with pytest.raises(ValueError, match="config.method.reduction.length=None of 'constant' must be of type"):
+  with pytest.raises(
+    ValueError, match="config.method.reduction.length=None of 'constant' must be of type"
+  ):
     checked(f"{TINYCODE}:method=grpo", "--config.method.reduction.name=constant")
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["--config.method.token_signal.topk=20"], "config.method.token_signal.topk is not a setting; did you mean config.method.token_signal.top_k; choose from ['add_tail',"),
-    (["--config.method.tokensignal.alpha=1"], "config.method.tokensignal is not a setting; did you mean config.method.token_signal"),
-    (["--config.method.token_signal.top_k=many"], "config.method.token_signal.top_k='many' of 'divergence' must be of type int or None"),
-    (["--config.method.advantage.name=mean"], "config.method.advantage.name='mean' is unknown; choose from ['group_mean'"),
-    (["--config.optimizer.clip_norm=0"], "config.optimizer.clip_norm=0 must be above 0, or None: no clipping"),
+@pytest.mark.parametrize(
+  "arguments, says",
+  [
+    (
+      ["--config.method.token_signal.topk=20"],
+      "config.method.token_signal.topk is not a setting; did you mean config.method.token_signal.top_k; choose from ['add_tail',",
+    ),
+    (
+      ["--config.method.tokensignal.alpha=1"],
+      "config.method.tokensignal is not a setting; did you mean config.method.token_signal",
+    ),
+    (
+      ["--config.method.token_signal.top_k=many"],
+      "config.method.token_signal.top_k='many' of 'divergence' must be of type int or None",
+    ),
+    (
+      ["--config.method.advantage.name=mean"],
+      "config.method.advantage.name='mean' is unknown; choose from ['group_mean'",
+    ),
+    (
+      ["--config.optimizer.clip_norm=0"],
+      "config.optimizer.clip_norm=0 must be above 0, or None: no clipping",
+    ),
     (["--config.optimizer.clip_norm=-1.0"], "config.optimizer.clip_norm=-1.0 must be above 0"),
-    (["--config.optimizer.clip_norm=off"], "config.optimizer.clip_norm='off' must be above 0, or None"),
+    (
+      ["--config.optimizer.clip_norm=off"],
+      "config.optimizer.clip_norm='off' must be above 0, or None",
+    ),
     (["--config.optimizer.warmup_steps=-1"], "config.optimizer.warmup_steps=-1 must be at least 0"),
     (["--config.optimizer.b1=1.5"], "config.optimizer.b1=1.5 must be at least 0 and below 1"),
     (["--config.optimizer.b2=1.0"], "config.optimizer.b2=1.0 must be at least 0 and below 1"),
-    (["--config.total_steps=2", "--config.optimizer.decay_steps=2"], "config.optimizer.decay_steps=2 must be more than config.optimizer.warmup_steps=10"),
+    (
+      ["--config.total_steps=2", "--config.optimizer.decay_steps=2"],
+      "config.optimizer.decay_steps=2 must be more than config.optimizer.warmup_steps=10",
+    ),
     (["--config.rollout.judge_timeout_s=0"], "config.rollout.judge_timeout_s=0.0 must be above 0"),
-    (["--config.method=grpo"], "choose another row by the config file's argument, --config=FILE:method=grpo"),
-    (["--config.method.name=grpo"], "choose another row by the config file's argument, --config=FILE:method=grpo"),
-    (["--config.method.teacher_context.feedback=alway"], "config.method.teacher_context.feedback='alway' is unknown; choose from ['always'"),
-    (["--config.method.teacher_context.templates.solution={answer}"], "asks for {answer}; choose from ['text']"),
-    (["--config.method.reduction.name=sequence_mean"], "config.method.reduction.name='sequence_mean' would not be read"),
-    (["--config.env.levle=hard"], "config.env.levle is not a setting; did you mean config.env.level; choose from ['level', 'name', 'words_seed']"),
-    (["--config.env.name=tests.my_env:Nothing"], "config.env.name='tests.my_env:Nothing' cannot be imported"),
-    (["--config.env.name", "chess"], "config.env.name='chess' is unknown; choose from ['arithmetic'"),
-    (["--config.train.loss_implementation=xla", "--config.method.token_signal.top_k=20"], "loss_implementation='xla' would not be read: config.method.token_signal.top_k=20"),
+    (
+      ["--config.method=grpo"],
+      "choose another row by the config file's argument, --config=FILE:method=grpo",
+    ),
+    (
+      ["--config.method.name=grpo"],
+      "choose another row by the config file's argument, --config=FILE:method=grpo",
+    ),
+    (
+      ["--config.method.teacher_context.feedback=alway"],
+      "config.method.teacher_context.feedback='alway' is unknown; choose from ['always'",
+    ),
+    (
+      ["--config.method.teacher_context.templates.solution={answer}"],
+      "asks for {answer}; choose from ['text']",
+    ),
+    (
+      ["--config.method.reduction.name=sequence_mean"],
+      "config.method.reduction.name='sequence_mean' would not be read",
+    ),
+    (
+      ["--config.env.levle=hard"],
+      "config.env.levle is not a setting; did you mean config.env.level; choose from ['level', 'name', 'words_seed']",
+    ),
+    (
+      ["--config.env.name=tests.my_env:Nothing"],
+      "config.env.name='tests.my_env:Nothing' cannot be imported",
+    ),
+    (
+      ["--config.env.name", "chess"],
+      "config.env.name='chess' is unknown; choose from ['arithmetic'",
+    ),
+    (
+      ["--config.train.loss_implementation=xla", "--config.method.token_signal.top_k=20"],
+      "loss_implementation='xla' would not be read: config.method.token_signal.top_k=20",
+    ),
     (["--config.seed.more=1"], "config.seed has no parts"),
     (["left", "over"], "unknown argument 'left'"),
-])
+  ],
+)
 def test_a_wrong_setting_is_told_by_name(arguments, says):
   with pytest.raises(ValueError) as error:
     try:
@@ -146,15 +244,35 @@ def test_a_wrong_setting_is_told_by_name(arguments, says):
 def test_the_implementation_of_the_loss_is_for_methods_that_read_it():
   # the latter two read the kernel's other results
   for signal in ("divergence", "sampled_token", "sequence"):
-    assert checked(TINYCODE, "--config.train.loss_implementation=xla", f"--config.method.token_signal.name={signal}").train.loss_implementation == "xla"
-  with pytest.raises(ValueError, match="loss_implementation='xla' would not be read: config.method.token_signal.name is 'none'"):
+    assert (
+      checked(
+        TINYCODE,
+        "--config.train.loss_implementation=xla",
+        f"--config.method.token_signal.name={signal}",
+      ).train.loss_implementation
+      == "xla"
+    )
+  with pytest.raises(
+    ValueError,
+    match="loss_implementation='xla' would not be read: config.method.token_signal.name is 'none'",
+  ):
     checked(f"{TINYCODE}:method=grpo", "--config.train.loss_implementation=xla")
 
 
-@pytest.mark.parametrize("text, says", [
-    (None, "no such file"), ("x = 1\n", "it has no get_config()"), ("def get_grid(): return {}\n", "a grid of runs is for python -m sdpo_jax.experiment"),
-    ("def get_config():\n  return 1\n", "get_config() returns int, not a ConfigDict"), ("def get_config(\n", "SyntaxError"),
-    ("def get_config(arg=''):\n  return missing\n", "line 2: NameError: name 'missing' is not defined")])
+@pytest.mark.parametrize(
+  "text, says",
+  [
+    (None, "no such file"),
+    ("x = 1\n", "it has no get_config()"),
+    ("def get_grid(): return {}\n", "a grid of runs is for python -m sdpo_jax.experiment"),
+    ("def get_config():\n  return 1\n", "get_config() returns int, not a ConfigDict"),
+    ("def get_config(\n", "SyntaxError"),
+    (
+      "def get_config(arg=''):\n  return missing\n",
+      "line 2: NameError: name 'missing' is not defined",
+    ),
+  ],
+)
 @pytest.mark.parametrize("joined", [True, False])
 def test_a_file_that_is_no_configuration(text, says, joined, tmp_path, capsys):
   path = tmp_path / "own.py"
@@ -165,9 +283,17 @@ def test_a_file_that_is_no_configuration(text, says, joined, tmp_path, capsys):
   assert says in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("text, says", [(None, "no such file"), ("def get_config(): return 1\n", "a single run is for python -m sdpo_jax.main"), ("(\n", "SyntaxError"),
-                                        ("def get_grid():\n  return missing\n", "line 2: NameError: name 'missing' is not defined"),
-                                        ("def get_grid(): return ['--config=x']\n", "get_grid() returns list, not a dict"), ("def get_grid(): return {'a': '--config=x'}\n", "lists of arguments")])
+@pytest.mark.parametrize(
+  "text, says",
+  [
+    (None, "no such file"),
+    ("def get_config(): return 1\n", "a single run is for python -m sdpo_jax.main"),
+    ("(\n", "SyntaxError"),
+    ("def get_grid():\n  return missing\n", "line 2: NameError: name 'missing' is not defined"),
+    ("def get_grid(): return ['--config=x']\n", "get_grid() returns list, not a dict"),
+    ("def get_grid(): return {'a': '--config=x'}\n", "lists of arguments"),
+  ],
+)
 def test_a_file_that_is_no_grid(text, says, tmp_path, capsys):
   path = tmp_path / "own.py"
   if text is not None:
@@ -177,9 +303,15 @@ def test_a_file_that_is_no_grid(text, says, tmp_path, capsys):
   assert says in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("file, says", [
-    ("science_mcq.py:local,subject=physics", "argument subject='physics'"), ("coding.py:local,tasks=mbpp", "argument tasks='mbpp'"),
-    ("math_qa.py:method=grpo,top_k=20", "argument top_k=20"), ("tool_use.py:method=dapo,top_k=0", "argument top_k=0")])
+@pytest.mark.parametrize(
+  "file, says",
+  [
+    ("science_mcq.py:local,subject=physics", "argument subject='physics'"),
+    ("coding.py:local,tasks=mbpp", "argument tasks='mbpp'"),
+    ("math_qa.py:method=grpo,top_k=20", "argument top_k=20"),
+    ("tool_use.py:method=dapo,top_k=0", "argument top_k=0"),
+  ],
+)
 def test_an_argument_of_a_file_that_nothing_reads_is_refused(file, says):
   with pytest.raises(main.UsageError, match="would not be read") as error:
     parse(f"--config={ROOT}/configs/{file}")
@@ -188,15 +320,27 @@ def test_an_argument_of_a_file_that_nothing_reads_is_refused(file, says):
 
 @pytest.mark.parametrize("name", ["science_mcq", "tool_use", "math_qa", "coding"])
 def test_own_data_is_read_in_every_combination(name):
-  assert all("mine" in source for source in parse(f"--config={ROOT}/configs/{name}.py:data=mine,local").data.sources)
-  assert parse(f"--config={ROOT}/configs/{name}.py:method=opsd,top_k=7").method.token_signal.top_k == 7
+  assert all(
+    "mine" in source
+    for source in parse(f"--config={ROOT}/configs/{name}.py:data=mine,local").data.sources
+  )
+  assert (
+    parse(f"--config={ROOT}/configs/{name}.py:method=opsd,top_k=7").method.token_signal.top_k == 7
+  )
 
 
 def test_rows_hold_every_argument():
   for name in methods.METHODS:
     for axis in methods.AXES:
-      assert methods.row(name)[axis].keys() == {"name", *methods.parameters(axis, methods.row(name)[axis]["name"])}
-  assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for axis, name in PARTS for p in methods.parameters(axis, name).values())
+      assert methods.row(name)[axis].keys() == {
+        "name",
+        *methods.parameters(axis, methods.row(name)[axis]["name"]),
+      }
+  assert all(
+    p.kind is inspect.Parameter.KEYWORD_ONLY
+    for axis, name in PARTS
+    for p in methods.parameters(axis, name).values()
+  )
 
 
 def test_one_setting_says_what_a_success_is():

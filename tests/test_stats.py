@@ -17,9 +17,11 @@ def test_pass_at_k_counts_every_choice_of_k_responses():
 
 
 def test_pass_at_k_is_unbiased():
-  p, n, k = 0.15, 12, 4   # the expectation over c of the estimate is the true 1 - (1-p)^k
-  expectation = sum(math.comb(n, c) * p**c * (1 - p)**(n - c) * stats.pass_at_k(n, c, k) for c in range(n + 1))
-  assert expectation == pytest.approx(1 - (1 - p)**k, abs=1e-14)
+  p, n, k = 0.15, 12, 4  # the expectation over c of the estimate is the true 1 - (1-p)^k
+  expectation = sum(
+    math.comb(n, c) * p**c * (1 - p) ** (n - c) * stats.pass_at_k(n, c, k) for c in range(n + 1)
+  )
+  assert expectation == pytest.approx(1 - (1 - p) ** k, abs=1e-14)
 
 
 def test_pass_at_k_large_broadcast_and_wrong():
@@ -34,7 +36,9 @@ def test_pass_at_k_large_broadcast_and_wrong():
 def test_discovery_counts_runs_that_never_succeed():
   first = [[1, 3, None], [7, math.inf, 3]]
   assert stats.discovery_at_k(first, 2) == 1 / 6
-  np.testing.assert_array_equal(stats.discovery_at_k(first, [1, 3, 6, 7, 10**6]), np.array([1, 3, 3, 4, 4]) / 6)
+  np.testing.assert_array_equal(
+    stats.discovery_at_k(first, [1, 3, 6, 7, 10**6]), np.array([1, 3, 3, 4, 4]) / 6
+  )
   assert stats.discovery_at_k([None, None], 100) == 0
   with pytest.raises(ValueError, match="counted from 1"):
     stats.discovery_at_k([0, 1], 3)
@@ -57,7 +61,9 @@ def test_discovery_of_independent_attempts_is_pass_at_k():
   rng = np.random.default_rng(0)
   p, k = 0.1, 8
   first = rng.geometric(p, size=20_000)
-  assert stats.discovery_at_k(first, k) == pytest.approx(1 - (1 - p)**k, abs=4 * 0.5 / math.sqrt(len(first)))
+  assert stats.discovery_at_k(first, k) == pytest.approx(
+    1 - (1 - p) ** k, abs=4 * 0.5 / math.sqrt(len(first))
+  )
 
 
 def test_avg_at_k_averages_questions_not_responses():
@@ -75,7 +81,9 @@ def test_interval_is_exact_on_two_questions():
 
 def test_single_and_equal_scores():
   assert stats.mean_interval([0.25]) == stats.Interval(0.25, None, None)
-  assert stats.mean_interval([0.3] * 7) == stats.Interval(pytest.approx(0.3), pytest.approx(0.3), pytest.approx(0.3))
+  assert stats.mean_interval([0.3] * 7) == stats.Interval(
+    pytest.approx(0.3), pytest.approx(0.3), pytest.approx(0.3)
+  )
   assert stats.paired_bootstrap([[1.0]], [[0.0]]) == stats.Difference(1.0, None, None, None)
   same = stats.paired_bootstrap([[0.1, 0.3], [0.2, 1]], [[0.1, 0.3], [0.2, 1]])
   assert same == stats.Difference(0.0, 0.0, 0.0, 1.0)
@@ -100,7 +108,9 @@ def test_same_seed_same_bits_and_order_of_questions_hardly_matters():
   score_Q = np.random.default_rng(0).random(40)
   assert stats.mean_interval(score_Q, seed=3) == stats.mean_interval(score_Q, seed=3)
   there, back = stats.mean_interval(score_Q), stats.mean_interval(score_Q[::-1])
-  assert there.low == pytest.approx(back.low, abs=0.01) and there.high == pytest.approx(back.high, abs=0.01)
+  assert there.low == pytest.approx(back.low, abs=0.01) and there.high == pytest.approx(
+    back.high, abs=0.01
+  )
 
 
 def test_interval_covers_the_true_mean(monkeypatch):
@@ -118,18 +128,31 @@ def test_interval_covers_the_true_mean(monkeypatch):
 
 def paired_scores(rng, Q, S, gap, run_sd, cell_sd):
   """Differences in which training runs share luck over all questions (run_sd) and cells have noise of their own."""
-  b_QS = rng.normal(0.5, 0.3, (Q, 1)) + rng.normal(0, run_sd, (1, S)) + rng.normal(0, cell_sd, (Q, S))
-  a_QS = b_QS + gap + rng.normal(0, 0.2, (Q, 1)) * (Q > 1) + rng.normal(0, run_sd, (1, S)) + rng.normal(0, cell_sd, (Q, S))
+  b_QS = (
+    rng.normal(0.5, 0.3, (Q, 1)) + rng.normal(0, run_sd, (1, S)) + rng.normal(0, cell_sd, (Q, S))
+  )
+  a_QS = (
+    b_QS
+    + gap
+    + rng.normal(0, 0.2, (Q, 1)) * (Q > 1)
+    + rng.normal(0, run_sd, (1, S))
+    + rng.normal(0, cell_sd, (Q, S))
+  )
   return a_QS, b_QS
 
 
-@pytest.mark.parametrize("Q,S,run_sd,cell_sd,least,most", [
-    (40, 1, 0.0, 0.1, 0.92, 0.98),    # one seed: questions alone
-    (40, 5, 0.0, 0.1, 0.92, 0.99),    # noise of single cells, counted twice: a little wide
-    (200, 5, 0.1, 0.1, 0.92, 0.98),   # the luck of five training runs dominates
-    (1, 5, 0.1, 0.1, 0.92, 0.98),     # seeds alone
-])
-def test_paired_bootstrap_covers_and_does_not_cry_wolf(monkeypatch, Q, S, run_sd, cell_sd, least, most):
+@pytest.mark.parametrize(
+  "Q,S,run_sd,cell_sd,least,most",
+  [
+    (40, 1, 0.0, 0.1, 0.92, 0.98),  # one seed: questions alone
+    (40, 5, 0.0, 0.1, 0.92, 0.99),  # noise of single cells, counted twice: a little wide
+    (200, 5, 0.1, 0.1, 0.92, 0.98),  # the luck of five training runs dominates
+    (1, 5, 0.1, 0.1, 0.92, 0.98),  # seeds alone
+  ],
+)
+def test_paired_bootstrap_covers_and_does_not_cry_wolf(
+  monkeypatch, Q, S, run_sd, cell_sd, least, most
+):
   monkeypatch.setattr(stats, "DRAWS", 1000)
   rng, trials, gap = np.random.default_rng(2), 300, 0.07
   covered = false_alarms = 0

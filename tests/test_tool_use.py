@@ -15,29 +15,66 @@ TOOLS = "Name: T\nDocumentation:\nfind: Find it.\nParameters: {}\nOutput: x\nboo
 
 
 def row(*calls):
-  return {"idx": 1, "kind": "tooluse", "dataset": "tooluse", "prompt": TOOLS, "answer": json.dumps([{"Action": a, "Action_Input": json.dumps(i)} for a, i in calls])}
+  return {
+    "idx": 1,
+    "kind": "tooluse",
+    "dataset": "tooluse",
+    "prompt": TOOLS,
+    "answer": json.dumps([{"Action": a, "Action_Input": json.dumps(i)} for a, i in calls]),
+  }
 
 
-TASK = ToolUse().task_from_row(row(("find", {"city": "Rome", "n": 1, "deep": {"list": [1, {"x": None}], "flag": True}}), ("find", {"city": "Bern"}), ("book", {})), "test")
+TASK = ToolUse().task_from_row(
+  row(
+    ("find", {"city": "Rome", "n": 1, "deep": {"list": [1, {"x": None}], "flag": True}}),
+    ("find", {"city": "Bern"}),
+    ("book", {}),
+  ),
+  "test",
+)
 RIGHT = TASK.solution
 
 
-@pytest.mark.parametrize("response", [
-    RIGHT, "Thought: hm\n" + RIGHT.replace("Action Input: {", "Action Input:\n{") + "\nObservation: ok", RIGHT.replace("{", "{\n  ").replace("\n", "\r\n"), "<think>Action: no</think>" + RIGHT,
-    "Action: book\nAction Input: {}\nAction: find\nAction Input: {\"n\": 1.0, \"deep\": {\"flag\": true, \"list\": [1, {\"x\": null}]}}\nAction: find\nAction Input: ```json\n{\"city\": \"Bern\"}\n```"])
+@pytest.mark.parametrize(
+  "response",
+  [
+    RIGHT,
+    "Thought: hm\n" + RIGHT.replace("Action Input: {", "Action Input:\n{") + "\nObservation: ok",
+    RIGHT.replace("{", "{\n  ").replace("\n", "\r\n"),
+    "<think>Action: no</think>" + RIGHT,
+    'Action: book\nAction Input: {}\nAction: find\nAction Input: {"n": 1.0, "deep": {"flag": true, "list": [1, {"x": null}]}}\nAction: find\nAction Input: ```json\n{"city": "Bern"}\n```',
+  ],
+)
 def test_right_responses(response):
   assert ToolUse().judge(TASK, response).reward == 1.0
 
 
 WRONG = {
-    "empty": ("", "empty"), "prose": ("I would call find.", "calls no tool"), "thinking": ("<think>" + RIGHT, "thinking"), "no_name": ("Action: \nAction Input: {}", "names no tool"),
-    "broken_json": (RIGHT.replace("true", "True"), "Action Input 1 is not valid JSON"), "cut": (RIGHT[:-1], "Action Input 3 is not valid JSON"),
-    "list": (RIGHT.replace("Input: {}", "Input: []"), "Action Input 3 is not a JSON object"), "deep": ("Action: find\nAction Input: " + "[" * 100000, "not valid JSON"),
-    "unknown_tool": (RIGHT.replace("book", "buy"), "There is no tool 'buy'."), "once_too_often": (RIGHT + "\nAction: book\nAction Input: {}", "'book' is called 2 times"),
-    "one_missing": (RIGHT.rpartition("Action: book")[0], "1 expected action is missing."), "wrong_value": (RIGHT.replace("Bern", "Oslo"), "The argument 'city' has a wrong value: \"Oslo\"."),
-    "one_is_not_true": (RIGHT.replace("true", "1"), "'deep' has a wrong value"), "text_is_not_a_number": (RIGHT.replace('"n": 1', '"n": "1"'), "'n' has a wrong value: \"1\""),
-    "nested": (RIGHT.replace("null", "0"), "'deep' has a wrong value"), "extra_argument": (RIGHT.replace('"n"', '"m": 2, "n"'), "'m' should not be given"),
-    "argument_missing": (RIGHT.replace('"n": 1, ', ""), "1 expected argument is missing."), "order": (RIGHT.replace("Rome", "x").replace("Bern", "Rome"), "'city' has a wrong value: \"Rome\"")}
+  "empty": ("", "empty"),
+  "prose": ("I would call find.", "calls no tool"),
+  "thinking": ("<think>" + RIGHT, "thinking"),
+  "no_name": ("Action: \nAction Input: {}", "names no tool"),
+  "broken_json": (RIGHT.replace("true", "True"), "Action Input 1 is not valid JSON"),
+  "cut": (RIGHT[:-1], "Action Input 3 is not valid JSON"),
+  "list": (RIGHT.replace("Input: {}", "Input: []"), "Action Input 3 is not a JSON object"),
+  "deep": ("Action: find\nAction Input: " + "[" * 100000, "not valid JSON"),
+  "unknown_tool": (RIGHT.replace("book", "buy"), "There is no tool 'buy'."),
+  "once_too_often": (RIGHT + "\nAction: book\nAction Input: {}", "'book' is called 2 times"),
+  "one_missing": (RIGHT.rpartition("Action: book")[0], "1 expected action is missing."),
+  "wrong_value": (
+    RIGHT.replace("Bern", "Oslo"),
+    "The argument 'city' has a wrong value: \"Oslo\".",
+  ),
+  "one_is_not_true": (RIGHT.replace("true", "1"), "'deep' has a wrong value"),
+  "text_is_not_a_number": (RIGHT.replace('"n": 1', '"n": "1"'), "'n' has a wrong value: \"1\""),
+  "nested": (RIGHT.replace("null", "0"), "'deep' has a wrong value"),
+  "extra_argument": (RIGHT.replace('"n"', '"m": 2, "n"'), "'m' should not be given"),
+  "argument_missing": (RIGHT.replace('"n": 1, ', ""), "1 expected argument is missing."),
+  "order": (
+    RIGHT.replace("Rome", "x").replace("Bern", "Rome"),
+    "'city' has a wrong value: \"Rome\"",
+  ),
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -53,34 +90,68 @@ def test_deeply_nested_arguments_are_a_wrong_answer():
       said = ToolUse().judge(TASK, RIGHT.replace("null", deep))
       assert (said.reward, said.status) == (0.0, Status.SCORED) and said.text
   calls = row(("find", {"a": json.loads("[" * 600 + "]" * 600)}))
-  said = ToolUse().judge(ToolUse().task_from_row(calls, "test"), 'Action: find\nAction Input: {"a": ' + "[" * 600 + "1" + "]" * 600 + "}")
+  said = ToolUse().judge(
+    ToolUse().task_from_row(calls, "test"),
+    'Action: find\nAction Input: {"a": ' + "[" * 600 + "1" + "]" * 600 + "}",
+  )
   assert said.reward == 0.0 and said.text
 
 
 def test_a_known_tool_that_should_not_be_called():
   task = ToolUse().task_from_row(row(("find", {})), "test")
-  assert "'book' should not be called here" in ToolUse().judge(task, "Action: book\nAction Input: {}").text
+  assert (
+    "'book' should not be called here"
+    in ToolUse().judge(task, "Action: book\nAction Input: {}").text
+  )
   assert task.data["tools"] == ["find", "book"]
 
 
 def test_optional_calls_may_be_left_out():
   task = ToolUse().task_from_row(row(("find", {"a": 1}), ("[Optional]book", {"b": 2})), "test")
-  find, both = 'Action: find\nAction Input: {"a": 1}', 'Action: find\nAction Input: {"a": 1}\nAction: book\nAction Input: {"b": 2}'
-  assert [ToolUse().judge(task, r).reward for r in (find, both, both.replace("2", "3"))] == [1.0, 1.0, 0.0] and task.solution == both
+  find, both = (
+    'Action: find\nAction Input: {"a": 1}',
+    'Action: find\nAction Input: {"a": 1}\nAction: book\nAction Input: {"b": 2}',
+  )
+  assert [ToolUse().judge(task, r).reward for r in (find, both, both.replace("2", "3"))] == [
+    1.0,
+    1.0,
+    0.0,
+  ] and task.solution == both
 
 
 def test_the_answer_is_revealed_only_when_asked():
-  secret = ToolUse().task_from_row(row(("hidden_tool", {"secret_key": "secret value", "same": "hidden same"})), "test")
-  responses = [w for w, _ in WRONG.values()] + ["Action: find\nAction Input: {\"same\": 1}", "Action: hidden\nAction Input: {}"]
+  secret = ToolUse().task_from_row(
+    row(("hidden_tool", {"secret_key": "secret value", "same": "hidden same"})), "test"
+  )
+  responses = [w for w, _ in WRONG.values()] + [
+    'Action: find\nAction Input: {"same": 1}',
+    "Action: hidden\nAction Input: {}",
+  ]
   for response in responses:
     text = ToolUse().judge(secret, response).text
-    assert text and not any(word in text for word in ("hidden_tool", "secret_key", "secret value", "hidden same"))
-    assert ToolUse(reveal_answer=True).judge(secret, response).text.endswith("Expected:\n" + secret.solution)
+    assert text and not any(
+      word in text for word in ("hidden_tool", "secret_key", "secret value", "hidden same")
+    )
+    assert (
+      ToolUse(reveal_answer=True)
+      .judge(secret, response)
+      .text.endswith("Expected:\n" + secret.solution)
+    )
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"answer": None}, "'answer' is missing"), ({"answer": "[{"}, "'answer' is not a list"), ({"answer": "[]"}, "'answer' holds no call"), ({"answer": '[{"Action": "a"}]'}, "'answer'.*Action_Input"),
-    ({"answer": '[{"Action": "a", "Action_Input": "[]"}]'}, "'answer'"), ({"answer": '[{"Action": "a", "Action_Input": "{"}]'}, "'answer'"), ({"prompt": 3}, "'prompt' is of type int"), ({"kind": "mcq"}, "'kind'")])
+@pytest.mark.parametrize(
+  "change, says",
+  [
+    ({"answer": None}, "'answer' is missing"),
+    ({"answer": "[{"}, "'answer' is not a list"),
+    ({"answer": "[]"}, "'answer' holds no call"),
+    ({"answer": '[{"Action": "a"}]'}, "'answer'.*Action_Input"),
+    ({"answer": '[{"Action": "a", "Action_Input": "[]"}]'}, "'answer'"),
+    ({"answer": '[{"Action": "a", "Action_Input": "{"}]'}, "'answer'"),
+    ({"prompt": 3}, "'prompt' is of type int"),
+    ({"kind": "mcq"}, "'kind'"),
+  ],
+)
 def test_a_malformed_row_names_its_field(change, says):
   with pytest.raises(ValueError, match=says):
     ToolUse().task_from_row(row(("a", {})) | change, "train")
@@ -96,7 +167,10 @@ def broken(calls):
   yield "first_missing", render(calls[1:]) or "Thought: nothing"
   yield "twice", text + "\n" + render(calls[:1])
   yield "unknown_tool", render(changed(0, name="no_such_tool"))
-  yield "extra_argument", render(changed(last, arguments=calls[last]["arguments"] | {"no_such_argument": 1}))
+  yield (
+    "extra_argument",
+    render(changed(last, arguments=calls[last]["arguments"] | {"no_such_argument": 1})),
+  )
   yield "cut", text[:-1]
   yield "list", render(changed(last, arguments=[]))
   yield "not_json", text.replace("Action Input: {", "Action Input: {'a': ", 1)
@@ -106,7 +180,10 @@ def broken(calls):
   if merged:
     key = next(k for k in reversed(calls[last]["arguments"] or merged))
     index = max(i for i, c in enumerate(calls) if key in c["arguments"])
-    yield "wrong_value", render(changed(index, arguments=calls[index]["arguments"] | {key: "no such value"}))
+    yield (
+      "wrong_value",
+      render(changed(index, arguments=calls[index]["arguments"] | {key: "no such value"})),
+    )
     yield "arguments_missing", "\n".join(f"Action: {c['name']}\nAction Input: {{}}" for c in calls)
 
 
@@ -125,7 +202,12 @@ def test_every_row_right_and_wrong():
         # no value of the reference is said unless the response said it
         for call in task.data["calls"]:
           for value in call["arguments"].values():
-            assert not isinstance(value, str) or len(value) < 6 or value not in said.text or value in response, (task.id, kind)
+            assert (
+              not isinstance(value, str)
+              or len(value) < 6
+              or value not in said.text
+              or value in response
+            ), (task.id, kind)
         wrong += 1
         kinds.add(kind)
   assert (rows, right, len(kinds)) == (68, 68, 14) and wrong >= 68 * 12, (rows, right, wrong)

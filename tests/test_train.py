@@ -18,41 +18,88 @@ CHAT = Chat(fakes.ByteTokenizer())
 
 def rollout(status=Status.SCORED, text="ab", **extra):
   tokens = CHAT.text_tokens(text) + [257]
-  return Rollout(Task("t", "question"), [1, 2], tokens, [-1.0] * len(tokens), "stop", text, Feedback(1.0, "well", status), **extra)
+  return Rollout(
+    Task("t", "question"),
+    [1, 2],
+    tokens,
+    [-1.0] * len(tokens),
+    "stop",
+    text,
+    Feedback(1.0, "well", status),
+    **extra,
+  )
 
 
-def run(total_steps=3, *, status=Status.SCORED, extra=({}, {}), skipped=0, start=0, tokens=0, alternatives=0, due=lambda name, i: name != "score"):
+def run(
+  total_steps=3,
+  *,
+  status=Status.SCORED,
+  extra=({}, {}),
+  skipped=0,
+  start=0,
+  tokens=0,
+  alternatives=0,
+  due=lambda name, i: name != "score",
+):
   log = types.SimpleNamespace(written={}, saved=[], rollouts=[], evaluated=[])
   batch = types.SimpleNamespace()
 
   def step(state, batch):
-    return types.SimpleNamespace(step=state.step + 1, params=None, skipped_in_a_row=skipped * (state.step + 1)), {"train/loss": Ratio(2.0, 4.0)}
+    return types.SimpleNamespace(
+      step=state.step + 1, params=None, skipped_in_a_row=skipped * (state.step + 1)
+    ), {"train/loss": Ratio(2.0, 4.0)}
 
   def make_batch(groups):
     n = sum(r.feedback.status is Status.ENV_FAILED for g in groups for r in g)
-    return Packed(batch, [], [Context(feedback="f")] * sum(map(len, groups)), {"data/dropped": float(n)})
+    return Packed(
+      batch, [], [Context(feedback="f")] * sum(map(len, groups)), {"data/dropped": float(n)}
+    )
 
   state = train.run(
-      types.SimpleNamespace(step=start, params=None, skipped_in_a_row=0), {"tokens": tokens, "alternatives": alternatives, "failed_batches": 0}, total_steps=total_steps,
-      next_tasks=lambda: ["task"], collect=lambda params, tasks, i: [[rollout(status, **more) for more in extra]], make_batch=make_batch, step=step,
-      score=lambda state, batch: None, evaluate=lambda state, i: log.evaluated.append(i) or {"eval/heldout/avg@k": 0.5}, due=due,
-      write=lambda i, m: log.written.__setitem__(i, m), write_rollouts=lambda i, *_: log.rollouts.append(i),
-      save=lambda i, state, host: log.saved.append((i, dict(host))), limits={"skipped": 2, "env_failures": 2})
+    types.SimpleNamespace(step=start, params=None, skipped_in_a_row=0),
+    {"tokens": tokens, "alternatives": alternatives, "failed_batches": 0},
+    total_steps=total_steps,
+    next_tasks=lambda: ["task"],
+    collect=lambda params, tasks, i: [[rollout(status, **more) for more in extra]],
+    make_batch=make_batch,
+    step=step,
+    score=lambda state, batch: None,
+    evaluate=lambda state, i: log.evaluated.append(i) or {"eval/heldout/avg@k": 0.5},
+    due=due,
+    write=lambda i, m: log.written.__setitem__(i, m),
+    write_rollouts=lambda i, *_: log.rollouts.append(i),
+    save=lambda i, state, host: log.saved.append((i, dict(host))),
+    limits={"skipped": 2, "env_failures": 2},
+  )
   return state, log
 
 
 def test_a_run_evaluates_the_base_then_trains_to_the_end():
   state, log = run()
-  assert state.step == 3 and list(log.written) == [0, 1, 2, 3] and log.evaluated == [0, 1, 2, 3] and log.rollouts == [1, 2, 3]
-  assert log.written[2]["train/loss"].mean == 0.5 and log.written[2]["train/reward"] == 1.0 and log.written[2]["train/generations"] == 4
-  assert log.saved[-1] == (3, {"tokens": 18, "alternatives": 0, "failed_batches": 0}) and log.written[3]["train/sampled_tokens"] == 18
+  assert (
+    state.step == 3
+    and list(log.written) == [0, 1, 2, 3]
+    and log.evaluated == [0, 1, 2, 3]
+    and log.rollouts == [1, 2, 3]
+  )
+  assert (
+    log.written[2]["train/loss"].mean == 0.5
+    and log.written[2]["train/reward"] == 1.0
+    and log.written[2]["train/generations"] == 4
+  )
+  assert (
+    log.saved[-1] == (3, {"tokens": 18, "alternatives": 0, "failed_batches": 0})
+    and log.written[3]["train/sampled_tokens"] == 18
+  )
 
 
 def test_all_that_is_generated_is_counted():
   """What was generated for alternatives beside the rollouts: of their own two rollouts of three tokens a step, seven and four more tokens, in three responses."""
   _, log = run(extra=(dict(extra_tokens=7, extra_calls=2), dict(extra_tokens=4, extra_calls=1)))
-  assert [log.written[i]["train/sampled_tokens"] for i in (1, 2, 3)] == [17, 34, 51] and [log.written[i]["train/generations"] for i in (1, 2, 3)] == [5, 10, 15]
-  (at, stored), = log.saved[1:2]
+  assert [log.written[i]["train/sampled_tokens"] for i in (1, 2, 3)] == [17, 34, 51] and [
+    log.written[i]["train/generations"] for i in (1, 2, 3)
+  ] == [5, 10, 15]
+  ((at, stored),) = log.saved[1:2]
   assert (at, stored) == (2, {"tokens": 34, "alternatives": 6, "failed_batches": 0})
   # resumed: only rollouts from there on
   _, log = run(start=2, tokens=stored["tokens"], alternatives=stored["alternatives"])
@@ -65,32 +112,67 @@ def test_a_resumed_run_goes_on_where_it_was():
 
 
 def test_a_judge_that_always_fails_stops_the_run():
-  with pytest.raises(wiring.RunError, match=r"2 generation batches in a row \(step 2\).*; the last checkpoint is step 1$"):
+  with pytest.raises(
+    wiring.RunError,
+    match=r"2 generation batches in a row \(step 2\).*; the last checkpoint is step 1$",
+  ):
     run(status=Status.ENV_FAILED)
   with pytest.raises(wiring.RunError, match=r"; there is no checkpoint yet$"):
     run(status=Status.ENV_FAILED, due=lambda name, i: False)
 
 
 def test_gradients_that_are_never_finite_stop_the_run():
-  with pytest.raises(wiring.RunError, match=r"not finite in 2 updates in a row \(step 2\); the last checkpoint is step 1;"):
+  with pytest.raises(
+    wiring.RunError,
+    match=r"not finite in 2 updates in a row \(step 2\); the last checkpoint is step 1;",
+  ):
     run(skipped=1)
   never = lambda name, i: False
   with pytest.raises(wiring.RunError, match=r"\(step 2\); there is no checkpoint yet;"):
     run(skipped=1, due=never)
   # the one that it began from
-  with pytest.raises(wiring.RunError, match=r"not finite in 8 updates in a row \(step 8\); the last checkpoint is step 7;"):
+  with pytest.raises(
+    wiring.RunError,
+    match=r"not finite in 8 updates in a row \(step 8\); the last checkpoint is step 7;",
+  ):
     run(total_steps=9, skipped=1, start=7, due=never)
 
 
 def test_rollout_files_hold_what_was_said_and_read():
-  said = types.SimpleNamespace(logp_BR=np.array([[-1.0, -2.0, -3.0, 0.0]] * 2), logp_teacher_BR=np.array([[-0.5, -2.0, -4.0, 9.0]] * 2))
+  said = types.SimpleNamespace(
+    logp_BR=np.array([[-1.0, -2.0, -3.0, 0.0]] * 2),
+    logp_teacher_BR=np.array([[-0.5, -2.0, -4.0, 9.0]] * 2),
+  )
   other = rollout()
   other.alternatives = [Alternative(rollout(text="xy"), "samples", "perhaps")]
-  packed = Packed(None, [rollout(), other], [Context(feedback=fakes.NASTY), None], {}, ([None, Context(notes="NOTE")],))
+  packed = Packed(
+    None,
+    [rollout(), other],
+    [Context(feedback=fakes.NASTY), None],
+    {},
+    ([None, Context(notes="NOTE")],),
+  )
   first, second = train.rollout_lines(7, packed, said, CHAT, kept=8)
   assert json.loads(json.dumps(first)) == first
-  assert first["teacher_gap"] == [0.5, 0.0, -1.0] and first["tokens"] == ["a", "b", "<|im_end|>"] and fakes.NASTY in first["teacher_context"]
-  assert second["teacher_context"] is None and "teacher_gap" not in second and "counterfactuals" not in first and "counterfactual_contexts" not in first
-  assert second["counterfactuals"] == [{"source": "samples", "response": "xy", "reward": 1.0, "feedback": "well", "imagined": "perhaps"}]
+  assert (
+    first["teacher_gap"] == [0.5, 0.0, -1.0]
+    and first["tokens"] == ["a", "b", "<|im_end|>"]
+    and fakes.NASTY in first["teacher_context"]
+  )
+  assert (
+    second["teacher_context"] is None
+    and "teacher_gap" not in second
+    and "counterfactuals" not in first
+    and "counterfactual_contexts" not in first
+  )
+  assert second["counterfactuals"] == [
+    {
+      "source": "samples",
+      "response": "xy",
+      "reward": 1.0,
+      "feedback": "well",
+      "imagined": "perhaps",
+    }
+  ]
   assert second["counterfactual_contexts"] == ["question" + "NOTE" + CLOSING]
   assert len(list(train.rollout_lines(7, packed, said, CHAT, kept=1))) == 1

@@ -13,7 +13,9 @@ from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_train_step
 from tests import fakes
 
-BLEND = methods.row("sdpo") | dict(advantage=dict(name="group_mean"), surrogate=dict(name="clipped"), policy_share=0.3)
+BLEND = methods.row("sdpo") | dict(
+  advantage=dict(name="group_mean"), surrogate=dict(name="clipped"), policy_share=0.3
+)
 
 
 @functools.cache
@@ -23,13 +25,17 @@ def grads_of(sliding=False):
   config, params = fakes.toy_model(0, **windows)
   objective = make_objective(BLEND)
   tx = optax.sgd(1.0)
-  step = jax.jit(make_train_step(make_signals(config, objective), objective, tx, recompute_old=True))
+  step = jax.jit(
+    make_train_step(make_signals(config, objective), objective, tx, recompute_old=True)
+  )
   _, teacher = fakes.toy_model(1)
 
   def run(batch, teacher=teacher):
     state = init_state(params, tx)._replace(teacher=teacher)
     new, metrics = step(state, batch)
-    return float(metrics["train/loss"].mean), jax.tree.map(lambda a, b: np.asarray(a - b), params, new.params)
+    return float(metrics["train/loss"].mean), jax.tree.map(
+      lambda a, b: np.asarray(a - b), params, new.params
+    )
 
   return run
 
@@ -65,7 +71,16 @@ def test_packed_rows_equal_rows_of_their_own():
 
 def test_what_texts_share_may_stand_once():
   """Loss and gradient of texts that begin alike, with that beginning repeated and shared; the same with windows, which then span what is between."""
-  batch = functools.partial(fakes.toy_batch, rows=8, packs=2, prompt=16, teacher_prompt=24, alike=4, length=64, teacher_length=90)
+  batch = functools.partial(
+    fakes.toy_batch,
+    rows=8,
+    packs=2,
+    prompt=16,
+    teacher_prompt=24,
+    alike=4,
+    length=64,
+    teacher_length=90,
+  )
   apart, shared = batch(), batch(share=True)
   for a, b in ((apart.student, shared.student), (apart.teacher, shared.teacher)):
     assert (b.segment_CPT > 0).sum() < 0.8 * (a.segment_CPT > 0).sum() and b.prefix_CPT.any()
@@ -110,9 +125,23 @@ def test_live_teacher_on_the_same_prompt_gives_zero():
 @functools.cache
 def adamw_step(method="sdpo", lr=0.0, updates=1):
   config, params = fakes.toy_model(0)
-  tx = make_optimizer(name="adamw", lr=lr, warmup_steps=0, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
+  tx = make_optimizer(
+    name="adamw",
+    lr=lr,
+    warmup_steps=0,
+    decay_steps=0,
+    weight_decay=0.01,
+    clip_norm=1.0,
+    b1=0.9,
+    b2=0.999,
+    state_dtype="float32",
+  )
   objective = make_objective(methods.row(method))
-  step = jax.jit(make_train_step(make_signals(config, objective), objective, tx, teacher_move=0.05, updates=updates))
+  step = jax.jit(
+    make_train_step(
+      make_signals(config, objective), objective, tx, teacher_move=0.05, updates=updates
+    )
+  )
   return step, init_state(params, tx, keep_teacher=True)
 
 
@@ -126,7 +155,12 @@ def test_learning_rate_zero_leaves_every_parameter_bit_identical():
 def test_the_moving_teacher_follows_once_per_generation_batch():
   step, state = adamw_step(lr=1e-2, updates=2)
   new, _ = step(state, fakes.toy_batch(packs=2))
-  jax.tree.map(lambda t, old, p: np.testing.assert_allclose(t, old + 0.05 * (p - old), atol=1e-7), new.teacher, state.teacher, new.params)
+  jax.tree.map(
+    lambda t, old, p: np.testing.assert_allclose(t, old + 0.05 * (p - old), atol=1e-7),
+    new.teacher,
+    state.teacher,
+    new.params,
+  )
   assert not np.array_equal(new.params["embed"], state.params["embed"])
 
 
@@ -134,13 +168,23 @@ def test_a_moving_average_of_bfloat16_weights_moves():
   """A hundredth of a small step is below bfloat16's resolution: the average is kept in float32."""
   params, tx = {"w": jnp.full(4, 1.0, jnp.bfloat16)}, optax.sgd(1.0)
   state = init_state(params, tx, keep_teacher=True, teacher_move=0.01)
-  assert state.teacher["w"].dtype == jnp.float32 and init_state(params, tx, keep_teacher=True).teacher["w"].dtype == jnp.bfloat16
+  assert (
+    state.teacher["w"].dtype == jnp.float32
+    and init_state(params, tx, keep_teacher=True).teacher["w"].dtype == jnp.bfloat16
+  )
   config, weights = fakes.toy_model(0, dtype="bfloat16", param_dtype="bfloat16")
   objective = make_objective(methods.row("sdpo"))
   step = jax.jit(make_train_step(make_signals(config, objective), objective, tx, teacher_move=0.01))
   before = init_state(weights, tx, keep_teacher=True, teacher_move=0.01)
   after, _ = step(before, fakes.toy_batch())
-  jax.tree.map(lambda t, old, p: np.testing.assert_allclose(t, old + 0.01 * (p.astype(jnp.float32) - old), atol=1e-6), after.teacher, before.teacher, after.params)
+  jax.tree.map(
+    lambda t, old, p: np.testing.assert_allclose(
+      t, old + 0.01 * (p.astype(jnp.float32) - old), atol=1e-6
+    ),
+    after.teacher,
+    before.teacher,
+    after.params,
+  )
   assert not np.array_equal(after.teacher["embed"], before.teacher["embed"])
 
 
@@ -150,8 +194,16 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
   batch.logp_rollout_BR[:] = np.nan
   broken, metrics = step(state, batch)
   for field in ("params", "teacher", "opt_state"):
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), getattr(broken, field), getattr(state, field))
-  assert int(broken.skipped) == 2 and int(broken.skipped_in_a_row) == 2 and metrics["train/update_skipped"].mean == 1.0
+    jax.tree.map(
+      lambda a, b: np.testing.assert_array_equal(a, b),
+      getattr(broken, field),
+      getattr(state, field),
+    )
+  assert (
+    int(broken.skipped) == 2
+    and int(broken.skipped_in_a_row) == 2
+    and metrics["train/update_skipped"].mean == 1.0
+  )
   good, _ = step(broken, fakes.toy_batch(packs=2))
   assert int(good.skipped) == 2 and int(good.skipped_in_a_row) == 0
 
@@ -164,12 +216,24 @@ def test_no_backward_work_and_no_gradient_for_the_teacher():
   for row in ("live", "frozen"):
     objective = make_objective(methods.row("sdpo") | dict(teacher_weights=dict(name=row)))
     step = jax.jit(make_train_step(make_signals(config, objective), objective, optax.sgd(1.0)))
-    results.append(step(init_state(params, optax.sgd(1.0), keep_teacher=row == "frozen"), batch)[0].params)
+    results.append(
+      step(init_state(params, optax.sgd(1.0), keep_teacher=row == "frozen"), batch)[0].params
+    )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *results)
 
 
 def test_warm_up_starts_at_zero_and_ends_at_the_rate():
-  tx = make_optimizer(name="adamw", lr=1.0, warmup_steps=4, decay_steps=0, weight_decay=0.0, clip_norm=None, b1=0.9, b2=0.999, state_dtype=None)
+  tx = make_optimizer(
+    name="adamw",
+    lr=1.0,
+    warmup_steps=4,
+    decay_steps=0,
+    weight_decay=0.0,
+    clip_norm=None,
+    b1=0.9,
+    b2=0.999,
+    state_dtype=None,
+  )
   params = jnp.ones(3)
   state, sizes = tx.init(params), []
   for _ in range(6):
@@ -179,7 +243,16 @@ def test_warm_up_starts_at_zero_and_ends_at_the_rate():
 
 
 def test_both_moments_have_the_dtype_that_is_asked_for():
-  settings = dict(name="adamw", lr=1e-2, warmup_steps=0, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999)
+  settings = dict(
+    name="adamw",
+    lr=1e-2,
+    warmup_steps=0,
+    decay_steps=0,
+    weight_decay=0.01,
+    clip_norm=1.0,
+    b1=0.9,
+    b2=0.999,
+  )
   params = {"w": jnp.ones(4, jnp.bfloat16)}
   for dtype, expected in (("float32", jnp.float32), (None, jnp.bfloat16)):
     tx = make_optimizer(**settings, state_dtype=dtype)

@@ -10,7 +10,11 @@ import pytest
 from sdpo_jax import config, experiment, main
 
 ROOT = pathlib.Path(__file__).parent.parent
-SOURCES = [ROOT / "README.md", *sorted((ROOT / "configs").rglob("*.py")), *sorted((ROOT / "sdpo_jax").rglob("*.py"))]
+SOURCES = [
+  ROOT / "README.md",
+  *sorted((ROOT / "configs").rglob("*.py")),
+  *sorted((ROOT / "sdpo_jax").rglob("*.py")),
+]
 # what is quoted may hold anything
 COMMAND = re.compile(r"python -m (sdpo_jax\.\w+)((?:'[^'\n]*'|[^\n`|&)\"'])*)")
 
@@ -19,7 +23,9 @@ def commands():
   for path in SOURCES:
     for module, rest in COMMAND.findall(path.read_text(encoding="utf-8").replace("\\\n", " ")):
       # a synopsis, not a command
-      if rest.strip() and not any(mark in rest for mark in ("FILE", "...", "[", "NAME", "{", "WORKDIR")):
+      if rest.strip() and not any(
+        mark in rest for mark in ("FILE", "...", "[", "NAME", "{", "WORKDIR")
+      ):
         yield f"{path.relative_to(ROOT)}: {module}{rest.rstrip()}", module, rest
 
 
@@ -46,7 +52,9 @@ def test_commands_parse(label, monkeypatch):
       assert config.load(word.removeprefix("--config="))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "experiments").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+  "path", sorted((ROOT / "configs" / "experiments").glob("*.py")), ids=lambda p: p.name
+)
 def test_every_run_of_a_grid_is_a_valid_configuration(path, monkeypatch):
   monkeypatch.chdir(ROOT)
   for arguments in experiment.load_grid(str(path)).values():
@@ -57,8 +65,13 @@ def test_every_run_of_a_grid_is_a_valid_configuration(path, monkeypatch):
 def test_the_first_screen_has_exactly_two_commands():
   first_screen = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## ")[0]
   blocks = re.findall(r"```bash\n(.*?)```", first_screen, re.DOTALL)
-  assert [b.strip() for b in blocks] == ["pip install -e . && python -m sdpo_jax.main --config=configs/tinycode.py", 'pip install -e ".[test]" && pytest']
+  assert [b.strip() for b in blocks] == [
+    "pip install -e . && python -m sdpo_jax.main --config=configs/tinycode.py",
+    'pip install -e ".[test]" && pytest',
+  ]
 
 
 def test_the_ci_script_runs_the_readmes_test_command():
-  assert 'pip install -q -e ".[test]" && pytest' in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+  assert 'pip install -q -e ".[test]" && pytest' in (ROOT / ".ci" / "run").read_text(
+    encoding="utf-8"
+  )

@@ -8,4 +8,8 @@ Result: results/tinycode_seeds/curves.json. Held-out avg@4, mean of five seeds (
 
 
 def get_grid():
-  return {f"{method}_seed{seed}": [f"--config=configs/tinycode.py:method={method},seed={seed}"] for seed in range(5) for method in ("sdpo", "grpo")}
+  return {
+    f"{method}_seed{seed}": [f"--config=configs/tinycode.py:method={method},seed={seed}"]
+    for seed in range(5)
+    for method in ("sdpo", "grpo")
+  }

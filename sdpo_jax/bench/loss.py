@@ -40,28 +40,52 @@ import sys
 
 from sdpo_jax.bench.timing import best
 
-SHAPES = {"cpu": "1024x256x151936,1024x128x704",
-          "gpu": "8192x1024x151936,8192x2048x151936,8192x4096x151936",
-          "tpu": "8192x1024x151936,8192x2048x151936,8192x4096x151936"}
-IMPLEMENTATIONS = {"cpu": "reference,xla,torch", "gpu": "reference,xla,xla:weights,pallas_gpu,liger",
-                   "tpu": "reference,xla,xla:weights,pallas_tpu"}
+SHAPES = {
+  "cpu": "1024x256x151936,1024x128x704",
+  "gpu": "8192x1024x151936,8192x2048x151936,8192x4096x151936",
+  "tpu": "8192x1024x151936,8192x2048x151936,8192x4096x151936",
+}
+IMPLEMENTATIONS = {
+  "cpu": "reference,xla,torch",
+  "gpu": "reference,xla,xla:weights,pallas_gpu,liger",
+  "tpu": "reference,xla,xla:weights,pallas_tpu",
+}
 PEERS = {"torch", "liger"}
 # X, D, V of the comparison with the reference: large enough for blocks, and ragged
 CHECKED = 64, 128, 70001
-COLUMNS = ("shape", "dtype", "alpha", "implementation", "time_s", "cpu_s", "us_per_token", "floor_us_per_token",
-           "temporaries_mb", "peak_mb", "gradient_error", "peer_speedup")
+COLUMNS = (
+  "shape",
+  "dtype",
+  "alpha",
+  "implementation",
+  "time_s",
+  "cpu_s",
+  "us_per_token",
+  "floor_us_per_token",
+  "temporaries_mb",
+  "peak_mb",
+  "gradient_error",
+  "peer_speedup",
+)
 
 
 def main(argv):
-  parser = argparse.ArgumentParser(prog="python -m sdpo_jax.bench loss", description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    prog="python -m sdpo_jax.bench loss",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   parser.add_argument("--device", choices=sorted(SHAPES), default="cpu")
   parser.add_argument("--shapes", help="comma-separated XxDxV")
   parser.add_argument("--alpha", type=float, default=0.5)
-  parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, else bfloat16")
+  parser.add_argument(
+    "--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, else bfloat16"
+  )
   parser.add_argument("--implementations", help="comma-separated")
   parser.add_argument("--repeats", type=int, default=3)
-  parser.add_argument("--json", metavar="FILE", help="also write all results there, as one JSON list")
+  parser.add_argument(
+    "--json", metavar="FILE", help="also write all results there, as one JSON list"
+  )
   # one measurement, as JSON: what the parent starts
   parser.add_argument("--child", help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
@@ -69,7 +93,9 @@ def main(argv):
     print(json.dumps(_measure(**json.loads(args.child))))
     return 0
   try:
-    shapes = [tuple(map(int, shape.split("x"))) for shape in (args.shapes or SHAPES[args.device]).split(",")]
+    shapes = [
+      tuple(map(int, shape.split("x"))) for shape in (args.shapes or SHAPES[args.device]).split(",")
+    ]
     if any(len(shape) != 3 or min(shape) < 1 for shape in shapes):
       raise ValueError
   except ValueError:
@@ -78,13 +104,27 @@ def main(argv):
   rows, failed = [], 0
   for shape in shapes:
     for implementation in (args.implementations or IMPLEMENTATIONS[args.device]).split(","):
-      request = dict(device=args.device, shape=shape, alpha=args.alpha, dtype=dtype, implementation=implementation,
-                     repeats=args.repeats)
-      child = subprocess.run([sys.executable, "-m", "sdpo_jax.bench", "loss", "--child", json.dumps(request)],
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False,
-                             env=os.environ | {"JAX_PLATFORMS": {"gpu": "cuda"}.get(args.device, args.device),
-                                               # the last line is then the error
-                                               "JAX_TRACEBACK_FILTERING": "off"})
+      request = dict(
+        device=args.device,
+        shape=shape,
+        alpha=args.alpha,
+        dtype=dtype,
+        implementation=implementation,
+        repeats=args.repeats,
+      )
+      child = subprocess.run(
+        [sys.executable, "-m", "sdpo_jax.bench", "loss", "--child", json.dumps(request)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=os.environ
+        | {
+          "JAX_PLATFORMS": {"gpu": "cuda"}.get(args.device, args.device),
+          # the last line is then the error
+          "JAX_TRACEBACK_FILTERING": "off",
+        },
+      )
       if child.returncode:
         why = (child.stderr.strip().splitlines() or ["no output"])[-1]
         result = request | {"error": f"exit {child.returncode}: {why}"}
@@ -104,8 +144,15 @@ def with_speedups(rows):
   """rows, with peer_speedup where the same shape's peer was measured."""
   key = lambda row: (tuple(row["shape"]), row["alpha"], row["dtype"])
   cost = lambda row: _cost(row["device"], row)
-  peers = {key(row): cost(row) for row in rows if row["implementation"] in PEERS and "error" not in row}
-  return [row | {"peer_speedup": peers[key(row)] / cost(row)} if key(row) in peers and "error" not in row else row for row in rows]
+  peers = {
+    key(row): cost(row) for row in rows if row["implementation"] in PEERS and "error" not in row
+  }
+  return [
+    row | {"peer_speedup": peers[key(row)] / cost(row)}
+    if key(row) in peers and "error" not in row
+    else row
+    for row in rows
+  ]
 
 
 def _cost(device, row):
@@ -114,29 +161,45 @@ def _cost(device, row):
 
 def table(rows):
   """Markdown; a missing figure is left empty, a failed measurement says so."""
+
   def cell(row, column):
     value = row.get(column, row.get("error", "") if column == "time_s" else "")
     if column == "shape":
       return "x".join(map(str, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-  lines = [list(COLUMNS), ["---"] * len(COLUMNS)] + [[cell(row, c) for c in COLUMNS] for row in rows]
+  lines = [list(COLUMNS), ["---"] * len(COLUMNS)] + [
+    [cell(row, c) for c in COLUMNS] for row in rows
+  ]
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _measure(*, device, shape, alpha, dtype, implementation, repeats):
   X, D, V = shape
   run = _peer if implementation in PEERS else _jax
-  result = run(_problem(shape, dtype), alpha, implementation, device, repeats, _problem(CHECKED, dtype))
+  result = run(
+    _problem(shape, dtype), alpha, implementation, device, repeats, _problem(CHECKED, dtype)
+  )
   floor = 4 * 2 * D * V / (result["matrix_tflops"] * 1e12) * 1e6
   # Values: float32 sums. Gradients: dlogits and results are rounded to dtype; tensor cores and
   # torch reorder sums.
   value, gradient = (1e-3, 0.03) if dtype == "bfloat16" else (1e-4, 1e-3)
-  if implementation not in PEERS and not (result["value_error"] <= value and result["gradient_error"] <= gradient):
-    raise ArithmeticError(f"off the reference at {CHECKED}: values by {result['value_error']}, gradients by {result['gradient_error']}")
-  return dict(device=device, shape=shape, alpha=alpha, dtype=dtype, implementation=implementation) | result | {
-      "us_per_token": _cost(device, result) / X * 1e6, "floor_us_per_token": floor, "gradients_mb": 4 * D * (X + V) / 1e6,
-      "cores": len(os.sched_getaffinity(0))}
+  if implementation not in PEERS and not (
+    result["value_error"] <= value and result["gradient_error"] <= gradient
+  ):
+    raise ArithmeticError(
+      f"off the reference at {CHECKED}: values by {result['value_error']}, gradients by {result['gradient_error']}"
+    )
+  return (
+    dict(device=device, shape=shape, alpha=alpha, dtype=dtype, implementation=implementation)
+    | result
+    | {
+      "us_per_token": _cost(device, result) / X * 1e6,
+      "floor_us_per_token": floor,
+      "gradients_mb": 4 * D * (X + V) / 1e6,
+      "cores": len(os.sched_getaffinity(0)),
+    }
+  )
 
 
 def _problem(shape, dtype):
@@ -154,6 +217,7 @@ def _problem(shape, dtype):
 
 def _resident_peak():
   import resource
+
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
@@ -174,7 +238,9 @@ def _jax(problem, alpha, implementation, device, repeats, checked):
   def loss(h, w, g, u, y, name=name):
     X = y.shape[0]
     weights = jnp.full(X, 1 / X, jnp.float32) if option and name == "xla" else None
-    divergence_X = distill_kl(h, w, g, u, y, alpha=alpha, implementation=name, weights_X=weights).divergence_X
+    divergence_X = distill_kl(
+      h, w, g, u, y, alpha=alpha, implementation=name, weights_X=weights
+    ).divergence_X
     return jnp.sum(divergence_X) / X, divergence_X
 
   gradients = jax.grad(lambda *args: loss(*args)[0], argnums=(0, 1))
@@ -188,21 +254,36 @@ def _jax(problem, alpha, implementation, device, repeats, checked):
   n = 2048 if here.platform == "cpu" else 8192
   a = jax.random.normal(jax.random.key(0), (n, n)).astype(checked[0].dtype)
   product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-  rate = 2 * n**3 / best(lambda: product(a).block_until_ready(), repeats)[here.platform == "cpu"] / 1e12
+  rate = (
+    2 * n**3 / best(lambda: product(a).block_until_ready(), repeats)[here.platform == "cpu"] / 1e12
+  )
 
-  both = lambda name: jax.jit(jax.value_and_grad(functools.partial(loss, name=name), argnums=(0, 1), has_aux=True))
+  both = lambda name: jax.jit(
+    jax.value_and_grad(functools.partial(loss, name=name), argnums=(0, 1), has_aux=True)
+  )
   (_, got), got_grads = both(name)(*checked)
-  (_, want), want_grads = both("reference")(*[x.astype(np.float32) for x in checked[:4]], checked[4])
-  return dict(time_s=wall, cpu_s=cpu, temporaries_mb=step.memory_analysis().temp_size_in_bytes / 1e6,
-              peak_mb=(peak - input_bytes) / 1e6, matrix_tflops=rate, device_kind=here.device_kind, jax=jax.__version__,
-              **_errors(got, got_grads, want, want_grads))
+  (_, want), want_grads = both("reference")(
+    *[x.astype(np.float32) for x in checked[:4]], checked[4]
+  )
+  return dict(
+    time_s=wall,
+    cpu_s=cpu,
+    temporaries_mb=step.memory_analysis().temp_size_in_bytes / 1e6,
+    peak_mb=(peak - input_bytes) / 1e6,
+    matrix_tflops=rate,
+    device_kind=here.device_kind,
+    jax=jax.__version__,
+    **_errors(got, got_grads, want, want_grads),
+  )
 
 
 def _errors(got, got_grads, want, want_grads):
   import numpy as np
 
   f32 = lambda x: np.asarray(x).astype(np.float32)
-  off = [np.abs(f32(a) - f32(b)).max() / np.abs(f32(b)).max() for a, b in zip(got_grads, want_grads)]
+  off = [
+    np.abs(f32(a) - f32(b)).max() / np.abs(f32(b)).max() for a, b in zip(got_grads, want_grads)
+  ]
   return dict(value_error=float(np.abs(f32(got) - f32(want)).max()), gradient_error=float(max(off)))
 
 
@@ -218,9 +299,13 @@ def _peer(problem, alpha, implementation, device, repeats, checked):
   def tensors(problem):
     out = []
     while problem:
-      x = torch.from_numpy(np.ascontiguousarray(problem[0].T if implementation == "liger" and len(out) in (1, 3) else problem[0],
-                                                # liger's heads are [V, D]
-                                                np.float32 if len(out) < 4 else np.int64))
+      x = torch.from_numpy(
+        np.ascontiguousarray(
+          problem[0].T if implementation == "liger" and len(out) in (1, 3) else problem[0],
+          # liger's heads are [V, D]
+          np.float32 if len(out) < 4 else np.int64,
+        )
+      )
       out.append(x.to(where, dtype) if len(out) < 4 else x.to(where))
       problem.pop(0)
     for x in out[:2]:
@@ -252,9 +337,20 @@ def _peer(problem, alpha, implementation, device, repeats, checked):
   small = tensors(checked)
   got = run(*small)
   got_head = small[1].grad.T if implementation == "liger" else small[1].grad
-  return dict(time_s=wall, cpu_s=cpu, peak_mb=(peak - input_bytes) / 1e6, matrix_tflops=rate, torch=torch.__version__,
-              device_kind=torch.cuda.get_device_name() if where == "cuda" else "cpu",
-              **_errors(numpy(got), map(numpy, (small[0].grad, got_head)), numpy(want), map(numpy, (exact[0].grad, exact[1].grad))))
+  return dict(
+    time_s=wall,
+    cpu_s=cpu,
+    peak_mb=(peak - input_bytes) / 1e6,
+    matrix_tflops=rate,
+    torch=torch.__version__,
+    device_kind=torch.cuda.get_device_name() if where == "cuda" else "cpu",
+    **_errors(
+      numpy(got),
+      map(numpy, (small[0].grad, got_head)),
+      numpy(want),
+      map(numpy, (exact[0].grad, exact[1].grad)),
+    ),
+  )
 
 
 def _torch(h, w, g, u, target, alpha):

@@ -29,19 +29,39 @@ import time
 from sdpo_jax.envs.jail_worker import installed
 from sdpo_jax.envs.sandbox import ISOLATIONS, Limits, Sandbox, TestCase
 
-COLUMNS = ("kind", "isolation", "workers", "load", "per_s", "p50_ms", "p99_ms", "busy_p99_ms", "rss_mb", "pss_mb", "cold_s",
-           "late_ms", "late_600mb_ms")
+COLUMNS = (
+  "kind",
+  "isolation",
+  "workers",
+  "load",
+  "per_s",
+  "p50_ms",
+  "p99_ms",
+  "busy_p99_ms",
+  "rss_mb",
+  "pss_mb",
+  "cold_s",
+  "late_ms",
+  "late_600mb_ms",
+)
 PROGRAMS = {"lean": "print(int(input()) + 1)", "numpy": "import numpy\nprint(int(input()) + 1)"}
 
 
 def main(argv):
-  parser = argparse.ArgumentParser(prog="python -m sdpo_jax.bench sandbox", description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    prog="python -m sdpo_jax.bench sandbox",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   parser.add_argument("--workers", type=int, help="default: as many as cores")
-  parser.add_argument("--programs", type=int, default=2000, help="for the rate; half as many for each latency")
+  parser.add_argument(
+    "--programs", type=int, default=2000, help="for the rate; half as many for each latency"
+  )
   parser.add_argument("--isolation", choices=("auto",) + ISOLATIONS, default="auto")
   parser.add_argument("--repeats", type=int, default=1)
-  parser.add_argument("--json", metavar="FILE", help="also write all results there, as one JSON list")
+  parser.add_argument(
+    "--json", metavar="FILE", help="also write all results there, as one JSON list"
+  )
   args = parser.parse_args(argv)
   for name, least in (("workers", 1), ("programs", 2), ("repeats", 1)):
     if (value := getattr(args, name)) is not None and value < least:
@@ -50,24 +70,48 @@ def main(argv):
   for kind in PROGRAMS:
     if kind == "numpy" and not installed("numpy"):
       continue
-    repeats = [_measure(kind, args.workers, args.programs, args.isolation) for _ in range(args.repeats)]
-    rows.append(repeats[0] | {c: statistics.median(r[c] for r in repeats) for c in COLUMNS[3:] if repeats[0][c] != ""}
-                | {"repeats": args.repeats, "machine": _machine(), "command": shlex.join(["python", "-m", "sdpo_jax.bench", "sandbox", *argv])})
+    repeats = [
+      _measure(kind, args.workers, args.programs, args.isolation) for _ in range(args.repeats)
+    ]
+    rows.append(
+      repeats[0]
+      | {c: statistics.median(r[c] for r in repeats) for c in COLUMNS[3:] if repeats[0][c] != ""}
+      | {
+        "repeats": args.repeats,
+        "machine": _machine(),
+        "command": shlex.join(["python", "-m", "sdpo_jax.bench", "sandbox", *argv]),
+      }
+    )
     print(json.dumps(rows[-1]), flush=True)
   if args.json:
     with open(args.json, "w") as f:
       json.dump(rows, f, indent=1)
-  print("\n".join("| " + " | ".join(line) + " |" for line in [COLUMNS, ["---"] * len(COLUMNS)] + [
-      [f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in COLUMNS] for row in rows]))
+  print(
+    "\n".join(
+      "| " + " | ".join(line) + " |"
+      for line in [COLUMNS, ["---"] * len(COLUMNS)]
+      + [
+        [f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in COLUMNS]
+        for row in rows
+      ]
+    )
+  )
   return 0
 
 
 def _machine() -> str:
   with open("/proc/cpuinfo") as f:
-    name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
-  policy = {os.SCHED_RR: "real-time", os.SCHED_FIFO: "real-time"}.get(os.sched_getscheduler(0), "ordinary")
-  return (f"{len(os.sched_getaffinity(0))} cores of {name}, Linux {platform.release()}, Python {platform.python_version()}, "
-          f"{policy} scheduling, uid {os.geteuid()}")
+    name = next(
+      (line.split(":")[1].strip() for line in f if line.startswith("model name")),
+      platform.machine(),
+    )
+  policy = {os.SCHED_RR: "real-time", os.SCHED_FIFO: "real-time"}.get(
+    os.sched_getscheduler(0), "ordinary"
+  )
+  return (
+    f"{len(os.sched_getaffinity(0))} cores of {name}, Linux {platform.release()}, Python {platform.python_version()}, "
+    f"{policy} scheduling, uid {os.geteuid()}"
+  )
 
 
 def _measure(kind, workers, programs, isolation):
@@ -86,7 +130,7 @@ def _measure(kind, workers, programs, isolation):
     verdict_s(0)
     cold_s = time.perf_counter() - start
     with concurrent.futures.ThreadPoolExecutor(2 * workers) as callers:
-      list(callers.map(verdict_s, range(8 * workers)))   # brings up every worker of this kind
+      list(callers.map(verdict_s, range(8 * workers)))  # brings up every worker of this kind
       begin = time.perf_counter()
       list(callers.map(verdict_s, range(programs)))
       per_s = programs / (time.perf_counter() - begin)
@@ -97,10 +141,21 @@ def _measure(kind, workers, programs, isolation):
     imports = PROGRAMS[kind].split("print")[0]
     late_ms = _late_ms(pool, imports + "while True: pass")
     late_600mb_ms = _late_ms(pool, imports + "b = b'x' * 600_000_000\nwhile True: pass")
-    return {"kind": kind, "isolation": pool.isolation, "workers": workers, "load": load, "per_s": per_s,
-            "p50_ms": _at(alone, 0.5), "p99_ms": _at(alone, 0.99), "busy_p99_ms": _at(busy, 0.99),
-            "rss_mb": max(_kib(pid, "status", "VmRSS") for pid in pids) * 1024 / 1e6, "pss_mb": _pss_mb(pids), "cold_s": cold_s,
-            "late_ms": late_ms, "late_600mb_ms": late_600mb_ms}
+    return {
+      "kind": kind,
+      "isolation": pool.isolation,
+      "workers": workers,
+      "load": load,
+      "per_s": per_s,
+      "p50_ms": _at(alone, 0.5),
+      "p99_ms": _at(alone, 0.99),
+      "busy_p99_ms": _at(busy, 0.99),
+      "rss_mb": max(_kib(pid, "status", "VmRSS") for pid in pids) * 1024 / 1e6,
+      "pss_mb": _pss_mb(pids),
+      "cold_s": cold_s,
+      "late_ms": late_ms,
+      "late_600mb_ms": late_600mb_ms,
+    }
 
 
 def _late_ms(pool, loop):

@@ -30,26 +30,54 @@ import sys
 from sdpo_jax.bench.timing import best
 
 SHAPES = {  # name: sizes of a Qwen3-like decoder
-    "tiny": dict(width=256, layers=4, heads=4, kv_heads=2, head_dim=64, ff_width=704, vocab=4096),
-    "small": dict(width=512, layers=8, heads=8, kv_heads=4, head_dim=64, ff_width=1536, vocab=32768),
-    "wide-vocab": dict(width=256, layers=2, heads=4, kv_heads=2, head_dim=64, ff_width=704, vocab=151936),
-    "qwen3-0.6b": dict(width=1024, layers=28, heads=16, kv_heads=8, head_dim=128, ff_width=3072, vocab=151936),
-    "qwen3-1.7b": dict(width=2048, layers=28, heads=16, kv_heads=8, head_dim=128, ff_width=6144, vocab=151936),
+  "tiny": dict(width=256, layers=4, heads=4, kv_heads=2, head_dim=64, ff_width=704, vocab=4096),
+  "small": dict(width=512, layers=8, heads=8, kv_heads=4, head_dim=64, ff_width=1536, vocab=32768),
+  "wide-vocab": dict(
+    width=256, layers=2, heads=4, kv_heads=2, head_dim=64, ff_width=704, vocab=151936
+  ),
+  "qwen3-0.6b": dict(
+    width=1024, layers=28, heads=16, kv_heads=8, head_dim=128, ff_width=3072, vocab=151936
+  ),
+  "qwen3-1.7b": dict(
+    width=2048, layers=28, heads=16, kv_heads=8, head_dim=128, ff_width=6144, vocab=151936
+  ),
 }
-CASES = {"cpu": "tiny:equal,tiny:heavy,small:equal,small:heavy", "gpu": "qwen3-0.6b:equal,qwen3-1.7b:equal,qwen3-1.7b:heavy",
-         "tpu": "qwen3-0.6b:equal,qwen3-1.7b:equal,qwen3-1.7b:heavy"}
-COLUMNS = ("case", "responses", "time_s", "cpu_s", "tokens_per_s", "useful", "mfu", "forward_s", "pair_s", "signals_s", "temporaries_mb", "peak_mb")
+CASES = {
+  "cpu": "tiny:equal,tiny:heavy,small:equal,small:heavy",
+  "gpu": "qwen3-0.6b:equal,qwen3-1.7b:equal,qwen3-1.7b:heavy",
+  "tpu": "qwen3-0.6b:equal,qwen3-1.7b:equal,qwen3-1.7b:heavy",
+}
+COLUMNS = (
+  "case",
+  "responses",
+  "time_s",
+  "cpu_s",
+  "tokens_per_s",
+  "useful",
+  "mfu",
+  "forward_s",
+  "pair_s",
+  "signals_s",
+  "temporaries_mb",
+  "peak_mb",
+)
 
 
 def main(argv):
-  parser = argparse.ArgumentParser(prog="python -m sdpo_jax.bench step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    prog="python -m sdpo_jax.bench step",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   parser.add_argument("--device", choices=sorted(CASES), default="cpu")
   parser.add_argument("--cases", help="comma-separated SHAPE:LENGTHS")
   parser.add_argument("--responses", type=int, default=32)
   parser.add_argument("--micro_batches", type=int, default=1)
   parser.add_argument("--remat", choices=("none", "dots", "block"), default="dots")
   parser.add_argument("--repeats", type=int, default=3)
-  parser.add_argument("--json", metavar="FILE", help="also write all results there, as one JSON list")
+  parser.add_argument(
+    "--json", metavar="FILE", help="also write all results there, as one JSON list"
+  )
   # one measurement, as JSON: what the parent starts
   parser.add_argument("--child", help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
@@ -60,16 +88,39 @@ def main(argv):
   for case in cases:
     shape, _, lengths = case.partition(":")
     if shape not in SHAPES or lengths not in ("equal", "heavy"):
-      parser.error(f"--cases: {case!r} must be SHAPE:equal or SHAPE:heavy with a shape of {sorted(SHAPES)}")
+      parser.error(
+        f"--cases: {case!r} must be SHAPE:equal or SHAPE:heavy with a shape of {sorted(SHAPES)}"
+      )
   if args.responses % args.micro_batches:
-    parser.error(f"--micro_batches={args.micro_batches} does not divide --responses={args.responses}")
+    parser.error(
+      f"--micro_batches={args.micro_batches} does not divide --responses={args.responses}"
+    )
   rows, failed = [], 0
   for case in cases:
-    request = dict(case=case, device=args.device, responses=args.responses, micro_batches=args.micro_batches, remat=args.remat, repeats=args.repeats)
-    child = subprocess.run([sys.executable, "-m", "sdpo_jax.bench", "step", "--child", json.dumps(request)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                           text=True, check=False, env=os.environ | {"JAX_PLATFORMS": {"gpu": "cuda"}.get(args.device, args.device), "JAX_TRACEBACK_FILTERING": "off"})
+    request = dict(
+      case=case,
+      device=args.device,
+      responses=args.responses,
+      micro_batches=args.micro_batches,
+      remat=args.remat,
+      repeats=args.repeats,
+    )
+    child = subprocess.run(
+      [sys.executable, "-m", "sdpo_jax.bench", "step", "--child", json.dumps(request)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      check=False,
+      env=os.environ
+      | {
+        "JAX_PLATFORMS": {"gpu": "cuda"}.get(args.device, args.device),
+        "JAX_TRACEBACK_FILTERING": "off",
+      },
+    )
     if child.returncode:
-      result = request | {"error": f"exit {child.returncode}: {(child.stderr.strip().splitlines() or ['no output'])[-1]}"}
+      result = request | {
+        "error": f"exit {child.returncode}: {(child.stderr.strip().splitlines() or ['no output'])[-1]}"
+      }
       failed += 1
     else:
       result = json.loads(child.stdout.splitlines()[-1])
@@ -84,11 +135,14 @@ def main(argv):
 
 def table(rows):
   """Markdown; a missing figure is left empty, a failed measurement says so."""
+
   def cell(row, column):
     value = row.get(column, row.get("error", "") if column == "time_s" else "")
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-  lines = [list(COLUMNS), ["---"] * len(COLUMNS)] + [[cell(row, c) for c in COLUMNS] for row in rows]
+  lines = [list(COLUMNS), ["---"] * len(COLUMNS)] + [
+    [cell(row, c) for c in COLUMNS] for row in rows
+  ]
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -107,38 +161,67 @@ def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32):
   """Random tokens of these lengths, packed as training packs them; `group` consecutive rows answer one question, read once a row if share."""
   import numpy as np
 
-  from sdpo_jax.data.batch import Dealt, Shapes, Text, balanced_order, begin_alike, choose_shape, first_fit, lay_out
+  from sdpo_jax.data.batch import (
+    Dealt,
+    Shapes,
+    Text,
+    balanced_order,
+    begin_alike,
+    choose_shape,
+    first_fit,
+    lay_out,
+  )
   from sdpo_jax.records import Rows, TrainBatch
 
   order = balanced_order([3 * (p + n) + q + n for p, q, n in lengths], group, 1, packs, whole=share)
   lengths, question = [lengths[b] for b in order], [b // group for b in order]
   rng, B = np.random.default_rng(0), len(lengths)
   answers = [rng.integers(1, vocab, n).tolist() for _, _, n in lengths]
-  cut = lambda rows: [rows[first:first + B // packs] for first in range(0, B, B // packs)]
+  cut = lambda rows: [rows[first : first + B // packs] for first in range(0, B, B // packs)]
   at = [int(sum(pack[:i])) for pack in cut([n for _, _, n in lengths]) for i in range(len(pack))]
 
-  def read(starts):   # (what packing knows, texts, starts) of each pack
+  def read(starts):  # (what packing knows, texts, starts) of each pack
     prompts = [rng.integers(1, vocab, max(starts)).tolist() for _ in range(max(question) + 1)]
     texts = [prompts[q][:start] + answer for q, start, answer in zip(question, starts, answers)]
-    known = [begin_alike(*pack) if share else [Text(len(t)) for t in pack[0]] for pack in zip(*map(cut, (texts, starts, question)))]
+    known = [
+      begin_alike(*pack) if share else [Text(len(t)) for t in pack[0]]
+      for pack in zip(*map(cut, (texts, starts, question)))
+    ]
     return known, cut(texts), cut(starts)
 
   student, teacher = read([p for p, _, _ in lengths]), read([q for _, q, _ in lengths])
   found = Dealt(student[0], teacher[0], cut([n for _, _, n in lengths]))
   longest = max(n for _, _, n in lengths)
-  shapes = Shapes((max(p for p, _, _ in lengths) + longest, max(q for _, q, _ in lengths) + longest, longest))
-  shape = choose_shape(lambda packs: found, [packs], shapes, length_multiple=length_multiple, response_multiple=8)
+  shapes = Shapes(
+    (max(p for p, _, _ in lengths) + longest, max(q for _, q, _ in lengths) + longest, longest)
+  )
+  shape = choose_shape(
+    lambda packs: found, [packs], shapes, length_multiple=length_multiple, response_multiple=8
+  )
 
   def half(read, rows, length):
-    laid = [lay_out(first_fit(known, length), known, texts, starts, at_C, rows, length, shape.tokens, 0) for known, texts, starts, at_C in zip(*read, cut(at))]
+    laid = [
+      lay_out(first_fit(known, length), known, texts, starts, at_C, rows, length, shape.tokens, 0)
+      for known, texts, starts, at_C in zip(*read, cut(at))
+    ]
     stacked = Rows(*map(np.stack, zip(*laid)))
     return stacked if share else stacked._replace(prefix_CPT=None)
 
   zeros = lambda: np.zeros((B, shape.responses), np.float32)
-  batch = TrainBatch(half(student, shape.rows, shape.length), half(teacher, shape.teacher_rows, shape.teacher_length), np.array(at, np.int32), zeros().astype(np.int32), zeros(), np.zeros(B, np.float32), np.ones(B, np.float32), zeros(), zeros())
+  batch = TrainBatch(
+    half(student, shape.rows, shape.length),
+    half(teacher, shape.teacher_rows, shape.teacher_length),
+    np.array(at, np.int32),
+    zeros().astype(np.int32),
+    zeros(),
+    np.zeros(B, np.float32),
+    np.ones(B, np.float32),
+    zeros(),
+    zeros(),
+  )
   for b, answer in enumerate(answers):
-    batch.response_BR[b, :len(answer)], batch.weight_BR[b, :len(answer)] = answer, 1.0
-    batch.logp_rollout_BR[b, :len(answer)] = -1.0
+    batch.response_BR[b, : len(answer)], batch.weight_BR[b, : len(answer)] = answer, 1.0
+    batch.logp_rollout_BR[b, : len(answer)] = -1.0
   return batch
 
 
@@ -150,7 +233,9 @@ def needed_operations(model, objective, tx, state, batch):
   from sdpo_jax.train_step import make_signals, make_train_step
 
   signals = make_signals(model, objective, remat="none", implementation="reference")
-  return plan.operations(jax.make_jaxpr(make_train_step(signals, objective, tx, teacher_move=0.05))(state, batch).jaxpr)
+  return plan.operations(
+    jax.make_jaxpr(make_train_step(signals, objective, tx, teacher_move=0.05))(state, batch).jaxpr
+  )
 
 
 def _measure(*, case, device, responses, micro_batches, remat, repeats):
@@ -164,19 +249,52 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
   from sdpo_jax.model.config import ModelConfig
   from sdpo_jax.objectives import methods
   from sdpo_jax.objectives.loss import make_objective
-  from sdpo_jax.train_step import forward_pair, init_state, make_optimizer, make_score, make_signals, make_train_step, run_rows
+  from sdpo_jax.train_step import (
+    forward_pair,
+    init_state,
+    make_optimizer,
+    make_score,
+    make_signals,
+    make_train_step,
+    run_rows,
+  )
 
   shape, kind = case.split(":")
   dtype = "float32" if device == "cpu" else "bfloat16"
   model = ModelConfig(family="qwen3", qk_norm="head", tied=True, dtype=dtype, **SHAPES[shape])
   objective = make_objective(methods.row("sdpo"))
-  tx = make_optimizer(name="adamw", lr=1e-6, warmup_steps=0, decay_steps=0, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.999, state_dtype="float32")
+  tx = make_optimizer(
+    name="adamw",
+    lr=1e-6,
+    warmup_steps=0,
+    decay_steps=0,
+    weight_decay=0.01,
+    clip_norm=1.0,
+    b1=0.9,
+    b2=0.999,
+    state_dtype="float32",
+  )
   signals = make_signals(model, objective, remat=remat)
   lengths = lengths_of(kind, responses)
-  batch = jax.tree.map(jnp.asarray, make_batch(lengths, model.vocab, micro_batches, share=device != "tpu", length_multiple=32 if device == "cpu" else 128))
-  with memory.released_by_the_compiler():   # as in training
-    state = jax.jit(lambda key: init_state(decoder.init(model, key), tx, keep_teacher=True))(jax.random.key(0))
-    step = jax.jit(make_train_step(signals, objective, tx, teacher_move=0.05), donate_argnums=0).lower(state, batch).compile()
+  batch = jax.tree.map(
+    jnp.asarray,
+    make_batch(
+      lengths,
+      model.vocab,
+      micro_batches,
+      share=device != "tpu",
+      length_multiple=32 if device == "cpu" else 128,
+    ),
+  )
+  with memory.released_by_the_compiler():  # as in training
+    state = jax.jit(lambda key: init_state(decoder.init(model, key), tx, keep_teacher=True))(
+      jax.random.key(0)
+    )
+    step = (
+      jax.jit(make_train_step(signals, objective, tx, teacher_move=0.05), donate_argnums=0)
+      .lower(state, batch)
+      .compile()
+    )
   operations = needed_operations(model, objective, tx, state, batch)
 
   def one():
@@ -190,18 +308,48 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   else:
     peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
-  first = jax.tree.map(lambda x: x[:x.shape[0] // micro_batches], batch)
-  one = lambda params: lambda half: [decoder.hidden(params, model, half[0], positions_BT=half[1], segment_ids_BT=half[2], prefix_ids_BT=half[3])]
+  first = jax.tree.map(lambda x: x[: x.shape[0] // micro_batches], batch)
+  one = lambda params: (
+    lambda half: [
+      decoder.hidden(
+        params, model, half[0], positions_BT=half[1], segment_ids_BT=half[2], prefix_ids_BT=half[3]
+      )
+    ]
+  )
   student = jax.jit(lambda s, b: run_rows(one(s.params), b.student))
-  parts = {"forward_s": (student, first), "pair_s": (jax.jit(lambda s, b: forward_pair(s.params, s.teacher, model, b)[::2]), first),
-           "signals_s": (jax.jit(make_score(signals)), batch)}
-  timed = {name: best(lambda f=f, b=b: jax.block_until_ready(f(state, b)), repeats)[0] * (1 if b is batch else micro_batches) for name, (f, b) in parts.items()}
+  parts = {
+    "forward_s": (student, first),
+    "pair_s": (jax.jit(lambda s, b: forward_pair(s.params, s.teacher, model, b)[::2]), first),
+    "signals_s": (jax.jit(make_score(signals)), batch),
+  }
+  timed = {
+    name: best(lambda f=f, b=b: jax.block_until_ready(f(state, b)), repeats)[0]
+    * (1 if b is batch else micro_batches)
+    for name, (f, b) in parts.items()
+  }
   n = 2048 if device == "cpu" else 8192
   a = jnp.ones((n, n), dtype)
   product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
   rate = 2 * n**3 / best(lambda: product(a).block_until_ready(), repeats)[0]
   halves = (batch.student, batch.teacher)
-  return dict(case=case, device=device, responses=responses, micro_batches=micro_batches, remat=remat, dtype=dtype, time_s=wall, cpu_s=cpu,
-              tokens_per_s=sum(p + n for p, _, n in lengths) / wall, useful=float(sum((h.segment_CPT > 0).sum() for h in halves) / sum(h.segment_CPT.size for h in halves)),
-              mfu=operations / wall / rate, temporaries_mb=step.memory_analysis().temp_size_in_bytes / 1e6, peak_mb=peak / 1e6, matrix_tflops=rate / 1e12,
-              device_kind=jax.devices()[0].device_kind, jax=jax.__version__, **timed)
+  return dict(
+    case=case,
+    device=device,
+    responses=responses,
+    micro_batches=micro_batches,
+    remat=remat,
+    dtype=dtype,
+    time_s=wall,
+    cpu_s=cpu,
+    tokens_per_s=sum(p + n for p, _, n in lengths) / wall,
+    useful=float(
+      sum((h.segment_CPT > 0).sum() for h in halves) / sum(h.segment_CPT.size for h in halves)
+    ),
+    mfu=operations / wall / rate,
+    temporaries_mb=step.memory_analysis().temp_size_in_bytes / 1e6,
+    peak_mb=peak / 1e6,
+    matrix_tflops=rate / 1e12,
+    device_kind=jax.devices()[0].device_kind,
+    jax=jax.__version__,
+    **timed,
+  )

@@ -15,7 +15,9 @@ def load_tokenizer(path: str):
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
   except (OSError, ValueError) as error:
-    raise ValueError(f"model.path={path!r} holds no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
+    raise ValueError(
+      f"model.path={path!r} holds no tokenizer that transformers can load: {str(error).splitlines()[0]}"
+    ) from error
   if not tokenizer.chat_template:
     raise ValueError(f"the tokenizer of model.path={path!r} has no chat template")
   return tokenizer
@@ -28,10 +30,24 @@ class Chat:
   eos_ids: tokens that end a response beside the tokenizer's own end of turn (the checkpoint's generation config names them).
   """
 
-  def __init__(self, tokenizer, *, thinking: bool = False, teacher_thinking: bool = False, eos_ids: tuple[int, ...] = ()):
+  def __init__(
+    self,
+    tokenizer,
+    *,
+    thinking: bool = False,
+    teacher_thinking: bool = False,
+    eos_ids: tuple[int, ...] = (),
+  ):
     self.tokenizer, self.thinking, self.teacher_thinking = tokenizer, thinking, teacher_thinking
-    self.stop_tokens = tuple(dict.fromkeys(t for t in (tokenizer.eos_token_id, *eos_ids) if t is not None))
-    special = sorted({t.content for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    self.stop_tokens = tuple(
+      dict.fromkeys(t for t in (tokenizer.eos_token_id, *eos_ids) if t is not None)
+    )
+    special = sorted(
+      {t.content for t in tokenizer.added_tokens_decoder.values()}
+      | set(tokenizer.all_special_tokens),
+      key=len,
+      reverse=True,
+    )
     self._special = re.compile("|".join(re.escape(s) for s in special if len(s) > 1))
 
   @property
@@ -46,7 +62,12 @@ class Chat:
   def prompt_tokens(self, messages: list[dict[str, str]], *, teacher: bool = False) -> list[int]:
     """Tokens of the conversation and of the header of the assistant's turn. teacher: the reader is the teacher."""
     safe = [message | {"content": self.neutral(message["content"])} for message in messages]
-    text = self.tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True, enable_thinking=self.teacher_thinking if teacher else self.thinking)
+    text = self.tokenizer.apply_chat_template(
+      safe,
+      tokenize=False,
+      add_generation_prompt=True,
+      enable_thinking=self.teacher_thinking if teacher else self.thinking,
+    )
     return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
   def text_tokens(self, text: str) -> list[int]:
@@ -56,7 +77,9 @@ class Chat:
     """The response as the environment reads it: without the stop token."""
     if tokens and tokens[-1] in self.stop_tokens:
       tokens = tokens[:-1]
-    return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return self.tokenizer.decode(
+      tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
 
   def token_strings(self, tokens: list[int]) -> list[str]:
     return [self.tokenizer.decode([t]) for t in tokens]

@@ -23,8 +23,8 @@ import json
 import logging
 import os
 import re
-import zlib
 from typing import NamedTuple
+import zlib
 
 import grain
 
@@ -35,6 +35,7 @@ _SOURCE = re.compile(r"(?:(?P<split>\w+)=)?(?P<location>.+?)(?:\s+x(?P<weight>\d
 
 class Source(NamedTuple):
   """The tasks of one source in one split. skipped: how many of its rows were malformed."""
+
   location: str
   weight: float
   tasks: list[Task]
@@ -50,7 +51,9 @@ class RowEnv:
     check(task): raises ValueError for a task that the run cannot use.
     """
     if on_bad_row not in ("error", "skip"):
-      raise ValueError(f"config.data.on_bad_row={on_bad_row!r} is unknown; choose from ['error', 'skip']")
+      raise ValueError(
+        f"config.data.on_bad_row={on_bad_row!r} is unknown; choose from ['error', 'skip']"
+      )
     self.env, self.prompt, self.judge = env, env.prompt, env.judge
     if hasattr(env, "behaviour"):
       self.behaviour = env.behaviour
@@ -95,12 +98,18 @@ def with_rows(env, sources, *, splits, on_bad_row: str = "error", check=None):
   name = type(env).__name__
   if hasattr(env, "task_from_row"):
     if not sources:
-      raise ValueError(f"config.data.sources is empty, and {name} makes no tasks of its own: name files or hub data sets")
+      raise ValueError(
+        f"config.data.sources is empty, and {name} makes no tasks of its own: name files or hub data sets"
+      )
     return RowEnv(env, sources, splits=splits, on_bad_row=on_bad_row, check=check)
   if not hasattr(env, "task"):
-    raise ValueError(f"config.env.name: {name} is no environment: it has neither task nor task_from_row (sdpo_jax/envs/base.py)")
+    raise ValueError(
+      f"config.env.name: {name} is no environment: it has neither task nor task_from_row (sdpo_jax/envs/base.py)"
+    )
   if sources:
-    raise ValueError(f"config.data.sources={sources!r}, but {name} makes its own tasks (it has no task_from_row)")
+    raise ValueError(
+      f"config.data.sources={sources!r}, but {name} makes its own tasks (it has no task_from_row)"
+    )
   return env
 
 
@@ -124,9 +133,15 @@ def check_sources(sources, splits: dict[str, str]) -> None:
 
 
 def open_split(sources, split: str, task_from_row, on_bad_row: str) -> list[Source]:
-  opened = [Source(location, weight, *_tasks(location, split, task_from_row, on_bad_row)) for location, weight in _locations(sources, split)]
-  if len(opened) > 1:   # ids are unique within a source only
-    opened = [s._replace(tasks=[dataclasses.replace(t, id=f"{i}/{t.id}") for t in s.tasks]) for i, s in enumerate(opened)]
+  opened = [
+    Source(location, weight, *_tasks(location, split, task_from_row, on_bad_row))
+    for location, weight in _locations(sources, split)
+  ]
+  if len(opened) > 1:  # ids are unique within a source only
+    opened = [
+      s._replace(tasks=[dataclasses.replace(t, id=f"{i}/{t.id}") for t in s.tasks])
+      for i, s in enumerate(opened)
+    ]
   return opened
 
 
@@ -136,16 +151,22 @@ def _locations(sources, split: str, why: str = "") -> list[tuple[str, float]]:
   for text in sources:
     parts = _SOURCE.fullmatch(text.strip())
     if not parts:
-      raise ValueError(f"config.data.sources: {text!r} is not of the form '[SPLIT=]LOCATION[ xWEIGHT]'")
+      raise ValueError(
+        f"config.data.sources: {text!r} is not of the form '[SPLIT=]LOCATION[ xWEIGHT]'"
+      )
     location, weight = parts["location"], float(parts["weight"] or 1)
     if not parts["split"] and "{split}" not in location and not location.startswith("hub:"):
-      raise ValueError(f"config.data.sources: {text!r} must say which split it serves: put {{split}} into the path or 'SPLIT=' before it")
+      raise ValueError(
+        f"config.data.sources: {text!r} must say which split it serves: put {{split}} into the path or 'SPLIT=' before it"
+      )
     if weight <= 0:
       raise ValueError(f"config.data.sources: the weight of {text!r} must be above 0")
     if parts["split"] in (None, split):
       found.append((location.replace("{split}", split), weight))
   if not found:
-    raise ValueError(f"config.data.sources={tuple(sources)!r} has nothing for the split {split!r}{why}")
+    raise ValueError(
+      f"config.data.sources={tuple(sources)!r} has nothing for the split {split!r}{why}"
+    )
   return found
 
 
@@ -154,20 +175,28 @@ def _tasks(location: str, split: str, task_from_row, on_bad_row: str) -> tuple[l
   for index, (where, row) in enumerate(read_rows(location, split)):
     try:
       if not isinstance(row, dict):
-        raise ValueError(f"the row is not an object but {str(row)[:100]!r}" if row is not None else "the row is not JSON")
+        raise ValueError(
+          f"the row is not an object but {str(row)[:100]!r}"
+          if row is not None
+          else "the row is not JSON"
+        )
       task = task_from_row({"idx": index} | row, split)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
       said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
       if on_bad_row == "skip":
         skipped, first = skipped + 1, first or f"{where}: {said}"
         continue
-      raise ValueError(f"{where}: {said} (config.data.on_bad_row='skip' leaves such rows out)") from error
+      raise ValueError(
+        f"{where}: {said} (config.data.on_bad_row='skip' leaves such rows out)"
+      ) from error
     if task is not None:
       tasks.append(task)
   if skipped:
     logging.warning("%d rows of %s are left out, the first of them %s", skipped, location, first)
   if not tasks:
-    raise ValueError(f"{location} holds no usable row" + (f"; {skipped} are malformed" if skipped else ""))
+    raise ValueError(
+      f"{location} holds no usable row" + (f"; {skipped} are malformed" if skipped else "")
+    )
   return tasks, skipped
 
 
@@ -185,11 +214,13 @@ def read_rows(location: str, split: str):
     return
   for path in sorted(glob.glob(location)) or [location]:
     if not path.endswith((".jsonl", ".parquet")):
-      raise ValueError(f"config.data.sources: {path} is neither .jsonl nor .parquet, nor does it begin with hub:")
+      raise ValueError(
+        f"config.data.sources: {path} is neither .jsonl nor .parquet, nor does it begin with hub:"
+      )
     if not os.path.exists(path):
       raise FileNotFoundError(f"config.data.sources: {path}: no such file")
     if path.endswith(".jsonl"):
-      with open(path, "rb") as lines:   # a line that is no UTF-8 is a malformed row as well
+      with open(path, "rb") as lines:  # a line that is no UTF-8 is a malformed row as well
         for number, line in enumerate(lines, 1):
           if line.strip():
             yield f"{path}, line {number}", _json(line)
@@ -211,23 +242,34 @@ def _optional(module: str, source: str):
   try:
     return importlib.import_module(module)
   except ImportError as error:
-    raise ValueError(f"config.data.sources: {source} needs {module.split('.')[0]}: pip install 'sdpo_jax[hub]'") from error
+    raise ValueError(
+      f"config.data.sources: {source} needs {module.split('.')[0]}: pip install 'sdpo_jax[hub]'"
+    ) from error
 
 
 class TaskStream:
   """Endless stream of an environment's tasks. `state` is JSON-able; `restore` continues exactly."""
 
-  def __init__(self, env, split: str, *, seed: int = 0, process_index: int = 0, process_count: int = 1):
+  def __init__(
+    self, env, split: str, *, seed: int = 0, process_index: int = 0, process_count: int = 1
+  ):
     if isinstance(env, RowEnv):
       sources = env.sources(split)
-      order = [grain.MapDataset.source(s.tasks).shuffle(seed=zlib.crc32(f"{seed}/{i}".encode())).repeat() for i, s in enumerate(sources)]
+      order = [
+        grain.MapDataset.source(s.tasks).shuffle(seed=zlib.crc32(f"{seed}/{i}".encode())).repeat()
+        for i, s in enumerate(sources)
+      ]
       dataset = grain.MapDataset.mix(order, [s.weight for s in sources])
-      self._tasks = zlib.crc32("\n".join(f"{s.weight} {t.id}" for s in sources for t in s.tasks).encode())
+      self._tasks = zlib.crc32(
+        "\n".join(f"{s.weight} {t.id}" for s in sources for t in s.tasks).encode()
+      )
     else:
       dataset = grain.MapDataset.range(2**31 - 1).map(lambda i: env.task(split, int(i)))
       self._tasks = None
     dataset = dataset[process_index::process_count]
-    self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    self._iterator = iter(
+      dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    )
 
   def take(self, n: int) -> list[Task]:
     return [next(self._iterator) for _ in range(n)]
@@ -238,5 +280,7 @@ class TaskStream:
   def restore(self, state: dict) -> None:
     """ValueError if the checkpoint was written over other tasks: its position would mean nothing here."""
     if state["tasks"] != self._tasks:
-      raise ValueError("the data of config.data.sources is not what the checkpoint was written with: choose another --workdir, or the same data")
+      raise ValueError(
+        "the data of config.data.sources is not what the checkpoint was written with: choose another --workdir, or the same data"
+      )
     self._iterator.set_state(state["position"])

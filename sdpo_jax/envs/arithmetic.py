@@ -23,32 +23,49 @@ from sdpo_jax.envs import composed
 from sdpo_jax.records import Feedback, Status, Task
 
 OPS = {  # operation: (the step as text over the number before, what it gives, known phrases)
-    "plus_one": ("{} + 1", lambda v: v + 1, ("add one", "increase it by one")),
-    "plus_three": ("{} + 3", lambda v: v + 3, ("add three", "increase it by three")),
-    "plus_six": ("{} + 6", lambda v: v + 6, ("add six", "increase it by six")),
-    "plus_ten": ("{} + 10", lambda v: v + 10, ("add ten", "increase it by ten")),
-    "minus_two": ("{} - 2", lambda v: v - 2, ("subtract two", "take two away")),
-    "minus_four": ("{} - 4", lambda v: v - 4, ("subtract four", "take four away")),
-    "minus_seven": ("{} - 7", lambda v: v - 7, ("subtract seven", "take seven away")),
-    "minus_ten": ("{} - 10", lambda v: v - 10, ("subtract ten", "take ten away")),
-    "double": ("{} * 2", lambda v: v * 2, ("double it", "multiply it by two")),
-    "triple": ("{} * 3", lambda v: v * 3, ("triple it", "multiply it by three")),
-    "five_fold": ("{} * 5", lambda v: v * 5, ("multiply it by five", "take it five times")),
-    "square": ("{0} * {0}", lambda v: v * v, ("square it", "multiply it by itself")),
-    "negate": ("0 - {}", lambda v: -v, ("flip its sign", "subtract it from zero")),
-    "from_twenty": ("20 - {}", lambda v: 20 - v, ("subtract it from twenty", "take it away from twenty")),
-    "halve": ("{} // 2", lambda v: v // 2, ("halve it", "divide it by two")),
-    "third": ("{} // 3", lambda v: v // 3, ("divide it by three", "take a third of it")),
-    "mod_four": ("{} % 4", lambda v: v % 4, ("take the remainder by four", "reduce it modulo four")),
-    "mod_seven": ("{} % 7", lambda v: v % 7, ("take the remainder by seven", "reduce it modulo seven")),
+  "plus_one": ("{} + 1", lambda v: v + 1, ("add one", "increase it by one")),
+  "plus_three": ("{} + 3", lambda v: v + 3, ("add three", "increase it by three")),
+  "plus_six": ("{} + 6", lambda v: v + 6, ("add six", "increase it by six")),
+  "plus_ten": ("{} + 10", lambda v: v + 10, ("add ten", "increase it by ten")),
+  "minus_two": ("{} - 2", lambda v: v - 2, ("subtract two", "take two away")),
+  "minus_four": ("{} - 4", lambda v: v - 4, ("subtract four", "take four away")),
+  "minus_seven": ("{} - 7", lambda v: v - 7, ("subtract seven", "take seven away")),
+  "minus_ten": ("{} - 10", lambda v: v - 10, ("subtract ten", "take ten away")),
+  "double": ("{} * 2", lambda v: v * 2, ("double it", "multiply it by two")),
+  "triple": ("{} * 3", lambda v: v * 3, ("triple it", "multiply it by three")),
+  "five_fold": ("{} * 5", lambda v: v * 5, ("multiply it by five", "take it five times")),
+  "square": ("{0} * {0}", lambda v: v * v, ("square it", "multiply it by itself")),
+  "negate": ("0 - {}", lambda v: -v, ("flip its sign", "subtract it from zero")),
+  "from_twenty": (
+    "20 - {}",
+    lambda v: 20 - v,
+    ("subtract it from twenty", "take it away from twenty"),
+  ),
+  "halve": ("{} // 2", lambda v: v // 2, ("halve it", "divide it by two")),
+  "third": ("{} // 3", lambda v: v // 3, ("divide it by three", "take a third of it")),
+  "mod_four": ("{} % 4", lambda v: v % 4, ("take the remainder by four", "reduce it modulo four")),
+  "mod_seven": (
+    "{} % 7",
+    lambda v: v % 7,
+    ("take the remainder by seven", "reduce it modulo seven"),
+  ),
 }
-HEADERS = ("{} has {} {}. Take their number: {}. What is the result?", "Start from the number of {1} {2} that {0} has: {3}. What comes out?")
+HEADERS = (
+  "{} has {} {}. Take their number: {}. What is the result?",
+  "Start from the number of {1} {2} that {0} has: {3}. What comes out?",
+)
 NAMES, THINGS = ("Ann", "Ben", "Eva", "Tom"), ("apples", "coins", "stamps", "shells")
 # the number that a problem starts from; the largest size of a number on the way
 STARTS, LARGEST = range(2, 21), 99
 _STEP = re.compile(r"(-?\d{1,4}) (\+|-|\*|//|%) (-?\d{1,4}) = (-?\d{1,9})")
 _BOX = re.compile(r"\\boxed\{(-?\d{1,9})\}")
-_SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod}
+_SIGNS = {
+  "+": operator.add,
+  "-": operator.sub,
+  "*": operator.mul,
+  "//": operator.floordiv,
+  "%": operator.mod,
+}
 
 
 def chain(ops, start: int) -> list[int]:
@@ -62,7 +79,10 @@ def chain(ops, start: int) -> list[int]:
 def program(ops, start: int) -> str:
   """The steps in the one form that the base model writes."""
   numbers = chain(ops, start)
-  lines = [f"{OPS[name][0].format(before)} = {after}" for name, before, after in zip(ops, numbers, numbers[1:])]
+  lines = [
+    f"{OPS[name][0].format(before)} = {after}"
+    for name, before, after in zip(ops, numbers, numbers[1:])
+  ]
   return "\n".join(lines + [f"\\boxed{{{numbers[-1]}}}"])
 
 
@@ -76,9 +96,15 @@ def compositions(length: int) -> dict[tuple[str, ...], str]:
   def informative(ops) -> bool:
     starts = [s for s in STARTS if max(map(abs, chain(ops, s))) <= LARGEST]
     results = [chain(ops, s)[-1] for s in starts]
-    shorter = [ops[:i] + ops[i + 1:] for i in range(len(ops))]
-    return len(starts) >= 4 and len(set(results)) >= 2 and all(
-        2 * sum(chain(other, s)[-1] == r for s, r in zip(starts, results)) < len(starts) for other in shorter)
+    shorter = [ops[:i] + ops[i + 1 :] for i in range(len(ops))]
+    return (
+      len(starts) >= 4
+      and len(set(results)) >= 2
+      and all(
+        2 * sum(chain(other, s)[-1] == r for s, r in zip(starts, results)) < len(starts)
+        for other in shorter
+      )
+    )
 
   return {(*ops, "number"): "number" for ops in chains if informative(ops)}
 
@@ -102,7 +128,9 @@ def mistake(response: str, numbers: list[int]) -> str:
   for i, line in enumerate(lines[:-1], 1):
     step = _STEP.fullmatch(line)
     if step is None:
-      return f"Wrong format\nStep {i} is not a calculation: {json.dumps(line[:60], ensure_ascii=False)}"
+      return (
+        f"Wrong format\nStep {i} is not a calculation: {json.dumps(line[:60], ensure_ascii=False)}"
+      )
     a, sign, b, said = int(step[1]), step[2], int(step[3]), int(step[4])
     if sign in ("//", "%") and b == 0:
       return f"Wrong answer\nStep {i}: {a} {sign} {b} divides by zero."
@@ -116,7 +144,11 @@ def mistake(response: str, numbers: list[int]) -> str:
     now = value
   if len(lines) - 1 != len(numbers) - 1:
     return f"Wrong answer\nThere are {len(lines) - 1} steps.\nExpected: {len(numbers) - 1}"
-  return "" if int(_BOX.fullmatch(lines[-1])[1]) == now else f"Wrong answer\nThe box says {_BOX.fullmatch(lines[-1])[1]}, the steps come to {now}."
+  return (
+    ""
+    if int(_BOX.fullmatch(lines[-1])[1]) == now
+    else f"Wrong answer\nThe box says {_BOX.fullmatch(lines[-1])[1]}, the steps come to {now}."
+  )
 
 
 def _complain(attempt, ops, details: dict) -> str:
@@ -124,9 +156,18 @@ def _complain(attempt, ops, details: dict) -> str:
 
 
 DOMAIN = composed.Domain(
-    phrases={name: phrases for name, (_, _, phrases) in OPS.items()}, types={name: {"number": "number"} for name in OPS}, compositions=compositions, draw=draw,
-    statement=statement, answer=lambda ops, details: (program(ops, details["start"]), {"numbers": chain(ops, details["start"])}), complain=_complain,
-    solves=lambda response, ops, kind, details: boxed(response) == chain(ops, details["start"])[-1])
+  phrases={name: phrases for name, (_, _, phrases) in OPS.items()},
+  types={name: {"number": "number"} for name in OPS},
+  compositions=compositions,
+  draw=draw,
+  statement=statement,
+  answer=lambda ops, details: (
+    program(ops, details["start"]),
+    {"numbers": chain(ops, details["start"])},
+  ),
+  complain=_complain,
+  solves=lambda response, ops, kind, details: boxed(response) == chain(ops, details["start"])[-1],
+)
 
 
 def boxed(response: str) -> int | None:

@@ -25,13 +25,13 @@ from sdpo_jax.envs.tinycode import TinyCode
 from sdpo_jax.envs.tool_use import ToolUse
 
 ENVS = {
-    "tinycode": TinyCode,
-    "arithmetic": Arithmetic,
-    "coding": Coding,
-    "mcq": MCQ,
-    "math_qa": MathQA,
-    "tool_use": ToolUse,
-    "ifeval": IFEval,
+  "tinycode": TinyCode,
+  "arithmetic": Arithmetic,
+  "coding": Coding,
+  "mcq": MCQ,
+  "math_qa": MathQA,
+  "tool_use": ToolUse,
+  "ifeval": IFEval,
 }
 
 
@@ -47,14 +47,18 @@ def make_env(name: str, *, sandbox, **settings):
   for key, parameter in known.items():
     if parameter.default is parameter.empty and settings.get(key) is None:
       raise ValueError(f"config.env.{key} is not set, and {name} has no default for it")
-  return env(**settings, **({"sandbox": sandbox} if "sandbox" in inspect.signature(env).parameters else {}))
+  return env(
+    **settings, **({"sandbox": sandbox} if "sandbox" in inspect.signature(env).parameters else {})
+  )
 
 
 def find_env(name: str):
   if name in ENVS:
     return ENVS[name]
   if ":" not in name:
-    raise ValueError(f"config.env.name={name!r} is unknown; choose from {sorted(ENVS)} or name your own as 'module.path:ClassName'")
+    raise ValueError(
+      f"config.env.name={name!r} is unknown; choose from {sorted(ENVS)} or name your own as 'module.path:ClassName'"
+    )
   module, _, attribute = name.partition(":")
   try:
     found = getattr(importlib.import_module(module), attribute)
@@ -67,4 +71,8 @@ def find_env(name: str):
 
 def env_settings(name: str) -> dict[str, inspect.Parameter]:
   """What a configuration can set of an environment: the arguments of its constructor, the sandbox aside."""
-  return {key: p for key, p in inspect.signature(find_env(name)).parameters.items() if key != "sandbox" and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+  return {
+    key: p
+    for key, p in inspect.signature(find_env(name)).parameters.items()
+    if key != "sandbox" and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+  }

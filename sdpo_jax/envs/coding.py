@@ -34,13 +34,28 @@ from sdpo_jax.envs.sandbox import Limits, Sandbox, TestCase
 from sdpo_jax.envs.verdict import check_tests
 from sdpo_jax.records import Feedback, Status, Task
 
-STDIN_FORM = ("Write a Python program that reads the input from standard input and writes the answer to standard output. "
-              "Answer with the whole program in one code block that begins with ```python and ends with ```.")
-FUNCTION_FORM = ("Write the Python function `{name}`; it is called with the arguments of each test. "
-                 "Answer with the whole code in one code block that begins with ```python and ends with ```.")
+STDIN_FORM = (
+  "Write a Python program that reads the input from standard input and writes the answer to standard output. "
+  "Answer with the whole program in one code block that begins with ```python and ends with ```."
+)
+FUNCTION_FORM = (
+  "Write the Python function `{name}`; it is called with the arguments of each test. "
+  "Answer with the whole code in one code block that begins with ```python and ends with ```."
+)
 
-MAX_PRIVATE_BYTES = 1 << 30   # of one question's decoded private tests
-_STRING_PICKLE = {"PROTO", "FRAME", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "MEMOIZE", "PUT", "BINPUT", "STOP"}
+MAX_PRIVATE_BYTES = 1 << 30  # of one question's decoded private tests
+_STRING_PICKLE = {
+  "PROTO",
+  "FRAME",
+  "UNICODE",
+  "SHORT_BINUNICODE",
+  "BINUNICODE",
+  "BINUNICODE8",
+  "MEMOIZE",
+  "PUT",
+  "BINPUT",
+  "STOP",
+}
 _LABELS = {"python", "python3", "py", "py3"}
 _FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*([^`\s]*)[^`]*$")
 
@@ -52,13 +67,26 @@ class Coding:
   first_date, last_date of a question of LiveCodeBench, both inclusive, as "2025-02-01"; others are not part of the set
   """
 
-  def __init__(self, *, sandbox: Sandbox, time_s: float = 6.0, memory_mb: int = 1024, output_kb: int = 4096,
-               max_failures: int = 2, reveal_hidden: bool = False, first_date: str = "0001-01-01", last_date: str = "9999-12-31"):
+  def __init__(
+    self,
+    *,
+    sandbox: Sandbox,
+    time_s: float = 6.0,
+    memory_mb: int = 1024,
+    output_kb: int = 4096,
+    max_failures: int = 2,
+    reveal_hidden: bool = False,
+    first_date: str = "0001-01-01",
+    last_date: str = "9999-12-31",
+  ):
     self.sandbox = sandbox
     self.limits = Limits(time_s=time_s, memory_mb=memory_mb, output_kb=output_kb)
     self.max_failures = max_failures
     self.reveal_hidden = reveal_hidden
-    self.first, self.last = datetime.date.fromisoformat(first_date), datetime.date.fromisoformat(last_date)
+    self.first, self.last = (
+      datetime.date.fromisoformat(first_date),
+      datetime.date.fromisoformat(last_date),
+    )
 
   def task_from_row(self, row: dict, split: str) -> Task | None:
     """A row of LiveCodeBench, HumanEval, MBPP or the plain form, told apart by its fields. None: outside the dates."""
@@ -68,7 +96,11 @@ class Coding:
     if "test_list" in row:
       return mbpp_hub_task(row, split)
     if "canonical_solution" in row:
-      return humaneval_task(row, split) if str(row["task_id"]).startswith("HumanEval") else mbpp_task(row, split)
+      return (
+        humaneval_task(row, split)
+        if str(row["task_id"]).startswith("HumanEval")
+        else mbpp_task(row, split)
+      )
     return task_from_row({"id": row["idx"]} | row, split)
 
   def prompt(self, task: Task) -> list[dict[str, str]]:
@@ -86,8 +118,12 @@ class Coding:
     tests = [TestCase(**test) for test in task.data["tests"]]
     if self.reveal_hidden:
       tests = [TestCase(**test | {"hidden": False}) for test in task.data["tests"]]
-    verdict = self.sandbox.run(program, tests, task.data.get("fn_name"), self.limits, max_failures=self.max_failures)
-    status = {"sandbox_failed": Status.ENV_FAILED, "time_limit": Status.TIMEOUT}.get(verdict.kind, Status.SCORED)
+    verdict = self.sandbox.run(
+      program, tests, task.data.get("fn_name"), self.limits, max_failures=self.max_failures
+    )
+    status = {"sandbox_failed": Status.ENV_FAILED, "time_limit": Status.TIMEOUT}.get(
+      verdict.kind, Status.SCORED
+    )
     return Feedback(float(verdict.passed), verdict.feedback, status)
 
 
@@ -105,13 +141,18 @@ def extract(response: str) -> tuple[str, str]:
   text, fault = final_text(response)
   if fault:
     return "", fault
-  blocks, opened = [], None   # blocks: (is Python, text, terminated)
+  blocks, opened = [], None  # blocks: (is Python, text, terminated)
   for line in text.split("\n"):
     fence = _FENCE.match(line.rstrip("\r"))
     if fence:
       indent, mark, label = fence[1], fence[2], fence[3].lower()
-      closes = (opened is not None and not label and mark[0] == opened["mark"][0] and len(mark) >= len(opened["mark"])
-                and len(indent) <= len(opened["indent"]))
+      closes = (
+        opened is not None
+        and not label
+        and mark[0] == opened["mark"][0]
+        and len(mark) >= len(opened["mark"])
+        and len(indent) <= len(opened["indent"])
+      )
       if closes:
         blocks.append((opened["label"], opened["lines"], True))
         opened = None
@@ -134,6 +175,7 @@ def extract(response: str) -> tuple[str, str]:
 
 # Rows of data sets.
 
+
 def task_from_row(row: dict, split: str) -> Task:
   """A row {id, question, tests: [{input, output}], fn_name?, starter?, solution?} of any JSONL."""
   try:
@@ -141,10 +183,17 @@ def task_from_row(row: dict, split: str) -> Task:
     if not tests:
       raise ValueError("no tests")
     check_tests([TestCase(**test) for test in tests], row.get("fn_name"))
-    return Task(id=str(row["id"]), prompt=row["question"], split=split, solution=row.get("solution"),
-                data={"tests": tests, "fn_name": row.get("fn_name"), "starter": row.get("starter")})
+    return Task(
+      id=str(row["id"]),
+      prompt=row["question"],
+      split=split,
+      solution=row.get("solution"),
+      data={"tests": tests, "fn_name": row.get("fn_name"), "starter": row.get("starter")},
+    )
   except (KeyError, TypeError, ValueError) as e:
-    raise ValueError(f"code tasks, split {split}, row {row.get('id')}: {type(e).__name__} {e}") from e
+    raise ValueError(
+      f"code tasks, split {split}, row {row.get('id')}: {type(e).__name__} {e}"
+    ) from e
 
 
 def livecodebench_task(row: dict, split: str, *, seed: int = 0) -> Task:
@@ -154,13 +203,25 @@ def livecodebench_task(row: dict, split: str, *, seed: int = 0) -> Task:
     tests = [_livecodebench_test(t, False) for t in public]
     tests += [_livecodebench_test(t, True) for t in _private_tests(row["private_test_cases"])]
     if split == "train":
-      chosen = random.Random(f"{seed}/{row['question_id']}").sample(range(len(tests)), max(1, len(tests) // 2))
+      chosen = random.Random(f"{seed}/{row['question_id']}").sample(
+        range(len(tests)), max(1, len(tests) // 2)
+      )
       tests = [tests[i] for i in sorted(chosen)]
     fn_name = json.loads(row["metadata"] or "{}").get("func_name")
-    return task_from_row({"id": row["question_id"], "question": row["question_content"], "tests": tests, "fn_name": fn_name,
-                          "starter": row["starter_code"]}, split)
+    return task_from_row(
+      {
+        "id": row["question_id"],
+        "question": row["question_content"],
+        "tests": tests,
+        "fn_name": fn_name,
+        "starter": row["starter_code"],
+      },
+      split,
+    )
   except (KeyError, TypeError, ValueError, zlib.error) as e:
-    raise ValueError(f"LiveCodeBench, split {split}, row {row.get('question_id')}: {type(e).__name__} {e}") from e
+    raise ValueError(
+      f"LiveCodeBench, split {split}, row {row.get('question_id')}: {type(e).__name__} {e}"
+    ) from e
 
 
 def _livecodebench_test(test: dict, hidden: bool) -> dict:
@@ -186,8 +247,14 @@ def _private_tests(field: str) -> list[dict]:
 
 def humaneval_task(row: dict, split: str) -> Task:
   """A row of HumanEval: the prompt is the beginning of the program, the tests are the asserts of `check(candidate)`."""
-  return _assert_task(row, split, row["entry_point"], "Complete this function.", row["prompt"],
-                      row["prompt"] + row["canonical_solution"])
+  return _assert_task(
+    row,
+    split,
+    row["entry_point"],
+    "Complete this function.",
+    row["prompt"],
+    row["prompt"] + row["canonical_solution"],
+  )
 
 
 def mbpp_task(row: dict, split: str) -> Task:
@@ -197,7 +264,14 @@ def mbpp_task(row: dict, split: str) -> Task:
   be the one that the asserts call; the question names that one, and shows the first assert for the arguments' sake (`_mbpp`).
   """
   head, description, _ = row["prompt"].split("'''")
-  return _mbpp(row, split, description, head.rstrip() + "\n" + row["canonical_solution"], row["test"], row["entry_point"])
+  return _mbpp(
+    row,
+    split,
+    description,
+    head.rstrip() + "\n" + row["canonical_solution"],
+    row["test"],
+    row["entry_point"],
+  )
 
 
 def mbpp_hub_task(row: dict, split: str) -> Task:
@@ -205,9 +279,20 @@ def mbpp_hub_task(row: dict, split: str) -> Task:
   if (row.get("test_setup_code") or "").strip():
     raise ValueError("field 'test_setup_code' is not empty: tests that need it are not supported")
   test = "def check(candidate):\n" + textwrap.indent("\n".join(row["test_list"]), "  ")
-  task = _mbpp(row | {"task_id": f"MBPP/{row['task_id']}"}, split, row.get("prompt") or row["text"], row["code"].replace("\r\n", "\n"), test, None)
-  imported = {word for line in row.get("test_imports") or [] for word in re.findall(r"\w+", line)} - {"import", "from", "as"}
-  used = imported & {word for t in task.data["tests"] for word in re.findall(r"\w+", t["expression"])}
+  task = _mbpp(
+    row | {"task_id": f"MBPP/{row['task_id']}"},
+    split,
+    row.get("prompt") or row["text"],
+    row["code"].replace("\r\n", "\n"),
+    test,
+    None,
+  )
+  imported = {
+    word for line in row.get("test_imports") or [] for word in re.findall(r"\w+", line)
+  } - {"import", "from", "as"}
+  used = imported & {
+    word for t in task.data["tests"] for word in re.findall(r"\w+", t["expression"])
+  }
   # isclose, which most of them import math for, is compared on the host and stands in no expression
   if used:
     raise ValueError(f"field 'test_imports': the tests use {sorted(used)}, which is not supported")
@@ -219,21 +304,45 @@ def _mbpp(row, split, description, solution, test, entry_point) -> Task:
     tree = ast.parse(test)
   except SyntaxError as e:
     raise ValueError(f"the asserts are not Python: {e}") from e
-  called = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+  called = [
+    node.func.id
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+  ]
   defined = re.findall(r"^def +(\w+)", solution, re.MULTILINE)
   name = next((name for name in defined if name in called), entry_point)
   if name is None:
     raise ValueError(f"the tests call none of the functions {defined} of the solution")
-  example = next((line.strip() for line in test.split("\n") if line.strip().startswith("assert")), "")
-  return _assert_task(row | {"test": test}, split, name, f"{description.strip()}\n\nFor example:\n{example}", None, solution)
+  example = next(
+    (line.strip() for line in test.split("\n") if line.strip().startswith("assert")), ""
+  )
+  return _assert_task(
+    row | {"test": test},
+    split,
+    name,
+    f"{description.strip()}\n\nFor example:\n{example}",
+    None,
+    solution,
+  )
 
 
 def _assert_task(row, split, name, question, starter, solution) -> Task:
   try:
-    return task_from_row({"id": row["task_id"], "question": question, "tests": tests_from_asserts(row["test"], name),
-                          "fn_name": name, "starter": starter, "solution": solution}, split)
+    return task_from_row(
+      {
+        "id": row["task_id"],
+        "question": question,
+        "tests": tests_from_asserts(row["test"], name),
+        "fn_name": name,
+        "starter": starter,
+        "solution": solution,
+      },
+      split,
+    )
   except (KeyError, SyntaxError, ValueError) as e:
-    raise ValueError(f"asserts, split {split}, row {row.get('task_id')}: {type(e).__name__} {e}") from e
+    raise ValueError(
+      f"asserts, split {split}, row {row.get('task_id')}: {type(e).__name__} {e}"
+    ) from e
 
 
 def tests_from_asserts(source: str, fn_name: str) -> list[dict]:
@@ -250,16 +359,29 @@ def tests_from_asserts(source: str, fn_name: str) -> list[dict]:
   What remains to the program: names of an expression other than the function's (`set`, `sorted`, `math`) are looked up beside
   it, so it may redefine them. It gains nothing that it could not return, since the expected value is not there.
   """
-  check = next((node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "check"), None)
+  check = next(
+    (
+      node
+      for node in ast.parse(source).body
+      if isinstance(node, ast.FunctionDef) and node.name == "check"
+    ),
+    None,
+  )
   if check is None:
     raise ValueError("the test defines no check(candidate)")
   candidate = check.args.args[0].arg
   tests = []
   for statement in check.body:
-    if isinstance(statement, ast.Pass) or isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+    if (
+      isinstance(statement, ast.Pass)
+      or isinstance(statement, ast.Expr)
+      and isinstance(statement.value, ast.Constant)
+    ):
       continue
     if not isinstance(statement, ast.Assert):
-      raise ValueError(f"check holds a statement that is not an assert: {ast.unparse(statement)[:100]}")
+      raise ValueError(
+        f"check holds a statement that is not an assert: {ast.unparse(statement)[:100]}"
+      )
     for node in ast.walk(statement):
       if isinstance(node, ast.Name) and node.id == candidate:
         node.id = fn_name
@@ -291,14 +413,31 @@ def _expression_test(condition: ast.expr, fn_name: str) -> dict | None:
         return {"expression": ast.unparse(left), "output": value, "compare": "in"}
     case ast.Call(func=ast.Name(id=name)) if name == fn_name:
       return {"expression": f"not not {ast.unparse(condition)}", "output": "True"}
-    case ast.UnaryOp(op=ast.Not(), operand=ast.Call(func=ast.Name(id=name)) as call) if name == fn_name:
+    case ast.UnaryOp(op=ast.Not(), operand=ast.Call(func=ast.Name(id=name)) as call) if (
+      name == fn_name
+    ):
       return {"expression": f"not not {ast.unparse(call)}", "output": "False"}
-    case ast.Compare(left=ast.Call(func=ast.Name(id="abs"), args=[ast.BinOp(left=left, op=ast.Sub(), right=right)]),
-                     ops=[ast.Lt() | ast.LtE()], comparators=[tolerance]):
+    case ast.Compare(
+      left=ast.Call(
+        func=ast.Name(id="abs"), args=[ast.BinOp(left=left, op=ast.Sub(), right=right)]
+      ),
+      ops=[ast.Lt() | ast.LtE()],
+      comparators=[tolerance],
+    ):
       value, within = _literal_value(right), _literal_value(tolerance)
       if value is not None and within is not None:
-        return {"expression": ast.unparse(left), "output": value, "compare": "isclose", "rel_tol": 0.0, "abs_tol": float(within)}
-    case ast.Call(func=ast.Attribute(value=ast.Name(id="math"), attr="isclose"), args=[left, right], keywords=keywords):
+        return {
+          "expression": ast.unparse(left),
+          "output": value,
+          "compare": "isclose",
+          "rel_tol": 0.0,
+          "abs_tol": float(within),
+        }
+    case ast.Call(
+      func=ast.Attribute(value=ast.Name(id="math"), attr="isclose"),
+      args=[left, right],
+      keywords=keywords,
+    ):
       value = _literal_value(right)
       tolerances = {k.arg: float(_literal_value(k.value)) for k in keywords}
       if value is not None:
@@ -306,7 +445,17 @@ def _expression_test(condition: ast.expr, fn_name: str) -> dict | None:
   raise ValueError(f"an assert has no literal answer: {ast.unparse(condition)[:100]}")
 
 
-_ARITHMETIC = (ast.Constant, ast.BinOp, ast.UnaryOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.UAdd, ast.USub)
+_ARITHMETIC = (
+  ast.Constant,
+  ast.BinOp,
+  ast.UnaryOp,
+  ast.Add,
+  ast.Sub,
+  ast.Mult,
+  ast.Div,
+  ast.UAdd,
+  ast.USub,
+)
 _OF_LITERAL = {"set": set, "tuple": tuple, "sys.getsizeof": sys.getsizeof}
 
 
@@ -317,7 +466,10 @@ def _literal_value(node: ast.expr) -> str | None:
       case ast.Call(func=ast.Name() | ast.Attribute() as function, args=[argument], keywords=[]):
         apply = _OF_LITERAL.get(ast.unparse(function))
         return repr(apply(ast.literal_eval(argument))) if apply else None
-      case ast.BinOp() if all(isinstance(x, _ARITHMETIC) and type(getattr(x, "value", 0)) in (int, float) for x in ast.walk(node)):
+      case ast.BinOp() if all(
+        isinstance(x, _ARITHMETIC) and type(getattr(x, "value", 0)) in (int, float)
+        for x in ast.walk(node)
+      ):
         return repr(eval(compile(ast.Expression(node), "<literal>", "eval"), {}))
     return repr(ast.literal_eval(node))
   except (ValueError, TypeError, ArithmeticError):

@@ -17,31 +17,58 @@ Everything is a pure function of (domain, level, words_seed, split, index): any 
 """
 
 import random
-from typing import Any, Callable, NamedTuple
+from typing import Callable, NamedTuple
 import zlib
 
 from sdpo_jax.records import Task
 
 # More words than any domain has operations, so that pre-training sees more words than meanings and
 # no word is tied to the last meaning left.
-NOVEL_WORDS = ("blick", "dax", "wug", "fep", "toma", "zib", "gorp", "lorp", "mimsy", "rell", "snid", "vash", "plim", "quor",
-               "jent", "krat", "hob", "yolt", "drim", "stave", "frop", "glim", "nork", "pell", "tiv", "ulm")
+NOVEL_WORDS = (
+  "blick",
+  "dax",
+  "wug",
+  "fep",
+  "toma",
+  "zib",
+  "gorp",
+  "lorp",
+  "mimsy",
+  "rell",
+  "snid",
+  "vash",
+  "plim",
+  "quor",
+  "jent",
+  "krat",
+  "hob",
+  "yolt",
+  "drim",
+  "stave",
+  "frop",
+  "glim",
+  "nork",
+  "pell",
+  "tiv",
+  "ulm",
+)
 # name: (weights of one, two, three operations; share of the operations that are named by their
 # novel word, the others by known phrases)
 LEVELS = {
-    "easy": ((1.0, 0.0, 0.0), 0.5),
-    "default": ((0.2, 0.8, 0.0), 0.5),
-    "hard": ((0.0, 1.0, 0.0), 1.0),
-    "very_hard": ((0.0, 0.0, 1.0), 1.0),
+  "easy": ((1.0, 0.0, 0.0), 0.5),
+  "default": ((0.2, 0.8, 0.0), 0.5),
+  "hard": ((0.0, 1.0, 0.0), 1.0),
+  "very_hard": ((0.0, 0.0, 1.0), 1.0),
 }
 SPLITS = ("train", "heldout", "unseen", "adversarial")
-HEADERS = 2   # wordings of the frame around a statement
+HEADERS = 2  # wordings of the frame around a statement
 HELDOUT_SHARE, UNSEEN_SHARE = 0.2, 0.15
 
 
 class Domain(NamedTuple):
   """What the operations work on."""
-  phrases: dict[str, tuple[str, ...]]   # operation: its known phrases
+
+  phrases: dict[str, tuple[str, ...]]  # operation: its known phrases
   # length -> {(*operations, input type): input type}: those in which each operation matters
   compositions: Callable
   # (rng, operations, input type) -> details: inputs, tests, whatever the problem is about
@@ -50,7 +77,7 @@ class Domain(NamedTuple):
   statement: Callable
   # (operations, details) -> (reference response, what the judge needs)
   answer: Callable
-  types: dict[str, dict[str, str]]      # operation: {type it takes: type it gives}
+  types: dict[str, dict[str, str]]  # operation: {type it takes: type it gives}
   # (attempted operations, operations, details) -> what a judge says of the attempt; "" if it is
   # right
   complain: Callable
@@ -66,7 +93,9 @@ def novel_phrase(word: str) -> str:
 def novel_meanings(operations, words_seed: int) -> dict[str, str]:
   """{operation: its novel word}, in random order. The only place where the meaning of a novel word is written down."""
   rng = random.Random(f"words/{words_seed}")
-  return dict(zip(rng.sample(list(operations), len(operations)), rng.sample(NOVEL_WORDS, len(operations))))
+  return dict(
+    zip(rng.sample(list(operations), len(operations)), rng.sample(NOVEL_WORDS, len(operations)))
+  )
 
 
 def _share(*key) -> float:
@@ -91,7 +120,11 @@ def body(phrases, *, twist: str | None = None, distractor: str = "") -> str:
   phrases = list(phrases)
   if twist == "not":
     phrases[-1] = f"{phrases[-1]} (do not {distractor})"
-  return f"{phrases[-1]} after you {', then '.join(phrases[:-1])}" if twist == "order" and len(phrases) > 1 else ", then ".join(phrases)
+  return (
+    f"{phrases[-1]} after you {', then '.join(phrases[:-1])}"
+    if twist == "order" and len(phrases) > 1
+    else ", then ".join(phrases)
+  )
 
 
 class Problems:
@@ -102,16 +135,24 @@ class Problems:
       raise ValueError(f"config.env.level={level!r} is unknown; choose from {sorted(LEVELS)}")
     self.domain, self.level, self.words_seed = domain, level, words_seed
     weights, novel = LEVELS[level]
-    self.words = dict(list(novel_meanings(domain.phrases, words_seed).items())[:round(novel * len(domain.phrases))])
+    self.words = dict(
+      list(novel_meanings(domain.phrases, words_seed).items())[: round(novel * len(domain.phrases))]
+    )
     self.weights = {n: w for n, w in enumerate(weights, 1) if w}
-    self._keys = {(n, unseen): [k for k in domain.compositions(n) if is_unseen(k[:-1]) == unseen] for n in self.weights for unseen in (False, True)}
+    self._keys = {
+      (n, unseen): [k for k in domain.compositions(n) if is_unseen(k[:-1]) == unseen]
+      for n in self.weights
+      for unseen in (False, True)
+    }
 
   def task(self, split: str, index: int) -> Task:
     rng = random.Random(f"{self.level}/{self.words_seed}/{split}/{index}")
     lengths = [n for n in self.weights if self._keys[n, split == "unseen"]]
     if split not in SPLITS or not lengths:
-      raise ValueError(f"split {split!r} is empty at level {self.level!r}; choose from {[s for s in SPLITS if s != split]}")
-    while True:   # rejection: until the statement falls into the split
+      raise ValueError(
+        f"split {split!r} is empty at level {self.level!r}; choose from {[s for s in SPLITS if s != split]}"
+      )
+    while True:  # rejection: until the statement falls into the split
       n = rng.choices(lengths, [self.weights[n] for n in lengths])[0]
       *ops, kind = rng.choice(self._keys[n, split == "unseen"])
       phrases = [self._phrase(rng, o) for o in ops]
@@ -124,9 +165,15 @@ class Problems:
       distractor = self._phrase(rng, rng.choice([o for o in self.domain.phrases if o not in ops]))
       details = self.domain.draw(rng, ops, kind)
       solution, data = self.domain.answer(ops, details)
-      return Task(id=f"{self.level}/{self.words_seed}/{split}/{index}", split=split, solution=solution,
-                  prompt=self.domain.statement(body(phrases, twist=twist, distractor=distractor), kind, details, header),
-                  data={**data, "ops": list(ops), "phrases": phrases})
+      return Task(
+        id=f"{self.level}/{self.words_seed}/{split}/{index}",
+        split=split,
+        solution=solution,
+        prompt=self.domain.statement(
+          body(phrases, twist=twist, distractor=distractor), kind, details, header
+        ),
+        data={**data, "ops": list(ops), "phrases": phrases},
+      )
 
   def _phrase(self, rng: random.Random, op: str) -> str:
     return novel_phrase(self.words[op]) if op in self.words else rng.choice(self.domain.phrases[op])

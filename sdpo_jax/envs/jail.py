@@ -36,14 +36,14 @@ import threading
 import time
 import types
 
-JOB = struct.Struct("=ddQQB")    # CPU seconds, wall seconds, memory bytes, output bytes, mode
+JOB = struct.Struct("=ddQQB")  # CPU seconds, wall seconds, memory bytes, output bytes, mode
 DONE = struct.Struct("=iBddQ")
 STDIN, FUNCTION, EXPRESSION = 0, 1, 2
 
 RESULT_FD = 3
-RESERVE_BYTES = 4 << 20   # given back when memory runs out, so that the error can still be told
-MAX_DEPTH = 100           # of a returned value
-MAX_BITS = 14_000         # of a returned integer: Python writes and reads 4300 decimal digits
+RESERVE_BYTES = 4 << 20  # given back when memory runs out, so that the error can still be told
+MAX_DEPTH = 100  # of a returned value
+MAX_BITS = 14_000  # of a returned integer: Python writes and reads 4300 decimal digits
 MAX_OPEN_FILES = 64
 MAX_PROCESSES = 64
 # else every thread reserves as much as the main stack, and a few exhaust the memory limit
@@ -66,7 +66,9 @@ def _check(code, what):
 
 # What LeetCode's and LiveCodeBench's graders give a function without an import, less names that
 # programs like to give variables.
-GIVEN = {name: module for module, names in {
+GIVEN = {
+  name: module
+  for module, names in {
     "typing": "Any Callable DefaultDict Deque Dict Iterable Iterator List Optional Sequence Set Tuple Union",
     "collections": "Counter OrderedDict defaultdict deque namedtuple",
     "functools": "cache cmp_to_key lru_cache reduce partial",
@@ -74,12 +76,39 @@ GIVEN = {name: module for module, names in {
     "bisect": "bisect bisect_left bisect_right insort",
     "itertools": "accumulate chain combinations groupby pairwise permutations product zip_longest",
     "math": "ceil comb floor gcd inf isqrt lcm sqrt",
-}.items() for name in names.split()}
-GIVEN_MODULES = {"bisect", "collections", "functools", "heapq", "itertools", "json", "math", "operator", "random", "re",
-                 "string", "sys"}
+  }.items()
+  for name in names.split()
+}
+GIVEN_MODULES = {
+  "bisect",
+  "collections",
+  "functools",
+  "heapq",
+  "itertools",
+  "json",
+  "math",
+  "operator",
+  "random",
+  "re",
+  "string",
+  "sys",
+}
 
-LEAN_IMPORTS = ("atexit", "bisect", "collections", "copy", "functools", "heapq", "itertools", "math", "operator", "random", "re",
-                "string", "typing")
+LEAN_IMPORTS = (
+  "atexit",
+  "bisect",
+  "collections",
+  "copy",
+  "functools",
+  "heapq",
+  "itertools",
+  "math",
+  "operator",
+  "random",
+  "re",
+  "string",
+  "typing",
+)
 
 
 def main():
@@ -100,7 +129,9 @@ def _lock_down(config):
   """Imports, then gives up what the tests must not have. The order matters: the files may be out of reach afterwards."""
   few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
   if most < MAX_OPEN_FILES:
-    raise OSError(f"this user may open only {most} files (hard limit), and {MAX_OPEN_FILES} are needed")
+    raise OSError(
+      f"this user may open only {most} files (hard limit), and {MAX_OPEN_FILES} are needed"
+    )
   # the caller's own limit, which may be lower than what a test's descriptors need
   if few < MAX_OPEN_FILES:
     resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, most))
@@ -109,11 +140,21 @@ def _lock_down(config):
     __import__(name)
   if "numpy" in config["packages"]:
     import numpy.random
+
     numpy.random.seed(0)
-  import builtins, _sitebuiltins  # `-S` leaves these two out
-  builtins.exit, builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D"), _sitebuiltins.Quitter("quit", "Ctrl-D")
+  import _sitebuiltins  # `-S` leaves these two out
+  import builtins
+
+  builtins.exit, builtins.quit = (
+    _sitebuiltins.Quitter("exit", "Ctrl-D"),
+    _sitebuiltins.Quitter("quit", "Ctrl-D"),
+  )
   config["reserve"] = mmap.mmap(-1, RESERVE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-  vsz = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() if os.path.exists("/proc/self/statm") else 0
+  vsz = (
+    int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    if os.path.exists("/proc/self/statm")
+    else 0
+  )
   processes = config["processes"]
   abi, ruleset = _landlock_rules(**config["landlock"]) if config["landlock"] else (0, None)
   if config["uid"]:
@@ -133,8 +174,12 @@ def _lock_down(config):
   _warm()
   gc.collect()
   gc.freeze()
-  return {"landlock": abi, "uid": os.getuid(), "stack": resource.getrlimit(resource.RLIMIT_STACK)[0],
-          "python": sys.version.split()[0]}
+  return {
+    "landlock": abi,
+    "uid": os.getuid(),
+    "stack": resource.getrlimit(resource.RLIMIT_STACK)[0],
+    "python": sys.version.split()[0],
+  }
 
 
 def _warm():
@@ -151,17 +196,23 @@ def _landlock_rules(read, list):
   for version, bit in ((2, 13), (3, 14), (5, 15)):
     if abi >= version:
       fs |= 1 << bit
-  net = 3 if abi >= 4 else 0     # bind, connect
+  net = 3 if abi >= 4 else 0  # bind, connect
   scoped = 3 if abi >= 6 else 0  # abstract unix sockets, signals
-  attributes = struct.pack("=QQQ", fs, net, scoped)[:8 if abi < 4 else 16 if abi < 6 else 24]
-  ruleset = _check(_libc.syscall(444, attributes, ctypes.c_size_t(len(attributes)), 0), "landlock_create_ruleset")
+  attributes = struct.pack("=QQQ", fs, net, scoped)[: 8 if abi < 4 else 16 if abi < 6 else 24]
+  ruleset = _check(
+    _libc.syscall(444, attributes, ctypes.c_size_t(len(attributes)), 0), "landlock_create_ruleset"
+  )
   # 4: read, 8: list
-  for path, rights in [(p, 4 | 8 if os.path.isdir(p) else 4) for p in read] + [(p, 8) for p in list]:
+  for path, rights in [(p, 4 | 8 if os.path.isdir(p) else 4) for p in read] + [
+    (p, 8) for p in list
+  ]:
     try:
       fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except FileNotFoundError:  # a link out of the standard library to what is not here
       continue
-    _check(_libc.syscall(445, ruleset, 1, struct.pack("=Qi", rights, fd), 0), f"landlock_add_rule {path}")
+    _check(
+      _libc.syscall(445, ruleset, 1, struct.pack("=Qi", rights, fd), 0), f"landlock_add_rule {path}"
+    )
     os.close(fd)
   return abi, ruleset
 
@@ -181,7 +232,7 @@ def _serve(sock, config, seccomp):
     pid = os.fork()
     if pid == 0:
       try:
-        _child(fds, cpu_s, memory, output, mode, message[JOB.size:].decode(), config, seccomp)
+        _child(fds, cpu_s, memory, output, mode, message[JOB.size :].decode(), config, seccomp)
       finally:
         os._exit(125)
     for fd in fds:
@@ -192,7 +243,11 @@ def _serve(sock, config, seccomp):
       sock.send(DONE.pack(signal.SIGKILL, True, used_s, time.monotonic() - start, 0))
     _, status, usage = os.wait4(pid, 0)
     if used_s is None:
-      sock.send(DONE.pack(status, False, usage.ru_utime + usage.ru_stime, time.monotonic() - start, usage.ru_maxrss))
+      sock.send(
+        DONE.pack(
+          status, False, usage.ru_utime + usage.ru_stime, time.monotonic() - start, usage.ru_maxrss
+        )
+      )
 
 
 def _watch(pid, start, cpu_s, wall_s, poll):
@@ -236,10 +291,16 @@ def _child(fds, cpu_s, memory, output, mode, name, config, seccomp):
   seconds = int(cpu_s) + 2
   total = config["vsz"] + memory
   setrlimit = resource.setrlimit
-  for which, limit in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, total), (resource.RLIMIT_DATA, total),
-                       (resource.RLIMIT_FSIZE, output), (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
-                       (resource.RLIMIT_NPROC, config["processes"]), (resource.RLIMIT_MEMLOCK, 0),
-                       (resource.RLIMIT_MSGQUEUE, 0)):
+  for which, limit in (
+    (resource.RLIMIT_CPU, seconds),
+    (resource.RLIMIT_AS, total),
+    (resource.RLIMIT_DATA, total),
+    (resource.RLIMIT_FSIZE, output),
+    (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
+    (resource.RLIMIT_NPROC, config["processes"]),
+    (resource.RLIMIT_MEMLOCK, 0),
+    (resource.RLIMIT_MSGQUEUE, 0),
+  ):
     if limit >= 0:
       setrlimit(which, (limit, limit))
   if seccomp:
@@ -251,8 +312,12 @@ def _child(fds, cpu_s, memory, output, mode, name, config, seccomp):
   os.close(62)
   sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), "utf-8")
   sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8")
-  sys.stderr = io.TextIOWrapper(io.BufferedWriter(io.FileIO(2, "w", closefd=False)), "utf-8", "backslashreplace",
-                                line_buffering=True)
+  sys.stderr = io.TextIOWrapper(
+    io.BufferedWriter(io.FileIO(2, "w", closefd=False)),
+    "utf-8",
+    "backslashreplace",
+    line_buffering=True,
+  )
   sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
   sys.argv = ["program.py"]
   sys.modules["random"].seed(0)
@@ -260,7 +325,9 @@ def _child(fds, cpu_s, memory, output, mode, name, config, seccomp):
   _finish(run, program, name, config["reserve"].close)
 
 
-def _finish(run, program, name, free_reserve, *, write=os.pwrite, encode=json.dumps, leave=os._exit):
+def _finish(
+  run, program, name, free_reserve, *, write=os.pwrite, encode=json.dumps, leave=os._exit
+):
   """Runs, tells the result, ends. What it needs afterwards is bound here: the program may patch every module."""
   status, record = 0, None
   try:
@@ -272,7 +339,7 @@ def _finish(run, program, name, free_reserve, *, write=os.pwrite, encode=json.du
     elif code is None:
       status = 0
     elif issubclass(type(code), int):
-      status = int.__index__(code) & 0xff
+      status = int.__index__(code) & 0xFF
     else:
       status, record = 1, {"error": ["SystemExit", _message(e), _line(e)]}
   except BaseException as e:
@@ -357,7 +424,9 @@ def _define(program, name):
   _give(module.__dict__, _names(code))
   exec(code, module.__dict__)
   function = module.__dict__.get(name)
-  return module.__dict__, function if callable(function) and function is not library.get(name) else None
+  return module.__dict__, function if callable(function) and function is not library.get(
+    name
+  ) else None
 
 
 def _missing(name):

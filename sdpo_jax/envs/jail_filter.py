@@ -56,34 +56,37 @@ getrandom 318 membarrier 324 statx 332 rseq 334 close_range 436 faccessat2 439
 # entry is the default.
 # "eq": argument equals; "any": any of the bits; "all": all of the bits.
 _WRITING = 0x3 | 0x40 | 0x200 | 0x400000  # O_WRONLY | O_RDWR, O_CREAT, O_TRUNC, O_TMPFILE
-_THREAD = 0x00010000 | 0x00000100         # CLONE_THREAD | CLONE_VM
+_THREAD = 0x00010000 | 0x00000100  # CLONE_THREAD | CLONE_VM
 _JUDGED = {
-    2: [(1, "any", _WRITING, _errno(_EACCES)), _ALLOW],             # open
-    257: [(2, "any", _WRITING, _errno(_EACCES)), _ALLOW],           # openat
-    56: [(0, "all", _THREAD, _ALLOW), _errno(_EPERM)],              # clone
-    # clone3: the library falls back to clone
-    435: [_errno(_ENOSYS)],
-    437: [_errno(_ENOSYS)],                                         # openat2
-    62: [(0, "eq", SELF, _ALLOW), _errno(_EPERM)],                  # kill
-    234: [(0, "eq", SELF, _ALLOW), _errno(_EPERM)],                 # tgkill
-    72: [(1, "eq", command, _ALLOW) for command in (0, 1, 2, 3, 4, 1030, 1032, 1034)] + [_errno(_EPERM)],
-    # ^ fcntl: F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ,
-    # F_GET_SEALS
-    16: [(1, "eq", request, _ALLOW) for request in (0x5421, 0x5450, 0x5451)] + [_errno(_ENOTTY)],
-    # ^ ioctl: FIONBIO, FIONCLEX, FIOCLEX
-    # socketpair: AF_UNIX, see below
-    53: [(0, "eq", 1, None), _errno(_EAFNOSUPPORT)],
-    # setrlimit "succeeds": a contest idiom
-    160: [_errno(0)],
-    # prlimit64 likewise; reading one's own is real
-    302: [(2, "eq", 0, None), _errno(0)],
-    # prctl: PR_SET_NAME, PR_GET_NAME
-    157: [(0, "eq", 15, _ALLOW), (0, "eq", 16, _ALLOW), _errno(_EPERM)],
-    59: [_errno(_EPERM)], 57: [_errno(_EPERM)], 58: [_errno(_EPERM)],     # execve, fork, vfork
+  2: [(1, "any", _WRITING, _errno(_EACCES)), _ALLOW],  # open
+  257: [(2, "any", _WRITING, _errno(_EACCES)), _ALLOW],  # openat
+  56: [(0, "all", _THREAD, _ALLOW), _errno(_EPERM)],  # clone
+  # clone3: the library falls back to clone
+  435: [_errno(_ENOSYS)],
+  437: [_errno(_ENOSYS)],  # openat2
+  62: [(0, "eq", SELF, _ALLOW), _errno(_EPERM)],  # kill
+  234: [(0, "eq", SELF, _ALLOW), _errno(_EPERM)],  # tgkill
+  72: [(1, "eq", command, _ALLOW) for command in (0, 1, 2, 3, 4, 1030, 1032, 1034)]
+  + [_errno(_EPERM)],
+  # ^ fcntl: F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ,
+  # F_GET_SEALS
+  16: [(1, "eq", request, _ALLOW) for request in (0x5421, 0x5450, 0x5451)] + [_errno(_ENOTTY)],
+  # ^ ioctl: FIONBIO, FIONCLEX, FIOCLEX
+  # socketpair: AF_UNIX, see below
+  53: [(0, "eq", 1, None), _errno(_EAFNOSUPPORT)],
+  # setrlimit "succeeds": a contest idiom
+  160: [_errno(0)],
+  # prlimit64 likewise; reading one's own is real
+  302: [(2, "eq", 0, None), _errno(0)],
+  # prctl: PR_SET_NAME, PR_GET_NAME
+  157: [(0, "eq", 15, _ALLOW), (0, "eq", 16, _ALLOW), _errno(_EPERM)],
+  59: [_errno(_EPERM)],
+  57: [_errno(_EPERM)],
+  58: [_errno(_EPERM)],  # execve, fork, vfork
 }
 _SECOND = {  # checks behind an outcome of None
-    53: [(1, "stream", 1, _ALLOW), _errno(_EAFNOSUPPORT)],          # SOCK_STREAM with any flags
-    302: [(0, "eq", 0, _ALLOW), (0, "eq", SELF, _ALLOW), _errno(_EPERM)],
+  53: [(1, "stream", 1, _ALLOW), _errno(_EAFNOSUPPORT)],  # SOCK_STREAM with any flags
+  302: [(0, "eq", 0, _ALLOW), (0, "eq", SELF, _ALLOW), _errno(_EPERM)],
 }
 
 
@@ -131,8 +134,16 @@ def build() -> bytes:
     left, right = tree(lo, middle), tree(middle, hi)
     # A conditional jump reaches 255 instructions: step over an unconditional one, which reaches
     # any.
-    return [_instruction(_JGE, segments[middle][0], 0, 1), _instruction(_JA, len(left))] + left + right
+    return (
+      [_instruction(_JGE, segments[middle][0], 0, 1), _instruction(_JA, len(left))] + left + right
+    )
 
-  head = [_instruction(_LD, _ARCH), _instruction(_JEQ, _ARCH_X86_64, 1, 0), _instruction(_RET, _KILL),
-          _instruction(_LD, _NR), _instruction(_JGE, _X32_BIT, 0, 1), _instruction(_RET, _KILL)]
+  head = [
+    _instruction(_LD, _ARCH),
+    _instruction(_JEQ, _ARCH_X86_64, 1, 0),
+    _instruction(_RET, _KILL),
+    _instruction(_LD, _NR),
+    _instruction(_JGE, _X32_BIT, 0, 1),
+    _instruction(_RET, _KILL),
+  ]
   return b"".join(head + tree(0, len(segments)))

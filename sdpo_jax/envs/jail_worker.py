@@ -29,20 +29,29 @@ import time
 from sdpo_jax.envs import jail_filter
 from sdpo_jax.envs.verdict import Limits, Outcome
 
-STDIN, FUNCTION, EXPRESSION = 0, 1, 2   # jail.py has the same three, and the same two structs
+STDIN, FUNCTION, EXPRESSION = 0, 1, 2  # jail.py has the same three, and the same two structs
 JOB = struct.Struct("=ddQQB")
 DONE = struct.Struct("=iBddQ")
 
 # C stack of a program: recursion through C functions is common in contest code
 STACK_KB = 256 << 10
-START_S = 20.0             # for a worker to come up
-GRACE_S = 1.0              # for a worker to answer after the test's own deadline
+START_S = 20.0  # for a worker to come up
+GRACE_S = 1.0  # for a worker to answer after the test's own deadline
 FIRST_UID, UIDS = 61000, 4000
-SPARE_PROCESSES = 512      # allowed on top of those a shared uid has at the start
-STAGING_S = 60.0           # within which a directory is locked, once it is there
+SPARE_PROCESSES = 512  # allowed on top of those a shared uid has at the start
+STAGING_S = 60.0  # within which a directory is locked, once it is there
 _STAGE_PREFIX = "sdpo-sandbox-"
 _JAIL = pathlib.Path(__file__).with_name("jail.py")
-_UNNEEDED = ("test", "site-packages", "dist-packages", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip")
+_UNNEEDED = (
+  "test",
+  "site-packages",
+  "dist-packages",
+  "idlelib",
+  "tkinter",
+  "turtledemo",
+  "lib2to3",
+  "ensurepip",
+)
 
 
 class WorkerLost(Exception):
@@ -52,11 +61,12 @@ class WorkerLost(Exception):
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """Where the interpreter and the packages lie on the host."""
+
   executable: str
   prefix: str
   stdlib: str
-  loader: str                     # the dynamic linker that the executable names
-  libraries: tuple[str, ...]      # directories of shared libraries outside the prefix
+  loader: str  # the dynamic linker that the executable names
+  libraries: tuple[str, ...]  # directories of shared libraries outside the prefix
   # directories to import third-party packages from, each one package
   packages: tuple[str, ...]
   # PYTHONHOME, where the interpreter is not to look around its executable
@@ -81,15 +91,21 @@ def find_layout(packages: tuple[str, ...]) -> Layout:
     if spec is not None:
       home = spec.submodule_search_locations[0]
       found += [home] + glob.glob(os.path.join(os.path.dirname(home), name + ".libs"))
-  return Layout(executable, sys.base_prefix, os.path.dirname(os.path.realpath(os.__file__)),
-                loader[1].decode() if loader else "", tuple(sorted(libraries)), tuple(found))
+  return Layout(
+    executable,
+    sys.base_prefix,
+    os.path.dirname(os.path.realpath(os.__file__)),
+    loader[1].decode() if loader else "",
+    tuple(sorted(libraries)),
+    tuple(found),
+  )
 
 
 def installed(name: str) -> bool:
   return importlib.util.find_spec(name) is not None
 
 
-_uids = itertools.count(os.getpid() * 61)   # so that two trainers on one machine rarely meet
+_uids = itertools.count(os.getpid() * 61)  # so that two trainers on one machine rarely meet
 
 
 def worker_uid() -> int:
@@ -137,7 +153,10 @@ def stage(layout: Layout, directory: str) -> Layout:
 
   def reachable(path):
     target = pathlib.Path(path)
-    return all(p.stat().st_mode & stat.S_IXOTH for p in (target, *target.parents)) and target.stat().st_mode & stat.S_IROTH
+    return (
+      all(p.stat().st_mode & stat.S_IXOTH for p in (target, *target.parents))
+      and target.stat().st_mode & stat.S_IROTH
+    )
 
   def copied(path, name):
     if reachable(path):
@@ -149,18 +168,24 @@ def stage(layout: Layout, directory: str) -> Layout:
   # The executable needs no copy: it is started before the uid changes.
   stdlib = copied(layout.stdlib, os.path.join(sys.platlibdir, os.path.basename(layout.stdlib)))
   return dataclasses.replace(
-      layout, stdlib=stdlib, home=directory if stdlib != layout.stdlib else "",
-      packages=tuple(copied(p, os.path.join("packages", os.path.basename(p))) for p in layout.packages))
+    layout,
+    stdlib=stdlib,
+    home=directory if stdlib != layout.stdlib else "",
+    packages=tuple(
+      copied(p, os.path.join("packages", os.path.basename(p))) for p in layout.packages
+    ),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class _View:
   """One worker's world: how to start the interpreter in it, and the paths as they are there."""
-  command: list[str]    # up to and with the interpreter
+
+  command: list[str]  # up to and with the interpreter
   script: str
   stdlib: str
   packages: list[str]
-  readable: list[str]   # for Landlock, besides the standard library
+  readable: list[str]  # for Landlock, besides the standard library
 
 
 _DEVICES = ["/dev/null", "/dev/urandom"]
@@ -176,9 +201,20 @@ def _own(layout: Layout, directory: str) -> bool:
 
 
 def _plain_view(layout: Layout) -> _View:
-  libraries = [p for d in layout.libraries for p in (_shared_objects(d) if _own(layout, d) else [d])]
-  return _View([layout.executable], str(_JAIL), layout.stdlib, list(layout.packages),
-               [*libraries, *[p for p in ["/etc/ld.so.cache", *_DEVICES] if os.path.exists(p)], *layout.packages])
+  libraries = [
+    p for d in layout.libraries for p in (_shared_objects(d) if _own(layout, d) else [d])
+  ]
+  return _View(
+    [layout.executable],
+    str(_JAIL),
+    layout.stdlib,
+    list(layout.packages),
+    [
+      *libraries,
+      *[p for p in ["/etc/ld.so.cache", *_DEVICES] if os.path.exists(p)],
+      *layout.packages,
+    ],
+  )
 
 
 def _bubblewrap_view(layout: Layout, uid: int, with_proc: bool) -> _View:
@@ -187,24 +223,42 @@ def _bubblewrap_view(layout: Layout, uid: int, with_proc: bool) -> _View:
     raise WorkerLost("bwrap is not installed (apt install bubblewrap)")
   home = f"/py/{sys.platlibdir}"
   stdlib = f"{home}/{os.path.basename(layout.stdlib)}"
-  command = [bwrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--as-pid-1",
-             "--hostname", "sandbox", "--cap-drop", "ALL"]
+  command = [
+    bwrap,
+    "--unshare-pid",
+    "--unshare-net",
+    "--unshare-ipc",
+    "--unshare-uts",
+    "--unshare-cgroup-try",
+    "--as-pid-1",
+    "--hostname",
+    "sandbox",
+    "--cap-drop",
+    "ALL",
+  ]
   # Root gives each worker a uid of its own and needs no user namespace; anyone else needs one for
   # the other namespaces.
   command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if uid else ["--unshare-user"]
-  readable, bound = list(_DEVICES), [(layout.executable, "/py/bin/python"), (str(_JAIL), "/jail.py")]
+  readable, bound = (
+    list(_DEVICES),
+    [(layout.executable, "/py/bin/python"), (str(_JAIL), "/jail.py")],
+  )
   if layout.prefix == "/usr":
     bound.append((layout.stdlib, stdlib))
     libraries = list(layout.libraries)
   else:  # the shared libraries of a self-contained Python lie beside its standard library
     bound.append((os.path.join(layout.prefix, sys.platlibdir), home))
-    readable += [p.replace(os.path.join(layout.prefix, sys.platlibdir), home, 1)
-                 for p in _shared_objects(os.path.join(layout.prefix, sys.platlibdir))]
+    readable += [
+      p.replace(os.path.join(layout.prefix, sys.platlibdir), home, 1)
+      for p in _shared_objects(os.path.join(layout.prefix, sys.platlibdir))
+    ]
     libraries = [d for d in layout.libraries if not _own(layout, d)]
   packages = ["/packages/" + os.path.basename(p) for p in layout.packages]
   bound += [*zip(layout.packages, packages), *[(p, p) for p in libraries + [layout.loader] if p]]
   # Made here: those that bubblewrap makes on its own only root may enter.
-  for directory in sorted({str(parent) for _, there in bound for parent in pathlib.PurePosixPath(there).parents} - {"/"}):
+  for directory in sorted(
+    {str(parent) for _, there in bound for parent in pathlib.PurePosixPath(there).parents} - {"/"}
+  ):
     command += ["--perms", "0755", "--dir", directory]
   for here, there in bound:
     command += ["--ro-bind", here, there]
@@ -218,8 +272,24 @@ def _bubblewrap_view(layout: Layout, uid: int, with_proc: bool) -> _View:
     command += ["--symlink", f"/proc/self/fd/{number}", f"/dev/{name}"]
   if with_proc:
     command += ["--proc", "/proc"]
-  command += ["--perms", "1777", "--size", str(1 << 20), "--tmpfs", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/",
-              "--chdir", "/", "--setenv", "LD_LIBRARY_PATH", ":".join([home, *libraries]), "/py/bin/python"]
+  command += [
+    "--perms",
+    "1777",
+    "--size",
+    str(1 << 20),
+    "--tmpfs",
+    "/tmp",
+    "--remount-ro",
+    "/dev",
+    "--remount-ro",
+    "/",
+    "--chdir",
+    "/",
+    "--setenv",
+    "LD_LIBRARY_PATH",
+    ":".join([home, *libraries]),
+    "/py/bin/python",
+  ]
   return _View(command, "/jail.py", stdlib, packages, readable + libraries + packages)
 
 
@@ -241,25 +311,49 @@ class Worker:
   def __init__(self, isolation: str, layout: Layout, packages: tuple[str, ...], with_proc: bool):
     uid = worker_uid()
     layout = layout if packages else dataclasses.replace(layout, packages=())
-    view = _bubblewrap_view(layout, uid, with_proc) if isolation == "bubblewrap" else _plain_view(layout)
-    config = {"path": [view.stdlib, view.stdlib + "/lib-dynload", *sorted({os.path.dirname(p) for p in view.packages})],
-              "packages": packages, "uid": uid, "processes": 0 if uid else _own_processes() + SPARE_PROCESSES,
-              "filter": "" if isolation == "unsafe" else jail_filter.build().hex(), "landlock": None}
+    view = (
+      _bubblewrap_view(layout, uid, with_proc) if isolation == "bubblewrap" else _plain_view(layout)
+    )
+    config = {
+      "path": [
+        view.stdlib,
+        view.stdlib + "/lib-dynload",
+        *sorted({os.path.dirname(p) for p in view.packages}),
+      ],
+      "packages": packages,
+      "uid": uid,
+      "processes": 0 if uid else _own_processes() + SPARE_PROCESSES,
+      "filter": "" if isolation == "unsafe" else jail_filter.build().hex(),
+      "landlock": None,
+    }
     if isolation in ("bubblewrap", "landlock"):
-      own = [os.path.join(view.stdlib, e.name) for e in os.scandir(layout.stdlib) if e.name not in _UNNEEDED]
+      own = [
+        os.path.join(view.stdlib, e.name)
+        for e in os.scandir(layout.stdlib)
+        if e.name not in _UNNEEDED
+      ]
       # importing lists what it may not read
       config["landlock"] = {"read": own + view.readable, "list": [view.stdlib]}
-    environment = {"LANG": "C.UTF-8", "TZ": "UTC", "HOME": "/", "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0",
-                   "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
-                   "MALLOC_ARENA_MAX": "1",   # else each thread reserves 64 MB of address space
-                   "LD_BIND_NOW": "1"}        # else every child resolves the same symbols again
+    environment = {
+      "LANG": "C.UTF-8",
+      "TZ": "UTC",
+      "HOME": "/",
+      "PATH": "/usr/bin:/bin",
+      "PYTHONHASHSEED": "0",
+      "OPENBLAS_NUM_THREADS": "1",
+      "OMP_NUM_THREADS": "1",
+      "MALLOC_ARENA_MAX": "1",  # else each thread reserves 64 MB of address space
+      "LD_BIND_NOW": "1",
+    }  # else every child resolves the same symbols again
     if layout.home and isolation != "bubblewrap":
       environment["PYTHONHOME"] = layout.home
     # The shell sets what must hold from the first instruction on: the C stack, and who dies first
     # when memory runs out.
-    shell = (f'ulimit -s {STACK_KB} 2>/dev/null || ulimit -s "$(ulimit -H -s)"; '
-             'echo 1000 2>/dev/null > /proc/self/oom_score_adj; exec "$@"')
-    self.pid = None   # as the host sees it, once it said hello
+    shell = (
+      f'ulimit -s {STACK_KB} 2>/dev/null || ulimit -s "$(ulimit -H -s)"; '
+      'echo 1000 2>/dev/null > /proc/self/oom_score_adj; exec "$@"'
+    )
+    self.pid = None  # as the host sees it, once it said hello
     self._pidfd = None
     self._errors = os.memfd_create("errors")
     try:
@@ -268,9 +362,29 @@ class Worker:
         # -I would also refuse PYTHONHASHSEED; -s, -P and an environment from scratch keep out
         # everything else that it does.
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", shell, "sh", *view.command, "-s", "-P", "-S", "-B", "-X", "utf8", view.script, str(theirs.fileno())],
-            env=environment, cwd="/", pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=self._errors, start_new_session=True)
+          [
+            "/bin/sh",
+            "-c",
+            shell,
+            "sh",
+            *view.command,
+            "-s",
+            "-P",
+            "-S",
+            "-B",
+            "-X",
+            "utf8",
+            view.script,
+            str(theirs.fileno()),
+          ],
+          env=environment,
+          cwd="/",
+          pass_fds=[theirs.fileno()],
+          stdin=subprocess.DEVNULL,
+          stdout=subprocess.DEVNULL,
+          stderr=self._errors,
+          start_new_session=True,
+        )
     except OSError:  # no descriptor or no process left; the sockets close themselves
       os.close(self._errors)
       raise
@@ -307,7 +421,9 @@ class Worker:
       fds.append(memory_file(given))
       for name in ("stdout", "stderr", "result"):
         fds.append(os.memfd_create(name))
-      job = JOB.pack(limits.time_s, limits.wall_s, limits.memory_mb << 20, cap, mode) + fn_name.encode()
+      job = (
+        JOB.pack(limits.time_s, limits.wall_s, limits.memory_mb << 20, cap, mode) + fn_name.encode()
+      )
       self._sock.settimeout(limits.wall_s + GRACE_S)
       try:
         socket.send_fds(self._sock, [job], [program_fd, *fds])
@@ -325,9 +441,16 @@ class Worker:
       status, killed, cpu_s, wall_s, max_rss_kb = DONE.unpack(answer)
       if not (math.isfinite(cpu_s) and math.isfinite(wall_s)):
         raise WorkerLost("an answer that is not a number")
-      return Outcome(status=status, killed=bool(killed), cpu_s=cpu_s, wall_s=wall_s, max_rss_kb=max_rss_kb,
-                     stdout=os.pread(fds[1], cap, 0), result=os.pread(fds[3], cap, 0),
-                     capped=any(os.fstat(fd).st_size >= cap for fd in fds[1:]))
+      return Outcome(
+        status=status,
+        killed=bool(killed),
+        cpu_s=cpu_s,
+        wall_s=wall_s,
+        max_rss_kb=max_rss_kb,
+        stdout=os.pread(fds[1], cap, 0),
+        result=os.pread(fds[3], cap, 0),
+        capped=any(os.fstat(fd).st_size >= cap for fd in fds[1:]),
+      )
     finally:
       for fd in fds:
         os.close(fd)

@@ -25,22 +25,31 @@ from sdpo_jax.records import Feedback, Status, Task
 
 INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 FORM = "Put the final answer within \\boxed{}."
-MAX_ANSWER = 1000   # characters
-START_S = 120.0     # importing sympy on a busy machine, before anything is judged
+MAX_ANSWER = 1000  # characters
+START_S = 120.0  # importing sympy on a busy machine, before anything is judged
 # the same while a judge waits for it: with the comparison, less than config.rollout.judge_timeout_s
 RESTART_S = 40.0
 _NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d*)?")
-_CALCULATION = re.compile(r"<<[^<>]*>>")   # GSM8K's calculator annotations
+_CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator annotations
 
 
 class MathQA:
   """Judges final answers. Thread-safe; start() starts the workers, else the first judges do; close() ends them. tell_correctness: say that a wrong answer is wrong."""
 
-  def __init__(self, *, tell_correctness: bool = False, time_s: float = 5.0, memory_mb: int = 2048, workers: int = 2):
+  def __init__(
+    self,
+    *,
+    tell_correctness: bool = False,
+    time_s: float = 5.0,
+    memory_mb: int = 2048,
+    workers: int = 2,
+  ):
     if workers < 1 or time_s <= 0:
-      raise ValueError(f"config.env.workers={workers} must be at least 1 and config.env.time_s={time_s} above 0")
+      raise ValueError(
+        f"config.env.workers={workers} must be at least 1 and config.env.time_s={time_s} above 0"
+      )
     self.tell_correctness, self.time_s, self.memory_mb = tell_correctness, time_s, memory_mb
-    self._places = queue.SimpleQueue()   # of a worker, or None where one has yet to be started
+    self._places = queue.SimpleQueue()  # of a worker, or None where one has yet to be started
     self._workers = workers
     for _ in range(workers):
       self._places.put(None)
@@ -69,19 +78,31 @@ class MathQA:
   def task_from_row(self, row: dict, split: str) -> Task:
     name = next((name for name in ("prompt", "question", "problem") if name in row), "prompt")
     question, solution = field(row, name).strip(), row.get("solution")
-    answer = str(field(row, "answer", (str, int, float)) if "answer" in row else field(row, "solution"))
+    answer = str(
+      field(row, "answer", (str, int, float)) if "answer" in row else field(row, "solution")
+    )
     if "####" in answer:
       derivation, _, answer = answer.rpartition("####")
-      solution = f"{_CALCULATION.sub('', derivation).strip()}\nThe answer is \\boxed{{{answer.strip()}}}."
+      solution = (
+        f"{_CALCULATION.sub('', derivation).strip()}\nThe answer is \\boxed{{{answer.strip()}}}."
+      )
     elif "\\boxed" in answer:
       answer, fault = last_boxed(answer)
       if fault:
         raise ValueError(f"field {'answer' if 'answer' in row else 'solution'!r}: {fault}")
     answer = answer.strip()
     if not answer or len(answer) > MAX_ANSWER:
-      raise ValueError(f"field 'answer' holds {len(answer)} characters; it must hold 1 to {MAX_ANSWER}")
-    return Task(id=task_id(row, split, "math"), prompt=question + ("" if "boxed" in question else INSTRUCTION), system=row.get("system"), split=split,
-                solution=solution or f"\\boxed{{{answer}}}", data={"answer": answer})
+      raise ValueError(
+        f"field 'answer' holds {len(answer)} characters; it must hold 1 to {MAX_ANSWER}"
+      )
+    return Task(
+      id=task_id(row, split, "math"),
+      prompt=question + ("" if "boxed" in question else INSTRUCTION),
+      system=row.get("system"),
+      split=split,
+      solution=solution or f"\\boxed{{{answer}}}",
+      data={"answer": answer},
+    )
 
   def prompt(self, task: Task) -> list[dict[str, str]]:
     return messages(task)
@@ -92,8 +113,15 @@ class MathQA:
       return Feedback(0.0, f"{fault} {FORM}")
     same = self.same(task.data["answer"], answer)
     if same is None:
-      return Feedback(0.0, f"The final answer is too complicated to be checked in {self.time_s:g} s and {self.memory_mb} MB. Simplify it.", Status.TIMEOUT)
-    return Feedback(float(same), "" if same or not self.tell_correctness else f"The final answer {answer} is not correct.")
+      return Feedback(
+        0.0,
+        f"The final answer is too complicated to be checked in {self.time_s:g} s and {self.memory_mb} MB. Simplify it.",
+        Status.TIMEOUT,
+      )
+    return Feedback(
+      float(same),
+      "" if same or not self.tell_correctness else f"The final answer {answer} is not correct.",
+    )
 
   def same(self, reference: str, answer: str) -> bool | None:
     """Whether two answers are equal; None if a worker could not tell within its limits. RuntimeError if workers do not start."""
@@ -121,12 +149,20 @@ class Worker:
 
   def __init__(self, memory_mb: int, time_s: float):
     self._command = [sys.executable, "-P", math_worker.__file__, str(memory_mb), str(time_s)]
-    self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+    self._process = subprocess.Popen(
+      self._command,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      bufsize=0,
+    )
 
   def wait(self, within_s: float) -> None:
     if self._line(within_s) != b"ready":
       self.kill()
-      raise RuntimeError(f"the process that runs math-verify did not start within {within_s:g} s: try {' '.join(self._command)}")
+      raise RuntimeError(
+        f"the process that runs math-verify did not start within {within_s:g} s: try {' '.join(self._command)}"
+      )
 
   def ask(self, reference: str, answer: str, time_s: float) -> bool | None:
     try:
@@ -142,7 +178,7 @@ class Worker:
   def _line(self, time_s: float) -> bytes | None:
     """One line of its output, without the newline; None if it ends, or does not come in time."""
     deadline, text = time.monotonic() + time_s, b""
-    poll = select.poll()   # select takes no descriptor above 1023
+    poll = select.poll()  # select takes no descriptor above 1023
     poll.register(self._process.stdout, select.POLLIN)
     while not text.endswith(b"\n"):
       readable = poll.poll(1000 * max(0.0, deadline - time.monotonic()))
@@ -161,8 +197,23 @@ class Worker:
 
 def number(text: str) -> fractions.Fraction | None:
   r"""A plain number, with or without a dollar sign and commas between thousands; None for everything else."""
-  text = text.strip().strip("$").replace("\\$", "").replace("\\,", "").replace("{,}", ",").replace("\\!", "").strip().removeprefix("$").strip()
-  if len(text) > 60 or not any(c.isdecimal() for c in text) or not text.isascii() or not _NUMBER.fullmatch(text):
+  text = (
+    text.strip()
+    .strip("$")
+    .replace("\\$", "")
+    .replace("\\,", "")
+    .replace("{,}", ",")
+    .replace("\\!", "")
+    .strip()
+    .removeprefix("$")
+    .strip()
+  )
+  if (
+    len(text) > 60
+    or not any(c.isdecimal() for c in text)
+    or not text.isascii()
+    or not _NUMBER.fullmatch(text)
+  ):
     return None
   return fractions.Fraction(text.replace(",", "").rstrip("."))
 

@@ -16,6 +16,7 @@ def main(memory_mb: int, time_s: float) -> None:
   resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
   signal.signal(signal.SIGALRM, signal.SIG_DFL)
   import math_verify
+
   # the other extractors evaluate text as Python
   latex = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
 

@@ -15,7 +15,17 @@ from sdpo_jax.envs.rows import field, final_text, messages, task_id
 from sdpo_jax.records import Feedback, Task
 
 LETTERS = "ABCDEFGHIJ"
-NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine", 10: "ten"}
+NUMBERS = {
+  2: "two",
+  3: "three",
+  4: "four",
+  5: "five",
+  6: "six",
+  7: "seven",
+  8: "eight",
+  9: "nine",
+  10: "ten",
+}
 SYSTEM = """
 Given a question and {number} options, please select the right answer. Respond in the following format:
 <reasoning>
@@ -49,7 +59,9 @@ class MCQ:
     prompt, answer = field(row, "prompt"), field(row, "answer").strip()
     if row.get("kind", "mcq") != "mcq":
       raise ValueError(f"field 'kind' is {row['kind']!r}, not 'mcq'")
-    return _task(task_id(row, split, "mcq"), split, prompt, row.get("system"), answer, _letters(prompt))
+    return _task(
+      task_id(row, split, "mcq"), split, prompt, row.get("system"), answer, _letters(prompt)
+    )
 
   def prompt(self, task: Task) -> list[dict[str, str]]:
     return messages(task)
@@ -58,7 +70,10 @@ class MCQ:
     letters = task.data["letters"]
     given, fault = extract(response, letters)
     if fault:
-      return Feedback(0.0, f"{fault} Give the letter of one option ({', '.join(letters)}) and nothing else between <answer> and </answer>.")
+      return Feedback(
+        0.0,
+        f"{fault} Give the letter of one option ({', '.join(letters)}) and nothing else between <answer> and </answer>.",
+      )
     if given == task.data["answer"]:
       return Feedback(1.0, "")
     return Feedback(0.0, f"The answer {given} is not correct." if self.tell_correctness else "")
@@ -71,10 +86,20 @@ def extract(response: str, letters: str) -> tuple[str, str]:
     return "", fault
   found = _ANSWER.findall(text)
   if not found or "<answer>" in text.rpartition("</answer>")[2]:
-    return "", "The last <answer> of the response is not closed." if "<answer>" in text else "The response has no <answer> ... </answer>."
+    return (
+      "",
+      "The last <answer> of the response is not closed."
+      if "<answer>" in text
+      else "The response has no <answer> ... </answer>.",
+    )
   given = found[-1].strip()
   if len(given) != 1 or given not in letters:
-    return "", f"The answer {given[:40]!r} is not the letter of an option." if given else "The answer is empty."
+    return (
+      "",
+      f"The answer {given[:40]!r} is not the letter of an option."
+      if given
+      else "The answer is empty.",
+    )
   return given, ""
 
 
@@ -94,15 +119,31 @@ def _letters(prompt: str) -> str:
 def _task(name, split, prompt, system, answer, letters) -> Task:
   if len(answer) != 1 or answer not in letters:
     raise ValueError(f"field 'answer' is {answer!r}, not one of {', '.join(letters)}")
-  return Task(id=name, prompt=prompt, system=system, solution=f"<answer>\n{answer}\n</answer>", split=split,
-              data={"answer": answer, "letters": letters})
+  return Task(
+    id=name,
+    prompt=prompt,
+    system=system,
+    solution=f"<answer>\n{answer}\n</answer>",
+    split=split,
+    data={"answer": answer, "letters": letters},
+  )
 
 
 def _question(name, split, question, options, answer) -> Task:
-  letters = LETTERS[:len(options)]
+  letters = LETTERS[: len(options)]
   lines = "".join(f"{letter}: {option}\n" for letter, option in zip(letters, options))
-  system = SYSTEM.format(number=NUMBERS[len(options)], letters=", ".join(letters[:-1]) + (", or " if len(letters) > 2 else " or ") + letters[-1])
-  return _task(name, split, f"{question.strip()}\n\n{lines}Please reason step by step.", system, answer, letters)
+  system = SYSTEM.format(
+    number=NUMBERS[len(options)],
+    letters=", ".join(letters[:-1]) + (", or " if len(letters) > 2 else " or ") + letters[-1],
+  )
+  return _task(
+    name,
+    split,
+    f"{question.strip()}\n\n{lines}Please reason step by step.",
+    system,
+    answer,
+    letters,
+  )
 
 
 def _mmlu_pro(row: dict, split: str) -> Task:
@@ -110,9 +151,15 @@ def _mmlu_pro(row: dict, split: str) -> Task:
   if not 2 <= len(options) <= len(LETTERS) or not all(isinstance(o, str) for o in options):
     raise ValueError(f"field 'options' must hold 2 to {len(LETTERS)} texts, not {len(options)}")
   index = row.get("answer_index")
-  if index is not None and LETTERS[index:index + 1] != answer:
+  if index is not None and LETTERS[index : index + 1] != answer:
     raise ValueError(f"field 'answer_index' is {index}, but field 'answer' is {answer!r}")
-  return _question(f"mmlu_pro/{split}/{row.get('question_id', row['idx'])}", split, field(row, "question"), options, answer)
+  return _question(
+    f"mmlu_pro/{split}/{row.get('question_id', row['idx'])}",
+    split,
+    field(row, "question"),
+    options,
+    answer,
+  )
 
 
 def _gpqa(row: dict, split: str) -> Task:
@@ -122,4 +169,10 @@ def _gpqa(row: dict, split: str) -> Task:
   order = list(range(4))
   # two options may have the same text, so places are shuffled
   random.Random(f"gpqa/{name}").shuffle(order)
-  return _question(f"gpqa/{split}/{name}", split, field(row, "Question"), [options[i] for i in order], LETTERS[order.index(0)])
+  return _question(
+    f"gpqa/{split}/{name}",
+    split,
+    field(row, "Question"),
+    [options[i] for i in order],
+    LETTERS[order.index(0)],
+  )

@@ -27,7 +27,9 @@ def task_id(row: dict, split: str, default: str) -> str:
 
 def messages(task) -> list[dict[str, str]]:
   """System message, if the task has one, and the question."""
-  return [{"role": "system", "content": task.system}] * (task.system is not None) + [{"role": "user", "content": task.prompt}]
+  return [{"role": "system", "content": task.system}] * (task.system is not None) + [
+    {"role": "user", "content": task.prompt}
+  ]
 
 
 def final_text(response: str) -> tuple[str, str]:

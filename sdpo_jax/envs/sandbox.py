@@ -26,10 +26,30 @@ import logging
 import os
 import queue
 
-from sdpo_jax.envs.jail_worker import (EXPRESSION, FUNCTION, STDIN, StageDirectory, Worker, WorkerLost, find_layout, installed, memory_file,
-                                       remove_abandoned, stage)
-from sdpo_jax.envs.verdict import (KINDS, Limits, ProgramError, TestCase, TestResult, Verdict, check_tests, judge_test,
-                                   make_verdict)
+from sdpo_jax.envs.jail_worker import (
+  EXPRESSION,
+  FUNCTION,
+  STDIN,
+  StageDirectory,
+  Worker,
+  WorkerLost,
+  find_layout,
+  installed,
+  memory_file,
+  remove_abandoned,
+  stage,
+)
+from sdpo_jax.envs.verdict import (
+  KINDS,
+  Limits,
+  ProgramError,
+  TestCase,
+  TestResult,
+  Verdict,
+  check_tests,
+  judge_test,
+  make_verdict,
+)
 
 __all__ = ["KINDS", "Limits", "ProgramError", "Sandbox", "TestCase", "TestResult", "Verdict"]
 
@@ -39,7 +59,7 @@ PACKAGES = ("numpy",)
 _log = logging.getLogger(__name__)
 
 # Tries what must not be possible and prints what was.
-_CANARY = '''
+_CANARY = """
 import ctypes, os, socket
 def fork():
   if os.fork() == 0: os._exit(0)
@@ -64,7 +84,7 @@ for name in tries:
   except OSError:
     pass
 print(*done)
-'''
+"""
 _VISIBLE = {"bubblewrap": set(), "landlock": {"see"}, "seccomp": {"see", "read", "list"}}
 
 
@@ -108,8 +128,15 @@ class Sandbox:
       self._staged.cleanup()
       self._staged = None
 
-  def run(self, program: str, tests: list[TestCase], fn_name: str | None = None, limits: Limits = Limits(), *,
-          max_failures: int = 2) -> Verdict:
+  def run(
+    self,
+    program: str,
+    tests: list[TestCase],
+    fn_name: str | None = None,
+    limits: Limits = Limits(),
+    *,
+    max_failures: int = 2,
+  ) -> Verdict:
     """Runs the tests in order until one ends in an error or `max_failures` of them gave a wrong answer.
 
     fn_name  None: a program that reads standard input; else the function, or method of class Solution, to call
@@ -150,8 +177,10 @@ class Sandbox:
           _warn(isolation, "; ".join(reasons) or "asked for by name")
         return isolation
     self.close()
-    raise RuntimeError(f"no sandbox works here: {'; '.join(reasons)}. Install bubblewrap or use a kernel with Landlock and "
-                       "seccomp; weaker isolation must be asked for by name")
+    raise RuntimeError(
+      f"no sandbox works here: {'; '.join(reasons)}. Install bubblewrap or use a kernel with Landlock and "
+      "seccomp; weaker isolation must be asked for by name"
+    )
 
   def _place(self, isolation):
     layout = find_layout(PACKAGES)
@@ -186,9 +215,11 @@ def _try_canaries(worker: Worker, isolation: str):
 @functools.cache
 def _warn(isolation, reasons):
   """Once a process and reason."""
-  lost = {"landlock": "no private process table, and path metadata (which files exist) is visible to programs",
-          "seccomp": "programs can read every file that this user can read",
-          "unsafe": "programs can do whatever this user can do"}[isolation]
+  lost = {
+    "landlock": "no private process table, and path metadata (which files exist) is visible to programs",
+    "seccomp": "programs can read every file that this user can read",
+    "unsafe": "programs can do whatever this user can do",
+  }[isolation]
   _log.warning("SANDBOX WEAKER THAN BUBBLEWRAP, isolation %r: %s (%s)", isolation, lost, reasons)
 
 
@@ -197,7 +228,7 @@ class _Slot:
 
   def __init__(self, start):
     self._start = start
-    self.workers = {}   # packages -> Worker
+    self.workers = {}  # packages -> Worker
 
   def begin(self, packages: tuple[str, ...] = ()) -> Worker:
     self.workers[packages] = worker = self._start(packages)
@@ -225,7 +256,9 @@ class _Slot:
     try:
       program_fd = memory_file(program)
     except OSError as e:
-      return make_verdict([_failed(tests[0] if tests else TestCase(), "sandbox_failed", str(e))], len(tests), limits)
+      return make_verdict(
+        [_failed(tests[0] if tests else TestCase(), "sandbox_failed", str(e))], len(tests), limits
+      )
     try:
       for test in tests:
         result = self._judge_test(packages, program, program_fd, test, fn_name, limits)
@@ -262,12 +295,20 @@ class _Slot:
   def _trivial(self, packages) -> bool:
     program_fd = memory_file("print(input())")
     try:
-      outcome = self._worker(packages).run(program_fd, "1", STDIN, "", Limits(time_s=2.0, memory_mb=256, output_kb=64))
+      outcome = self._worker(packages).run(
+        program_fd, "1", STDIN, "", Limits(time_s=2.0, memory_mb=256, output_kb=64)
+      )
     finally:
       os.close(program_fd)
     return outcome.status == 0 and outcome.stdout == b"1\n"
 
 
 def _failed(test: TestCase, kind: str, why: str) -> TestResult:
-  return TestResult(input=test.input if test.expression is None else test.expression, output="", expected=test.output, kind=kind,
-                    detail=why, hidden=test.hidden)
+  return TestResult(
+    input=test.input if test.expression is None else test.expression,
+    output="",
+    expected=test.output,
+    kind=kind,
+    detail=why,
+    hidden=test.hidden,
+  )

@@ -21,6 +21,7 @@ from sdpo_jax.records import Feedback, Status, Task
 @dataclasses.dataclass(frozen=True)
 class Op:
   """One operation: which input type gives which output type, its Python expression over x, its known phrases."""
+
   types: dict[str, str]
   code: str
   phrases: tuple[str, ...]
@@ -29,35 +30,53 @@ class Op:
 _SEQ = {"list": "list", "str": "str"}
 _LIST = {"list": "list"}
 OPS = {
-    "reverse": Op(_SEQ, "x[::-1]", ("reverse it", "turn it around")),
-    "rest": Op(_SEQ, "x[1:]", ("drop the first item", "leave out the first item")),
-    "front": Op(_SEQ, "x[:-1]", ("drop the last item", "leave out the last item")),
-    "every_other": Op(_SEQ, "x[::2]", ("keep every second item", "take every second item")),
-    "twice": Op(_SEQ, "x + x", ("repeat it", "append it to itself")),
-    "sort": Op(_LIST, "sorted(x)", ("sort it", "put it in order")),
-    "sort_down": Op(_LIST, "sorted(x, reverse=True)", ("sort it downwards", "put it in falling order")),
-    "unique": Op(_LIST, "list(dict.fromkeys(x))", ("remove repeated numbers", "keep one of each number")),
-    "evens": Op(_LIST, "[v for v in x if v % 2 == 0]", ("keep the even numbers", "remove the odd numbers")),
-    "odds": Op(_LIST, "[v for v in x if v % 2 == 1]", ("keep the odd numbers", "remove the even numbers")),
-    "positives": Op(_LIST, "[v for v in x if v > 0]", ("keep the positive numbers", "keep numbers above zero")),
-    "double": Op(_LIST, "[v * 2 for v in x]", ("double each number", "multiply each number by two")),
-    "increment": Op(_LIST, "[v + 1 for v in x]", ("add one to each number", "raise each number by one")),
-    "negate": Op(_LIST, "[-v for v in x]", ("negate each number", "flip the sign of each number")),
-    "square": Op(_LIST, "[v * v for v in x]", ("square each number", "multiply each number by itself")),
-    "sum": Op({"list": "int"}, "sum(x)", ("add them up", "take the sum")),
-    "max": Op({"list": "int"}, "max(x)", ("take the largest", "find the maximum")),
-    "min": Op({"list": "int"}, "min(x)", ("take the smallest", "find the minimum")),
-    "len": Op({"list": "int", "str": "int"}, "len(x)", ("count the items", "take the length")),
-    "plus_ten": Op({"int": "int"}, "x + 10", ("add ten", "increase the result by ten")),
-    "triple": Op({"int": "int"}, "x * 3", ("triple the result", "multiply the result by three")),
-    "mod_seven": Op({"int": "int"}, "x % 7", ("take the remainder by seven", "reduce it modulo seven")),
-    "upper": Op({"str": "str"}, "x.upper()", ("make it upper case", "write it in capitals")),
-    "swap": Op({"str": "str"}, "x.swapcase()", ("swap the case", "exchange capitals and small letters")),
+  "reverse": Op(_SEQ, "x[::-1]", ("reverse it", "turn it around")),
+  "rest": Op(_SEQ, "x[1:]", ("drop the first item", "leave out the first item")),
+  "front": Op(_SEQ, "x[:-1]", ("drop the last item", "leave out the last item")),
+  "every_other": Op(_SEQ, "x[::2]", ("keep every second item", "take every second item")),
+  "twice": Op(_SEQ, "x + x", ("repeat it", "append it to itself")),
+  "sort": Op(_LIST, "sorted(x)", ("sort it", "put it in order")),
+  "sort_down": Op(
+    _LIST, "sorted(x, reverse=True)", ("sort it downwards", "put it in falling order")
+  ),
+  "unique": Op(
+    _LIST, "list(dict.fromkeys(x))", ("remove repeated numbers", "keep one of each number")
+  ),
+  "evens": Op(
+    _LIST, "[v for v in x if v % 2 == 0]", ("keep the even numbers", "remove the odd numbers")
+  ),
+  "odds": Op(
+    _LIST, "[v for v in x if v % 2 == 1]", ("keep the odd numbers", "remove the even numbers")
+  ),
+  "positives": Op(
+    _LIST, "[v for v in x if v > 0]", ("keep the positive numbers", "keep numbers above zero")
+  ),
+  "double": Op(_LIST, "[v * 2 for v in x]", ("double each number", "multiply each number by two")),
+  "increment": Op(
+    _LIST, "[v + 1 for v in x]", ("add one to each number", "raise each number by one")
+  ),
+  "negate": Op(_LIST, "[-v for v in x]", ("negate each number", "flip the sign of each number")),
+  "square": Op(
+    _LIST, "[v * v for v in x]", ("square each number", "multiply each number by itself")
+  ),
+  "sum": Op({"list": "int"}, "sum(x)", ("add them up", "take the sum")),
+  "max": Op({"list": "int"}, "max(x)", ("take the largest", "find the maximum")),
+  "min": Op({"list": "int"}, "min(x)", ("take the smallest", "find the minimum")),
+  "len": Op({"list": "int", "str": "int"}, "len(x)", ("count the items", "take the length")),
+  "plus_ten": Op({"int": "int"}, "x + 10", ("add ten", "increase the result by ten")),
+  "triple": Op({"int": "int"}, "x * 3", ("triple the result", "multiply the result by three")),
+  "mod_seven": Op(
+    {"int": "int"}, "x % 7", ("take the remainder by seven", "reduce it modulo seven")
+  ),
+  "upper": Op({"str": "str"}, "x.upper()", ("make it upper case", "write it in capitals")),
+  "swap": Op(
+    {"str": "str"}, "x.swapcase()", ("swap the case", "exchange capitals and small letters")
+  ),
 }
 HEADERS = ("Write f(x) for {}: {}.", "f(x) takes {}: {}.")
 INPUTS = {"list": "a list of numbers x", "str": "a string x", "int": "a number x"}
-TESTS = 5   # hidden tests of a problem
-SHOWN = 2   # failing tests that the feedback shows
+TESTS = 5  # hidden tests of a problem
+SHOWN = 2  # failing tests that the feedback shows
 # our own expressions, not a model's
 _APPLY = {name: eval("lambda x: " + op.code) for name, op in OPS.items()}
 
@@ -65,7 +84,7 @@ _APPLY = {name: eval("lambda x: " + op.code) for name, op in OPS.items()}
 def sample_input(rng: random.Random, kind: str):
   if kind == "list":
     items = []
-    for _ in range(rng.randint(3, 5)):   # with repeats, so that removing them shows
+    for _ in range(rng.randint(3, 5)):  # with repeats, so that removing them shows
       items.append(rng.choice(items) if items and rng.random() < 0.25 else rng.randint(-9, 9))
     return items
   if kind == "str":
@@ -95,16 +114,21 @@ def _informative(ops, kind: str) -> bool:
   outputs = [execute(ops, x) for x in probe]
   if any(error for _, error in outputs) or len({repr(o) for o, _ in outputs}) < 3:
     return False
-  shorter = [ops[:i] + ops[i + 1:] for i in range(len(ops))]
+  shorter = [ops[:i] + ops[i + 1 :] for i in range(len(ops))]
   return all(sum(execute(s, x) == o for x, o in zip(probe, outputs)) < 16 for s in shorter)
 
 
-@functools.cache   # pure, and half a second for three operations
+@functools.cache  # pure, and half a second for three operations
 def compositions(length: int) -> dict[tuple[str, ...], str]:
   """{operations: input type} of every well-typed composition in which each operation matters."""
   chains = [((), kind, kind) for kind in INPUTS]
   for _ in range(length):
-    chains = [(ops + (name,), start, op.types[now]) for ops, start, now in chains for name, op in OPS.items() if now in op.types]
+    chains = [
+      (ops + (name,), start, op.types[now])
+      for ops, start, now in chains
+      for name, op in OPS.items()
+      if now in op.types
+    ]
   return {(*ops, start): start for ops, start, _ in chains if _informative(ops, start)}
 
 
@@ -122,7 +146,9 @@ def solutions(task: Task) -> list[str]:
         except Exception:
           continue
     alive = grown
-    found += [ops for ops, x in alive if x == wanted and all(execute(ops, y) == (z, None) for y, z in rest)]
+    found += [
+      ops for ops, x in alive if x == wanted and all(execute(ops, y) == (z, None) for y, z in rest)
+    ]
   return [program(ops) for ops in found]
 
 
@@ -130,7 +156,11 @@ def feedback_text(failures: list[dict]) -> str:
   """What the judge says of failing tests: [{input, output, expected, error}], as texts; error is None where there was none."""
   lines = ["Runtime error" if failures[0]["error"] else "Wrong answer"]
   for f in failures:
-    lines += [f"Input: {f['input']}", f["error"] or f"Output: {f['output']}", f"Expected: {f['expected']}"]
+    lines += [
+      f"Input: {f['input']}",
+      f["error"] or f"Output: {f['output']}",
+      f"Expected: {f['expected']}",
+    ]
   return "\n".join(lines)
 
 
@@ -141,7 +171,14 @@ def failures_of(attempt, ops, inputs) -> list[dict]:
     output, error = execute(attempt, x)
     expected = execute(ops, x)[0]
     if error or output != expected:
-      failures.append({"input": json.dumps(x), "output": json.dumps(output), "expected": json.dumps(expected), "error": error})
+      failures.append(
+        {
+          "input": json.dumps(x),
+          "output": json.dumps(output),
+          "expected": json.dumps(expected),
+          "error": error,
+        }
+      )
     if error or len(failures) == SHOWN:
       break
   return failures
@@ -175,7 +212,11 @@ def solves(response: str, ops, kind: str, inputs=None) -> bool:
   """Whether the response is a program of the known form that gives the right outputs, on inputs that no feedback showed."""
   lines = response.split("\n")
   code = {f"    x = {op.code}": name for name, op in OPS.items()}
-  if lines[0] != "def f(x):" or lines[-1] != "    return x" or not all(line in code for line in lines[1:-1]):
+  if (
+    lines[0] != "def f(x):"
+    or lines[-1] != "    return x"
+    or not all(line in code for line in lines[1:-1])
+  ):
     return False
   attempt = tuple(code[line] for line in lines[1:-1])
   fresh = distinct_inputs(random.Random(f"solves/{tuple(ops)}"), ops, kind, 8)
@@ -183,8 +224,15 @@ def solves(response: str, ops, kind: str, inputs=None) -> bool:
 
 
 DOMAIN = composed.Domain(
-    phrases={name: op.phrases for name, op in OPS.items()}, types={name: op.types for name, op in OPS.items()}, compositions=compositions,
-    draw=lambda rng, ops, kind: distinct_inputs(rng, ops, kind, TESTS), statement=statement, answer=_answer, complain=_complain, solves=solves)
+  phrases={name: op.phrases for name, op in OPS.items()},
+  types={name: op.types for name, op in OPS.items()},
+  compositions=compositions,
+  draw=lambda rng, ops, kind: distinct_inputs(rng, ops, kind, TESTS),
+  statement=statement,
+  answer=_answer,
+  complain=_complain,
+  solves=solves,
+)
 
 
 class TinyCode:
@@ -207,13 +255,23 @@ class TinyCode:
 
   def judge(self, task: Task, response: str) -> Feedback:
     tests = [TestCase(input=json.dumps(x), output=json.dumps(y)) for x, y in task.data["tests"]]
-    verdict = self.sandbox.run(extract(response), tests, fn_name="f", limits=self.LIMITS, max_failures=SHOWN)
+    verdict = self.sandbox.run(
+      extract(response), tests, fn_name="f", limits=self.LIMITS, max_failures=SHOWN
+    )
     if verdict.kind == "sandbox_failed":
       return Feedback(0.0, verdict.feedback, Status.ENV_FAILED)
     if verdict.passed:
       return Feedback(1.0, "")
-    failures = [{"input": t.input, "output": t.output, "expected": t.expected, "error": _error(t)} for t in verdict.tests if not t.passed]
-    return Feedback(0.0, feedback_text(failures), Status.TIMEOUT if verdict.kind == "time_limit" else Status.SCORED)
+    failures = [
+      {"input": t.input, "output": t.output, "expected": t.expected, "error": _error(t)}
+      for t in verdict.tests
+      if not t.passed
+    ]
+    return Feedback(
+      0.0,
+      feedback_text(failures),
+      Status.TIMEOUT if verdict.kind == "time_limit" else Status.SCORED,
+    )
 
 
 def extract(response: str) -> str:

@@ -36,8 +36,14 @@ class ToolUse:
     if row.get("kind", "tooluse") != "tooluse":
       raise ValueError(f"field 'kind' is {row['kind']!r}, not 'tooluse'")
     prompt, calls = field(row, "prompt"), _calls(field(row, "answer", (str, list)))
-    return Task(id=task_id(row, split, "tooluse"), prompt=prompt, system=row.get("system"), solution=render(calls), split=split,
-                data={"calls": calls, "tools": _TOOL.findall(prompt)})
+    return Task(
+      id=task_id(row, split, "tooluse"),
+      prompt=prompt,
+      system=row.get("system"),
+      solution=render(calls),
+      split=split,
+      data={"calls": calls, "tools": _TOOL.findall(prompt)},
+    )
 
   def prompt(self, task: Task) -> list[dict[str, str]]:
     return messages(task)
@@ -58,8 +64,14 @@ class ToolUse:
     # Where optional calls allow several answers, the one that the response comes closest to is
     # spoken of.
     try:
-      return min((mismatches(names, arguments, calls, task.data["tools"]) for calls in _variants(task.data["calls"])), key=len)
-    except RecursionError:   # read, but too deep to be compared or shown
+      return min(
+        (
+          mismatches(names, arguments, calls, task.data["tools"])
+          for calls in _variants(task.data["calls"])
+        ),
+        key=len,
+      )
+    except RecursionError:  # read, but too deep to be compared or shown
       return ["The arguments are nested too deeply.", FORM]
 
 
@@ -78,7 +90,11 @@ def parse(text: str) -> tuple[list[str], dict, list[str]]:
     try:
       value, position = _JSON.raw_decode(text, begin)
     except (ValueError, RecursionError) as error:
-      reason = f"{error.msg} at its character {error.pos - begin + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+      reason = (
+        f"{error.msg} at its character {error.pos - begin + 1}"
+        if isinstance(error, json.JSONDecodeError)
+        else str(error)
+      )
       faults.append(f"Action Input {inputs} is not valid JSON: {reason}.")
       continue
     if isinstance(value, dict):
@@ -120,7 +136,9 @@ def mismatches(names: list[str], arguments: dict, calls: list[dict], tools: list
     if name not in expected:
       lines.append(f"The argument {name!r} should not be given.")
     elif not same(value, expected[name]):
-      lines.append(f"The argument {name!r} has a wrong value: {json.dumps(value, ensure_ascii=False)}.")
+      lines.append(
+        f"The argument {name!r} has a wrong value: {json.dumps(value, ensure_ascii=False)}."
+      )
   absent = len(expected.keys() - arguments.keys())
   if absent:
     lines.append(f"{absent} expected {'argument is' if absent == 1 else 'arguments are'} missing.")
@@ -129,7 +147,10 @@ def mismatches(names: list[str], arguments: dict, calls: list[dict], tools: list
 
 def render(calls: list[dict]) -> str:
   """The calls as a response writes them."""
-  return "\n".join(f"Action: {call['name']}\nAction Input: {json.dumps(call['arguments'], ensure_ascii=False)}" for call in calls)
+  return "\n".join(
+    f"Action: {call['name']}\nAction Input: {json.dumps(call['arguments'], ensure_ascii=False)}"
+    for call in calls
+  )
 
 
 def _variants(calls: list[dict]):
@@ -145,13 +166,29 @@ def _calls(answer) -> list[dict]:
     answer = json.loads(answer) if isinstance(answer, str) else answer
     calls = []
     for call in answer:
-      arguments = json.loads(call["Action_Input"]) if isinstance(call["Action_Input"], str) else call["Action_Input"]
-      if not isinstance(arguments, dict) or not isinstance(call["Action"], str) or not call["Action"].strip():
+      arguments = (
+        json.loads(call["Action_Input"])
+        if isinstance(call["Action_Input"], str)
+        else call["Action_Input"]
+      )
+      if (
+        not isinstance(arguments, dict)
+        or not isinstance(call["Action"], str)
+        or not call["Action"].strip()
+      ):
         raise ValueError(f"a call needs a name and a JSON object: {call}")
       name = call["Action"].strip()
-      calls.append({"name": name.removeprefix(_OPTIONAL).strip(), "optional": name.startswith(_OPTIONAL), "arguments": arguments})
+      calls.append(
+        {
+          "name": name.removeprefix(_OPTIONAL).strip(),
+          "optional": name.startswith(_OPTIONAL),
+          "arguments": arguments,
+        }
+      )
   except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(f"field 'answer' is not a list of Action and Action_Input: {type(error).__name__} {error}") from error
+    raise ValueError(
+      f"field 'answer' is not a list of Action and Action_Input: {type(error).__name__} {error}"
+    ) from error
   if all(call["optional"] for call in calls):
     raise ValueError("field 'answer' holds no call that must be made")
   return calls

@@ -30,8 +30,17 @@ MAX_CHARS = 2000
 MAX_VALUE_CHARS = 250
 MAX_ERROR_CHARS = 600
 
-KINDS = ("passed", "wrong_answer", "runtime_error", "time_limit", "memory_limit", "output_limit", "format",
-         "contained", "sandbox_failed")
+KINDS = (
+  "passed",
+  "wrong_answer",
+  "runtime_error",
+  "time_limit",
+  "memory_limit",
+  "output_limit",
+  "format",
+  "contained",
+  "sandbox_failed",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +52,7 @@ class TestCase:
   hidden   the feedback shows neither its input nor what was expected, nor a word that the program chose; what a program can
            still tell of the input is which kind of failure, built-in exception and line of its own it ends with
   """
+
   __test__ = False  # not a test class, whatever pytest thinks of the name
   input: str = ""
   output: str = ""
@@ -54,7 +64,9 @@ class TestCase:
 
   def __post_init__(self):
     if self.compare not in ("equal", "set", "in", "isclose"):
-      raise ValueError(f"TestCase.compare={self.compare!r} is unknown; choose from equal, in, isclose, set")
+      raise ValueError(
+        f"TestCase.compare={self.compare!r} is unknown; choose from equal, in, isclose, set"
+      )
     if self.compare != "equal" and self.expression is None:
       raise ValueError(f"TestCase.compare={self.compare!r} needs an expression")
 
@@ -62,9 +74,10 @@ class TestCase:
 @dataclasses.dataclass(frozen=True)
 class Limits:
   """Limits of one test. CPU time decides; wall time max(2 time_s, time_s + 2) is the backstop."""
-  time_s: float = 6.0     # CPU seconds of all threads together
-  memory_mb: int = 1024   # on top of the bare interpreter; MiB
-  output_kb: int = 4096   # of standard output, standard error and the result each; KiB
+
+  time_s: float = 6.0  # CPU seconds of all threads together
+  memory_mb: int = 1024  # on top of the bare interpreter; MiB
+  output_kb: int = 4096  # of standard output, standard error and the result each; KiB
 
   def __post_init__(self):
     if not (self.time_s > 0 and self.memory_mb > 0 and self.output_kb > 0):
@@ -78,21 +91,22 @@ class Limits:
 @dataclasses.dataclass(frozen=True)
 class ProgramError:
   """An exception as the program's user would see it."""
-  type: str          # class name, "" where the process died without one
+
+  type: str  # class name, "" where the process died without one
   message: str
-  line: int | None   # line of the program, from 1
-  source: str        # that line's text
+  line: int | None  # line of the program, from 1
+  source: str  # that line's text
 
 
 @dataclasses.dataclass(frozen=True)
 class TestResult:
   __test__ = False
-  input: str              # what the program was given (the expression, for an expression test)
-  output: str             # standard output, or the returned value as text; "" where there is none
+  input: str  # what the program was given (the expression, for an expression test)
+  output: str  # standard output, or the returned value as text; "" where there is none
   expected: str
-  kind: str               # one of KINDS
+  kind: str  # one of KINDS
   error: ProgramError | None = None
-  detail: str = ""        # what else there is to say: why the form is wrong
+  detail: str = ""  # what else there is to say: why the form is wrong
   hidden: bool = False
   cpu_s: float = 0.0
   wall_s: float = 0.0
@@ -105,10 +119,10 @@ class TestResult:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  kind: str                       # one of KINDS: the first failing test's
-  feedback: str                   # "" when everything passed
-  tests: tuple[TestResult, ...]   # those that ran, in order
-  number: int                     # of tests there were
+  kind: str  # one of KINDS: the first failing test's
+  feedback: str  # "" when everything passed
+  tests: tuple[TestResult, ...]  # those that ran, in order
+  number: int  # of tests there were
 
   @property
   def passed(self) -> bool:
@@ -118,24 +132,27 @@ class Verdict:
 @dataclasses.dataclass(frozen=True)
 class Outcome:
   """What the host saw of one test's process. Nothing in it is to be believed beyond its type."""
-  status: int       # as wait(2) gives it
-  killed: bool      # by the watchdog, for its time
+
+  status: int  # as wait(2) gives it
+  killed: bool  # by the watchdog, for its time
   cpu_s: float
   wall_s: float
   max_rss_kb: int
-  stdout: bytes     # each cut at the cap
+  stdout: bytes  # each cut at the cap
   result: bytes
-  capped: bool      # one of the files reached the cap
+  capped: bool  # one of the files reached the cap
 
 
 # Comparison.
+
 
 def same_text(output: str, expected: str) -> bool:
   """LiveCodeBench's comparison of standard output."""
   output_lines = [line.strip() for line in output.strip().split("\n")]
   expected_lines = [line.strip() for line in expected.strip().split("\n")]
   return len(output_lines) == len(expected_lines) and all(
-      a == b or _same_decimals(a, b) for a, b in zip(output_lines, expected_lines))
+    a == b or _same_decimals(a, b) for a, b in zip(output_lines, expected_lines)
+  )
 
 
 def _same_decimals(a: str, b: str) -> bool:
@@ -179,7 +196,9 @@ def _same_literal(tagged, test: TestCase) -> bool:
   value = _literal(tagged)
   if test.compare == "isclose":
     try:
-      return type(value) in (int, float) and math.isclose(value, expected, rel_tol=test.rel_tol, abs_tol=test.abs_tol)
+      return type(value) in (int, float) and math.isclose(
+        value, expected, rel_tol=test.rel_tol, abs_tol=test.abs_tol
+      )
     except OverflowError:  # an integer beyond every float
       return False
   if test.compare == "set":
@@ -217,26 +236,38 @@ def _literal(tagged):
     raise ValueError("untagged list")
   if not isinstance(tagged, dict):
     return tagged
-  (tag, items), = tagged.items()
+  ((tag, items),) = tagged.items()
   match tag:
-    case "list": return [_literal(x) for x in items]
-    case "tuple": return tuple(_literal(x) for x in items)
-    case "set": return {_literal(x) for x in items}
-    case "frozenset": return frozenset(_literal(x) for x in items)
-    case "dict": return {_literal(k): _literal(v) for k, v in items}
-    case "bytes": return bytes.fromhex(items)
-    case "complex": return complex(*items)
+    case "list":
+      return [_literal(x) for x in items]
+    case "tuple":
+      return tuple(_literal(x) for x in items)
+    case "set":
+      return {_literal(x) for x in items}
+    case "frozenset":
+      return frozenset(_literal(x) for x in items)
+    case "dict":
+      return {_literal(k): _literal(v) for k, v in items}
+    case "bytes":
+      return bytes.fromhex(items)
+    case "complex":
+      return complex(*items)
   raise ValueError(f"unknown tag {tag!r}")
 
 
-_BRACKETS = {"list": ("[", "]"), "tuple": ("(", ")"), "set": ("{", "}"), "frozenset": ("frozenset({", "})")}
+_BRACKETS = {
+  "list": ("[", "]"),
+  "tuple": ("(", ")"),
+  "set": ("{", "}"),
+  "frozenset": ("frozenset({", "})"),
+}
 
 
 def _literal_text(tagged) -> str:
   """As Python would write it, without building it."""
   if not isinstance(tagged, dict):
     return repr(tagged)
-  (tag, items), = tagged.items()
+  ((tag, items),) = tagged.items()
   if tag == "dict":
     return "{" + ", ".join(f"{_literal_text(k)}: {_literal_text(v)}" for k, v in items) + "}"
   if tag not in _BRACKETS:
@@ -251,7 +282,11 @@ def _literal_text(tagged) -> str:
 def check_tests(tests: list[TestCase], fn_name: str | None):
   """ValueError for a test that no program could pass because its input or its expected output has the wrong form."""
   for number, test in enumerate(tests, 1):
-    for name, text in (("input", test.input), ("expected output", test.output), ("expression", test.expression or "")):
+    for name, text in (
+      ("input", test.input),
+      ("expected output", test.output),
+      ("expression", test.expression or ""),
+    ):
       if not isinstance(text, str):
         raise ValueError(f"test {number}: the {name} is {cut(repr(text), 80)}, not text")
     what = "the expected output", test.output
@@ -264,17 +299,30 @@ def check_tests(tests: list[TestCase], fn_name: str | None):
         for line in filter(str.strip, test.input.split("\n")):
           json.loads(line)
     except (ValueError, SyntaxError, RecursionError) as e:
-      raise ValueError(f"test {number}: {what[0]} {cut(what[1], 80)!r} is not {'JSON' if test.expression is None else 'a literal'}") from e
+      raise ValueError(
+        f"test {number}: {what[0]} {cut(what[1], 80)!r} is not {'JSON' if test.expression is None else 'a literal'}"
+      ) from e
 
 
 # From what a process left behind to a result.
 
-def judge_test(outcome: Outcome, test: TestCase, program: str, fn_name: str | None, limits: Limits) -> TestResult:
+
+def judge_test(
+  outcome: Outcome, test: TestCase, program: str, fn_name: str | None, limits: Limits
+) -> TestResult:
   kind, output, error, detail = _classify(outcome, test, program, fn_name, limits)
   return TestResult(
-      input=test.input if test.expression is None else test.expression, output=output, expected=test.output, kind=kind,
-      error=error, detail=detail, hidden=test.hidden, cpu_s=outcome.cpu_s, wall_s=outcome.wall_s,
-      max_rss_mb=outcome.max_rss_kb / 1024)
+    input=test.input if test.expression is None else test.expression,
+    output=output,
+    expected=test.output,
+    kind=kind,
+    error=error,
+    detail=detail,
+    hidden=test.hidden,
+    cpu_s=outcome.cpu_s,
+    wall_s=outcome.wall_s,
+    max_rss_mb=outcome.max_rss_kb / 1024,
+  )
 
 
 def _classify(outcome, test, program, fn_name, limits):
@@ -284,11 +332,11 @@ def _classify(outcome, test, program, fn_name, limits):
   output = stdout if stdin_program else ""
   record = _record(outcome.result)
   error = _program_error(record.get("error"), program)
-  if outcome.killed or outcome.cpu_s > limits.time_s or outcome.status & 0x7f == signal.SIGXCPU:
+  if outcome.killed or outcome.cpu_s > limits.time_s or outcome.status & 0x7F == signal.SIGXCPU:
     return "time_limit", output, None, ""
   if outcome.capped:
     return "output_limit", output, None, ""
-  if signal_number := outcome.status & 0x7f:
+  if signal_number := outcome.status & 0x7F:
     if signal_number == signal.SIGKILL and outcome.max_rss_kb > 0.9 * 1024 * limits.memory_mb:
       # the kernel was short of memory and chose this process
       return "memory_limit", output, None, ""
@@ -296,16 +344,26 @@ def _classify(outcome, test, program, fn_name, limits):
       name = signal.Signals(signal_number).name
     except ValueError:
       name = f"signal {signal_number}"
-    return "runtime_error", output, ProgramError("", f"the process was ended by {name}", None, ""), ""
+    return (
+      "runtime_error",
+      output,
+      ProgramError("", f"the process was ended by {name}", None, ""),
+      "",
+    )
   if outcome.status:
-    error = error or ProgramError("", f"exit status {outcome.status >> 8 & 0xff}", None, "")
+    error = error or ProgramError("", f"exit status {outcome.status >> 8 & 0xFF}", None, "")
     return ("memory_limit" if error.type == "MemoryError" else "runtime_error"), output, error, ""
   if stdin_program:
     return ("passed" if same_text(stdout, test.output) else "wrong_answer"), output, None, ""
   if isinstance(record.get("format"), str):
     return "format", "", None, record["format"][:MAX_ERROR_CHARS]
   if "value" not in record:
-    return "runtime_error", "", ProgramError("", "the program ended before it returned a value", None, ""), ""
+    return (
+      "runtime_error",
+      "",
+      ProgramError("", "the program ended before it returned a value", None, ""),
+      "",
+    )
   value = record["value"]
   try:
     if test.expression is None:
@@ -327,34 +385,46 @@ def _record(result: bytes) -> dict:
 
 
 def _program_error(fields, program: str) -> ProgramError | None:
-  if not isinstance(fields, list) or len(fields) != 3 or not all(isinstance(x, str) for x in fields[:2]):
+  if (
+    not isinstance(fields, list)
+    or len(fields) != 3
+    or not all(isinstance(x, str) for x in fields[:2])
+  ):
     return None
   name, message, line = fields
   lines = program.split("\n")
   if isinstance(line, bool) or not isinstance(line, int) or not 1 <= line <= len(lines):
     line = None
-  return ProgramError(name[:MAX_ERROR_CHARS], message[:MAX_ERROR_CHARS], line,
-                      lines[line - 1].strip() if line else "")
+  return ProgramError(
+    name[:MAX_ERROR_CHARS], message[:MAX_ERROR_CHARS], line, lines[line - 1].strip() if line else ""
+  )
 
 
 # Words.
 
 _ADDRESS = re.compile(r"(?<= at )0x[0-9a-fA-F]+")
-_MARKERS = re.compile(r"<[|\uff5c]|[|\uff5c]>|\[/?INST\]|<</?SYS>>|"
-                      r"</?(s|start_of_turn|end_of_turn|think|tool_call|tool_response|bos|eos|pad|unk)>", re.IGNORECASE)
+_MARKERS = re.compile(
+  r"<[|\uff5c]|[|\uff5c]>|\[/?INST\]|<</?SYS>>|"
+  r"</?(s|start_of_turn|end_of_turn|think|tool_call|tool_response|bos|eos|pad|unk)>",
+  re.IGNORECASE,
+)
 
 
 def clean(text: str) -> str:
   """Text that is safe to show: newline and tab are its only control characters, and no chat marker is left whole."""
   text = text.replace("\r\n", "\n")
   if not text.isascii() or not text.replace("\n", "").replace("\t", "").isprintable():
-    text = "".join("\ufffd" if c not in "\n\t" and unicodedata.category(c) in _UNSAFE else c for c in text)
+    text = "".join(
+      "\ufffd" if c not in "\n\t" and unicodedata.category(c) in _UNSAFE else c for c in text
+    )
   # a space after the first character breaks a marker, and a broken marker cannot join its
   # neighbours into a new one
   return _ADDRESS.sub("0x...", _MARKERS.sub(lambda m: m[0][0] + " " + m[0][1:], text))
 
 
-_EXCEPTIONS = {name for name, x in vars(builtins).items() if isinstance(x, type) and issubclass(x, BaseException)}
+_EXCEPTIONS = {
+  name for name, x in vars(builtins).items() if isinstance(x, type) and issubclass(x, BaseException)
+}
 _UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
@@ -364,7 +434,7 @@ def cut(text: str, limit: int) -> str:
     return text
   mark = " ... "
   head = (limit - len(mark)) * 2 // 3
-  return text[:head] + mark + text[len(text) - (limit - len(mark) - head):]
+  return text[:head] + mark + text[len(text) - (limit - len(mark) - head) :]
 
 
 def _field(header: str, text: str, limit: int = MAX_VALUE_CHARS) -> str:
@@ -378,10 +448,16 @@ def _field(header: str, text: str, limit: int = MAX_VALUE_CHARS) -> str:
 
 def describe(result: TestResult, number: int, limits: Limits) -> str:
   """One failing test in words; `number` counts from 1."""
-  says = {"wrong_answer": "wrong answer", "runtime_error": "runtime error", "time_limit": "time limit exceeded",
-          "memory_limit": "memory limit exceeded", "output_limit": "output limit exceeded",
-          "format": "wrong form", "contained": "the program tampered with the process that ran it",
-          "sandbox_failed": "the test could not be run"}[result.kind]
+  says = {
+    "wrong_answer": "wrong answer",
+    "runtime_error": "runtime error",
+    "time_limit": "time limit exceeded",
+    "memory_limit": "memory limit exceeded",
+    "output_limit": "output limit exceeded",
+    "format": "wrong form",
+    "contained": "the program tampered with the process that ran it",
+    "sandbox_failed": "the test could not be run",
+  }[result.kind]
   name = f"Hidden test {number}" if result.hidden else f"Test {number}"
   lines = [f"{name}: {says}"]
   if result.kind == "time_limit":
@@ -399,7 +475,13 @@ def describe(result: TestResult, number: int, limits: Limits) -> str:
   if error := result.error:
     # Of a hidden test no word that the program chooses: a message, a class's name or an exit status
     # may quote the input.
-    words = (error.type, error.message) if not result.hidden else (error.type,) if error.type in _EXCEPTIONS else ()
+    words = (
+      (error.type, error.message)
+      if not result.hidden
+      else (error.type,)
+      if error.type in _EXCEPTIONS
+      else ()
+    )
     if what := ": ".join(filter(None, words)):
       lines.append(_field("Error", what, MAX_ERROR_CHARS))
     if error.line:

@@ -26,35 +26,57 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.kernels import distill_kl_gpu
-from sdpo_jax.kernels import distill_kl_ref
-from sdpo_jax.kernels import distill_kl_tpu
-from sdpo_jax.kernels import distill_kl_xla
+from sdpo_jax.kernels import distill_kl_gpu, distill_kl_ref, distill_kl_tpu, distill_kl_xla
 from sdpo_jax.kernels.distill_kl_ref import DistillKL
-from sdpo_jax.kernels.distill_kl_sweeps import distill
-from sdpo_jax.kernels.distill_kl_sweeps import Layout
+from sdpo_jax.kernels.distill_kl_sweeps import Layout, distill
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
-def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, alpha, temperature=1.0,
-               weights_X=None, implementation=None) -> DistillKL:
+def distill_kl(
+  student_hidden_XD,
+  student_head_DV,
+  teacher_hidden_XE,
+  teacher_head_EV,
+  target_X,
+  *,
+  alpha,
+  temperature=1.0,
+  weights_X=None,
+  implementation=None,
+) -> DistillKL:
   """Divergence, log-probabilities of the target under policy and teacher, and the policy's entropy, per token."""
   arrays = student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X
   _check(*arrays, weights_X, alpha, temperature)
-  name = _choose(implementation, arrays, target_X.shape[0], student_head_DV.shape[1], alone=_on_one_device())
+  name = _choose(
+    implementation, arrays, target_X.shape[0], student_head_DV.shape[1], alone=_on_one_device()
+  )
   if name == "reference":
     return distill_kl_ref.distill_kl(*arrays, alpha=alpha, temperature=temperature)
   if name == "pallas_tpu":
     return distill_kl_tpu.distill_kl(*arrays, alpha=alpha, temperature=temperature)
   if name == "pallas_gpu":
     return distill_kl_gpu.distill_kl(*arrays, alpha=alpha, temperature=temperature)
-  return distill_kl_xla.distill_kl(*arrays, alpha=alpha, temperature=temperature, weights_X=weights_X)
+  return distill_kl_xla.distill_kl(
+    *arrays, alpha=alpha, temperature=temperature, weights_X=weights_X
+  )
 
 
-def distill_kl_sharded(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, mesh, alpha,
-                       temperature=1.0, implementation=None, token_axes=("data", "fsdp"), vocabulary_axis="tensor",
-                       head_axis="fsdp") -> DistillKL:
+def distill_kl_sharded(
+  student_hidden_XD,
+  student_head_DV,
+  teacher_hidden_XE,
+  teacher_head_EV,
+  target_X,
+  *,
+  mesh,
+  alpha,
+  temperature=1.0,
+  implementation=None,
+  token_axes=("data", "fsdp"),
+  vocabulary_axis="tensor",
+  head_axis="fsdp",
+) -> DistillKL:
   """The same over a mesh: tokens split over token_axes, heads over (head_axis, vocabulary_axis); same values, same gradients."""
   arrays = student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X
   _check(*arrays, None, alpha, temperature)
@@ -64,8 +86,10 @@ def distill_kl_sharded(student_hidden_XD, student_head_DV, teacher_hidden_XE, te
   if name == "reference":
     raise ValueError("implementation='reference' has no sharded form of its own: call distill_kl")
   if name == "pallas_tpu":
-    shapes = [jax.ShapeDtypeStruct((rows, a.shape[1]) if i % 2 == 0 else (a.shape[0], V), a.dtype)
-              for i, a in enumerate(arrays[:4])]
+    shapes = [
+      jax.ShapeDtypeStruct((rows, a.shape[1]) if i % 2 == 0 else (a.shape[0], V), a.dtype)
+      for i, a in enumerate(arrays[:4])
+    ]
     module, plan = distill_kl_tpu, distill_kl_tpu.make_plan(*shapes, alpha, temperature)
   elif name == "pallas_gpu":
     module, plan = distill_kl_gpu, distill_kl_gpu.make_plan(alpha, temperature)
@@ -73,18 +97,37 @@ def distill_kl_sharded(student_hidden_XD, student_head_DV, teacher_hidden_XE, te
     module, plan = distill_kl_xla, distill_kl_xla.vocabulary_plan(rows, alpha, temperature)
   h, w, g, u, target = arrays
   out = distill(module, plan, layout, layout.pad(h), w, layout.pad(g), u, layout.pad(target))
-  return jax.tree.map(lambda x: x[:target.shape[0]], out)  # padded rows are cut off again
+  return jax.tree.map(lambda x: x[: target.shape[0]], out)  # padded rows are cut off again
 
 
-def _check(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, weights_X, alpha, temperature):
+def _check(
+  student_hidden_XD,
+  student_head_DV,
+  teacher_hidden_XE,
+  teacher_head_EV,
+  target_X,
+  weights_X,
+  alpha,
+  temperature,
+):
   X, D = student_hidden_XD.shape
   E, V = teacher_head_EV.shape
-  assert student_head_DV.shape == (D, V), (student_hidden_XD.shape, student_head_DV.shape, teacher_head_EV.shape)
-  assert teacher_hidden_XE.shape == (X, E), (student_hidden_XD.shape, teacher_hidden_XE.shape, teacher_head_EV.shape)
+  assert student_head_DV.shape == (D, V), (
+    student_hidden_XD.shape,
+    student_head_DV.shape,
+    teacher_head_EV.shape,
+  )
+  assert teacher_hidden_XE.shape == (X, E), (
+    student_hidden_XD.shape,
+    teacher_hidden_XE.shape,
+    teacher_head_EV.shape,
+  )
   assert target_X.shape == (X,), (student_hidden_XD.shape, target_X.shape)
   assert weights_X is None or weights_X.shape == (X,), (student_hidden_XD.shape, weights_X.shape)
   if not 0 <= alpha <= 1:
-    raise ValueError(f"alpha={alpha!r} must lie in [0, 1]: 0 is KL(teacher || policy), 1 is KL(policy || teacher)")
+    raise ValueError(
+      f"alpha={alpha!r} must lie in [0, 1]: 0 is KL(teacher || policy), 1 is KL(policy || teacher)"
+    )
   if not temperature > 0:
     raise ValueError(f"temperature={temperature!r} must be > 0")
 
@@ -94,8 +137,12 @@ def _choose(implementation, arrays, X, V, alone):
   if implementation is not None and implementation not in IMPLEMENTATIONS:
     raise ValueError(f"implementation={implementation!r} is unknown; choose from {IMPLEMENTATIONS}")
   platform = distill_kl_xla.target_platform()
-  for_tpu = platform == "tpu" and alone and X * V > distill_kl_xla.ONE_BLOCK_ENTRIES and all(
-      a.dtype in (jnp.float32, jnp.bfloat16) for a in arrays[:4])
+  for_tpu = (
+    platform == "tpu"
+    and alone
+    and X * V > distill_kl_xla.ONE_BLOCK_ENTRIES
+    and all(a.dtype in (jnp.float32, jnp.bfloat16) for a in arrays[:4])
+  )
   name = implementation or ("pallas_tpu" if for_tpu else "xla")
   _log_once(name, platform)
   return name
@@ -108,4 +155,6 @@ def _on_one_device():
 
 @functools.cache
 def _log_once(name, platform):
-  logging.getLogger(__name__).info("distillation divergence: implementation %s on %s", name, platform)
+  logging.getLogger(__name__).info(
+    "distillation divergence: implementation %s on %s", name, platform
+  )

@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 import jax
 from jax import lax
+
 # public from jax 0.11 on only
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.experimental import pallas as pl
@@ -41,15 +42,13 @@ import jax.numpy as jnp
 
 from sdpo_jax.kernels import distill_kl_math as dm
 from sdpo_jax.kernels.distill_kl_sweeps import distill
-from sdpo_jax.kernels.distill_kl_xla import gradient_products
-from sdpo_jax.kernels.distill_kl_xla import over_blocks
-from sdpo_jax.kernels.distill_kl_xla import target_platform
+from sdpo_jax.kernels.distill_kl_xla import gradient_products, over_blocks, target_platform
 
 WORKSPACE_BYTES = 640 * 2**20  # dlogits: 40,960 entries of the vocabulary at X = 8192 in bfloat16
 # tokens, entries of the vocabulary and entries of D in a tile
 ROWS, COLUMNS, DEPTH = 128, 128, 64
-HALF = ROWS // 2               # tokens of one of the two multiplying warpgroups
-STAGES = 4                     # tiles of either operand on their way, 32 KB together
+HALF = ROWS // 2  # tokens of one of the two multiplying warpgroups
+STAGES = 4  # tiles of either operand on their way, 32 KB together
 # blocks that run at a time: fewer than an H200's 132 multiprocessors
 GROUP, PARTS = 16, 8
 
@@ -60,15 +59,29 @@ class Plan(NamedTuple):
   interpret: object  # False, or InterpretGPUParams
 
 
-FOLD = dm.Fold(sum=lambda x: jnp.sum(x, axis=1), max=lambda x: jnp.max(x, axis=1),
-               spread=lambda x, width: lax.broadcast_in_dim(x, (x.shape[0], width), (0,)))
+FOLD = dm.Fold(
+  sum=lambda x: jnp.sum(x, axis=1),
+  max=lambda x: jnp.max(x, axis=1),
+  spread=lambda x, width: lax.broadcast_in_dim(x, (x.shape[0], width), (0,)),
+)
 
 
-def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, alpha, temperature,
-               interpret=None):
+def distill_kl(
+  student_hidden_XD,
+  student_head_DV,
+  teacher_hidden_XE,
+  teacher_head_EV,
+  target_X,
+  *,
+  alpha,
+  temperature,
+  interpret=None,
+):
   arrays = student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV
   assert all(a.dtype in (jnp.float32, jnp.bfloat16) for a in arrays), [a.dtype for a in arrays]
-  return distill(sys.modules[__name__], make_plan(alpha, temperature, interpret), None, *arrays, target_X)
+  return distill(
+    sys.modules[__name__], make_plan(alpha, temperature, interpret), None, *arrays, target_X
+  )
 
 
 def make_plan(alpha, temperature, interpret=None):
@@ -86,14 +99,14 @@ def statistics(plan, h, w, g, u, target):
   parts = dm.Stats(*jnp.moveaxis(_call(plan, "statistics", h, w, g, u, (target,), 8), 1, 0))
   max_s, max_t = (jnp.max(x, axis=0, keepdims=True) for x in parts[:2])
   sums = dm.rescale(parts, max_s, max_t, plan.alpha)[2:]
-  column = lambda x: x[:h.shape[0], None]
+  column = lambda x: x[: h.shape[0], None]
   return dm.Stats(column(max_s[0]), column(max_t[0]), *[column(jnp.sum(x, axis=0)) for x in sums])
 
 
 def mixture_sums(plan, h, w, g, u, scalars):
   nowhere = jnp.full(h.shape[0], -1)
   sums = jnp.sum(_call(plan, "mixture", h, w, g, u, (nowhere, *_rows(scalars)), 2), axis=0)
-  return tuple(x[:h.shape[0], None] for x in sums)
+  return tuple(x[: h.shape[0], None] for x in sums)
 
 
 def gradients(plan, h, w, g, u, target, scalars, cotangents, dtype):
@@ -105,7 +118,16 @@ def gradients(plan, h, w, g, u, target, scalars, cotangents, dtype):
     dh, dw = carry
     hidden, dh, dw = lax.optimization_barrier((h, dh, dw))  # one workspace at a time
     head, teacher_head = (lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (w, u))
-    d = _call(plan, "dlogits", hidden, head, g, teacher_head, (target - start, *_rows(scalars), *_rows(cotangents)), dlogits_dtype)
+    d = _call(
+      plan,
+      "dlogits",
+      hidden,
+      head,
+      g,
+      teacher_head,
+      (target - start, *_rows(scalars), *_rows(cotangents)),
+      dlogits_dtype,
+    )
     dh_part, dw_part = gradient_products(plan, d[:X, :size], h, head, jnp.float32)
     return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(dtype), start, 1)
 
@@ -144,7 +166,21 @@ def _call(plan, name, h, w, g, u, per_token, output):
     out_type = jax.ShapeDtypeStruct((parts, output, h.shape[0]), jnp.float32)
     out_scratch = plgpu.SMEM((2, output, HALF), jnp.float32)
 
-  def kernel(h_ref, w_ref, g_ref, u_ref, rows_ref, out_ref, a_smem, b_smem, rows_smem, out_smem, full, free, rows_full):
+  def kernel(
+    h_ref,
+    w_ref,
+    g_ref,
+    u_ref,
+    rows_ref,
+    out_ref,
+    a_smem,
+    b_smem,
+    rows_smem,
+    out_smem,
+    full,
+    free,
+    rows_full,
+  ):
     block = lax.axis_index("group") * group + lax.axis_index("block")
     part, warpgroup = lax.axis_index("part"), lax.axis_index("warpgroup")
     first = part * each
@@ -172,7 +208,9 @@ def _call(plan, name, h, w, g, u, per_token, output):
         pl.loop(0, depths[1])(lambda k: fill(step + depths[0] + k, g_ref, u_ref, tile, k))
 
       steps = count_tiles * sum(depths)  # a barrier is left with every arrival seen
-      pl.loop(jnp.maximum(steps - STAGES, 0), steps)(lambda step: plgpu.barrier_wait(free.at[slot_of(step)]))
+      pl.loop(jnp.maximum(steps - STAGES, 0), steps)(
+        lambda step: plgpu.barrier_wait(free.at[slot_of(step)])
+      )
 
     @pl.when((warpgroup < 2) & (block < blocks))
     def _():
@@ -188,7 +226,9 @@ def _call(plan, name, h, w, g, u, per_token, output):
           def one(k, _):
             slot = slot_of(step + k)
             plgpu.barrier_wait(full.at[slot])
-            plgpu.wgmma(accumulator, a_smem.at[slot, pl.ds(warpgroup * HALF, HALF)], b_smem.at[slot])
+            plgpu.wgmma(
+              accumulator, a_smem.at[slot, pl.ds(warpgroup * HALF, HALF)], b_smem.at[slot]
+            )
             plgpu.wgmma_wait(1)  # the product before this one has ended: its tiles may go
             pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[slot_of(step + k - 1)]))
 
@@ -220,17 +260,23 @@ def _call(plan, name, h, w, g, u, per_token, output):
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
           out_smem[warpgroup] = d.astype(output)
           plgpu.commit_smem()
-          plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_ref.at[
-              pl.ds(block * ROWS + warpgroup * HALF, HALF), pl.ds((first + tile) * COLUMNS, COLUMNS)])
+          plgpu.copy_smem_to_gmem(
+            out_smem.at[warpgroup],
+            out_ref.at[
+              pl.ds(block * ROWS + warpgroup * HALF, HALF), pl.ds((first + tile) * COLUMNS, COLUMNS)
+            ],
+          )
       else:
         zero = target.astype(jnp.float32) * 0  # in the layout of a row
         if name == "statistics":
           sums = (zero + dm.NEG,) * 2 + (zero,) * 6
+
           def add(tile, sums):
             s, t, hit = tile_logits(tile)
             return tuple(dm.add_block(dm.Stats(*sums), s, t, hit, plan.alpha, FOLD))
         else:
           sums, scalars = (zero,) * 2, dm.Scalars(*map(spread, others[:5]))
+
           def add(tile, sums):
             s, t, _ = tile_logits(tile)
             return tuple(map(jnp.add, sums, dm.mixture_sums(s, t, scalars, plan.alpha, FOLD)))
@@ -238,7 +284,9 @@ def _call(plan, name, h, w, g, u, per_token, output):
         for k, x in enumerate(lax.fori_loop(0, count_tiles, add, sums)):
           out_smem[warpgroup, k] = x
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_ref.at[part, :, pl.ds(block * ROWS + warpgroup * HALF, HALF)])
+        plgpu.copy_smem_to_gmem(
+          out_smem.at[warpgroup], out_ref.at[part, :, pl.ds(block * ROWS + warpgroup * HALF, HALF)]
+        )
       plgpu.wait_smem_to_gmem(0)
 
   kernel.__name__ = f"distill_kl_{name}"
@@ -248,15 +296,23 @@ def _call(plan, name, h, w, g, u, per_token, output):
     as_row = functools.partial(plgpu.layout_cast, new_layout=plgpu.Layout.WGMMA.reduce(1))
     iota = functools.partial(plgpu.broadcasted_iota, layout=plgpu.Layout.WGMMA)
   return plgpu.kernel(
-      kernel, out_type=out_type, grid=(-(-blocks // group), parts, group), grid_names=("group", "part", "block"),
-      num_threads=3, thread_name="warpgroup", interpret=plan.interpret,
-      scratch_types=[
-          plgpu.SMEM((STAGES, ROWS, DEPTH), jnp.bfloat16, transforms=_swizzled(jnp.bfloat16)),
-          plgpu.SMEM((STAGES, DEPTH, COLUMNS), jnp.bfloat16, transforms=_swizzled(jnp.bfloat16)),
-          plgpu.SMEM((count, ROWS), jnp.float32), out_scratch,
-          plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),   # a pair of tiles has come
-          plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),   # both warpgroups are done with it
-          plgpu.Barrier()])(h, w, g, u, rows_KX)
+    kernel,
+    out_type=out_type,
+    grid=(-(-blocks // group), parts, group),
+    grid_names=("group", "part", "block"),
+    num_threads=3,
+    thread_name="warpgroup",
+    interpret=plan.interpret,
+    scratch_types=[
+      plgpu.SMEM((STAGES, ROWS, DEPTH), jnp.bfloat16, transforms=_swizzled(jnp.bfloat16)),
+      plgpu.SMEM((STAGES, DEPTH, COLUMNS), jnp.bfloat16, transforms=_swizzled(jnp.bfloat16)),
+      plgpu.SMEM((count, ROWS), jnp.float32),
+      out_scratch,
+      plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),  # a pair of tiles has come
+      plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),  # both warpgroups are done with it
+      plgpu.Barrier(),
+    ],
+  )(h, w, g, u, rows_KX)
 
 
 def _swizzled(dtype):

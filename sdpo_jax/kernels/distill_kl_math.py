@@ -30,11 +30,12 @@ NEG = -1e30  # finite: -inf - -inf and 0 * inf would be NaN
 
 class Stats(NamedTuple):
   """Partial sums over some entries; exponentials are relative to the maximum of the same side."""
+
   max_s: jax.Array
   max_t: jax.Array
-  sum_s: jax.Array    # sum e^(s - max_s)
+  sum_s: jax.Array  # sum e^(s - max_s)
   sum_t: jax.Array
-  sum_ss: jax.Array   # sum e^(s - max_s) (s - max_s)
+  sum_ss: jax.Array  # sum e^(s - max_s) (s - max_s)
   # alpha = 0: sum e^(t - max_t) (t - s); alpha = 1: sum e^(s - max_s) (s - t); else 0
   cross: jax.Array
   target_s: jax.Array  # s at the target, 0 if it is not among these entries
@@ -43,27 +44,34 @@ class Stats(NamedTuple):
 
 class Scalars(NamedTuple):
   """What the gradient needs to know about a token beside its logits."""
+
   log_z_s: jax.Array
   log_z_t: jax.Array
   log_ratio: jax.Array  # log_z_s - log_z_t, without its cancellation
   entropy: jax.Array
-  level: jax.Array      # alpha = 1: KL(pi || q); mixture: K = KL(pi || m); alpha = 0: unused
+  level: jax.Array  # alpha = 1: KL(pi || q); mixture: K = KL(pi || m); alpha = 0: unused
 
 
 class Fold(NamedTuple):
   """How a row of a block becomes a running number: one column, or one column for each of 128 lanes."""
+
   sum: Callable
   max: Callable
   spread: Callable  # from running numbers back over the block
 
 
-ROWS = Fold(sum=lambda x: jnp.sum(x, axis=1, keepdims=True), max=lambda x: jnp.max(x, axis=1, keepdims=True),
-            spread=lambda x, width: x)
-_lane_groups = lambda x: [x[:, i:i + 128] for i in range(0, x.shape[1], 128)]
+ROWS = Fold(
+  sum=lambda x: jnp.sum(x, axis=1, keepdims=True),
+  max=lambda x: jnp.max(x, axis=1, keepdims=True),
+  spread=lambda x, width: x,
+)
+_lane_groups = lambda x: [x[:, i : i + 128] for i in range(0, x.shape[1], 128)]
 # no reduction across lanes until the very end
-LANES = Fold(sum=lambda x: functools.reduce(jnp.add, _lane_groups(x)),
-             max=lambda x: functools.reduce(jnp.maximum, _lane_groups(x)),
-             spread=lambda x, width: jnp.tile(x, (1, width // 128)))
+LANES = Fold(
+  sum=lambda x: functools.reduce(jnp.add, _lane_groups(x)),
+  max=lambda x: functools.reduce(jnp.maximum, _lane_groups(x)),
+  spread=lambda x, width: jnp.tile(x, (1, width // 128)),
+)
 
 
 def empty_stats(X, dtype):
@@ -75,8 +83,16 @@ def rescale(stats: Stats, max_s, max_t, alpha) -> Stats:
   """The same sums relative to other maxima; from here on, Stats of different entries simply add."""
   d_s = stats.max_s - max_s
   e_s, e_t = jnp.exp(d_s), jnp.exp(stats.max_t - max_t)
-  return Stats(max_s, max_t, stats.sum_s * e_s, stats.sum_t * e_t, (stats.sum_ss + d_s * stats.sum_s) * e_s,
-               stats.cross * (e_t if alpha == 0 else e_s), stats.target_s, stats.target_t)
+  return Stats(
+    max_s,
+    max_t,
+    stats.sum_s * e_s,
+    stats.sum_t * e_t,
+    (stats.sum_ss + d_s * stats.sum_s) * e_s,
+    stats.cross * (e_t if alpha == 0 else e_s),
+    stats.target_s,
+    stats.target_t,
+  )
 
 
 def add_block(stats: Stats, s, t, hit, alpha, fold=ROWS) -> Stats:
@@ -91,8 +107,16 @@ def add_block(stats: Stats, s, t, hit, alpha, fold=ROWS) -> Stats:
     cross = old.cross + fold.sum(e_s * (s - t))
   else:
     cross = old.cross
-  return Stats(max_s, max_t, old.sum_s + fold.sum(e_s), old.sum_t + fold.sum(e_t), old.sum_ss + fold.sum(e_s * d_s), cross,
-               old.target_s + fold.sum(jnp.where(hit, s, 0)), old.target_t + fold.sum(jnp.where(hit, t, 0)))
+  return Stats(
+    max_s,
+    max_t,
+    old.sum_s + fold.sum(e_s),
+    old.sum_t + fold.sum(e_t),
+    old.sum_ss + fold.sum(e_s * d_s),
+    cross,
+    old.target_s + fold.sum(jnp.where(hit, s, 0)),
+    old.target_t + fold.sum(jnp.where(hit, t, 0)),
+  )
 
 
 def add_lanes(stats: Stats, alpha) -> Stats:
@@ -105,7 +129,9 @@ def add_lanes(stats: Stats, alpha) -> Stats:
 def add_shards(stats: Stats, alpha, axis_name) -> Stats:
   """Stats of a mesh axis's shards of the vocabulary -> Stats of the whole of it, on every shard."""
   max_s, max_t = jax.lax.pmax((stats.max_s, stats.max_t), axis_name)
-  return Stats(max_s, max_t, *jax.lax.psum(tuple(rescale(stats, max_s, max_t, alpha)[2:]), axis_name))
+  return Stats(
+    max_s, max_t, *jax.lax.psum(tuple(rescale(stats, max_s, max_t, alpha)[2:]), axis_name)
+  )
 
 
 def finish(stats: Stats, alpha):
@@ -119,7 +145,9 @@ def finish(stats: Stats, alpha):
     divergence = stats.cross / stats.sum_s - log_ratio
   else:
     divergence = jnp.zeros_like(log_ratio)
-  scalars = Scalars(stats.max_s + log_sum_s, stats.max_t + log_sum_t, log_ratio, entropy, divergence)
+  scalars = Scalars(
+    stats.max_s + log_sum_s, stats.max_t + log_sum_t, log_ratio, entropy, divergence
+  )
   return divergence, stats.target_s - scalars.log_z_s, stats.target_t - scalars.log_z_t, scalars
 
 
@@ -138,7 +166,9 @@ def mixture_sums(s, t, scalars: Scalars, alpha, fold=ROWS):
   """This block's part of KL(pi || m) and of KL(q || m)."""
   u = (s - t) - scalars.log_ratio
   r = log_over_mixture(u, alpha)
-  return fold.sum(jnp.exp(s - scalars.log_z_s) * r), fold.sum(jnp.exp(t - scalars.log_z_t) * (r - u))
+  return fold.sum(jnp.exp(s - scalars.log_z_s) * r), fold.sum(
+    jnp.exp(t - scalars.log_z_t) * (r - u)
+  )
 
 
 def with_mixture(sums, scalars: Scalars, alpha):

@@ -25,18 +25,32 @@ from jax.scipy.special import logsumexp
 
 class DistillKL(NamedTuple):
   """Per-token results, in nats, at the given temperature."""
+
   divergence_X: jax.Array
-  logp_X: jax.Array          # ln pi(target)
+  logp_X: jax.Array  # ln pi(target)
   logp_teacher_X: jax.Array  # ln q(target); carries no gradient
-  entropy_X: jax.Array       # of pi
+  entropy_X: jax.Array  # of pi
 
 
-def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, alpha, temperature):
-  dtype = jnp.promote_types(jnp.result_type(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV),
-                            jnp.float32)
+def distill_kl(
+  student_hidden_XD,
+  student_head_DV,
+  teacher_hidden_XE,
+  teacher_head_EV,
+  target_X,
+  *,
+  alpha,
+  temperature,
+):
+  dtype = jnp.promote_types(
+    jnp.result_type(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV),
+    jnp.float32,
+  )
 
   def log_softmax(hidden, head):
-    logits_XV = jnp.matmul(hidden.astype(dtype), head.astype(dtype), precision="highest") / temperature
+    logits_XV = (
+      jnp.matmul(hidden.astype(dtype), head.astype(dtype), precision="highest") / temperature
+    )
     return logits_XV - logsumexp(logits_XV, axis=1, keepdims=True)
 
   policy_XV = log_softmax(student_hidden_XD, student_head_DV)

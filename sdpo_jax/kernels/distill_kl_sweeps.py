@@ -29,6 +29,7 @@ from sdpo_jax.kernels.distill_kl_ref import DistillKL
 
 class Layout(NamedTuple):
   """How a mesh splits the problem. token_axes includes head_axis."""
+
   mesh: Any
   token_axes: tuple[str, ...]
   vocabulary_axis: str
@@ -36,10 +37,15 @@ class Layout(NamedTuple):
 
   def sizes(self, X, D, V):
     """(tokens, entries of the vocabulary) of one device; tokens rounded up."""
-    vocabulary_shards, head_shards = self.mesh.shape[self.vocabulary_axis], self.mesh.shape[self.head_axis]
+    vocabulary_shards, head_shards = (
+      self.mesh.shape[self.vocabulary_axis],
+      self.mesh.shape[self.head_axis],
+    )
     if V % vocabulary_shards or D % head_shards:
-      raise ValueError(f"a head of {D} x {V} does not divide over mesh axes {self.head_axis}={head_shards}, "
-                       f"{self.vocabulary_axis}={vocabulary_shards}")
+      raise ValueError(
+        f"a head of {D} x {V} does not divide over mesh axes {self.head_axis}={head_shards}, "
+        f"{self.vocabulary_axis}={vocabulary_shards}"
+      )
     return -(-X // self.token_shards), V // vocabulary_shards
 
   @property
@@ -52,7 +58,9 @@ class Layout(NamedTuple):
 
   def gather(self, head):
     """A head, whole over head_axis."""
-    return lax.with_sharding_constraint(head, NamedSharding(self.mesh, P(None, self.vocabulary_axis)))
+    return lax.with_sharding_constraint(
+      head, NamedSharding(self.mesh, P(None, self.vocabulary_axis))
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -67,8 +75,12 @@ def _forward_rule(implementation, plan, layout, h, w, g, u, target):
     w, u = layout.gather(w), layout.gather(u)
     tokens, heads = P(layout.token_axes), P(None, layout.vocabulary_axis)
     out, scalars = jax.shard_map(
-        functools.partial(_forward, implementation, plan, layout), mesh=layout.mesh, check_vma=False,
-        in_specs=(tokens, heads, tokens, heads, tokens), out_specs=(tokens, tokens))(h, w, g, u, target)
+      functools.partial(_forward, implementation, plan, layout),
+      mesh=layout.mesh,
+      check_vma=False,
+      in_specs=(tokens, heads, tokens, heads, tokens),
+      out_specs=(tokens, tokens),
+    )(h, w, g, u, target)
   return out, (h, w, g, u, target, scalars)
 
 
@@ -89,21 +101,28 @@ def _forward(implementation, plan, layout, h, w, g, u, target):
 
 def _backward_rule(implementation, plan, layout, saved, cotangents):
   h, w, g, u, target, scalars = saved
-  cotangents = tuple(c[:, None] for c in (cotangents.divergence_X, cotangents.logp_X, cotangents.entropy_X))
+  cotangents = tuple(
+    c[:, None] for c in (cotangents.divergence_X, cotangents.logp_X, cotangents.entropy_X)
+  )
   if layout is None:
     dh, dw = implementation.gradients(plan, h, w, g, u, target, scalars, cotangents, w.dtype)
   else:
     tokens, heads = P(layout.token_axes), P(None, layout.vocabulary_axis)
     dh, dw = jax.shard_map(
-        functools.partial(_backward, implementation, plan, layout), mesh=layout.mesh, check_vma=False,
-        in_specs=(tokens, heads, tokens, heads, tokens, tokens, tokens),
-        out_specs=(tokens, P(layout.head_axis, layout.vocabulary_axis)))(h, w, g, u, target, scalars, cotangents)
+      functools.partial(_backward, implementation, plan, layout),
+      mesh=layout.mesh,
+      check_vma=False,
+      in_specs=(tokens, heads, tokens, heads, tokens, tokens, tokens),
+      out_specs=(tokens, P(layout.head_axis, layout.vocabulary_axis)),
+    )(h, w, g, u, target, scalars, cotangents)
   return dh.astype(h.dtype), dw.astype(w.dtype), None, None, None
 
 
 def _backward(implementation, plan, layout, h, w, g, u, target, scalars, cotangents):
   target = own(layout, target, w.shape[1])
-  dh, dw = implementation.gradients(plan, h, w, g, u, target, scalars, cotangents, scalars.entropy.dtype)
+  dh, dw = implementation.gradients(
+    plan, h, w, g, u, target, scalars, cotangents, scalars.entropy.dtype
+  )
   return reduce_gradients(layout, dh, dw)
 
 

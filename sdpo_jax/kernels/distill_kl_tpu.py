@@ -31,27 +31,42 @@ import jax.numpy as jnp
 
 from sdpo_jax.kernels import distill_kl_math as dm
 from sdpo_jax.kernels.distill_kl_sweeps import distill
-from sdpo_jax.kernels.distill_kl_xla import gradient_products
-from sdpo_jax.kernels.distill_kl_xla import over_blocks
+from sdpo_jax.kernels.distill_kl_xla import gradient_products, over_blocks
 
 WORKSPACE_BYTES = 640 * 2**20  # dlogits: 40,960 entries of the vocabulary at X = 8192 in bfloat16
-VMEM_BYTES = 60 * 2**20        # what a kernel may use; v5p has 64 MB, v5e and v6e twice that
-TILES = ((1024, 1024, 512), (1024, 512, 512), (512, 512, 512), (512, 256, 256), (256, 256, 256), (256, 128, 128),
-         # tokens, entries of the vocabulary, entries of a sub-tile; the first that fits
-         (128, 128, 128))
+VMEM_BYTES = 60 * 2**20  # what a kernel may use; v5p has 64 MB, v5e and v6e twice that
+TILES = (
+  (1024, 1024, 512),
+  (1024, 512, 512),
+  (512, 512, 512),
+  (512, 256, 256),
+  (256, 256, 256),
+  (256, 128, 128),
+  # tokens, entries of the vocabulary, entries of a sub-tile; the first that fits
+  (128, 128, 128),
+)
 
 
 class Plan(NamedTuple):
   alpha: float
   temperature: float
-  rows: int      # tokens in a tile
-  columns: int   # entries of the vocabulary in a tile
-  sub: int       # entries in a sub-tile
+  rows: int  # tokens in a tile
+  columns: int  # entries of the vocabulary in a tile
+  sub: int  # entries in a sub-tile
   interpret: object  # False | True | pltpu.InterpretParams: for every platform but TPU
 
 
-def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, alpha, temperature,
-               interpret=True):
+def distill_kl(
+  student_hidden_XD,
+  student_head_DV,
+  teacher_hidden_XE,
+  teacher_head_EV,
+  target_X,
+  *,
+  alpha,
+  temperature,
+  interpret=True,
+):
   arrays = student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV
   plan = make_plan(*[jax.typeof(a) for a in arrays], alpha, temperature, interpret)
   return distill(sys.modules[__name__], plan, None, *arrays, target_X)
@@ -59,20 +74,34 @@ def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_he
 
 def make_plan(h, w, g, u, alpha, temperature, interpret=True):
   """Tiles for arrays of these shapes and dtypes, as one device sees them."""
-  assert all(a.dtype in (jnp.float32, jnp.bfloat16) for a in (h, w, g, u)), (h.dtype, w.dtype, g.dtype, u.dtype)
+  assert all(a.dtype in (jnp.float32, jnp.bfloat16) for a in (h, w, g, u)), (
+    h.dtype,
+    w.dtype,
+    g.dtype,
+    u.dtype,
+  )
   (X, D), (E, V) = h.shape, u.shape
   item = max(a.dtype.itemsize for a in (h, w, g, u))
   # Many tokens in a tile: the heads are read from memory once for each of them. Long tiles: less
   # waiting at their ends.
-  rows, columns, sub = next(t for t in TILES if _vmem_bytes(*t, D + E, item) <= 0.95 * VMEM_BYTES or t == TILES[-1])
+  rows, columns, sub = next(
+    t for t in TILES if _vmem_bytes(*t, D + E, item) <= 0.95 * VMEM_BYTES or t == TILES[-1]
+  )
   sub = min(sub, -(-V // 128) * 128)
-  return Plan(alpha, temperature, min(rows, -(-X // 16) * 16), min(columns, -(-V // sub) * sub), sub, interpret)
+  return Plan(
+    alpha,
+    temperature,
+    min(rows, -(-X // 16) * 16),
+    min(columns, -(-V // sub) * sub),
+    sub,
+    interpret,
+  )
 
 
 def _vmem_bytes(rows, columns, sub, width, item):
   # two buffers of hidden states and heads; width: both sides'
   inputs = 2 * item * width * (rows + columns)
-  logits = 4 * 4 * rows * sub                         # two sub-tiles of both sides
+  logits = 4 * 4 * rows * sub  # two sub-tiles of both sides
   return inputs + logits + 2 * 4 * rows * max(8 * 128, columns)
 
 
@@ -92,13 +121,17 @@ def gradients(plan, h, w, g, u, target, scalars, cotangents, dtype):
   columns_X8 = jnp.concatenate([*scalars, *cotangents], axis=1)
   dlogits_dtype = jnp.promote_types(h.dtype, w.dtype)
   X, V = h.shape[0], w.shape[1]
-  size = max(WORKSPACE_BYTES // (X * dlogits_dtype.itemsize) // plan.columns * plan.columns, plan.columns)
+  size = max(
+    WORKSPACE_BYTES // (X * dlogits_dtype.itemsize) // plan.columns * plan.columns, plan.columns
+  )
 
   def body(start, size, carry):
     dh, dw = carry
     hidden, dh, dw = lax.optimization_barrier((h, dh, dw))  # one workspace at a time
     d = _dlogits(plan, hidden, w, g, u, target, columns_X8, start, size, dlogits_dtype)
-    dh_part, dw_part = gradient_products(plan, d, h, lax.dynamic_slice_in_dim(w, start, size, axis=1), jnp.float32)
+    dh_part, dw_part = gradient_products(
+      plan, d, h, lax.dynamic_slice_in_dim(w, start, size, axis=1), jnp.float32
+    )
     return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(dtype), start, 1)
 
   return over_blocks(V, size, body, (jnp.zeros(h.shape, jnp.float32), jnp.zeros(w.shape, dtype)))
@@ -172,14 +205,21 @@ def _dlogits(plan, h, w, g, u, target, columns_X8, start, size, dtype):
       del masked  # what stands past the vocabulary's end is never written
       lane = lax.broadcasted_iota(jnp.int32, s.shape, 1)
       hit = lane == target_ref[...] - (tile * plan.columns + column)
-      cotangents = tuple(columns_ref[:, k:k + 1] for k in (5, 6, 7))
+      cotangents = tuple(columns_ref[:, k : k + 1] for k in (5, 6, 7))
       d = dm.dlogits(s, t, hit, _scalars(columns_ref), cotangents, plan.alpha)
-      out_ref[:, column:column + plan.sub] = d.astype(dtype)
+      out_ref[:, column : column + plan.sub] = d.astype(dtype)
 
     _tiles(plan, None, None, (h_ref, w_ref, g_ref, u_ref), consume)
 
-  return _call(plan, kernel, "dlogits", (h, w, g, u), (target[:, None], columns_X8),
-               jax.ShapeDtypeStruct((h.shape[0], size), dtype), start // plan.columns)
+  return _call(
+    plan,
+    kernel,
+    "dlogits",
+    (h, w, g, u),
+    (target[:, None], columns_X8),
+    jax.ShapeDtypeStruct((h.shape[0], size), dtype),
+    start // plan.columns,
+  )
 
 
 def _sums(h, count):
@@ -187,7 +227,7 @@ def _sums(h, count):
 
 
 def _scalars(ref):
-  return dm.Scalars(*[ref[:, k:k + 1] for k in range(5)])
+  return dm.Scalars(*[ref[:, k : k + 1] for k in range(5)])
 
 
 def _tiles(plan, V, is_last, refs, consume):
@@ -197,8 +237,12 @@ def _tiles(plan, V, is_last, refs, consume):
   def products(column):
     def logits(hidden, head):
       precision = lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-      product = jnp.dot(hidden[...], head[:, column:column + plan.sub], precision=precision,
-                        preferred_element_type=jnp.float32)
+      product = jnp.dot(
+        hidden[...],
+        head[:, column : column + plan.sub],
+        precision=precision,
+        preferred_element_type=jnp.float32,
+      )
       return product if plan.temperature == 1 else product / plan.temperature
 
     return logits(h_ref, w_ref), logits(g_ref, u_ref)
@@ -226,19 +270,34 @@ def _call(plan, kernel, name, arrays, per_token, out_shape, first=0):
   arrays = h.astype(dtypes[0]), w.astype(dtypes[0]), g.astype(dtypes[1]), u.astype(dtypes[1])
   rows, columns = plan.rows, plan.columns
   of_tokens = lambda width: pl.BlockSpec((rows, width), lambda x, v, first: (x, 0))
-  of_vocabulary = lambda width: pl.BlockSpec((width, columns), lambda x, v, first: (0, first[0] + v))
+  of_vocabulary = lambda width: pl.BlockSpec(
+    (width, columns), lambda x, v, first: (0, first[0] + v)
+  )
   if isinstance(out_shape, list):
     C, out_specs = V, [of_tokens(128)] * len(out_shape)
   else:
     C, out_specs = out_shape.shape[1], pl.BlockSpec((rows, columns), lambda x, v, first: (x, v))
   grid_spec = pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=1, grid=(pl.cdiv(X, rows), pl.cdiv(C, columns)), out_specs=out_specs,
-      in_specs=[of_tokens(D), of_vocabulary(D), of_tokens(E), of_vocabulary(E)] + [of_tokens(a.shape[1]) for a in per_token])
+    num_scalar_prefetch=1,
+    grid=(pl.cdiv(X, rows), pl.cdiv(C, columns)),
+    out_specs=out_specs,
+    in_specs=[of_tokens(D), of_vocabulary(D), of_tokens(E), of_vocabulary(E)]
+    + [of_tokens(a.shape[1]) for a in per_token],
+  )
 
   def call(interpret):
     return pl.pallas_call(
-        kernel, out_shape, grid_spec=grid_spec, interpret=interpret, name=f"distill_kl_{name}",
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES))
+      kernel,
+      out_shape,
+      grid_spec=grid_spec,
+      interpret=interpret,
+      name=f"distill_kl_{name}",
+      compiler_params=pltpu.CompilerParams(
+        dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+      ),
+    )
 
   first = jnp.asarray(first, jnp.int32)[None]
-  return lax.platform_dependent(first, *arrays, *per_token, tpu=call(False), default=call(plan.interpret))
+  return lax.platform_dependent(
+    first, *arrays, *per_token, tpu=call(False), default=call(plan.interpret)
+  )

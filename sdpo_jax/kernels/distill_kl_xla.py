@@ -40,23 +40,35 @@ from sdpo_jax.kernels.distill_kl_sweeps import distill
 ONE_BLOCK_ENTRIES = 2**22
 # the same on CPU, where two to four more products cost more than 256 MB are worth
 CPU_ONE_BLOCK_ENTRIES = 2**26
-BLOCK_ENTRIES = 2**27          # logits in any other block: 512 MB for each of the two arrays
-CPU_BLOCK_ENTRIES = 2**21      # logits in a block of the vocabulary on CPU: 8 MB, near the caches
+BLOCK_ENTRIES = 2**27  # logits in any other block: 512 MB for each of the two arrays
+CPU_BLOCK_ENTRIES = 2**21  # logits in a block of the vocabulary on CPU: 8 MB, near the caches
 
 
 class Plan(NamedTuple):
   alpha: float
   temperature: float
-  size: int   # tokens, or entries of the vocabulary, in a block
+  size: int  # tokens, or entries of the vocabulary, in a block
 
 
-def distill_kl(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, alpha, temperature,
-               weights_X=None, blocks=None):
+def distill_kl(
+  student_hidden_XD,
+  student_head_DV,
+  teacher_hidden_XE,
+  teacher_head_EV,
+  target_X,
+  *,
+  alpha,
+  temperature,
+  weights_X=None,
+  blocks=None,
+):
   """blocks: force a plan; None chooses."""
   X, V = target_X.shape[0], student_head_DV.shape[1]
   on_cpu = target_platform() == "cpu"
   if blocks is None:
-    few = X * V <= (CPU_ONE_BLOCK_ENTRIES if on_cpu else ONE_BLOCK_ENTRIES) or (on_cpu and X <= 2 * student_head_DV.shape[0])
+    few = X * V <= (CPU_ONE_BLOCK_ENTRIES if on_cpu else ONE_BLOCK_ENTRIES) or (
+      on_cpu and X <= 2 * student_head_DV.shape[0]
+    )
     blocks = "one" if few else "vocabulary" if on_cpu else "tokens"
   arrays = student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X
   if blocks == "vocabulary":
@@ -100,7 +112,9 @@ def _backward_rule(plan, keep_logits, saved, cotangents):
   dtype = logit_dtype(h, w, g, u)
   is_zero = lambda c: isinstance(c, jax.custom_derivatives.SymbolicZero)
   used = cotangents.divergence_X, cotangents.logp_X, cotangents.entropy_X
-  columns = tuple(jnp.zeros((target.shape[0], 1), dtype) if is_zero(c) else c.astype(dtype)[:, None] for c in used)
+  columns = tuple(
+    jnp.zeros((target.shape[0], 1), dtype) if is_zero(c) else c.astype(dtype)[:, None] for c in used
+  )
   if keep_logits:
     scalars, s, t = residuals
     d = dm.dlogits(s, t, hit(target, 0, s.shape[1]), scalars, columns, plan.alpha)
@@ -118,7 +132,9 @@ _distill.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
 
 def _promised_scale(cotangent, weights):
   """The scalar c of cotangent = c * weights; NaN where there is none."""
-  scale = jnp.sum(weights * cotangent) / jnp.maximum(jnp.sum(weights * weights), jnp.finfo(weights.dtype).tiny)
+  scale = jnp.sum(weights * cotangent) / jnp.maximum(
+    jnp.sum(weights * weights), jnp.finfo(weights.dtype).tiny
+  )
   kept = jnp.all(jnp.abs(cotangent - scale * weights) <= 1e-3 * jnp.max(jnp.abs(cotangent)))
   return jnp.where(kept, scale, jnp.nan)
 
@@ -151,11 +167,15 @@ def _backward_tokens(plan, h, w, g, u, target, columns):
   def body(start, size, carry):
     cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
     _, scalars, s, t = _whole_vocabulary(plan, cut(h), w, cut(g), u, cut(target))
-    d = dm.dlogits(s, t, hit(cut(target), 0, w.shape[1]), scalars, tuple(map(cut, columns)), plan.alpha)
+    d = dm.dlogits(
+      s, t, hit(cut(target), 0, w.shape[1]), scalars, tuple(map(cut, columns)), plan.alpha
+    )
     dh, dw = gradient_products(plan, d, cut(h), w, dtype)
     return lax.dynamic_update_slice_in_dim(carry[0], dh, start, 0), carry[1] + dw
 
-  return over_blocks(target.shape[0], plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dtype)))
+  return over_blocks(
+    target.shape[0], plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dtype))
+  )
 
 
 # ---- pieces --------------------------------------------------------------------------------------
@@ -170,8 +190,13 @@ def product(a, b, contract, dtype):
   """a . b over axes `contract`, accumulated in dtype; float32 operands are not rounded to anything shorter."""
   operand = jnp.promote_types(a.dtype, b.dtype)
   precision = lax.Precision.HIGHEST if operand == jnp.float32 else None
-  return lax.dot_general(a.astype(operand), b.astype(operand), ((contract[:1], contract[1:]), ((), ())),
-                         precision=precision, preferred_element_type=dtype)
+  return lax.dot_general(
+    a.astype(operand),
+    b.astype(operand),
+    ((contract[:1], contract[1:]), ((), ())),
+    precision=precision,
+    preferred_element_type=dtype,
+  )
 
 
 def logits(plan, hidden, head, dtype):
@@ -181,7 +206,9 @@ def logits(plan, hidden, head, dtype):
 
 def gradient_products(plan, d, h, w, dtype):
   """(dh, dw), accumulated in dtype, of dlogits d. Only here does dlogits take the inputs' dtype."""
-  d = (d if plan.temperature == 1 else d / plan.temperature).astype(jnp.promote_types(h.dtype, w.dtype))
+  d = (d if plan.temperature == 1 else d / plan.temperature).astype(
+    jnp.promote_types(h.dtype, w.dtype)
+  )
   return product(d, w, (1, 1), dtype), product(h, d, (0, 0), dtype)
 
 
@@ -201,11 +228,20 @@ def _whole_vocabulary(plan, h, w, g, u, target):
   """(DistillKL, Scalars, s, t) of some tokens, with their logits over the whole vocabulary."""
   dtype = logit_dtype(h, w, g, u)
   s, t = logits(plan, h, w, dtype), logits(plan, g, u, dtype)
-  stats = dm.add_block(dm.empty_stats(target.shape[0], dtype), s, t, hit(target, 0, s.shape[1]), plan.alpha)
+  stats = dm.add_block(
+    dm.empty_stats(target.shape[0], dtype), s, t, hit(target, 0, s.shape[1]), plan.alpha
+  )
   divergence, logp, logp_teacher, scalars = dm.finish(stats, plan.alpha)
   if dm.is_mixture(plan.alpha):
-    divergence, scalars = dm.with_mixture(dm.mixture_sums(s, t, scalars, plan.alpha), scalars, plan.alpha)
-  return DistillKL(divergence[:, 0], logp[:, 0], logp_teacher[:, 0], scalars.entropy[:, 0]), scalars, s, t
+    divergence, scalars = dm.with_mixture(
+      dm.mixture_sums(s, t, scalars, plan.alpha), scalars, plan.alpha
+    )
+  return (
+    DistillKL(divergence[:, 0], logp[:, 0], logp_teacher[:, 0], scalars.entropy[:, 0]),
+    scalars,
+    s,
+    t,
+  )
 
 
 # ---- blocks of the vocabulary: the three parts that distill_kl_sweeps.py asks for
@@ -223,7 +259,9 @@ def statistics(plan, h, w, g, u, target):
     s, t = block_logits(plan, h, w, g, u, start, size)
     return dm.add_block(stats, s, t, hit(target, start, size), plan.alpha)
 
-  return over_blocks(w.shape[1], plan.size, body, dm.empty_stats(h.shape[0], logit_dtype(h, w, g, u)))
+  return over_blocks(
+    w.shape[1], plan.size, body, dm.empty_stats(h.shape[0], logit_dtype(h, w, g, u))
+  )
 
 
 def mixture_sums(plan, h, w, g, u, scalars):
@@ -242,8 +280,12 @@ def gradients(plan, h, w, g, u, target, scalars, cotangents, dtype):
     dh, dw = carry
     s, t = block_logits(plan, h, w, g, u, start, size)
     d = dm.dlogits(s, t, hit(target, start, size), scalars, cotangents, plan.alpha)
-    dh_part, dw_part = gradient_products(plan, d, h, lax.dynamic_slice_in_dim(w, start, size, axis=1), logit)
+    dh_part, dw_part = gradient_products(
+      plan, d, h, lax.dynamic_slice_in_dim(w, start, size, axis=1), logit
+    )
     # Each column of dw is complete at once, so it can be stored in the head's own dtype.
     return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(dtype), start, 1)
 
-  return over_blocks(w.shape[1], plan.size, body, (jnp.zeros(h.shape, logit), jnp.zeros(w.shape, dtype)))
+  return over_blocks(
+    w.shape[1], plan.size, body, (jnp.zeros(h.shape, logit), jnp.zeros(w.shape, dtype))
+  )

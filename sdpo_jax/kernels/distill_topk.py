@@ -27,52 +27,103 @@ from jax.sharding import PartitionSpec as P
 
 from sdpo_jax.kernels import distill_kl_math as dm
 from sdpo_jax.kernels import distill_kl_xla as blocked
-from sdpo_jax.kernels.distill_kl_ref import divergence
-from sdpo_jax.kernels.distill_kl_ref import DistillKL
-from sdpo_jax.kernels.distill_kl_sweeps import Layout
-from sdpo_jax.kernels.distill_kl_sweeps import own
-from sdpo_jax.kernels.distill_kl_sweeps import reduce_gradients
+from sdpo_jax.kernels.distill_kl_ref import DistillKL, divergence
+from sdpo_jax.kernels.distill_kl_sweeps import Layout, own, reduce_gradients
 
 
 class TopLogProbs(NamedTuple):
   """The policy's K most likely entries, most likely first, beside the per-token results of distill_kl."""
+
   logp_XK: jax.Array
   logp_teacher_XK: jax.Array  # no gradient
-  index_XK: jax.Array         # int32
-  logp_X: jax.Array           # at the target
-  logp_teacher_X: jax.Array   # no gradient
-  entropy_X: jax.Array        # of the policy, over the whole vocabulary
+  index_XK: jax.Array  # int32
+  logp_X: jax.Array  # at the target
+  logp_teacher_X: jax.Array  # no gradient
+  entropy_X: jax.Array  # of the policy, over the whole vocabulary
 
 
-def distill_topk(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, alpha, top_k,
-                 add_tail=True, temperature=1.0, advantage_clip=None, mesh=None) -> DistillKL:
+def distill_topk(
+  student_hidden_XD,
+  student_head_DV,
+  teacher_hidden_XE,
+  teacher_head_EV,
+  target_X,
+  *,
+  alpha,
+  top_k,
+  add_tail=True,
+  temperature=1.0,
+  advantage_clip=None,
+  mesh=None,
+) -> DistillKL:
   """The divergence over K + 1 buckets, or over K renormalised entries; the other results as in distill_kl.
 
   advantage_clip: reverse KL only. The gradient of KL(pi || q) is a policy gradient with advantage ln q - ln pi for every entry
   (arXiv 2601.20802, Prop. 2.1); each bucket's is held within +-advantage_clip, as in the paper's test-time runs. Nothing
   changes, in value or gradient, where no bucket leaves these bounds.
   """
-  top = top_log_probs(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, top_k=top_k,
-                      temperature=temperature, mesh=mesh)
+  top = top_log_probs(
+    student_hidden_XD,
+    student_head_DV,
+    teacher_hidden_XE,
+    teacher_head_EV,
+    target_X,
+    top_k=top_k,
+    temperature=temperature,
+    mesh=mesh,
+  )
   return in_buckets(top, alpha=alpha, add_tail=add_tail, advantage_clip=advantage_clip)
 
 
-def distill_mixture(student_hidden_XD, student_head_DV, teachers, teacher_head_EV, target_X, weight_MX, *, alpha, top_k, add_tail=True, temperature=1.0,
-                    advantage_clip=None, mesh=None) -> DistillKL:
+def distill_mixture(
+  student_hidden_XD,
+  student_head_DV,
+  teachers,
+  teacher_head_EV,
+  target_X,
+  weight_MX,
+  *,
+  alpha,
+  top_k,
+  add_tail=True,
+  temperature=1.0,
+  advantage_clip=None,
+  mesh=None,
+) -> DistillKL:
   """distill_topk from a mixture of M readings by one teacher, q = sum over m of weight_m q_m; teachers: M hidden states [X, E]; weight_MX: each token's add up to 1.
 
   The policy's top K do not depend on the teacher, so each reading is one more sweep, and mixing is arithmetic on [X, K].
   """
-  tops = [top_log_probs(student_hidden_XD, student_head_DV, hidden_XE, teacher_head_EV, target_X, top_k=top_k, temperature=temperature, mesh=mesh)
-          for hidden_XE in teachers]
-  mixed_XK = logsumexp(jnp.stack([top.logp_teacher_XK for top in tops]), axis=0, b=weight_MX[..., None])
+  tops = [
+    top_log_probs(
+      student_hidden_XD,
+      student_head_DV,
+      hidden_XE,
+      teacher_head_EV,
+      target_X,
+      top_k=top_k,
+      temperature=temperature,
+      mesh=mesh,
+    )
+    for hidden_XE in teachers
+  ]
+  mixed_XK = logsumexp(
+    jnp.stack([top.logp_teacher_XK for top in tops]), axis=0, b=weight_MX[..., None]
+  )
   mixed_X = logsumexp(jnp.stack([top.logp_teacher_X for top in tops]), axis=0, b=weight_MX)
-  return in_buckets(tops[0]._replace(logp_teacher_XK=mixed_XK, logp_teacher_X=mixed_X), alpha=alpha, add_tail=add_tail, advantage_clip=advantage_clip)
+  return in_buckets(
+    tops[0]._replace(logp_teacher_XK=mixed_XK, logp_teacher_X=mixed_X),
+    alpha=alpha,
+    add_tail=add_tail,
+    advantage_clip=advantage_clip,
+  )
 
 
 def in_buckets(top: "TopLogProbs", *, alpha, add_tail, advantage_clip) -> DistillKL:
   if advantage_clip is not None and alpha != 1:
-    raise ValueError(f"advantage_clip={advantage_clip!r} needs alpha=1, the reverse KL, not alpha={alpha!r}")
+    raise ValueError(
+      f"advantage_clip={advantage_clip!r} needs alpha=1, the reverse KL, not alpha={alpha!r}"
+    )
   buckets = add_tail_bucket if add_tail else lambda x: x - logsumexp(x, axis=1, keepdims=True)
   policy_XK, teacher_XK = buckets(top.logp_XK), buckets(top.logp_teacher_XK)
   if advantage_clip is None:
@@ -89,9 +140,20 @@ def add_tail_bucket(logp_XK):
   return jnp.concatenate([logp_XK, jnp.log(-jnp.expm1(kept))], axis=1)
 
 
-def top_log_probs(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X, *, top_k,
-                  temperature=1.0, mesh=None, token_axes=("data", "fsdp"), vocabulary_axis="tensor",
-                  head_axis="fsdp") -> TopLogProbs:
+def top_log_probs(
+  student_hidden_XD,
+  student_head_DV,
+  teacher_hidden_XE,
+  teacher_head_EV,
+  target_X,
+  *,
+  top_k,
+  temperature=1.0,
+  mesh=None,
+  token_axes=("data", "fsdp"),
+  vocabulary_axis="tensor",
+  head_axis="fsdp",
+) -> TopLogProbs:
   """Log-probabilities at the policy's top_k entries (all of them if the vocabulary is smaller)."""
   if top_k < 1:
     raise ValueError(f"top_k={top_k!r} must be at least 1")
@@ -117,7 +179,13 @@ def _forward_rule(plan, K, layout, h, w, g, u, target):
   if layout is not None:
     w, u = layout.gather(w), layout.gather(u)
     tokens, heads = P(layout.token_axes), P(None, layout.vocabulary_axis)
-    run = jax.shard_map(run, mesh=layout.mesh, check_vma=False, in_specs=(tokens, heads, tokens, heads, tokens), out_specs=tokens)
+    run = jax.shard_map(
+      run,
+      mesh=layout.mesh,
+      check_vma=False,
+      in_specs=(tokens, heads, tokens, heads, tokens),
+      out_specs=tokens,
+    )
   out, scalars = run(h, w, g, u, target)
   return out, (h, w, target, out.index_XK, scalars)
 
@@ -137,7 +205,11 @@ def _forward(plan, K, layout, h, w, g, u, target):
     value, at = lax.top_k(both[0], kept)
     return stats, value, *[jnp.take_along_axis(x, at, axis=1) for x in both[1:]]
 
-  nothing = jnp.full((X, kept), dm.NEG, dtype), jnp.zeros((X, kept), dtype), jnp.zeros((X, kept), jnp.int32)
+  nothing = (
+    jnp.full((X, kept), dm.NEG, dtype),
+    jnp.zeros((X, kept), dtype),
+    jnp.zeros((X, kept), jnp.int32),
+  )
   stats, s, t, index = blocked.over_blocks(V, plan.size, body, (dm.empty_stats(X, dtype), *nothing))
   if layout is not None:
     stats = dm.add_shards(stats, plan.alpha, layout.vocabulary_axis)
@@ -146,7 +218,14 @@ def _forward(plan, K, layout, h, w, g, u, target):
     s, at = lax.top_k(s, K)
     t, index = (jnp.take_along_axis(x, at, axis=1) for x in (t, index))
   _, logp, logp_teacher, scalars = dm.finish(stats, plan.alpha)
-  out = TopLogProbs(s - scalars.log_z_s, t - scalars.log_z_t, index, logp[:, 0], logp_teacher[:, 0], scalars.entropy[:, 0])
+  out = TopLogProbs(
+    s - scalars.log_z_s,
+    t - scalars.log_z_t,
+    index,
+    logp[:, 0],
+    logp_teacher[:, 0],
+    scalars.entropy[:, 0],
+  )
   return out, scalars
 
 
@@ -156,8 +235,13 @@ def _backward_rule(plan, K, layout, saved, cotangents):
   run = functools.partial(_backward, plan, layout)
   if layout is not None:
     tokens, heads = P(layout.token_axes), P(None, layout.vocabulary_axis)
-    run = jax.shard_map(run, mesh=layout.mesh, check_vma=False, in_specs=(tokens, heads, tokens, tokens, tokens, tokens),
-                        out_specs=(tokens, P(layout.head_axis, layout.vocabulary_axis)))
+    run = jax.shard_map(
+      run,
+      mesh=layout.mesh,
+      check_vma=False,
+      in_specs=(tokens, heads, tokens, tokens, tokens, tokens),
+      out_specs=(tokens, P(layout.head_axis, layout.vocabulary_axis)),
+    )
   dh, dw = run(*saved, cotangents)
   return dh.astype(h.dtype), dw.astype(w.dtype), None, None, None
 
@@ -165,7 +249,11 @@ def _backward_rule(plan, K, layout, saved, cotangents):
 def _backward(plan, layout, h, w, target, index, scalars, cotangents):
   X, V = target.shape[0], w.shape[1]
   dtype = scalars.entropy.dtype
-  c_XK, g_logp, g_entropy = cotangents.logp_XK, cotangents.logp_X[:, None], cotangents.entropy_X[:, None]
+  c_XK, g_logp, g_entropy = (
+    cotangents.logp_XK,
+    cotangents.logp_X[:, None],
+    cotangents.entropy_X[:, None],
+  )
   from_all = g_logp + jnp.sum(c_XK, axis=1, keepdims=True)
   dw_dtype = w.dtype  # a column of dw is complete at once
   if layout is not None:
@@ -185,7 +273,9 @@ def _backward(plan, layout, h, w, target, index, scalars, cotangents):
     dh_part, dw_part = blocked.gradient_products(plan, d, h, head, dtype)
     return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(dw_dtype), start, 1)
 
-  dh, dw = blocked.over_blocks(V, plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dw_dtype)))
+  dh, dw = blocked.over_blocks(
+    V, plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dw_dtype))
+  )
   return (dh, dw) if layout is None else reduce_gradients(layout, dh, dw)
 
 

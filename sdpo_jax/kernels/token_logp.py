@@ -17,20 +17,31 @@ from jax.sharding import PartitionSpec as P
 
 from sdpo_jax.kernels import distill_kl_math as dm
 from sdpo_jax.kernels import distill_kl_xla as blocked
-from sdpo_jax.kernels.distill_kl_sweeps import Layout
-from sdpo_jax.kernels.distill_kl_sweeps import own
-from sdpo_jax.kernels.distill_kl_sweeps import reduce_gradients
+from sdpo_jax.kernels.distill_kl_sweeps import Layout, own, reduce_gradients
 
-BLOCK_BYTES = 64 * 2**20   # float32 logits that a device holds at a time
-NO_DIVERGENCE = 0.5        # an alpha whose dm.Stats hold no term of both sides
+BLOCK_BYTES = 64 * 2**20  # float32 logits that a device holds at a time
+NO_DIVERGENCE = 0.5  # an alpha whose dm.Stats hold no term of both sides
 
 
-def token_logp(hidden_XD: jax.Array, head_DV: jax.Array, target_X: jax.Array, *, temperature: float = 1.0, mesh=None,
-               token_axes=("data", "fsdp"), vocabulary_axis="tensor", head_axis="fsdp") -> tuple[jax.Array, jax.Array]:
+def token_logp(
+  hidden_XD: jax.Array,
+  head_DV: jax.Array,
+  target_X: jax.Array,
+  *,
+  temperature: float = 1.0,
+  mesh=None,
+  token_axes=("data", "fsdp"),
+  vocabulary_axis="tensor",
+  head_axis="fsdp",
+) -> tuple[jax.Array, jax.Array]:
   """-> (logp_X, entropy_X), both float32. mesh: None where one device holds everything. X may be anything; D and V must divide over a mesh (ValueError)."""
   X, D = hidden_XD.shape
   V = head_DV.shape[1]
-  assert head_DV.shape[0] == D and target_X.shape == (X,), (hidden_XD.shape, head_DV.shape, target_X.shape)
+  assert head_DV.shape[0] == D and target_X.shape == (X,), (
+    hidden_XD.shape,
+    head_DV.shape,
+    target_X.shape,
+  )
   if mesh is None and 4 * X * V <= BLOCK_BYTES:
     return _all_at_once(hidden_XD, head_DV, target_X, temperature)
   layout, rows = None, X
@@ -40,11 +51,16 @@ def token_logp(hidden_XD: jax.Array, head_DV: jax.Array, target_X: jax.Array, *,
     hidden_XD, target_X = layout.pad(hidden_XD), layout.pad(target_X)
   plan = blocked.Plan(NO_DIVERGENCE, temperature, max(BLOCK_BYTES // (4 * rows) // 128 * 128, 128))
   logp_X, entropy_X = _sweep(plan, layout, hidden_XD, head_DV, target_X)
-  return logp_X[:X], entropy_X[:X]   # without the padding
+  return logp_X[:X], entropy_X[:X]  # without the padding
 
 
 def _all_at_once(hidden_XD, head_DV, target_X, temperature):
-  logits_XV = blocked.logits(blocked.Plan(NO_DIVERGENCE, temperature, 0), hidden_XD, head_DV, blocked.logit_dtype(hidden_XD, head_DV))
+  logits_XV = blocked.logits(
+    blocked.Plan(NO_DIVERGENCE, temperature, 0),
+    hidden_XD,
+    head_DV,
+    blocked.logit_dtype(hidden_XD, head_DV),
+  )
   logp_XV = jax.nn.log_softmax(logits_XV)
   logp_X = jnp.take_along_axis(logp_XV, target_X[:, None], -1)[:, 0]
   return logp_X, -jnp.sum(jnp.exp(logp_XV) * logp_XV, -1)
@@ -60,7 +76,9 @@ def _forward_rule(plan, layout, h, w, target):
   if layout is not None:
     w = layout.gather(w)
     tokens, head = P(layout.token_axes), P(None, layout.vocabulary_axis)
-    run = jax.shard_map(run, mesh=layout.mesh, check_vma=False, in_specs=(tokens, head, tokens), out_specs=tokens)
+    run = jax.shard_map(
+      run, mesh=layout.mesh, check_vma=False, in_specs=(tokens, head, tokens), out_specs=tokens
+    )
   out, log_z = run(h, w, target)
   return out, (h, w, target, log_z, out[1])
 
@@ -88,8 +106,13 @@ def _backward_rule(plan, layout, saved, cotangents):
   run = functools.partial(_backward, plan, layout)
   if layout is not None:
     tokens, head = P(layout.token_axes), P(None, layout.vocabulary_axis)
-    run = jax.shard_map(run, mesh=layout.mesh, check_vma=False, in_specs=(tokens, head, *[tokens] * 5),
-                        out_specs=(tokens, P(layout.head_axis, layout.vocabulary_axis)))
+    run = jax.shard_map(
+      run,
+      mesh=layout.mesh,
+      check_vma=False,
+      in_specs=(tokens, head, *[tokens] * 5),
+      out_specs=(tokens, P(layout.head_axis, layout.vocabulary_axis)),
+    )
   dh, dw = run(*saved, *cotangents)
   return dh.astype(h.dtype), dw.astype(w.dtype), None
 
@@ -107,11 +130,15 @@ def _backward(plan, layout, h, w, target, *columns):
     dh, dw = carry
     head = jax.lax.dynamic_slice_in_dim(w, start, size, axis=1)
     log_pi = blocked.logits(plan, h, head, dtype) - log_z
-    d = jnp.where(blocked.hit(target, start, size), g_logp, 0) - jnp.exp(log_pi) * (g_entropy * (log_pi + entropy) + g_logp)
+    d = jnp.where(blocked.hit(target, start, size), g_logp, 0) - jnp.exp(log_pi) * (
+      g_entropy * (log_pi + entropy) + g_logp
+    )
     dh_part, dw_part = blocked.gradient_products(plan, d, h, head, dtype)
     return dh + dh_part, jax.lax.dynamic_update_slice_in_dim(dw, dw_part.astype(dw_dtype), start, 1)
 
-  dh, dw = blocked.over_blocks(V, plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dw_dtype)))
+  dh, dw = blocked.over_blocks(
+    V, plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dw_dtype))
+  )
   return (dh, dw) if layout is None else reduce_gradients(layout, dh, dw)
 
 

@@ -29,44 +29,54 @@ Initializer = jax.nn.initializers.Initializer
 
 
 class Weight(NamedTuple):
-  axes: str        # axis letters of records.py, one a dimension
+  axes: str  # axis letters of records.py, one a dimension
   init: Initializer
 
 
 def _attention_weights(c: ModelConfig) -> dict[str, Weight]:
-  inwards = nn.initializers.normal(c.width ** -0.5)
+  inwards = nn.initializers.normal(c.width**-0.5)
   weights = {
-      "q": Weight("DNH", inwards),
-      "k": Weight("DKH", inwards),
-      "v": Weight("DKH", inwards),
-      "o": Weight("NHD", nn.initializers.normal((2 * c.layers * c.heads * c.head_dim) ** -0.5)),
+    "q": Weight("DNH", inwards),
+    "k": Weight("DKH", inwards),
+    "v": Weight("DKH", inwards),
+    "o": Weight("NHD", nn.initializers.normal((2 * c.layers * c.heads * c.head_dim) ** -0.5)),
   }
   if c.qkv_bias:
     zeros = nn.initializers.zeros
-    weights |= {"q_bias": Weight("NH", zeros), "k_bias": Weight("KH", zeros), "v_bias": Weight("KH", zeros)}
+    weights |= {
+      "q_bias": Weight("NH", zeros),
+      "k_bias": Weight("KH", zeros),
+      "v_bias": Weight("KH", zeros),
+    }
   if c.qk_norm != "none":
     ones, whole = nn.initializers.ones, c.qk_norm == "all"
-    weights |= {"q_norm": Weight("NH" if whole else "H", ones), "k_norm": Weight("KH" if whole else "H", ones)}
+    weights |= {
+      "q_norm": Weight("NH" if whole else "H", ones),
+      "k_norm": Weight("KH" if whole else "H", ones),
+    }
   return weights
 
 
 def _mlp_weights(c: ModelConfig) -> dict[str, Weight]:
-  inwards = nn.initializers.normal(c.width ** -0.5)
+  inwards = nn.initializers.normal(c.width**-0.5)
   return {
-      "gate": Weight("DF", inwards),
-      "up": Weight("DF", inwards),
-      "down": Weight("FD", nn.initializers.normal((2 * c.layers * c.ff_width) ** -0.5)),
+    "gate": Weight("DF", inwards),
+    "up": Weight("DF", inwards),
+    "down": Weight("FD", nn.initializers.normal((2 * c.layers * c.ff_width) ** -0.5)),
   }
 
 
 def _norm_weights(c: ModelConfig) -> dict[str, Weight]:
-  return {"attn_norm": Weight("D", nn.initializers.ones), "mlp_norm": Weight("D", nn.initializers.ones)}
+  return {
+    "attn_norm": Weight("D", nn.initializers.ones),
+    "mlp_norm": Weight("D", nn.initializers.ones),
+  }
 
 
 def _outer_weights(c: ModelConfig) -> dict[str, Weight]:
   weights = {
-      "embed": Weight("VD", nn.initializers.normal(0.02)),
-      "norm": Weight("D", nn.initializers.ones),
+    "embed": Weight("VD", nn.initializers.normal(0.02)),
+    "norm": Weight("D", nn.initializers.ones),
   }
   if not c.tied:
     weights["head"] = Weight("DV", nn.initializers.normal(0.02))
@@ -80,16 +90,31 @@ def weights(config: ModelConfig) -> dict:
 
 
 def axis_size(config: ModelConfig, letter: str) -> int:
-  return dict(L=config.layers, D=config.width, N=config.heads, K=config.kv_heads, H=config.head_dim, F=config.ff_width,
-              V=config.vocab)[letter]
+  return dict(
+    L=config.layers,
+    D=config.width,
+    N=config.heads,
+    K=config.kv_heads,
+    H=config.head_dim,
+    F=config.ff_width,
+    V=config.vocab,
+  )[letter]
 
 
 def check_mesh(config: ModelConfig, mesh: jax.sharding.Mesh) -> None:
   """ValueError where the mesh does not divide a dimension of the weights."""
-  for letter, name in {"D": "width", "N": "heads", "K": "kv_heads", "F": "ff_width", "V": "vocab"}.items():
+  for letter, name in {
+    "D": "width",
+    "N": "heads",
+    "K": "kv_heads",
+    "F": "ff_width",
+    "V": "vocab",
+  }.items():
     axis, size = sharding.WEIGHTS[letter], axis_size(config, letter)
     if size % mesh.shape[axis]:
-      raise ValueError(f"config.mesh.{axis}={mesh.shape[axis]} does not divide {name}={size} of the model")
+      raise ValueError(
+        f"config.mesh.{axis}={mesh.shape[axis]} does not divide {name}={size} of the model"
+      )
 
 
 def _shape(config: ModelConfig, letters: str) -> tuple[int, ...]:
@@ -101,9 +126,14 @@ def _for_use(name: str, w: jax.Array, config: ModelConfig) -> jax.Array:
   return w if name.endswith("norm") else w.astype(config.dtype)
 
 
-def _declare(module: nn.Module, declared: dict[str, Weight], config: ModelConfig) -> dict[str, jax.Array]:
+def _declare(
+  module: nn.Module, declared: dict[str, Weight], config: ModelConfig
+) -> dict[str, jax.Array]:
   """Binds a table of weights to a Linen module and gives them out as the computation wants them."""
-  values = {name: module.param(name, w.init, _shape(config, w.axes), config.param_dtype) for name, w in declared.items()}
+  values = {
+    name: module.param(name, w.init, _shape(config, w.axes), config.param_dtype)
+    for name, w in declared.items()
+  }
   return {name: _for_use(name, value, config) for name, value in values.items()}
 
 
@@ -121,12 +151,20 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
   # long wavelengths are stretched by factor, short ones kept, those between blended
   if rope.kind == "llama3":
     turns = rope.original_positions * freq / (2 * math.pi)
-    keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+    keep = np.clip(
+      (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1
+    )
     freq = (1 - keep) * freq / rope.factor + keep * freq
   # the same idea with a ramp over the index of the pair (arXiv:2309.00071 section 3.2)
   elif rope.kind == "yarn":
+
     def pair_with(turns):
-      return head_dim * math.log(rope.original_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+      return (
+        head_dim
+        * math.log(rope.original_positions / (turns * 2 * math.pi))
+        / (2 * math.log(rope.theta))
+      )
+
     low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
     if rope.truncate:
       low, high = math.floor(low), math.ceil(high)
@@ -187,6 +225,7 @@ class Mlp(nn.Module):
 
 class Block(nn.Module):
   """One layer. `attend(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH, memory` decides what is visible; memory is handed through."""
+
   config: ModelConfig
 
   @nn.compact
@@ -215,7 +254,9 @@ def init(config: ModelConfig, key: jax.Array) -> dict:
   layer = lambda k: Block(config).init(k, x_BTD, rotation, attend)["params"]
   params = {"layers": jax.vmap(layer)(jax.random.split(layers_key, config.layers))}
   for i, (name, w) in enumerate(_outer_weights(config).items()):
-    params[name] = w.init(jax.random.fold_in(outer_key, i), _shape(config, w.axes), config.param_dtype)
+    params[name] = w.init(
+      jax.random.fold_in(outer_key, i), _shape(config, w.axes), config.param_dtype
+    )
   return params
 
 
@@ -227,11 +268,14 @@ def axes(config: ModelConfig) -> dict:
 
 def shapes(config: ModelConfig) -> dict:
   """The tree of `params` with a jax.ShapeDtypeStruct at each leaf."""
-  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(_shape(config, a), config.param_dtype), axes(config))
+  return jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(_shape(config, a), config.param_dtype), axes(config)
+  )
 
 
 class Adapted(NamedTuple):
   """A weight of a layer that stands for w + a b (see `lora`): the last axis of a and the first of b are the rank."""
+
   w: jax.Array
   a: jax.Array
   b: jax.Array
@@ -239,10 +283,13 @@ class Adapted(NamedTuple):
 
 def resolve(layer: dict) -> dict:
   """One layer's weights with every Adapted replaced by its sum, formed in float32, in the dtype of w."""
+
   def value(x):
     if not isinstance(x, Adapted):
       return x
-    product = jnp.tensordot(x.a.astype(jnp.float32), x.b.astype(jnp.float32), 1, precision="highest")
+    product = jnp.tensordot(
+      x.a.astype(jnp.float32), x.b.astype(jnp.float32), 1, precision="highest"
+    )
     return (x.w.astype(jnp.float32) + product).astype(x.w.dtype)
 
   return jax.tree.map(value, layer, is_leaf=lambda x: isinstance(x, Adapted))
@@ -250,16 +297,27 @@ def resolve(layer: dict) -> dict:
 
 class _Stream(NamedTuple):
   """What a batch of rows brings along to every layer."""
+
   x_BTD: jax.Array
-  rotation: tuple             # of the full layers
+  rotation: tuple  # of the full layers
   sliding_rotation: tuple
   mask_BTS: jax.Array | None  # None: splash masks by segments
   sliding_mask_BTS: jax.Array | None
   segment_BT: jax.Array | None = None
 
 
-def _stream(params: dict, config: ModelConfig, tokens_BT, positions_BT, mask_BTS, sliding_mask_BTS, segment_BT=None) -> _Stream:
-  x_BTD = sharding.constrain(sharding.by_width(params["embed"][tokens_BT].astype(config.dtype)), "BTD")
+def _stream(
+  params: dict,
+  config: ModelConfig,
+  tokens_BT,
+  positions_BT,
+  mask_BTS,
+  sliding_mask_BTS,
+  segment_BT=None,
+) -> _Stream:
+  x_BTD = sharding.constrain(
+    sharding.by_width(params["embed"][tokens_BT].astype(config.dtype)), "BTD"
+  )
   rotation = sliding_rotation = _rotation(config.rope, config.head_dim, positions_BT)
   if config.sliding_rope is not None:
     sliding_rotation = _rotation(config.sliding_rope, config.head_dim, positions_BT)
@@ -270,7 +328,10 @@ def _pick(stream: _Stream, config: ModelConfig, slides: jax.Array) -> tuple:
   """(rotation, mask) of one layer. Selected by value: layers of both kinds run through one scanned body."""
   if not config.sliding:
     return stream.rotation, stream.mask_BTS
-  full, sliding = (stream.rotation, stream.mask_BTS), (stream.sliding_rotation, stream.sliding_mask_BTS)
+  full, sliding = (
+    (stream.rotation, stream.mask_BTS),
+    (stream.sliding_rotation, stream.sliding_mask_BTS),
+  )
   return jax.tree.map(lambda s, f: jnp.where(slides, s, f), sliding, full)
 
 
@@ -278,10 +339,15 @@ def _slides(config: ModelConfig) -> jax.Array:
   return jnp.array(config.sliding or (False,) * config.layers)
 
 
-def _rows(params: dict, config: ModelConfig, tokens_BT, positions_BT, segment_ids_BT, prefix_ids_BT=None) -> _Stream:
+def _rows(
+  params: dict, config: ModelConfig, tokens_BT, positions_BT, segment_ids_BT, prefix_ids_BT=None
+) -> _Stream:
   """The stream of whole rows, as training and scoring see them. Splash knows no prefixes."""
   B, T = tokens_BT.shape
-  assert segment_ids_BT is None or segment_ids_BT.shape == (B, T), (segment_ids_BT.shape, tokens_BT.shape)
+  assert segment_ids_BT is None or segment_ids_BT.shape == (B, T), (
+    segment_ids_BT.shape,
+    tokens_BT.shape,
+  )
   if positions_BT is None:
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     if segment_ids_BT is not None:
@@ -292,7 +358,14 @@ def _rows(params: dict, config: ModelConfig, tokens_BT, positions_BT, segment_id
     segment_BT = jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT
     return _stream(params, config, tokens_BT, positions_BT, None, None, segment_BT)
   windows = (None, config.sliding_window) if config.sliding else (None, None)
-  masks = [attention.seen(attention.mask(segment_ids_BT, (B, T), window, prefix_BT=prefix_ids_BT, position_BT=positions_BT)) for window in windows]
+  masks = [
+    attention.seen(
+      attention.mask(
+        segment_ids_BT, (B, T), window, prefix_BT=prefix_ids_BT, position_BT=positions_BT
+      )
+    )
+    for window in windows
+  ]
   return _stream(params, config, tokens_BT, positions_BT, *masks)
 
 
@@ -311,19 +384,28 @@ def _layer(config: ModelConfig, stream: _Stream, x_BTD, layer: dict, slides) -> 
     full = lambda *qkv: attention.splash(*qkv, stream.segment_BT)
     if not config.sliding:
       return full(q, k, v), None
-    return jax.lax.cond(slides, lambda *qkv: attention.splash(*qkv, stream.segment_BT, config.sliding_window), full, q, k, v), None
+    return jax.lax.cond(
+      slides,
+      lambda *qkv: attention.splash(*qkv, stream.segment_BT, config.sliding_window),
+      full,
+      q,
+      k,
+      v,
+    ), None
 
   return Block(config).apply({"params": layer}, x_BTD, rotation, attend)[0]
 
 
 _policies = jax.checkpoint_policies
-REMAT = {   # what a layer keeps for the backward pass; the rest is computed again
-    "none": None,    # everything, gathered weights included
-    # products and attention, but not cuDNN's: norms,
-    "dots": _policies.save_from_both_policies(_policies.dots_saveable, _policies.save_only_these_names(attention.KEPT)),
-                     # rotations and activations cost little, and on a CPU less than writing and
-                     # reading what they give
-    "block": _policies.nothing_saveable,   # its input alone
+REMAT = {  # what a layer keeps for the backward pass; the rest is computed again
+  "none": None,  # everything, gathered weights included
+  # products and attention, but not cuDNN's: norms,
+  "dots": _policies.save_from_both_policies(
+    _policies.dots_saveable, _policies.save_only_these_names(attention.KEPT)
+  ),
+  # rotations and activations cost little, and on a CPU less than writing and
+  # reading what they give
+  "block": _policies.nothing_saveable,  # its input alone
 }
 
 
@@ -340,8 +422,16 @@ def _final(params: dict, config: ModelConfig, x_BTD) -> jax.Array:
   return rms_norm(x_BTD, params["norm"], config.norm_eps)
 
 
-def hidden(params: dict, config: ModelConfig, tokens_BT, *, positions_BT=None, segment_ids_BT=None, prefix_ids_BT=None,
-           remat: str = "none") -> jax.Array:
+def hidden(
+  params: dict,
+  config: ModelConfig,
+  tokens_BT,
+  *,
+  positions_BT=None,
+  segment_ids_BT=None,
+  prefix_ids_BT=None,
+  remat: str = "none",
+) -> jax.Array:
   """Tokens -> hidden_BTD after the final norm, in `config.dtype`. prefix_ids_BT: see records.Rows; it needs positions and segments."""
   stream = _rows(params, config, tokens_BT, positions_BT, segment_ids_BT, prefix_ids_BT)
 
@@ -349,11 +439,20 @@ def hidden(params: dict, config: ModelConfig, tokens_BT, *, positions_BT=None, s
     layer, slides = xs
     return _layer(config, stream, x_BTD, _gather(config, layer), slides), None
 
-  return _final(params, config, _scan(body, stream.x_BTD, (params["layers"], _slides(config)), remat))
+  return _final(
+    params, config, _scan(body, stream.x_BTD, (params["layers"], _slides(config)), remat)
+  )
 
 
-def hidden_pair(params: dict, teacher_params: dict | None, config: ModelConfig, student: tuple, teacher: tuple, *,
-                remat: str = "none") -> tuple[jax.Array, jax.Array]:
+def hidden_pair(
+  params: dict,
+  teacher_params: dict | None,
+  config: ModelConfig,
+  student: tuple,
+  teacher: tuple,
+  *,
+  remat: str = "none",
+) -> tuple[jax.Array, jax.Array]:
   """Policy and teacher through one scan: each layer's weights are read once and only the policy is differentiated.
 
   `student` and `teacher` are (tokens_BT, positions_BT or None, segment_ids_BT or None[, prefix_ids_BT or None]); their B and T may differ.
@@ -369,12 +468,16 @@ def hidden_pair(params: dict, teacher_params: dict | None, config: ModelConfig, 
     layer = _gather(config, layer)
     teacher_layer = jax.lax.stop_gradient(layer if live else _gather(config, teacher_layer))
     policy_BTD = _layer(config, policy, policy_BTD, layer, slides)
-    teacher_BTD = jax.lax.stop_gradient(_layer(config, teaching, teacher_BTD, teacher_layer, slides))
+    teacher_BTD = jax.lax.stop_gradient(
+      _layer(config, teaching, teacher_BTD, teacher_layer, slides)
+    )
     return (policy_BTD, teacher_BTD), None
 
   xs = (params["layers"], None if live else teacher_params["layers"], _slides(config))
   policy_BTD, teacher_BTD = _scan(body, (policy.x_BTD, teaching.x_BTD), xs, remat)
-  return _final(params, config, policy_BTD), jax.lax.stop_gradient(_final(teacher_params, config, teacher_BTD))
+  return _final(params, config, policy_BTD), jax.lax.stop_gradient(
+    _final(teacher_params, config, teacher_BTD)
+  )
 
 
 def head(params: dict, config: ModelConfig) -> jax.Array:
@@ -382,9 +485,13 @@ def head(params: dict, config: ModelConfig) -> jax.Array:
   return params["embed"].T if config.tied else params["head"]
 
 
-def logits(params: dict, config: ModelConfig, tokens_BT, *, positions_BT=None, segment_ids_BT=None) -> jax.Array:
+def logits(
+  params: dict, config: ModelConfig, tokens_BT, *, positions_BT=None, segment_ids_BT=None
+) -> jax.Array:
   """Tokens -> logits_BTV, float32."""
-  hidden_BTD = hidden(params, config, tokens_BT, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT)
+  hidden_BTD = hidden(
+    params, config, tokens_BT, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT
+  )
   return project(hidden_BTD, head(params, config))
 
 
@@ -395,9 +502,10 @@ def project(hidden_XD, head_DV) -> jax.Array:
 
 class Cache(NamedTuple):
   """Keys and values of the columns written so far. Columns not written, and padding, are not valid."""
-  k: jax.Array          # axes: cache_axes()
+
+  k: jax.Array  # axes: cache_axes()
   v: jax.Array
-  valid_BS: jax.Array   # bool
+  valid_BS: jax.Array  # bool
 
 
 def cache_axes() -> str:
@@ -408,7 +516,9 @@ def cache_axes() -> str:
 
 def init_cache(config: ModelConfig, rows: int, length: int) -> Cache:
   sizes = dict(L=config.layers, B=rows, S=length, K=config.kv_heads, H=config.head_dim)
-  empty = lambda: sharding.constrain(jnp.zeros([sizes[axis] for axis in cache_axes()], config.dtype), cache_axes())
+  empty = lambda: sharding.constrain(
+    jnp.zeros([sizes[axis] for axis in cache_axes()], config.dtype), cache_axes()
+  )
   return Cache(empty(), empty(), jnp.zeros((rows, length), bool))
 
 
@@ -416,20 +526,29 @@ def _reordered(x: jax.Array, axes: str, wanted: str) -> jax.Array:
   return x.transpose([axes.index(axis) for axis in wanted])
 
 
-def extend(params: dict, config: ModelConfig, tokens_BT, cache: Cache, *, start, positions_BT, valid_BT
-           ) -> tuple[jax.Array, Cache]:
+def extend(
+  params: dict, config: ModelConfig, tokens_BT, cache: Cache, *, start, positions_BT, valid_BT
+) -> tuple[jax.Array, Cache]:
   """Writes T columns at column `start` (one number for all rows) and returns their hidden_BTD after the final norm.
 
   A column sees the valid columns up to its own. T is the prompt's length in prefill and 1 in decoding.
   The caller keeps start + T within the cache: a write beyond its end would be shifted back silently.
   """
   (B, T), S = tokens_BT.shape, cache.valid_BS.shape[1]
-  assert positions_BT.shape == valid_BT.shape == (B, T), (positions_BT.shape, valid_BT.shape, tokens_BT.shape)
+  assert positions_BT.shape == valid_BT.shape == (B, T), (
+    positions_BT.shape,
+    valid_BT.shape,
+    tokens_BT.shape,
+  )
   assert cache.valid_BS.shape[0] == B and T <= S, (cache.valid_BS.shape, tokens_BT.shape)
   valid_BS = jax.lax.dynamic_update_slice(cache.valid_BS, valid_BT.astype(bool), (0, start))
   column_T, column_S = start + jnp.arange(T), jnp.arange(S)
   mask_BTS = valid_BS[:, None, :] & (column_S[None, :] <= column_T[:, None])
-  sliding_mask_BTS = mask_BTS & (column_T[:, None] - column_S[None, :] < config.sliding_window) if config.sliding else mask_BTS
+  sliding_mask_BTS = (
+    mask_BTS & (column_T[:, None] - column_S[None, :] < config.sliding_window)
+    if config.sliding
+    else mask_BTS
+  )
   stream = _stream(params, config, tokens_BT, positions_BT, mask_BTS, sliding_mask_BTS)
 
   axes = cache_axes()
@@ -442,14 +561,20 @@ def extend(params: dict, config: ModelConfig, tokens_BT, cache: Cache, *, start,
     at = [{"L": i, "S": start}.get(axis, 0) for axis in axes]
 
     def attend(q, k, v):
-      write = lambda cached, new_BTKH: jax.lax.dynamic_update_slice(cached, _reordered(new_BTKH[None], "LBSKH", axes), at)
+      write = lambda cached, new_BTKH: jax.lax.dynamic_update_slice(
+        cached, _reordered(new_BTKH[None], "LBSKH", axes), at
+      )
       read = lambda cached: _reordered(cached[i], axes[1:], "BSKH")
       written = write(all_k, k), write(all_v, v)
       return attention.reference(q, *map(read, written), mask_BTS), written
 
-    x_BTD, (all_k, all_v) = Block(config).apply({"params": _gather(config, layer)}, x_BTD, rotation, attend)
+    x_BTD, (all_k, all_v) = Block(config).apply(
+      {"params": _gather(config, layer)}, x_BTD, rotation, attend
+    )
     return (x_BTD, all_k, all_v), None
 
   carry = (stream.x_BTD, cache.k, cache.v)
-  (x_BTD, k, v), _ = jax.lax.scan(body, carry, (params["layers"], _slides(config), jnp.arange(config.layers)))
+  (x_BTD, k, v), _ = jax.lax.scan(
+    body, carry, (params["layers"], _slides(config), jnp.arange(config.layers))
+  )
   return _final(params, config, x_BTD), Cache(k, v, valid_BS)

@@ -32,33 +32,41 @@ _L = r"model\.layers\.(\d+)\."
 # Hugging Face name (regular expression)         our path               their axes: rows of a matrix
 # are its outputs
 _SHARED = [
-    (r"model\.embed_tokens\.weight",             "embed",               "VD"),
-    (r"model\.norm\.weight",                     "norm",                "D"),
-    (r"lm_head\.weight",                         "head",                "VD"),
-    (_L + r"self_attn\.q_proj\.weight",          "layers/attn/q",       "NHD"),
-    (_L + r"self_attn\.k_proj\.weight",          "layers/attn/k",       "KHD"),
-    (_L + r"self_attn\.v_proj\.weight",          "layers/attn/v",       "KHD"),
-    (_L + r"self_attn\.o_proj\.weight",          "layers/attn/o",       "DNH"),
-    (_L + r"self_attn\.q_proj\.bias",            "layers/attn/q_bias",  "NH"),
-    (_L + r"self_attn\.k_proj\.bias",            "layers/attn/k_bias",  "KH"),
-    (_L + r"self_attn\.v_proj\.bias",            "layers/attn/v_bias",  "KH"),
-    (_L + r"mlp\.gate_proj\.weight",             "layers/mlp/gate",     "FD"),
-    (_L + r"mlp\.up_proj\.weight",               "layers/mlp/up",       "FD"),
-    (_L + r"mlp\.down_proj\.weight",             "layers/mlp/down",     "DF"),
+  (r"model\.embed_tokens\.weight", "embed", "VD"),
+  (r"model\.norm\.weight", "norm", "D"),
+  (r"lm_head\.weight", "head", "VD"),
+  (_L + r"self_attn\.q_proj\.weight", "layers/attn/q", "NHD"),
+  (_L + r"self_attn\.k_proj\.weight", "layers/attn/k", "KHD"),
+  (_L + r"self_attn\.v_proj\.weight", "layers/attn/v", "KHD"),
+  (_L + r"self_attn\.o_proj\.weight", "layers/attn/o", "DNH"),
+  (_L + r"self_attn\.q_proj\.bias", "layers/attn/q_bias", "NH"),
+  (_L + r"self_attn\.k_proj\.bias", "layers/attn/k_bias", "KH"),
+  (_L + r"self_attn\.v_proj\.bias", "layers/attn/v_bias", "KH"),
+  (_L + r"mlp\.gate_proj\.weight", "layers/mlp/gate", "FD"),
+  (_L + r"mlp\.up_proj\.weight", "layers/mlp/up", "FD"),
+  (_L + r"mlp\.down_proj\.weight", "layers/mlp/down", "DF"),
 ]
 _QK_NORM = {
-    "none": [],
-    "head": [(_L + r"self_attn\.q_norm\.weight", "layers/attn/q_norm",  "H"),
-             (_L + r"self_attn\.k_norm\.weight", "layers/attn/k_norm",  "H")],
-    "all": [(_L + r"self_attn\.q_norm\.weight",  "layers/attn/q_norm",  "NH"),
-            (_L + r"self_attn\.k_norm\.weight",  "layers/attn/k_norm",  "KH")],
+  "none": [],
+  "head": [
+    (_L + r"self_attn\.q_norm\.weight", "layers/attn/q_norm", "H"),
+    (_L + r"self_attn\.k_norm\.weight", "layers/attn/k_norm", "H"),
+  ],
+  "all": [
+    (_L + r"self_attn\.q_norm\.weight", "layers/attn/q_norm", "NH"),
+    (_L + r"self_attn\.k_norm\.weight", "layers/attn/k_norm", "KH"),
+  ],
 }
 # The same name means another norm in the two placements.
 _NORM = {
-    "pre": [(_L + r"input_layernorm\.weight",             "layers/attn_norm", "D"),
-            (_L + r"post_attention_layernorm\.weight",    "layers/mlp_norm",  "D")],
-    "post": [(_L + r"post_attention_layernorm\.weight",   "layers/attn_norm", "D"),
-             (_L + r"post_feedforward_layernorm\.weight", "layers/mlp_norm",  "D")],
+  "pre": [
+    (_L + r"input_layernorm\.weight", "layers/attn_norm", "D"),
+    (_L + r"post_attention_layernorm\.weight", "layers/mlp_norm", "D"),
+  ],
+  "post": [
+    (_L + r"post_attention_layernorm\.weight", "layers/attn_norm", "D"),
+    (_L + r"post_feedforward_layernorm\.weight", "layers/mlp_norm", "D"),
+  ],
 }
 # Constants that older files carry and that are computed here.
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -67,7 +75,7 @@ _DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jn
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_COMPARED_BYTES = 64 << 20   # how much of two equal tensors is held at once
+_COMPARED_BYTES = 64 << 20  # how much of two equal tensors is held at once
 
 
 class CheckpointError(ValueError):
@@ -76,11 +84,12 @@ class CheckpointError(ValueError):
 
 class Slot(NamedTuple):
   """Where one Hugging Face tensor lives in `params`."""
-  name: str              # theirs
+
+  name: str  # theirs
   path: tuple[str, ...]  # ours
-  layer: int | None      # index on the leading axis L, None: the weight is not stacked
-  hf_axes: str           # letters of their axes, heads and head size apart
-  axes: str              # letters of ours, without L
+  layer: int | None  # index on the leading axis L, None: the weight is not stacked
+  hf_axes: str  # letters of their axes, heads and head size apart
+  axes: str  # letters of ours, without L
 
 
 def slots(config: ModelConfig) -> list[Slot]:
@@ -114,7 +123,7 @@ def _hf_shape(config: ModelConfig, slot: Slot) -> tuple[int, ...]:
 
 class _Entry(NamedTuple):
   file: str
-  offset: int     # bytes from the start of the file
+  offset: int  # bytes from the start of the file
   nbytes: int
   dtype: np.dtype
   shape: tuple[int, ...]
@@ -127,31 +136,49 @@ def read_header(path: str) -> dict[str, _Entry]:
     with open(path, "rb") as f:
       length = struct.unpack("<Q", f.read(8))[0]
       if length > size - 8:
-        raise CheckpointError(f"{path}: truncated: the header claims {length} bytes, the file has {size}")
+        raise CheckpointError(
+          f"{path}: truncated: the header claims {length} bytes, the file has {size}"
+        )
       header = json.loads(f.read(length).decode("utf-8"))
     header.pop("__metadata__", None)
     entries = {}
     for name, info in header.items():
       begin, end = info["data_offsets"]
       if info["dtype"] not in _DTYPES:
-        raise CheckpointError(f"{path}: tensor {name} has dtype {info['dtype']}; supported are {sorted(_DTYPES)}")
+        raise CheckpointError(
+          f"{path}: tensor {name} has dtype {info['dtype']}; supported are {sorted(_DTYPES)}"
+        )
       dtype, shape = _DTYPES[info["dtype"]], tuple(info["shape"])
       if end - begin != math.prod(shape) * dtype.itemsize:
-        raise CheckpointError(f"{path}: corrupt: tensor {name} of shape {list(shape)} and dtype {info['dtype']} "
-                              f"claims {end - begin} bytes")
+        raise CheckpointError(
+          f"{path}: corrupt: tensor {name} of shape {list(shape)} and dtype {info['dtype']} "
+          f"claims {end - begin} bytes"
+        )
       entries[name] = _Entry(path, 8 + length + begin, end - begin, dtype, shape)
   except FileNotFoundError:
     raise CheckpointError(f"{path}: the file is missing") from None
-  except (struct.error, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as e:
+  except (
+    struct.error,
+    UnicodeDecodeError,
+    json.JSONDecodeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+  ) as e:
     if isinstance(e, CheckpointError):
       raise
-    raise CheckpointError(f"{path}: corrupt: not a safetensors header ({type(e).__name__})") from None
+    raise CheckpointError(
+      f"{path}: corrupt: not a safetensors header ({type(e).__name__})"
+    ) from None
   expected = 8 + length
   for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
     if entry.offset != expected or entry.offset + entry.nbytes > size:
       what = "truncated" if entry.offset == expected else "corrupt"
-      raise CheckpointError(f"{path}: {what}: tensor {name} should end at byte {entry.offset + entry.nbytes} "
-                            f"of a file of {size} bytes")
+      raise CheckpointError(
+        f"{path}: {what}: tensor {name} should end at byte {entry.offset + entry.nbytes} "
+        f"of a file of {size} bytes"
+      )
     expected = entry.offset + entry.nbytes
   if expected != size:
     raise CheckpointError(f"{path}: corrupt: {size - expected} bytes after the last tensor")
@@ -174,8 +201,10 @@ def _find_tensors(directory: str) -> dict[str, _Entry]:
     path = os.path.join(directory, file)
     names = sorted(n for n, f in weight_map.items() if f == file)
     if not os.path.exists(path):
-      raise CheckpointError(f"{path}: the file is missing; {_INDEX} says that it holds {len(names)} tensors, "
-                            f"{names[0]} among them")
+      raise CheckpointError(
+        f"{path}: the file is missing; {_INDEX} says that it holds {len(names)} tensors, "
+        f"{names[0]} among them"
+      )
     header = read_header(path)
     for name in sorted(set(names) ^ set(header)):
       where = f"{_INDEX} says it is there" if name in names else f"{_INDEX} does not name it there"
@@ -221,17 +250,23 @@ def _match(directory: str, config: ModelConfig, entries: dict[str, _Entry]) -> d
       continue
     if name == "lm_head.weight" and config.tied and "model.embed_tokens.weight" in entries:
       if _same_bytes(entries[name], entries["model.embed_tokens.weight"], name):
-        continue   # some tied checkpoints store the same matrix twice
-      raise CheckpointError(f"{entries[name].file}: tensor {name} differs from model.embed_tokens.weight, "
-                            "but config.json ties them")
-    raise CheckpointError(f"{entries[name].file}: extra tensor {name}: a {config.family} model of "
-                          f"{config.layers} layers has none of that name")
+        continue  # some tied checkpoints store the same matrix twice
+      raise CheckpointError(
+        f"{entries[name].file}: tensor {name} differs from model.embed_tokens.weight, "
+        "but config.json ties them"
+      )
+    raise CheckpointError(
+      f"{entries[name].file}: extra tensor {name}: a {config.family} model of "
+      f"{config.layers} layers has none of that name"
+    )
   for name, slot in wanted.items():
     if name not in entries:
       raise CheckpointError(f"{directory}: missing tensor {name}")
     if entries[name].shape != _hf_shape(config, slot):
-      raise CheckpointError(f"{entries[name].file}: tensor {name} has shape {list(entries[name].shape)}, "
-                            f"config.json asks for {list(_hf_shape(config, slot))}")
+      raise CheckpointError(
+        f"{entries[name].file}: tensor {name} has shape {list(entries[name].shape)}, "
+        f"config.json asks for {list(_hf_shape(config, slot))}"
+      )
   return wanted
 
 
@@ -242,12 +277,20 @@ def local_directory(path_or_hub_id) -> str:
     return path
   if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
     raise CheckpointError(f"{path}: no such directory, and not a hub id of the form owner/name")
-  import huggingface_hub   # only where a download is asked for
+  import huggingface_hub  # only where a download is asked for
+
   try:
-    return huggingface_hub.snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt"])
-  except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as e:
-    raise CheckpointError(f"{path}: no such directory, and the hub does not give it: "
-                          f"{str(e).strip().splitlines()[0]}") from e
+    return huggingface_hub.snapshot_download(
+      path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt"]
+    )
+  except (
+    huggingface_hub.errors.HfHubHTTPError,
+    huggingface_hub.errors.LocalEntryNotFoundError,
+    OSError,
+  ) as e:
+    raise CheckpointError(
+      f"{path}: no such directory, and the hub does not give it: {str(e).strip().splitlines()[0]}"
+    ) from e
 
 
 def read_json(path: str) -> dict:
@@ -297,10 +340,14 @@ def load_pretrained(path_or_hub_id, *, dtype=jnp.bfloat16, mesh=None) -> tuple[M
     if mesh is None:
       return jnp.asarray(host.astype(dtype, order="C", copy=False))
     where = jax.NamedSharding(mesh, sharding.spec(axes, sharding.WEIGHTS))
-    return jax.make_array_from_callback(host.shape, where, lambda i: host[i].astype(dtype, order="C"))
+    return jax.make_array_from_callback(
+      host.shape, where, lambda i: host[i].astype(dtype, order="C")
+    )
 
   def empty_stack(axes: str):
-    where = None if mesh is None else jax.NamedSharding(mesh, sharding.spec("L" + axes, sharding.WEIGHTS))
+    where = (
+      None if mesh is None else jax.NamedSharding(mesh, sharding.spec("L" + axes, sharding.WEIGHTS))
+    )
     shape = (config.layers, *_sizes(config, axes))
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)()
 
@@ -333,7 +380,9 @@ def to_host(x) -> np.ndarray:
   return np.asarray(x)
 
 
-def write_safetensors(path: str, tensors: list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]], dtype: np.dtype) -> None:
+def write_safetensors(
+  path: str, tensors: list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]], dtype: np.dtype
+) -> None:
   """One file from (name, shape, how to get it); one tensor is held at a time. Every process calls, process 0 writes."""
   header, offset = {"__metadata__": {"format": "pt"}}, 0
   for name, shape, _ in tensors:
@@ -348,7 +397,13 @@ def write_safetensors(path: str, tensors: list[tuple[str, tuple[int, ...], Calla
       f.write(struct.pack("<Q", len(encoded)) + encoded)
     for name, shape, fetch in tensors:
       value = fetch()
-      assert (value.shape, value.dtype) == (shape, dtype), (name, value.shape, value.dtype, shape, dtype)
+      assert (value.shape, value.dtype) == (shape, dtype), (
+        name,
+        value.shape,
+        value.dtype,
+        shape,
+        dtype,
+      )
       if f:
         f.write(np.ascontiguousarray(value).view(np.uint8).data)
     if f:
@@ -368,7 +423,9 @@ def write_json(path: str, content: dict) -> None:
     f.write("\n")
 
 
-def save_pretrained(path, config: ModelConfig, params: dict, *, tokenizer=None, shard_bytes: int = 4 << 30) -> None:
+def save_pretrained(
+  path, config: ModelConfig, params: dict, *, tokenizer=None, shard_bytes: int = 4 << 30
+) -> None:
   """Writes a directory that transformers loads: config, generation config, safetensors (sharded above `shard_bytes`).
 
   `tokenizer`: anything with `save_pretrained(path)`. Weights keep their dtype. Weights of an earlier export in the same
@@ -377,7 +434,9 @@ def save_pretrained(path, config: ModelConfig, params: dict, *, tokenizer=None, 
   path = os.fspath(path)
   dtypes = {jnp.dtype(x.dtype) for x in jax.tree.leaves(params)}
   assert len(dtypes) == 1, f"weights of several dtypes: {sorted(d.name for d in dtypes)}"
-  assert jax.tree.structure(params) == jax.tree.structure(decoder.shapes(config)), "params are not of this config"
+  assert jax.tree.structure(params) == jax.tree.structure(decoder.shapes(config)), (
+    "params are not of this config"
+  )
   dtype = dtypes.pop()
   writes = jax.process_index() == 0
   if writes:
@@ -392,14 +451,19 @@ def save_pretrained(path, config: ModelConfig, params: dict, *, tokenizer=None, 
       filled = 0
     shards[-1].append((slot, shape))
     filled += nbytes
-  names = [_SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-                                              for i in range(len(shards))]
+  names = (
+    [_SINGLE]
+    if len(shards) == 1
+    else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+  )
   for name, parts in zip(names, shards):
-    tensors = [(slot.name, shape, functools.partial(_fetch, slot, shape, params)) for slot, shape in parts]
+    tensors = [
+      (slot.name, shape, functools.partial(_fetch, slot, shape, params)) for slot, shape in parts
+    ]
     write_safetensors(os.path.join(path, name + ".partial"), tensors, dtype)
   if not writes:
     return
-  for old in os.listdir(path):   # a stale file beside a new index would be read instead of it
+  for old in os.listdir(path):  # a stale file beside a new index would be read instead of it
     if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", old):
       os.remove(os.path.join(path, old))
   for name in names:
@@ -407,10 +471,14 @@ def save_pretrained(path, config: ModelConfig, params: dict, *, tokenizer=None, 
   if len(shards) > 1:
     total = sum(math.prod(shape) * dtype.itemsize for parts in shards for _, shape in parts)
     weight_map = {slot.name: name for name, parts in zip(names, shards) for slot, _ in parts}
-    write_json(os.path.join(path, _INDEX), {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(
+      os.path.join(path, _INDEX), {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
   hf = model_config.to_hf(dataclasses.replace(config, param_dtype=dtype.name))
   write_json(os.path.join(path, "config.json"), hf)
-  ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[key] is not None}
+  ids = {
+    key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[key] is not None
+  }
   write_json(os.path.join(path, "generation_config.json"), ids)
   if tokenizer is not None:
     tokenizer.save_pretrained(path)

@@ -21,8 +21,13 @@ from sdpo_jax.model.config import ModelConfig
 
 # Name (as PEFT's target_modules say): group, our name, how many leading axes of ours are inputs.
 TARGETS = {
-    "q_proj": ("attn", "q", 1), "k_proj": ("attn", "k", 1), "v_proj": ("attn", "v", 1), "o_proj": ("attn", "o", 2),
-    "gate_proj": ("mlp", "gate", 1), "up_proj": ("mlp", "up", 1), "down_proj": ("mlp", "down", 1),
+  "q_proj": ("attn", "q", 1),
+  "k_proj": ("attn", "k", 1),
+  "v_proj": ("attn", "v", 1),
+  "o_proj": ("attn", "o", 2),
+  "gate_proj": ("mlp", "gate", 1),
+  "up_proj": ("mlp", "up", 1),
+  "down_proj": ("mlp", "down", 1),
 }
 
 
@@ -47,7 +52,11 @@ class Lora:
 def from_settings(model) -> Lora | None:
   """From `config.model`, or "model" of a run's config.json; None where all weights are trained."""
   settings = model["lora"]
-  return Lora(settings["rank"], settings["alpha"], tuple(settings["targets"])) if settings["rank"] else None
+  return (
+    Lora(settings["rank"], settings["alpha"], tuple(settings["targets"]))
+    if settings["rank"]
+    else None
+  )
 
 
 def axes(config: ModelConfig, lora: Lora) -> dict:
@@ -57,14 +66,21 @@ def axes(config: ModelConfig, lora: Lora) -> dict:
   for target in lora.targets:
     group, name, inputs = TARGETS[target]
     letters = blocks[group][name][1:]
-    tree.setdefault(group, {})[name] = {"a": "L" + letters[:inputs] + "r", "b": "Lr" + letters[inputs:]}
+    tree.setdefault(group, {})[name] = {
+      "a": "L" + letters[:inputs] + "r",
+      "b": "Lr" + letters[inputs:],
+    }
   return {"layers": tree}
 
 
 def shapes(config: ModelConfig, lora: Lora, dtype=jnp.float32) -> dict:
   """The tree of adapters with a jax.ShapeDtypeStruct at each leaf."""
-  shape = lambda letters: tuple(lora.rank if a == "r" else decoder.axis_size(config, a) for a in letters)
-  return jax.tree.map(lambda letters: jax.ShapeDtypeStruct(shape(letters), dtype), axes(config, lora))
+  shape = lambda letters: tuple(
+    lora.rank if a == "r" else decoder.axis_size(config, a) for a in letters
+  )
+  return jax.tree.map(
+    lambda letters: jax.ShapeDtypeStruct(shape(letters), dtype), axes(config, lora)
+  )
 
 
 def init(config: ModelConfig, lora: Lora, key: jax.Array, dtype=jnp.float32) -> dict:
@@ -85,7 +101,10 @@ def attach(params: dict, adapters: dict, lora: Lora) -> dict:
   frozen = jax.lax.stop_gradient(params)
   layers = dict(frozen["layers"])
   for group, names in adapters["layers"].items():
-    pairs = {name: decoder.Adapted(layers[group][name], ab["a"], ab["b"] * lora.scale) for name, ab in names.items()}
+    pairs = {
+      name: decoder.Adapted(layers[group][name], ab["a"], ab["b"] * lora.scale)
+      for name, ab in names.items()
+    }
     layers[group] = layers[group] | pairs
   return {**frozen, "layers": layers}
 
@@ -104,11 +123,11 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class _Part(NamedTuple):
-  name: str                # PEFT's
-  path: tuple[str, str]    # ours: group, name
-  leaf: str                # "a" | "b"
+  name: str  # PEFT's
+  path: tuple[str, str]  # ours: group, name
+  leaf: str  # "a" | "b"
   layer: int
-  shape: tuple[int, int]   # PEFT's: a is [rank, inputs], b is [outputs, rank]
+  shape: tuple[int, int]  # PEFT's: a is [rank, inputs], b is [outputs, rank]
 
 
 def _parts(config: ModelConfig, lora: Lora) -> list[_Part]:
@@ -119,8 +138,14 @@ def _parts(config: ModelConfig, lora: Lora) -> list[_Part]:
       letters = decoder.axes(config)["layers"][group][name][1:]
       size = lambda letters: math.prod(decoder.axis_size(config, a) for a in letters)
       module = f"base_model.model.model.layers.{layer}.{'self_attn' if group == 'attn' else 'mlp'}.{target}"
-      result += [_Part(f"{module}.lora_A.weight", (group, name), "a", layer, (lora.rank, size(letters[:inputs]))),
-                 _Part(f"{module}.lora_B.weight", (group, name), "b", layer, (size(letters[inputs:]), lora.rank))]
+      result += [
+        _Part(
+          f"{module}.lora_A.weight", (group, name), "a", layer, (lora.rank, size(letters[:inputs]))
+        ),
+        _Part(
+          f"{module}.lora_B.weight", (group, name), "b", layer, (size(letters[inputs:]), lora.rank)
+        ),
+      ]
   return result
 
 
@@ -132,9 +157,24 @@ def save_adapters(path, config: ModelConfig, lora: Lora, adapters: dict, *, base
   host = lambda part: hf_weights.to_host(leaf(part)[part.layer]).reshape(part.shape[::-1]).T
   os.makedirs(path, exist_ok=True)
   tensors = [(part.name, part.shape, lambda part=part: host(part)) for part in parts]
-  hf_weights.write_safetensors(os.path.join(path, _WEIGHTS), tensors, jnp.dtype(leaf(parts[0]).dtype))
+  hf_weights.write_safetensors(
+    os.path.join(path, _WEIGHTS), tensors, jnp.dtype(leaf(parts[0]).dtype)
+  )
   if jax.process_index() == 0:
-    hf_weights.write_json(os.path.join(path, _CONFIG), {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank, "lora_alpha": lora.alpha,
-        "target_modules": sorted(lora.targets), "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
-        "use_dora": False, "inference_mode": True})
+    hf_weights.write_json(
+      os.path.join(path, _CONFIG),
+      {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": sorted(lora.targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+      },
+    )

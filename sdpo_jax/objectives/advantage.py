@@ -34,7 +34,13 @@ def question_spread(reward_QG: np.ndarray, success_threshold: float = 0.5) -> np
   return np.where(valid_QG, np.sqrt(p_Q1 * (1.0 - p_Q1)), 0.0)
 
 
-def group_mean(reward_QG: np.ndarray, *, normalize_std: bool = False, epsilon: float = 1e-6, clip: float | None = None) -> np.ndarray:
+def group_mean(
+  reward_QG: np.ndarray,
+  *,
+  normalize_std: bool = False,
+  epsilon: float = 1e-6,
+  clip: float | None = None,
+) -> np.ndarray:
   """A = r - mean(r) of the valid rewards of the group, divided by their (sample) standard deviation if asked, then held within +-clip."""
   valid_QG = np.isfinite(reward_QG)
   count_Q1 = np.maximum(valid_QG.sum(1, keepdims=True), 1)
@@ -46,29 +52,65 @@ def group_mean(reward_QG: np.ndarray, *, normalize_std: bool = False, epsilon: f
   return advantage_QG if clip is None else np.clip(advantage_QG, -clip, clip)
 
 
-def clipped(signals: Signals, batch: TrainBatch, *, low: float = 0.2, high: float = 0.28, rollout_is_clip: float | None = 2.0) -> jax.Array:
+def clipped(
+  signals: Signals,
+  batch: TrainBatch,
+  *,
+  low: float = 0.2,
+  high: float = 0.28,
+  rollout_is_clip: float | None = 2.0,
+) -> jax.Array:
   """PPO's clipped surrogate per token: -min(r A, clip(r, 1-low, 1+high) A), r = pi / pi_old, times the engine-mismatch weight."""
   ratio_BR = jnp.exp(signals.logp_BR - batch.logp_old_BR)
   advantage_B1 = batch.advantage_B[:, None]
-  gain_BR = jnp.minimum(ratio_BR * advantage_B1, jnp.clip(ratio_BR, 1.0 - low, 1.0 + high) * advantage_B1)
+  gain_BR = jnp.minimum(
+    ratio_BR * advantage_B1, jnp.clip(ratio_BR, 1.0 - low, 1.0 + high) * advantage_B1
+  )
   return -gain_BR * capped_ratio(batch.logp_old_BR - batch.logp_rollout_BR, rollout_is_clip)
 
 
-def gspo(signals: Signals, batch: TrainBatch, *, low: float = 3e-4, high: float = 4e-4, rollout_is_clip: float | None = 2.0) -> jax.Array:
+def gspo(
+  signals: Signals,
+  batch: TrainBatch,
+  *,
+  low: float = 3e-4,
+  high: float = 4e-4,
+  rollout_is_clip: float | None = 2.0,
+) -> jax.Array:
   """GSPO's token form: one ratio a sequence, s = exp(mean_t (log pi - log pi_old)), clipped as a whole; each token carries its gradient."""
   weight_BR = batch.weight_BR
   log_ratio_BR = jnp.where(weight_BR > 0, signals.logp_BR - batch.logp_old_BR, 0.0)
-  mean_B1 = jnp.sum(log_ratio_BR * weight_BR, -1, keepdims=True) / jnp.maximum(jnp.sum(weight_BR, -1, keepdims=True), 1.0)
-  ratio_BR = jnp.exp(jax.lax.stop_gradient(mean_B1) + signals.logp_BR - jax.lax.stop_gradient(signals.logp_BR))
+  mean_B1 = jnp.sum(log_ratio_BR * weight_BR, -1, keepdims=True) / jnp.maximum(
+    jnp.sum(weight_BR, -1, keepdims=True), 1.0
+  )
+  ratio_BR = jnp.exp(
+    jax.lax.stop_gradient(mean_B1) + signals.logp_BR - jax.lax.stop_gradient(signals.logp_BR)
+  )
   advantage_B1 = batch.advantage_B[:, None]
-  gain_BR = jnp.minimum(ratio_BR * advantage_B1, jnp.clip(ratio_BR, 1.0 - low, 1.0 + high) * advantage_B1)
+  gain_BR = jnp.minimum(
+    ratio_BR * advantage_B1, jnp.clip(ratio_BR, 1.0 - low, 1.0 + high) * advantage_B1
+  )
   return -gain_BR * capped_ratio(batch.logp_old_BR - batch.logp_rollout_BR, rollout_is_clip)
 
 
-def cispo(signals: Signals, batch: TrainBatch, *, low: float = 1.0, high: float = 0.28, rollout_is_clip: float | None = 2.0) -> jax.Array:
+def cispo(
+  signals: Signals,
+  batch: TrainBatch,
+  *,
+  low: float = 1.0,
+  high: float = 0.28,
+  rollout_is_clip: float | None = 2.0,
+) -> jax.Array:
   """CISPO: REINFORCE with a clipped, detached importance weight, so that no token loses its gradient."""
-  ratio_BR = jax.lax.stop_gradient(jnp.clip(jnp.exp(signals.logp_BR - batch.logp_old_BR), 1.0 - low, 1.0 + high))
-  return -ratio_BR * batch.advantage_B[:, None] * signals.logp_BR * capped_ratio(batch.logp_old_BR - batch.logp_rollout_BR, rollout_is_clip)
+  ratio_BR = jax.lax.stop_gradient(
+    jnp.clip(jnp.exp(signals.logp_BR - batch.logp_old_BR), 1.0 - low, 1.0 + high)
+  )
+  return (
+    -ratio_BR
+    * batch.advantage_B[:, None]
+    * signals.logp_BR
+    * capped_ratio(batch.logp_old_BR - batch.logp_rollout_BR, rollout_is_clip)
+  )
 
 
 def token_mean(weight_BR: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -20,19 +20,28 @@ Derived here; there is no paper. Host code: text in, text out.
 import dataclasses
 from typing import NamedTuple
 
-from sdpo_jax.objectives.teacher_context import TEMPLATES, Context, fill, own_templates, without_thinking
+from sdpo_jax.objectives.teacher_context import (
+  TEMPLATES,
+  Context,
+  fill,
+  own_templates,
+  without_thinking,
+)
 from sdpo_jax.records import Alternative, Rollout, Status
 
 SOURCES = ("samples", "model", "branches", "siblings")
 KAPPA, IMAGINED_TOKENS = 0.5, 64
 # the feedback that is imagined of an alternative without fault; the judge's own may be empty
 CORRECT = "Correct"
-IMAGINE = ("{prompt}\n\nThis answer\n\n{attempt}\n\nreceived the verdict\n\n{feedback}\n\nWhich verdict would this answer receive?\n\n{alternative}\n\n"
-           "Reply with the verdict alone, in the same form, or with the one word " + CORRECT + ".")
+IMAGINE = (
+  "{prompt}\n\nThis answer\n\n{attempt}\n\nreceived the verdict\n\n{feedback}\n\nWhich verdict would this answer receive?\n\n{alternative}\n\n"
+  "Reply with the verdict alone, in the same form, or with the one word " + CORRECT + "."
+)
 
 
 class Part(NamedTuple):
   """The settings of `notes`."""
+
   eta: float
   alternatives: int
   sources: tuple[str, ...]
@@ -52,8 +61,18 @@ def none() -> None:
   """Failed responses learn from their own feedback alone."""
 
 
-def notes(*, eta: float = 1.0, alternatives: int = 2, sources: tuple[str, ...] = ("samples",), feedback: str = "verified", kappa: float = KAPPA,
-          gate: bool = False, form: str = "joint", imagined_tokens: int = IMAGINED_TOKENS, model: str = "") -> Part | None:
+def notes(
+  *,
+  eta: float = 1.0,
+  alternatives: int = 2,
+  sources: tuple[str, ...] = ("samples",),
+  feedback: str = "verified",
+  kappa: float = KAPPA,
+  gate: bool = False,
+  form: str = "joint",
+  imagined_tokens: int = IMAGINED_TOKENS,
+  model: str = "",
+) -> Part | None:
   """alternatives: M, the most that are told to one failed attempt. sources, in this order: "samples" (M draws a question, which its failed attempts
   share), "model" (likewise, from a second model), "branches" (M continuations from the attempt's most uncertain position, for each
   attempt), "siblings" (the rest of the group, free).
@@ -64,40 +83,81 @@ def notes(*, eta: float = 1.0, alternatives: int = 2, sources: tuple[str, ...] =
   gate: only tokens of which the readings with and without notes say the same.
   """
   if unknown := set(sources) - set(SOURCES):
-    raise ValueError(f"method.counterfactual.sources={tuple(sources)!r}: {sorted(unknown)[0]!r} is unknown; choose from {list(SOURCES)}")
-  for name, value, allowed in (("feedback", feedback, ("imagined", "verified")), ("form", form, ("each", "joint", "mixture"))):
+    raise ValueError(
+      f"method.counterfactual.sources={tuple(sources)!r}: {sorted(unknown)[0]!r} is unknown; choose from {list(SOURCES)}"
+    )
+  for name, value, allowed in (
+    ("feedback", feedback, ("imagined", "verified")),
+    ("form", form, ("each", "joint", "mixture")),
+  ):
     if value not in allowed:
-      raise ValueError(f"method.counterfactual.{name}={value!r} is unknown; choose from {list(allowed)}")
-  for name, value, most in (("eta", eta, float("inf")), ("alternatives", alternatives, float("inf")), ("kappa", kappa, 1.0)):
+      raise ValueError(
+        f"method.counterfactual.{name}={value!r} is unknown; choose from {list(allowed)}"
+      )
+  for name, value, most in (
+    ("eta", eta, float("inf")),
+    ("alternatives", alternatives, float("inf")),
+    ("kappa", kappa, 1.0),
+  ):
     if not 0 <= value <= most:
-      raise ValueError(f"method.counterfactual.{name}={value!r} must be at least 0{f' and at most {most:g}' if most == 1.0 else ''}")
+      raise ValueError(
+        f"method.counterfactual.{name}={value!r} must be at least 0{f' and at most {most:g}' if most == 1.0 else ''}"
+      )
   if gate and form == "mixture":
-    raise ValueError("method.counterfactual.gate=True compares readings, and form='mixture' makes one teacher of them: use 'joint' or 'each'")
+    raise ValueError(
+      "method.counterfactual.gate=True compares readings, and form='mixture' makes one teacher of them: use 'joint' or 'each'"
+    )
   if imagined_tokens < 1:
-    raise ValueError(f"method.counterfactual.imagined_tokens={imagined_tokens!r} must be at least 1")
+    raise ValueError(
+      f"method.counterfactual.imagined_tokens={imagined_tokens!r} must be at least 1"
+    )
   if "model" in sources and not model:
-    raise ValueError(f"method.counterfactual.model='' must name a second model: sources={tuple(sources)!r} holds 'model'")
+    raise ValueError(
+      f"method.counterfactual.model='' must name a second model: sources={tuple(sources)!r} holds 'model'"
+    )
   if model and "model" not in sources:
-    raise ValueError(f"method.counterfactual.model={model!r} would not be read: sources={tuple(sources)!r} does not hold 'model'")
+    raise ValueError(
+      f"method.counterfactual.model={model!r} would not be read: sources={tuple(sources)!r} does not hold 'model'"
+    )
   if feedback == "imagined" and set(sources) == {"siblings"}:
-    raise ValueError(f"method.counterfactual.feedback='imagined' would not be read: of sources={tuple(sources)!r} the judge's is known")
-  for name, value, default in (("kappa", kappa, KAPPA), ("imagined_tokens", imagined_tokens, IMAGINED_TOKENS)):
+    raise ValueError(
+      f"method.counterfactual.feedback='imagined' would not be read: of sources={tuple(sources)!r} the judge's is known"
+    )
+  for name, value, default in (
+    ("kappa", kappa, KAPPA),
+    ("imagined_tokens", imagined_tokens, IMAGINED_TOKENS),
+  ):
     if feedback == "verified" and value != default:
-      raise ValueError(f"method.counterfactual.{name}={value!r} would not be read: method.counterfactual.feedback is 'verified'")
-  return Part(eta, alternatives, tuple(sources), feedback, kappa, gate, form, imagined_tokens, model) if eta and alternatives and sources else None
+      raise ValueError(
+        f"method.counterfactual.{name}={value!r} would not be read: method.counterfactual.feedback is 'verified'"
+      )
+  return (
+    Part(eta, alternatives, tuple(sources), feedback, kappa, gate, form, imagined_tokens, model)
+    if eta and alternatives and sources
+    else None
+  )
 
 
 COUNTERFACTUALS = {"none": none, "notes": notes}
 
 
 def failed(rollout: Rollout, success_threshold: float) -> bool:
-  return rollout.feedback.status is not Status.ENV_FAILED and rollout.feedback.reward < success_threshold
+  return (
+    rollout.feedback.status is not Status.ENV_FAILED and rollout.feedback.reward < success_threshold
+  )
 
 
 def imagining(question: str, attempt: Rollout, alternative: Rollout) -> str:
   """The message that asks which feedback the alternative would receive; the attempt's own, which is real, is the example."""
-  return fill(IMAGINE, {"prompt": question, "attempt": without_thinking(attempt.text), "feedback": attempt.feedback.text or "Incorrect",
-                        "alternative": without_thinking(alternative.text)})
+  return fill(
+    IMAGINE,
+    {
+      "prompt": question,
+      "attempt": without_thinking(attempt.text),
+      "feedback": attempt.feedback.text or "Incorrect",
+      "alternative": without_thinking(alternative.text),
+    },
+  )
 
 
 def truth(alternative: Rollout, success_threshold: float) -> str:
@@ -105,15 +165,28 @@ def truth(alternative: Rollout, success_threshold: float) -> str:
   return alternative.feedback.text.strip() if failed(alternative, success_threshold) else CORRECT
 
 
-def distinct(alternatives: list[Alternative], attempt: Rollout, *, most: int, success_threshold: float, behaviour) -> list[Alternative]:
+def distinct(
+  alternatives: list[Alternative],
+  attempt: Rollout,
+  *,
+  most: int,
+  success_threshold: float,
+  behaviour,
+) -> list[Alternative]:
   """At most `most`, verified successes first; without those that say or do the same as the attempt or as an earlier one.
 
   behaviour(rollout): equal for responses that do the same. Of an imagined alternative nobody knows what it does: its text alone counts.
   """
   texts, behaviours, kept = {without_thinking(attempt.text).strip()}, {behaviour(attempt)}, []
-  for a in sorted(alternatives, key=lambda a: a.imagined is not None or failed(a.rollout, success_threshold)):
+  for a in sorted(
+    alternatives, key=lambda a: a.imagined is not None or failed(a.rollout, success_threshold)
+  ):
     text = without_thinking(a.rollout.text).strip()
-    if a.rollout.feedback.status is Status.ENV_FAILED or text in texts or (a.imagined is None and behaviour(a.rollout) in behaviours):
+    if (
+      a.rollout.feedback.status is Status.ENV_FAILED
+      or text in texts
+      or (a.imagined is None and behaviour(a.rollout) in behaviours)
+    ):
       continue
     kept.append(a)
     texts.add(text)
@@ -133,14 +206,24 @@ def differing(alternative: str, attempt: str) -> tuple[str, str]:
 
 
 def note(alternative: Alternative, attempt: Rollout, template: str) -> str:
-  """"" where nothing was said of the alternative."""
+  """ "" where nothing was said of the alternative."""
   said = alternative.rollout.feedback.text if alternative.imagined is None else alternative.imagined
-  x, y = differing(without_thinking(alternative.rollout.text).strip(), without_thinking(attempt.text).strip())
+  x, y = differing(
+    without_thinking(alternative.rollout.text).strip(), without_thinking(attempt.text).strip()
+  )
   return fill(template, {"alternative": x, "attempt": y, "feedback": said}) if said else ""
 
 
-def readings(part: Part, teacher_context, group: list[Rollout], i: int, *, success_threshold: float, show_attempt: bool = False,
-             templates: dict[str, str] = TEMPLATES) -> list[tuple[Context, float] | None]:
+def readings(
+  part: Part,
+  teacher_context,
+  group: list[Rollout],
+  i: int,
+  *,
+  success_threshold: float,
+  show_attempt: bool = False,
+  templates: dict[str, str] = TEMPLATES,
+) -> list[tuple[Context, float] | None]:
   """What the teacher reads of rollout i in each further reading, and its weight; None: nothing that it has not read already.
 
   show_attempt, templates: those of teacher_context, which hold where it shows nothing as well.
@@ -150,10 +233,18 @@ def readings(part: Part, teacher_context, group: list[Rollout], i: int, *, succe
   told = [attempt.alternatives] if part.form == "joint" else [[a] for a in attempt.alternatives]
   for chosen in filter(None, told if part.form != "mixture" or plain else []):
     verified = [a.rollout for a in chosen if a.imagined is None]
-    shown = teacher_context(group + verified, i)   # one that succeeds is a success like any other
-    text = "".join(note(a, attempt, (TEMPLATES | templates)["note"]) for a in chosen if a.imagined is not None or failed(a.rollout, success_threshold))
+    shown = teacher_context(group + verified, i)  # one that succeeds is a success like any other
+    text = "".join(
+      note(a, attempt, (TEMPLATES | templates)["note"])
+      for a in chosen
+      if a.imagined is not None or failed(a.rollout, success_threshold)
+    )
     context = dataclasses.replace(shown or silent, notes=text)
-    weight = part.eta * sum(1.0 if a.imagined is None else part.kappa for a in chosen) / (1 if part.form == "mixture" else len(attempt.alternatives))
+    weight = (
+      part.eta
+      * sum(1.0 if a.imagined is None else part.kappa for a in chosen)
+      / (1 if part.form == "mixture" else len(attempt.alternatives))
+    )
     changed = context not in (silent, plain)
     found.append((context, weight) if changed and weight else None)
   return found + [None] * (part.readings - len(found))

@@ -18,12 +18,13 @@ from sdpo_jax.records import TrainBatch
 
 class Signals(NamedTuple):
   """What the two passes say of each response token, in nats. Only the first three carry gradient."""
-  logp_BR: jax.Array                    # log pi(y_t)
-  entropy_BR: jax.Array                 # H(pi)
-  divergence_BR: jax.Array | None       # D(pi, q); None where the method computes none
-  logp_teacher_BR: jax.Array | None     # log q(y_t); None without a teacher
-  entropy_teacher_BR: jax.Array | None = None   # H(q); None where the method reads none
-  counterfactuals: tuple["Signals", ...] = ()   # the same of each further reading of the batch
+
+  logp_BR: jax.Array  # log pi(y_t)
+  entropy_BR: jax.Array  # H(pi)
+  divergence_BR: jax.Array | None  # D(pi, q); None where the method computes none
+  logp_teacher_BR: jax.Array | None  # log q(y_t); None without a teacher
+  entropy_teacher_BR: jax.Array | None = None  # H(q); None where the method reads none
+  counterfactuals: tuple["Signals", ...] = ()  # the same of each further reading of the batch
 
   @property
   def gap_BR(self) -> jax.Array:
@@ -31,8 +32,16 @@ class Signals(NamedTuple):
     return jax.lax.stop_gradient(self.logp_teacher_BR - self.logp_BR)
 
 
-def divergence(signals: Signals, batch: TrainBatch, *, alpha: float = 0.5, top_k: int | None = None, add_tail: bool = True,
-               clip: float | None = None, advantage_clip: float | None = None) -> jax.Array:
+def divergence(
+  signals: Signals,
+  batch: TrainBatch,
+  *,
+  alpha: float = 0.5,
+  top_k: int | None = None,
+  add_tail: bool = True,
+  clip: float | None = None,
+  advantage_clip: float | None = None,
+) -> jax.Array:
   """alpha = 0: KL(q || pi); 1: KL(pi || q); between: generalised JSD. The kernel has computed it, with alpha, top_k, add_tail and advantage_clip.
 
   clip: a token above it counts as that much and has no gradient (OPSD, arXiv 2601.18734).
@@ -47,8 +56,15 @@ def sampled_token(signals: Signals, batch: TrainBatch) -> jax.Array:
 
 def sequence(signals: Signals, batch: TrainBatch) -> jax.Array:
   weight_BR = batch.weight_BR
-  mean_B1 = jnp.sum(signals.gap_BR * weight_BR, -1, keepdims=True) / jnp.maximum(jnp.sum(weight_BR, -1, keepdims=True), 1.0)
+  mean_B1 = jnp.sum(signals.gap_BR * weight_BR, -1, keepdims=True) / jnp.maximum(
+    jnp.sum(weight_BR, -1, keepdims=True), 1.0
+  )
   return -mean_B1 * signals.logp_BR
 
 
-TOKEN_SIGNALS = {"none": None, "divergence": divergence, "sampled_token": sampled_token, "sequence": sequence}
+TOKEN_SIGNALS = {
+  "none": None,
+  "divergence": divergence,
+  "sampled_token": sampled_token,
+  "sequence": sequence,
+}

@@ -33,9 +33,10 @@ from sdpo_jax.records import Ratio, TrainBatch
 
 class Objective(NamedTuple):
   """A method as functions of arrays."""
+
   # (Signals, TrainBatch, normalisers) -> (scalar loss in nats, {metric: Ratio})
   token_loss: Callable
-  normalisers: Callable    # TrainBatch -> {term: scalar}
+  normalisers: Callable  # TrainBatch -> {term: scalar}
   # alpha, top_k, add_tail, advantage_clip of the divergence that the kernel must compute; None:
   # none
   divergence: dict | None
@@ -48,10 +49,16 @@ class Objective(NamedTuple):
 def make_objective(method: dict) -> Objective:
   """method: a row of METHODS (or one like it). Raises ValueError as `methods.build` does."""
   parts = methods.build(method)
-  signal, weigh, surrogate, reduction = (parts[axis] for axis in ("token_signal", "token_weight", "surrogate", "reduction"))
-  share, notes = method["policy_share"], parts["counterfactual"]()   # no notes: None
+  signal, weigh, surrogate, reduction = (
+    parts[axis] for axis in ("token_signal", "token_weight", "surrogate", "reduction")
+  )
+  share, notes = method["policy_share"], parts["counterfactual"]()  # no notes: None
   gate, mixture = notes is not None and notes.gate, notes is not None and notes.form == "mixture"
-  factors = {"distill": 1.0, "policy": 1.0} if share == "untaught" else {"distill": 1.0 - share, "policy": share}
+  factors = (
+    {"distill": 1.0, "policy": 1.0}
+    if share == "untaught"
+    else {"distill": 1.0 - share, "policy": share}
+  )
 
   def terms(batch: TrainBatch) -> dict[str, tuple[jax.Array, jax.Array]]:
     """{term: (weight_BR, normaliser)}"""
@@ -59,7 +66,10 @@ def make_objective(method: dict) -> Objective:
     if share == "untaught":
       taught_B1 = (batch.distill_B > 0)[:, None]
       weight_BR, normaliser = reduction(batch.weight_BR)
-      return {"distill": (weight_BR * taught_B1, normaliser), "policy": (weight_BR * ~taught_B1, normaliser)}
+      return {
+        "distill": (weight_BR * taught_B1, normaliser),
+        "policy": (weight_BR * ~taught_B1, normaliser),
+      }
     if signal is not None:
       found["distill"] = token_mean(batch.weight_BR * batch.distill_B[:, None])
     if surrogate is not None:
@@ -69,7 +79,9 @@ def make_objective(method: dict) -> Objective:
   def normalisers(batch: TrainBatch) -> dict[str, jax.Array]:
     found = {term: normaliser for term, (_, normaliser) in terms(batch).items()}
     if batch.counterfactuals and not mixture:
-      taught_B = functools.reduce(jnp.maximum, [c.weight_B > 0 for c in batch.counterfactuals], batch.distill_B > 0)
+      taught_B = functools.reduce(
+        jnp.maximum, [c.weight_B > 0 for c in batch.counterfactuals], batch.distill_B > 0
+      )
       found["counterfactual"] = jnp.maximum(jnp.sum(batch.weight_BR * taught_B[:, None]), 1.0)
     return found
 
@@ -80,8 +92,11 @@ def make_objective(method: dict) -> Objective:
     counted_BR = batch.weight_BR > 0
     clean = lambda x_BR: jnp.where(counted_BR, x_BR, 0.0)
     signals = jax.tree.map(clean, signals)
-    batch = batch._replace(logp_old_BR=clean(batch.logp_old_BR), logp_rollout_BR=clean(batch.logp_rollout_BR),
-                           advantage_B=jnp.where(jnp.any(counted_BR, -1), batch.advantage_B, 0.0))
+    batch = batch._replace(
+      logp_old_BR=clean(batch.logp_old_BR),
+      logp_rollout_BR=clean(batch.logp_rollout_BR),
+      advantage_B=jnp.where(jnp.any(counted_BR, -1), batch.advantage_B, 0.0),
+    )
     loss, metrics = 0.0, {}
     for term, (weight_BR, _) in terms(batch).items():
       if term == "distill":
@@ -114,6 +129,16 @@ def make_objective(method: dict) -> Objective:
       metrics["train/teacher_gap_abs"] = mean(jnp.abs(signals.gap_BR), taught_BR)
     return loss, metrics
 
-  wanted = methods.arguments(method, "token_signal") if method["token_signal"]["name"] == "divergence" else None
-  return Objective(token_loss, normalisers, wanted and {k: wanted[k] for k in ("alpha", "top_k", "add_tail", "advantage_clip")}, signal is not None,
-                   method["token_weight"]["name"] == "certainty", mixture)
+  wanted = (
+    methods.arguments(method, "token_signal")
+    if method["token_signal"]["name"] == "divergence"
+    else None
+  )
+  return Objective(
+    token_loss,
+    normalisers,
+    wanted and {k: wanted[k] for k in ("alpha", "top_k", "add_tail", "advantage_clip")},
+    signal is not None,
+    method["token_weight"]["name"] == "certainty",
+    mixture,
+  )

@@ -24,15 +24,32 @@ def keep_top_k(logp_BRV, logq_BRV, k: int, add_tail: bool):
   top_logp, top_BRK = jax.lax.top_k(logp_BRV, k)
   top_logq = jnp.take_along_axis(logq_BRV, top_BRK, -1)
   if add_tail:
+
     def with_tail(x):
       s = jnp.minimum(jax.nn.logsumexp(x, -1, keepdims=True), -1e-7)
       return jnp.concatenate([x, jnp.log(-jnp.expm1(s))], -1)
+
     return with_tail(top_logp), with_tail(top_logq)
   return jax.nn.log_softmax(top_logp), jax.nn.log_softmax(top_logq)
 
 
-def sdpo_loss(student_logits_BRV, teacher_logits_BRV, response_BR, weight_BR, distill_B, *, logp_old_BR=None, logp_rollout_BR=None,
-              alpha=0.5, top_k=None, add_tail=True, granularity="logit", is_clip=2.0, rollout_is_clip=2.0, advantage_clip=None):
+def sdpo_loss(
+  student_logits_BRV,
+  teacher_logits_BRV,
+  response_BR,
+  weight_BR,
+  distill_B,
+  *,
+  logp_old_BR=None,
+  logp_rollout_BR=None,
+  alpha=0.5,
+  top_k=None,
+  add_tail=True,
+  granularity="logit",
+  is_clip=2.0,
+  rollout_is_clip=2.0,
+  advantage_clip=None,
+):
   """Scalar loss: token mean over weight_BR * distill_B.
 
   granularity: "logit" | "token" | "sequence". A clip of None: that factor is absent. logp_old None: ratio 1; logp_rollout None:
@@ -50,21 +67,34 @@ def sdpo_loss(student_logits_BRV, teacher_logits_BRV, response_BR, weight_BR, di
     if advantage_clip is None:
       loss_BR = divergence(*kept, alpha)
     else:
-      assert alpha == 1.0, f"the advantage of an entry is that of reverse KL: alpha must be 1, not {alpha}"
+      assert alpha == 1.0, (
+        f"the advantage of an entry is that of reverse KL: alpha must be 1, not {alpha}"
+      )
       logp_kept, logq_kept = kept
-      loss_BR = -jnp.sum(jnp.exp(logp_kept) * sg(jnp.clip(logq_kept - logp_kept, -advantage_clip, advantage_clip)), -1)
+      loss_BR = -jnp.sum(
+        jnp.exp(logp_kept) * sg(jnp.clip(logq_kept - logp_kept, -advantage_clip, advantage_clip)),
+        -1,
+      )
   elif granularity == "token":
-    assert alpha == 1.0, f"token-level credit is the score-function form of reverse KL: alpha must be 1, not {alpha}"
+    assert alpha == 1.0, (
+      f"token-level credit is the score-function form of reverse KL: alpha must be 1, not {alpha}"
+    )
     loss_BR = -gap_BR * logp_BR
   elif granularity == "sequence":
-    mean_B1 = jnp.sum(gap_BR * weight_BR, -1, keepdims=True) / jnp.maximum(jnp.sum(weight_BR, -1, keepdims=True), 1.0)
+    mean_B1 = jnp.sum(gap_BR * weight_BR, -1, keepdims=True) / jnp.maximum(
+      jnp.sum(weight_BR, -1, keepdims=True), 1.0
+    )
     loss_BR = -mean_B1 * logp_BR
   else:
-    raise ValueError(f"granularity={granularity!r} is unknown; choose from ['logit', 'sequence', 'token']")
+    raise ValueError(
+      f"granularity={granularity!r} is unknown; choose from ['logit', 'sequence', 'token']"
+    )
   old_BR = sg(logp_BR) if logp_old_BR is None else logp_old_BR
   if is_clip is not None:
     loss_BR = loss_BR * sg(jnp.minimum(jnp.exp(jnp.clip(logp_BR - old_BR, -20.0, 20.0)), is_clip))
   if rollout_is_clip is not None and logp_rollout_BR is not None:
-    loss_BR = loss_BR * sg(jnp.minimum(jnp.exp(jnp.clip(old_BR - logp_rollout_BR, -20.0, 20.0)), rollout_is_clip))
+    loss_BR = loss_BR * sg(
+      jnp.minimum(jnp.exp(jnp.clip(old_BR - logp_rollout_BR, -20.0, 20.0)), rollout_is_clip)
+    )
   counted_BR = weight_BR * distill_B[:, None]
   return jnp.sum(loss_BR * counted_BR) / jnp.maximum(jnp.sum(counted_BR), 1.0)

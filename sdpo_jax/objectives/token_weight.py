@@ -25,19 +25,38 @@ def uniform(signals: Signals, batch: TrainBatch) -> jax.Array:
   return jnp.ones_like(signals.logp_BR)
 
 
-def importance(signals: Signals, batch: TrainBatch, *, is_clip: float | None = 2.0, rollout_is_clip: float | None = 2.0,
-               by_question: bool = False) -> jax.Array:
+def importance(
+  signals: Signals,
+  batch: TrainBatch,
+  *,
+  is_clip: float | None = 2.0,
+  rollout_is_clip: float | None = 2.0,
+  by_question: bool = False,
+) -> jax.Array:
   """by_question: times the row's advantage, which is then a weight of its question (`advantage.question_spread`)."""
-  weight_BR = (capped_ratio(signals.logp_BR - batch.logp_old_BR, is_clip)
-               * capped_ratio(batch.logp_old_BR - batch.logp_rollout_BR, rollout_is_clip))
+  weight_BR = capped_ratio(signals.logp_BR - batch.logp_old_BR, is_clip) * capped_ratio(
+    batch.logp_old_BR - batch.logp_rollout_BR, rollout_is_clip
+  )
   return weight_BR * batch.advantage_B[:, None] if by_question else weight_BR
 
 
-def certainty(signals: Signals, batch: TrainBatch, *, is_clip: float | None = 2.0, rollout_is_clip: float | None = 2.0) -> jax.Array:
+def certainty(
+  signals: Signals,
+  batch: TrainBatch,
+  *,
+  is_clip: float | None = 2.0,
+  rollout_is_clip: float | None = 2.0,
+) -> jax.Array:
   sure_BR = jnp.exp(-jax.lax.stop_gradient(signals.entropy_teacher_BR))
   counted_BR = batch.weight_BR > 0
-  mean_B1 = jnp.sum(sure_BR * counted_BR, -1, keepdims=True) / jnp.maximum(jnp.sum(counted_BR, -1, keepdims=True), 1)
-  return importance(signals, batch, is_clip=is_clip, rollout_is_clip=rollout_is_clip) * sure_BR / jnp.maximum(mean_B1, 1e-30)
+  mean_B1 = jnp.sum(sure_BR * counted_BR, -1, keepdims=True) / jnp.maximum(
+    jnp.sum(counted_BR, -1, keepdims=True), 1
+  )
+  return (
+    importance(signals, batch, is_clip=is_clip, rollout_is_clip=rollout_is_clip)
+    * sure_BR
+    / jnp.maximum(mean_B1, 1e-30)
+  )
 
 
 TOKEN_WEIGHTS = {"uniform": uniform, "importance": importance, "certainty": certainty}
