@@ -25,7 +25,7 @@ import pathlib
 import runpy
 
 from sdpo_jax import config
-from sdpo_jax.objectives import methods
+from sdpo_jax.objectives import build
 
 LIVECODEBENCH = {
   "hard": (1, 3, 10, 43, 46, 59, 69, 74, 86, 91, 92, 95, 100, 103, 111, 120, 125, 127, 129),
@@ -65,7 +65,7 @@ def get_config(arg: str = ""):
     raise ValueError(
       f"task={a.task!r}, subset={a.subset!r} is unknown; choose from ['tinycode', 'livecodebench'] and {sorted(LIVECODEBENCH)}"
     )
-  c.method = methods.row("sdpo")
+  c.method = build.row("sdpo")
   c.method.teacher_context = dict(
     name="feedback_or_solution", use_solution=False, feedback="always"
   )

@@ -15,7 +15,7 @@ Result: peak GB per chip of the train step, and of the decode step of 64 respons
 """
 
 from sdpo_jax import config
-from sdpo_jax.objectives import methods
+from sdpo_jax.objectives import build
 
 MACHINES = {  # mesh, micro-batches of the 256 responses
   "v5p-16": (dict(fsdp=8, tensor=1), 32),
@@ -33,7 +33,7 @@ def get_config(arg: str = ""):
   mesh, micro_batches = (MACHINES | OLMO3 if a.model.startswith("olmo3") else MACHINES)[a.machine]
   c = config.base()
   c.mesh.update(mesh)
-  c.method = methods.row(a.method)
+  c.method = build.row(a.method)
   # weights, moments and teacher in float32: steps of 1e-6 vanish in bfloat16
   c.model.update(path=a.model, dtype="bfloat16", remat="block")
   c.data.update(

@@ -22,7 +22,7 @@ from ml_collections import config_flags
 
 from sdpo_jax.envs.base import env_settings
 from sdpo_jax.kernels.distill_kl import IMPLEMENTATIONS
-from sdpo_jax.objectives import methods
+from sdpo_jax.objectives import build
 
 MODELS = {  # name: Hugging Face hub id; the tiny ones ship with the package
   "tiny": os.path.join(os.path.dirname(__file__), "assets", "tiny"),
@@ -43,7 +43,7 @@ def base() -> ml_collections.ConfigDict:
   c.label = ""
   c.total_steps = 240  # generation batches
   # each cell can be overridden by itself, and so can its part (`complete`)
-  c.method = methods.row("sdpo")
+  c.method = build.row("sdpo")
   c.model = dict(
     # a name of MODELS, a Hugging Face directory or a hub id
     path="tiny",
@@ -159,7 +159,7 @@ def base() -> ml_collections.ConfigDict:
 def tiny(a: types.SimpleNamespace) -> ml_collections.ConfigDict:
   """The settings for the tiny models of the package. a: method, model, seed, local."""
   c = base()
-  c.seed, c.model.path, c.method = a.seed, a.model, methods.row(a.method)
+  c.seed, c.model.path, c.method = a.seed, a.model, build.row(a.method)
   c.optimizer.update(lr=1.5e-3, decay_steps=c.total_steps)
   if c.method.teacher_weights.name == "ema":
     # the paper's rate for rich feedback; at 0.05 accuracy falls again once most problems are solved
@@ -187,7 +187,7 @@ def paper(a: types.SimpleNamespace, *, rich_feedback: bool) -> ml_collections.Co
   trains by the clock), micro_batches, and the rates of other methods than its two. GRPO is its default one: four updates at 1e-6.
   """
   c = base()
-  c.seed, c.model.path, c.method = a.seed, a.model, methods.row(a.method)
+  c.seed, c.model.path, c.method = a.seed, a.model, build.row(a.method)
   # weights, moments and teacher in float32: steps of 1e-6 vanish in bfloat16
   c.model.update(dtype="bfloat16", remat="block")
   c.data.update(
@@ -355,14 +355,14 @@ def complete(c: ml_collections.ConfigDict, arguments: list[str]) -> None:
         f"{path} cannot be set alone: choose another row by the config file's argument, --config=FILE:method={value}"
       )
   # `validate` says so if one is missing
-  for axis in [axis for axis in methods.AXES if axis in c.method]:
+  for axis in [axis for axis in build.AXES if axis in c.method]:
     part = (
       {"name": chosen[name]} if (name := f"method.{axis}") in chosen else c.method[axis].to_dict()
     )
     with _named_in_full():
-      known = methods.parameters(axis, part["name"])
+      known = build.parameters(axis, part["name"])
     c.method[axis] = {
-      key: _field(known.get(key), value) for key, value in methods.cell(axis, **part).items()
+      key: _field(known.get(key), value) for key, value in build.cell(axis, **part).items()
     }
   before, name = c.env.to_dict(), chosen.get("env", c.env.name)
   known = env_settings(name)
@@ -472,14 +472,14 @@ def check_optimizer(o: ml_collections.ConfigDict) -> None:
 def validate(c: ml_collections.ConfigDict) -> None:
   """Raises ValueError for a setting that is unknown, out of range or at odds with another one."""
   _same_keys(c, base(), "config")
-  known_method = {*methods.AXES, "name", "policy_share"}
+  known_method = {*build.AXES, "name", "policy_share"}
   for key in c.method:
     if key not in known_method:
       raise ValueError(
         f"config.method.{key} is not a part of a method; choose from {sorted(known_method)}"
       )
   with _named_in_full():
-    methods.build(c.method.to_dict())
+    build.build(c.method.to_dict())
 
   positive = {
     "total_steps": c.total_steps,

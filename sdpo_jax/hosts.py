@@ -48,3 +48,14 @@ def share(value: Any) -> list[Any]:
     json.loads(row[:size].tobytes())
     for row, size in zip(multihost_utils.process_allgather(padded), sizes)
   ]
+
+
+# ---- Writing -------------------------------------------------------------------------------------
+# --------------------
+
+
+def to_host(x) -> np.ndarray:
+  """The whole array, also where other processes hold parts of it (then every process must call this)."""
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    x = jax.jit(lambda y: y, out_shardings=jax.NamedSharding(x.sharding.mesh, jax.P()))(x)
+  return np.asarray(x)

@@ -126,29 +126,30 @@ def main(argv: list[str]) -> int:
     check_writable(workdir)
   except (UsageError, ValueError) as error:
     return complain(error, 2)
-  from sdpo_jax import checkpoint, discover, discovery, metrics, records, train, wiring
+  from sdpo_jax import checkpoint, errors, evaluate, metrics, train
+  from sdpo_jax.discover import mode, results
 
   checkpoint.tell_failures_once()
   absl_logging.use_absl_handler()
   absl_logging.set_verbosity(absl_logging.WARNING)
   try:
-    with wiring.blame_disk(workdir):
+    with errors.blame_disk(workdir, checkpoint.latest_step):
       if f.mode == "train":
         print(f"work directory: {workdir}", file=sys.stderr)
         train.train(c, workdir)
         lines = metrics.read(workdir)
         results, base = lines[-1], lines[0]
       elif f.mode == "eval":
-        results, base = train.evaluate_checkpoint(c, workdir, f.checkpoint), {}
+        results, base = evaluate.evaluate_checkpoint(c, workdir, f.checkpoint), {}
       else:
-        for line in discovery.summary_lines(discover.discover(c, workdir)):
+        for line in results.summary_lines(mode.discover(c, workdir)):
           print(line)
         return 0
-  except (wiring.SettingError, records.TaskError, FileNotFoundError) as error:
+  except (errors.SettingError, errors.TaskError, FileNotFoundError) as error:
     return complain(error, 2)
-  except wiring.RunError as error:
+  except errors.RunError as error:
     return complain(error, 1)
-  for line in train.summary_lines(results, base):
+  for line in evaluate.summary_lines(results, base):
     print(line)
   if f.mode == "train":
     print(f"      report  {os.path.join(workdir, 'report', 'index.html')}")
@@ -161,9 +162,9 @@ def plan_lines(c, topology: str):
 
   import jax
 
-  from sdpo_jax import plan, sharding, wiring
+  from sdpo_jax import learner, plan, session, sharding
   from sdpo_jax.model import lora
-  from sdpo_jax.objectives import methods
+  from sdpo_jax.objectives import build
 
   # the compiler alone is wanted: neither a TPU nor its lock
   jax.config.update("jax_platforms", "cpu")
@@ -171,14 +172,14 @@ def plan_lines(c, topology: str):
   # libtpu complains where they are unset; it plans for the topology whatever they say
   for name, value in {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}.items():
     os.environ.setdefault(name, value)
-  wiring.check_rows(
+  session.check_rows(
     c, sharding.row_shards(sharding.make_mesh(plan.topology_devices(topology), **c.mesh))
   )
   model = dataclasses.replace(
-    wiring.model_shape(c.model.path), dtype=c.model.dtype, param_dtype=c.model.param_dtype
+    session.model_shape(c.model.path), dtype=c.model.dtype, param_dtype=c.model.param_dtype
   )
-  wiring.check_positions(
-    wiring.longest_texts(c, methods.build(c.method.to_dict())["counterfactual"]()),
+  session.check_positions(
+    session.longest_texts(c, build.build(c.method.to_dict())["counterfactual"]()),
     model,
     c.model.path,
   )
@@ -187,7 +188,7 @@ def plan_lines(c, topology: str):
     c,
     topology,
     model,
-    wiring.learner(c, model, adapters and functools.partial(lora.attach, lora=adapters)),
+    learner.learner(c, model, adapters and functools.partial(lora.attach, lora=adapters)),
     adapters,
   )
 

@@ -24,6 +24,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sdpo_jax.records import Ratio
+from sdpo_jax.workdir import write_atomically
 
 # names of values that another machine, or another try, would not repeat
 MACHINE = ("time*", "perf/*", "*per_s*")
@@ -65,16 +66,6 @@ def read(workdir) -> list[dict]:
     except json.JSONDecodeError as error:
       raise ValueError(f"{path} line {number} is not JSON: {error}") from error
   return lines
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """A reader, or a kill, finds the old file or the new one and nothing in between."""
-  scratch = path.with_name(path.name + ".tmp")
-  with scratch.open("w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(scratch, path)
 
 
 class Writer:

@@ -24,14 +24,16 @@ from sdpo_jax import checkpoint, metrics
 from sdpo_jax.config import MODELS, check_optimizer, load, overridden
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.corpus import DOMAINS, VIEWS, Corpus, Mixture, build_tokenizer
+from sdpo_jax.engine.local import Sampler
+from sdpo_jax.errors import RunError, blame_disk
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig, Rope
 from sdpo_jax.model.hf_weights import load_pretrained, save_pretrained
 from sdpo_jax.objectives.loss import Objective
+from sdpo_jax.optimizer import make_optimizer
 from sdpo_jax.records import Ratio, Rows, Sampling, TrainBatch
-from sdpo_jax.sampler import Sampler
-from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_train_step
-from sdpo_jax.wiring import RunError, blame_disk, same_run
+from sdpo_jax.train_step import init_state, make_signals, make_train_step
+from sdpo_jax.workdir import same_run
 
 
 def supervised() -> Objective:
@@ -234,10 +236,10 @@ def run(
     state, _ = checkpoint.restore(workdir, state)
   # what came after the checkpoint is written again
   kept = [line for line in metrics.read(workdir) if line["step"] <= int(state.step)]
-  metrics.write_atomically(
+  workdir.write_atomically(
     pathlib.Path(workdir) / "config.json", json.dumps(c.to_dict(), indent=2) + "\n"
   )
-  metrics.write_atomically(
+  workdir.write_atomically(
     pathlib.Path(workdir) / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept)
   )
   log = open(os.path.join(workdir, "metrics.jsonl"), "a")
@@ -345,7 +347,7 @@ def main(argv: list[str]) -> int:
     return 2
   checkpoint.tell_failures_once()
   try:
-    with blame_disk(f.workdir):
+    with blame_disk(f.workdir, checkpoint.latest_step):
       run(c, f.workdir, f.out or os.path.join(f.workdir, "hf"), model, params, data, tx)
   except RunError as error:
     print(f"sdpo_jax.pretrain: {error}", file=sys.stderr)

@@ -20,10 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-class TaskError(ValueError):
-  """A task that the settings have no room for; the message names the task and the setting."""
-
-
 class Status(enum.Enum):
   SCORED = "scored"  # judged, right or wrong
   TIMEOUT = "timeout"  # the response's own program ran out of time: judged wrong

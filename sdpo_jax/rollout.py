@@ -20,8 +20,9 @@ import jax
 
 from sdpo_jax import hosts
 from sdpo_jax.data.chat import Chat
-from sdpo_jax.envs import verdict
-from sdpo_jax.records import Completion, Feedback, Rollout, Sampling, Status, Task, TaskError
+from sdpo_jax.errors import TaskError
+from sdpo_jax.records import Completion, Feedback, Rollout, Sampling, Status, Task
+from sdpo_jax.text import MAX_CHARS, clean, cut
 
 
 def prompt_seed(seed: int, *path) -> int:
@@ -83,7 +84,7 @@ class Collector:
     feedback = dataclasses.replace(
       feedback,
       reward=float(feedback.reward),
-      text=verdict.cut(verdict.clean(feedback.text), verdict.MAX_CHARS),
+      text=cut(clean(feedback.text), MAX_CHARS),
     )
     if (
       completion.finish_reason == "length"

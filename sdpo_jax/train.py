@@ -18,16 +18,20 @@ import jax
 import numpy as np
 
 from sdpo_jax import checkpoint, hosts, monitors, report, sharding
-from sdpo_jax.config import model_of_run, validate
-from sdpo_jax.data.batch import Packed, Shape, Shapes, most_tokens, pack
-from sdpo_jax.data.chat import Chat
+from sdpo_jax.config import validate
+from sdpo_jax.data.batch import pack
+from sdpo_jax.data.shapes import Shape, Shapes, most_tokens
 from sdpo_jax.data.tasks import RowEnv, TaskStream
+from sdpo_jax.errors import RunError, blame_settings
 from sdpo_jax.evaluate import evaluate
-from sdpo_jax.metrics import Writer, read, reduce, write_atomically
-from sdpo_jax.objectives import methods
+from sdpo_jax.learner import learner
+from sdpo_jax.metrics import Writer, read, reduce
+from sdpo_jax.objectives import build
 from sdpo_jax.records import Rollout, Sampling, Status
 from sdpo_jax.rollout import prompt_seed
-from sdpo_jax.wiring import RunError, blame_settings, describe_run, learner, same_run, wired
+from sdpo_jax.rollout_log import rollout_lines
+from sdpo_jax.session import wired
+from sdpo_jax.workdir import describe_run, same_run, write_atomically
 
 
 def run(
@@ -129,43 +133,6 @@ def rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
   return metrics
 
 
-def rollout_lines(step: int, packed: Packed, said, chat: Chat, kept: int):
-  """One JSON-able object per response: what was asked, answered, said about it, read by the teacher, and the gap per token in nats."""
-  gap_BR = (
-    np.asarray(said.logp_teacher_BR) - np.asarray(said.logp_BR)
-    if said is not None and said.logp_teacher_BR is not None
-    else None
-  )
-  for b, (r, context) in enumerate(list(zip(packed.rollouts, packed.contexts))[:kept]):
-    line = {
-      "step": step,
-      "task_id": r.task.id,
-      "prompt": r.task.prompt,
-      "response": r.text,
-      "reward": r.feedback.reward,
-      "status": r.feedback.status.value,
-      "finish_reason": r.finish_reason,
-      "feedback": r.feedback.text,
-      "teacher_context": None if context is None else context.render(r.task.prompt),
-      "tokens": chat.token_strings(r.tokens),
-    }
-    if gap_BR is not None and context is not None:
-      line["teacher_gap"] = [round(float(x), 4) for x in gap_BR[b, : len(r.tokens)]]
-    if r.alternatives:
-      line["counterfactuals"] = [
-        {
-          "source": a.source,
-          "response": a.rollout.text,
-          "reward": a.rollout.feedback.reward,
-          "feedback": a.rollout.feedback.text,
-          "imagined": a.imagined,
-        }
-        for a in r.alternatives
-      ]
-    told = [c[b].render(r.task.prompt) for c in packed.counterfactuals if c[b] is not None]
-    yield line | ({"counterfactual_contexts": told} if told else {})
-
-
 def train(c, workdir: str) -> None:
   """Wires a run from its configuration, trains (or resumes) it, and writes the report. A finished run is left as it is.
 
@@ -174,7 +141,7 @@ def train(c, workdir: str) -> None:
   workdir = pathlib.Path(workdir)
   with blame_settings():
     validate(c)
-    part = methods.build(c.method.to_dict())["counterfactual"]()
+    part = build.build(c.method.to_dict())["counterfactual"]()
     same_run(workdir, c, begun=checkpoint.latest_step(workdir) is not None)
     latest = checkpoint.latest_step(workdir)
   if latest is not None and latest >= c.total_steps:
@@ -365,63 +332,3 @@ def train(c, workdir: str) -> None:
         writer.close()
   if hosts.leads():
     report.write_report([workdir], workdir / "report")
-
-
-def evaluate_checkpoint(c, workdir: str, source: str) -> dict[str, float]:
-  """Scores WORKDIR[:step] or a Hugging Face directory on the final splits; writes eval/<name>.json into the work directory."""
-  workdir = pathlib.Path(workdir)
-  head, _, tail = source.rpartition(":")
-  root, step = (head, int(tail)) if head and tail.isdigit() else (source, None)
-  with blame_settings():
-    is_run = checkpoint.latest_step(root) is not None
-    if is_run:  # what it stands on, and with which adapters, the run itself says
-      c = c.copy_and_resolve_references()
-      c.model.update(model_of_run(root))
-    if not is_run and not (pathlib.Path(source) / "config.json").exists():
-      raise ValueError(
-        f"--checkpoint={source}: neither a work directory with a checkpoint nor a Hugging Face directory"
-      )
-  with wired(c, None if is_run else source) as w:
-    params, name = w.params, pathlib.Path(root).name
-    if is_run:
-      with blame_settings():
-        step = checkpoint.latest_step(root) if step is None else step
-        trained, frozen = w.trainable(c.seed)
-        params, name = (
-          w.weights(checkpoint.restore_params(root, trained, step), frozen),
-          f"step_{step:06d}",
-        )
-    metrics = evaluate(
-      w.collector,
-      params,
-      splits=c.eval.final_splits,
-      questions=c.eval.questions,
-      samples=c.eval.samples,
-      sampling=w.eval_sampling,
-    )
-  if not hosts.leads():
-    return metrics
-  (workdir / "eval").mkdir(parents=True, exist_ok=True)
-  about = {"checkpoint": source, "questions": c.eval.questions, "samples": c.eval.samples}
-  write_atomically(workdir / "eval" / f"{name}.json", json.dumps(about | metrics, indent=2) + "\n")
-  return metrics
-
-
-def summary_lines(results: dict[str, float], base: dict[str, float]) -> list[str]:
-  """Per split: avg@k with its interval and pass@k, and the base model's beside them where they are known."""
-
-  def interval(metrics, key):
-    low, high = metrics.get(key + "_low"), metrics.get(key + "_high")
-    pass_at_k = metrics.get(key.replace("avg@k", "pass@k"))
-    return (
-      f"avg@k {metrics[key]:.1%}"
-      + (f" [{low:.1%}, {high:.1%}]" if low is not None else "")
-      + (f" pass@k {pass_at_k:.1%}" if pass_at_k is not None else "")
-    )
-
-  return [
-    f"{key.split('/')[1]:>12}  {interval(results, key)}"
-    + (f"   base model {interval(base, key)}" if key in base else "")
-    for key in results
-    if key.endswith("/avg@k")
-  ]

@@ -21,8 +21,8 @@ from sdpo_jax.kernels.distill_topk import distill_mixture, distill_topk
 from sdpo_jax.kernels.token_logp import token_logp
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
-from sdpo_jax.objectives.divergence import Signals
 from sdpo_jax.objectives.loss import Objective
+from sdpo_jax.objectives.signals import Signals
 from sdpo_jax.records import Ratio, Rows, TrainBatch
 
 
@@ -360,44 +360,3 @@ def make_train_step(
     return state._replace(step=state.step + 1), metrics
 
   return step
-
-
-def make_optimizer(
-  *,
-  name: str,
-  lr: float,
-  warmup_steps: int,
-  decay_steps: int | None,
-  weight_decay: float,
-  clip_norm: float | None,
-  b1: float,
-  b2: float,
-  state_dtype: str | None,
-) -> optax.GradientTransformation:
-  """AdamW with linear warm-up from 0 (in optimiser updates), then constant, or cosine to 0 at decay_steps."""
-  if name != "adamw":
-    raise ValueError(f"optimizer.name={name!r} is unknown; choose from ['adamw']")
-  if decay_steps:
-    schedule = optax.schedules.warmup_cosine_decay_schedule(
-      0.0 if warmup_steps else lr, lr, warmup_steps, decay_steps
-    )
-  else:
-    schedule = optax.schedules.warmup_constant_schedule(
-      0.0 if warmup_steps else lr, lr, warmup_steps
-    )
-  adamw = in_dtype(optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay), state_dtype)
-  return adamw if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
-
-
-def in_dtype(tx: optax.GradientTransformation, dtype: str | None) -> optax.GradientTransformation:
-  """The same transformation on gradients and weights of this type, so that all of its state has it (optax's mu_dtype leaves the second moment out).
-
-  With None the state has the weights' type: bfloat16 cannot hold a second moment, whose changes of 1 - b2 are below its resolution.
-  """
-  if dtype is None:
-    return tx
-  cast = lambda tree: None if tree is None else jax.tree.map(lambda x: x.astype(dtype), tree)
-  return optax.GradientTransformation(
-    lambda params: tx.init(cast(params)),
-    lambda grads, state, params=None: tx.update(cast(grads), state, cast(params)),
-  )

@@ -7,7 +7,7 @@ import resource
 import jax
 import numpy as np
 
-from sdpo_jax.data.batch import Text, begin_alike, first_fit, lay_out
+from sdpo_jax.data.packing import Text, begin_alike, first_fit, lay_out
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.records import Completion, Feedback, Rows, Status, Task, TrainBatch

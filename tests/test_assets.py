@@ -6,18 +6,18 @@ import pathlib
 
 import pytest
 
-from sdpo_jax import config, counterfactual
+from sdpo_jax import alternatives, config
 from sdpo_jax.config import MODELS
-from sdpo_jax.data.batch import teacher_prompt
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.corpus import DOMAINS, Mixture, build_tokenizer
+from sdpo_jax.data.teacher_prompt import teacher_prompt
+from sdpo_jax.engine.local import Sampler
 from sdpo_jax.model.hf_weights import load_pretrained
-from sdpo_jax.objectives.counterfactual import failed, notes, readings
+from sdpo_jax.objectives.notes import failed, notes, readings
 from sdpo_jax.objectives.teacher_context import FEEDBACK, feedback_or_solution
 from sdpo_jax.pretrain import accuracy
 from sdpo_jax.records import Sampling
-from sdpo_jax.sampler import Sampler
-from sdpo_jax.wiring import wired
+from sdpo_jax.session import wired
 
 # domain, model, what it solves: ranges that hold the shares over 256 problems in
 # configs/pretrain_tiny.py, and what 128 of them may differ by
@@ -86,7 +86,7 @@ def test_what_the_untrained_teacher_makes_of_notes(domain, helped):
       # the same attempts both times
       groups = w.collector.collect(w.params, tasks, n=1, sampling=sampling, seeds=range(200))
       part = notes(**(dict(feedback=how, imagined_tokens=128) if how == "imagined" else {}))
-      said = counterfactual.explore(
+      said = alternatives.explore(
         part,
         w.collector,
         w.params,

@@ -6,20 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from sdpo_jax.data.batch import (
-  COMPILATION,
-  CUT,
-  Dealt,
-  Shape,
-  Shapes,
-  Text,
-  choose_shape,
-  full_shape,
-  pack,
-  shorten,
-  teacher_prompt,
-)
+from sdpo_jax.data.batch import pack
 from sdpo_jax.data.chat import Chat
+from sdpo_jax.data.packing import Dealt, Text
+from sdpo_jax.data.shapes import COMPILATION, Shape, Shapes, choose_shape, full_shape
+from sdpo_jax.data.teacher_prompt import CUT, shorten, teacher_prompt
 from sdpo_jax.objectives import advantage, teacher_context
 from sdpo_jax.objectives.teacher_context import (
   CLOSING,

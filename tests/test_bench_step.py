@@ -7,9 +7,10 @@ import pytest
 from sdpo_jax.bench import step
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
-from sdpo_jax.objectives import methods
+from sdpo_jax.objectives import build
 from sdpo_jax.objectives.loss import make_objective
-from sdpo_jax.train_step import init_state, make_optimizer
+from sdpo_jax.optimizer import make_optimizer
+from sdpo_jax.train_step import init_state
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_operations_are_those_of_a_step_that_computes_nothing_twice():
     ff_width=F,
     vocab=V,
   )
-  objective = make_objective(methods.row("sdpo"))
+  objective = make_objective(build.row("sdpo"))
   tx = make_optimizer(
     name="adamw",
     lr=1e-6,

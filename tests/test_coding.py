@@ -22,8 +22,8 @@ from sdpo_jax.envs.coding import (
   task_from_row,
   tests_from_asserts,
 )
-from sdpo_jax.envs.sandbox import Limits, Sandbox, TestCase
 from sdpo_jax.records import Status
+from sdpo_jax.sandbox import Limits, Sandbox, TestCase
 
 tests_from_asserts.__test__ = False
 _DATA = os.environ.get("SDPO_JAX_DATA")

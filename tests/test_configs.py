@@ -243,7 +243,7 @@ def test_discovery_reads_the_papers_questions():
 @pytest.mark.parametrize("name", PAPER)
 def test_the_shipped_rows_are_right(name):
   """Every row that comes with the package: the environment accepts it and its own answer scores 1, a wrong one 0."""
-  from sdpo_jax.envs.sandbox import Sandbox
+  from sdpo_jax.sandbox import Sandbox
 
   c = load(name, "local")
   with Sandbox(workers=1) as sandbox:

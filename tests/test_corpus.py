@@ -4,16 +4,16 @@ import zlib
 
 import pytest
 
-from sdpo_jax import counterfactual
+from sdpo_jax import alternatives
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.corpus import DOMAINS, VIEWS, Corpus, Mixture, build_tokenizer
 from sdpo_jax.envs.arithmetic import Arithmetic, chain
-from sdpo_jax.envs.sandbox import Sandbox
 from sdpo_jax.envs.tinycode import TinyCode
-from sdpo_jax.objectives.counterfactual import CORRECT, notes, readings
+from sdpo_jax.objectives.notes import CORRECT, notes, readings
 from sdpo_jax.objectives.teacher_context import feedback_or_solution
 from sdpo_jax.records import Rollout, Sampling, Task
 from sdpo_jax.rollout import Collector
+from sdpo_jax.sandbox import Sandbox
 from tests import fakes
 
 CHAT = Chat(fakes.ByteTokenizer())
@@ -82,7 +82,7 @@ def in_training(env, task, attempt, others, *, imagined=()):
   )
   part = notes(alternatives=len(others), feedback="imagined" if imagined else "verified")
   try:
-    counterfactual.explore(
+    alternatives.explore(
       part,
       collector,
       None,

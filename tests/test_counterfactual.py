@@ -11,17 +11,18 @@ import numpy as np
 import optax
 import pytest
 
-from sdpo_jax import config, counterfactual, train, wiring
-from sdpo_jax.data.batch import Shapes, pack
+from sdpo_jax import alternatives, config, errors, learner, train
+from sdpo_jax.data.batch import pack
 from sdpo_jax.data.chat import Chat, load_tokenizer
-from sdpo_jax.envs.sandbox import Sandbox
+from sdpo_jax.data.shapes import Shapes
 from sdpo_jax.envs.tinycode import SHOWN, TinyCode, program
-from sdpo_jax.objectives import methods, reference
-from sdpo_jax.objectives.counterfactual import differing, distinct, notes, readings
+from sdpo_jax.objectives import build, reference
 from sdpo_jax.objectives.loss import make_objective
+from sdpo_jax.objectives.notes import differing, distinct, notes, readings
 from sdpo_jax.objectives.teacher_context import FEEDBACK, Context, feedback_or_solution
 from sdpo_jax.records import Alternative, Counterfactual, Feedback, Rollout, Sampling, Status, Task
 from sdpo_jax.rollout import Collector
+from sdpo_jax.sandbox import Sandbox
 from sdpo_jax.train_step import init_state, make_signals, make_train_step
 from tests import fakes
 
@@ -151,7 +152,7 @@ def test_where_the_plain_teacher_reads_nothing_the_settings_of_its_context_hold(
   for show_attempt in (False, True):
     c.method.teacher_context.show_attempt = show_attempt
     c.method.teacher_context.templates.reprompt = "{prompt}{attempt}{notes} Again."
-    ((context, _),) = wiring.learner(c, fakes.toy_config()).counterfactual(
+    ((context, _),) = learner.learner(c, fakes.toy_config()).counterfactual(
       [told(rollout("a"), verified("b"))], 0
     )
     assert (
@@ -160,15 +161,15 @@ def test_where_the_plain_teacher_reads_nothing_the_settings_of_its_context_hold(
     )
     silent = told(rollout("a"), verified("b", feedback="", reward=0.1))
     # nothing was said of it
-    assert wiring.learner(c, fakes.toy_config()).counterfactual([silent], 0) == [None]
-  row = methods.row("counterfactual")
+    assert learner.learner(c, fakes.toy_config()).counterfactual([silent], 0) == [None]
+  row = build.row("counterfactual")
   row["teacher_context"]["templates"]["reprompt"] = "{prompt}{feedback}"
   with pytest.raises(
     ValueError,
     match=r"method.teacher_context.templates.reprompt='{prompt}{feedback}' has no {notes}",
   ):
-    methods.build(row)
-  methods.build(row | dict(counterfactual=dict(name="none")))
+    build.build(row)
+  build.build(row | dict(counterfactual=dict(name="none")))
 
 
 def test_weights_and_readings():
@@ -208,15 +209,13 @@ def test_weights_and_readings():
     dict(imagined_tokens=128),
   ):
     with pytest.raises(ValueError, match=f"method.counterfactual.{next(iter(wrong))}"):
-      methods.build(
-        methods.row("counterfactual") | dict(counterfactual=dict(name="notes", **wrong))
-      )
+      build.build(build.row("counterfactual") | dict(counterfactual=dict(name="notes", **wrong)))
   with pytest.raises(ValueError, match="set method.token_signal.top_k"):
-    methods.build(
-      methods.row("counterfactual") | dict(counterfactual=dict(name="notes", form="mixture"))
+    build.build(
+      build.row("counterfactual") | dict(counterfactual=dict(name="notes", form="mixture"))
     )
   with pytest.raises(ValueError, match="teacher context 'feedback_or_solution'"):
-    methods.build(methods.row("grpo") | dict(counterfactual=dict(name="notes")))
+    build.build(build.row("grpo") | dict(counterfactual=dict(name="notes")))
 
 
 def explored(groups, script, answers, other=None, **settings):
@@ -235,7 +234,7 @@ def explored(groups, script, answers, other=None, **settings):
     generate(params, prompts, **kwargs),
   )[1]
   try:
-    metrics = counterfactual.explore(
+    metrics = alternatives.explore(
       notes(**settings),
       collector,
       None,
@@ -330,7 +329,7 @@ def test_a_second_model_answers_in_its_own_tokens_and_is_read_as_text():
     and [r.extra_calls for r in groups[0]] == [4, 0]
     and metrics["counterfactual/successes"].mean == 0.5
   )
-  row = methods.row("counterfactual")
+  row = build.row("counterfactual")
   row["counterfactual"].update(settings)
   _, packed = batches(row, groups)
   assert (
@@ -348,7 +347,7 @@ def test_a_second_model_answers_in_its_own_tokens_and_is_read_as_text():
 def test_a_second_model_is_loaded_and_asked_beside_the_policy(monkeypatch, tmp_path):
   """Packaged models of other vocabularies; the loop is replaced by its first line, so that no train step is compiled."""
   c = config.base()
-  c.method, c.mesh.fsdp, c.sandbox.workers = methods.row("counterfactual"), 1, 1
+  c.method, c.mesh.fsdp, c.sandbox.workers = build.row("counterfactual"), 1, 1
   c.method.counterfactual.update(sources=("model",), model="tiny_arithmetic", alternatives=1)
   # no program is as short as that
   c.rollout.update(questions=1, group=1, rows=1, max_new_tokens=3, chunk=3)
@@ -386,7 +385,7 @@ def test_a_second_model_is_loaded_and_asked_beside_the_policy(monkeypatch, tmp_p
   ):
     c.method.counterfactual.model = model
     with pytest.raises(
-      wiring.SettingError, match=f"^config.method.counterfactual.model='{model}': {says}"
+      errors.SettingError, match=f"^config.method.counterfactual.model='{model}': {says}"
     ):
       train.train(c, tmp_path / "refused")
 
@@ -439,7 +438,7 @@ def test_imagined_feedback_is_asked_for_once_and_measured_against_the_judge():
   collector = Collector(
     fakes.ListEnv({}), CHAT, InTurn(), max_prompt_tokens=300, judge_threads=2, judge_timeout_s=5.0
   )
-  metrics = counterfactual.explore(
+  metrics = alternatives.explore(
     notes(feedback="imagined", imagined_tokens=9),
     collector,
     None,
@@ -526,9 +525,9 @@ def test_notes_tell_no_more_of_the_hidden_tests_than_feedback_does():
 )
 def test_what_alternatives_generate_must_fit_the_model(settings, max_new_tokens, says, tmp_path):
   c = config.base()
-  c.method, c.rollout.max_new_tokens, c.mesh.fsdp = methods.row("counterfactual"), max_new_tokens, 1
+  c.method, c.rollout.max_new_tokens, c.mesh.fsdp = build.row("counterfactual"), max_new_tokens, 1
   c.method.counterfactual.update(settings)
-  with pytest.raises(wiring.SettingError, match=says) as error:
+  with pytest.raises(errors.SettingError, match=says) as error:
     train.train(c, tmp_path)
   assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
@@ -537,7 +536,7 @@ def batches(method, groups):
   """The batch that training would make of the groups under these settings."""
   c = config.base()
   c.method = method
-  learn = wiring.learner(c, fakes.toy_config(layers=1, width=16, heads=2, kv_heads=1))
+  learn = learner.learner(c, fakes.toy_config(layers=1, width=16, heads=2, kv_heads=1))
   return learn, pack(
     groups,
     chat=CHAT,
@@ -559,7 +558,7 @@ def test_without_weight_or_alternatives_it_is_sdpo_bit_for_bit():
     rollout("d"),
     rollout("right", 1.0),
   ]
-  rows = [methods.row("sdpo"), methods.row("counterfactual"), methods.row("counterfactual")]
+  rows = [build.row("sdpo"), build.row("counterfactual"), build.row("counterfactual")]
   rows[1]["counterfactual"]["eta"], rows[2]["counterfactual"]["alternatives"] = 0.0, 0
   _, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
   ended = []
@@ -587,7 +586,7 @@ def test_the_batch_holds_the_same_responses_under_the_notes():
     rollout("dd", 0.0, ""),
     rollout("e", 0.0, "no"),
   ]
-  row = methods.row("counterfactual")
+  row = build.row("counterfactual")
   row["counterfactual"].update(eta=0.5)
   learn, packed = batches(row, [group])
   (more,), (contexts,) = packed.batch.counterfactuals, packed.counterfactuals
@@ -638,7 +637,7 @@ def test_the_loss_is_the_specifications(form, gate, pieces):
       ),
     )
   )
-  row = methods.row("counterfactual") | dict(
+  row = build.row("counterfactual") | dict(
     token_weight=dict(name="uniform"),
     token_signal=dict(name="divergence", alpha=0.5, top_k=7 if form == "mixture" else None),
   )

@@ -15,19 +15,15 @@ import jax
 import numpy as np
 import pytest
 
-from sdpo_jax import checkpoint, discover, discovery, main, stats
-from sdpo_jax.discover import (
-  Attempts,
-  Budget,
-  calibrate,
-  prompt_with,
-  solve_by_learning,
-  solve_by_sampling,
-  solve_by_turns,
-)
-from sdpo_jax.discovery import compare, summarise
+from sdpo_jax import checkpoint, main, stats, workdir
+from sdpo_jax.discover import arms, difficulty, replay, results, solver
+from sdpo_jax.discover.arms import prompt_with, solve_by_learning, solve_by_sampling, solve_by_turns
+from sdpo_jax.discover.budget import Budget
+from sdpo_jax.discover.difficulty import calibrate
+from sdpo_jax.discover.replay import Attempts
+from sdpo_jax.discover.results import compare, summarise
+from sdpo_jax.errors import RunError
 from sdpo_jax.records import Feedback, Rollout, Status, Task
-from sdpo_jax.wiring import RunError
 
 ROOT = pathlib.Path(__file__).parent.parent
 TASK = Task("q", "question")
@@ -168,7 +164,7 @@ def test_a_limit_of_tokens_counts_the_same_whatever_is_sampled_together(together
   )
 
 
-@pytest.mark.parametrize("history", discover.HISTORIES)
+@pytest.mark.parametrize("history", arms.HISTORIES)
 def test_turns_show_feedback_newest_last_and_drop_the_oldest(history):
   budget, seen = Budget(4), []
 
@@ -237,7 +233,7 @@ def test_a_solution_keeps_its_own_probability_where_packs_reorder_the_rows():
 
   score = lambda batch: np.array([[-float(r.tokens[0]), -100.0] for r in batch.rows])
   np.testing.assert_array_equal(
-    discover.make_logp(score, make_batch, 4)(rollouts), [-0.0, -1.0, -2.0, -3.0, -4.0]
+    difficulty.make_logp(score, make_batch, 4)(rollouts), [-0.0, -1.0, -2.0, -3.0, -4.0]
   )
 
 
@@ -283,7 +279,7 @@ def test_summary_counts_unsolved_runs_as_not_found_and_best_of_k_without_bias():
   }
   # (3 + 8 + 1 + 8) / 4 and (2 + 8) / 2 attempts, 10 tokens each
   assert means == {"sdpo": (5.0, 50.0, None), "best_of_k": (5.0, 50.0, None)}
-  said = [line.split() for line in discovery.summary_lines(summary)]
+  said = [line.split() for line in results.summary_lines(summary)]
   assert ["runs", "solved", "by", "question", "base", "pass@64", "sdpo", "best_of_k"] in said and [
     "a",
     "0.010",
@@ -309,7 +305,7 @@ def test_runs_whose_tokens_were_spent_are_said_to_have_ended_early():
   )
   assert any(
     "1 unsolved runs ended before attempt 8" in line and line.endswith("is 66.7%")
-    for line in discovery.summary_lines(summary)
+    for line in results.summary_lines(summary)
   )
 
 
@@ -360,7 +356,7 @@ def test_intervals_cover_in_this_very_design():
 
 def test_a_line_cut_short_by_a_kill_is_removed_and_its_run_repeated(tmp_path):
   (tmp_path / "discover.jsonl").write_text('{"arm": "sdpo"}\n{"arm": "be')
-  assert discover.read_lines(tmp_path / "discover.jsonl") == [{"arm": "sdpo"}]
+  assert workdir.read_lines(tmp_path / "discover.jsonl") == [{"arm": "sdpo"}]
   assert (tmp_path / "discover.jsonl").read_text() == '{"arm": "sdpo"}\n'
 
 
@@ -494,7 +490,7 @@ def whole(tmp_path_factory):
 
 def test_a_session_leaves_everything_that_was_promised(whole, capsys):
   workdir, summary = whole, json.loads((whole / "discover.json").read_text())
-  assert len(repeatable(workdir)) == 6 and set(summary["arms"]) == set(discover.ARMS) - {
+  assert len(repeatable(workdir)) == 6 and set(summary["arms"]) == set(arms.ARMS) - {
     "counterfactual"
   }
   assert (workdir / "discover.png").stat().st_size > 10_000 and not (workdir / "attempts").exists()
@@ -516,7 +512,7 @@ def test_a_session_leaves_everything_that_was_promised(whole, capsys):
 
 def interrupt(monkeypatch, batches):
   """From now on the session is interrupted when it asks for a batch after `batches` of them."""
-  original, calls = discover.Attempts.around, []
+  original, calls = replay.Attempts.around, []
 
   def cut(self, collect):
     def counted(params, asked):
@@ -527,7 +523,7 @@ def interrupt(monkeypatch, batches):
 
     return original(self, counted)
 
-  monkeypatch.setattr(discover.Attempts, "around", cut)
+  monkeypatch.setattr(replay.Attempts, "around", cut)
 
 
 def test_an_interrupt_in_mid_question_changes_nothing(whole, tmp_path, monkeypatch):
@@ -552,7 +548,7 @@ def test_an_interrupt_in_mid_question_changes_nothing(whole, tmp_path, monkeypat
     and not repeatable(tmp_path)
     and not (tmp_path / "discover.json").exists()
   )
-  devices, both, original = set(), threading.Barrier(2), discover.Solver.solve
+  devices, both, original = set(), threading.Barrier(2), solver.Solver.solve
 
   def solve(self, run, *rest):
     if run.arm == "sdpo":
@@ -560,7 +556,7 @@ def test_an_interrupt_in_mid_question_changes_nothing(whole, tmp_path, monkeypat
       both.wait(timeout=300)  # neither question learns before the other does
     return original(self, run, *rest)
 
-  monkeypatch.setattr(discover.Solver, "solve", solve)
+  monkeypatch.setattr(solver.Solver, "solve", solve)
   assert main.main([*arguments, "--config.discover.parallel=2"]) == 0
   assert (
     repeatable(tmp_path) == [line for line in repeatable(whole) if line["arm"] != "multi_turn"]
@@ -569,9 +565,9 @@ def test_an_interrupt_in_mid_question_changes_nothing(whole, tmp_path, monkeypat
 
 
 def test_a_warm_start_begins_where_the_question_before_ended(whole, tmp_path, monkeypatch):
-  starts, original = [], discover.Solver.solve
+  starts, original = [], solver.Solver.solve
   monkeypatch.setattr(
-    discover.Solver,
+    solver.Solver,
     "solve",
     lambda self, run, log, start=None: starts.append(start) or original(self, run, log, start),
   )
@@ -603,9 +599,9 @@ def test_a_warm_start_begins_where_the_question_before_ended(whole, tmp_path, mo
 
 @pytest.mark.slow
 def test_counterfactual_tells_what_the_other_attempts_received(whole, tmp_path, monkeypatch):
-  read, original = [], discover.Solver.batch_of
+  read, original = [], solver.Solver.batch_of
   monkeypatch.setattr(
-    discover.Solver, "batch_of", lambda self, *a: read.append(original(self, *a)) or read[-1]
+    solver.Solver, "batch_of", lambda self, *a: read.append(original(self, *a)) or read[-1]
   )
   assert (
     main.main(

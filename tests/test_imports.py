@@ -9,32 +9,37 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "sdpo_jax"
 
 LEVELS = {  # a folder's level holds for its files unless they have their own
   "records": 0,
+  "errors": 0,
   "stats": 0,
+  "text": 0,
+  "workdir": 0,
   "sharding": 0,
   "hosts": 0,
-  "memory": 0,
   "kernels": 0,
+  "sandbox": 0.5,
   "model": 1,
   "objectives": 1,
   "envs": 1,
   "data/chat": 1,
   "metrics": 1,
-  "sampler": 2,
-  "remote": 2,
+  "engine": 2,
   "monitors": 2,
+  "optimizer": 2,
   "train_step": 2,
   "data": 2,
   "checkpoint": 2,
   "rollout": 3,
-  "counterfactual": 3.5,
-  "evaluate": 4,
-  "report": 4,
-  "discovery": 4,
-  "plan": 4,
-  "export": 4.5,
-  # reads the METHODS table and the kernels' names alone; train asks it to validate
+  "hlo": 3,
+  "alternatives": 3.5,
+  # config reads the METHODS table and the kernels' names alone; train asks it to validate
   "config": 4,
-  "wiring": 4.5,  # from a configuration to what it names: shared by train and discover
+  "report": 4,
+  "plan": 4,
+  "rollout_log": 4,
+  "learner": 4.5,
+  "session": 4.5,
+  "export": 4.5,
+  "evaluate": 4.7,
   "train": 5,
   "discover": 5,
   "pretrain": 5,
@@ -46,11 +51,21 @@ FORBIDDEN = {  # on top of the levels; a folder's rule holds for its files
   "records": {"jax", "sdpo_jax"},
   "stats": {"jax", "sdpo_jax"},
   "kernels": {"sdpo_jax.model", "sdpo_jax.objectives"},
+  "errors": {"jax", "sdpo_jax"},
+  "text": {"jax", "sdpo_jax"},
+  "sandbox": {"jax", "sdpo_jax.envs"},
   "envs": {"jax", "flax", "sdpo_jax.model", "sdpo_jax.objectives"},
   "objectives": {"sdpo_jax.envs", "sdpo_jax.data", "transformers"},
 }
 # nor may anything that they import
-WITHOUT_JAX = ("records", "stats", "envs", "report", "discovery", "objectives/teacher_context")
+WITHOUT_JAX = (
+  "records",
+  "stats",
+  "envs",
+  "report",
+  "discover/results",
+  "objectives/teacher_context",
+)
 # corpus makes the tokenizer of the tiny model
 HUGGING_FACE = {"data/chat", "data/corpus", "model/hf_weights"}
 

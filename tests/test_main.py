@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from sdpo_jax import checkpoint, config, export, main, metrics, plan, pretrain, train, wiring
+from sdpo_jax import checkpoint, config, errors, evaluate, export, main, metrics, plan, pretrain
 from tests.fakes import no_file_beyond
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -165,9 +165,9 @@ def test_a_process_alone_can_say_that_its_disk_is_full(tmp_path, monkeypatch):
   )
   with (
     pytest.raises(
-      wiring.RunError, match="goes on from the checkpoint of step 10, the last complete one"
+      errors.RunError, match="goes on from the checkpoint of step 10, the last complete one"
     ),
-    wiring.blame_disk(tmp_path),
+    errors.blame_disk(tmp_path, checkpoint.latest_step),
   ):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -369,7 +369,7 @@ def test_summary_lines_show_both_models_with_intervals():
     "eval/heldout/avg@k_low": 0.05,
     "eval/heldout/avg@k_high": 0.15,
   }
-  (line,) = train.summary_lines(base | {"eval/heldout/avg@k": 0.4}, base)
+  (line,) = evaluate.summary_lines(base | {"eval/heldout/avg@k": 0.4}, base)
   assert line.split() == [
     "heldout",
     "avg@k",

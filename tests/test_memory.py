@@ -5,7 +5,7 @@ import ctypes
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax import memory
+from sdpo_jax import session
 
 
 def test_a_long_compilation_is_followed_by_a_trim(monkeypatch):
@@ -20,7 +20,7 @@ def test_a_long_compilation_is_followed_by_a_trim(monkeypatch):
     jax.monitoring.unregister_event_duration_listener(listen)
   # jax's own name for it
   event = next(e for e in compiled if e.endswith("backend_compile_duration"))
-  with memory.released_by_the_compiler():
+  with session.released_by_the_compiler():
     jax.monitoring.record_event_duration_secs(event, 0.5)
     assert trims == []
     jax.monitoring.record_event_duration_secs(event, 1.5)
@@ -31,5 +31,5 @@ def test_a_long_compilation_is_followed_by_a_trim(monkeypatch):
 
 def test_a_c_library_without_it_is_left_alone(monkeypatch):
   monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-  with memory.released_by_the_compiler():
+  with session.released_by_the_compiler():
     jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 2.0)

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sdpo_jax import config, main, plan, sharding, wiring
+from sdpo_jax import config, hlo, learner, main, plan, session, sharding
+from sdpo_jax.engine.local import decode
 from sdpo_jax.kernels import attention
 from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import PRESETS
-from sdpo_jax.objectives import methods
+from sdpo_jax.objectives import build
 from sdpo_jax.records import Sampling
-from sdpo_jax.sampler import decode
 
 ROOT = os.path.dirname(os.path.dirname(__file__))
 needs_libtpu = pytest.mark.skipif(
@@ -38,7 +38,7 @@ def test_operations_count_scans_branches_and_shards():
     )(x)
 
   with jax.set_mesh(sharding.make_mesh(jax.devices()[:4], data=2, fsdp=1, tensor=-1)):
-    found = plan.operations(jax.make_jaxpr(f)(square).jaxpr)
+    found = hlo.operations(jax.make_jaxpr(f)(square).jaxpr)
   # the last one is computed by both devices along "tensor"
   assert found == (5 + 2 + 1 * 2) * product
 
@@ -49,7 +49,7 @@ def test_causal_attention_counts_the_blocks_on_and_below_the_diagonal():
     jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16),
     jax.ShapeDtypeStruct((B, T, K, H), jnp.bfloat16),
   )
-  count = lambda window: plan.operations(
+  count = lambda window: hlo.operations(
     jax.make_jaxpr(lambda q, k, v, s: attention.splash(q, k, v, s, window))(
       q, k, k, jax.ShapeDtypeStruct((B, T), jnp.int32)
     ).jaxpr
@@ -68,7 +68,7 @@ def test_operations_of_attention_that_is_no_program_of_ours():
     fused = jax.extend.core.Primitive(name)
     fused.def_abstract_eval(lambda q, k, v: q)
     assert (
-      plan.operations(jax.make_jaxpr(fused.bind)(q, k, k).jaxpr)
+      hlo.operations(jax.make_jaxpr(fused.bind)(q, k, k).jaxpr)
       == products * 2 * 2 * 30 * 50 * 8 * 16
     )
 
@@ -99,12 +99,12 @@ def test_kernels_are_named():
   %mpmd_map.1 = f32[8]{0} custom-call(%a), custom_call_target="mosaic_gpu_v2"
   %cudnn-fmha.7 = bf16[8]{0} custom-call(%a), custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward"
 """
-  assert plan.kernels(text) == ["cudnn$fmhaScaleBiasSoftmaxBackward", "mpmd_map", "splash_mha_fwd"]
+  assert hlo.kernels(text) == ["cudnn$fmhaScaleBiasSoftmaxBackward", "mpmd_map", "splash_mha_fwd"]
 
 
 def test_arrays_as_large_as_the_logits_are_named():
   model = dataclasses.replace(PRESETS["qwen3-8b"], vocab=1000, width=64, layers=4)
-  found = lambda *types: plan.logit_arrays(" ".join(types), 512, 1000, model)
+  found = lambda *types: hlo.logit_arrays(" ".join(types), 512, 1000, model)
   # padded, whole, two blocks at once, one of two, flat
   logits = ["bf16[1024,512]", "bf16[512,1000]", "f32[2,512,500]", "f32[512,512]", "f32[512000]"]
   assert found(*logits) == sorted(logits)
@@ -113,7 +113,7 @@ def test_arrays_as_large_as_the_logits_are_named():
   # output matrices are larger than the logits of few tokens; two stand side by side in a trust
   # region
   few = dataclasses.replace(model, width=2048)
-  assert not plan.logit_arrays(
+  assert not hlo.logit_arrays(
     "f32[2048,1000] bf16[1000,1,1024] bf16[500,2048] bf16[4096,1000]", 512, 1000, few
   )
 
@@ -150,7 +150,7 @@ def test_adapters_train_on_weights_that_stand_beside_them(planned):
   whole, _ = planned("v5p:2x2x2")
   lines, (step, decoding, _) = planned("v5p:2x2x2", "--config.model.lora.rank=2")
   state, _, frozen = step
-  model = wiring.model_shape("tiny")
+  model = session.model_shape("tiny")
   sizes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
   assert (
     sizes(state.params) == sizes(state.teacher) == sizes(lora.shapes(model, lora.Lora(2, 32.0)))
@@ -221,7 +221,7 @@ def test_collectives_of_a_real_program_count_every_turn_of_the_loop():
     return jax.lax.scan(body, x, length=7)[0]
 
   x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("fsdp")))
-  found = plan.collectives(jax.jit(f).lower(x).compile().as_text())
+  found = hlo.collectives(jax.jit(f).lower(x).compile().as_text())
   assert found == {"all-gather": (7, 7 * 64 * 32 * 4 * 7 / 8)}
 
 
@@ -246,7 +246,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 }
 """
   size = 64 * 128 * 2
-  assert plan.collectives(text) == {
+  assert hlo.collectives(text) == {
     "all-gather": (36, 36 * size * 7 / 8),
     "reduce-scatter": (36, 36 * size * 7 / 8),
     "all-reduce": (1, 2 * 48 * 3 / 4),
@@ -264,7 +264,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 }
 """
   whole = 64 * (64 + 32)
-  assert plan.collectives(text) == {
+  assert hlo.collectives(text) == {
     "all-gather": (1, 2 * whole * 7 / 8),
     "reduce-scatter": (1, 4 * whole * 7 / 8),
     "collective-permute": (1, 32.0),
@@ -311,11 +311,11 @@ def test_a_topology_that_does_not_exist_is_named(name):
 def test_a_second_model_is_said_not_to_be_counted(monkeypatch):
   monkeypatch.setattr(plan, "topology_devices", lambda name: jax.devices())
   c = config.base()
-  c.method = methods.row("counterfactual")
+  c.method = build.row("counterfactual")
   # nothing is compiled yet
   said = lambda: "\n".join(
     itertools.islice(
-      plan.plan(c, "v5p:2x2x2", PRESETS["qwen3-0.6b"], wiring.learner(c, PRESETS["qwen3-0.6b"])), 4
+      plan.plan(c, "v5p:2x2x2", PRESETS["qwen3-0.6b"], learner.learner(c, PRESETS["qwen3-0.6b"])), 4
     )
   )
   assert "not counted" not in said()

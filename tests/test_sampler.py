@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sdpo_jax.engine.local import Sampler, choose, top_p_cut
 from sdpo_jax.model import decoder
 from sdpo_jax.records import Sampling
-from sdpo_jax.sampler import Sampler, choose, top_p_cut
 from tests import fakes
 
 PROMPTS = [[5, 6, 7], [9] * 11, [250, 3]]

@@ -16,11 +16,10 @@ import time
 
 import pytest
 
-from sdpo_jax.envs import jail_worker
-from sdpo_jax.envs import sandbox as sandbox_module
-from sdpo_jax.envs import verdict as verdict_module
-from sdpo_jax.envs.sandbox import KINDS, Limits, Sandbox, TestCase
-from sdpo_jax.envs.verdict import clean, cut, same_text, same_value
+from sdpo_jax.sandbox import KINDS, Limits, Sandbox, TestCase, jail_worker, verdict, wording
+from sdpo_jax.sandbox import pool as sandbox_module
+from sdpo_jax.sandbox.compare import same_text, same_value
+from sdpo_jax.text import clean, cut
 from tests.sandbox_host import check_text, descendants
 
 
@@ -512,7 +511,7 @@ def test_a_low_limit_of_descriptors_is_not_the_programs(isolation):
     pytest.skip("bubblewrap is not installed")
   code = (
     "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
-    "from sdpo_jax.envs.sandbox import Sandbox; from sdpo_jax.envs.verdict import TestCase\n"
+    "from sdpo_jax.sandbox import Sandbox, TestCase\n"
     f"with Sandbox(workers=1, isolation={isolation!r}) as pool: print(pool.run('print(1)', [TestCase(input='', output='1')]).passed)"
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -642,7 +641,7 @@ def test_caller_is_never_forked_and_dies_alone():
       import os, sys, time
       forks = []
       os.register_at_fork(before=lambda: forks.append(1))
-      from sdpo_jax.envs.sandbox import Sandbox, TestCase
+      from sdpo_jax.sandbox import Sandbox, TestCase
       pool = Sandbox(workers=2)
       assert pool.run("print(1)", [TestCase("", "1")]).passed
       assert not forks and "jax" not in sys.modules and "numpy" not in sys.modules
@@ -689,8 +688,8 @@ def test_kinds_are_the_contract():
     "sandbox_failed",
   )
   for name in KINDS[1:]:
-    result = verdict_module.TestResult(input="1", output="2", expected="3", kind=name)
-    assert verdict_module.describe(result, 1, Limits()).startswith("Test 1: ")
+    result = verdict.TestResult(input="1", output="2", expected="3", kind=name)
+    assert wording.describe(result, 1, Limits()).startswith("Test 1: ")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from sdpo_jax.envs.sandbox import KINDS, Limits, Sandbox, TestCase
+from sdpo_jax.sandbox import KINDS, Limits, Sandbox, TestCase
 from tests.sandbox_host import Host, check_text, descendants, starved
 
 LIMITS = Limits(time_s=0.5, memory_mb=256, output_kb=1024)

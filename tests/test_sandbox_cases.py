@@ -14,8 +14,7 @@ import time
 
 import pytest
 
-from sdpo_jax.envs.jail_worker import installed
-from sdpo_jax.envs.sandbox import Limits, Sandbox, TestCase
+from sdpo_jax.sandbox import Limits, Sandbox, TestCase, installed
 from tests.sandbox_host import Host, check_text, descendants, starved
 
 _DATA = os.environ.get("SDPO_JAX_DATA")

@@ -15,17 +15,19 @@ import optax
 import pytest
 
 from sdpo_jax.config import ROWS
-from sdpo_jax.data.batch import Shape, Shapes, pack
+from sdpo_jax.data.batch import pack
 from sdpo_jax.data.chat import Chat
+from sdpo_jax.data.shapes import Shape, Shapes
 from sdpo_jax.data.tasks import first_tasks, with_rows
 from sdpo_jax.envs.base import ENVS, make_env
-from sdpo_jax.envs.sandbox import Sandbox
-from sdpo_jax.objectives import methods
+from sdpo_jax.objectives import build, methods
 from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.objectives.teacher_context import CLOSING, FEEDBACK, SOLUTION
+from sdpo_jax.optimizer import make_optimizer
 from sdpo_jax.records import Feedback, Sampling, Status
 from sdpo_jax.rollout import Collector
-from sdpo_jax.train_step import init_state, make_optimizer, make_signals, make_train_step
+from sdpo_jax.sandbox import Sandbox
+from sdpo_jax.train_step import init_state, make_signals, make_train_step
 from tests import fakes
 
 CHAT = Chat(fakes.ByteTokenizer())
@@ -167,7 +169,7 @@ def judged(name, sandbox, tmp_path, *, broken=None):
 def machine(name):
   """(initial state, step, signals) of a method with a frozen teacher on a toy model; plain descent, so that a direction is one."""
   config, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
-  row = methods.row(name)
+  row = build.row(name)
   if name == "sdpo":
     row |= dict(teacher_weights=dict(name="frozen"), token_weight=dict(name="uniform"))
   objective, tx = make_objective(row), optax.sgd(0.01)
@@ -181,7 +183,7 @@ def machine(name):
 
 
 def batch_of(env, group, name, shape=SHAPE, **context):
-  parts = methods.build(methods.row(name))
+  parts = build.build(build.row(name))
   if context:
     parts["teacher_context"] = functools.partial(parts["teacher_context"], **context)
   return pack(
@@ -308,8 +310,8 @@ def test_every_method_runs_two_steps(name, sandbox, tmp_path):
   """Its own context, advantage, teacher and optimiser; the loss and the update are numbers, and something is learned from the group."""
   env, group, _ = judged("math_qa", sandbox, tmp_path)
   config, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
-  row = methods.row(name)
-  objective, teacher = make_objective(row), methods.build(row)["teacher_weights"]()
+  row = build.row(name)
+  objective, teacher = make_objective(row), build.build(row)["teacher_weights"]()
   batch = batch_of(env, group, name, shape=None).batch
   assert batch.distill_B.any() == objective.needs_teacher
   tx = make_optimizer(

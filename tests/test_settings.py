@@ -9,15 +9,15 @@ import pytest
 
 from sdpo_jax import config, experiment, main
 from sdpo_jax.envs.base import ENVS, env_settings, make_env
-from sdpo_jax.objectives import methods
-from sdpo_jax.objectives.divergence import Signals
+from sdpo_jax.objectives import build, methods
 from sdpo_jax.objectives.loss import make_objective
+from sdpo_jax.objectives.signals import Signals
 from tests import fakes
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINYCODE = f"--config={ROOT}/configs/tinycode.py"
 SAMPLES = {bool: True, int: 3, float: 0.25, str: "text", tuple: ("text",)}
-PARTS = [(axis, name) for axis, table in methods.AXES.items() for name in table]
+PARTS = [(axis, name) for axis, table in build.AXES.items() for name in table]
 
 
 def parse(*arguments):
@@ -34,17 +34,17 @@ def checked(*arguments):
 @pytest.mark.parametrize("axis, name", PARTS)
 def test_every_argument_of_every_part_can_be_set(axis, name):
   given = {}
-  for key, parameter in methods.parameters(axis, name).items():
+  for key, parameter in build.parameters(axis, name).items():
     if key == "templates":
       given["templates.solution"] = "{text} it is"
     else:
       given[key] = next(
         sample
         for kind, sample in SAMPLES.items()
-        if kind in methods._kinds(parameter.annotation)[-1:]
+        if kind in build._kinds(parameter.annotation)[-1:]
         or type(parameter.default) is kind
         or parameter.default is None
-        and kind in methods._kinds(parameter.annotation)
+        and kind in build._kinds(parameter.annotation)
       )
   c = parse(
     TINYCODE,
@@ -52,7 +52,7 @@ def test_every_argument_of_every_part_can_be_set(axis, name):
     *(f"--config.method.{axis}.{key}={value}" for key, value in given.items()),
   )
   part = c.method[axis].to_dict()
-  assert part.keys() == {"name", *methods.parameters(axis, name)}
+  assert part.keys() == {"name", *build.parameters(axis, name)}
   for key, value in given.items():
     first, _, last = key.partition(".")
     assert (part[first][last] if last else part[first]) == value
@@ -101,7 +101,7 @@ def test_another_part_makes_a_working_row_or_one_clear_line(row):
     objective = make_objective(c.method.to_dict())
     assert jnp.isfinite(objective.token_loss(signals, batch, objective.normalisers(batch))[0])
     worked += 1
-  assert worked >= len(methods.AXES)  # its own parts, at least
+  assert worked >= len(build.AXES)  # its own parts, at least
 
 
 @pytest.mark.parametrize("name", ENVS)
@@ -331,20 +331,20 @@ def test_own_data_is_read_in_every_combination(name):
 
 def test_rows_hold_every_argument():
   for name in methods.METHODS:
-    for axis in methods.AXES:
-      assert methods.row(name)[axis].keys() == {
+    for axis in build.AXES:
+      assert build.row(name)[axis].keys() == {
         "name",
-        *methods.parameters(axis, methods.row(name)[axis]["name"]),
+        *build.parameters(axis, build.row(name)[axis]["name"]),
       }
   assert all(
     p.kind is inspect.Parameter.KEYWORD_ONLY
     for axis, name in PARTS
-    for p in methods.parameters(axis, name).values()
+    for p in build.parameters(axis, name).values()
   )
 
 
 def test_one_setting_says_what_a_success_is():
-  row = methods.row("sc_sdpo")
+  row = build.row("sc_sdpo")
   row["teacher_context"]["success_threshold"] = 0.9
-  spread = methods.build(row)["advantage"]
+  spread = build.build(row)["advantage"]
   np.testing.assert_allclose(spread(np.array([[1.0, 0.6], [0.95, 0.92]])), [[0.5, 0.5], [0.0, 0.0]])

@@ -7,8 +7,8 @@ import pytest
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.corpus import Corpus, Mixture, build_tokenizer
 from sdpo_jax.envs import composed, tinycode
-from sdpo_jax.envs.sandbox import Sandbox
 from sdpo_jax.records import Status, Task
+from sdpo_jax.sandbox import Sandbox
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from sdpo_jax import train, wiring
+from sdpo_jax import errors, rollout_log, train
 from sdpo_jax.data.batch import Packed
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.objectives.teacher_context import CLOSING, Context
@@ -113,26 +113,26 @@ def test_a_resumed_run_goes_on_where_it_was():
 
 def test_a_judge_that_always_fails_stops_the_run():
   with pytest.raises(
-    wiring.RunError,
+    errors.RunError,
     match=r"2 generation batches in a row \(step 2\).*; the last checkpoint is step 1$",
   ):
     run(status=Status.ENV_FAILED)
-  with pytest.raises(wiring.RunError, match=r"; there is no checkpoint yet$"):
+  with pytest.raises(errors.RunError, match=r"; there is no checkpoint yet$"):
     run(status=Status.ENV_FAILED, due=lambda name, i: False)
 
 
 def test_gradients_that_are_never_finite_stop_the_run():
   with pytest.raises(
-    wiring.RunError,
+    errors.RunError,
     match=r"not finite in 2 updates in a row \(step 2\); the last checkpoint is step 1;",
   ):
     run(skipped=1)
   never = lambda name, i: False
-  with pytest.raises(wiring.RunError, match=r"\(step 2\); there is no checkpoint yet;"):
+  with pytest.raises(errors.RunError, match=r"\(step 2\); there is no checkpoint yet;"):
     run(skipped=1, due=never)
   # the one that it began from
   with pytest.raises(
-    wiring.RunError,
+    errors.RunError,
     match=r"not finite in 8 updates in a row \(step 8\); the last checkpoint is step 7;",
   ):
     run(total_steps=9, skipped=1, start=7, due=never)
@@ -152,7 +152,7 @@ def test_rollout_files_hold_what_was_said_and_read():
     {},
     ([None, Context(notes="NOTE")],),
   )
-  first, second = train.rollout_lines(7, packed, said, CHAT, kept=8)
+  first, second = rollout_log.rollout_lines(7, packed, said, CHAT, kept=8)
   assert json.loads(json.dumps(first)) == first
   assert (
     first["teacher_gap"] == [0.5, 0.0, -1.0]
@@ -175,4 +175,4 @@ def test_rollout_files_hold_what_was_said_and_read():
     }
   ]
   assert second["counterfactual_contexts"] == ["question" + "NOTE" + CLOSING]
-  assert len(list(train.rollout_lines(7, packed, said, CHAT, kept=1))) == 1
+  assert len(list(rollout_log.rollout_lines(7, packed, said, CHAT, kept=1))) == 1

@@ -26,8 +26,7 @@ import shlex
 import statistics
 import time
 
-from sdpo_jax.envs.jail_worker import installed
-from sdpo_jax.envs.sandbox import ISOLATIONS, Limits, Sandbox, TestCase
+from sdpo_jax.sandbox import ISOLATIONS, Limits, Sandbox, TestCase, installed
 
 COLUMNS = (
   "kind",

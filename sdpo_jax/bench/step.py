@@ -161,16 +161,8 @@ def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32):
   """Random tokens of these lengths, packed as training packs them; `group` consecutive rows answer one question, read once a row if share."""
   import numpy as np
 
-  from sdpo_jax.data.batch import (
-    Dealt,
-    Shapes,
-    Text,
-    balanced_order,
-    begin_alike,
-    choose_shape,
-    first_fit,
-    lay_out,
-  )
+  from sdpo_jax.data.packing import Dealt, Text, balanced_order, begin_alike, first_fit, lay_out
+  from sdpo_jax.data.shapes import Shapes, choose_shape
   from sdpo_jax.records import Rows, TrainBatch
 
   order = balanced_order([3 * (p + n) + q + n for p, q, n in lengths], group, 1, packs, whole=share)
@@ -229,11 +221,11 @@ def needed_operations(model, objective, tx, state, batch):
   """Of one step's matrix products where nothing is computed twice: traced without remat, and with the divergence as defined, which keeps its logits."""
   import jax
 
-  from sdpo_jax import plan
+  from sdpo_jax import hlo
   from sdpo_jax.train_step import make_signals, make_train_step
 
   signals = make_signals(model, objective, remat="none", implementation="reference")
-  return plan.operations(
+  return hlo.operations(
     jax.make_jaxpr(make_train_step(signals, objective, tx, teacher_move=0.05))(state, batch).jaxpr
   )
 
@@ -244,15 +236,15 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
   import jax
   import jax.numpy as jnp
 
-  from sdpo_jax import memory
+  from sdpo_jax import session
   from sdpo_jax.model import decoder
   from sdpo_jax.model.config import ModelConfig
-  from sdpo_jax.objectives import methods
+  from sdpo_jax.objectives import build
   from sdpo_jax.objectives.loss import make_objective
+  from sdpo_jax.optimizer import make_optimizer
   from sdpo_jax.train_step import (
     forward_pair,
     init_state,
-    make_optimizer,
     make_score,
     make_signals,
     make_train_step,
@@ -262,7 +254,7 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
   shape, kind = case.split(":")
   dtype = "float32" if device == "cpu" else "bfloat16"
   model = ModelConfig(family="qwen3", qk_norm="head", tied=True, dtype=dtype, **SHAPES[shape])
-  objective = make_objective(methods.row("sdpo"))
+  objective = make_objective(build.row("sdpo"))
   tx = make_optimizer(
     name="adamw",
     lr=1e-6,
@@ -286,7 +278,7 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
       length_multiple=32 if device == "cpu" else 128,
     ),
   )
-  with memory.released_by_the_compiler():  # as in training
+  with session.released_by_the_compiler():  # as in training
     state = jax.jit(lambda key: init_state(decoder.init(model, key), tx, keep_teacher=True))(
       jax.random.key(0)
     )

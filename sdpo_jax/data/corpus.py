@@ -16,7 +16,7 @@ import string
 from typing import Any, NamedTuple
 
 from sdpo_jax.envs import arithmetic, composed, tinycode
-from sdpo_jax.objectives import counterfactual, teacher_context
+from sdpo_jax.objectives import notes, teacher_context
 from sdpo_jax.records import Alternative, Feedback, Rollout, Task
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -113,8 +113,8 @@ class Corpus:
     if view == "imagine":
       attempt, other = self._distinct(rng, answer, novel, 1)
       return answer._replace(
-        message=counterfactual.imagining(statement, attempt, other),
-        response=counterfactual.truth(other, 0.5),
+        message=notes.imagining(statement, attempt, other),
+        response=notes.truth(other, 0.5),
       )
     context = teacher_context.Context(
       solution=response if view in ("solution", "both") else "",
@@ -133,13 +133,10 @@ class Corpus:
         rng, answer, novel, rng.randint(1, self.mixture.alternatives)
       )
       imagined = rng.random() < 0.5
-      told = [
-        Alternative(r, "samples", counterfactual.truth(r, 0.5) if imagined else None)
-        for r in others
-      ]
+      told = [Alternative(r, "samples", notes.truth(r, 0.5) if imagined else None) for r in others]
       attempt = dataclasses.replace(attempt, alternatives=told)
-      ((context, _),) = counterfactual.readings(
-        counterfactual.notes(),
+      ((context, _),) = notes.readings(
+        notes.notes(),
         teacher_context.feedback_or_solution,
         [attempt],
         0,
@@ -171,7 +168,7 @@ class Corpus:
 
     while True:
       attempt, *others = judged(0.0), *(judged(self.mixture.success) for _ in range(most))
-      told = counterfactual.distinct(
+      told = notes.distinct(
         [Alternative(r, "samples") for r in others],
         attempt,
         most=most,

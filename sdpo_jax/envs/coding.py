@@ -30,9 +30,8 @@ import textwrap
 import zlib
 
 from sdpo_jax.envs.rows import final_text
-from sdpo_jax.envs.sandbox import Limits, Sandbox, TestCase
-from sdpo_jax.envs.verdict import check_tests
 from sdpo_jax.records import Feedback, Status, Task
+from sdpo_jax.sandbox import Limits, Sandbox, TestCase, check_tests
 
 STDIN_FORM = (
   "Write a Python program that reads the input from standard input and writes the answer to standard output. "

@@ -14,8 +14,8 @@ import json
 import random
 
 from sdpo_jax.envs import coding, composed
-from sdpo_jax.envs.sandbox import Limits, Sandbox, TestCase
 from sdpo_jax.records import Feedback, Status, Task
+from sdpo_jax.sandbox import Limits, Sandbox, TestCase
 
 
 @dataclasses.dataclass(frozen=True)

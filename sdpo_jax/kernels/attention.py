@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from sdpo_jax.kernels.distill_kl_xla import target_platform
+from sdpo_jax.kernels.target import target_platform
 
 LANES = 128  # splash works on multiples of it
 QUERIES = 256  # at least so many a block in `causal`: each block is code of its own

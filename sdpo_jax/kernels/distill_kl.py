@@ -26,7 +26,7 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.kernels import distill_kl_gpu, distill_kl_ref, distill_kl_tpu, distill_kl_xla
+from sdpo_jax.kernels import distill_kl_gpu, distill_kl_ref, distill_kl_tpu, distill_kl_xla, target
 from sdpo_jax.kernels.distill_kl_ref import DistillKL
 from sdpo_jax.kernels.distill_kl_sweeps import Layout, distill
 
@@ -136,7 +136,7 @@ def _choose(implementation, arrays, X, V, alone):
   """The implementation's name, for X tokens and V entries on one device. alone: the compiler splits nothing here."""
   if implementation is not None and implementation not in IMPLEMENTATIONS:
     raise ValueError(f"implementation={implementation!r} is unknown; choose from {IMPLEMENTATIONS}")
-  platform = distill_kl_xla.target_platform()
+  platform = target.target_platform()
   for_tpu = (
     platform == "tpu"
     and alone

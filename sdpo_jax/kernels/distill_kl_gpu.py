@@ -42,7 +42,8 @@ import jax.numpy as jnp
 
 from sdpo_jax.kernels import distill_kl_math as dm
 from sdpo_jax.kernels.distill_kl_sweeps import distill
-from sdpo_jax.kernels.distill_kl_xla import gradient_products, over_blocks, target_platform
+from sdpo_jax.kernels.distill_kl_xla import gradient_products, over_blocks
+from sdpo_jax.kernels.target import target_platform
 
 WORKSPACE_BYTES = 640 * 2**20  # dlogits: 40,960 entries of the vocabulary at X = 8192 in bfloat16
 # tokens, entries of the vocabulary and entries of D in a tile

@@ -35,12 +35,19 @@ import jax.numpy as jnp
 from sdpo_jax.kernels import distill_kl_math as dm
 from sdpo_jax.kernels.distill_kl_ref import DistillKL
 from sdpo_jax.kernels.distill_kl_sweeps import distill
+from sdpo_jax.kernels.target import target_platform
 
 # X * V up to here: plan `one`, 16 MB for each of the two logit arrays kept
 ONE_BLOCK_ENTRIES = 2**22
+
+
 # the same on CPU, where two to four more products cost more than 256 MB are worth
 CPU_ONE_BLOCK_ENTRIES = 2**26
+
+
 BLOCK_ENTRIES = 2**27  # logits in any other block: 512 MB for each of the two arrays
+
+
 CPU_BLOCK_ENTRIES = 2**21  # logits in a block of the vocabulary on CPU: 8 MB, near the caches
 
 
@@ -80,12 +87,6 @@ def distill_kl(
 def vocabulary_plan(X, alpha, temperature):
   entries = CPU_BLOCK_ENTRIES if target_platform() == "cpu" else BLOCK_ENTRIES
   return Plan(alpha, temperature, max(entries // max(X, 1) // 128 * 128, 128))
-
-
-def target_platform():
-  """What is being compiled for: the abstract mesh's device where one is set, else the default backend."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return device.platform if device is not None and device.platform else jax.default_backend()
 
 
 # ---- all logits at once, and blocks of tokens

@@ -22,7 +22,7 @@ import numpy as np
 
 from sdpo_jax import sharding
 from sdpo_jax.kernels import attention
-from sdpo_jax.kernels.distill_kl_xla import target_platform
+from sdpo_jax.kernels.target import target_platform
 from sdpo_jax.model.config import ModelConfig, Rope
 
 Initializer = jax.nn.initializers.Initializer

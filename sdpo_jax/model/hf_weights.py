@@ -24,11 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpo_jax import sharding
+from sdpo_jax.hosts import to_host
 from sdpo_jax.model import config as model_config
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
 
 _L = r"model\.layers\.(\d+)\."
+
+
 # Hugging Face name (regular expression)         our path               their axes: rows of a matrix
 # are its outputs
 _SHARED = [
@@ -46,6 +49,8 @@ _SHARED = [
   (_L + r"mlp\.up_proj\.weight", "layers/mlp/up", "FD"),
   (_L + r"mlp\.down_proj\.weight", "layers/mlp/down", "DF"),
 ]
+
+
 _QK_NORM = {
   "none": [],
   "head": [
@@ -57,6 +62,8 @@ _QK_NORM = {
     (_L + r"self_attn\.k_norm\.weight", "layers/attn/k_norm", "KH"),
   ],
 }
+
+
 # The same name means another norm in the two placements.
 _NORM = {
   "pre": [
@@ -68,13 +75,24 @@ _NORM = {
     (_L + r"post_feedforward_layernorm\.weight", "layers/mlp_norm", "D"),
   ],
 }
+
+
 # Constants that older files carry and that are computed here.
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
+
 _DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16")}
+
+
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
 _INDEX = "model.safetensors.index.json"
+
+
 _SINGLE = "model.safetensors"
+
+
 _COMPARED_BYTES = 64 << 20  # how much of two equal tensors is held at once
 
 
@@ -367,17 +385,6 @@ def load_pretrained(path_or_hub_id, *, dtype=jnp.bfloat16, mesh=None) -> tuple[M
       # else reads run ahead and tensors pile up
       value = jax.block_until_ready(parent[slot.path[-1]])
   return config, params
-
-
-# ---- Writing -------------------------------------------------------------------------------------
-# --------------------
-
-
-def to_host(x) -> np.ndarray:
-  """The whole array, also where other processes hold parts of it (then every process must call this)."""
-  if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    x = jax.jit(lambda y: y, out_shardings=jax.NamedSharding(x.sharding.mesh, jax.P()))(x)
-  return np.asarray(x)
 
 
 def write_safetensors(

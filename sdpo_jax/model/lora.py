@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sdpo_jax import hosts
 from sdpo_jax.model import decoder, hf_weights
 from sdpo_jax.model.config import ModelConfig
 
@@ -154,7 +155,7 @@ def save_adapters(path, config: ModelConfig, lora: Lora, adapters: dict, *, base
   path = os.fspath(path)
   parts = _parts(config, lora)
   leaf = lambda part: adapters["layers"][part.path[0]][part.path[1]][part.leaf]
-  host = lambda part: hf_weights.to_host(leaf(part)[part.layer]).reshape(part.shape[::-1]).T
+  host = lambda part: hosts.to_host(leaf(part)[part.layer]).reshape(part.shape[::-1]).T
   os.makedirs(path, exist_ok=True)
   tensors = [(part.name, part.shape, lambda part=part: host(part)) for part in parts]
   hf_weights.write_safetensors(

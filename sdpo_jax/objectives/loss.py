@@ -25,9 +25,9 @@ from typing import Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.objectives import methods
-from sdpo_jax.objectives.advantage import token_mean
-from sdpo_jax.objectives.divergence import Signals
+from sdpo_jax.objectives import build
+from sdpo_jax.objectives.signals import Signals
+from sdpo_jax.objectives.surrogate import token_mean
 from sdpo_jax.records import Ratio, TrainBatch
 
 
@@ -48,7 +48,7 @@ class Objective(NamedTuple):
 
 def make_objective(method: dict) -> Objective:
   """method: a row of METHODS (or one like it). Raises ValueError as `methods.build` does."""
-  parts = methods.build(method)
+  parts = build.build(method)
   signal, weigh, surrogate, reduction = (
     parts[axis] for axis in ("token_signal", "token_weight", "surrogate", "reduction")
   )
@@ -130,7 +130,7 @@ def make_objective(method: dict) -> Objective:
     return loss, metrics
 
   wanted = (
-    methods.arguments(method, "token_signal")
+    build.arguments(method, "token_signal")
     if method["token_signal"]["name"] == "divergence"
     else None
   )

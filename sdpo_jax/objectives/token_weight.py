@@ -10,7 +10,7 @@ which mean the paper takes is not stated.
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.objectives.divergence import Signals
+from sdpo_jax.objectives.signals import Signals
 from sdpo_jax.records import TrainBatch
 
 

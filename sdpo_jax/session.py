@@ -4,87 +4,34 @@ What fails here fails because of a setting, a path or this machine, and becomes 
 """
 
 import contextlib
+import ctypes
 import dataclasses
-import datetime
-import errno
 import functools
-import importlib.metadata
-import json
-import os
-import pathlib
-import shlex
-import shutil
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax import checkpoint, counterfactual, memory, sharding
+from sdpo_jax import sharding
 from sdpo_jax.config import MODELS
-from sdpo_jax.data.batch import teacher_prompt
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.tasks import check_sources, with_rows
+from sdpo_jax.data.teacher_prompt import teacher_prompt
+from sdpo_jax.engine.local import Sampler
 from sdpo_jax.envs.base import make_env
-from sdpo_jax.envs.sandbox import Sandbox
-from sdpo_jax.metrics import write_atomically
+from sdpo_jax.errors import blame_settings
 from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import PRESETS, ModelConfig
 from sdpo_jax.model.hf_weights import load_pretrained, local_directory, read_config
-from sdpo_jax.objectives import methods
-from sdpo_jax.objectives.counterfactual import Part, readings
-from sdpo_jax.objectives.loss import Objective, make_objective
-from sdpo_jax.objectives.methods import TeacherWeights
+from sdpo_jax.objectives import build
+from sdpo_jax.objectives.notes import Part
 from sdpo_jax.objectives.teacher_context import Context, own_templates
+from sdpo_jax.objectives.teacher_weights import TeacherWeights
 from sdpo_jax.records import Sampling
 from sdpo_jax.rollout import Collector
-from sdpo_jax.sampler import Sampler
-from sdpo_jax.train_step import (
-  TrainState,
-  init_state,
-  make_optimizer,
-  make_score,
-  make_signals,
-  make_train_step,
-)
-
-
-class SettingError(ValueError):
-  """A setting, a path or this machine does not allow the run; raised before anything is trained."""
-
-
-class RunError(Exception):
-  """The run cannot go on; the message says what happened and what is intact."""
-
-
-@contextlib.contextmanager
-def blame_settings():
-  """What fails while a run is being wired fails because of what it was given: one line, not a traceback."""
-  try:
-    yield
-  except (ValueError, OSError, RuntimeError) as error:
-    raise SettingError(str(error)) from error
-
-
-@contextlib.contextmanager
-def blame_disk(workdir):
-  """No room where the work directory is written (disk, quota, limit of a file's size) is a RunError: one line, not a traceback."""
-  try:
-    yield
-  except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-      raise
-    step = checkpoint.latest_step(workdir)
-    raise RunError(
-      f"{error.strerror}: {error.filename or workdir} could not be written. Make room, then run the same command again: "
-      + (
-        "it goes on from what is complete"
-        if step is None
-        else f"it goes on from the checkpoint of step {step}, the last complete one"
-      )
-    ) from error
+from sdpo_jax.sandbox import Sandbox
+from sdpo_jax.train_step import TrainState, init_state
 
 
 class Wired(NamedTuple):
@@ -225,7 +172,7 @@ def wired(c, path: str | None = None, devices=None, part: Part | None = None, ta
   """
   path = path or MODELS.get(c.model.path, c.model.path)
   with contextlib.ExitStack() as stack:
-    stack.enter_context(memory.released_by_the_compiler())
+    stack.enter_context(released_by_the_compiler())
     with blame_settings():
       mesh = sharding.make_mesh(jax.devices() if devices is None else devices, **c.mesh)
       mesh = None if mesh.size == 1 else mesh
@@ -258,7 +205,7 @@ def wired(c, path: str | None = None, devices=None, part: Part | None = None, ta
       stack.callback(getattr(env, "close", lambda: None))
       getattr(env, "start", lambda: None)()
 
-      shown = methods.arguments(c.method.to_dict(), "teacher_context")
+      shown = build.arguments(c.method.to_dict(), "teacher_context")
       taught, templates = (
         taught and c.method.teacher_context.name != "none",
         own_templates(shown.get("templates", {})),
@@ -344,131 +291,22 @@ def uncommitted(params):
   return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
 
 
-class Learner(NamedTuple):
-  """A method as what training compiles. step(state, batch, frozen), score(state, batch, frozen): not jitted yet."""
-
-  objective: Objective
-  parts: dict
-  teacher: TeacherWeights
-  tx: Any
-  step: Any
-  score: Any
-  # several updates a batch: log-probabilities from before the first one are needed
-  score_first: bool
-  explore: Any  # finds the alternatives of failed rollouts; None: the method asks for none
-  counterfactual: Any  # what the teacher reads of them, for `pack`; None likewise
-  readings: int  # further ones by the teacher of each batch; 0 likewise
-
-
-def learner(c, model: ModelConfig, join=None) -> Learner:
-  """From the settings of method, optimiser and training."""
-  method = c.method.to_dict()
-  objective, parts = make_objective(method), methods.build(method)
-  teacher, tx = parts["teacher_weights"](), make_optimizer(**c.optimizer)
-  signals = make_signals(
-    model,
-    objective,
-    mix=teacher.mix,
-    temperature=c.rollout.temperature,
-    remat=c.model.remat,
-    join=join,
-    implementation=None if c.train.loss_implementation == "auto" else c.train.loss_implementation,
-  )
-  several = c.train.updates_per_batch > 1
-  part, explore, told = parts["counterfactual"](), None, None
-  if part is not None:
-    shown = methods.arguments(method, "teacher_context")
-    explore = functools.partial(
-      counterfactual.explore, part, success_threshold=shown["success_threshold"]
-    )
-    told = functools.partial(
-      readings,
-      part,
-      parts["teacher_context"],
-      **{key: shown[key] for key in ("success_threshold", "show_attempt", "templates")},
-    )
-  step = make_train_step(
-    signals,
-    objective,
-    tx,
-    teacher_move=teacher.move,
-    updates=c.train.updates_per_batch,
-    recompute_old=several,
-  )
-  return Learner(
-    objective,
-    parts,
-    teacher,
-    tx,
-    step,
-    make_score(signals),
-    several,
-    explore,
-    told,
-    part.readings if part else 0,
-  )
-
-
 def model_shape(path: str) -> ModelConfig:
   """The shape of a named model, of a directory or of a hub id, without its weights; a named one needs no hub."""
   return PRESETS[path] if path in PRESETS else read_config(local_directory(MODELS.get(path, path)))
 
 
-def same_run(workdir: pathlib.Path, c, *, begun: bool) -> None:
-  """A work directory belongs to one configuration; only the number of steps and that of questions at a time may change. ValueError names the first difference."""
-  path = workdir / "config.json"
-  if not begun or not path.exists():
-    return
-  flat = lambda d, prefix="config": {
-    k2: v2
-    for k, v in d.items()
-    for k2, v2 in (
-      flat(v, f"{prefix}.{k}") if isinstance(v, dict) else {f"{prefix}.{k}": v}
-    ).items()
-  }
-  before, now = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(c.to_dict())))
-  for key in sorted(before.keys() | now.keys()):
-    if key not in ("config.total_steps", "config.discover.parallel") and before.get(key) != now.get(
-      key
-    ):
-      raise ValueError(
-        f"{key}={now.get(key)!r} but {workdir} was begun with {before.get(key)!r}: choose another --workdir, or the same settings"
-      )
+@contextlib.contextmanager
+def released_by_the_compiler():
+  """What a compilation of more than a second has freed goes back to the system: glibc keeps it, 0.5 GB after the train step of an eight-layer model."""
+  trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
 
+  def ended(event: str, seconds: float, **_) -> None:
+    if trim is not None and seconds > 1 and event.endswith("backend_compile_duration"):
+      trim(0)
 
-def describe_run(workdir: pathlib.Path, c, extra: dict) -> None:
-  """config.json (resolved) and run.json (command, commit, versions, devices, seed), before anything is trained. A resumed run adds a start."""
-  path = workdir / "run.json"
-  earlier = json.loads(path.read_text()).get("started", []) if path.exists() else []
-  git = shutil.which("git")  # an installed package has neither git nor a commit
-  commit = (
-    git
-    and subprocess.run(
-      [git, "-C", os.path.dirname(__file__), "rev-parse", "HEAD"],
-      capture_output=True,
-      text=True,
-      check=False,
-    ).stdout.strip()
-  )
-  packages = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "transformers",
-    "grain",
-    "numpy",
-  )
-  about = {
-    "command": shlex.join([os.path.basename(sys.executable), "-m", "sdpo_jax.main", *sys.argv[1:]]),
-    "commit": commit or None,
-    "started": earlier
-    + [datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")],
-    "python": sys.version.split()[0],
-    "versions": {p: importlib.metadata.version(p) for p in packages},
-    "devices": [str(d) for d in jax.devices()],
-    "seed": c.seed,
-  } | extra
-  write_atomically(path, json.dumps(about, indent=2) + "\n")
-  write_atomically(workdir / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")
+  jax.monitoring.register_event_duration_secs_listener(ended)
+  try:
+    yield
+  finally:
+    jax.monitoring.unregister_event_duration_listener(ended)

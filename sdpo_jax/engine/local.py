@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdpo_jax.hosts import to_host
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
-from sdpo_jax.model.hf_weights import to_host
 from sdpo_jax.records import Completion, Sampling
 
 

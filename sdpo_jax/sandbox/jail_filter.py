@@ -15,8 +15,13 @@ Sources: seccomp(2), bpf(4) (struct sock_filter), arch/x86/entry/syscalls/syscal
 import struct
 
 _ARCH_X86_64 = 0xC000003E
+
+
 _X32_BIT = 0x40000000
+
+
 _EPERM, _EACCES, _EINVAL, _ENOTTY, _ENOSYS, _EAFNOSUPPORT = 1, 13, 22, 25, 38, 97
+
 
 # struct seccomp_data: offsets of the call number, the architecture, and the low half of argument i
 _NR, _ARCH = 0, 4
@@ -27,6 +32,8 @@ def _arg(i):
 
 
 _LD, _JEQ, _JGE, _JSET, _JA, _AND, _RET = 0x20, 0x15, 0x35, 0x45, 0x05, 0x54, 0x06
+
+
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
 
 
@@ -35,6 +42,7 @@ def _errno(number):
 
 
 SELF = 0x7ABCDEF1  # stands for the process's own number until the child knows it
+
 
 _FREE = """
 read 0 write 1 close 3 stat 4 fstat 5 lstat 6 poll 7 lseek 8 mmap 9 mprotect 10 munmap 11 brk 12 rt_sigaction 13
@@ -52,11 +60,16 @@ epoll_pwait 281 eventfd 284 eventfd2 290 epoll_create1 291 dup3 292 pipe2 293 pr
 getrandom 318 membarrier 324 statx 332 rseq 334 close_range 436 faccessat2 439
 """
 
+
 # nr -> list of (argument, operation, operand, outcome); the first that applies decides, the last
 # entry is the default.
 # "eq": argument equals; "any": any of the bits; "all": all of the bits.
 _WRITING = 0x3 | 0x40 | 0x200 | 0x400000  # O_WRONLY | O_RDWR, O_CREAT, O_TRUNC, O_TMPFILE
+
+
 _THREAD = 0x00010000 | 0x00000100  # CLONE_THREAD | CLONE_VM
+
+
 _JUDGED = {
   2: [(1, "any", _WRITING, _errno(_EACCES)), _ALLOW],  # open
   257: [(2, "any", _WRITING, _errno(_EACCES)), _ALLOW],  # openat
@@ -84,6 +97,8 @@ _JUDGED = {
   57: [_errno(_EPERM)],
   58: [_errno(_EPERM)],  # execve, fork, vfork
 }
+
+
 _SECOND = {  # checks behind an outcome of None
   53: [(1, "stream", 1, _ALLOW), _errno(_EAFNOSUPPORT)],  # SOCK_STREAM with any flags
   302: [(0, "eq", 0, _ALLOW), (0, "eq", SELF, _ALLOW), _errno(_EPERM)],

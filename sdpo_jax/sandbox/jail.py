@@ -13,43 +13,63 @@ Into `result` it writes JSON: {"value": v} | {"error": [type, message, line]} | 
 Needs nothing but the standard library. End of file on the socket (the host died) ends everything.
 """
 
-import os
-import sys
-
-# Modules ask to be called after every fork (threading renews its locks, random its seed): a third
-# of a short test's time,
-# and needless in a process that forks with one thread and seeds for itself.
-os.register_at_fork = lambda **_: None
-
 import array
 import ctypes
 import gc
 import io
 import json
 import mmap
+import os
 import resource
 import select
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 import types
 
+# Modules ask to be called after every fork (threading renews its locks, random its seed): a third
+# of a short test's time,
+# and needless in a process that forks with one thread and seeds for itself.
+os.register_at_fork = lambda **_: None
+
+
 JOB = struct.Struct("=ddQQB")  # CPU seconds, wall seconds, memory bytes, output bytes, mode
+
+
 DONE = struct.Struct("=iBddQ")
+
+
 STDIN, FUNCTION, EXPRESSION = 0, 1, 2
 
+
 RESULT_FD = 3
+
+
 RESERVE_BYTES = 4 << 20  # given back when memory runs out, so that the error can still be told
+
+
 MAX_DEPTH = 100  # of a returned value
+
+
 MAX_BITS = 14_000  # of a returned integer: Python writes and reads 4300 decimal digits
+
+
 MAX_OPEN_FILES = 64
+
+
 MAX_PROCESSES = 64
+
+
 # else every thread reserves as much as the main stack, and a few exhaust the memory limit
 THREAD_STACK = 16 << 20
 
+
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 
 
@@ -79,6 +99,8 @@ GIVEN = {
   }.items()
   for name in names.split()
 }
+
+
 GIVEN_MODULES = {
   "bisect",
   "collections",
@@ -93,6 +115,7 @@ GIVEN_MODULES = {
   "string",
   "sys",
 }
+
 
 LEAN_IMPORTS = (
   "atexit",

@@ -30,9 +30,15 @@ from sdpo_jax.objectives.teacher_context import (
 from sdpo_jax.records import Alternative, Rollout, Status
 
 SOURCES = ("samples", "model", "branches", "siblings")
+
+
 KAPPA, IMAGINED_TOKENS = 0.5, 64
+
+
 # the feedback that is imagined of an alternative without fault; the judge's own may be empty
 CORRECT = "Correct"
+
+
 IMAGINE = (
   "{prompt}\n\nThis answer\n\n{attempt}\n\nreceived the verdict\n\n{feedback}\n\nWhich verdict would this answer receive?\n\n{alternative}\n\n"
   "Reply with the verdict alone, in the same form, or with the one word " + CORRECT + "."

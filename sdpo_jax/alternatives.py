@@ -21,7 +21,7 @@ Multi-host: every process sees the same groups and calls the engine alike.
 import dataclasses
 from typing import Any
 
-from sdpo_jax.objectives.counterfactual import Part, distinct, failed, imagining, truth
+from sdpo_jax.objectives.notes import Part, distinct, failed, imagining, truth
 from sdpo_jax.objectives.teacher_context import without_thinking
 from sdpo_jax.records import Alternative, Ratio, Rollout, Sampling, Status
 from sdpo_jax.rollout import Collector, prompt_seed

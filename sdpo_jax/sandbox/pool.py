@@ -26,7 +26,8 @@ import logging
 import os
 import queue
 
-from sdpo_jax.envs.jail_worker import (
+from sdpo_jax.sandbox.classify import judge_test
+from sdpo_jax.sandbox.jail_worker import (
   EXPRESSION,
   FUNCTION,
   STDIN,
@@ -39,24 +40,24 @@ from sdpo_jax.envs.jail_worker import (
   remove_abandoned,
   stage,
 )
-from sdpo_jax.envs.verdict import (
-  KINDS,
+from sdpo_jax.sandbox.verdict import (
   Limits,
-  ProgramError,
   TestCase,
   TestResult,
   Verdict,
   check_tests,
-  judge_test,
-  make_verdict,
 )
-
-__all__ = ["KINDS", "Limits", "ProgramError", "Sandbox", "TestCase", "TestResult", "Verdict"]
+from sdpo_jax.sandbox.wording import make_verdict
 
 ISOLATIONS = ("bubblewrap", "landlock", "seccomp", "unsafe")  # strongest first
+
+
 # what a program may import besides the standard library, where it is installed
 PACKAGES = ("numpy",)
+
+
 _log = logging.getLogger(__name__)
+
 
 # Tries what must not be possible and prints what was.
 _CANARY = """
@@ -85,6 +86,8 @@ for name in tries:
     pass
 print(*done)
 """
+
+
 _VISIBLE = {"bubblewrap": set(), "landlock": {"see"}, "seccomp": {"see", "read", "list"}}
 
 

@@ -22,7 +22,11 @@ from sdpo_jax import stats
 
 # pass@64 of the base model below which a question is called so (arXiv 2601.20802)
 HARD, VERY_HARD = 0.5, 0.03
+
+
 DRAWS = 10_000
+
+
 COLOURS = {
   "sdpo": "#0072b2",
   "counterfactual": "#cc79a7",

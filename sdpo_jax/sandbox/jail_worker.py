@@ -26,22 +26,43 @@ import sys
 import tempfile
 import time
 
-from sdpo_jax.envs import jail_filter
-from sdpo_jax.envs.verdict import Limits, Outcome
+from sdpo_jax.sandbox import jail_filter
+from sdpo_jax.sandbox.verdict import Limits, Outcome
 
 STDIN, FUNCTION, EXPRESSION = 0, 1, 2  # jail.py has the same three, and the same two structs
+
+
 JOB = struct.Struct("=ddQQB")
+
+
 DONE = struct.Struct("=iBddQ")
+
 
 # C stack of a program: recursion through C functions is common in contest code
 STACK_KB = 256 << 10
+
+
 START_S = 20.0  # for a worker to come up
+
+
 GRACE_S = 1.0  # for a worker to answer after the test's own deadline
+
+
 FIRST_UID, UIDS = 61000, 4000
+
+
 SPARE_PROCESSES = 512  # allowed on top of those a shared uid has at the start
+
+
 STAGING_S = 60.0  # within which a directory is locked, once it is there
+
+
 _STAGE_PREFIX = "sdpo-sandbox-"
+
+
 _JAIL = pathlib.Path(__file__).with_name("jail.py")
+
+
 _UNNEEDED = (
   "test",
   "site-packages",
