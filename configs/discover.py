@@ -65,7 +65,7 @@ def get_config(arg: str = ""):
     raise ValueError(
       f"task={a.task!r}, subset={a.subset!r} is unknown; choose from ['tinycode', 'livecodebench'] and {sorted(LIVECODEBENCH)}"
     )
-  c.method = build.row("sdpo")
+  c.method = build.method_row("sdpo")
   c.method.teacher_context = dict(
     name="feedback_or_solution", use_solution=False, feedback="always"
   )

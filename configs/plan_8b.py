@@ -33,7 +33,7 @@ def get_config(arg: str = ""):
   mesh, micro_batches = (MACHINES | OLMO3 if a.model.startswith("olmo3") else MACHINES)[a.machine]
   c = config.base()
   c.mesh.update(mesh)
-  c.method = build.row(a.method)
+  c.method = build.method_row(a.method)
   # weights, moments and teacher in float32: steps of 1e-6 vanish in bfloat16
   c.model.update(path=a.model, dtype="bfloat16", remat="block")
   c.data.update(

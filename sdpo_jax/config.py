@@ -43,7 +43,7 @@ def base() -> ml_collections.ConfigDict:
   c.label = ""
   c.total_steps = 240  # generation batches
   # each cell can be overridden by itself, and so can its part (`complete`)
-  c.method = build.row("sdpo")
+  c.method = build.method_row("sdpo")
   c.model = dict(
     # a name of MODELS, a Hugging Face directory or a hub id
     path="tiny",
@@ -159,7 +159,7 @@ def base() -> ml_collections.ConfigDict:
 def tiny(a: types.SimpleNamespace) -> ml_collections.ConfigDict:
   """The settings for the tiny models of the package. a: method, model, seed, local."""
   c = base()
-  c.seed, c.model.path, c.method = a.seed, a.model, build.row(a.method)
+  c.seed, c.model.path, c.method = a.seed, a.model, build.method_row(a.method)
   c.optimizer.update(lr=1.5e-3, decay_steps=c.total_steps)
   if c.method.teacher_weights.name == "ema":
     # the paper's rate for rich feedback; at 0.05 accuracy falls again once most problems are solved
@@ -187,7 +187,7 @@ def paper(a: types.SimpleNamespace, *, rich_feedback: bool) -> ml_collections.Co
   trains by the clock), micro_batches, and the rates of other methods than its two. GRPO is its default one: four updates at 1e-6.
   """
   c = base()
-  c.seed, c.model.path, c.method = a.seed, a.model, build.row(a.method)
+  c.seed, c.model.path, c.method = a.seed, a.model, build.method_row(a.method)
   # weights, moments and teacher in float32: steps of 1e-6 vanish in bfloat16
   c.model.update(dtype="bfloat16", remat="block")
   c.data.update(
@@ -360,9 +360,9 @@ def complete(c: ml_collections.ConfigDict, arguments: list[str]) -> None:
       {"name": chosen[name]} if (name := f"method.{axis}") in chosen else c.method[axis].to_dict()
     )
     with _named_in_full():
-      known = build.parameters(axis, part["name"])
+      known = build.settings_of(axis, part["name"])
     c.method[axis] = {
-      key: _field(known.get(key), value) for key, value in build.cell(axis, **part).items()
+      key: _field(known.get(key), value) for key, value in build.complete_part(axis, **part).items()
     }
   before, name = c.env.to_dict(), chosen.get("env", c.env.name)
   known = env_settings(name)
@@ -479,7 +479,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
         f"config.method.{key} is not a part of a method; choose from {sorted(known_method)}"
       )
   with _named_in_full():
-    build.build(c.method.to_dict())
+    build.build_method(c.method.to_dict())
 
   positive = {
     "total_steps": c.total_steps,

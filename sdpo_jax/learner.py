@@ -32,7 +32,7 @@ class Learner(NamedTuple):
 def learner(c, model: ModelConfig, join=None) -> Learner:
   """From the settings of method, optimiser and training."""
   method = c.method.to_dict()
-  objective, parts = make_objective(method), build.build(method)
+  objective, parts = make_objective(method), build.build_method(method)
   teacher, tx = parts["teacher_weights"](), make_optimizer(**c.optimizer)
   signals = make_signals(
     model,
@@ -46,7 +46,7 @@ def learner(c, model: ModelConfig, join=None) -> Learner:
   several = c.train.updates_per_batch > 1
   part, explore, told = parts["counterfactual"](), None, None
   if part is not None:
-    shown = build.arguments(method, "teacher_context")
+    shown = build.part_settings(method, "teacher_context")
     explore = functools.partial(
       alternatives.explore, part, success_threshold=shown["success_threshold"]
     )

@@ -179,7 +179,7 @@ def plan_lines(c, topology: str):
     session.model_shape(c.model.path), dtype=c.model.dtype, param_dtype=c.model.param_dtype
   )
   session.check_positions(
-    session.longest_texts(c, build.build(c.method.to_dict())["counterfactual"]()),
+    session.longest_texts(c, build.build_method(c.method.to_dict())["counterfactual"]()),
     model,
     c.model.path,
   )

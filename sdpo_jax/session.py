@@ -205,7 +205,7 @@ def wired(c, path: str | None = None, devices=None, part: Part | None = None, ta
       stack.callback(getattr(env, "close", lambda: None))
       getattr(env, "start", lambda: None)()
 
-      shown = build.arguments(c.method.to_dict(), "teacher_context")
+      shown = build.part_settings(c.method.to_dict(), "teacher_context")
       taught, templates = (
         taught and c.method.teacher_context.name != "none",
         own_templates(shown.get("templates", {})),

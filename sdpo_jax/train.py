@@ -141,7 +141,7 @@ def train(c, workdir: str) -> None:
   workdir = pathlib.Path(workdir)
   with blame_settings():
     validate(c)
-    part = build.build(c.method.to_dict())["counterfactual"]()
+    part = build.build_method(c.method.to_dict())["counterfactual"]()
     same_run(workdir, c, begun=checkpoint.latest_step(workdir) is not None)
     latest = checkpoint.latest_step(workdir)
   if latest is not None and latest >= c.total_steps:

@@ -56,7 +56,7 @@ def test_operations_are_those_of_a_step_that_computes_nothing_twice():
     ff_width=F,
     vocab=V,
   )
-  objective = make_objective(build.row("sdpo"))
+  objective = make_objective(build.method_row("sdpo"))
   tx = make_optimizer(
     name="adamw",
     lr=1e-6,

@@ -162,14 +162,14 @@ def test_where_the_plain_teacher_reads_nothing_the_settings_of_its_context_hold(
     silent = told(rollout("a"), verified("b", feedback="", reward=0.1))
     # nothing was said of it
     assert learner.learner(c, fakes.toy_config()).counterfactual([silent], 0) == [None]
-  row = build.row("counterfactual")
+  row = build.method_row("counterfactual")
   row["teacher_context"]["templates"]["reprompt"] = "{prompt}{feedback}"
   with pytest.raises(
     ValueError,
     match=r"method.teacher_context.templates.reprompt='{prompt}{feedback}' has no {notes}",
   ):
-    build.build(row)
-  build.build(row | dict(counterfactual=dict(name="none")))
+    build.build_method(row)
+  build.build_method(row | dict(counterfactual=dict(name="none")))
 
 
 def test_weights_and_readings():
@@ -209,13 +209,15 @@ def test_weights_and_readings():
     dict(imagined_tokens=128),
   ):
     with pytest.raises(ValueError, match=f"method.counterfactual.{next(iter(wrong))}"):
-      build.build(build.row("counterfactual") | dict(counterfactual=dict(name="notes", **wrong)))
+      build.build_method(
+        build.method_row("counterfactual") | dict(counterfactual=dict(name="notes", **wrong))
+      )
   with pytest.raises(ValueError, match="set method.token_signal.top_k"):
-    build.build(
-      build.row("counterfactual") | dict(counterfactual=dict(name="notes", form="mixture"))
+    build.build_method(
+      build.method_row("counterfactual") | dict(counterfactual=dict(name="notes", form="mixture"))
     )
   with pytest.raises(ValueError, match="teacher context 'feedback_or_solution'"):
-    build.build(build.row("grpo") | dict(counterfactual=dict(name="notes")))
+    build.build_method(build.method_row("grpo") | dict(counterfactual=dict(name="notes")))
 
 
 def explored(groups, script, answers, other=None, **settings):
@@ -329,7 +331,7 @@ def test_a_second_model_answers_in_its_own_tokens_and_is_read_as_text():
     and [r.extra_calls for r in groups[0]] == [4, 0]
     and metrics["counterfactual/successes"].mean == 0.5
   )
-  row = build.row("counterfactual")
+  row = build.method_row("counterfactual")
   row["counterfactual"].update(settings)
   _, packed = batches(row, groups)
   assert (
@@ -347,7 +349,7 @@ def test_a_second_model_answers_in_its_own_tokens_and_is_read_as_text():
 def test_a_second_model_is_loaded_and_asked_beside_the_policy(monkeypatch, tmp_path):
   """Packaged models of other vocabularies; the loop is replaced by its first line, so that no train step is compiled."""
   c = config.base()
-  c.method, c.mesh.fsdp, c.sandbox.workers = build.row("counterfactual"), 1, 1
+  c.method, c.mesh.fsdp, c.sandbox.workers = build.method_row("counterfactual"), 1, 1
   c.method.counterfactual.update(sources=("model",), model="tiny_arithmetic", alternatives=1)
   # no program is as short as that
   c.rollout.update(questions=1, group=1, rows=1, max_new_tokens=3, chunk=3)
@@ -525,7 +527,11 @@ def test_notes_tell_no_more_of_the_hidden_tests_than_feedback_does():
 )
 def test_what_alternatives_generate_must_fit_the_model(settings, max_new_tokens, says, tmp_path):
   c = config.base()
-  c.method, c.rollout.max_new_tokens, c.mesh.fsdp = build.row("counterfactual"), max_new_tokens, 1
+  c.method, c.rollout.max_new_tokens, c.mesh.fsdp = (
+    build.method_row("counterfactual"),
+    max_new_tokens,
+    1,
+  )
   c.method.counterfactual.update(settings)
   with pytest.raises(errors.SettingError, match=says) as error:
     train.train(c, tmp_path)
@@ -558,7 +564,11 @@ def test_without_weight_or_alternatives_it_is_sdpo_bit_for_bit():
     rollout("d"),
     rollout("right", 1.0),
   ]
-  rows = [build.row("sdpo"), build.row("counterfactual"), build.row("counterfactual")]
+  rows = [
+    build.method_row("sdpo"),
+    build.method_row("counterfactual"),
+    build.method_row("counterfactual"),
+  ]
   rows[1]["counterfactual"]["eta"], rows[2]["counterfactual"]["alternatives"] = 0.0, 0
   _, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
   ended = []
@@ -586,7 +596,7 @@ def test_the_batch_holds_the_same_responses_under_the_notes():
     rollout("dd", 0.0, ""),
     rollout("e", 0.0, "no"),
   ]
-  row = build.row("counterfactual")
+  row = build.method_row("counterfactual")
   row["counterfactual"].update(eta=0.5)
   learn, packed = batches(row, [group])
   (more,), (contexts,) = packed.batch.counterfactuals, packed.counterfactuals
@@ -637,7 +647,7 @@ def test_the_loss_is_the_specifications(form, gate, pieces):
       ),
     )
   )
-  row = build.row("counterfactual") | dict(
+  row = build.method_row("counterfactual") | dict(
     token_weight=dict(name="uniform"),
     token_signal=dict(name="divergence", alpha=0.5, top_k=7 if form == "mixture" else None),
   )

@@ -34,7 +34,7 @@ from sdpo_jax.train_step import (
 from tests import fakes
 
 ROOT = pathlib.Path(__file__).parent.parent
-BLEND = build.row("sdpo") | dict(
+BLEND = build.method_row("sdpo") | dict(
   advantage=dict(name="group_mean"), surrogate=dict(name="clipped"), policy_share=0.3
 )
 # every axis divides by every part of eight; queries are grouped
@@ -104,7 +104,7 @@ def test_without_a_divergence_every_mesh_gives_the_gradient_of_one_device(name, 
   """Log-probability and entropy by themselves, the vocabulary in blocks of 128 on the mesh, in one piece on one device."""
   mesh, method = (
     sharding.make_mesh(jax.devices(), **dict(zip(sharding.AXES, shape))),
-    build.row(name),
+    build.method_row(name),
   )
   want = gradient(None, fakes.toy_batch(rows=16, vocab=296), method=method)
   monkeypatch.setattr(token_logp, "BLOCK_BYTES", 1)
@@ -239,7 +239,7 @@ def test_a_live_teacher_costs_its_forward_pass_and_no_collective_more():
 
 def compiled_step(mesh, config, method, batch, **settings):
   """The compiled train step's text."""
-  objective, tx = make_objective(build.row(method)), optax.sgd(1.0)
+  objective, tx = make_objective(build.method_row(method)), optax.sgd(1.0)
   step = make_train_step(make_signals(config, objective), objective, tx, **settings)
   state = jax.eval_shape(
     lambda p: init_state(p, tx, keep_teacher=objective.needs_teacher), decoder.shapes(config)

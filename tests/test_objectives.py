@@ -236,7 +236,7 @@ def test_specification_and_fast_path_over_the_whole_grid(kwargs, distill):
           by_hand(student, teacher, old, rollout, distill, **kwargs, **clips), rel=1e-5
         )
       objective = make_objective(
-        build.row("sdpo")
+        build.method_row("sdpo")
         | dict(
           token_signal=signal[kwargs["granularity"]], token_weight=dict(name="importance", **clips)
         )
@@ -310,7 +310,7 @@ def test_fast_path_agrees_with_the_specification(case):
   config, params = fakes.toy_model(0)
   _, teacher = fakes.toy_model(1)
   batch = fakes.toy_batch(length=26, teacher_length=34)
-  objective = make_objective(build.row("sdpo") | changes)
+  objective = make_objective(build.method_row("sdpo") | changes)
   signals = make_signals(config, objective, temperature=1.3)
 
   def fast(p):
@@ -347,7 +347,7 @@ def test_trust_region_mixes_logits():
   _, anchor = fakes.toy_model(1)
   batch = fakes.toy_batch()
   objective = make_objective(
-    build.row("sdpo") | dict(teacher_weights=dict(name="trust_region", rate=0.3))
+    build.method_row("sdpo") | dict(teacher_weights=dict(name="trust_region", rate=0.3))
   )
   signals = make_signals(config, objective, mix=0.3)
 
@@ -382,7 +382,7 @@ def test_trust_region_mixes_logits():
 
 def policy_loss(logp_BR, batch, **changes):
   """Loss and gradient of a GRPO-like row with respect to the log-probabilities of the policy."""
-  objective = make_objective(build.row("grpo") | changes)
+  objective = make_objective(build.method_row("grpo") | changes)
   loss = lambda x: objective.token_loss(
     Signals(x, jnp.zeros_like(x), None, None), batch, objective.normalisers(batch)
   )[0]
@@ -429,7 +429,7 @@ def test_gspo_clips_whole_sequences_and_cispo_never_loses_a_gradient():
 def test_opsd_clips_the_divergence_of_a_token():
   batch, old = two_responses()
   batch = batch._replace(distill_B=np.ones(2, np.float32))
-  objective = make_objective(build.row("opsd"))
+  objective = make_objective(build.method_row("opsd"))
   divergence = jnp.array([[0.01, 9, 9], [0.04, 0.2, 3.0]], jnp.float32)
   loss = lambda d: objective.token_loss(
     Signals(jnp.asarray(old), jnp.zeros((2, 3)), d, jnp.asarray(old)),
@@ -471,10 +471,10 @@ def test_group_mean_within_a_clip():
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_rewards_that_are_not_numbers_change_nothing_else(name):
   """A row whose judge failed (NaN, weight 0) and the same batch without it: same advantages, loss and gradient for every method."""
-  row = build.row(name)
+  row = build.method_row(name)
   if row["reduction"]["name"] == "constant":
     row["reduction"]["length"] = 6.0
-  objective, parts = make_objective(row), build.build(row)
+  objective, parts = make_objective(row), build.build_method(row)
   rng = np.random.default_rng(3)
   signals = rng.normal(size=(5, 4, 6)).astype(np.float32)
   signals[2] = np.abs(signals[2])
@@ -516,7 +516,7 @@ def test_srpo_by_hand():
   batch = batch._replace(
     weight_BR=np.array([[1, 1, 0], [1, 0, 0]], np.float32), distill_B=np.array([1, 0], np.float32)
   )
-  objective = make_objective(build.row("srpo"))
+  objective = make_objective(build.method_row("srpo"))
   divergence, entropy = (
     np.array([[0.3, 0.7, 9], [9, 9, 9]], np.float32),
     np.array([[0.0, 2.0, 5], [0, 0, 0]], np.float32),
@@ -547,7 +547,7 @@ def test_the_teachers_entropy_is_that_of_its_distribution():
   config, params = fakes.toy_model(0)
   _, teacher = fakes.toy_model(1)
   batch = fakes.toy_batch()
-  said = jax.jit(make_signals(config, make_objective(build.row("srpo")), temperature=1.3))(
+  said = jax.jit(make_signals(config, make_objective(build.method_row("srpo")), temperature=1.3))(
     params, teacher, batch
   )
   logq_BRV = jax.nn.log_softmax(fakes.dense_logits(teacher, config, batch.teacher, batch) / 1.3)
@@ -568,7 +568,7 @@ def test_sc_sdpo_weighs_questions_by_how_open_they_are():
   batch = batch._replace(
     advantage_B=np.array([0.5, 0.25], np.float32), distill_B=np.ones(2, np.float32)
   )
-  objective = make_objective(build.row("sc_sdpo"))
+  objective = make_objective(build.method_row("sc_sdpo"))
   loss = lambda d: objective.token_loss(
     Signals(jnp.asarray(old), jnp.zeros((2, 3)), d, jnp.asarray(old)),
     batch,
@@ -582,11 +582,13 @@ def test_sc_sdpo_weighs_questions_by_how_open_they_are():
 def test_blend_is_the_weighted_sum_of_its_two_losses():
   config, params = fakes.toy_model(0)
   batch = fakes.toy_batch()
-  blend = build.row("sdpo") | dict(
+  blend = build.method_row("sdpo") | dict(
     advantage=dict(name="group_mean"), surrogate=dict(name="clipped"), policy_share=0.9
   )
   value = {}
-  for name, row in dict(blend=blend, sdpo=build.row("sdpo"), grpo=build.row("grpo")).items():
+  for name, row in dict(
+    blend=blend, sdpo=build.method_row("sdpo"), grpo=build.method_row("grpo")
+  ).items():
     objective = make_objective(row)
     value[name] = float(
       objective.token_loss(
@@ -625,9 +627,9 @@ def test_a_row_that_cannot_be_built_says_why(change, named):
   with pytest.raises(
     ValueError, match=named.replace("[", r"\[").replace("]", r"\]").replace(".", r"\.")
   ):
-    build.build(build.row("sdpo") | change)
+    build.build_method(build.method_row("sdpo") | change)
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_row_builds(name):
-  assert set(build.build(build.row(name))) == set(build.AXES)
+  assert set(build.build_method(build.method_row(name))) == set(build.AXES)

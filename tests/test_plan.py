@@ -311,7 +311,7 @@ def test_a_topology_that_does_not_exist_is_named(name):
 def test_a_second_model_is_said_not_to_be_counted(monkeypatch):
   monkeypatch.setattr(plan, "topology_devices", lambda name: jax.devices())
   c = config.base()
-  c.method = build.row("counterfactual")
+  c.method = build.method_row("counterfactual")
   # nothing is compiled yet
   said = lambda: "\n".join(
     itertools.islice(

@@ -169,7 +169,7 @@ def judged(name, sandbox, tmp_path, *, broken=None):
 def machine(name):
   """(initial state, step, signals) of a method with a frozen teacher on a toy model; plain descent, so that a direction is one."""
   config, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
-  row = build.row(name)
+  row = build.method_row(name)
   if name == "sdpo":
     row |= dict(teacher_weights=dict(name="frozen"), token_weight=dict(name="uniform"))
   objective, tx = make_objective(row), optax.sgd(0.01)
@@ -183,7 +183,7 @@ def machine(name):
 
 
 def batch_of(env, group, name, shape=SHAPE, **context):
-  parts = build.build(build.row(name))
+  parts = build.build_method(build.method_row(name))
   if context:
     parts["teacher_context"] = functools.partial(parts["teacher_context"], **context)
   return pack(
@@ -310,8 +310,8 @@ def test_every_method_runs_two_steps(name, sandbox, tmp_path):
   """Its own context, advantage, teacher and optimiser; the loss and the update are numbers, and something is learned from the group."""
   env, group, _ = judged("math_qa", sandbox, tmp_path)
   config, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
-  row = build.row(name)
-  objective, teacher = make_objective(row), build.build(row)["teacher_weights"]()
+  row = build.method_row(name)
+  objective, teacher = make_objective(row), build.build_method(row)["teacher_weights"]()
   batch = batch_of(env, group, name, shape=None).batch
   assert batch.distill_B.any() == objective.needs_teacher
   tx = make_optimizer(

@@ -34,7 +34,7 @@ def checked(*arguments):
 @pytest.mark.parametrize("axis, name", PARTS)
 def test_every_argument_of_every_part_can_be_set(axis, name):
   given = {}
-  for key, parameter in build.parameters(axis, name).items():
+  for key, parameter in build.settings_of(axis, name).items():
     if key == "templates":
       given["templates.solution"] = "{text} it is"
     else:
@@ -52,7 +52,7 @@ def test_every_argument_of_every_part_can_be_set(axis, name):
     *(f"--config.method.{axis}.{key}={value}" for key, value in given.items()),
   )
   part = c.method[axis].to_dict()
-  assert part.keys() == {"name", *build.parameters(axis, name)}
+  assert part.keys() == {"name", *build.settings_of(axis, name)}
   for key, value in given.items():
     first, _, last = key.partition(".")
     assert (part[first][last] if last else part[first]) == value
@@ -332,19 +332,19 @@ def test_own_data_is_read_in_every_combination(name):
 def test_rows_hold_every_argument():
   for name in methods.METHODS:
     for axis in build.AXES:
-      assert build.row(name)[axis].keys() == {
+      assert build.method_row(name)[axis].keys() == {
         "name",
-        *build.parameters(axis, build.row(name)[axis]["name"]),
+        *build.settings_of(axis, build.method_row(name)[axis]["name"]),
       }
   assert all(
     p.kind is inspect.Parameter.KEYWORD_ONLY
     for axis, name in PARTS
-    for p in build.parameters(axis, name).values()
+    for p in build.settings_of(axis, name).values()
   )
 
 
 def test_one_setting_says_what_a_success_is():
-  row = build.row("sc_sdpo")
+  row = build.method_row("sc_sdpo")
   row["teacher_context"]["success_threshold"] = 0.9
-  spread = build.build(row)["advantage"]
+  spread = build.build_method(row)["advantage"]
   np.testing.assert_allclose(spread(np.array([[1.0, 0.6], [0.95, 0.92]])), [[0.5, 0.5], [0.0, 0.0]])

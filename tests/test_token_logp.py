@@ -115,7 +115,7 @@ def test_the_train_step_multiplies_in_the_dtype_of_the_model(monkeypatch):
       seen.append([x.dtype for x in arrays[:2]]) or token_logp(*arrays, **settings)
     ),
   )
-  signals = train_step.make_signals(config, make_objective(build.row("grpo")))
+  signals = train_step.make_signals(config, make_objective(build.method_row("grpo")))
   assert decoder.shapes(config)["embed"].dtype == jnp.float32
   jax.eval_shape(lambda params: signals(params, None, fakes.toy_batch()), decoder.shapes(config))
   assert seen == [[jnp.bfloat16, jnp.bfloat16]]

@@ -14,7 +14,7 @@ from sdpo_jax.optimizer import make_optimizer
 from sdpo_jax.train_step import init_state, make_signals, make_train_step
 from tests import fakes
 
-BLEND = build.row("sdpo") | dict(
+BLEND = build.method_row("sdpo") | dict(
   advantage=dict(name="group_mean"), surrogate=dict(name="clipped"), policy_share=0.3
 )
 
@@ -116,7 +116,7 @@ def test_live_teacher_on_the_same_prompt_gives_zero():
   config, params = fakes.toy_model(0)
   batch = fakes.toy_batch()
   batch = batch._replace(teacher=batch.student)
-  objective = make_objective(build.row("sdpo") | dict(teacher_weights=dict(name="live")))
+  objective = make_objective(build.method_row("sdpo") | dict(teacher_weights=dict(name="live")))
   step = jax.jit(make_train_step(make_signals(config, objective), objective, optax.sgd(1.0)))
   state, metrics = step(init_state(params, optax.sgd(1.0)), batch)
   assert abs(metrics["train/loss"].mean) < 1e-6
@@ -137,7 +137,7 @@ def adamw_step(method="sdpo", lr=0.0, updates=1):
     b2=0.999,
     state_dtype="float32",
   )
-  objective = make_objective(build.row(method))
+  objective = make_objective(build.method_row(method))
   step = jax.jit(
     make_train_step(
       make_signals(config, objective), objective, tx, teacher_move=0.05, updates=updates
@@ -174,7 +174,7 @@ def test_a_moving_average_of_bfloat16_weights_moves():
     and init_state(params, tx, keep_teacher=True).teacher["w"].dtype == jnp.bfloat16
   )
   config, weights = fakes.toy_model(0, dtype="bfloat16", param_dtype="bfloat16")
-  objective = make_objective(build.row("sdpo"))
+  objective = make_objective(build.method_row("sdpo"))
   step = jax.jit(make_train_step(make_signals(config, objective), objective, tx, teacher_move=0.01))
   before = init_state(weights, tx, keep_teacher=True, teacher_move=0.01)
   after, _ = step(before, fakes.toy_batch())
@@ -215,7 +215,7 @@ def test_no_backward_work_and_no_gradient_for_the_teacher():
   batch = fakes.toy_batch()
   results = []
   for row in ("live", "frozen"):
-    objective = make_objective(build.row("sdpo") | dict(teacher_weights=dict(name=row)))
+    objective = make_objective(build.method_row("sdpo") | dict(teacher_weights=dict(name=row)))
     step = jax.jit(make_train_step(make_signals(config, objective), objective, optax.sgd(1.0)))
     results.append(
       step(init_state(params, optax.sgd(1.0), keep_teacher=row == "frozen"), batch)[0].params

@@ -254,7 +254,7 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
   shape, kind = case.split(":")
   dtype = "float32" if device == "cpu" else "bfloat16"
   model = ModelConfig(family="qwen3", qk_norm="head", tied=True, dtype=dtype, **SHAPES[shape])
-  objective = make_objective(build.row("sdpo"))
+  objective = make_objective(build.method_row("sdpo"))
   tx = make_optimizer(
     name="adamw",
     lr=1e-6,

@@ -73,9 +73,9 @@ def method_of(c, arm: str) -> dict:
   """config.method without its counterfactual part for sdpo, with it (by default: notes of the siblings) for counterfactual."""
   method = c.method.to_dict()
   if arm == "sdpo":
-    method["counterfactual"] = build.cell("counterfactual", "none")
+    method["counterfactual"] = build.complete_part("counterfactual", "none")
   elif method["counterfactual"]["name"] == "none":
-    method["counterfactual"] = build.cell("counterfactual", "notes", sources=("siblings",))
+    method["counterfactual"] = build.complete_part("counterfactual", "notes", sources=("siblings",))
   return method
 
 
@@ -195,12 +195,12 @@ class Solver:
         ),
       )
     plain = make_signals(
-      w.model, make_objective(build.row("grpo")), temperature=c.rollout.temperature
+      w.model, make_objective(build.method_row("grpo")), temperature=c.rollout.temperature
     )
     score = jax.jit(lambda batch: plain(w.params, None, batch).logp_BR, out_shardings=w.everywhere)
     shapes, parts = (
       fixed_shapes(self.packs, d.rollouts // self.packs, c.data, c.rollout.max_new_tokens),
-      build.build(build.row("grpo")),
+      build.build_method(build.method_row("grpo")),
     )
     logp = make_logp(score, lambda groups: self.make_batch(groups, parts, shapes), d.rollouts)
     return lambda task: exact_difficulty(

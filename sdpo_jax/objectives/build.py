@@ -28,14 +28,14 @@ AXES = {
 }
 
 
-def row(name: str) -> dict:
+def method_row(name: str) -> dict:
   """A private copy of a named row with every argument of its parts; ValueError with the choices if there is none."""
   if name not in METHODS:
     raise ValueError(f"method={name!r} is unknown; choose from {sorted(METHODS)}")
-  return METHODS[name] | {axis: cell(axis, **METHODS[name][axis]) for axis in AXES}
+  return METHODS[name] | {axis: complete_part(axis, **METHODS[name][axis]) for axis in AXES}
 
 
-def parameters(axis: str, name: str) -> dict[str, inspect.Parameter]:
+def settings_of(axis: str, name: str) -> dict[str, inspect.Parameter]:
   """What can be set of a part: its function's keyword-only arguments. ValueError names the choices if there is no such part."""
   if name not in AXES[axis]:
     raise ValueError(f"method.{axis}.name={name!r} is unknown; choose from {sorted(AXES[axis])}")
@@ -49,22 +49,22 @@ def parameters(axis: str, name: str) -> dict[str, inspect.Parameter]:
   )
 
 
-def cell(axis: str, name: str, **given) -> dict:
+def complete_part(axis: str, name: str, **given) -> dict:
   """A part with every argument that it has: as given, else its default; None where it has no default and must be given."""
   defaults = {
-    k: None if p.default is p.empty else p.default for k, p in parameters(axis, name).items()
+    k: None if p.default is p.empty else p.default for k, p in settings_of(axis, name).items()
   }
   return {"name": name} | copy.deepcopy(defaults | given)
 
 
-def arguments(method: dict, axis: str) -> dict:
+def part_settings(method: dict, axis: str) -> dict:
   """The named arguments of one part, its function's defaults filled in."""
-  filled = cell(axis, **method[axis])
+  filled = complete_part(axis, **method[axis])
   del filled["name"]
   return filled
 
 
-def build(method: dict) -> dict:
+def build_method(method: dict) -> dict:
   """{axis: {"name": ..., **arguments}} -> {axis: function or None}. ValueError names the axis and the choices."""
   built = {}
   for axis, table in AXES.items():
@@ -72,7 +72,7 @@ def build(method: dict) -> dict:
       raise ValueError(f"method.{axis} is missing; choose from {sorted(table)}")
     given = dict(method[axis])
     name = given.pop("name")
-    accepted = parameters(axis, name)
+    accepted = settings_of(axis, name)
     for key, value in given.items():
       if key not in accepted:
         raise ValueError(
@@ -88,7 +88,7 @@ def build(method: dict) -> dict:
   made_up = Rollout(Task("", ""), [], [], [], "stop", "", Feedback(0.0, ""))
   # refuses wrong choices and templates: now, not when the first batch has been sampled
   built["teacher_context"]([made_up], 0)
-  threshold = arguments(method, "teacher_context").get("success_threshold")
+  threshold = part_settings(method, "teacher_context").get("success_threshold")
   # one setting says what a success is
   if method["advantage"]["name"] == "question_spread" and threshold is not None:
     built["advantage"] = functools.partial(built["advantage"], success_threshold=threshold)
@@ -143,7 +143,7 @@ def check(method: dict) -> None:
       f"{names['teacher_context']!r}, and to a policy_share that is a number, not {method['policy_share']!r}"
     )
   if told is not None and "{notes}" not in (
-    reprompt := (TEMPLATES | arguments(method, "teacher_context")["templates"])["reprompt"]
+    reprompt := (TEMPLATES | part_settings(method, "teacher_context")["templates"])["reprompt"]
   ):
     raise ValueError(
       f"method.teacher_context.templates.reprompt={reprompt!r} has no {{notes}}: the teacher would not read those of method.counterfactual.name={names['counterfactual']!r}"

@@ -48,7 +48,7 @@ class Objective(NamedTuple):
 
 def make_objective(method: dict) -> Objective:
   """method: a row of METHODS (or one like it). Raises ValueError as `methods.build` does."""
-  parts = build.build(method)
+  parts = build.build_method(method)
   signal, weigh, surrogate, reduction = (
     parts[axis] for axis in ("token_signal", "token_weight", "surrogate", "reduction")
   )
@@ -130,7 +130,7 @@ def make_objective(method: dict) -> Objective:
     return loss, metrics
 
   wanted = (
-    build.arguments(method, "token_signal")
+    build.part_settings(method, "token_signal")
     if method["token_signal"]["name"] == "divergence"
     else None
   )
