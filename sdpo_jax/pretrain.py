@@ -33,7 +33,7 @@ from sdpo_jax.objectives.loss import Objective
 from sdpo_jax.optimizer import make_optimizer
 from sdpo_jax.records import Ratio, Rows, Sampling, TrainBatch
 from sdpo_jax.train_step import init_state, make_signals, make_train_step
-from sdpo_jax.workdir import same_run
+from sdpo_jax.workdir import same_run, write_atomically
 
 
 def supervised() -> Objective:
@@ -236,10 +236,8 @@ def run(
     state, _ = checkpoint.restore(workdir, state)
   # what came after the checkpoint is written again
   kept = [line for line in metrics.read(workdir) if line["step"] <= int(state.step)]
-  workdir.write_atomically(
-    pathlib.Path(workdir) / "config.json", json.dumps(c.to_dict(), indent=2) + "\n"
-  )
-  workdir.write_atomically(
+  write_atomically(pathlib.Path(workdir) / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")
+  write_atomically(
     pathlib.Path(workdir) / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept)
   )
   log = open(os.path.join(workdir, "metrics.jsonl"), "a")
