@@ -33,7 +33,7 @@ from sdpo_jax.objectives.loss import Objective
 from sdpo_jax.optimizer import make_optimizer
 from sdpo_jax.records import Ratio, Rows, Sampling, TrainBatch
 from sdpo_jax.train_step import init_state, make_signals, make_train_step
-from sdpo_jax.workdir import same_run, write_atomically
+from sdpo_jax.workdir import check_same_run, write_atomically
 
 
 def supervised() -> Objective:
@@ -333,7 +333,7 @@ def main(argv: list[str]) -> int:
     if c.domain not in DOMAINS:
       raise ValueError(f"domain={c.domain!r} is unknown; choose from {sorted(DOMAINS)}")
     check_optimizer(c.optimizer)
-    same_run(pathlib.Path(f.workdir), c, begun=checkpoint.latest_step(f.workdir) is not None)
+    check_same_run(pathlib.Path(f.workdir), c, begun=checkpoint.latest_step(f.workdir) is not None)
     tokenizer = build_tokenizer(c.domain)
     data, tx = batches(c, tokenizer), make_optimizer(**c.optimizer)
     model, params = beginning(c, tokenizer)

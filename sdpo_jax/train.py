@@ -31,7 +31,7 @@ from sdpo_jax.records import Rollout, Sampling, Status
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.rollout_log import rollout_lines
 from sdpo_jax.session import wired
-from sdpo_jax.workdir import describe_run, same_run, write_atomically
+from sdpo_jax.workdir import check_same_run, describe_run, write_atomically
 
 
 def run(
@@ -142,7 +142,7 @@ def train(c, workdir: str) -> None:
   with blame_settings():
     validate(c)
     part = build.build_method(c.method.to_dict())["counterfactual"]()
-    same_run(workdir, c, begun=checkpoint.latest_step(workdir) is not None)
+    check_same_run(workdir, c, begun=checkpoint.latest_step(workdir) is not None)
     latest = checkpoint.latest_step(workdir)
   if latest is not None and latest >= c.total_steps:
     # killed between the last step and the report

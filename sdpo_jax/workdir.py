@@ -13,7 +13,7 @@ import sys
 import jax
 
 
-def same_run(workdir: pathlib.Path, c, *, begun: bool) -> None:
+def check_same_run(workdir: pathlib.Path, c, *, begun: bool) -> None:
   """A work directory belongs to one configuration; only the number of steps and that of questions at a time may change. ValueError names the first difference."""
   path = workdir / "config.json"
   if not begun or not path.exists():

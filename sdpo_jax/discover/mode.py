@@ -56,7 +56,7 @@ from sdpo_jax.errors import blame_settings
 from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.records import Task
 from sdpo_jax.session import wired
-from sdpo_jax.workdir import describe_run, read_lines, same_run, write_atomically
+from sdpo_jax.workdir import check_same_run, describe_run, read_lines, write_atomically
 
 
 def check(c) -> None:
@@ -109,7 +109,7 @@ def discover(c, workdir: str) -> dict[str, Any]:
   with blame_settings():
     check(c)
     parts = sharding.divide(jax.devices(), d.parallel)
-    same_run(
+    check_same_run(
       workdir,
       c,
       begun=any(
