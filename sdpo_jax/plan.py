@@ -147,7 +147,7 @@ def batch_shapes(mesh, shape: Shape, responses: int, readings: int = 0) -> Train
     floats(B, R),
     (Counterfactual(more, floats(B)),) * readings,
   )
-  return _placed(batch, jax.tree.map(lambda _: sharding.over_rows(mesh), batch))
+  return _placed(batch, jax.tree.map(lambda _: sharding.row_sharding(mesh), batch))
 
 
 def decode_shapes(
@@ -176,7 +176,7 @@ def decode_shapes(
     jax.ShapeDtypeStruct((), jnp.int32),
   )
   key = jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32)))
-  return state, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.over_rows(mesh))
+  return state, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.row_sharding(mesh))
 
 
 def _placed(tree, shardings):

@@ -24,7 +24,7 @@ from sdpo_jax import checkpoint, metrics
 from sdpo_jax.config import MODELS, check_optimizer, load, overridden
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.corpus import DOMAINS, VIEWS, Corpus, Mixture, build_tokenizer
-from sdpo_jax.engine.local import Sampler
+from sdpo_jax.engine.local import LocalEngine
 from sdpo_jax.errors import RunError, blame_disk
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig, Rope
@@ -143,7 +143,7 @@ def accuracy(
   corpus_settings: dict,
   *,
   questions: int,
-  sampler: Sampler,
+  sampler: LocalEngine,
   max_new_tokens: int,
 ) -> dict[str, float]:
   """Share of problems with at least one novel word that greedy decoding solves, by what the prompt shows; both kinds of hindsight on other attempts if
@@ -229,7 +229,7 @@ def run(
   state = init_state(params, tx)
   objective = supervised()
   step = jax.jit(make_train_step(make_signals(model, objective), objective, tx), donate_argnums=0)
-  sampler = Sampler(
+  sampler = LocalEngine(
     model, rows=c.eval.questions, prompt_multiple=128, chunk=64, pad_token=chat.pad_token
   )
   if checkpoint.latest_step(workdir) is not None:

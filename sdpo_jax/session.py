@@ -18,7 +18,7 @@ from sdpo_jax.config import MODELS
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.tasks import check_sources, with_rows
 from sdpo_jax.data.teacher_prompt import teacher_prompt
-from sdpo_jax.engine.local import Sampler
+from sdpo_jax.engine.local import LocalEngine
 from sdpo_jax.envs.base import make_env
 from sdpo_jax.errors import blame_settings
 from sdpo_jax.model import decoder, lora
@@ -232,7 +232,7 @@ def wired(c, path: str | None = None, devices=None, part: Part | None = None, ta
         fits(asked.task(split, 0))
 
       def collecting(model, chat):
-        engine = Sampler(
+        engine = LocalEngine(
           model,
           rows=c.rollout.rows,
           row_multiple=shards,

@@ -82,7 +82,7 @@ def make_mesh(devices, *, data: int, fsdp: int, tensor: int) -> jax.sharding.Mes
     )
 
 
-def divide(devices, parts: int) -> list:
+def split_devices(devices, parts: int) -> list:
   """The devices in `parts` lists of equal length, neighbours together. ValueError where they do not divide."""
   if parts < 1 or len(devices) % parts:
     raise ValueError(f"config.discover.parallel={parts} must divide the {len(devices)} devices")
@@ -101,7 +101,7 @@ def row_shards(mesh: jax.sharding.Mesh | None) -> int:
   return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def over_rows(mesh: jax.sharding.Mesh) -> NamedSharding:
+def row_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   """Of an array whose leading axis is rows, or packs."""
   return NamedSharding(mesh, PartitionSpec(ACTIVATIONS["B"]))
 
@@ -110,7 +110,7 @@ def put_rows(mesh: jax.sharding.Mesh | None, batch):
   """A host batch, the same on every process, onto the mesh: each process hands over what its own devices hold. Without a mesh, unchanged."""
   if mesh is None:
     return batch
-  where = over_rows(mesh)
+  where = row_sharding(mesh)
   return jax.tree.map(
     lambda x: jax.make_array_from_callback(x.shape, where, lambda at: x[at]), batch
   )
@@ -135,7 +135,7 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(axes, ACTIVATIONS))
 
 
-def by_width(x_BTD: jax.Array) -> jax.Array:
+def constrain_embeddings(x_BTD: jax.Array) -> jax.Array:
   """Looked-up embeddings where the table's parts are: rows over "data", width over "fsdp". From there to rows, and back for the gradient, is an
   all-to-all; left to itself the compiler gathers the embeddings of all rows on every device. Without a mesh, x unchanged."""
   if current_mesh() is None:
@@ -151,7 +151,7 @@ def constrain_rows(x: jax.Array, axis: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gather(w: jax.Array, axes: str) -> jax.Array:
+def gather_weight(w: jax.Array, axes: str) -> jax.Array:
   """One layer's weight, whole along "fsdp" for use; its gradient goes back in parts. Without a mesh, w unchanged."""
   if current_mesh() is None:
     return w
@@ -164,4 +164,4 @@ def _scatter(axes: str, _, g: jax.Array):
   return (jax.lax.with_sharding_constraint(g, spec(axes, WEIGHTS)),)
 
 
-gather.defvjp(lambda w, axes: (gather(w, axes), None), _scatter)
+gather_weight.defvjp(lambda w, axes: (gather_weight(w, axes), None), _scatter)

@@ -11,7 +11,7 @@ from sdpo_jax.config import MODELS
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.corpus import DOMAINS, Mixture, build_tokenizer
 from sdpo_jax.data.teacher_prompt import teacher_prompt
-from sdpo_jax.engine.local import Sampler
+from sdpo_jax.engine.local import LocalEngine
 from sdpo_jax.model.hf_weights import load_pretrained
 from sdpo_jax.objectives.notes import failed, notes, readings
 from sdpo_jax.objectives.teacher_context import FEEDBACK, feedback_or_solution
@@ -62,7 +62,7 @@ def test_hindsight_helps(name, path, ranges):
     dataclasses.asdict(Mixture(notes=reads, imagine=reads)),
     questions=128,
     max_new_tokens=28,
-    sampler=Sampler(model, rows=128, prompt_multiple=128, chunk=64, pad_token=chat.pad_token),
+    sampler=LocalEngine(model, rows=128, prompt_multiple=128, chunk=64, pad_token=chat.pad_token),
   )
   for view, (lowest, highest) in ranges.items():
     assert lowest <= solved[f"eval/{view}"] <= highest, solved

@@ -137,7 +137,7 @@ def compiled_parts(mesh, config, batch, remat):
   )
   params, rows = (
     place(decoder.shapes(config), where),
-    place(batch, jax.tree.map(lambda _: sharding.over_rows(mesh), batch)),
+    place(batch, jax.tree.map(lambda _: sharding.row_sharding(mesh), batch)),
   )
   one = lambda p, half: run_rows(
     lambda x: [
@@ -156,7 +156,7 @@ def compiled_parts(mesh, config, batch, remat):
 
   with jax.set_mesh(mesh):
     teacher_XD = jax.ShapeDtypeStruct(
-      (batch.student.at_CX.size, config.width), jnp.float32, sharding=sharding.over_rows(mesh)
+      (batch.student.at_CX.size, config.width), jnp.float32, sharding=sharding.row_sharding(mesh)
     )
     compile_one = lambda f, *args: jax.jit(f).lower(*args).compile()
     return (
@@ -252,7 +252,7 @@ def compiled_step(mesh, config, method, batch, **settings):
       jax.jit(step)
       .lower(
         put(state, sharding.state_shardings(mesh, state, decoder.axes(config))),
-        put(batch, jax.tree.map(lambda _: sharding.over_rows(mesh), batch)),
+        put(batch, jax.tree.map(lambda _: sharding.row_sharding(mesh), batch)),
       )
       .compile()
       .as_text()

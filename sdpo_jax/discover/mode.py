@@ -108,7 +108,7 @@ def discover(c, workdir: str) -> dict[str, Any]:
   workdir, d = pathlib.Path(workdir), c.discover
   with blame_settings():
     check(c)
-    parts = sharding.divide(jax.devices(), d.parallel)
+    parts = sharding.split_devices(jax.devices(), d.parallel)
     check_same_run(
       workdir,
       c,

@@ -136,7 +136,7 @@ def decode(
   return jax.lax.while_loop(lambda s: (s.t < last) & ~jnp.all(s.done_B), body, state)
 
 
-class Sampler:
+class LocalEngine:
   """The plain engine. `generate` has the engine interface's signature."""
 
   def __init__(

@@ -316,7 +316,7 @@ def _stream(
   segment_BT=None,
 ) -> _Stream:
   x_BTD = sharding.constrain(
-    sharding.by_width(params["embed"][tokens_BT].astype(config.dtype)), "BTD"
+    sharding.constrain_embeddings(params["embed"][tokens_BT].astype(config.dtype)), "BTD"
   )
   rotation = sliding_rotation = _rotation(config.rope, config.head_dim, positions_BT)
   if config.sliding_rope is not None:
@@ -371,7 +371,7 @@ def _rows(
 
 def _gather(config: ModelConfig, layer: dict) -> dict:
   """One layer's weights for use, whole along "fsdp": cast first, so that what moves between chips is the smaller dtype."""
-  gather = lambda path, w, a: sharding.gather(_for_use(path[-1].key, w, config), a[1:])
+  gather = lambda path, w, a: sharding.gather_weight(_for_use(path[-1].key, w, config), a[1:])
   return jax.tree_util.tree_map_with_path(gather, resolve(layer), axes(config)["layers"])
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdpo_jax.engine.local import Sampler, choose, top_p_cut
+from sdpo_jax.engine.local import LocalEngine, choose, top_p_cut
 from sdpo_jax.model import decoder
 from sdpo_jax.records import Sampling
 from tests import fakes
@@ -16,7 +16,7 @@ PROMPTS = [[5, 6, 7], [9] * 11, [250, 3]]
 def generate(prompts=PROMPTS, *, rows=8, n=2, seeds=(1, 2, 3), chunk=3, **sampling):
   config, params = fakes.toy_model(0)
   settings = Sampling(**(dict(max_new_tokens=7, stop_tokens=(257, 11)) | sampling))
-  engine = Sampler(config, rows=rows, prompt_multiple=8, chunk=chunk)
+  engine = LocalEngine(config, rows=rows, prompt_multiple=8, chunk=chunk)
   done = list(engine.generate(params, prompts, n=n, sampling=settings, seeds=list(seeds)))
   assert len(done) == len(prompts) * n
   return {(c.prompt_index, c.sample_index): c for c in done}
