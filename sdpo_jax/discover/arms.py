@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Callable
 
-from sdpo_jax.discover.budget import Budget
+from sdpo_jax.discover.budget import Budget, any_judged
 from sdpo_jax.objectives.teacher_context import CLOSING, TEMPLATES, Context, fill
 from sdpo_jax.records import Rollout, Status, Task
 
@@ -14,11 +14,6 @@ LEARNING = ARMS[:2]
 
 
 HISTORIES = ("feedback", "attempt_and_feedback")
-
-
-def judged(rollouts: list[Rollout]) -> bool:
-  """Whether the environment said anything at all."""
-  return any(r.feedback.status is not Status.ENV_FAILED for r in rollouts)
 
 
 def solve_by_learning(
@@ -35,7 +30,7 @@ def solve_by_learning(
   while not budget.found and budget.left:
     groups = collect(state.params, [(task, budget.asked)])
     budget.count(groups[0])
-    if not budget.found and budget.left and judged(groups[0]):
+    if not budget.found and budget.left and any_judged(groups[0]):
       packed = make_batch(groups)
       budget.teacher_tokens += sum(
         int((half.segment_CPT > 0).sum())

@@ -2,9 +2,13 @@
 
 from typing import Any
 
-from sdpo_jax.discover.arms import judged
 from sdpo_jax.errors import RunError
 from sdpo_jax.records import Rollout, Status
+
+
+def any_judged(rollouts: list[Rollout]) -> bool:
+  """Tells whether the environment could judge at least one of them."""
+  return any(r.feedback.status is not Status.ENV_FAILED for r in rollouts)
 
 
 class Budget:
@@ -45,7 +49,7 @@ class Budget:
             "first_success_tokens": self.tokens,
             "response": r.text,
           }
-    self.failed_batches = 0 if judged(rollouts) else self.failed_batches + 1
+    self.failed_batches = 0 if any_judged(rollouts) else self.failed_batches + 1
     if self.failed_batches >= self.env_failures:
       raise RunError(
         f"no attempt could be judged in {self.failed_batches} batches in a row: the environment or its sandbox is broken, see the log above; "

@@ -6,7 +6,7 @@ import pathlib
 import time
 from typing import Callable
 
-from sdpo_jax.discover.arms import judged
+from sdpo_jax.discover.budget import any_judged
 from sdpo_jax.records import Feedback, Rollout, Status, Task
 from sdpo_jax.workdir import read_lines, write_atomically
 
@@ -19,7 +19,7 @@ class Attempts:
     assert all(line["run"] == run for line in self.stored), (
       f"{path} does not belong to the run {run}"
     )
-    while self.stored and not judged(
+    while self.stored and not any_judged(
       [from_json(r, None) for group in self.stored[-1]["groups"] for r in group]
     ):
       self.stored.pop()  # the sandbox that broke there may work now

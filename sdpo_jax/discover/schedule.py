@@ -11,13 +11,9 @@ from typing import Any
 from sdpo_jax import checkpoint
 from sdpo_jax.discover.arms import LEARNING
 from sdpo_jax.discover.replay import Attempts
-from sdpo_jax.discover.solver import Run, Solver
+from sdpo_jax.discover.solver import Run, Solver, Stopped
 from sdpo_jax.session import Wired, on_other_devices, uncommitted
 from sdpo_jax.workdir import read_lines
-
-
-class Stopped(Exception):
-  """Another thread's run failed, or somebody wants the end: no further batch is begun. What is on disk is intact."""
 
 
 def finish_all(

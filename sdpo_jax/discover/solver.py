@@ -14,7 +14,6 @@ from sdpo_jax.discover.arms import LEARNING, solve_by_learning, solve_by_samplin
 from sdpo_jax.discover.budget import Budget
 from sdpo_jax.discover.difficulty import calibrate, exact_difficulty, make_logp
 from sdpo_jax.discover.replay import Attempts
-from sdpo_jax.discover.schedule import Stopped
 from sdpo_jax.errors import RunError, blame_settings
 from sdpo_jax.learner import Learner, learner
 from sdpo_jax.objectives import build
@@ -23,6 +22,10 @@ from sdpo_jax.records import Sampling, Task
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.session import Wired
 from sdpo_jax.train_step import make_signals
+
+
+class Stopped(Exception):
+  """Another thread's run failed, or somebody wants the end: no further batch is begun. What is on disk is intact."""
 
 
 def fixed_shapes(packs: int, rows: int, data, max_new_tokens: int, *, more: bool = False) -> Shapes:
