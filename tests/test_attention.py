@@ -34,7 +34,7 @@ def test_splash_gives_the_reference_and_its_gradients(window):
   q, k, v, g, segment = problem()
   splash = lambda *given: attention.splash(*given, window, interpret=True)
   reference = with_gradients(
-    attention.reference, segment, q, k, v, g, attention.mask(segment, segment.shape, window)
+    attention.reference, segment, q, k, v, g, attention.packed_mask(segment, segment.shape, window)
   )
   for got, want in zip(with_gradients(splash, segment, q, k, v, g, segment), reference):
     np.testing.assert_allclose(got, want, atol=1e-5)
@@ -62,11 +62,13 @@ def shared_prefixes(T, B, K):
 def test_skipped_blocks_hide_nothing(T, K, window):
   """Also with blocks that end beyond the row, in both modes of differentiation that training uses, and with bfloat16 inputs."""
   q, k, v, g, segment, prefix, position = shared_prefixes(T, 2, K)
-  visible = attention.mask(segment, segment.shape, window, prefix_BT=prefix, position_BT=position)
-  who = attention.seen(visible)
-  blocks = who.count_BI.shape[1]
+  visible = attention.packed_mask(
+    segment, segment.shape, window, prefix_BT=prefix, position_BT=position
+  )
+  who = attention.visibility(visible)
+  blocks = who.key_block_counts.shape[1]
   # fewer than on and below the two rows' diagonals
-  assert int(who.count_BI.sum()) < 2 * blocks * (blocks + 1) // 2
+  assert int(who.key_block_counts.sum()) < 2 * blocks * (blocks + 1) // 2
   exact = with_gradients(attention.reference, segment, q, k, v, g, visible)
   blocked = with_gradients(attention.blocked, segment, q, k, v, g, who)
   again = with_gradients(jax.checkpoint(attention.blocked), segment, q, k, v, g, who)
@@ -84,7 +86,7 @@ def test_skipped_blocks_hide_nothing(T, K, window):
 
 def test_a_row_of_padding_is_finite_with_no_gradient():
   q, k, v, g, segment = problem(T=128)
-  who = attention.seen(attention.mask(0 * segment[:, :128], (2, 128)))
+  who = attention.visibility(attention.packed_mask(0 * segment[:, :128], (2, 128)))
   out, back = jax.vjp(lambda *qkv: attention.blocked(*qkv, who), q, k, v)
   for x in (out, *back(g)):
     np.testing.assert_array_equal(x, 0.0)
@@ -94,7 +96,7 @@ def test_a_row_of_padding_is_finite_with_no_gradient():
 def test_blocks_of_queries_give_the_reference_and_its_gradients(T):
   q, k, v, g, segment = problem(T)
   segment[1, 300:] = 2
-  visible = attention.mask(segment, segment.shape)
+  visible = attention.packed_mask(segment, segment.shape)
   for got, want in zip(
     *(
       with_gradients(attend, segment, q, k, v, g, visible)
@@ -125,9 +127,9 @@ def test_cudnn_is_used_where_it_gives_the_reference(trouble, monkeypatch, caplog
   monkeypatch.setattr(attention, "_is_here", lambda: True)
   attention.cudnn_agrees.cache_clear()
   q, k, v, g, segment = problem(T=300, B=3, N=4, K=2)
-  visible = attention.mask(segment, segment.shape)
-  assert attention.seen(visible).blocks_BIJ is None
-  attend = lambda *given: attention.packed(*given[:3], attention.seen(given[3]))
+  visible = attention.packed_mask(segment, segment.shape)
+  assert attention.visibility(visible).key_blocks is None
+  attend = lambda *given: attention.attend_packed(*given[:3], attention.visibility(given[3]))
   short = [x.astype(jnp.bfloat16) for x in (q, k, v, g)]
   got = with_gradients(jax.checkpoint(attend), segment, *short, visible)
   assert got[0].dtype == jnp.bfloat16
@@ -158,7 +160,7 @@ def test_for_a_gpu_that_is_not_here_cudnn_is_not_tried(monkeypatch):
 def test_a_text_sees_neither_its_neighbour_nor_the_padding():
   q, k, v, _, segment = problem(T=128)
   segment = segment[:, :128]
-  out = lambda k, v: attention.reference(q, k, v, attention.mask(segment, segment.shape))
+  out = lambda k, v: attention.reference(q, k, v, attention.packed_mask(segment, segment.shape))
   first = segment == 1
   moved = out(jnp.where(first[..., None, None], k, 7.0), jnp.where(first[..., None, None], v, -7.0))
   np.testing.assert_array_equal(np.asarray(moved)[first], np.asarray(out(k, v))[first])

@@ -38,7 +38,7 @@ KEPT = "attention"
 BLOCK = 64
 
 
-def mask(
+def packed_mask(
   segment_BT: jax.Array | None,
   shape: tuple[int, int],
   window: int | None = None,
@@ -62,34 +62,36 @@ def mask(
   return mask_BTS
 
 
-class Seen(NamedTuple):
+class Visibility(NamedTuple):
   """Who sees whom in packed rows, and for `blocked` in which blocks; S = T, I and J count blocks of queries and of keys."""
 
   mask_BTS: jax.Array
   # the key blocks that a query block sees something of, before the others
-  blocks_BIJ: jax.Array | None = None
-  count_BI: jax.Array | None = None  # how many these are
+  key_blocks: jax.Array | None = None
+  key_block_counts: jax.Array | None = None  # how many these are
 
 
-def seen(mask_BTS: jax.Array) -> Seen:
-  """What `packed` wants, made once for all layers."""
+def visibility(mask_BTS: jax.Array) -> Visibility:
+  """What `attend_packed` takes, made once for all layers."""
   if target_platform() != "cpu":
-    return Seen(mask_BTS)
+    return Visibility(mask_BTS)
   B, T, _ = mask_BTS.shape
   n = -(-T // BLOCK)
   mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, n * BLOCK - T), (0, n * BLOCK - T)))
   any_BIJ = jnp.any(mask_BTS.reshape(B, n, BLOCK, n, BLOCK), axis=(2, 4))
-  return Seen(
+  return Visibility(
     mask_BTS,
     jnp.argsort(~any_BIJ, axis=-1, stable=True).astype(jnp.int32),
     jnp.sum(any_BIJ, axis=-1, dtype=jnp.int32),
   )
 
 
-def packed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, who: Seen) -> jax.Array:
+def attend_packed(
+  q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, who: Visibility
+) -> jax.Array:
   """Attention over packed rows where splash is not used: `blocked` on a CPU, if its mesh divides the rows; else `causal`."""
   (B, T, _, _), mesh = k_BTKH.shape, jax.sharding.get_abstract_mesh()
-  if who.blocks_BIJ is None or not (
+  if who.key_blocks is None or not (
     mesh.empty or B % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
   ):
     return causal(q_BTNH, k_BTKH, v_BTKH, who.mask_BTS[:, :T, :T])
@@ -98,21 +100,21 @@ def packed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, who: Seen) -
   rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), None, "tensor")
   return jax.shard_map(
     blocked,
-    in_specs=(heads, heads, heads, Seen(rows, rows, rows)),
+    in_specs=(heads, heads, heads, Visibility(rows, rows, rows)),
     out_specs=heads,
     check_vma=False,
   )(q_BTNH, k_BTKH, v_BTKH, who)
 
 
 @jax.custom_vjp
-def blocked(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, who: Seen) -> jax.Array:
+def blocked(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, who: Visibility) -> jax.Array:
   """`reference` block by block; a token that sees nothing gets zeros. Products in the inputs' type, sums and softmax in float32."""
   return _blocked_forward(q_BTNH, k_BTKH, v_BTKH, who)[0]
 
 
-def _by_blocks(x_BTNH: jax.Array, who: Seen, kv_heads: int) -> jax.Array:
+def _by_blocks(x_BTNH: jax.Array, who: Visibility, kv_heads: int) -> jax.Array:
   """[B * I, K, G * BLOCK, H]: a key head's G query heads one below the other, as rows of one product."""
-  (B, T, N, H), (_, I) = x_BTNH.shape, who.count_BI.shape
+  (B, T, N, H), (_, I) = x_BTNH.shape, who.key_block_counts.shape
   x = jnp.pad(x_BTNH, ((0, 0), (0, I * BLOCK - T), (0, 0), (0, 0))).reshape(
     B, I, BLOCK, kv_heads, N // kv_heads, H
   )
@@ -126,7 +128,7 @@ def _by_columns(x: jax.Array, like_BTNH: jax.Array) -> jax.Array:
   return x.reshape(B, -1, N, H)[:, :T].astype(like_BTNH.dtype)
 
 
-def _keys(x_BTKH: jax.Array, who: Seen) -> jax.Array:
+def _keys(x_BTKH: jax.Array, who: Visibility) -> jax.Array:
   return _by_blocks(x_BTKH, who, x_BTKH.shape[2])
 
 
@@ -143,12 +145,12 @@ def _scores(q: jax.Array, k: jax.Array, visible_TS: jax.Array) -> tuple[jax.Arra
   return scores, jnp.broadcast_to(visible_TS, scores.shape)
 
 
-def _visible(who: Seen, b: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+def _visible(who: Visibility, b: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
   return jax.lax.dynamic_slice(who.mask_BTS, (b, i * BLOCK, j * BLOCK), (1, BLOCK, BLOCK))[0]
 
 
-def _blocked_forward(q_BTNH, k_BTKH, v_BTKH, who: Seen):
-  K, (_, I, _) = k_BTKH.shape[2], who.blocks_BIJ.shape
+def _blocked_forward(q_BTNH, k_BTKH, v_BTKH, who: Visibility):
+  K, (_, I, _) = k_BTKH.shape[2], who.key_blocks.shape
   q, k, v = _by_blocks(q_BTNH, who, K), _keys(k_BTKH, who), _keys(v_BTKH, who)
   G, H = q.shape[2] // BLOCK, q.shape[3]
 
@@ -157,7 +159,7 @@ def _blocked_forward(q_BTNH, k_BTKH, v_BTKH, who: Seen):
 
     def keys(n, carry):
       out, top, total = carry
-      j = who.blocks_BIJ[b, i, n]
+      j = who.key_blocks[b, i, n]
       scores, visible = _scores(q[at], k[b * I + j], _visible(who, b, i, j))
       new_top = jnp.maximum(top, jnp.max(scores, axis=-1, where=visible, initial=-1e30))
       share = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
@@ -169,7 +171,10 @@ def _blocked_forward(q_BTNH, k_BTKH, v_BTKH, who: Seen):
 
     rows = (K, G, BLOCK)
     out, top, total = jax.lax.fori_loop(
-      0, who.count_BI[b, i], keys, (jnp.zeros((*rows, H)), jnp.full(rows, -1e30), jnp.zeros(rows))
+      0,
+      who.key_block_counts[b, i],
+      keys,
+      (jnp.zeros((*rows, H)), jnp.full(rows, -1e30), jnp.zeros(rows)),
     )
     total = jnp.where(total > 0, total, 1.0)
     return out / total[..., None], top + jnp.log(total)
@@ -181,7 +186,7 @@ def _blocked_forward(q_BTNH, k_BTKH, v_BTKH, who: Seen):
 
 def _blocked_backward(kept, g_BTNH):
   q_BTNH, k_BTKH, v_BTKH, who, out_BTNH, log_total = kept
-  K, (_, I, _) = k_BTKH.shape[2], who.blocks_BIJ.shape
+  K, (_, I, _) = k_BTKH.shape[2], who.key_blocks.shape
   q, g, k, v = (
     _by_blocks(q_BTNH, who, K),
     _by_blocks(g_BTNH, who, K),
@@ -198,7 +203,7 @@ def _blocked_backward(kept, g_BTNH):
 
     def keys(n, carry):
       dq, dk, dv = carry
-      j = who.blocks_BIJ[b, i, n]
+      j = who.key_blocks[b, i, n]
       there = b * I + j
       scores, visible = _scores(q[at], k[there], _visible(who, b, i, j))
       share = jnp.where(visible, jnp.exp(scores - log_total[at][..., None]), 0.0)
@@ -214,7 +219,9 @@ def _blocked_backward(kept, g_BTNH):
         dv.at[there].add(_product(flat(share), g[at], (1, 1))),
       )
 
-    dq, *carry = jax.lax.fori_loop(0, who.count_BI[b, i], keys, (jnp.zeros(q.shape[1:]), *carry))
+    dq, *carry = jax.lax.fori_loop(
+      0, who.key_block_counts[b, i], keys, (jnp.zeros(q.shape[1:]), *carry)
+    )
     return carry, dq
 
   (dk, dv), dq = jax.lax.scan(queries, [jnp.zeros(k.shape), jnp.zeros(v.shape)], jnp.arange(len(q)))

@@ -359,8 +359,8 @@ def _rows(
     return _stream(params, config, tokens_BT, positions_BT, None, None, segment_BT)
   windows = (None, config.sliding_window) if config.sliding else (None, None)
   masks = [
-    attention.seen(
-      attention.mask(
+    attention.visibility(
+      attention.packed_mask(
         segment_ids_BT, (B, T), window, prefix_BT=prefix_ids_BT, position_BT=positions_BT
       )
     )
@@ -380,7 +380,7 @@ def _layer(config: ModelConfig, stream: _Stream, x_BTD, layer: dict, slides) -> 
 
   def attend(q, k, v):
     if mask_BTS is not None:
-      return attention.packed(q, k, v, mask_BTS), None
+      return attention.attend_packed(q, k, v, mask_BTS), None
     full = lambda *qkv: attention.splash(*qkv, stream.segment_BT)
     if not config.sliding:
       return full(q, k, v), None
