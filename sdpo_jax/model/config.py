@@ -1,13 +1,19 @@
 """The shape of a decoder, and its translation from and to a Hugging Face `config.json`.
 
-One `ModelConfig` describes Qwen2 / Qwen2.5, Qwen3, Llama 3 and Olmo 3: the families differ by fields, never by code.
-It is frozen and hashable, so it can be a static argument of `jax.jit`. Imports no jax and no transformers.
+One `ModelConfig` describes Qwen2 / Qwen2.5, Qwen3, Llama 3 and Olmo 3. Families differ by
+fields, never by code: what a family fixes is one `Family` record in `FAMILIES`. A new
+family is a record there, and the names of its tensors in `hf_weights`. A `ModelConfig` is
+frozen and hashable, so it can be a static argument of `jax.jit`. This file imports no jax
+and no transformers.
 
-Two spellings of rotary settings exist and both are read: the hub's (`rope_theta`, `rope_scaling`) and transformers 5's
-(`rope_parameters`, which Olmo 3 nests by layer type). Where a file has both, they must agree.
-In the hub's spelling Olmo 3's `rope_scaling` concerns the full-attention layers only and `rope_theta` concerns all layers.
+Rotary settings exist in two spellings, and both are read:
+  the hub's          `rope_theta`, `rope_scaling`
+  transformers 5's   `rope_parameters`, which Olmo 3 nests by layer type
+Where a file has both, they must agree. In the hub's spelling Olmo 3's `rope_scaling`
+concerns the full-attention layers only, and its `rope_theta` concerns all layers.
 
-Errors: ValueError naming the field and its value, for every setting that would change the output and is not implemented.
+Errors: ValueError names the field and its value, for every setting that would change the
+output and is not implemented.
 """
 
 import dataclasses
@@ -17,11 +23,12 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """Rotary position embedding. `kind`: "default", "llama3" (Llama 3.1) or "yarn" (arXiv:2309.00071).
+  """Describes a rotary position embedding.
 
-  `theta` is the base; `factor` the context extension; `original_positions` the context length before it.
-  llama3 reads `low_freq_factor`, `high_freq_factor`; yarn reads `beta_fast`, `beta_slow`, `truncate`, and multiplies
-  cos and sin by `attention_factor`.
+  `kind` is "default", "llama3" (Llama 3.1) or "yarn" (arXiv:2309.00071). `theta` is the base,
+  `factor` the context extension, `original_positions` the context length before it.
+  llama3 reads `low_freq_factor` and `high_freq_factor`. yarn reads `beta_fast`, `beta_slow`
+  and `truncate`, and multiplies cos and sin by `attention_factor`.
   """
 
   theta: float = 10000.0
@@ -37,11 +44,48 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """Sizes and switches of one decoder. The letters are the axis alphabet of `records`."""
+class Family:
+  """Holds what the architecture of a family fixes, mostly without a word in config.json."""
 
-  # "qwen2" | "qwen3" | "llama" | "olmo3": the model_type written on export
-  family: str
+  architecture: str  # transformers' class, written on export
+  qkv_bias: bool = False
+  qk_norm: str = "none"
+  norm_placement: str = "pre"
+  # Which layers slide. "never": none; "optional": with use_sliding_window those from
+  # max_window_layers on; "always": three of four. A file's layer_types may choose others.
+  windows: str = "never"
+  # rope_parameters are nested by layer type: sliding layers have rotary settings of their own
+  rope_by_layer_type: bool = False
+  # transformers' defaults where the file is silent
+  norm_eps: float = 1e-6
+  rope_theta: float = 10000.0
+  head_dim: int | None = None  # None: width / heads
+  max_positions: int = 32768
+
+
+# model_type -> Family.
+FAMILIES = {
+  "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, windows="optional"),
+  "qwen3": Family("Qwen3ForCausalLM", qk_norm="head", windows="optional", head_dim=128),
+  "llama": Family("LlamaForCausalLM", max_positions=2048),
+  "olmo3": Family(
+    "Olmo3ForCausalLM",
+    qk_norm="all",
+    norm_placement="post",
+    windows="always",
+    rope_by_layer_type=True,
+    norm_eps=1e-5,
+    rope_theta=500000.0,
+    max_positions=2048,
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Describes one decoder by sizes and switches; the letters are the axes of `records`."""
+
+  family: str  # key of FAMILIES: the model_type written on export
   vocab: int  # V
   width: int  # D
   layers: int  # L
@@ -51,13 +95,10 @@ class ModelConfig:
   ff_width: int  # F
   norm_eps: float = 1e-6
   rope: Rope = Rope()
-  # rotary settings of sliding layers, None: the same as `rope`
-  sliding_rope: Rope | None = None
-  # a sliding layer sees this many columns, its own included
-  sliding_window: int | None = None
+  sliding_rope: Rope | None = None  # of sliding layers; None: the same as `rope`
+  sliding_window: int | None = None  # columns that a sliding layer sees, its own included
   sliding: tuple[bool, ...] = ()  # which layers slide; () = none
-  # "head": each head by itself (Qwen3); "all": all heads together (Olmo 3)
-  qk_norm: str = "none"
+  qk_norm: str = "none"  # "head": each head by itself (Qwen3); "all": all together (Olmo 3)
   qkv_bias: bool = False  # Qwen2
   norm_placement: str = "pre"  # "pre": x + f(norm(x));  "post": x + norm(f(x)) (Olmo 3)
   tied: bool = False  # the output matrix is the transposed embedding
@@ -92,23 +133,6 @@ class ModelConfig:
       raise ValueError(f"model.sliding_window={self.sliding_window!r} while some layers slide")
 
 
-# What the four architectures fix without writing it in config.json.
-FAMILIES = {
-  "qwen2": dict(qkv_bias=True),
-  "qwen3": dict(qk_norm="head"),
-  "llama": dict(),
-  "olmo3": dict(qk_norm="all", norm_placement="post"),
-}
-ARCHITECTURES = {
-  "qwen2": "Qwen2ForCausalLM",
-  "qwen3": "Qwen3ForCausalLM",
-  "llama": "LlamaForCausalLM",
-  "olmo3": "Olmo3ForCausalLM",
-}
-# transformers' default where the file is silent, else 1e-6
-_EPS = {"olmo3": 1e-5}
-_THETA = {"olmo3": 500000.0}  # likewise, else 10000
-_HEAD_DIM = {"qwen3": 128}  # likewise, else width / heads
 # Named shapes, for planning without a checkpoint; a run reads the checkpoint's own config.json.
 _QWEN3 = dict(
   family="qwen3",
@@ -142,6 +166,7 @@ PRESETS = {
     max_positions=65536,
   ),
 }
+
 # Fields that would change the output, with the only values that mean "absent".
 _ABSENT = {
   "hidden_act": ("silu", "swish"),
@@ -157,6 +182,8 @@ _ABSENT = {
   "attn_logit_softcapping": (None,),
   "final_logit_softcapping": (None,),
 }
+
+# Settings that each rope_type reads.
 _ROPE_KEYS = {
   "default": {"rope_theta"},
   "llama3": {
@@ -179,186 +206,193 @@ _ROPE_KEYS = {
   },
 }
 
+# Sizes without a default.
+_REQUIRED = (
+  "vocab_size",
+  "hidden_size",
+  "num_hidden_layers",
+  "num_attention_heads",
+  "intermediate_size",
+)
+
 
 def from_hf(
   hf: dict[str, Any], *, dtype: str = "float32", param_dtype: str = "float32"
 ) -> ModelConfig:
-  """The content of a config.json -> ModelConfig."""
-  family = hf.get("model_type")
-  if family not in FAMILIES:
-    raise ValueError(f"model_type={family!r} is not supported; choose from {list(FAMILIES)}")
-  for field, absent in _ABSENT.items():
-    if hf.get(field, absent[0]) not in absent:
-      raise ValueError(
-        f"{field}={hf[field]!r} is not supported for model_type={family!r} (only {absent[0]!r})"
-      )
-  missing = [
-    k
-    for k in (
-      "vocab_size",
-      "hidden_size",
-      "num_hidden_layers",
-      "num_attention_heads",
-      "intermediate_size",
-    )
-    if hf.get(k) is None
-  ]
-  if missing:
-    raise ValueError(f"config.json lacks {missing[0]}")
+  """Translates the content of a config.json; `dtype`, `param_dtype`: see ModelConfig."""
+  name = hf.get("model_type")
+  if name not in FAMILIES:
+    raise ValueError(f"model_type={name!r} is not supported; choose from {list(FAMILIES)}")
+  family = FAMILIES[name]
+  _check_supported(hf, name)
 
-  layers, heads, width = hf["num_hidden_layers"], hf["num_attention_heads"], hf["hidden_size"]
-  rope, sliding_rope = _ropes_from_hf(hf, family)
-  sliding = _sliding_from_hf(hf, family, layers)
-  eos = hf.get("eos_token_id")
+  rope, sliding_rope = _ropes_from_hf(hf, name)
+  heads = hf["num_attention_heads"]
+  sliding = _sliding_from_hf(hf, name)
+  windows = {}
+  if any(sliding):
+    window = hf.get("sliding_window", 4096)
+    windows = dict(sliding=sliding, sliding_window=window, sliding_rope=sliding_rope)
   return ModelConfig(
-    family=family,
+    family=name,
     vocab=hf["vocab_size"],
-    width=width,
-    layers=layers,
+    width=hf["hidden_size"],
+    layers=hf["num_hidden_layers"],
     heads=heads,
     kv_heads=hf.get("num_key_value_heads") or heads,
-    head_dim=hf.get("head_dim") or _HEAD_DIM.get(family) or width // heads,
+    head_dim=hf.get("head_dim") or family.head_dim or hf["hidden_size"] // heads,
     ff_width=hf["intermediate_size"],
-    norm_eps=hf.get("rms_norm_eps", _EPS.get(family, 1e-6)),
+    norm_eps=hf.get("rms_norm_eps", family.norm_eps),
     rope=rope,
-    sliding_rope=sliding_rope if any(sliding) else None,
-    sliding_window=hf.get("sliding_window", 4096) if any(sliding) else None,
-    sliding=sliding,
+    qk_norm=family.qk_norm,
+    qkv_bias=family.qkv_bias,
+    norm_placement=family.norm_placement,
     tied=bool(hf.get("tie_word_embeddings", False)),
     dtype=dtype,
     param_dtype=param_dtype,
-    max_positions=hf.get(
-      "max_position_embeddings", 2048 if family in ("llama", "olmo3") else 32768
-    ),
+    max_positions=hf.get("max_position_embeddings", family.max_positions),
     bos_id=hf.get("bos_token_id"),
     pad_id=hf.get("pad_token_id"),
-    eos_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
-    **FAMILIES[family],
+    eos_ids=_eos_ids(hf),
+    **windows,
   )
 
 
-def _sliding_from_hf(hf: dict, family: str, layers: int) -> tuple[bool, ...]:
-  """Which layers slide; () when none does."""
-  if family == "llama" or (family != "olmo3" and not hf.get("use_sliding_window", False)):
-    types = ["full_attention"] * layers
-    if any(t != "full_attention" for t in hf.get("layer_types") or types):
+def _check_supported(hf: dict, name: str) -> None:
+  """Raises ValueError for a setting that is not implemented, or a size that is missing."""
+  for field, absent in _ABSENT.items():
+    if hf.get(field, absent[0]) not in absent:
       raise ValueError(
-        f"layer_types={hf['layer_types']} asks for windows, but model_type={family!r} has none"
-        if family == "llama"
-        else "layer_types asks for windows while use_sliding_window is false"
+        f"{field}={hf[field]!r} is not supported for model_type={name!r} (only {absent[0]!r})"
       )
-  elif hf.get("layer_types") is not None:
-    types = hf["layer_types"]
-  elif family == "olmo3":
+  for field in _REQUIRED:
+    if hf.get(field) is None:
+      raise ValueError(f"config.json lacks {field}")
+
+
+def _eos_ids(hf: dict) -> tuple[int, ...]:
+  eos = hf.get("eos_token_id")
+  if eos is None:
+    return ()
+  return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+
+
+def _sliding_from_hf(hf: dict, name: str) -> tuple[bool, ...]:
+  """Tells which layers slide; () when none does."""
+  windows, layers, types = FAMILIES[name].windows, hf["num_hidden_layers"], hf.get("layer_types")
+  if windows == "optional" and not hf.get("use_sliding_window", False):
+    if any(t != "full_attention" for t in types or ()):
+      raise ValueError("layer_types asks for windows while use_sliding_window is false")
+    return ()
+  if windows == "never":
+    if any(t != "full_attention" for t in types or ()):
+      raise ValueError(f"layer_types={types} asks for windows, but model_type={name!r} has none")
+    return ()
+  if types is None and windows == "always":
     types = ["full_attention" if i % 4 == 3 else "sliding_attention" for i in range(layers)]
-  else:
+  elif types is None:
     first = hf.get("max_window_layers", 28)
     types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
   unknown = set(types) - {"full_attention", "sliding_attention"}
   if unknown or len(types) != layers:
     raise ValueError(
-      f"layer_types={types} is not supported: {layers} entries of full_attention or sliding_attention"
+      f"layer_types={types} is not supported: {layers} entries of full_attention or "
+      "sliding_attention"
     )
   sliding = tuple(t == "sliding_attention" for t in types)
   return sliding if any(sliding) else ()
 
 
-def _ropes_from_hf(hf: dict, family: str) -> tuple[Rope, Rope | None]:
-  """Rotary settings of the full layers, and of the sliding layers where the family lets them differ."""
-  positions = hf.get("max_position_embeddings", 2048 if family in ("llama", "olmo3") else 32768)
-  theta = hf.get("rope_theta", None)
+def _ropes_from_hf(hf: dict, name: str) -> tuple[Rope, Rope | None]:
+  """Returns the rotary settings of the full layers, and of the sliding ones if they may differ.
+
+  ValueError where the spellings that the file uses disagree.
+  """
+  theta = hf.get("rope_theta")
   new, old = hf.get("rope_parameters"), hf.get("rope_scaling")
   nested = isinstance(new, dict) and ("full_attention" in new or "sliding_attention" in new)
-  if nested and family != "olmo3":
-    raise ValueError(f"rope_parameters by layer type are not supported for model_type={family!r}")
-  if family == "olmo3" and new and not nested:
+  by_layer_type = FAMILIES[name].rope_by_layer_type
+  if nested and not by_layer_type:
+    raise ValueError(f"rope_parameters by layer type are not supported for model_type={name!r}")
+  if by_layer_type and new and not nested:
     raise ValueError(
-      "rope_parameters of olmo3 must be given by layer type: full_attention, sliding_attention"
+      f"rope_parameters of {name} must be given by layer type: full_attention, sliding_attention"
     )
-
-  def build(settings, where):
-    settings = dict(settings or {})
-    if settings.get("rope_theta") is None:
-      settings["rope_theta"] = _THETA.get(family, 10000.0) if theta is None else theta
-    return _rope_from_hf(settings, positions, hf.get("original_max_position_embeddings"), where)
-
-  if family == "olmo3":
-    by_type = new or {}
-    candidates = []
-    if by_type or old is None:
-      candidates.append(
-        (
-          build(by_type.get("full_attention"), "rope_parameters.full_attention"),
-          build(by_type.get("sliding_attention"), "rope_parameters.sliding_attention"),
-        )
-      )
-    if old is not None:
-      both = dict(by_type.get("full_attention") or {}) | dict(old)
-      candidates.append(
-        (
-          build(both, "rope_scaling"),
-          build(by_type.get("sliding_attention"), "rope_parameters.sliding_attention"),
-        )
-      )
-    for full, _ in candidates:
-      # transformers reads it from the wrong level and so ignores it: nobody knows what is meant
-      if not full.truncate:
-        raise ValueError("rope truncate=False is not supported for model_type='olmo3'")
-  else:
-    candidates = [
-      (build(s, where), None) for s, where in ((new, "rope_parameters"), (old, "rope_scaling")) if s
-    ]
-    candidates = candidates or [(build(None, "rope_theta"), None)]
-  if any(c != candidates[0] for c in candidates):
+  spellings = _nested_spellings(hf, name) if by_layer_type else _flat_spellings(hf, name)
+  if any(spelling != spellings[0] for spelling in spellings):
     raise ValueError(f"rope_scaling={old} and rope_parameters={new} disagree")
-  if theta is not None and candidates[0][0].theta != theta:
+  if theta is not None and spellings[0][0].theta != theta:
     raise ValueError(f"rope_theta={theta} and rope_parameters={new} disagree")
-  return candidates[0]
+  return spellings[0]
 
 
-def _rope_from_hf(settings: dict, positions: int, outer_original: int | None, where: str) -> Rope:
+def _flat_spellings(hf: dict, name: str) -> list[tuple[Rope, None]]:
+  """Reads the one group of rotary settings in each spelling that the file uses."""
+  used = [where for where in ("rope_parameters", "rope_scaling") if hf.get(where)]
+  if not used:
+    return [(_rope_from_hf(hf, name, None, "rope_theta"), None)]
+  return [(_rope_from_hf(hf, name, hf[where], where), None) for where in used]
+
+
+def _nested_spellings(hf: dict, name: str) -> list[tuple[Rope, Rope]]:
+  """Reads (full, sliding) rotary settings in each spelling that the file uses."""
+  by_type = hf.get("rope_parameters") or {}
+  scaling = hf.get("rope_scaling")
+  full_groups = []
+  if by_type or scaling is None:
+    full_groups.append((by_type.get("full_attention"), "rope_parameters.full_attention"))
+  if scaling is not None:
+    full_groups.append((dict(by_type.get("full_attention") or {}) | dict(scaling), "rope_scaling"))
+  spellings = []
+  for settings, where in full_groups:
+    full = _rope_from_hf(hf, name, settings, where)
+    sliding_where = "rope_parameters.sliding_attention"
+    sliding = _rope_from_hf(hf, name, by_type.get("sliding_attention"), sliding_where)
+    spellings.append((full, sliding))
+  # transformers reads truncate from the wrong level and so ignores it: nobody knows what is meant
+  if not all(full.truncate for full, _ in spellings):
+    raise ValueError(f"rope truncate=False is not supported for model_type={name!r}")
+  return spellings
+
+
+def _rope_from_hf(hf: dict, name: str, settings: dict | None, where: str) -> Rope:
+  """Translates one group of rotary settings; `where` names the group in errors."""
+  settings = dict(settings or {})
   kind = settings.get("rope_type", settings.get("type", "default"))
   if kind not in _ROPE_KEYS:
     raise ValueError(f"{where}.rope_type={kind!r} is not supported; choose from {list(_ROPE_KEYS)}")
   given = {k: v for k, v in settings.items() if k not in ("rope_type", "type") and v is not None}
-  if given.pop("partial_rotary_factor", 1) != 1:
-    raise ValueError(
-      f"{where}.partial_rotary_factor={settings['partial_rotary_factor']!r} is not supported (only 1)"
-    )
+  partial = given.pop("partial_rotary_factor", 1)
+  if partial != 1:
+    raise ValueError(f"{where}.partial_rotary_factor={partial!r} is not supported (only 1)")
   unknown = sorted(set(given) - _ROPE_KEYS[kind])
   if unknown and kind != "default":  # without scaling, leftovers such as a factor mean nothing
     raise ValueError(
       f"{where}.{unknown[0]}={given[unknown[0]]!r} is not supported for rope_type={kind!r}"
     )
-  theta = float(given["rope_theta"])
+  theta = given.get("rope_theta", hf.get("rope_theta"))
+  theta = float(FAMILIES[name].rope_theta if theta is None else theta)
   if kind == "default":
     return Rope(theta)
+
+  outer_original = hf.get("original_max_position_embeddings")
   if outer_original is not None:  # transformers lets it win, and only sometimes
     raise ValueError(
       f"original_max_position_embeddings={outer_original} outside {where} is not supported"
     )
+  positions = hf.get("max_position_embeddings", FAMILIES[name].max_positions)
   original = int(given.get("original_max_position_embeddings", positions))
-  required = ["factor"] + ["low_freq_factor", "high_freq_factor"] * (kind == "llama3")
+  required = ["factor"]
+  if kind == "llama3":
+    required += ["low_freq_factor", "high_freq_factor"]
   for key in required:
     if key not in given:
       raise ValueError(f"{where} lacks {key}, which rope_type={kind!r} needs")
+
   factor = float(given["factor"])
   if kind == "llama3":
-    return Rope(
-      theta,
-      kind,
-      factor,
-      original,
-      float(given["low_freq_factor"]),
-      float(given["high_freq_factor"]),
-    )
-
-  def mscale(scale):
-    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-  attention = given.get("attention_factor")
-  if attention is None and given.get("mscale") and given.get("mscale_all_dim"):
-    attention = mscale(given["mscale"]) / mscale(given["mscale_all_dim"])
+    low, high = float(given["low_freq_factor"]), float(given["high_freq_factor"])
+    return Rope(theta, kind, factor, original, low, high)
   return Rope(
     theta,
     kind,
@@ -367,18 +401,30 @@ def _rope_from_hf(settings: dict, positions: int, outer_original: int | None, wh
     beta_fast=float(given.get("beta_fast") or 32),
     beta_slow=float(given.get("beta_slow") or 1),
     truncate=bool(given.get("truncate", True)),
-    attention_factor=mscale(1) if attention is None else float(attention),
+    attention_factor=_yarn_attention_factor(given, factor),
   )
 
 
+def _yarn_attention_factor(given: dict, factor: float) -> float:
+  """Returns the factor of cos and sin; where it is not given, from mscale and mscale_all_dim."""
+
+  def mscale(scale):
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+  if given.get("attention_factor") is not None:
+    return float(given["attention_factor"])
+  if given.get("mscale") and given.get("mscale_all_dim"):
+    return float(mscale(given["mscale"]) / mscale(given["mscale_all_dim"]))
+  return mscale(1)
+
+
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-  """ModelConfig -> the content of a config.json, in both rotary spellings so that old and new readers agree."""
+  """Returns the content of a config.json, with both rotary spellings for old and new readers."""
+  family = FAMILIES[config.family]
   rope = _rope_to_hf(config.rope)
-  sliding = config.sliding or (False,) * config.layers
-  types = ["sliding_attention" if s else "full_attention" for s in sliding]
-  eos = list(config.eos_ids)
+  eos_ids = list(config.eos_ids)
   hf = {
-    "architectures": [ARCHITECTURES[config.family]],
+    "architectures": [family.architecture],
     "model_type": config.family,
     "vocab_size": config.vocab,
     "hidden_size": config.width,
@@ -396,26 +442,30 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     "rope_parameters": rope,
     "attention_dropout": 0.0,
     "bos_token_id": config.bos_id,
-    "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+    "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids or None,
     "pad_token_id": config.pad_id,
     "dtype": config.param_dtype,
     "torch_dtype": config.param_dtype,
   }
   if config.rope.kind != "default":
     hf["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-  if config.family == "olmo3":
+  if family.rope_by_layer_type:
     hf["rope_parameters"] = {
       "full_attention": rope,
       "sliding_attention": _rope_to_hf(config.sliding_rope or config.rope),
     }
-  if config.family != "llama":
-    hf |= {"layer_types": types, "sliding_window": config.sliding_window}
-  if config.family in ("qwen2", "qwen3"):
-    hf |= {"use_sliding_window": any(sliding), "max_window_layers": config.layers}
+  if family.windows != "never":
+    sliding = config.sliding or (False,) * config.layers
+    hf["layer_types"] = ["sliding_attention" if s else "full_attention" for s in sliding]
+    hf["sliding_window"] = config.sliding_window
+  if family.windows == "optional":
+    hf["use_sliding_window"] = any(config.sliding)
+    hf["max_window_layers"] = config.layers
   return hf
 
 
 def _rope_to_hf(rope: Rope) -> dict[str, Any]:
+  """Returns the settings of one rotary embedding in transformers 5's spelling."""
   hf = {"rope_type": rope.kind, "rope_theta": rope.theta}
   if rope.kind != "default":
     hf |= {"factor": rope.factor, "original_max_position_embeddings": rope.original_positions}
