@@ -544,7 +544,7 @@ def test_no_copy_is_left_behind(monkeypatch):
 
   def left(end):
     """What there is once a process that has made a directory has come to this end."""
-    begin = "import os, signal; from sdpo_jax.envs import jail_worker; stage = jail_worker.StageDirectory(); "
+    begin = "import os, signal; from sdpo_jax.sandbox import jail_worker; stage = jail_worker.StageDirectory(); "
     subprocess.run(
       [sys.executable, "-c", begin + end], env=os.environ | {"TMPDIR": str(directory)}, check=False
     )

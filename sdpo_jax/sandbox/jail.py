@@ -13,28 +13,28 @@ Into `result` it writes JSON: {"value": v} | {"error": [type, message, line]} | 
 Needs nothing but the standard library. End of file on the socket (the host died) ends everything.
 """
 
+import os
+import sys
+
+# Modules ask to be called after every fork (threading renews its locks, random its seed). That is
+# a third of a short test's time, and needless in a process that forks with one thread and seeds
+# for itself. So this line stands before the imports below.
+os.register_at_fork = lambda **_: None
+
 import array
 import ctypes
 import gc
 import io
 import json
 import mmap
-import os
 import resource
 import select
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 import types
-
-# Modules ask to be called after every fork (threading renews its locks, random its seed): a third
-# of a short test's time,
-# and needless in a process that forks with one thread and seeds for itself.
-os.register_at_fork = lambda **_: None
-
 
 JOB = struct.Struct("=ddQQB")  # CPU seconds, wall seconds, memory bytes, output bytes, mode
 
@@ -43,6 +43,9 @@ DONE = struct.Struct("=iBddQ")
 
 
 STDIN, FUNCTION, EXPRESSION = 0, 1, 2
+
+
+SELF = 0x7ABCDEF1  # where the filter has the number of the process that installs it
 
 
 RESULT_FD = 3
@@ -327,7 +330,7 @@ def _child(fds, cpu_s, memory, output, mode, name, config, seccomp):
     if limit >= 0:
       setrlimit(which, (limit, limit))
   if seccomp:
-    own = seccomp.replace(struct.pack("<I", 0x7ABCDEF1), struct.pack("<I", os.getpid()))
+    own = seccomp.replace(struct.pack("<I", SELF), struct.pack("<I", os.getpid()))
     prog = _SockFprog(len(own) // 8, ctypes.cast(ctypes.c_char_p(own), ctypes.c_void_p))
     if _libc.prctl(_PR_SET_SECCOMP, 2, ctypes.byref(prog), 0, 0) != 0:
       os._exit(126)
