@@ -13,13 +13,12 @@ import zlib
 
 import pytest
 
-from sdpo_jax.envs.coding import (
-  Coding,
-  extract,
+from sdpo_jax.envs.coding import Coding, extract
+from sdpo_jax.envs.coding_rows import (
   humaneval_task,
   livecodebench_task,
   mbpp_task,
-  task_from_row,
+  plain_task,
   tests_from_asserts,
 )
 from sdpo_jax.records import Status
@@ -84,7 +83,7 @@ def test_extract(name):
 def test_wrong_form_is_told(sandbox, response, says):
   program, fault = extract(response)
   assert program == "" and says in fault
-  task = task_from_row(
+  task = plain_task(
     {"id": 1, "question": "Double.", "fn_name": "twice", "tests": [{"input": "1", "output": "2"}]},
     "train",
   )
@@ -95,7 +94,7 @@ def test_wrong_form_is_told(sandbox, response, says):
 
 def test_judge_and_prompt(sandbox):
   env = Coding(sandbox=sandbox, time_s=0.5)
-  task = task_from_row(
+  task = plain_task(
     {
       "id": "a",
       "question": "Double the number.",
@@ -343,7 +342,7 @@ def test_a_program_cannot_decide_its_tests(sandbox):
 )
 def test_bad_rows_are_named(row):
   with pytest.raises(ValueError, match=f"split train, row {row.get('id')}"):
-    task_from_row(row, "train")
+    plain_task(row, "train")
 
 
 # MBPP: every solution passes, every mutant that fails in plain CPython fails with the same kind.

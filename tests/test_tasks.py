@@ -11,7 +11,7 @@ import pytest
 from sdpo_jax import main
 from sdpo_jax.data.tasks import RowEnv, TaskStream, check_sources, first_tasks, with_rows
 from sdpo_jax.envs.base import ENVS, make_env
-from sdpo_jax.envs.coding import mbpp_task
+from sdpo_jax.envs.coding_rows import mbpp_task
 from sdpo_jax.envs.math_qa import MathQA
 from sdpo_jax.envs.tinycode import TinyCode
 from sdpo_jax.records import Feedback

@@ -1,0 +1,424 @@
+"""Makes code tasks from the rows of LiveCodeBench, HumanEval, MBPP and a plain form of our own.
+
+Nothing here runs anything of a row.
+
+* Private tests of LiveCodeBench are pickles, of which the one string is read and nothing is
+  executed.
+* An assert becomes an expression, which the jail evaluates, and a literal, which stays on the
+  host.
+* An assert that cannot be split so makes its row a bad one; a comparison of two calls is an
+  example. In the jail the program could decide it, by an `__eq__` or a `bool` of its own.
+
+Errors: a row that cannot be used is a ValueError, or what reading a missing field raises.
+"""
+
+import ast
+import base64
+import json
+import pickletools
+import random
+import re
+import sys
+import textwrap
+import zlib
+
+from sdpo_jax.records import Task
+from sdpo_jax.sandbox import TestCase, check_tests
+
+MAX_PRIVATE_BYTES = 1 << 30  # of one question's decoded private tests
+# The opcodes of a pickle that holds one string.
+_STRING_PICKLE = {
+  "PROTO",
+  "FRAME",
+  "UNICODE",
+  "SHORT_BINUNICODE",
+  "BINUNICODE",
+  "BINUNICODE8",
+  "MEMOIZE",
+  "PUT",
+  "BINPUT",
+  "STOP",
+}
+# Syntax that `_literal_value` computes on the host, over numbers alone.
+_ARITHMETIC = (
+  ast.Constant,
+  ast.BinOp,
+  ast.UnaryOp,
+  ast.Add,
+  ast.Sub,
+  ast.Mult,
+  ast.Div,
+  ast.UAdd,
+  ast.USub,
+)
+# Functions of one literal that `_literal_value` computes on the host.
+_OF_LITERAL = {"set": set, "tuple": tuple, "sys.getsizeof": sys.getsizeof}
+
+
+def is_livecodebench(row: dict) -> bool:
+  """Tells whether a row is one of LiveCodeBench."""
+  return "question_content" in row
+
+
+def task_from_row(row: dict, split: str) -> Task:
+  """Reads a row of any of the sets, which are told apart by their fields."""
+  if is_livecodebench(row):
+    return livecodebench_task(row, split)
+  if "test_list" in row:
+    return mbpp_hub_task(row, split)
+  if "canonical_solution" in row:
+    is_humaneval = str(row["task_id"]).startswith("HumanEval")
+    return humaneval_task(row, split) if is_humaneval else mbpp_task(row, split)
+  return plain_task({"id": row["idx"]} | row, split)
+
+
+def plain_task(row: dict, split: str) -> Task:
+  """Reads a row {id, question, tests: [{input, output}], fn_name?, starter?, solution?}."""
+  try:
+    tests = [dict(test) for test in row["tests"]]
+    if not tests:
+      raise ValueError("no tests")
+    check_tests([TestCase(**test) for test in tests], row.get("fn_name"))
+    return Task(
+      id=str(row["id"]),
+      prompt=row["question"],
+      split=split,
+      solution=row.get("solution"),
+      data={"tests": tests, "fn_name": row.get("fn_name"), "starter": row.get("starter")},
+    )
+  except (KeyError, TypeError, ValueError) as e:
+    raise ValueError(
+      f"code tasks, split {split}, row {row.get('id')}: {type(e).__name__} {e}"
+    ) from e
+
+
+# LiveCodeBench.
+
+
+def livecodebench_task(row: dict, split: str, *, seed: int = 0) -> Task:
+  """Reads a row of LiveCodeBench's code_generation_lite.
+
+  Split "train" gets a random half of the tests, as in the SDPO paper; other splits get all.
+  """
+  try:
+    public = json.loads(row["public_test_cases"])
+    tests = [_livecodebench_test(test, hidden=False) for test in public]
+    private = _private_tests(row["private_test_cases"])
+    tests += [_livecodebench_test(test, hidden=True) for test in private]
+    if split == "train":
+      rng = random.Random(f"{seed}/{row['question_id']}")
+      chosen = rng.sample(range(len(tests)), max(1, len(tests) // 2))
+      tests = [tests[i] for i in sorted(chosen)]
+    fn_name = json.loads(row["metadata"] or "{}").get("func_name")
+    plain = {
+      "id": row["question_id"],
+      "question": row["question_content"],
+      "tests": tests,
+      "fn_name": fn_name,
+      "starter": row["starter_code"],
+    }
+    return plain_task(plain, split)
+  except (KeyError, TypeError, ValueError, zlib.error) as e:
+    raise ValueError(
+      f"LiveCodeBench, split {split}, row {row.get('question_id')}: {type(e).__name__} {e}"
+    ) from e
+
+
+def _livecodebench_test(test: dict, *, hidden: bool) -> dict:
+  return {"input": test["input"], "output": test["output"], "hidden": hidden}
+
+
+def _private_tests(field: str) -> list[dict]:
+  """Decodes JSON, or base64 of zlib of a pickle of one string of JSON.
+
+  That string is read off the pickle's opcodes: unpickling would execute what the row says.
+  """
+  try:
+    return json.loads(field)
+  except ValueError:
+    pass
+  inflate = zlib.decompressobj()
+  data = inflate.decompress(base64.b64decode(field), MAX_PRIVATE_BYTES)
+  if not inflate.eof:
+    raise ValueError(f"private tests are truncated or above {MAX_PRIVATE_BYTES} bytes")
+  operations = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(data)]
+  strings = [argument for name, argument in operations if "UNICODE" in name]
+  if len(strings) != 1 or not {name for name, _ in operations} <= _STRING_PICKLE:
+    raise ValueError("private tests are a pickle of something else than one string")
+  return json.loads(strings[0])
+
+
+# HumanEval and MBPP, whose tests are asserts.
+
+
+def humaneval_task(row: dict, split: str) -> Task:
+  """Reads a row of HumanEval: a program's beginning, and the asserts of `check(candidate)`."""
+  return _assert_task(
+    row,
+    split,
+    fn_name=row["entry_point"],
+    question="Complete this function.",
+    starter=row["prompt"],
+    solution=row["prompt"] + row["canonical_solution"],
+  )
+
+
+def mbpp_task(row: dict, split: str) -> Task:
+  """Reads a row of MBPP sanitized in HumanEval's form.
+
+  Bodies indent by two or four, so the docstring is left out of the solution.
+  `entry_point` is the first function, which need not be the one that the asserts call.
+  """
+  head, description, _ = row["prompt"].split("'''")
+  return _mbpp_task(
+    row,
+    split,
+    description=description,
+    solution=head.rstrip() + "\n" + row["canonical_solution"],
+    check=row["test"],
+    entry_point=row["entry_point"],
+  )
+
+
+def mbpp_hub_task(row: dict, split: str) -> Task:
+  """Reads a row of MBPP as the hub has it, where `test_list` holds the asserts.
+
+  The question is `prompt` in the sanitized set and `text` in the full one.
+  """
+  if (row.get("test_setup_code") or "").strip():
+    raise ValueError("field 'test_setup_code' is not empty: tests that need it are not supported")
+  asserts = textwrap.indent("\n".join(row["test_list"]), "  ")
+  task = _mbpp_task(
+    row | {"task_id": f"MBPP/{row['task_id']}"},
+    split,
+    description=row.get("prompt") or row["text"],
+    solution=row["code"].replace("\r\n", "\n"),
+    check=f"def check(candidate):\n{asserts}",
+    entry_point=None,
+  )
+  imported = _words(row.get("test_imports") or []) - {"import", "from", "as"}
+  # Most rows import math for `isclose`, which the host compares: it stands in no expression.
+  used = imported & _words(test["expression"] for test in task.data["tests"])
+  if used:
+    raise ValueError(f"field 'test_imports': the tests use {sorted(used)}, which is not supported")
+  return task
+
+
+def _words(texts) -> set[str]:
+  """The words of Python source, names and numbers alike."""
+  return {word for text in texts for word in re.findall(r"\w+", text)}
+
+
+def _mbpp_task(row, split, *, description, solution, check, entry_point) -> Task:
+  """Makes a task whose question names the function that the asserts of `check` call.
+
+  The question also shows the first assert: it says which arguments the function takes.
+  """
+  try:
+    tree = ast.parse(check)
+  except SyntaxError as e:
+    raise ValueError(f"the asserts are not Python: {e}") from e
+  calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+  called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+  defined = re.findall(r"^def +(\w+)", solution, re.MULTILINE)
+  fn_name = next((name for name in defined if name in called), entry_point)
+  if fn_name is None:
+    raise ValueError(f"the tests call none of the functions {defined} of the solution")
+  lines = [line.strip() for line in check.split("\n")]
+  example = next((line for line in lines if line.startswith("assert")), "")
+  return _assert_task(
+    row | {"test": check},
+    split,
+    fn_name=fn_name,
+    question=f"{description.strip()}\n\nFor example:\n{example}",
+    starter=None,
+    solution=solution,
+  )
+
+
+def _assert_task(row, split, *, fn_name, question, starter, solution) -> Task:
+  try:
+    plain = {
+      "id": row["task_id"],
+      "question": question,
+      "tests": tests_from_asserts(row["test"], fn_name),
+      "fn_name": fn_name,
+      "starter": starter,
+      "solution": solution,
+    }
+    return plain_task(plain, split)
+  except (KeyError, SyntaxError, ValueError) as e:
+    raise ValueError(
+      f"asserts, split {split}, row {row.get('task_id')}: {type(e).__name__} {e}"
+    ) from e
+
+
+# Asserts as tests of expressions.
+
+
+def tests_from_asserts(source: str, fn_name: str) -> list[dict]:
+  """Turns the asserts of a function `check(candidate)` into tests of expressions.
+
+    f(x) == LITERAL             the expression f(x), expected LITERAL; also the other way round,
+                                and `is None`
+    set(f(x)) == set(LITERAL)   the expression set(f(x)), expected as a set
+    math.isclose(f(x), LITERAL, rel_tol=t), abs(f(x) - LITERAL) < t
+                                the expression f(x), within that tolerance
+    f(x) in LITERAL             the expression f(x), expected to be an element
+    f(x), not f(x)              the expression `not not f(x)`, expected True or False; no name in
+                                it but the function's decides
+    f(x) == f(x)                left out, as asserts without the function are: it holds whatever
+                                f is
+
+  A LITERAL may be arithmetic on numbers, a set or a tuple of a literal, or the size of one,
+  which the host computes.
+  ValueError for anything else: such a test has no literal answer. So it is if `check` holds
+  other statements, such as loops and assignments.
+
+  What remains to the program: names of an expression other than the function's (`set`,
+  `sorted`, `math`) are looked up beside it, so it may redefine them. It gains nothing that it
+  could not return, since the expected value is not there.
+  """
+  functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+  check = next((function for function in functions if function.name == "check"), None)
+  if check is None:
+    raise ValueError("the test defines no check(candidate)")
+  candidate = check.args.args[0].arg
+  tests = []
+  for statement in check.body:
+    if _says_nothing(statement):
+      continue
+    if not isinstance(statement, ast.Assert):
+      raise ValueError(
+        f"check holds a statement that is not an assert: {ast.unparse(statement)[:100]}"
+      )
+    for node in ast.walk(statement):
+      if isinstance(node, ast.Name) and node.id == candidate:
+        node.id = fn_name
+    if not _holds_always(statement.test):
+      tests.append(_expression_test(statement.test, fn_name))
+  # HumanEval has asserts of True.
+  tests = [test for test in tests if fn_name in test["expression"]]
+  if not tests:
+    raise ValueError("check holds no assert on the function")
+  return tests
+
+
+def _says_nothing(statement: ast.stmt) -> bool:
+  """Tells whether a statement is `pass`, a docstring or another constant."""
+  if isinstance(statement, ast.Expr):
+    return isinstance(statement.value, ast.Constant)
+  return isinstance(statement, ast.Pass)
+
+
+def _holds_always(condition: ast.expr) -> bool:
+  """Tells whether a condition is a constant, or compares an expression with itself."""
+  match condition:
+    case ast.Constant():
+      return True
+    case ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]):
+      return ast.dump(left) == ast.dump(right)
+  return False
+
+
+def _expression_test(condition: ast.expr, fn_name: str) -> dict:
+  """Splits an assert's condition into an expression and its literal; ValueError if it cannot."""
+  test = (
+    _comparison_test(condition)
+    or _truth_test(condition, fn_name)
+    or _difference_test(condition)
+    or _isclose_test(condition)
+  )
+  if test is None:
+    raise ValueError(f"an assert has no literal answer: {ast.unparse(condition)[:100]}")
+  return test
+
+
+def _comparison_test(condition: ast.expr) -> dict | None:
+  """Splits `f(x) == LITERAL`, `LITERAL == f(x)`, `f(x) is None` and `f(x) in LITERAL`."""
+  match condition:
+    case ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]):
+      for expression, literal in ((left, right), (right, left)):
+        value = _literal_value(literal)
+        if value is not None:
+          return {"expression": ast.unparse(expression), "output": value}
+    case ast.Compare(left=left, ops=[ast.Is()], comparators=[ast.Constant(value=None)]):
+      return {"expression": ast.unparse(left), "output": "None"}
+    case ast.Compare(left=left, ops=[ast.In()], comparators=[right]):
+      value = _literal_value(right)
+      if value is not None:
+        return {"expression": ast.unparse(left), "output": value, "compare": "in"}
+  return None
+
+
+def _truth_test(condition: ast.expr, fn_name: str) -> dict | None:
+  """Splits `f(x)` and `not f(x)`."""
+  expected = "True"
+  if isinstance(condition, ast.UnaryOp) and isinstance(condition.op, ast.Not):
+    condition = condition.operand
+    expected = "False"
+  match condition:
+    case ast.Call(func=ast.Name(id=name)) if name == fn_name:
+      return {"expression": f"not not {ast.unparse(condition)}", "output": expected}
+  return None
+
+
+def _difference_test(condition: ast.expr) -> dict | None:
+  """Splits `abs(f(x) - LITERAL) < t`."""
+  match condition:
+    case ast.Compare(
+      left=ast.Call(
+        func=ast.Name(id="abs"), args=[ast.BinOp(left=left, op=ast.Sub(), right=right)]
+      ),
+      ops=[ast.Lt() | ast.LtE()],
+      comparators=[bound],
+    ):
+      value = _literal_value(right)
+      tolerance = _literal_value(bound)
+      if value is not None and tolerance is not None:
+        return _close_to(left, value, {"rel_tol": 0.0, "abs_tol": float(tolerance)})
+  return None
+
+
+def _isclose_test(condition: ast.expr) -> dict | None:
+  """Splits `math.isclose(f(x), LITERAL, rel_tol=t)`."""
+  match condition:
+    case ast.Call(
+      func=ast.Attribute(value=ast.Name(id="math"), attr="isclose"),
+      args=[left, right],
+      keywords=keywords,
+    ):
+      value = _literal_value(right)
+      tolerances = {k.arg: float(_literal_value(k.value)) for k in keywords}
+      if value is not None:
+        return _close_to(left, value, tolerances)
+  return None
+
+
+def _close_to(expression: ast.expr, value: str, tolerances: dict[str, float]) -> dict:
+  test = {"expression": ast.unparse(expression), "output": value, "compare": "isclose"}
+  return test | tolerances
+
+
+def _literal_value(node: ast.expr) -> str | None:
+  """Returns an expression's value as a literal's text; None where it is no literal."""
+  try:
+    match node:
+      case ast.Call(func=ast.Name() | ast.Attribute() as function, args=[argument], keywords=[]):
+        apply = _OF_LITERAL.get(ast.unparse(function))
+        return repr(apply(ast.literal_eval(argument))) if apply else None
+    if isinstance(node, ast.BinOp) and _is_arithmetic(node):
+      return repr(eval(compile(ast.Expression(node), "<literal>", "eval"), {}))
+    return repr(ast.literal_eval(node))
+  except (ValueError, TypeError, ArithmeticError):
+    return None
+
+
+def _is_arithmetic(node: ast.expr) -> bool:
+  """Tells whether an expression holds numbers and + - * / alone, so that it may be evaluated."""
+  for part in ast.walk(node):
+    if not isinstance(part, _ARITHMETIC):
+      return False
+    if isinstance(part, ast.Constant) and type(part.value) not in (int, float):
+      return False
+  return True
