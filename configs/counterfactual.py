@@ -20,7 +20,7 @@ Cost:   TinyCode: 163 s (sdpo_extra) to 318 s (siblings) a run on one core of it
         (counterfactual_imagined), likewise; the last runs, beside a test run, up to 431 s. Coding and maths have not been measured.
 Result: No arm is shown to beat plain SDPO, in either domain. avg@4 over 100 questions a split, three seeds; in brackets 95 % intervals over the seeds (three are few: wide).
         Intervals of one run over its questions are about 9 points to either side. Last: thousands of generated tokens until the arm is, held-out, as good
-        as SDPO's last evaluation of the same seed (of as many as it generates), between evaluations. Every run: experiments/results/counterfactual/curves.json.
+        as SDPO's last evaluation of the same seed (of as many as it generates), between evaluations. Every run: results/counterfactual/curves.json.
         TinyCode, 45 to 46 thousand generated tokens (imagined 49 to 51); base model 41.0 %, 24.5 %, 33.3 %. Some runs decoded with the cache's axes in another
         order (the same mathematics).
                                 held-out             unseen               adversarial          as good as SDPO after
