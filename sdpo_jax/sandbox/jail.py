@@ -1,25 +1,37 @@
-"""The inside of the sandbox: a warm process that forks one child for each test. Runs as a script, never imported by the host.
+"""Runs inside the jail: a warm process that forks one child for each test.
 
-`python -S jail.py FD`: FD is one end of a SEQPACKET socket pair whose other end the host holds.
-First message: JSON, what to lock down (see `_lock_down`). Answer: JSON, what was achieved. After that, for each test:
+It is a script, `python -S jail.py FD`, that the host never imports. It needs nothing but the
+standard library. FD is one end of a SEQPACKET socket pair whose other end the host holds.
+The first message is JSON and says what to lock down (see `lock_down`); the answer is JSON and
+says what was achieved. After that, for each test:
 
-  host -> here   JOB struct, then the function's name (UTF-8); descriptors program, input, stdout, stderr, result
-  here -> host   DONE struct: wait status, killed by the watchdog, CPU seconds, wall seconds, largest resident size in KiB (0: killed)
+  host -> here   a JOB struct, then the function's name (UTF-8);
+                 descriptors: program, input, stdout, stderr, result
+  here -> host   a DONE struct: wait status, whether the watchdog killed the child,
+                 CPU seconds, wall seconds, largest resident size in KiB (0: killed)
 
-The warm process passes the descriptors on unread, so nothing of a test stays in it, and no test shares a process with another.
-The child takes limits, closes everything else, installs the system-call filter, and only then reads the program.
-Into `result` it writes JSON: {"value": v} | {"error": [type, message, line]} | {"format": why}.
+The warm process passes the descriptors on unread, so nothing of a test stays in it. No test
+shares a process with another. The child takes limits, closes everything else, installs the
+system-call filter, and only then reads the program. Into `result` it writes one JSON object:
 
-Needs nothing but the standard library. End of file on the socket (the host died) ends everything.
+  {"value": v}, {"error": [type, message, line]} or {"format": reason}
+
+End of file on the socket means that the host died, and ends everything.
 """
 
 import os
 import sys
 
-# Modules ask to be called after every fork (threading renews its locks, random its seed). That is
-# a third of a short test's time, and needless in a process that forks with one thread and seeds
-# for itself. So this line stands before the imports below.
-os.register_at_fork = lambda **_: None
+
+def _ignore_hooks(**_):
+  """Stands in for os.register_at_fork, by which modules ask to be called after every fork.
+
+  threading renews its locks then, random its seed. That is a third of a short test's time, and
+  needless in a process that forks with one thread and seeds for itself.
+  """
+
+
+os.register_at_fork = _ignore_hooks  # before the imports below, which would register theirs
 
 import array
 import ctypes
@@ -35,91 +47,75 @@ import struct
 import threading
 import time
 import types
+import typing
 
-JOB = struct.Struct("=ddQQB")  # CPU seconds, wall seconds, memory bytes, output bytes, mode
-
-
+# The host's jail_worker.py and jail_filter.py hold these too; tests/test_sandbox_jail.py compares.
+JOB = struct.Struct("=ddQQB")  # the numbers of a `Job`
 DONE = struct.Struct("=iBddQ")
-
-
-STDIN, FUNCTION, EXPRESSION = 0, 1, 2
-
-
+STDIN, FUNCTION, EXPRESSION = 0, 1, 2  # modes
 SELF = 0x7ABCDEF1  # where the filter has the number of the process that installs it
 
-
 RESULT_FD = 3
-
-
-RESERVE_BYTES = 4 << 20  # given back when memory runs out, so that the error can still be told
-
+PROGRAM_FD = 62  # until the program is read
+MAX_OPEN_FILES = 64
+MAX_PROCESSES = 64
+RESERVE_BYTES = 4 << 20  # given back when memory runs out, so that the error can still be reported
+# without it every thread reserves as much as the main stack, and a few exhaust the memory limit
+THREAD_STACK_BYTES = 16 << 20
+UNREADABLE_ADDRESS_SPACE = 256 << 20  # bytes, where /proc does not say
 
 MAX_DEPTH = 100  # of a returned value
-
-
 MAX_BITS = 14_000  # of a returned integer: Python writes and reads 4300 decimal digits
 
-
-MAX_OPEN_FILES = 64
-
-
-MAX_PROCESSES = 64
-
-
-# else every thread reserves as much as the main stack, and a few exhaust the memory limit
-THREAD_STACK = 16 << 20
-
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+_SECCOMP_MODE_FILTER = 2
+_LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
+_READ_FILE, _READ_DIR = 4, 8  # Landlock's access rights
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
-
-
 class _SockFprog(ctypes.Structure):
+  """The kernel's `struct sock_fprog`: a filter and its number of instructions."""
+
   _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
 
 
-def _check(code, what):
-  if code < 0:
-    number = ctypes.get_errno()
-    raise OSError(number, f"{what}: {os.strerror(number)}")
-  return code
+class Job(typing.NamedTuple):
+  """What the host asks of one child, in the order of JOB."""
+
+  cpu_s: float
+  wall_s: float
+  memory: int  # bytes
+  output: int  # bytes of each file
+  mode: int
+
+
+class Warm(typing.NamedTuple):
+  """What the warm process has ready for each child."""
+
+  seccomp: bytes  # the filter with SELF in it; empty: none
+  reserve: mmap.mmap  # memory to give back when it runs out
+  address_space: int  # bytes that the bare interpreter maps
+  processes: int  # RLIMIT_NPROC
 
 
 # What LeetCode's and LiveCodeBench's graders give a function without an import, less names that
 # programs like to give variables.
-GIVEN = {
-  name: module
-  for module, names in {
-    "typing": "Any Callable DefaultDict Deque Dict Iterable Iterator List Optional Sequence Set Tuple Union",
-    "collections": "Counter OrderedDict defaultdict deque namedtuple",
-    "functools": "cache cmp_to_key lru_cache reduce partial",
-    "heapq": "heapify heappop heappush heappushpop heapreplace nlargest nsmallest",
-    "bisect": "bisect bisect_left bisect_right insort",
-    "itertools": "accumulate chain combinations groupby pairwise permutations product zip_longest",
-    "math": "ceil comb floor gcd inf isqrt lcm sqrt",
-  }.items()
-  for name in names.split()
+_GIVEN_NAMES = {
+  "typing": "Any Callable DefaultDict Deque Dict Iterable Iterator List Optional Sequence "
+  "Set Tuple Union",
+  "collections": "Counter OrderedDict defaultdict deque namedtuple",
+  "functools": "cache cmp_to_key lru_cache reduce partial",
+  "heapq": "heapify heappop heappush heappushpop heapreplace nlargest nsmallest",
+  "bisect": "bisect bisect_left bisect_right insort",
+  "itertools": "accumulate chain combinations groupby pairwise permutations product zip_longest",
+  "math": "ceil comb floor gcd inf isqrt lcm sqrt",
 }
-
-
-GIVEN_MODULES = {
-  "bisect",
-  "collections",
-  "functools",
-  "heapq",
-  "itertools",
-  "json",
-  "math",
-  "operator",
-  "random",
-  "re",
-  "string",
-  "sys",
-}
-
-
+GIVEN = {name: module for module, names in _GIVEN_NAMES.items() for name in names.split()}
+GIVEN_MODULES = set(
+  "bisect collections functools heapq itertools json math operator random re string sys".split()
+)
 LEAN_IMPORTS = (
   "atexit",
   "bisect",
@@ -138,51 +134,47 @@ LEAN_IMPORTS = (
 
 
 def main():
+  """Locks this process down as the host says, reports what came of it, and serves tests."""
   # a trainer started in the background hands on an ignored SIGINT
   signal.signal(signal.SIGINT, signal.default_int_handler)
   sock = socket.socket(fileno=int(sys.argv[1]))
   config = json.loads(sock.recv(1 << 20))
   try:
-    state = _lock_down(config)
-  except Exception as e:  # told to the host, which tries the next kind of isolation or refuses
+    warm, achieved = lock_down(config)
+  except Exception as e:  # reported to the host, which tries the next kind of isolation or refuses
     sock.send(json.dumps({"failed": f"{type(e).__name__}: {e}"}).encode())
     return
-  sock.send(json.dumps(state).encode())
-  _serve(sock, config, bytes.fromhex(config["filter"]))
+  sock.send(json.dumps(achieved).encode())
+  _serve(sock, warm)
 
 
-def _lock_down(config):
-  """Imports, then gives up what the tests must not have. The order matters: the files may be out of reach afterwards."""
-  few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-  if most < MAX_OPEN_FILES:
-    raise OSError(
-      f"this user may open only {most} files (hard limit), and {MAX_OPEN_FILES} are needed"
-    )
-  # the caller's own limit, which may be lower than what a test's descriptors need
-  if few < MAX_OPEN_FILES:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, most))
+# Before the first test.
+
+
+def lock_down(config):
+  """Imports what tests may need, then gives up what they must not have.
+
+  The order matters: after the restrictions the files of the standard library may be out of reach.
+  `config` has these keys:
+
+    path       list of directories for sys.path
+    packages   third-party packages to import
+    uid        the user to become; 0: stay who we are
+    processes  RLIMIT_NPROC of a user that is not this worker's alone
+    filter     the seccomp filter in hexadecimal digits; "": none
+    landlock   {"read": paths, "list": directories}, or None for no Landlock
+
+  Returns (Warm, what the host is told). Raises OSError where the kernel refuses.
+  """
+  _raise_descriptor_limit()
   sys.path[:] = config["path"]
-  for name in LEAN_IMPORTS + tuple(config["packages"]):
-    __import__(name)
-  if "numpy" in config["packages"]:
-    import numpy.random
-
-    numpy.random.seed(0)
-  import _sitebuiltins  # `-S` leaves these two out
-  import builtins
-
-  builtins.exit, builtins.quit = (
-    _sitebuiltins.Quitter("exit", "Ctrl-D"),
-    _sitebuiltins.Quitter("quit", "Ctrl-D"),
-  )
-  config["reserve"] = mmap.mmap(-1, RESERVE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-  vsz = (
-    int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    if os.path.exists("/proc/self/statm")
-    else 0
-  )
+  _import_modules(config["packages"])
+  reserve = mmap.mmap(-1, RESERVE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+  address_space = _address_space()
+  landlock_abi, ruleset = 0, None
+  if config["landlock"]:
+    landlock_abi, ruleset = _landlock_rules(config["landlock"]["read"], config["landlock"]["list"])
   processes = config["processes"]
-  abi, ruleset = _landlock_rules(**config["landlock"]) if config["landlock"] else (0, None)
   if config["uid"]:
     os.setgroups([])
     os.setresgid(config["uid"], config["uid"], config["uid"])
@@ -191,59 +183,124 @@ def _lock_down(config):
   _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
   _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
   if ruleset is not None:
-    _check(_libc.syscall(446, ruleset, 0), "landlock_restrict_self")
+    _check(_libc.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
     os.close(ruleset)
   os.chdir("/")
-  threading.stack_size(THREAD_STACK)
+  threading.stack_size(THREAD_STACK_BYTES)
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-  config["vsz"], config["processes"] = vsz or 256 << 20, processes
-  _warm()
+  _warm_up()
   gc.collect()
   gc.freeze()
-  return {
-    "landlock": abi,
+  achieved = {
+    "landlock": landlock_abi,
     "uid": os.getuid(),
     "stack": resource.getrlimit(resource.RLIMIT_STACK)[0],
     "python": sys.version.split()[0],
   }
+  return Warm(bytes.fromhex(config["filter"]), reserve, address_space, processes), achieved
 
 
-def _warm():
-  """Does once here what would otherwise be done in every child: the compiler's types are made at its first use."""
+def _raise_descriptor_limit():
+  """Raises the caller's own limit of open files, which may be lower than what a test needs."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  if hard < MAX_OPEN_FILES:
+    raise OSError(
+      f"this user may open only {hard} files (hard limit), and {MAX_OPEN_FILES} are needed"
+    )
+  if soft < MAX_OPEN_FILES:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, hard))
+
+
+def _import_modules(packages):
+  """Imports once here what every child would import again."""
+  for name in LEAN_IMPORTS + tuple(packages):
+    __import__(name)
+  if "numpy" in packages:
+    import numpy.random
+
+    numpy.random.seed(0)
+  import _sitebuiltins
+  import builtins
+
+  # `-S` leaves these two out
+  builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D")
+  builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D")
+
+
+def _address_space():
+  """Returns the bytes of address space that this process has mapped."""
+  if not os.path.exists("/proc/self/statm"):
+    return UNREADABLE_ADDRESS_SPACE
+  with open("/proc/self/statm") as f:
+    return int(f.read().split()[0]) * resource.getpagesize()
+
+
+def _warm_up():
+  """Does once here what every child would do: the compiler's types are made at its first use."""
   exec(compile("def f(x):\n  return f'{x:d}'\nclass C:\n  pass\nf(1)\n", "<warm>", "exec"), {})
   json.loads(json.dumps({"value": [1, 1.5, "a", None, True]}))
 
 
-def _landlock_rules(read, list):
-  """Nothing in the file system but reading below `read` and listing below `list`; no TCP, no abstract sockets, no
-  signals out. -> ABI version, ruleset descriptor."""
-  abi = _check(_libc.syscall(444, None, ctypes.c_size_t(0), 1), "Landlock")
-  fs = (1 << 13) - 1
+def _landlock_rules(readable, listable):
+  """Makes the Landlock rules of the tests, which `lock_down` puts into force.
+
+  They allow nothing in the file system but reading below `readable` and listing below `listable`;
+  no TCP, no abstract sockets, no signals to processes outside.
+  Returns (ABI version of the kernel's Landlock, the ruleset's descriptor).
+  """
+  version_flag = 1
+  abi = _check(
+    _libc.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), version_flag), "Landlock"
+  )
+  # struct landlock_ruleset_attr: what is forbidden unless a rule allows it, as far as the ABI goes
+  file_rights = (1 << 13) - 1
   for version, bit in ((2, 13), (3, 14), (5, 15)):
     if abi >= version:
-      fs |= 1 << bit
-  net = 3 if abi >= 4 else 0  # bind, connect
-  scoped = 3 if abi >= 6 else 0  # abstract unix sockets, signals
-  attributes = struct.pack("=QQQ", fs, net, scoped)[: 8 if abi < 4 else 16 if abi < 6 else 24]
+      file_rights |= 1 << bit
+  fields = [file_rights]
+  if abi >= 4:
+    fields.append(3)  # bind and connect of TCP
+  if abi >= 6:
+    fields.append(3)  # abstract unix sockets and signals
+  attributes = struct.pack(f"={len(fields)}Q", *fields)
   ruleset = _check(
-    _libc.syscall(444, attributes, ctypes.c_size_t(len(attributes)), 0), "landlock_create_ruleset"
+    _libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0),
+    "landlock_create_ruleset",
   )
-  # 4: read, 8: list
-  for path, rights in [(p, 4 | 8 if os.path.isdir(p) else 4) for p in read] + [
-    (p, 8) for p in list
-  ]:
-    try:
-      fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except FileNotFoundError:  # a link out of the standard library to what is not here
-      continue
-    _check(
-      _libc.syscall(445, ruleset, 1, struct.pack("=Qi", rights, fd), 0), f"landlock_add_rule {path}"
-    )
-    os.close(fd)
+  for path in readable:
+    _allow(ruleset, path, _READ_FILE | _READ_DIR if os.path.isdir(path) else _READ_FILE)
+  for path in listable:
+    _allow(ruleset, path, _READ_DIR)
   return abi, ruleset
 
 
-def _serve(sock, config, seccomp):
+def _allow(ruleset, path, rights):
+  """Adds a rule that allows the rights below a path."""
+  try:
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+  except FileNotFoundError:  # a link out of the standard library to what is not here
+    return
+  below_path = 1
+  rule = struct.pack("=Qi", rights, fd)
+  _check(
+    _libc.syscall(_LANDLOCK_ADD_RULE, ruleset, below_path, rule, 0), f"landlock_add_rule {path}"
+  )
+  os.close(fd)
+
+
+def _check(code, what):
+  """Returns what a call of the C library returned. OSError with the call's name if it failed."""
+  if code < 0:
+    number = ctypes.get_errno()
+    raise OSError(number, f"{what}: {os.strerror(number)}")
+  return code
+
+
+# For each test, in the warm process.
+
+
+def _serve(sock, warm):
+  """Forks a child for each job from the host and reports how it ended, until the host is gone."""
   poll = select.poll()
   poll.register(sock, select.POLLIN)
   while True:
@@ -253,49 +310,49 @@ def _serve(sock, config, seccomp):
     fds = array.array("i")
     for _, _, data in ancillary:
       fds.frombytes(data)
-    cpu_s, wall_s, memory, output, mode = JOB.unpack_from(message)
+    job = Job(*JOB.unpack_from(message))
     start = time.monotonic()
     pid = os.fork()
     if pid == 0:
       try:
-        _child(fds, cpu_s, memory, output, mode, message[JOB.size :].decode(), config, seccomp)
+        _child(fds, job, message[JOB.size :].decode(), warm)
       finally:
         os._exit(125)
     for fd in fds:
       os.close(fd)
-    used_s = _watch(pid, start, cpu_s, wall_s, poll)
-    # told at once: the kernel takes 50 ms to give back each GB of a killed process
+    used_s = _watch(pid, start, job, poll)
     if used_s is not None:
+      # Before the wait: the kernel takes 50 ms to give back each GB of a killed process.
       sock.send(DONE.pack(signal.SIGKILL, True, used_s, time.monotonic() - start, 0))
     _, status, usage = os.wait4(pid, 0)
     if used_s is None:
-      sock.send(
-        DONE.pack(
-          status, False, usage.ru_utime + usage.ru_stime, time.monotonic() - start, usage.ru_maxrss
-        )
-      )
+      cpu_s = usage.ru_utime + usage.ru_stime
+      sock.send(DONE.pack(status, False, cpu_s, time.monotonic() - start, usage.ru_maxrss))
 
 
-def _watch(pid, start, cpu_s, wall_s, poll):
-  """Waits for the child's end, or kills it at its limits. -> None, or the CPU seconds it had used when it was killed."""
+def _watch(pid, start, job, poll):
+  """Waits for the child's end, or kills it at its limits.
+
+  Returns None if it ended, else the CPU seconds that it had used when it was killed.
+  """
   pidfd = os.pidfd_open(pid)
   poll.register(pidfd, select.POLLIN)
   clock = (~pid << 3) | 2  # the child's CPU clock, all its threads
   cores = os.cpu_count() or 1
   try:
     while True:
-      wall_left = wall_s - (time.monotonic() - start)
-      cpu_left = cpu_s - time.clock_gettime(clock)
+      wall_left = job.wall_s - (time.monotonic() - start)
+      cpu_left = job.cpu_s - time.clock_gettime(clock)
       if wall_left <= 0 or cpu_left <= 0:
         os.kill(pid, signal.SIGKILL)
-        return cpu_s - cpu_left
-      # Threads on all cores use the rest of the CPU time this much sooner; on none of them it never
-      # ends.
+        return job.cpu_s - cpu_left
+      # Threads on all cores use the rest of the CPU time this much sooner; on none of them it
+      # never ends.
       wait_s = max(0.001, min(wall_left, cpu_left / cores))
       for fd, _ in poll.poll(wait_s * 1000):
         if fd == pidfd:
           return None
-        os.kill(pid, signal.SIGKILL)  # nothing is said to a busy worker: the host is gone
+        os.kill(pid, signal.SIGKILL)  # a busy worker gets no message: the host is gone
         os._exit(0)
   except OSError:  # it ended between two looks
     return None
@@ -304,73 +361,95 @@ def _watch(pid, start, cpu_s, wall_s, poll):
     os.close(pidfd)
 
 
-def _child(fds, cpu_s, memory, output, mode, name, config, seccomp):
+# In the child.
+
+
+def _child(fds, job, name, warm):
+  """Confines this process, then runs the program in it and ends it."""
   program_fd, input_fd, stdout_fd, stderr_fd, result_fd = fds
   _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
   os.dup2(input_fd, 0)
   os.dup2(stdout_fd, 1)
   os.dup2(stderr_fd, 2)
-  os.dup2(program_fd, 62)
+  os.dup2(program_fd, PROGRAM_FD)
   os.dup2(result_fd, RESULT_FD)  # over the socket
-  os.closerange(RESULT_FD + 1, 62)
-  os.closerange(63, 1 << 16)
-  seconds = int(cpu_s) + 2
-  total = config["vsz"] + memory
-  setrlimit = resource.setrlimit
+  os.closerange(RESULT_FD + 1, PROGRAM_FD)
+  os.closerange(PROGRAM_FD + 1, 1 << 16)
+  _take_limits(job, warm)
+  if warm.seccomp:
+    _install_filter(warm.seccomp)
+  program = os.pread(PROGRAM_FD, os.fstat(PROGRAM_FD).st_size, 0)
+  os.close(PROGRAM_FD)
+  _open_streams()
+  sys.argv = ["program.py"]
+  sys.modules["random"].seed(0)
+  run = {STDIN: _run_stdin, FUNCTION: _run_function, EXPRESSION: _run_expression}[job.mode]
+  free_reserve = warm.reserve.close
+  status, record = _attempt(run, program, name, free_reserve)
+  _finish(run, status, record, free_reserve)
+
+
+def _take_limits(job, warm):
+  """Sets the kernel's limits on this process, which bind it whatever the warm process does."""
+  # more than a second behind the watchdog, which is exact; the kernel counts whole seconds
+  cpu_s = int(job.cpu_s) + 2
+  memory = warm.address_space + job.memory
   for which, limit in (
-    (resource.RLIMIT_CPU, seconds),
-    (resource.RLIMIT_AS, total),
-    (resource.RLIMIT_DATA, total),
-    (resource.RLIMIT_FSIZE, output),
+    (resource.RLIMIT_CPU, cpu_s),
+    (resource.RLIMIT_AS, memory),
+    (resource.RLIMIT_DATA, memory),
+    (resource.RLIMIT_FSIZE, job.output),
     (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
-    (resource.RLIMIT_NPROC, config["processes"]),
+    (resource.RLIMIT_NPROC, warm.processes),
     (resource.RLIMIT_MEMLOCK, 0),
     (resource.RLIMIT_MSGQUEUE, 0),
   ):
-    if limit >= 0:
-      setrlimit(which, (limit, limit))
-  if seccomp:
-    own = seccomp.replace(struct.pack("<I", SELF), struct.pack("<I", os.getpid()))
-    prog = _SockFprog(len(own) // 8, ctypes.cast(ctypes.c_char_p(own), ctypes.c_void_p))
-    if _libc.prctl(_PR_SET_SECCOMP, 2, ctypes.byref(prog), 0, 0) != 0:
-      os._exit(126)
-  program = os.pread(62, os.fstat(62).st_size, 0)
-  os.close(62)
+    resource.setrlimit(which, (limit, limit))
+
+
+def _install_filter(seccomp):
+  """Installs the system-call filter for this process, or ends it with status 126."""
+  own = seccomp.replace(struct.pack("<I", SELF), struct.pack("<I", os.getpid()))
+  program = _SockFprog(len(own) // 8, ctypes.cast(ctypes.c_char_p(own), ctypes.c_void_p))
+  if _libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0) != 0:
+    os._exit(126)
+
+
+def _open_streams():
+  """Gives Python its standard streams anew, as files that closing leaves open."""
   sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), "utf-8")
   sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8")
-  sys.stderr = io.TextIOWrapper(
-    io.BufferedWriter(io.FileIO(2, "w", closefd=False)),
-    "utf-8",
-    "backslashreplace",
-    line_buffering=True,
-  )
+  stderr = io.BufferedWriter(io.FileIO(2, "w", closefd=False))
+  sys.stderr = io.TextIOWrapper(stderr, "utf-8", "backslashreplace", line_buffering=True)
   sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
-  sys.argv = ["program.py"]
-  sys.modules["random"].seed(0)
-  run = {STDIN: _run_stdin, FUNCTION: _run_function, EXPRESSION: _run_expression}[mode]
-  _finish(run, program, name, config["reserve"].close)
+
+
+def _attempt(run, program, name, free_reserve):
+  """Runs the program. Returns (exit status, record for the host or None), as the interpreter would.
+
+  A program may end by sys.exit; a function or an expression must return.
+  """
+  try:
+    return 0, run(program, name)
+  except SystemExit as e:
+    code = e.code
+    if run is _run_stdin and code is None:
+      return 0, None
+    if run is _run_stdin and issubclass(type(code), int):
+      return int.__index__(code) & 0xFF, None
+    return 1, {"error": ["SystemExit", _message(e), _line(e)]}
+  except BaseException as e:
+    free_reserve()
+    return 1, {"error": [type(e).__name__, _message(e), _line(e)]}
 
 
 def _finish(
-  run, program, name, free_reserve, *, write=os.pwrite, encode=json.dumps, leave=os._exit
+  run, status, record, free_reserve, *, write=os.pwrite, encode=json.dumps, leave=os._exit
 ):
-  """Runs, tells the result, ends. What it needs afterwards is bound here: the program may patch every module."""
-  status, record = 0, None
-  try:
-    record = run(program, name)
-  except SystemExit as e:
-    code = e.code
-    if run is not _run_stdin:
-      status, record = 1, {"error": ["SystemExit", _message(e), _line(e)]}
-    elif code is None:
-      status = 0
-    elif issubclass(type(code), int):
-      status = int.__index__(code) & 0xFF
-    else:
-      status, record = 1, {"error": ["SystemExit", _message(e), _line(e)]}
-  except BaseException as e:
-    free_reserve()
-    status, record = 1, {"error": [type(e).__name__, _message(e), _line(e)]}
+  """Ends the program as the interpreter would, writes the record, and leaves with the status.
+
+  What it needs of other modules is bound here: the program may have patched every module.
+  """
   try:
     if run is _run_stdin:
       # waits for the program's own threads, as the interpreter does
@@ -381,7 +460,8 @@ def _finish(
         stream.flush()
   except BaseException as e:
     free_reserve()
-    status, record = status or 1, record or {"error": [type(e).__name__, _message(e), _line(e)]}
+    record = record or {"error": [type(e).__name__, _message(e), _line(e)]}
+    status = status or 1
   if record is not None:
     try:
       data = encode(record).encode()
@@ -394,6 +474,7 @@ def _finish(
 
 
 def _message(e):
+  """Returns what the exception says; "" if that fails, for its class may be the program's."""
   try:
     return str(e.msg if isinstance(e, SyntaxError) else e)[:2000]
   except BaseException:
@@ -401,7 +482,10 @@ def _message(e):
 
 
 def _line(e):
-  """The program's line where it happened: the innermost one, if it happened inside a library."""
+  """Returns the program's line where it happened.
+
+  It is the innermost one of the program's own if it happened inside a library.
+  """
   if isinstance(e, SyntaxError) and e.filename == "<program>":
     return e.lineno
   line, trace = None, e.__traceback__
@@ -412,34 +496,54 @@ def _line(e):
   return line
 
 
+# The three modes. Each takes the program's text and a function's name, and returns a record.
+
+
 def _run_stdin(program, name):
+  """Runs a program that reads standard input. It returns None: what it prints is its answer."""
   module = types.ModuleType("__main__")
   sys.modules["__main__"] = module
   exec(compile(program, "<program>", "exec", dont_inherit=True), module.__dict__)
 
 
-def _names(code):
-  """Every name that the code and the functions in it look up or assign."""
-  todo, names = [code], set()
-  while todo:
-    part = todo.pop()
-    names.update(part.co_names)
-    todo.extend(c for c in part.co_consts if type(c) is types.CodeType)
-  return names
+def _run_function(program, name):
+  """Calls the program's function, or method of class Solution, with the JSON lines of the input."""
+  text = os.pread(0, os.fstat(0).st_size, 0).decode()
+  arguments = [json.loads(line) for line in text.split("\n") if line.strip()]
+  os.lseek(0, 0, os.SEEK_END)
+  namespace, function = _define(program, name)
+  solution = namespace.get("Solution")
+  # it may use a function of its own name, so the method goes first
+  if isinstance(solution, type) and callable(getattr(solution, name, None)):
+    function = getattr(solution(), name)
+  if function is None:
+    return _no_function(name)
+  try:
+    return {"value": _plain(function(*arguments), MAX_DEPTH)}
+  except _NotPlain as e:
+    return {"format": f"the returned value {e}"}
 
 
-def _give(namespace, names):
-  for name in names:
-    if name in GIVEN:
-      namespace.setdefault(name, getattr(__import__(GIVEN[name]), name))
-    elif name in GIVEN_MODULES:
-      namespace.setdefault(name, __import__(name))
+def _run_expression(program, name):
+  """Evaluates the expression that the input holds, after the program's definitions."""
+  expression = os.pread(0, os.fstat(0).st_size, 0).decode()
+  os.lseek(0, 0, os.SEEK_END)
+  namespace, function = _define(program, name)
+  if name and function is None:
+    return _no_function(name)
+  code = compile(expression.strip(), "<test>", "eval", dont_inherit=True)
+  _give(namespace, _names(code))
+  try:
+    return {"value": _tagged(eval(code, namespace), MAX_DEPTH)}
+  except _NotPlain as e:
+    return {"format": f"the value {e}"}
 
 
 def _define(program, name):
-  """Runs the program's definitions. -> its namespace, its own function of that name (None if there is none)
+  """Runs the program's definitions.
 
-  A library function is not the program's own, whether it was given or imported. Which one that is, is looked up before the
+  Returns (its namespace, its own function of that name or None). A library function is not the
+  program's own, whether it was given or imported. Which one that is, is looked up before the
   program can change the library.
   """
   module = types.ModuleType("solution")
@@ -450,52 +554,44 @@ def _define(program, name):
   _give(module.__dict__, _names(code))
   exec(code, module.__dict__)
   function = module.__dict__.get(name)
-  return module.__dict__, function if callable(function) and function is not library.get(
-    name
-  ) else None
+  if not callable(function) or function is library.get(name):
+    return module.__dict__, None
+  return module.__dict__, function
 
 
-def _missing(name):
+def _names(code):
+  """Returns every name that the code and the functions in it look up or assign."""
+  names = set()
+  waiting = [code]
+  while waiting:
+    inner = waiting.pop()
+    names.update(inner.co_names)
+    waiting.extend(c for c in inner.co_consts if type(c) is types.CodeType)
+  return names
+
+
+def _give(namespace, names):
+  """Puts those of the names that graders give, and that are not there, into the namespace."""
+  for name in names:
+    if name in GIVEN:
+      namespace.setdefault(name, getattr(__import__(GIVEN[name]), name))
+    elif name in GIVEN_MODULES:
+      namespace.setdefault(name, __import__(name))
+
+
+def _no_function(name):
   return {"format": f"the program defines no function {name}"}
 
 
-def _run_function(program, name):
-  text = os.pread(0, os.fstat(0).st_size, 0).decode()
-  arguments = [json.loads(line) for line in text.split("\n") if line.strip()]
-  os.lseek(0, 0, os.SEEK_END)
-  namespace, function = _define(program, name)
-  solution = namespace.get("Solution")
-  # it may use a function of its own name
-  if isinstance(solution, type) and callable(getattr(solution, name, None)):
-    function = getattr(solution(), name)
-  if function is None:
-    return _missing(name)
-  try:
-    return {"value": _plain(function(*arguments), MAX_DEPTH)}
-  except _NotPlain as e:
-    return {"format": f"the returned value {e}"}
-
-
-def _run_expression(program, name):
-  expression = os.pread(0, os.fstat(0).st_size, 0).decode()
-  os.lseek(0, 0, os.SEEK_END)
-  namespace, function = _define(program, name)
-  if name and function is None:
-    return _missing(name)
-  code = compile(expression.strip(), "<test>", "eval", dont_inherit=True)
-  _give(namespace, _names(code))
-  try:
-    return {"value": _tagged(eval(code, namespace), MAX_DEPTH)}
-  except _NotPlain as e:
-    return {"format": f"the value {e}"}
+# Returned values. None of the program's own methods is called: a class may override them all.
 
 
 class _NotPlain(Exception):
-  pass
+  """A value that has no form for the host; the message goes on after "the value"."""
 
 
 def _scalar(x, kind):
-  """x as an exact bool, int, float, str or None, whatever its class overrides; or a _NotPlain."""
+  """Returns x as an exact bool, int, float, str or None, whatever its class overrides."""
   if x is None or kind is bool:
     return x
   if issubclass(kind, int):
@@ -514,7 +610,7 @@ def _scalar(x, kind):
 
 
 def _plain(x, depth):
-  """x as JSON has it: tuples become lists."""
+  """Returns x as JSON has it: tuples become lists."""
   kind = type(x)  # not __class__, which an object may lie about
   if depth == 0:
     raise _NotPlain("is nested too deeply")
@@ -532,7 +628,7 @@ def _plain(x, depth):
 
 
 def _tagged(x, depth):
-  """x with containers named, since JSON knows two of them."""
+  """Returns x with its containers named, since JSON knows only two kinds of them."""
   kind = type(x)
   if depth == 0:
     raise _NotPlain("is nested too deeply")
