@@ -112,7 +112,7 @@ _FIRST_NEW_CALL = 424
 
 
 def build() -> bytes:
-  """Builds the filter: an array of struct sock_filter in which SELF stands for the process number."""
+  """Builds the filter: an array of struct sock_filter that holds SELF for the process number."""
   head = [
     _instruction(_LD, _ARCH_OFFSET),
     _instruction(_JEQ, _ARCH_X86_64, 1, 0),
