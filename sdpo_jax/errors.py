@@ -1,11 +1,34 @@
-"""Errors that a person has to act on, and who is to blame for what fails."""
+"""The errors that a person has to act on, and the two guards that turn others into them.
+
+Commands print such an error as one line, without a traceback, and exit with its status:
+
+  error         what happened                                         who has to act        status
+  UsageError    a flag or a settings file is wrong                    caller of the command    2
+  SettingError  a setting, a path or this machine forbids the run     caller of the command    2
+  TaskError     a question is longer than the settings have room for  who chose data or limit  2
+  RunError      a run that has begun cannot go on                     who runs it              1
+
+Before a RunError something was trained, and its message says what is intact. Any other exception is
+a mistake of ours and keeps its traceback. A response that is wrong or an environment that breaks
+is no error at all: see `records.Status`.
+"""
 
 import contextlib
 import errno
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, limit of a file's size
+
+
+class UsageError(Exception):
+  """The command line or a setting is wrong; the message is one line."""
+
 
 class SettingError(ValueError):
-  """A setting, a path or this machine does not allow the run; raised before anything is trained."""
+  """A setting, a path or this machine does not allow the run; nothing has been trained yet."""
+
+
+class TaskError(ValueError):
+  """A task needs more room than the settings give; the message names the task and the setting."""
 
 
 class RunError(Exception):
@@ -14,7 +37,10 @@ class RunError(Exception):
 
 @contextlib.contextmanager
 def blame_settings():
-  """What fails while a run is being wired fails because of what it was given: one line, not a traceback."""
+  """Turns what fails while a run is put together into a SettingError.
+
+  At that time only what the run was given can be wrong: one line says so, not a traceback.
+  """
   try:
     yield
   except (ValueError, OSError, RuntimeError) as error:
@@ -23,22 +49,22 @@ def blame_settings():
 
 @contextlib.contextmanager
 def blame_disk(workdir, latest_step):
-  """No room where the work directory is written (disk, quota, limit of a file's size) is a RunError: one line, not a traceback."""
+  """Turns an OSError for want of room in the work directory into a RunError.
+
+  Args:
+    workdir: named in the message where the system names no file.
+    latest_step: workdir -> step of its newest complete checkpoint, or None.
+  """
   try:
     yield
   except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno not in _NO_ROOM:
       raise
     step = latest_step(workdir)
+    resumes = "it goes on from what is complete"
+    if step is not None:
+      resumes = f"it goes on from the checkpoint of step {step}, the last complete one"
     raise RunError(
-      f"{error.strerror}: {error.filename or workdir} could not be written. Make room, then run the same command again: "
-      + (
-        "it goes on from what is complete"
-        if step is None
-        else f"it goes on from the checkpoint of step {step}, the last complete one"
-      )
+      f"{error.strerror}: {error.filename or workdir} could not be written. "
+      f"Make room, then run the same command again: {resumes}"
     ) from error
-
-
-class TaskError(ValueError):
-  """A task that the settings have no room for; the message names the task and the setting."""

@@ -1,4 +1,8 @@
-"""The files of a work directory: which run it belongs to, what describes the run, and how files are written."""
+"""The files that describe a run in its work directory, and how such files are written and read.
+
+config.json  every setting, resolved
+run.json     command, commit, package versions, devices, seed, and when each start was
+"""
 
 import datetime
 import importlib.metadata
@@ -12,69 +16,87 @@ import sys
 
 import jax
 
+# settings that may change while a run goes on: how far it goes, and how many questions at a time
+_MAY_CHANGE = ("config.total_steps", "config.discover.parallel")
+_PACKAGES = (
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "transformers",
+  "grain",
+  "numpy",
+)
+
 
 def check_same_run(workdir: pathlib.Path, c, *, begun: bool) -> None:
-  """A work directory belongs to one configuration; only the number of steps and that of questions at a time may change. ValueError names the first difference."""
+  """Raises ValueError, naming the first difference, if `workdir` was begun with other settings.
+
+  A work directory belongs to one configuration. Only the number of steps and that of questions at
+  a time may change.
+  """
   path = workdir / "config.json"
   if not begun or not path.exists():
     return
-  flat = lambda d, prefix="config": {
-    k2: v2
-    for k, v in d.items()
-    for k2, v2 in (
-      flat(v, f"{prefix}.{k}") if isinstance(v, dict) else {f"{prefix}.{k}": v}
-    ).items()
-  }
-  before, now = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(c.to_dict())))
+  before = _flat(json.loads(path.read_text()), "config")
+  # through JSON, as the stored ones went: tuples are lists then
+  now = _flat(json.loads(json.dumps(c.to_dict())), "config")
   for key in sorted(before.keys() | now.keys()):
-    if key not in ("config.total_steps", "config.discover.parallel") and before.get(key) != now.get(
-      key
-    ):
+    if key not in _MAY_CHANGE and before.get(key) != now.get(key):
       raise ValueError(
-        f"{key}={now.get(key)!r} but {workdir} was begun with {before.get(key)!r}: choose another --workdir, or the same settings"
+        f"{key}={now.get(key)!r} but {workdir} was begun with {before.get(key)!r}: "
+        "choose another --workdir, or the same settings"
       )
 
 
+def _flat(settings: dict, path: str) -> dict:
+  """Returns {"config.section.key": value} of nested settings."""
+  flat = {}
+  for key, value in settings.items():
+    name = f"{path}.{key}"
+    flat |= _flat(value, name) if isinstance(value, dict) else {name: value}
+  return flat
+
+
 def describe_run(workdir: pathlib.Path, c, extra: dict) -> None:
-  """config.json (resolved) and run.json (command, commit, versions, devices, seed), before anything is trained. A resumed run adds a start."""
+  """Writes config.json and run.json before anything is trained.
+
+  A resumed run adds its start to the list of starts. `extra` is added to run.json.
+  """
   path = workdir / "run.json"
-  earlier = json.loads(path.read_text()).get("started", []) if path.exists() else []
-  git = shutil.which("git")  # an installed package has neither git nor a commit
-  commit = (
-    git
-    and subprocess.run(
-      [git, "-C", os.path.dirname(__file__), "rev-parse", "HEAD"],
-      capture_output=True,
-      text=True,
-      check=False,
-    ).stdout.strip()
-  )
-  packages = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "transformers",
-    "grain",
-    "numpy",
-  )
+  starts = json.loads(path.read_text()).get("started", []) if path.exists() else []
+  now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+  python = os.path.basename(sys.executable)
   about = {
-    "command": shlex.join([os.path.basename(sys.executable), "-m", "sdpo_jax.main", *sys.argv[1:]]),
-    "commit": commit or None,
-    "started": earlier
-    + [datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")],
+    "command": shlex.join([python, "-m", "sdpo_jax.main", *sys.argv[1:]]),
+    "commit": _commit(),
+    "started": [*starts, now],
     "python": sys.version.split()[0],
-    "versions": {p: importlib.metadata.version(p) for p in packages},
-    "devices": [str(d) for d in jax.devices()],
+    "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
+    "devices": [str(device) for device in jax.devices()],
     "seed": c.seed,
-  } | extra
-  write_atomically(path, json.dumps(about, indent=2) + "\n")
+  }
+  write_atomically(path, json.dumps(about | extra, indent=2) + "\n")
   write_atomically(workdir / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")
 
 
+def _commit() -> str | None:
+  """Returns the commit of this checkout; an installed package has neither git nor a commit."""
+  git = shutil.which("git")
+  if git is None:
+    return None
+  child = subprocess.run(
+    [git, "-C", os.path.dirname(__file__), "rev-parse", "HEAD"],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  return child.stdout.strip() or None
+
+
 def write_atomically(path: pathlib.Path, text: str) -> None:
-  """A reader, or a kill, finds the old file or the new one and nothing in between."""
+  """Writes a file so that a reader, or a kill, meets the old text or the new and no mixture."""
   scratch = path.with_name(path.name + ".tmp")
   with scratch.open("w", encoding="utf-8") as file:
     file.write(text)
@@ -84,11 +106,14 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:
-  """Whole lines; a last one that a kill cut short is removed from the file."""
+  """Reads a file of one JSON object a line; no file has no lines.
+
+  A last line that a kill cut short is removed from the file.
+  """
   if not path.exists():
     return []
   text = path.read_text(encoding="utf-8")
-  whole = text[: text.rfind("\n") + 1]
-  if whole != text:
-    write_atomically(path, whole)
-  return [json.loads(line) for line in whole.splitlines()]
+  complete = text[: text.rfind("\n") + 1]
+  if complete != text:
+    write_atomically(path, complete)
+  return [json.loads(line) for line in complete.splitlines()]
