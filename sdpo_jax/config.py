@@ -1,8 +1,11 @@
-"""Every setting of a run: its name, default and unit, in one function; how a file's settings are read; and the checks that stop a wrong one.
+"""Every setting of a run: its name, default and unit in one function, and the checks on them.
 
-A configuration file is a docstring and a handful of changes to `base()`. A setting that `base()` does not have, a method part
-that does not exist and a combination that cannot run are a ValueError naming the field, the value and the choices, before
-anything compiles.
+A configuration file is a docstring and a handful of changes to `base()`. What is wrong with one is
+a ValueError naming the field, the value and the choices, before anything compiles. Wrong are a
+setting that `base()` lacks, a method part that does not exist, a combination that cannot run.
+
+The path of a setting: `load` reads the file, `complete_parts` adds what the chosen parts can be
+told, `with_overrides` applies the command line and locks, `validate` checks the whole.
 """
 
 import contextlib
@@ -24,25 +27,30 @@ from sdpo_jax.envs.base import env_settings
 from sdpo_jax.kernels.distill_kl import IMPLEMENTATIONS
 from sdpo_jax.objectives import build
 
+ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 MODELS = {  # name: Hugging Face hub id; the tiny ones ship with the package
-  "tiny": os.path.join(os.path.dirname(__file__), "assets", "tiny"),
-  "tiny_notes": os.path.join(os.path.dirname(__file__), "assets", "tiny_notes"),
-  "tiny_arithmetic": os.path.join(os.path.dirname(__file__), "assets", "tiny_arithmetic"),
+  "tiny": os.path.join(ASSETS, "tiny"),
+  "tiny_notes": os.path.join(ASSETS, "tiny_notes"),
+  "tiny_arithmetic": os.path.join(ASSETS, "tiny_arithmetic"),
   "qwen3-0.6b": "Qwen/Qwen3-0.6B",
   "qwen3-1.7b": "Qwen/Qwen3-1.7B",
   "qwen3-4b": "Qwen/Qwen3-4B",
   "qwen3-8b": "Qwen/Qwen3-8B",
   "olmo3-7b-instruct": "allenai/Olmo-3-7B-Instruct",
 }
+# a handful of our own questions a task, for `:local` without data=
+ROWS = os.path.join(ASSETS, "rows")
+EXAMPLES = "`local` reads the examples that come with the package, unless data= names others"
 
 
 def base() -> ml_collections.ConfigDict:
+  """Returns every setting with its default; a comment gives the unit or the choices."""
   c = ml_collections.ConfigDict()
   c.seed = 0
   # what a report calls the run; empty: its method and what else differs
   c.label = ""
   c.total_steps = 240  # generation batches
-  # each cell can be overridden by itself, and so can its part (`complete`)
+  # each cell can be overridden by itself, and so can its part (`complete_parts`)
   c.method = build.method_row("sdpo")
   c.model = dict(
     # a name of MODELS, a Hugging Face directory or a hub id
@@ -157,16 +165,18 @@ def base() -> ml_collections.ConfigDict:
 
 
 def tiny(a: types.SimpleNamespace) -> ml_collections.ConfigDict:
-  """The settings for the tiny models of the package. a: method, model, seed, local."""
+  """Returns the settings for the tiny models of the package. `a`: method, model, seed, local."""
   c = base()
-  c.seed, c.model.path, c.method = a.seed, a.model, build.method_row(a.method)
+  c.seed = a.seed
+  c.model.path = a.model
+  c.method = build.method_row(a.method)
   c.optimizer.update(lr=1.5e-3, decay_steps=c.total_steps)
   if c.method.teacher_weights.name == "ema":
     # the paper's rate for rich feedback; at 0.05 accuracy falls again once most problems are solved
     c.method.teacher_weights.rate = 0.01
-  # rewards alone: larger groups, so that one of them holds a success, and smaller steps at a
-  # constant rate
   if c.method.policy_share == 1.0:
+    # rewards alone: larger groups, so that one of them holds a success, and smaller steps at a
+    # constant rate
     c.optimizer.update(lr=5e-4, decay_steps=0)
     c.rollout.update(questions=8, group=8)
   if c.method.reduction.name == "constant":
@@ -181,98 +191,116 @@ def tiny(a: types.SimpleNamespace) -> ml_collections.ConfigDict:
 
 
 def paper(a: types.SimpleNamespace, *, rich_feedback: bool) -> ml_collections.ConfigDict:
-  """The hyper-parameters of arXiv 2601.20802 for training on a set of questions: its column without feedback (science, tools) or with it (code).
+  """Returns the hyper-parameters of arXiv 2601.20802 for training on a set of questions.
 
-  a: method, model, seed, top_k (0: the whole vocabulary), local. What the paper does not state is ours: total_steps without feedback (it
-  trains by the clock), micro_batches, and the rates of other methods than its two. GRPO is its default one: four updates at 1e-6.
+  They are its column with rich feedback (code), or the one without (science, tools). What the paper
+  does not state is ours: total_steps without feedback (it trains by the clock), micro_batches, and
+  the rates of other methods than its two. GRPO is its default one: four updates at 1e-6.
+
+  `a`: method, model, seed, top_k (0: the whole vocabulary), local.
   """
   c = base()
-  c.seed, c.model.path, c.method = a.seed, a.model, build.method_row(a.method)
+  c.seed = a.seed
+  c.model.path = a.model
+  c.method = build.method_row(a.method)
   # weights, moments and teacher in float32: steps of 1e-6 vanish in bfloat16
   c.model.update(dtype="bfloat16", remat="block")
   c.data.update(
     max_prompt_tokens=2048, max_teacher_tokens=10_240, length_multiple=512, response_multiple=512
   )
   c.rollout.update(questions=32, group=8, max_new_tokens=8192, rows=256, chunk=64)
-  c.optimizer.update(lr=1e-6 if rich_feedback else 1e-5, warmup_steps=0 if rich_feedback else 10)
+  # every question of the split
+  c.eval.update(splits=("test",), final_splits=("test",), questions=10_000, every_steps=10)
+  c.discover.split = "test"
   # at full length 8 rows at a time
-  c.train.update(
-    updates_per_batch=32 if rich_feedback else 1, micro_batches=1 if rich_feedback else 32
-  )
-  # the method's own column: rows with other teachers keep theirs
-  if c.method.teacher_weights.name == "ema":
-    c.method.teacher_weights.rate = 0.01 if rich_feedback else 0.05
-    c.method.token_signal.alpha = 1.0 if rich_feedback else 0.5
-    c.method.token_signal.top_k = a.top_k or None
-  elif c.method.token_signal.name != "divergence":
-    refuse(a, "top_k", because=f"method={a.method} has no divergence")
-  elif "top_k" in a.given:
-    c.method.token_signal.top_k = a.top_k or None
-  if c.method.teacher_context.name == "feedback_or_solution" and not rich_feedback:
-    c.method.teacher_context.feedback = "never"
+  if rich_feedback:
+    c.total_steps = 80
+    c.optimizer.update(lr=1e-6, warmup_steps=0)
+    c.train.update(updates_per_batch=32, micro_batches=1)
+    c.eval.samples = 4
+  else:
+    c.total_steps = 100
+    c.optimizer.update(lr=1e-5, warmup_steps=10)
+    c.train.update(updates_per_batch=1, micro_batches=32)
+    c.eval.samples = 16
+  _papers_method(c.method, a, rich_feedback)
   if c.method.policy_share == 1.0:
     c.optimizer.lr = 1e-6
     c.train.update(updates_per_batch=4, micro_batches=8)
-  c.total_steps = 80 if rich_feedback else 100
-  # every question of the split
-  c.eval.update(
-    splits=("test",),
-    final_splits=("test",),
-    questions=10_000,
-    samples=4 if rich_feedback else 16,
-    every_steps=10,
-  )
-  c.discover.split = "test"
-  # same path, toy sizes, seconds on a CPU: the tiny model reads any text, byte by byte where it
-  # must, and solves nothing
   if a.local:
-    c.total_steps = 2
-    c.model.update(path="tiny", dtype="float32", remat="dots")
-    c.data.update(
-      max_prompt_tokens=700, max_teacher_tokens=1000, length_multiple=128, response_multiple=8
-    )
-    c.mesh.fsdp = 1  # too few rows to share
-    c.rollout.update(questions=2, group=2, max_new_tokens=16, rows=4, chunk=16)
-    c.train.update(updates_per_batch=min(c.train.updates_per_batch, 2), micro_batches=1)
-    c.eval.update(every_steps=2, questions=2, samples=1)
-    c.checkpoint.every_steps = 2
-    c.log.rollouts_every_steps = 1
+    _papers_toy_sizes(c)
   return c
 
 
-# a handful of our own questions a task, for `:local` without data=
-ROWS = os.path.join(os.path.dirname(__file__), "assets", "rows")
-EXAMPLES = "`local` reads the examples that come with the package, unless data= names others"
+def _papers_method(method, a: types.SimpleNamespace, rich_feedback: bool) -> None:
+  """Sets the paper's column of the method; rows with other teachers keep their own settings."""
+  if method.teacher_weights.name == "ema":
+    method.teacher_weights.rate = 0.01 if rich_feedback else 0.05
+    method.token_signal.alpha = 1.0 if rich_feedback else 0.5
+    method.token_signal.top_k = a.top_k or None
+  elif method.token_signal.name != "divergence":
+    refuse(a, "top_k", because=f"method={a.method} has no divergence")
+  elif "top_k" in a.given:
+    method.token_signal.top_k = a.top_k or None
+  if method.teacher_context.name == "feedback_or_solution" and not rich_feedback:
+    method.teacher_context.feedback = "never"
+
+
+def _papers_toy_sizes(c: ml_collections.ConfigDict) -> None:
+  """Shrinks the paper's settings to seconds on a CPU, on the same path.
+
+  The tiny model reads any text, byte by byte where it must, and solves nothing.
+  """
+  c.total_steps = 2
+  c.model.update(path="tiny", dtype="float32", remat="dots")
+  c.data.update(
+    max_prompt_tokens=700, max_teacher_tokens=1000, length_multiple=128, response_multiple=8
+  )
+  c.mesh.fsdp = 1  # too few rows to share
+  c.rollout.update(questions=2, group=2, max_new_tokens=16, rows=4, chunk=16)
+  c.train.update(updates_per_batch=min(c.train.updates_per_batch, 2), micro_batches=1)
+  c.eval.update(every_steps=2, questions=2, samples=1)
+  c.checkpoint.every_steps = 2
+  c.log.rollouts_every_steps = 1
+
+
+# ---- the argument of a configuration file --------------------------------------------------------
 
 
 def parse_arg(arg: str, **defaults) -> types.SimpleNamespace:
-  """ "method=grpo,local" -> a namespace with the types of the defaults; a bare word sets a flag. ValueError names the choices."""
-  values = dict(defaults)
+  """Reads "method=grpo,local" into a namespace with the types of the defaults.
+
+  A bare word sets a flag. `given` of the namespace holds the names that the text sets. ValueError
+  names the choices.
+  """
+  values, given = dict(defaults), set()
   for item in filter(None, arg.split(",")):
-    key, given, text = item.partition("=")
+    key, equals, text = item.partition("=")
     if key not in defaults:
       raise ValueError(
         f"argument {key!r} of the config file is unknown; choose from {sorted(defaults)}"
       )
-    kind = type(defaults[key])
-    if kind is bool:
-      if given and text not in ("true", "false"):
-        raise ValueError(f"argument {key}={text!r} must be true or false")
-      values[key] = not given or text == "true"
-    elif not given:
-      raise ValueError(f"argument {key!r} of the config file needs a value: {key}=...")
-    else:
-      try:
-        values[key] = kind(text)
-      except ValueError:
-        raise ValueError(f"argument {key}={text!r} must be of type {kind.__name__}") from None
-  return types.SimpleNamespace(
-    **values, given=frozenset(item.partition("=")[0] for item in filter(None, arg.split(",")))
-  )
+    values[key] = _parse_value(key, text if equals else None, type(defaults[key]))
+    given.add(key)
+  return types.SimpleNamespace(**values, given=frozenset(given))
+
+
+def _parse_value(key: str, text: str | None, kind: type):
+  """Reads the text of one argument; None: it stands there as a bare word."""
+  if kind is bool:
+    if text not in (None, "true", "false"):
+      raise ValueError(f"argument {key}={text!r} must be true or false")
+    return text != "false"
+  if text is None:
+    raise ValueError(f"argument {key!r} of the config file needs a value: {key}=...")
+  try:
+    return kind(text)
+  except ValueError:
+    raise ValueError(f"argument {key}={text!r} must be of type {kind.__name__}") from None
 
 
 def refuse(a: types.SimpleNamespace, *names: str, because: str) -> None:
-  """ValueError for an argument of the config file that was given although nothing reads it in this combination."""
+  """Raises ValueError for an argument that was given although nothing reads it in this case."""
   for name in names:
     if name in a.given:
       raise ValueError(
@@ -280,143 +308,159 @@ def refuse(a: types.SimpleNamespace, *names: str, because: str) -> None:
       )
 
 
+# ---- files ---------------------------------------------------------------------------------------
+
+
 def load(file_and_argument: str) -> ml_collections.ConfigDict:
-  """ "FILE[:argument]" -> what the file's get_config(argument) returns. ValueError for a file that cannot be read so, with its line."""
+  """Reads "FILE[:argument]": what the file's get_config(argument) returns.
+
+  ValueError for a file that cannot be read so, with its line.
+  """
   path, _, argument = file_and_argument.partition(":")
   if not os.path.isfile(path):
     raise ValueError(f"--config={path}: no such file")
   try:
     names = runpy.run_path(path)
     if "get_config" not in names:
-      raise ValueError(
-        f"--config={path}: it has no get_config()"
-        + ("; a grid of runs is for python -m sdpo_jax.experiment" if "get_grid" in names else "")
-      )
+      advice = ""
+      if "get_grid" in names:
+        advice = "; a grid of runs is for python -m sdpo_jax.experiment"
+      raise ValueError(f"--config={path}: it has no get_config(){advice}")
     c = names["get_config"](argument) if argument else names["get_config"]()
-    if not isinstance(c, ml_collections.ConfigDict):
-      raise ValueError(
-        f"--config={path}: get_config() returns {type(c).__name__}, not a ConfigDict"
-      )
-    return c
   except ValueError:  # says what is wrong with the argument or a setting
     raise
   except Exception as error:
-    lines = [
-      frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path
-    ]
-    raise ValueError(
-      f"--config={path}"
-      + (f", line {lines[-1]}" if lines else "")
-      + f": {type(error).__name__}: {error}"
-    ) from error
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    where = f", line {lines[-1]}" if lines else ""
+    raise ValueError(f"--config={path}{where}: {type(error).__name__}: {error}") from error
+  if not isinstance(c, ml_collections.ConfigDict):
+    raise ValueError(f"--config={path}: get_config() returns {type(c).__name__}, not a ConfigDict")
+  return c
 
 
 def model_of_run(workdir) -> dict:
-  """The settings of the model in a work directory's config.json. ValueError for one of pre-training, whose model stands elsewhere."""
-  model = json.loads((pathlib.Path(workdir) / "config.json").read_text(encoding="utf-8")).get(
-    "model", {}
-  )
+  """Returns the settings of the model from a work directory's config.json.
+
+  ValueError for a work directory of pre-training, whose model stands elsewhere.
+  """
+  text = (pathlib.Path(workdir) / "config.json").read_text(encoding="utf-8")
+  model = json.loads(text).get("model", {})
   if "path" not in model:
     raise ValueError(
-      f"{workdir} is a work directory of sdpo_jax.pretrain: use what it wrote for transformers, {workdir}/hf unless --out named another directory"
+      f"{workdir} is a work directory of sdpo_jax.pretrain: use what it wrote for transformers, "
+      f"{workdir}/hf unless --out named another directory"
     )
   return model
 
+
+# ---- the command line ----------------------------------------------------------------------------
 
 _OVERRIDE = re.compile(r"--?(?:no)?(config(?:\.\w+)+)(?:=(.*))?", re.DOTALL)
 
 
 def _overrides(arguments: list[str]) -> list[tuple[str, str]]:
-  """[("config.section.key", text)] of --config.section.key=text, or with the text as the next argument."""
-  found = [
-    (_OVERRIDE.fullmatch(argument), following)
-    for argument, following in zip(arguments, [*arguments[1:], ""])
-  ]
-  return [
-    (match[1], following if match[2] is None else match[2]) for match, following in found if match
-  ]
+  """Returns (path, text) of every --config.section.key=text, or --config.section.key text."""
+  overrides = []
+  for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    match = _OVERRIDE.fullmatch(argument)
+    if match:
+      path, text = match.groups()
+      overrides.append((path, following if text is None else text))
+  return overrides
 
 
-def complete(c: ml_collections.ConfigDict, arguments: list[str]) -> None:
-  """Gives the environment and each part of the method every setting that it has, with its default: so the command line can set it and config.json shows it.
+def complete_parts(c: ml_collections.ConfigDict, arguments: list[str]) -> None:
+  """Gives each part of the method, and the environment, every setting that it has.
 
-  arguments: of the command line, which may choose other parts. A part of the method chosen so begins with its own defaults. An environment keeps the
-  settings that it shares with the file's; of the others, one that the file has changed is a ValueError, since it would be lost.
+  So the command line can set them all, and config.json shows them all. `arguments` of the command
+  line may choose other parts; a part chosen there begins with its own defaults.
   """
-  _same_keys(c, base(), "config")
-  chosen = {
-    path.removeprefix("config.").removesuffix(".name"): value
-    for path, value in _overrides(arguments)
-    if path.endswith(".name")
-  }
+  _check_keys(c, base(), "config")
+  part_names = {}
   for path, value in _overrides(arguments):
     if path == "config.method" or path == "config.method.name" and value != c.method.name:
       raise ValueError(
-        f"{path} cannot be set alone: choose another row by the config file's argument, --config=FILE:method={value}"
+        f"{path} cannot be set alone: choose another row by the config file's argument, "
+        f"--config=FILE:method={value}"
       )
-  # `validate` says so if one is missing
-  for axis in [axis for axis in build.AXES if axis in c.method]:
-    part = (
-      {"name": chosen[name]} if (name := f"method.{axis}") in chosen else c.method[axis].to_dict()
-    )
-    with _named_in_full():
-      known = build.settings_of(axis, part["name"])
-    c.method[axis] = {
-      key: _field(known.get(key), value) for key, value in build.complete_part(axis, **part).items()
-    }
-  before, name = c.env.to_dict(), chosen.get("env", c.env.name)
-  known = env_settings(name)
-  if name != before["name"]:
-    defaults = env_settings(before["name"])
-    for key in before.keys() - known.keys() - {"name"}:
-      if key not in defaults or before[key] != defaults[key].default:
+    if path.endswith(".name"):
+      part_names[path.removesuffix(".name")] = value
+  for axis in build.AXES:
+    if axis in c.method:  # `validate` refuses a method that lacks one
+      _complete_axis(c, axis, part_names.get(f"config.method.{axis}"))
+  _complete_environment(c, part_names.get("config.env", c.env.name))
+
+
+def _complete_axis(c: ml_collections.ConfigDict, axis: str, chosen: str | None) -> None:
+  """Completes the part of one axis: that of the file, or of the name chosen on the command line."""
+  part = c.method[axis].to_dict() if chosen is None else {"name": chosen}
+  with _with_full_path():
+    parameters = build.settings_of(axis, part["name"])
+  completed = build.complete_part(axis, **part)
+  c.method[axis] = {key: _as_field(value, parameters.get(key)) for key, value in completed.items()}
+
+
+def _complete_environment(c: ml_collections.ConfigDict, name: str) -> None:
+  """Completes the settings of the environment `name`, which may be another than the file's.
+
+  It keeps the settings that both have. Of the others, one that the file has changed is a
+  ValueError, since it would be lost.
+  """
+  given = c.env.to_dict()
+  parameters = env_settings(name)
+  if name != given["name"]:
+    of_the_file = env_settings(given["name"])
+    for key in given.keys() - parameters.keys() - {"name"}:
+      if key not in of_the_file or given[key] != of_the_file[key].default:
         raise ValueError(
-          f"config.env.{key}={before[key]!r} is not a setting of {name}; choose from {sorted(known)}, or begin with another config file"
+          f"config.env.{key}={given[key]!r} is not a setting of {name}; "
+          f"choose from {sorted(parameters)}, or begin with another config file"
         )
-    before = {key: value for key, value in before.items() if key in known}
-  filled = {key: None if p.default is p.empty else p.default for key, p in known.items()} | before
-  c.env = {key: _field(known.get(key), value) for key, value in (filled | {"name": name}).items()}
+    given = {key: value for key, value in given.items() if key in parameters}
+  settings = {
+    key: None if parameter.default is parameter.empty else parameter.default
+    for key, parameter in parameters.items()
+  }
+  settings |= given | {"name": name}
+  c.env = {key: _as_field(value, parameters.get(key)) for key, value in settings.items()}
 
 
-def _field(parameter: inspect.Parameter | None, value):
-  """The value of a setting as the command line is to read it: as a number, text, ...; as whatever stands there if it may be None or is not set yet."""
-  if parameter and (
-    value is None or parameter.default is None or isinstance(parameter.annotation, types.UnionType)
-  ):
+def _as_field(value, parameter: inspect.Parameter | None):
+  """Returns the value of a setting in the form that decides how the command line reads it.
+
+  It reads a number, text, ... like the value that is there. A setting that may be None, or has no
+  value yet, takes whatever stands there, and `build` or the environment checks its type.
+  """
+  if parameter is None:
+    return value
+  may_be_none = parameter.default is None or isinstance(parameter.annotation, types.UnionType)
+  if value is None or may_be_none:
     return ml_collections.FieldReference(value, field_type=object)
-  return (
-    float(value) if parameter and parameter.annotation is float and type(value) is int else value
-  )
+  if parameter.annotation is float and type(value) is int:
+    return float(value)
+  return value
 
 
 @contextlib.contextmanager
-def _named_in_full():
-  """A method's own errors begin with method.; the setting is config.method."""
+def _with_full_path():
+  """Completes the name of the setting in a method's own errors: they begin with "method."."""
   try:
     yield
   except ValueError as error:
-    raise ValueError(
-      f"config.{error}" if str(error).startswith("method.") else str(error)
-    ) from error
+    message = str(error)
+    if message.startswith("method."):
+      message = f"config.{message}"
+    raise ValueError(message) from error
 
 
-def unknown(c: ml_collections.ConfigDict, path: str) -> str:
-  """What is wrong with "config.section.key" as the name of a setting of c: "" if nothing."""
-  node, name = c, "config"
-  for key in path.split(".")[1:]:
-    if not isinstance(node, ml_collections.ConfigDict):
-      return f"{name}.{key} is not a setting: {name} has no parts"
-    if key not in node:
-      return _not_a_setting(name, key, node)
-    node, name = node[key], f"{name}.{key}"
-  return ""
+def with_overrides(c: ml_collections.ConfigDict, arguments: list[str]) -> ml_collections.ConfigDict:
+  """Applies every --config.section.key=value of the arguments and locks the configuration.
 
-
-def overridden(c: ml_collections.ConfigDict, arguments: list[str]) -> ml_collections.ConfigDict:
-  """With every --config.section.key=value of the arguments, then locked. ValueError for a setting that it does not have, a wrong type or anything else among them."""
+  ValueError for a setting that it does not have, a wrong type or anything else among them.
+  """
   for path, _ in _overrides(arguments):
-    if said := unknown(c, path):
-      raise ValueError(said)
+    _check_path(c, path)
   f = flags.FlagValues()
   config_flags.DEFINE_config_dict("config", c, flag_values=f, sys_argv=arguments)
   try:
@@ -428,37 +472,166 @@ def overridden(c: ml_collections.ConfigDict, arguments: list[str]) -> ml_collect
   return f.config
 
 
-def _not_a_setting(path: str, key: str, known) -> str:
-  close = difflib.get_close_matches(key, list(known), n=1)
-  return f"{path}.{key} is not a setting{f'; did you mean {path}.{close[0]}' if close else ''}; choose from {sorted(known)}"
+def _check_path(c: ml_collections.ConfigDict, path: str) -> None:
+  """Raises ValueError if "config.section.key" names no setting."""
+  node, name = c, "config"
+  for key in path.split(".")[1:]:
+    if not isinstance(node, ml_collections.ConfigDict):
+      raise ValueError(f"{name}.{key} is not a setting: {name} has no parts")
+    if key not in node:
+      raise ValueError(_not_a_setting(name, key, node))
+    node = node[key]
+    name = f"{name}.{key}"
 
 
-def _same_keys(
-  given: ml_collections.ConfigDict, known: ml_collections.ConfigDict, path: str
+def _not_a_setting(path: str, key: str, choices) -> str:
+  close = difflib.get_close_matches(key, list(choices), n=1)
+  advice = f"; did you mean {path}.{close[0]}" if close else ""
+  return f"{path}.{key} is not a setting{advice}; choose from {sorted(choices)}"
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+_AT_LEAST_1 = (
+  "total_steps",
+  "rollout.questions",
+  "rollout.group",
+  "rollout.max_new_tokens",
+  "rollout.rows",
+  "rollout.chunk",
+  "rollout.judge_threads",
+  "train.updates_per_batch",
+  "train.micro_batches",
+  "eval.every_steps",
+  "eval.questions",
+  "eval.samples",
+  "checkpoint.every_steps",
+  "checkpoint.keep",
+  "data.length_multiple",
+  "data.response_multiple",
+  "log.rollouts_every_steps",
+  "sandbox.workers",
+  "discover.questions",
+  "discover.seeds",
+  "discover.attempts",
+  "discover.rollouts",
+  "train.max_skipped_in_a_row",
+  "train.max_env_failures_in_a_row",
+)
+_DTYPES = ("float32", "bfloat16")
+_CHOICES = {
+  "model.remat": ("none", "dots", "block"),
+  "train.loss_implementation": ("auto", *IMPLEMENTATIONS),
+  "optimizer.state_dtype": _DTYPES,
+  "model.dtype": _DTYPES,
+  "model.param_dtype": _DTYPES,
+}
+# their parts have settings of their own, which `complete_parts` and `build` know
+_OPEN_SECTIONS = ("config.method", "config.env")
+
+
+def validate(c: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for a setting that is unknown, out of range or at odds with another one."""
+  _check_keys(c, base(), "config")
+  _check_method(c)
+  for path in _AT_LEAST_1:
+    if _setting(c, path) < 1:
+      raise ValueError(f"config.{path}={_setting(c, path)} must be at least 1")
+  for path, choices in _CHOICES.items():
+    if _setting(c, path) not in choices:
+      raise ValueError(
+        f"config.{path}={_setting(c, path)!r} is unknown; choose from {list(choices)}"
+      )
+  _check_loss_implementation(c)
+  if c.model.lora.rank < 0:
+    raise ValueError(
+      f"config.model.lora.rank={c.model.lora.rank} must be at least 0; 0 trains all weights"
+    )
+  _check_batch(c)
+  check_optimizer(c.optimizer)
+  _check_rollout(c)
+
+
+def _check_keys(
+  given: ml_collections.ConfigDict, complete: ml_collections.ConfigDict, path: str
 ) -> None:
+  """Raises ValueError for a setting of `given` that `complete` lacks, or the reverse."""
   for key in given:
     name = f"{path}.{key}"
-    if key not in known:
-      raise ValueError(_not_a_setting(path, key, known))
-    # whose parts have settings of their own
-    if isinstance(known[key], ml_collections.ConfigDict) and name not in (
-      "config.method",
-      "config.env",
-    ):
-      _same_keys(given[key], known[key], name)
-  for key in known:
+    if key not in complete:
+      raise ValueError(_not_a_setting(path, key, complete))
+    if isinstance(complete[key], ml_collections.ConfigDict) and name not in _OPEN_SECTIONS:
+      _check_keys(given[key], complete[key], name)
+  for key in complete:
     if key not in given:
       raise ValueError(f"{path}.{key} is missing; start from sdpo_jax.config.base()")
 
 
+def _setting(c: ml_collections.ConfigDict, path: str):
+  """Returns the value at "section.key"."""
+  value = c
+  for key in path.split("."):
+    value = value[key]
+  return value
+
+
+def _check_method(c: ml_collections.ConfigDict) -> None:
+  keys = {*build.AXES, "name", "policy_share"}
+  for key in c.method:
+    if key not in keys:
+      raise ValueError(f"config.method.{key} is not a part of a method; choose from {sorted(keys)}")
+  with _with_full_path():
+    build.build_method(c.method.to_dict())
+
+
+def _check_loss_implementation(c: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for an implementation of a divergence that the method does not compute."""
+  implementation, signal = c.train.loss_implementation, c.method.token_signal
+  if implementation == "auto":
+    return
+  if signal.name == "none":
+    reason = "config.method.token_signal.name is 'none'"
+  elif signal.get("top_k"):
+    reason = f"config.method.token_signal.top_k={signal.top_k} has one implementation"
+  else:
+    return
+  raise ValueError(
+    f"config.train.loss_implementation={implementation!r} would not be read: {reason}"
+  )
+
+
+def _check_batch(c: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for groups without a baseline, and rows or steps that do not match."""
+  if c.method.advantage.name == "group_mean" and c.rollout.group < 2:
+    raise ValueError(
+      f"config.rollout.group={c.rollout.group} with advantage 'group_mean': "
+      "a group of 1 has no baseline; use at least 2"
+    )
+  rows = c.rollout.questions * c.rollout.group
+  micro_batches = c.train.updates_per_batch * c.train.micro_batches
+  if rows % micro_batches:
+    raise ValueError(
+      f"config.rollout.questions x group = {rows} rows do not divide into "
+      f"train.updates_per_batch x micro_batches = {micro_batches}"
+    )
+  updates = c.total_steps * c.train.updates_per_batch
+  if 0 < c.optimizer.decay_steps < updates:
+    raise ValueError(
+      f"config.total_steps={c.total_steps} means {updates} updates, but the learning rate is 0 "
+      f"after config.optimizer.decay_steps={c.optimizer.decay_steps}: "
+      "set both, or decay_steps=0 for a constant rate"
+    )
+
+
 def check_optimizer(o: ml_collections.ConfigDict) -> None:
-  """ValueError for settings that train nothing, or away from the gradient."""
+  """Raises ValueError for settings that train nothing, or away from the gradient."""
   for name in ("lr", "warmup_steps", "decay_steps"):
     if not o[name] >= 0:
       raise ValueError(f"config.optimizer.{name}={o[name]} must be at least 0")
   if 0 < o.decay_steps <= o.warmup_steps:
     raise ValueError(
-      f"config.optimizer.decay_steps={o.decay_steps} must be more than config.optimizer.warmup_steps={o.warmup_steps}, or 0 for a constant rate"
+      f"config.optimizer.decay_steps={o.decay_steps} must be more than "
+      f"config.optimizer.warmup_steps={o.warmup_steps}, or 0 for a constant rate"
     )
   for name in ("b1", "b2"):
     if not 0 <= o[name] < 1:
@@ -469,95 +642,17 @@ def check_optimizer(o: ml_collections.ConfigDict) -> None:
     )
 
 
-def validate(c: ml_collections.ConfigDict) -> None:
-  """Raises ValueError for a setting that is unknown, out of range or at odds with another one."""
-  _same_keys(c, base(), "config")
-  known_method = {*build.AXES, "name", "policy_share"}
-  for key in c.method:
-    if key not in known_method:
-      raise ValueError(
-        f"config.method.{key} is not a part of a method; choose from {sorted(known_method)}"
-      )
-  with _named_in_full():
-    build.build_method(c.method.to_dict())
-
-  positive = {
-    "total_steps": c.total_steps,
-    "rollout.questions": c.rollout.questions,
-    "rollout.group": c.rollout.group,
-    "rollout.max_new_tokens": c.rollout.max_new_tokens,
-    "rollout.rows": c.rollout.rows,
-    "rollout.chunk": c.rollout.chunk,
-    "rollout.judge_threads": c.rollout.judge_threads,
-    "train.updates_per_batch": c.train.updates_per_batch,
-    "train.micro_batches": c.train.micro_batches,
-    "eval.every_steps": c.eval.every_steps,
-    "eval.questions": c.eval.questions,
-    "eval.samples": c.eval.samples,
-    "checkpoint.every_steps": c.checkpoint.every_steps,
-    "checkpoint.keep": c.checkpoint.keep,
-    "data.length_multiple": c.data.length_multiple,
-    "data.response_multiple": c.data.response_multiple,
-    "log.rollouts_every_steps": c.log.rollouts_every_steps,
-    "sandbox.workers": c.sandbox.workers,
-    "discover.questions": c.discover.questions,
-    "discover.seeds": c.discover.seeds,
-    "discover.attempts": c.discover.attempts,
-    "discover.rollouts": c.discover.rollouts,
-    "train.max_skipped_in_a_row": c.train.max_skipped_in_a_row,
-    "train.max_env_failures_in_a_row": c.train.max_env_failures_in_a_row,
-  }
-  for name, value in positive.items():
-    if value < 1:
-      raise ValueError(f"config.{name}={value} must be at least 1")
-  choices = {
-    "model.remat": (c.model.remat, ("none", "dots", "block")),
-    "train.loss_implementation": (c.train.loss_implementation, ("auto", *IMPLEMENTATIONS)),
-    "optimizer.state_dtype": (c.optimizer.state_dtype, ("float32", "bfloat16")),
-    "model.dtype": (c.model.dtype, ("float32", "bfloat16")),
-    "model.param_dtype": (c.model.param_dtype, ("float32", "bfloat16")),
-  }
-  for name, (value, allowed) in choices.items():
-    if value not in allowed:
-      raise ValueError(f"config.{name}={value!r} is unknown; choose from {list(allowed)}")
-  chosen, signal = c.train.loss_implementation, c.method.token_signal
-  if chosen != "auto" and (signal.name == "none" or signal.get("top_k")):
-    why = (
-      "config.method.token_signal.name is 'none'"
-      if signal.name == "none"
-      else f"config.method.token_signal.top_k={signal.top_k} has one implementation"
-    )
-    raise ValueError(f"config.train.loss_implementation={chosen!r} would not be read: {why}")
-  if c.model.lora.rank < 0:
-    raise ValueError(
-      f"config.model.lora.rank={c.model.lora.rank} must be at least 0; 0 trains all weights"
-    )
-  if c.method.advantage.name == "group_mean" and c.rollout.group < 2:
-    raise ValueError(
-      f"config.rollout.group={c.rollout.group} with advantage 'group_mean': a group of 1 has no baseline; use at least 2"
-    )
-  rows, pieces = (
-    c.rollout.questions * c.rollout.group,
-    c.train.updates_per_batch * c.train.micro_batches,
-  )
-  if rows % pieces:
-    raise ValueError(
-      f"config.rollout.questions x group = {rows} rows do not divide into train.updates_per_batch x micro_batches = {pieces}"
-    )
-  updates = c.total_steps * c.train.updates_per_batch
-  if 0 < c.optimizer.decay_steps < updates:
-    raise ValueError(
-      f"config.total_steps={c.total_steps} means {updates} updates, but the learning rate is 0 after config.optimizer.decay_steps="
-      f"{c.optimizer.decay_steps}: set both, or decay_steps=0 for a constant rate"
-    )
-  check_optimizer(c.optimizer)
+def _check_rollout(c: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for sampling, or a time limit, that cannot work."""
   if not c.rollout.judge_timeout_s > 0:
     raise ValueError(f"config.rollout.judge_timeout_s={c.rollout.judge_timeout_s} must be above 0")
   if c.rollout.temperature <= 0:
     raise ValueError(
-      f"config.rollout.temperature={c.rollout.temperature} must be above 0: the loss is taken at the rollout's temperature"
+      f"config.rollout.temperature={c.rollout.temperature} must be above 0: "
+      "the loss is taken at the rollout's temperature"
     )
   if c.eval.temperature < 0 or not 0 < c.eval.top_p <= 1 or not 0 < c.rollout.top_p <= 1:
     raise ValueError(
-      f"config.eval.temperature={c.eval.temperature} must be at least 0; top_p in (0, 1], not {c.eval.top_p} / {c.rollout.top_p}"
+      f"config.eval.temperature={c.eval.temperature} must be at least 0; "
+      f"top_p in (0, 1], not {c.eval.top_p} / {c.rollout.top_p}"
     )

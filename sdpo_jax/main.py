@@ -1,11 +1,18 @@
-r"""The command line.
+r"""The command line of training, evaluation, discovery and planning.
 
-  python -m sdpo_jax.main --config=configs/FILE.py[:key=value,...] --workdir=DIR [--mode=train|eval|discover|plan] [--config.section.key=value ...]
+  python -m sdpo_jax.main --config=configs/FILE.py[:key=value,...] --workdir=DIR \
+      [--mode=train|eval|discover|plan] [--config.section.key=value ...]
 
-train (default) runs, resumes if the work directory holds a checkpoint, and ends with a report. eval scores a checkpoint:
---checkpoint=WORKDIR[:step] or a Hugging Face directory. discover is test-time self-distillation on single hard questions.
-plan compiles the train and decode steps for --topology (v5p:2x2x2, v5e:8x8, v6e:4x4, h200:8), without the hardware, and says whether they fit. Without --workdir a fresh directory under runs/ is made and printed.
-Exit status: 0 success, 2 a wrong command line or setting (one line on stderr), 1 a failed run; of a full disk it says so in a line.
+  train     (default) runs, resumes if the work directory holds a checkpoint, ends with a report
+  eval      scores a checkpoint: --checkpoint=WORKDIR[:step] or a Hugging Face directory
+  discover  is test-time self-distillation on single hard questions
+  plan      compiles the train and decode steps for --topology (v5p:2x2x2, v5e:8x8, v6e:4x4,
+            h200:8), without the hardware, and says whether they fit
+
+Without --workdir a fresh directory under runs/ is made and printed.
+
+Exit status: 0 success, 2 a wrong command line or setting (one line on stderr), 1 a failed run; of a
+full disk it says so in a line.
 """
 
 import datetime
@@ -16,19 +23,21 @@ import sys
 from absl import flags
 from absl import logging as absl_logging
 
+from sdpo_jax.errors import RunError, SettingError, TaskError, UsageError, blame_disk
+
+# jax takes seconds to import: whatever needs it is imported after the checks that do not
+
 MODES = ("train", "eval", "discover", "plan")
+# flag -> (the mode that reads it, what to do instead in another one)
+_FLAGS_OF_ONE_MODE = {
+  "checkpoint": ("eval", "; to begin from it, export it and set config.model.path"),
+  "topology": ("plan", ""),
+}
 
 
-class UsageError(Exception):
-  """The command line or a setting is wrong; the message is one line."""
-
-
-def parse(argv: list[str]):
-  """-> the flags, and the configuration: the file's, each setting of its parts filled in, with the overrides. UsageError says what is wrong.
-
-  Flags are defined here: importing this file does nothing.
-  """
-  f, sys.argv = flags.FlagValues(), argv  # run.json tells the command
+def define_flags() -> flags.FlagValues:
+  """Defines the flags in a registry of their own, so that importing this file does nothing."""
+  f = flags.FlagValues()
   flags.DEFINE_string(
     "config",
     "configs/tinycode.py",
@@ -55,6 +64,17 @@ def parse(argv: list[str]):
     "topology", None, "plan: chip and shape, such as v5p:2x2x2 or h200:8", flag_values=f
   )
   flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=f)
+  return f
+
+
+def parse(argv: list[str]):
+  """Returns (flags, configuration); the configuration is None if help is asked for.
+
+  The configuration is the file's, with every setting of its parts filled in and with the overrides
+  of the command line. UsageError for whatever is wrong.
+  """
+  sys.argv = argv  # run.json tells the command
+  f = define_flags()
   try:
     rest = f(argv, known_only=True)
     if f.mode not in MODES:
@@ -62,26 +82,78 @@ def parse(argv: list[str]):
     if f.help:
       return f, None
     for argument in rest[1:]:
-      if not argument.lstrip("-").startswith(("config.", "noconfig.")) and argument.startswith("-"):
+      is_setting = argument.lstrip("-").startswith(("config.", "noconfig."))
+      if argument.startswith("-") and not is_setting:
         raise UsageError(f"unknown flag {argument!r}")
-    # at once: what follows imports jax, which takes seconds
-    if not os.path.isfile(path := f.config.partition(":")[0]):
+    path = f.config.partition(":")[0]
+    if not os.path.isfile(path):
       raise UsageError(f"--config={path}: no such file")
     from sdpo_jax import config
 
     c = config.load(f.config)
-    config.complete(c, rest)
-    return f, config.overridden(c, rest)
+    config.complete_parts(c, rest)
+    return f, config.with_overrides(c, rest)
   except (flags.Error, ValueError) as error:
     raise UsageError(str(error)) from error
 
 
+def main(argv: list[str]) -> int:
+  """Runs one command and returns its exit status."""
+  try:
+    f, c = parse(argv)
+    if f.help:
+      print(__doc__, f.get_help(), sep="\n")
+      return 0
+    if f.distributed:
+      join_processes(f)  # before anything asks for devices
+    from sdpo_jax import config
+
+    config.validate(c)
+    check_flags(f)
+    if f.mode == "plan":
+      print_plan(c, f.topology)
+      return 0
+    workdir = f.workdir or fresh_workdir()
+    check_writable(workdir)
+  except (UsageError, ValueError) as error:
+    return complain(error, 2)
+  try:
+    run(f.mode, c, workdir, f.checkpoint)
+  except (SettingError, TaskError, FileNotFoundError) as error:
+    return complain(error, 2)
+  except RunError as error:
+    return complain(error, 1)
+  return 0
+
+
+def join_processes(f: flags.FlagValues) -> None:
+  """Joins the other processes of this run, as --distributed says."""
+  if not f.workdir:
+    raise UsageError("--distributed needs --workdir: all processes write to one place")
+  from sdpo_jax import hosts
+
+  hosts.start(f.distributed)
+
+
+def check_flags(f: flags.FlagValues) -> None:
+  """Raises UsageError for a flag that the mode lacks, or does not read."""
+  if f.mode == "eval" and not f.checkpoint:
+    raise UsageError("--mode=eval needs --checkpoint=WORKDIR[:step] or a Hugging Face directory")
+  for name, (mode, instead) in _FLAGS_OF_ONE_MODE.items():
+    if f[name].value is not None and f.mode != mode:
+      raise UsageError(f"--{name} would not be read: it is for --mode={mode}{instead}")
+  if f.mode == "plan" and not f.topology:
+    raise UsageError("--mode=plan needs --topology, such as v5p:2x2x2 or h200:8")
+
+
 def fresh_workdir() -> str:
+  """Names a directory under runs/ by the time and this process."""
   stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
   return os.path.join("runs", f"{stamp}-{os.getpid()}")
 
 
 def check_writable(workdir: str) -> None:
+  """Makes the work directory; UsageError if nothing can be written there."""
   path = pathlib.Path(workdir)
   try:
     path.mkdir(parents=True, exist_ok=True)
@@ -92,108 +164,42 @@ def check_writable(workdir: str) -> None:
     raise UsageError(f"--workdir={workdir}: cannot write there: {error.strerror}") from error
 
 
-def main(argv: list[str]) -> int:
-  try:
-    f, c = parse(argv)
-    if f.help:
-      print(__doc__, f.get_help(), sep="\n")
-      return 0
-    if f.distributed:
-      if not f.workdir:
-        raise UsageError("--distributed needs --workdir: all processes write to one place")
-      from sdpo_jax import hosts
+def print_plan(c, topology: str) -> None:
+  """Prints the lines of a plan as they come; some take minutes."""
+  from sdpo_jax import plan
 
-      hosts.start(f.distributed)  # before anything asks for devices
-    workdir = f.workdir or fresh_workdir()
-    # after the flags: a wrong one answers at once, jax takes seconds to import
-    from sdpo_jax import config
+  for line in plan.report_lines(c, topology):
+    print(line, flush=True)
 
-    config.validate(c)
-    if f.mode == "eval" and not f.checkpoint:
-      raise UsageError("--mode=eval needs --checkpoint=WORKDIR[:step] or a Hugging Face directory")
-    for name, mode, instead in (
-      ("checkpoint", "eval", "; to begin from it, export it and set config.model.path"),
-      ("topology", "plan", ""),
-    ):
-      if f[name].value is not None and f.mode != mode:
-        raise UsageError(f"--{name} would not be read: it is for --mode={mode}{instead}")
-    if f.mode == "plan":
-      if not f.topology:
-        raise UsageError("--mode=plan needs --topology, such as v5p:2x2x2 or h200:8")
-      for line in plan_lines(c, f.topology):
-        print(line, flush=True)
-      return 0
-    check_writable(workdir)
-  except (UsageError, ValueError) as error:
-    return complain(error, 2)
-  from sdpo_jax import checkpoint, errors, evaluate, metrics, train
-  from sdpo_jax.discover import mode, results
+
+def run(mode: str, c, workdir: str, checkpoint_to_score: str | None) -> None:
+  """Trains, evaluates or discovers, and prints the summary."""
+  from sdpo_jax import checkpoint, evaluate, metrics, train
+  from sdpo_jax.discover import mode as discover_mode
+  from sdpo_jax.discover import results as discover_results
 
   checkpoint.tell_failures_once()
   absl_logging.use_absl_handler()
   absl_logging.set_verbosity(absl_logging.WARNING)
-  try:
-    with errors.blame_disk(workdir, checkpoint.latest_step):
-      if f.mode == "train":
-        print(f"work directory: {workdir}", file=sys.stderr)
-        train.train(c, workdir)
-        lines = metrics.read(workdir)
-        results, base = lines[-1], lines[0]
-      elif f.mode == "eval":
-        results, base = evaluate.evaluate_checkpoint(c, workdir, f.checkpoint), {}
-      else:
-        for line in results.summary_lines(mode.discover(c, workdir)):
-          print(line)
-        return 0
-  except (errors.SettingError, errors.TaskError, FileNotFoundError) as error:
-    return complain(error, 2)
-  except errors.RunError as error:
-    return complain(error, 1)
-  for line in evaluate.summary_lines(results, base):
-    print(line)
-  if f.mode == "train":
+  with blame_disk(workdir, checkpoint.latest_step):
+    if mode == "train":
+      print(f"work directory: {workdir}", file=sys.stderr)
+      train.train(c, workdir)
+      steps = metrics.read(workdir)
+      lines = evaluate.summary_lines(steps[-1], steps[0])  # step 0 is the base model
+    elif mode == "eval":
+      scores = evaluate.evaluate_checkpoint(c, workdir, checkpoint_to_score)
+      lines = evaluate.summary_lines(scores, {})
+    else:
+      lines = discover_results.summary_lines(discover_mode.discover(c, workdir))
+    for line in lines:
+      print(line)
+  if mode == "train":
     print(f"      report  {os.path.join(workdir, 'report', 'index.html')}")
-  return 0
-
-
-def plan_lines(c, topology: str):
-  import dataclasses
-  import functools
-
-  import jax
-
-  from sdpo_jax import learner, plan, session, sharding
-  from sdpo_jax.model import lora
-  from sdpo_jax.objectives import build
-
-  # the compiler alone is wanted: neither a TPU nor its lock
-  jax.config.update("jax_platforms", "cpu")
-  os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-  # libtpu complains where they are unset; it plans for the topology whatever they say
-  for name, value in {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}.items():
-    os.environ.setdefault(name, value)
-  session.check_rows(
-    c, sharding.row_shards(sharding.make_mesh(plan.topology_devices(topology), **c.mesh))
-  )
-  model = dataclasses.replace(
-    session.model_shape(c.model.path), dtype=c.model.dtype, param_dtype=c.model.param_dtype
-  )
-  session.check_positions(
-    session.longest_texts(c, build.build_method(c.method.to_dict())["counterfactual"]()),
-    model,
-    c.model.path,
-  )
-  adapters = lora.from_settings(c.model)
-  return plan.plan(
-    c,
-    topology,
-    model,
-    learner.learner(c, model, adapters and functools.partial(lora.attach, lora=adapters)),
-    adapters,
-  )
 
 
 def complain(error: Exception, status: int) -> int:
+  """Prints an error as one line and returns the exit status."""
   print(f"sdpo_jax: {' '.join(str(error).split())}", file=sys.stderr)
   return status
 

@@ -1,42 +1,56 @@
-"""What a run would need, without its hardware: compiles the real train step and the real decode step for TPUs or GPUs, from shapes alone.
+"""Says what a run would need, without its hardware: `--mode=plan`.
 
   python -m sdpo_jax.main --mode=plan --topology=v5p:2x2x2 --config=configs/plan_8b.py
   python -m sdpo_jax.main --mode=plan --topology=h200:8 --config=configs/plan_8b.py:machine=h200-8
 
-The workload is the worst one that the configuration allows: every prompt, teacher prompt and response at its limit, no row shared. Needs
-libtpu (`pip install "jax[tpu]"`) or jax's CUDA plugin ("jax[cuda13]"); their compilers run on any machine. For a GPU nothing is tuned, as that takes the
-device, and cuDNN's attention is taken to agree with the reference (kernels/attention.py); what has to fit is the share of a GPU's memory that jax
-gives a program: 75 %, or what XLA_PYTHON_CLIENT_MEM_FRACTION says. Nothing is loaded or downloaded for a model of `model.config.PRESETS`.
+The real train step and the real decode step are compiled for TPUs or GPUs, from shapes alone. Their
+compilers run on any machine: libtpu (`pip install "jax[tpu]"`), jax's CUDA plugin ("jax[cuda13]").
+Nothing is loaded or downloaded for a model of `model.config.PRESETS`.
 
-Memory is the compiler's own account, per chip. The train state stays where it is during decoding, so that both programs must fit beside it; with
-adapters so do the weights that they stand on, and decoding reads a merged copy.
-Operations are counted on the traced program, scans times their lengths (the compiler's cost model counts a scan's body once); one
-multiply-add is two. Collectives are read off the compiled program, loops times their trip counts; bytes are those that one chip
-receives. Times are what the stated peak rates allow, not predictions: nothing is lost to waiting, and nothing overlaps. GB = 10^9 bytes.
+Workload: the worst one that the configuration allows. Every prompt, teacher prompt and response is
+at its limit, and no row is shared.
+
+Memory: the compiler's own account, per chip. The train state stays where it is during decoding, so
+both programs must fit beside it. With adapters, so must the weights that they stand on, and
+decoding reads a merged copy.
+
+Times: what the stated peak rates allow, not predictions. Nothing is lost to waiting, and nothing
+overlaps. Operations and collectives are counted as `hlo` says. GB = 10^9 bytes.
+
+GPUs: nothing is tuned, as that takes the device. cuDNN's attention is taken to agree with the
+reference (kernels/attention.py). What has to fit is the share of a GPU's memory that jax gives a
+program: 75 %, or what XLA_PYTHON_CLIENT_MEM_FRACTION says.
 """
 
+import dataclasses
 import functools
 import math
 import os
 import re
-from typing import NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
 
-from sdpo_jax import sharding
+from sdpo_jax import learner, session, sharding
 from sdpo_jax.data.shapes import Shape, bucket, full_shape, most_tokens
 from sdpo_jax.engine.local import DecodeState, decode
-from sdpo_jax.hlo import collectives, kernels, logit_arrays, operations
+from sdpo_jax.hlo import OutOfMemory, Program, compile_for, kernels, logit_arrays
 from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import ModelConfig
+from sdpo_jax.objectives import build
 from sdpo_jax.records import Counterfactual, Rows, Sampling, TrainBatch
 from sdpo_jax.train_step import TrainState, init_state
 
+# ---- chips ---------------------------------------------------------------------------------------
+
 
 class Chip(NamedTuple):
-  """As their maker states them. Interconnect: all links of a chip together, one direction each; of a GPU, those within its node."""
+  """A chip as its maker states it.
+
+  links_gb_s adds up all links of a chip, one direction each; of a GPU, those within its node.
+  """
 
   memory_gb: float
   tflops: float  # bfloat16
@@ -52,49 +66,75 @@ CHIPS = {
   "h100": Chip(80, 989, 3350, 450),
   "h200": Chip(141, 989, 4800, 450),
 }
-
-
 GPUS = ("h100", "h200")
 
-
+# what the compiler for GPUs asks a device, answered for one that is not there
+# (XLA: tools/hlo_opt/gpu_specs)
 HOPPER = """
 gpu_device_info {{
   cuda_compute_capability {{ major: 9 }}
   core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
   threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  l2_cache_size: 52428800 memory_bandwidth: {memory_gb_s}000000000 device_memory_size: {memory_gb}000000000
+  l2_cache_size: 52428800 memory_bandwidth: {memory_gb_s}000000000
+  device_memory_size: {memory_gb}000000000
 }}
 platform_name: "CUDA"
 runtime_version {{ major: 13 }}
 dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "{name}"
-"""  # what the compiler for GPUs asks of a device, told by one that is not there (XLA: tools/hlo_opt/gpu_specs)
+"""
 
 
-class Program(NamedTuple):
-  """One compiled program, per chip. Bytes, but for operations (multiply-adds count two)."""
+def topology_devices(name: str):
+  """Returns the devices of a topology such as "v5p:2x2x2", or "h200:2x8", two nodes of eight.
 
-  arguments: float
-  temporaries: float
-  peak: float
-  operations: float
-  collectives: dict[str, tuple[int, float]]  # kind -> (how often it runs, bytes received)
-  text: str
+  ValueError with the choices if there is no such topology, or no compiler for it here.
+  """
+  chip, _, shape = name.partition(":")
+  is_gpu = chip in GPUS
+  sizes = r"[1-9]\d*(x[1-9]\d*)?" if is_gpu else r"[1-9]\d*(x[1-9]\d*)*"
+  if chip not in CHIPS or not re.fullmatch(sizes, shape):
+    raise ValueError(
+      f"--topology={name!r} must look like v5p:2x2x2, v5e:8x8, v6e:4x4, h200:8 or h200:2x8; "
+      f"choose the chip from {sorted(CHIPS)}"
+    )
+  try:
+    if not is_gpu:
+      return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    slices_nodes_gpus = f"1x{shape}" if "x" in shape else f"1x1x{shape}"
+    return topologies.get_topology_desc(
+      platform="cuda",
+      topology_name=name,
+      topology=slices_nodes_gpus,
+      target_config=HOPPER.format(name=chip, **CHIPS[chip]._asdict()),
+    ).devices
+  except (RuntimeError, ValueError, NotImplementedError) as error:
+    extra = "cuda13" if is_gpu else "tpu"
+    raise ValueError(
+      f"--topology={name!r}: {str(error).splitlines()[0]} "
+      f'(plan needs the compiler: pip install "jax[{extra}]")'
+    ) from error
 
 
-class OutOfMemory(Exception):
-  """The compiler refused: `needed` bytes a chip, as far as it says."""
-
-  def __init__(self, needed: float):
-    super().__init__(f"{needed / 1e9:.1f} GB")
-    self.needed = needed
+def usable_share(chip: str) -> float:
+  """Returns the share of a chip's memory that jax gives a program."""
+  # its new name, and the one that most people know
+  setting = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get(
+    "XLA_PYTHON_CLIENT_MEM_FRACTION"
+  )
+  try:
+    return float(setting or 0.75) if chip in GPUS else 1.0
+  except ValueError:
+    raise ValueError(
+      f"XLA_PYTHON_CLIENT_MEM_FRACTION={setting!r} must be a number, such as 0.9"
+    ) from None
 
 
 # ---- shapes --------------------------------------------------------------------------------------
-# ---------------------
 
 
 def state_shapes(
@@ -106,46 +146,48 @@ def state_shapes(
   keep_teacher: bool,
   teacher_move: float = 0.0,
 ) -> TrainState:
-  """The train state, of all weights or of adapters alone, as shapes with their places."""
-  params, axes = (
-    (decoder.shapes(model), decoder.axes(model))
-    if adapters is None
-    else (lora.shapes(model, adapters), lora.axes(model, adapters))
-  )
-  state = jax.eval_shape(
-    lambda p: init_state(p, tx, keep_teacher=keep_teacher, teacher_move=teacher_move), params
-  )
+  """Returns the train state, of all weights or of adapters alone, as shapes with their places."""
+  if adapters is None:
+    params, axes = decoder.shapes(model), decoder.axes(model)
+  else:
+    params, axes = lora.shapes(model, adapters), lora.axes(model, adapters)
+  init = functools.partial(init_state, tx=tx, keep_teacher=keep_teacher, teacher_move=teacher_move)
+  state = jax.eval_shape(init, params)
   return _placed(state, sharding.state_shardings(mesh, state, axes))
 
 
 def weight_shapes(model: ModelConfig, mesh) -> dict:
-  """The decoder's weights."""
+  """Returns the decoder's weights as shapes with their places; ValueError if they do not divide."""
   decoder.check_mesh(model, mesh)
   return _placed(decoder.shapes(model), sharding.named(mesh, decoder.axes(model)))
 
 
 def batch_shapes(mesh, shape: Shape, responses: int, readings: int = 0) -> TrainBatch:
-  """A batch of so many responses in packs of this shape. readings: further ones by the teacher."""
-  ints, floats = (
-    (lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)),
-    (lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)),
-  )
-  student, teacher, more = (
-    Rows(*(ints(shape.packs, *half),) * 3, None, ints(shape.packs, shape.tokens))
-    for half in shape.halves()
-  )
+  """Returns a batch of `responses` in packs of this shape, and so many further readings of them."""
+
+  def ints(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.int32)
+
+  def floats(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+  def texts(rows, length):
+    columns = ints(shape.packs, rows, length)
+    return Rows(columns, columns, columns, None, ints(shape.packs, shape.tokens))
+
+  policy, teacher, reading = (texts(*half) for half in shape.halves())
   B, R = responses, shape.responses
   batch = TrainBatch(
-    student,
-    teacher,
-    ints(B),
-    ints(B, R),
-    floats(B, R),
-    floats(B),
-    floats(B),
-    floats(B, R),
-    floats(B, R),
-    (Counterfactual(more, floats(B)),) * readings,
+    student=policy,
+    teacher=teacher,
+    start_B=ints(B),
+    response_BR=ints(B, R),
+    weight_BR=floats(B, R),
+    advantage_B=floats(B),
+    distill_B=floats(B),
+    logp_rollout_BR=floats(B, R),
+    logp_old_BR=floats(B, R),
+    counterfactuals=(Counterfactual(reading, floats(B)),) * readings,
   )
   return _placed(batch, jax.tree.map(lambda _: sharding.row_sharding(mesh), batch))
 
@@ -153,33 +195,33 @@ def batch_shapes(mesh, shape: Shape, responses: int, readings: int = 0) -> Train
 def decode_shapes(
   model: ModelConfig, mesh, *, rows: int, prompt: int, new: int
 ) -> tuple[DecodeState, jax.ShapeDtypeStruct]:
-  """(state, keys) of a decode step with full caches."""
-  with jax.set_mesh(mesh):  # the order of the cache is the platform's
-    cache, axes = (
-      jax.eval_shape(lambda: decoder.init_cache(model, rows, prompt + new)),
-      decoder.cache_axes(),
-    )
-  put = lambda x, axes: jax.ShapeDtypeStruct(
-    x.shape, x.dtype, sharding=jax.NamedSharding(mesh, sharding.spec(axes, sharding.ACTIVATIONS))
-  )
-  by_row = lambda dtype, *rest: put(
-    jax.ShapeDtypeStruct((rows, *rest), dtype), "BTT"[: 1 + len(rest)]
-  )
-  cache = decoder.Cache(put(cache.k, axes), put(cache.v, axes), put(cache.valid_BS, "BS"))
+  """Returns (state, keys) of a decode step with full caches, as shapes with their places."""
+
+  def placed(x, axes: str):
+    spec = sharding.spec(axes, sharding.ACTIVATIONS)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+  def by_row(dtype, *rest: int):
+    return placed(jax.ShapeDtypeStruct((rows, *rest), dtype), "BTT"[: 1 + len(rest)])
+
+  with jax.set_mesh(mesh):  # the order of the cache's axes is the platform's
+    cache = jax.eval_shape(lambda: decoder.init_cache(model, rows, prompt + new))
+    axes = decoder.cache_axes()
   state = DecodeState(
-    cache,
-    by_row(jnp.dtype(model.dtype), model.width),
-    by_row(jnp.int32),
-    by_row(bool),
-    by_row(jnp.int32, new),
-    by_row(jnp.float32, new),
-    jax.ShapeDtypeStruct((), jnp.int32),
+    cache=decoder.Cache(placed(cache.k, axes), placed(cache.v, axes), placed(cache.valid_BS, "BS")),
+    hidden_BD=by_row(jnp.dtype(model.dtype), model.width),
+    length_B=by_row(jnp.int32),
+    done_B=by_row(bool),
+    tokens_BR=by_row(jnp.int32, new),
+    logp_BR=by_row(jnp.float32, new),
+    t=jax.ShapeDtypeStruct((), jnp.int32),
   )
   key = jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32)))
   return state, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.row_sharding(mesh))
 
 
 def _placed(tree, shardings):
+  """Returns a tree of shapes with the places of another tree."""
   return jax.tree.map(
     lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
   )
@@ -191,235 +233,315 @@ def _bytes_per_chip(tree) -> int:
   )
 
 
-# ---- one program ---------------------------------------------------------------------------------
-# ---------------------
-
-
-def compile_for(mesh, function, *args, **kwargs) -> Program:
-  """function: jitted. OutOfMemory where the compiler finds no place."""
-  with jax.set_mesh(mesh):
-    traced = function.trace(*args, **kwargs)
-    try:
-      lowered = traced.lower()
-      # no GPU to try on
-      compiled = lowered.compile(
-        {"xla_gpu_autotune_level": "0"} if mesh.devices.flat[0].platform == "gpu" else None
-      )
-    except jax.errors.JaxRuntimeError as error:
-      used = re.search(
-        r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT]? hbm|HLO temporaries \(([\d.]+)([KMGT])\)",
-        str(error),
-      )
-      if used is None:
-        raise
-      size, unit = filter(None, used.groups())
-      raise OutOfMemory(float(size) * 2.0 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit]) from error
-  m, text = compiled.memory_analysis(), compiled.as_text()
-  peak = (
-    m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-  )
-  return Program(
-    m.argument_size_in_bytes,
-    m.temp_size_in_bytes,
-    peak,
-    operations(traced.jaxpr.jaxpr) / mesh.size,
-    collectives(text),
-    text,
-  )
-
-
 # ---- the report ----------------------------------------------------------------------------------
-# ---------------------
 
 
-def topology_devices(name: str):
-  """Devices of a topology such as "v5p:2x2x2", or "h200:2x8", two nodes of eight. ValueError with the choices."""
-  chip, _, shape = name.partition(":")
-  if chip not in CHIPS or not re.fullmatch(
-    r"[1-9]\d*(x[1-9]\d*)" + ("?" if chip in GPUS else "*"), shape
-  ):
-    raise ValueError(
-      f"--topology={name!r} must look like v5p:2x2x2, v5e:8x8, v6e:4x4, h200:8 or h200:2x8; choose the chip from {sorted(CHIPS)}"
+@dataclasses.dataclass(frozen=True)
+class Workload:
+  """The worst work that a configuration allows, laid over the chips of a topology."""
+
+  c: Any
+  model: ModelConfig
+  learn: learner.Learner
+  adapters: lora.Lora | None  # None: all weights are trained
+  chip_name: str
+  mesh: jax.sharding.Mesh
+
+  @property
+  def chip(self) -> Chip:
+    return CHIPS[self.chip_name]
+
+  @property
+  def limit(self) -> float:
+    """Bytes that programs may take of one chip's memory."""
+    return self.chip.memory_gb * 1e9 * usable_share(self.chip_name)
+
+  @property
+  def shards(self) -> int:
+    """How many shards the rows of a batch are cut into."""
+    return sharding.row_shards(self.mesh)
+
+  @property
+  def responses(self) -> int:
+    return self.c.rollout.questions * self.c.rollout.group
+
+  @property
+  def micro_batches(self) -> int:
+    """Micro-batches of a generation batch, those of all its updates together."""
+    return self.c.train.updates_per_batch * self.c.train.micro_batches
+
+  @property
+  def rows(self) -> int:
+    """Responses of one micro-batch on one row shard."""
+    return self.responses // (self.micro_batches * self.shards)
+
+  def check(self) -> None:
+    """Raises ValueError if the responses do not divide over micro-batches and row shards."""
+    if self.responses % (self.micro_batches * self.shards):
+      raise ValueError(
+        f"{self.responses} responses do not divide into {self.micro_batches} micro-batches "
+        f"on {self.shards} row shards of config.mesh"
+      )
+
+  def tokens(self, limit: int) -> int:
+    """Rounds a limit in tokens up to the length of a padded row."""
+    return bucket(limit, self.c.data.length_multiple)
+
+  def full_shape(self, rows: int) -> Shape:
+    """The largest shape of a generation batch with `rows` responses a micro-batch and shard."""
+    return full_shape(
+      rows,
+      self.micro_batches * self.shards,
+      most_tokens(self.c.data, self.c.rollout.max_new_tokens),
+      length_multiple=self.c.data.length_multiple,
+      response_multiple=self.c.data.response_multiple,
+      taught=self.learn.objective.needs_teacher,
+      more=self.learn.readings > 0,
     )
-  try:
-    if chip in GPUS:
-      slices_nodes_gpus = f"1x{shape}" if "x" in shape else f"1x1x{shape}"
-      return topologies.get_topology_desc(
-        platform="cuda",
-        topology_name=name,
-        topology=slices_nodes_gpus,
-        target_config=HOPPER.format(name=chip, **CHIPS[chip]._asdict()),
-      ).devices
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-  except (RuntimeError, ValueError, NotImplementedError) as error:
-    raise ValueError(
-      f'--topology={name!r}: {str(error).splitlines()[0]} (plan needs the compiler: pip install "jax[{"cuda13" if chip in GPUS else "tpu"}]")'
-    ) from error
 
+  def batch(self, rows: int) -> TrainBatch:
+    """The shapes of a generation batch with `rows` responses a micro-batch and shard."""
+    responses = rows * self.micro_batches * self.shards
+    return batch_shapes(self.mesh, self.full_shape(rows), responses, self.learn.readings)
 
-def usable_share(chip: str) -> float:
-  """Of a chip's memory: what jax gives a program."""
-  # its new name and the one that most know
-  asked = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get(
-    "XLA_PYTHON_CLIENT_MEM_FRACTION"
-  )
-  try:
-    return float(asked or 0.75) if chip in GPUS else 1.0
-  except ValueError:
-    raise ValueError(
-      f"XLA_PYTHON_CLIENT_MEM_FRACTION={asked!r} must be a number, such as 0.9"
-    ) from None
-
-
-def plan(c, topology: str, model: ModelConfig, learn, adapters: lora.Lora | None = None):
-  """Yields the lines of the report. learn: the wiring.Learner of this configuration, adapters: those that it trains. The process's own devices must be of another kind than the topology's
-  (main.py asks for CPUs). ValueError for a workload that does not divide over the mesh."""
-  name = topology.partition(":")[0]
-  devices, chip = topology_devices(topology), CHIPS[name]
-  mesh = sharding.make_mesh(devices, **c.mesh)
-  shards = sharding.row_shards(mesh)
-  rollouts, pieces = (
-    c.rollout.questions * c.rollout.group,
-    c.train.updates_per_batch * c.train.micro_batches,
-  )
-  if rollouts % (pieces * shards):
-    raise ValueError(
-      f"{rollouts} responses do not divide into {pieces} micro-batches on {shards} row shards of config.mesh"
+  def state(self) -> TrainState:
+    return state_shapes(
+      self.model,
+      self.learn.tx,
+      self.mesh,
+      adapters=self.adapters,
+      keep_teacher=self.learn.teacher.keep,
+      teacher_move=self.learn.teacher.move,
     )
-  limit = chip.memory_gb * 1e9 * usable_share(name)
-  up = functools.partial(bucket, multiple=c.data.length_multiple)
-  prompt, new, teacher = (
-    up(c.data.max_prompt_tokens),
-    up(c.rollout.max_new_tokens),
-    up(c.data.max_teacher_tokens),
+
+
+def report_lines(c, topology: str) -> Iterator[str]:
+  """Checks a configuration as training does, then returns an iterator over the lines of its plan.
+
+  Each line comes as soon as it is known: compilations take minutes. The process's own devices must
+  be of another kind than the topology's, so jax is told to use CPUs. ValueError for what training
+  refuses, and for a workload that does not divide over the mesh.
+  """
+  _leave_devices_alone()
+  mesh = sharding.make_mesh(topology_devices(topology), **c.mesh)
+  session.check_rows(c, sharding.row_shards(mesh))
+  model = dataclasses.replace(
+    session.model_shape(c.model.path), dtype=c.model.dtype, param_dtype=c.model.param_dtype
   )
-  weights = weight_shapes(model, mesh)
+  counterfactual = build.build_method(c.method.to_dict())["counterfactual"]()
+  session.check_positions(session.longest_texts(c, counterfactual), model, c.model.path)
+  adapters = lora.from_settings(c.model)
+  join = None if adapters is None else functools.partial(lora.attach, lora=adapters)
+  learn = learner.learner(c, model, join)
+  workload = Workload(c, model, learn, adapters, topology.partition(":")[0], mesh)
+  workload.check()
+  return _lines(workload)
+
+
+def _leave_devices_alone() -> None:
+  """Keeps jax off this machine's accelerators and tells libtpu what it asks for."""
+  # the compiler alone is wanted: neither a TPU nor its lock
+  jax.config.update("jax_platforms", "cpu")
+  os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+  # libtpu complains where they are unset; it plans for the topology whatever they say
+  for name, value in {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}.items():
+    os.environ.setdefault(name, value)
+
+
+def _lines(w: Workload) -> Iterator[str]:
+  """Yields the lines of a plan, compiling between them."""
+  limit = w.limit
+  weights = weight_shapes(w.model, w.mesh)
+  yield from heading_lines(w, weights)
+  state = w.state()
+  frozen = None if w.adapters is None else weights
+  yield state_line(state, frozen)
+
+  places = jax.tree.map(lambda x: x.sharding, state)
+  step = jax.jit(w.learn.step, donate_argnums=0, out_shardings=(places, None))
+  training = attempt(0.0, w.mesh, step, state, w.batch(w.rows), frozen)
+  size = f"{w.micro_batches} micro-batches of {w.rows * w.shards} responses"
+  yield from outcome_lines(f"train step, {size}", training, w.chip)
+  if training.program is not None:
+    yield from array_lines(w, training.program.text)
+
+  # decoding reads the weights of the state, which are counted once, or merged ones beside it
+  resident = state._replace(params=None) if frozen is None else (state, frozen)
+  decoding = attempt_decoding(w, weights, _bytes_per_chip(resident))
+  title = f"decode step, one token of {w.c.rollout.rows} responses"
+  yield from outcome_lines(title, decoding, w.chip)
+
+  def peak_of(rows: int) -> float:
+    return compile_for(w.mesh, step, state, w.batch(rows), frozen).peak
+
+  yield from suggestion(
+    training.peak,
+    limit,
+    rows=w.rows,
+    micro_batches=w.c.train.micro_batches,
+    shards=w.shards,
+    peak_of=peak_of,
+  )
+  worst = max(training.peak, decoding.peak)
+  verdict = "fits" if worst <= limit else "does not fit"
+  yield f"plan: {verdict} ({worst / 1e9:.1f} of {limit / 1e9:.4g} GB per chip)"
+
+
+def heading_lines(w: Workload, weights: dict) -> Iterator[str]:
+  """Yields what is planned: model and method, chips and mesh, texts."""
+  c, chip = w.c, w.chip
+  count = sum(x.size for x in jax.tree.leaves(weights))
   yield (
-    f"{c.model.path}: {sum(x.size for x in jax.tree.leaves(weights)) / 1e9:.2f} G weights ({c.model.param_dtype}, products in {c.model.dtype}); method {c.method.name}, teacher {c.method.teacher_weights.name}"
+    f"{c.model.path}: {count / 1e9:.2f} G weights ({c.model.param_dtype}, "
+    f"products in {c.model.dtype}); "
+    f"method {c.method.name}, teacher {c.method.teacher_weights.name}"
   )
-  yield f"{len(devices)} x {name} ({chip.memory_gb} GB, {chip.tflops} TFLOP/s, {chip.memory_gb_s} GB/s memory, {chip.links_gb_s} GB/s links), mesh {dict(mesh.shape)}"
-  yield f"{rollouts} responses of {prompt} + {new} tokens, teacher prompts of {teacher}; remat {c.model.remat}"
-  if second := c.method.counterfactual.get("model"):
+  yield (
+    f"{w.mesh.size} x {w.chip_name} ({chip.memory_gb} GB, {chip.tflops} TFLOP/s, "
+    f"{chip.memory_gb_s} GB/s memory, {chip.links_gb_s} GB/s links), mesh {dict(w.mesh.shape)}"
+  )
+  yield (
+    f"{w.responses} responses of {w.tokens(c.data.max_prompt_tokens)} "
+    f"+ {w.tokens(c.rollout.max_new_tokens)} tokens, "
+    f"teacher prompts of {w.tokens(c.data.max_teacher_tokens)}; remat {c.model.remat}"
+  )
+  second = c.method.counterfactual.get("model")
+  if second:
     yield f"not counted: weights and sampling of the second model, {second}"
 
-  state = state_shapes(
-    model,
-    learn.tx,
-    mesh,
-    adapters=adapters,
-    keep_teacher=learn.teacher.keep,
-    teacher_move=learn.teacher.move,
-  )
-  frozen = None if adapters is None else weights
-  places = jax.tree.map(lambda x: x.sharding, state)
-  full = lambda rows: full_shape(
-    rows,
-    pieces * shards,
-    most_tokens(c.data, c.rollout.max_new_tokens),
-    length_multiple=c.data.length_multiple,
-    response_multiple=c.data.response_multiple,
-    taught=learn.objective.needs_teacher,
-    more=learn.readings > 0,
-  )
-  shapes = lambda rows: batch_shapes(
-    mesh, full(rows), rows * pieces * shards, readings=learn.readings
-  )
-  rows = rollouts // (pieces * shards)
-  step = jax.jit(learn.step, donate_argnums=0, out_shardings=(places, None))
-  yield f"train state {_bytes_per_chip(state) / 1e9:.1f} GB per chip" + (
-    ""
-    if frozen is None
-    else f", and {_bytes_per_chip(frozen) / 1e9:.1f} GB of weights that its adapters stand on"
-  )
-  peaks, programs = [], []
 
-  def report(name, resident, *args, **kwargs):
-    try:
-      program = compile_for(mesh, *args, **kwargs)
-    except OutOfMemory as error:
-      peaks.append(error.needed + resident)
-      yield f"{name}: the compiler needs {error.needed / 1e9:.1f} GB per chip and gives up"
-      return
-    peaks.append(program.peak + resident)
-    programs.append(program)
-    yield from lines(name, program, chip, resident)
+def state_line(state: TrainState, frozen: dict | None) -> str:
+  """Returns what the train state takes; frozen: the weights that adapters stand on."""
+  line = f"train state {_bytes_per_chip(state) / 1e9:.1f} GB per chip"
+  if frozen is None:
+    return line
+  return f"{line}, and {_bytes_per_chip(frozen) / 1e9:.1f} GB of weights that its adapters stand on"
 
-  yield from report(
-    f"train step, {pieces} micro-batches of {rows * shards} responses",
-    0.0,
-    step,
-    state,
-    shapes(rows),
-    frozen,
+
+class Outcome(NamedTuple):
+  """What the compiler made of one program, in bytes per chip."""
+
+  needed: float
+  resident: float  # of what stays in memory beside it
+  program: Program | None  # None: the compiler found no room
+
+  @property
+  def peak(self) -> float:
+    return self.needed + self.resident
+
+
+def attempt(resident: float, mesh, function, *args, **kwargs) -> Outcome:
+  """Compiles a program beside which `resident` bytes per chip stay in memory."""
+  try:
+    program = compile_for(mesh, function, *args, **kwargs)
+  except OutOfMemory as error:
+    return Outcome(error.needed, resident, None)
+  return Outcome(program.peak, resident, program)
+
+
+def attempt_decoding(w: Workload, weights: dict, resident: float) -> Outcome:
+  """Compiles a decode step of one token of config.rollout.rows responses, caches full."""
+  rollout = w.c.rollout
+  new_tokens = w.tokens(rollout.max_new_tokens)
+  state, keys = decode_shapes(
+    w.model,
+    w.mesh,
+    rows=rollout.rows,
+    prompt=w.tokens(w.c.data.max_prompt_tokens),
+    new=new_tokens,
   )
-  if programs:
-    yield f"  kernels: {', '.join(kernels(programs[0].text)) or 'none'}"
-    found = logit_arrays(
-      programs[0].text,
-      tokens := full(rows).tokens,
-      entries := model.vocab // mesh.shape["tensor"],
-      model,
-    )
-    yield f"  arrays of {tokens} tokens x {entries} entries of the vocabulary, or half as large: {', '.join(found) or 'none'}"
-  sampling = Sampling(new, c.rollout.temperature, c.rollout.top_p, (0,))
-  resident = _bytes_per_chip(
-    (state._replace(params=None), None) if frozen is None else (state, frozen)
-  )
-  args = decode_shapes(model, mesh, rows=c.rollout.rows, prompt=prompt, new=new)
-  yield from report(
-    f"decode step, one token of {c.rollout.rows} responses",
+  return attempt(
     resident,
+    w.mesh,
     decode,
     weights,
-    *args,
-    config=model,
-    sampling=sampling,
+    state,
+    keys,
+    config=w.model,
+    sampling=Sampling(new_tokens, rollout.temperature, rollout.top_p, (0,)),
     chunk=1,
   )
-  yield from suggestion(
-    peaks[0],
-    limit,
-    rows,
-    c.train.micro_batches,
-    shards,
-    lambda rows: compile_for(mesh, step, state, shapes(rows), frozen).peak,
-  )
-  worst = max(peaks)
-  yield f"plan: {'fits' if worst <= limit else 'does not fit'} ({worst / 1e9:.1f} of {limit / 1e9:.4g} GB per chip)"
 
 
-def lines(name: str, program: Program, chip: Chip, resident: float):
-  gb = lambda n: f"{n / 1e9:.2f} GB"
+def outcome_lines(name: str, outcome: Outcome, chip: Chip) -> Iterator[str]:
+  """Yields a program's memory, collectives, operations and least time, or that it has no room."""
+  program = outcome.program
+  if program is None:
+    yield f"{name}: the compiler needs {outcome.needed / 1e9:.1f} GB per chip and gives up"
+    return
+
+  def gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
   yield f"{name}:"
-  beside = f" + {gb(resident)} of the state beside it" if resident else ""
-  yield f"  memory per chip: arguments {gb(program.arguments)}, temporaries {gb(program.temporaries)}, peak {gb(program.peak)}{beside}"
+  beside = f" + {gb(outcome.resident)} of the state beside it" if outcome.resident else ""
+  yield (
+    f"  memory per chip: arguments {gb(program.arguments)}, "
+    f"temporaries {gb(program.temporaries)}, peak {gb(program.peak)}{beside}"
+  )
   for kind, (times, size) in sorted(program.collectives.items()):
     yield f"  {kind}: {times} runs, {gb(size)} received per chip"
-  moved = sum(size for _, size in program.collectives.values())
-  times = (
-    program.operations / (chip.tflops * 1e12),
-    program.arguments / (chip.memory_gb_s * 1e9),
-    moved / (chip.links_gb_s * 1e9),
-  )
+  received = sum(size for _, size in program.collectives.values())
+  products_s = program.operations / (chip.tflops * 1e12)
+  reading_s = program.arguments / (chip.memory_gb_s * 1e9)
+  collectives_s = received / (chip.links_gb_s * 1e9)
+  seconds = (products_s, reading_s, collectives_s)
   yield (
-    f"  {program.operations / 1e12:.2f} T operations per chip; at peak rates {times[0]:.3f} s of products, {times[1]:.3f} s to read the arguments once, "
-    f"{times[2]:.3f} s of collectives; step at least {max(times):.3f} s, {sum(times):.3f} s without overlap"
+    f"  {program.operations / 1e12:.2f} T operations per chip; at peak rates "
+    f"{products_s:.3f} s of products, {reading_s:.3f} s to read the arguments once, "
+    f"{collectives_s:.3f} s of collectives; step at least {max(seconds):.3f} s, "
+    f"{sum(seconds):.3f} s without overlap"
   )
 
 
-def suggestion(peak: float, limit: float, rows: int, micro_batches: int, shards: int, peak_of):
-  """The most responses per micro-batch that fit, out of one update's: temporaries grow in proportion, so a second size gives the slope."""
+def array_lines(w: Workload, text: str) -> Iterator[str]:
+  """Yields the kernels of the compiled train step, and its arrays as large as the logits."""
+  yield f"  kernels: {', '.join(kernels(text)) or 'none'}"
+  tokens = w.full_shape(w.rows).tokens
+  entries = w.model.vocab // w.mesh.shape["tensor"]
+  arrays = ", ".join(logit_arrays(text, tokens, entries, w.model))
+  yield (
+    f"  arrays of {tokens} tokens x {entries} entries of the vocabulary, or half as large: "
+    f"{arrays or 'none'}"
+  )
+
+
+def suggestion(
+  peak: float,
+  limit: float,
+  *,
+  rows: int,
+  micro_batches: int,
+  shards: int,
+  peak_of: Callable[[int], float],
+) -> Iterator[str]:
+  """Yields the most responses per micro-batch that fit and divide the responses of one update.
+
+  Temporaries grow in proportion to the rows, so the peak at a second size gives the slope. Nothing
+  is yielded where there is no second size.
+
+  Args:
+    peak: bytes per chip at `rows` responses a micro-batch and shard.
+    limit: bytes that a chip has.
+    peak_of: rows -> bytes per chip; OutOfMemory where the compiler finds no room.
+  """
   other = rows * 2 if peak <= limit else max(rows // 2, 1)
   if other == rows:
     return
   try:
-    slope = (peak_of(other) - peak) / (other - rows)
+    other_peak = peak_of(other)
   except OutOfMemory as error:
-    slope = (error.needed - peak) / (other - rows)
+    other_peak = error.needed
+  slope = (other_peak - peak) / (other - rows)
   most = rows + int((limit - peak) // max(slope, 1.0))
   total = rows * micro_batches * shards
   fitting = [m for m in range(1, min(most, total // shards) + 1) if total % (m * shards) == 0]
-  if fitting:
-    yield f"largest micro-batch: {fitting[-1] * shards} responses (config.train.micro_batches={total // (fitting[-1] * shards)}), from the slope between {rows * shards} and {other * shards}"
-  else:
+  if not fitting:
     yield "no micro-batch of whole responses fits: less is needed per response, or more chips"
+    return
+  responses = fitting[-1] * shards
+  yield (
+    f"largest micro-batch: {responses} responses "
+    f"(config.train.micro_batches={total // responses}), "
+    f"from the slope between {rows * shards} and {other * shards}"
+  )

@@ -34,12 +34,12 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   # config reads the METHODS table and the kernels' names alone; train asks it to validate
   "config": 4,
   "report": 4,
-  "plan": 4,
   "rollout_log": 4,
   "learner": 4.5,
   "session": 4.5,
   "export": 4.5,
   "evaluate": 4.7,
+  "plan": 4.7,
   "train": 5,
   "discover": 5,
   "pretrain": 5,

@@ -1,4 +1,4 @@
-"""The command line for real: the smoke run, its files, a kill at a random moment, and errors that say who must act."""
+"""The command line for real: the smoke run, its files, kills, and errors that say who must act."""
 
 import errno
 import json
@@ -97,10 +97,13 @@ def test_a_run_leaves_everything_that_was_promised(whole):
 
 def test_running_a_finished_run_again_changes_nothing(whole):
   workdir, out = whole
-  stamp = lambda: {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
-  before = stamp()
+
+  def stamps():
+    return {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+
+  before = stamps()
   status, again, _ = run(LOCAL, *LONGER, f"--workdir={workdir}")
-  assert status == 0 and stamp() == before and again == out
+  assert status == 0 and stamps() == before and again == out
 
 
 def killed_and_resumed(workdir, steps_before_kill, rng):
@@ -132,7 +135,7 @@ def test_kill_and_resume_write_the_same_metrics(whole, tmp_path):
 
 @pytest.mark.parametrize("shapes", [None, [list(range(1, 9))]])
 def test_a_checkpoint_of_another_version_is_named(whole, tmp_path, shapes):
-  """One without the batch shapes, or with sizes of another meaning: said in a line."""
+  """One line names a checkpoint without the batch shapes, or with sizes of another meaning."""
   shutil.copytree(whole[0], tmp_path / "old")
   host = tmp_path / "old" / "checkpoints" / "6" / "host" / "metadata"
   about = json.loads(host.read_text())
@@ -149,11 +152,9 @@ def test_a_full_disk_is_one_line_that_names_the_last_checkpoint(whole, tmp_path)
     process = start(LOCAL, *LONGER, f"--workdir={tmp_path / 'run'}", "--config.total_steps=7")
   _, err = process.communicate(timeout=600)
   assert process.returncode == 1 and "Traceback" not in err, err
-  assert (
-    f"File too large: {tmp_path}/run/checkpoints/7 could not be written"
-    in (said := err.splitlines()[-1])
-    and "goes on from the checkpoint of step 6" in said
-  )
+  last_line = err.splitlines()[-1]
+  assert f"File too large: {tmp_path}/run/checkpoints/7 could not be written" in last_line
+  assert "goes on from the checkpoint of step 6" in last_line
 
 
 def test_a_process_alone_can_say_that_its_disk_is_full(tmp_path, monkeypatch):
@@ -211,7 +212,7 @@ def test_another_configuration_does_not_continue_a_run(whole):
 
 
 @pytest.mark.parametrize(
-  "args, said",
+  "args, message",
   [
     (["--config=configs/nowhere.py"], "configs/nowhere.py"),
     (
@@ -247,15 +248,16 @@ def test_another_configuration_does_not_continue_a_run(whole):
     ),
   ],
 )
-def test_usage_errors_are_one_line_and_status_2(args, said):
+def test_usage_errors_are_one_line_and_status_2(args, message):
   status, out, err = run(*args)
-  assert (
-    status == 2 and said in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err
-  ), err
+  assert status == 2, err
+  assert message in err
+  assert len(err.strip().splitlines()) == 1, err
+  assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
-  "args, said",
+  "args, message",
   [
     (["--config.rollout.max_new_tokens=4000"], "positions"),
     (["--config.model.path=/nowhere/model"], "/nowhere/model"),
@@ -263,17 +265,18 @@ def test_usage_errors_are_one_line_and_status_2(args, said):
     (["--mode=eval", "--checkpoint=/nowhere/run"], "/nowhere/run"),
   ],
 )
-def test_impossible_settings_stop_before_anything_compiles(args, said, tmp_path):
+def test_impossible_settings_stop_before_anything_compiles(args, message, tmp_path):
   status, _, err = run(LOCAL, *args, f"--workdir={tmp_path}")
-  assert status == 2 and said in err and "Traceback" not in err, err
+  assert status == 2 and message in err and "Traceback" not in err, err
 
 
 @pytest.mark.parametrize(
-  "args, said",
+  "args, message",
   [
     (
       ["--checkpoint=runs/x"],
-      "--checkpoint would not be read: it is for --mode=eval; to begin from it, export it and set config.model.path",
+      "--checkpoint would not be read: it is for --mode=eval; "
+      "to begin from it, export it and set config.model.path",
     ),
     (
       ["--mode=eval", "--checkpoint=runs/x", "--topology=v5p:2x2x2"],
@@ -293,7 +296,7 @@ def test_impossible_settings_stop_before_anything_compiles(args, said, tmp_path)
     ),
   ],
 )
-def test_wrong_commands_end_in_one_line(args, said, tmp_path, capsys):
+def test_wrong_commands_end_in_one_line(args, message, tmp_path, capsys):
   pretrained = tmp_path / "pretrained"
   checkpoint.save(pretrained, 1, {"x": np.zeros(1)}, {})
   (pretrained / "config.json").write_text(json.dumps({"model": {"ff_width": 64}}))
@@ -308,13 +311,16 @@ def test_wrong_commands_end_in_one_line(args, said, tmp_path, capsys):
     )
     == 2
   )
-  assert said in capsys.readouterr().err.splitlines()[-1] and not metrics.read(tmp_path / "run")
+  assert message in capsys.readouterr().err.splitlines()[-1]
+  assert not metrics.read(tmp_path / "run")
 
 
 @pytest.mark.parametrize("module", [main, export, pretrain])
 def test_help_shows_the_flags(module, capsys):
   assert module.main(["name", "--help"]) == 0
-  assert "--workdir" in (said := capsys.readouterr().out) and module.__doc__ in said
+  help_text = capsys.readouterr().out
+  assert "--workdir" in help_text
+  assert module.__doc__ in help_text
 
 
 def planned(monkeypatch, *settings):
@@ -324,18 +330,18 @@ def planned(monkeypatch, *settings):
     monkeypatch.setenv(name, "")
     monkeypatch.delenv(name)
   _, c = main.parse(["main", f"--config={ROOT}/configs/plan_8b.py:local", *settings])
-  return main.plan_lines(c, "v5p:2x2x2")
+  return plan.report_lines(c, "v5p:2x2x2")
 
 
 @pytest.mark.parametrize(
-  "setting, said",
+  "setting, message",
   [
     ("rollout.rows=12", "config.rollout.rows=12 does not divide among the 8 row shards"),
     ("rollout.max_new_tokens=50000", "together exceed the 40960 positions of qwen3-0.6b"),
   ],
 )
-def test_plan_refuses_what_training_refuses(setting, said, monkeypatch):
-  with pytest.raises(ValueError, match=said):
+def test_plan_refuses_what_training_refuses(setting, message, monkeypatch):
+  with pytest.raises(ValueError, match=message):
     planned(monkeypatch, f"--config.{setting}")
 
 

@@ -1,4 +1,7 @@
-"""The plan: operations and collectives counted against programs whose numbers are known, and the real TPU compiler on a small model."""
+"""The plan: counts of programs whose numbers are known, and the real TPU compiler on a small model.
+
+Counted are operations and collectives.
+"""
 
 import dataclasses
 import importlib.util
@@ -12,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sdpo_jax import config, hlo, learner, main, plan, session, sharding
+from sdpo_jax import config, hlo, main, plan, session, sharding
 from sdpo_jax.engine.local import decode
 from sdpo_jax.kernels import attention
 from sdpo_jax.model import decoder, lora
@@ -38,22 +41,21 @@ def test_operations_count_scans_branches_and_shards():
     )(x)
 
   with jax.set_mesh(sharding.make_mesh(jax.devices()[:4], data=2, fsdp=1, tensor=-1)):
-    found = hlo.operations(jax.make_jaxpr(f)(square).jaxpr)
+    counted = hlo.operations(jax.make_jaxpr(f)(square).jaxpr)
   # the last one is computed by both devices along "tensor"
-  assert found == (5 + 2 + 1 * 2) * product
+  assert counted == (5 + 2 + 1 * 2) * product
 
 
 def test_causal_attention_counts_the_blocks_on_and_below_the_diagonal():
   B, T, N, K, H = 2, 2048, 4, 2, 128
-  q, k = (
-    jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16),
-    jax.ShapeDtypeStruct((B, T, K, H), jnp.bfloat16),
-  )
-  count = lambda window: hlo.operations(
-    jax.make_jaxpr(lambda q, k, v, s: attention.splash(q, k, v, s, window))(
-      q, k, k, jax.ShapeDtypeStruct((B, T), jnp.int32)
-    ).jaxpr
-  )
+  queries = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16)
+  keys = jax.ShapeDtypeStruct((B, T, K, H), jnp.bfloat16)
+  segments = jax.ShapeDtypeStruct((B, T), jnp.int32)
+
+  def count(window):
+    traced = jax.make_jaxpr(lambda q, k, v, s: attention.splash(q, k, v, s, window))
+    return hlo.operations(traced(queries, keys, keys, segments).jaxpr)
+
   # two products; blocks of 1024: three of four are on or below the diagonal
   square = 2 * 2.0 * B * N * T * T * H
   assert count(None) == 0.75 * square and count(512) <= square
@@ -85,9 +87,8 @@ def test_the_presets_divide_over_their_machines(machine, chips, model, local):
     c.rollout.questions * c.rollout.group % (c.train.micro_batches * c.mesh.data * c.mesh.fsdp) == 0
   )
   shape = PRESETS[c.model.path]
-  for axes, leaf in zip(
-    jax.tree.leaves(decoder.axes(shape)), jax.tree.leaves(decoder.shapes(shape))
-  ):
+  all_axes = jax.tree.leaves(decoder.axes(shape))
+  for axes, leaf in zip(all_axes, jax.tree.leaves(decoder.shapes(shape)), strict=True):
     for letter, size in zip(axes, leaf.shape, strict=True):
       axis = sharding.WEIGHTS[letter]
       assert axis is None or size % c.mesh[axis] == 0, (axes, leaf.shape, axis)
@@ -97,19 +98,23 @@ def test_kernels_are_named():
   text = """
   %splash_mha_fwd.3 = bf16[8]{0} custom-call(%a), custom_call_target="tpu_custom_call"
   %mpmd_map.1 = f32[8]{0} custom-call(%a), custom_call_target="mosaic_gpu_v2"
-  %cudnn-fmha.7 = bf16[8]{0} custom-call(%a), custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward"
+  %cudnn-fmha.7 = bf16[8]{0} custom-call(%a), \
+custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward"
 """
   assert hlo.kernels(text) == ["cudnn$fmhaScaleBiasSoftmaxBackward", "mpmd_map", "splash_mha_fwd"]
 
 
 def test_arrays_as_large_as_the_logits_are_named():
   model = dataclasses.replace(PRESETS["qwen3-8b"], vocab=1000, width=64, layers=4)
-  found = lambda *types: hlo.logit_arrays(" ".join(types), 512, 1000, model)
+
+  def named(*types):
+    return hlo.logit_arrays(" ".join(types), 512, 1000, model)
+
   # padded, whole, two blocks at once, one of two, flat
   logits = ["bf16[1024,512]", "bf16[512,1000]", "f32[2,512,500]", "f32[512,512]", "f32[512000]"]
-  assert found(*logits) == sorted(logits)
+  assert named(*logits) == sorted(logits)
   # a block, a stack over the layers, hidden states
-  assert not found("bf16[512,128]", "f32[4,1000,64,12]", "f32[2,512,64]")
+  assert not named("bf16[512,128]", "f32[4,1000,64,12]", "f32[2,512,64]")
   # output matrices are larger than the logits of few tokens; two stand side by side in a trust
   # region
   few = dataclasses.replace(model, width=2048)
@@ -120,21 +125,24 @@ def test_arrays_as_large_as_the_logits_are_named():
 
 @pytest.fixture
 def planned(monkeypatch):
-  """The report on eight devices of this machine, and what would have been compiled: traced, and given this peak."""
+  """Plans for eight devices of this machine: returns the report and what would be compiled.
+
+  Programs are traced, and given this peak.
+  """
 
   def run(topology, *arguments, peak=1e9):
     _, c = main.parse(["main", f"--config={ROOT}/configs/tinycode.py:local", *arguments])
-    asked = []
+    compiled = []
 
     def compile_for(mesh, function, *args, **kwargs):
       with jax.set_mesh(mesh):
         function.trace(*args, **kwargs)
-      asked.append(args)
-      return plan.Program(0.0, 0.0, peak, 1.0, {}, "")
+      compiled.append(args)
+      return hlo.Program(0.0, 0.0, peak, 1.0, {}, "")
 
     monkeypatch.setattr(plan, "topology_devices", lambda name: jax.devices())
     monkeypatch.setattr(plan, "compile_for", compile_for)
-    return list(main.plan_lines(c, topology)), asked
+    return list(plan.report_lines(c, topology)), compiled
 
   return run
 
@@ -151,7 +159,10 @@ def test_adapters_train_on_weights_that_stand_beside_them(planned):
   lines, (step, decoding, _) = planned("v5p:2x2x2", "--config.model.lora.rank=2")
   state, _, frozen = step
   model = session.model_shape("tiny")
-  sizes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
+
+  def sizes(tree):
+    return jax.tree.map(lambda x: x.shape, tree)
+
   assert (
     sizes(state.params) == sizes(state.teacher) == sizes(lora.shapes(model, lora.Lora(2, 32.0)))
   )
@@ -170,7 +181,10 @@ def test_the_suggestion_is_a_setting_that_validates(planned):
 
 
 def test_of_a_gpu_jax_gives_a_program_a_share(planned, monkeypatch):
-  last = lambda topology: planned(topology, peak=120e9)[0][-1]
+
+  def last(topology):
+    return planned(topology, peak=120e9)[0][-1]
+
   for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
     monkeypatch.delenv(name, raising=False)
   assert last("h200:8") == "plan: does not fit (120.0 of 105.8 GB per chip)" and last(
@@ -193,7 +207,7 @@ def test_decoding_on_a_tpu_copies_no_cache():
     sharding.named(mesh, decoder.axes(model)),
   )
   state, keys = plan.decode_shapes(model, mesh, rows=64, prompt=1024, new=1024)
-  program = plan.compile_for(
+  program = hlo.compile_for(
     mesh,
     decode,
     params,
@@ -221,8 +235,8 @@ def test_collectives_of_a_real_program_count_every_turn_of_the_loop():
     return jax.lax.scan(body, x, length=7)[0]
 
   x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("fsdp")))
-  found = hlo.collectives(jax.jit(f).lower(x).compile().as_text())
-  assert found == {"all-gather": (7, 7 * 64 * 32 * 4 * 7 / 8)}
+  counted = hlo.collectives(jax.jit(f).lower(x).compile().as_text())
+  assert counted == {"all-gather": (7, 7 * 64 * 32 * 4 * 7 / 8)}
 
 
 def test_collectives_in_the_words_of_the_tpu_compiler():
@@ -230,19 +244,23 @@ def test_collectives_in_the_words_of_the_tpu_compiler():
 %add (a: f32[], b: f32[]) -> f32[] {
 }
 %all-reduce-scatter.3 (p: bf16[64,128]) -> bf16[8,128] {
-  %all-reduce.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-reduce(%p), replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}, to_apply=%add
+  %all-reduce.1 = bf16[64,128]{1,0:T(8,128)(2,1)} \
+all-reduce(%p), replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}, to_apply=%add
 }
 %cond.1 (t: (s32[], f32[8])) -> pred[] {
   %constant.5 = s32[]{:T(128)} constant(36), backend_config={}
   ROOT %lt.1 = pred[]{:T(512)} compare(%gte.1, %constant.5), direction=LT
 }
 %body.1 (t: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %all-gather-start.1 = (bf16[8,128]{1,0}, bf16[64,128]{1,0:T(8,128)(2,1)}) all-gather-start(%x), replica_groups=[1,8]<=[8], dimensions={0}
+  %all-gather-start.1 = (bf16[8,128]{1,0}, bf16[64,128]{1,0:T(8,128)(2,1)}) \
+all-gather-start(%x), replica_groups=[1,8]<=[8], dimensions={0}
   %fusion.2 = bf16[8,128]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.3
 }
 ENTRY %main (p: f32[8]) -> f32[8] {
-  %while.1 = (s32[]{:T(128)}, f32[8]{0}) while(%tuple), condition=%cond.1, body=%body.1, metadata={}
-  %all-reduce.9 = (f32[8]{0}, f32[4]{0}) all-reduce(%a, %b), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %while.1 = (s32[]{:T(128)}, f32[8]{0}) while(%tuple), \
+condition=%cond.1, body=%body.1, metadata={}
+  %all-reduce.9 = (f32[8]{0}, f32[4]{0}) \
+all-reduce(%a, %b), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
 }
 """
   size = 64 * 128 * 2
@@ -257,10 +275,13 @@ def test_collectives_in_the_words_of_the_gpu_compiler():
   """Several tensors travel in one collective, whose start names operands and results."""
   text = """
 ENTRY %main (p: f32[8]) -> f32[8] {
-  %all-gather-start = ((bf16[8,64]{1,0}, bf16[8,32]{1,0}), (bf16[64,64]{1,0}, bf16[64,32]{1,0})) all-gather-start(%a, %b), replica_groups=[1,8]<=[8], dimensions={0}
+  %all-gather-start = ((bf16[8,64]{1,0}, bf16[8,32]{1,0}), (bf16[64,64]{1,0}, bf16[64,32]{1,0})) \
+all-gather-start(%a, %b), replica_groups=[1,8]<=[8], dimensions={0}
   %all-gather-done = (bf16[64,64]{1,0}, bf16[64,32]{1,0}) all-gather-done(%all-gather-start)
-  %reduce-scatter-start = ((f32[64,64]{1,0}, f32[64,32]{1,0}), (f32[8,64]{1,0}, f32[8,32]{1,0})) reduce-scatter-start(%c, %d), replica_groups=[1,8]<=[8], to_apply=%add
-  %collective-permute-start = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%e), source_target_pairs={{0,1}}
+  %reduce-scatter-start = ((f32[64,64]{1,0}, f32[64,32]{1,0}), (f32[8,64]{1,0}, f32[8,32]{1,0})) \
+reduce-scatter-start(%c, %d), replica_groups=[1,8]<=[8], to_apply=%add
+  %collective-permute-start = (f32[8]{0}, f32[8]{0}, u32[], u32[]) \
+collective-permute-start(%e), source_target_pairs={{0,1}}
 }
 """
   whole = 64 * (64 + 32)
@@ -273,18 +294,17 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 @pytest.mark.parametrize("name, shape", [("h200:8", (1, 1, 8)), ("h100:2x8", (1, 2, 8))])
 def test_a_topology_of_gpus_is_slices_x_nodes_x_gpus(name, shape, monkeypatch):
-  asked = {}
-  monkeypatch.setattr(
-    plan.topologies,
-    "get_topology_desc",
-    lambda **kwargs: asked.update(kwargs) or jax.sharding.Mesh(jax.devices(), "x"),
-  )
+  request = {}
+
+  def get_topology_desc(**kwargs):
+    request.update(kwargs)
+    return jax.sharding.Mesh(jax.devices(), "x")
+
+  monkeypatch.setattr(plan.topologies, "get_topology_desc", get_topology_desc)
   plan.topology_devices(name)
-  assert (
-    asked["platform"] == "cuda"
-    and asked["topology"] == "x".join(map(str, shape))
-    and f'"{name[:4]}"' in asked["target_config"]
-  )
+  assert request["platform"] == "cuda"
+  assert request["topology"] == "x".join(map(str, shape))
+  assert f'"{name[:4]}"' in request["target_config"]
 
 
 @needs_libtpu
@@ -294,12 +314,26 @@ def test_a_mesh_that_shares_a_side_of_the_grid_between_two_axes():
 
 
 def test_the_suggestion_divides_the_responses():
-  say = lambda limit: list(plan.suggestion(30e9, limit, 2, 16, 8, lambda rows: 10e9 + 10e9 * rows))
-  assert say(95e9) == [
-    "largest micro-batch: 64 responses (config.train.micro_batches=4), from the slope between 16 and 32"
+  def suggested(limit):
+    return list(
+      plan.suggestion(
+        30e9,
+        limit,
+        rows=2,
+        micro_batches=16,
+        shards=8,
+        peak_of=lambda rows: 10e9 + 10e9 * rows,
+      )
+    )
+
+  assert suggested(95e9) == [
+    "largest micro-batch: 64 responses (config.train.micro_batches=4), "
+    "from the slope between 16 and 32"
   ]
-  assert say(25e9)[0].startswith("largest micro-batch: 8 responses (config.train.micro_batches=32)")
-  assert say(15e9)[0].startswith("no micro-batch")
+  assert suggested(25e9)[0].startswith(
+    "largest micro-batch: 8 responses (config.train.micro_batches=32)"
+  )
+  assert suggested(15e9)[0].startswith("no micro-batch")
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:2xx", "h200:0", "h200:2x2x2"])
@@ -311,16 +345,16 @@ def test_a_topology_that_does_not_exist_is_named(name):
 def test_a_second_model_is_said_not_to_be_counted(monkeypatch):
   monkeypatch.setattr(plan, "topology_devices", lambda name: jax.devices())
   c = config.base()
+  c.model.path = "qwen3-0.6b"
   c.method = build.method_row("counterfactual")
-  # nothing is compiled yet
-  said = lambda: "\n".join(
-    itertools.islice(
-      plan.plan(c, "v5p:2x2x2", PRESETS["qwen3-0.6b"], learner.learner(c, PRESETS["qwen3-0.6b"])), 4
-    )
-  )
-  assert "not counted" not in said()
+
+  def heading():
+    # nothing is compiled yet
+    return "\n".join(itertools.islice(plan.report_lines(c, "v5p:2x2x2"), 4))
+
+  assert "not counted" not in heading()
   c.method.counterfactual.update(sources=("model",), model="qwen3-8b")
-  assert "not counted: weights and sampling of the second model, qwen3-8b" in said()
+  assert "not counted: weights and sampling of the second model, qwen3-8b" in heading()
 
 
 @pytest.mark.slow
@@ -345,7 +379,11 @@ def test_a_second_model_is_said_not_to_be_counted(monkeypatch):
   ],
 )
 def test_plan_of_a_small_model_from_the_command_line(topology, memory_gb, kernels):
-  """The real compiler: ends with the promised line, attention and on a TPU the divergence are on the chip's own kernels, and no array is as large as the logits."""
+  """The real compiler: the report ends with the promised line.
+
+  Attention, and on a TPU the divergence, are on the chip's own kernels, and no array is as large as
+  the logits.
+  """
   child = subprocess.run(
     [
       sys.executable,
@@ -368,10 +406,10 @@ def test_plan_of_a_small_model_from_the_command_line(topology, memory_gb, kernel
   assert re.fullmatch(rf"plan: fits \([\d.]+ of {re.escape(memory_gb)} GB per chip\)", lines[-1]), (
     lines
   )
-  (found,) = [
+  (named,) = [
     line.removeprefix("  kernels: ").split(", ") for line in lines if line.startswith("  kernels: ")
   ]
-  assert set(kernels) <= set(found), found
+  assert set(kernels) <= set(named), named
   assert any(
     line.startswith("  arrays of 8192 tokens x 151936 entries") and line.endswith(": none")
     for line in lines
