@@ -1,12 +1,18 @@
-"""Supervised pre-training of the tiny base models: the same train step, another loss.
+r"""Supervised pre-training of the tiny base models: the same train step, another loss.
 
-  python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py[:domain=arithmetic][,start=HF_DIR] --workdir=DIR [--out=HF_DIR]
+  python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py[:domain=arithmetic][,start=HF_DIR] \
+      --workdir=DIR [--out=HF_DIR]
 
-Reads a synthetic corpus (data/corpus.py): statements to programs, with and without hindsight, packed into fixed rows with
-segment ids. The batch of step i is a pure function of (seed, i), so a killed run resumes from its checkpoint exactly. Begins with random
-weights, or with those of `start`, a model of the same vocabulary. Ends by printing the accuracy on problems with novel words, alone and given
-feedback or a solution, or notes (greedy, exact behaviour), the share of verdicts that the model imagines rightly, where the corpus has them,
-and by writing a Hugging Face directory. Exit 0 on success, 2 on a wrong setting or a work directory that was begun with other ones, 1 on a full disk.
+Reads a synthetic corpus (data/corpus.py): statements to programs, with and without hindsight,
+packed into fixed rows with segment ids. The batch of step i is a pure function of (seed, i), so a
+killed run resumes from its checkpoint exactly. Training begins with random weights, or with those
+of `start`, a model of the same vocabulary.
+
+At the end it prints the accuracy on problems with novel words (greedy, exact behaviour): alone, and
+given feedback, a solution or notes. Where the corpus has verdicts, it also prints the share that
+the model imagines rightly. It writes a Hugging Face directory.
+
+Exit status: 0 success, 2 a wrong setting or a work directory begun with other ones, 1 a full disk.
 """
 
 import json
@@ -21,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpo_jax import checkpoint, metrics
-from sdpo_jax.config import MODELS, check_optimizer, load, overridden
+from sdpo_jax.config import MODELS, check_optimizer, load, with_overrides
 from sdpo_jax.data.chat import Chat, load_tokenizer
-from sdpo_jax.data.corpus import DOMAINS, VIEWS, Corpus, Mixture, build_tokenizer
+from sdpo_jax.data.corpus import DOMAINS, VIEWS, Corpus, Mixture, Problem, build_tokenizer
 from sdpo_jax.engine.local import LocalEngine
 from sdpo_jax.errors import RunError, blame_disk
 from sdpo_jax.model import decoder
@@ -37,8 +43,10 @@ from sdpo_jax.workdir import check_same_run, write_atomically
 
 
 def supervised() -> Objective:
-  """Mean negative log-likelihood of the response tokens, in nats."""
-  normalisers = lambda batch: {"nll": jnp.maximum(jnp.sum(batch.weight_BR), 1.0)}
+  """Returns the mean negative log-likelihood of the response tokens, in nats, as an objective."""
+
+  def normalisers(batch):
+    return {"nll": jnp.maximum(jnp.sum(batch.weight_BR), 1.0)}
 
   def token_loss(signals, batch, norm):
     total = -jnp.sum(signals.logp_BR * batch.weight_BR)
@@ -47,8 +55,73 @@ def supervised() -> Objective:
   return Objective(token_loss, normalisers, None, needs_teacher=False)
 
 
+# ---- batches -------------------------------------------------------------------------------------
+
+
+class Pack:
+  """The arrays of one pack, filled text by text.
+
+  Each of the B rows holds several texts in its T columns, and their response tokens, at most R.
+  """
+
+  def __init__(self, rows: int, length: int, responses: int, pad_token: int):
+    self.token_BT = np.full((rows, length), pad_token, np.int32)
+    self.segment_BT = np.zeros((rows, length), np.int32)
+    self.position_BT = np.zeros((rows, length), np.int32)
+    self.at_BR = np.zeros((rows, responses), np.int32)  # column that predicts response token r
+    self.response_BR = np.zeros((rows, responses), np.int32)
+    self.weight_BR = np.zeros((rows, responses), np.float32)
+    self.texts_B = [0] * rows
+    self.columns_B = [0] * rows  # used so far
+    self.answered_B = [0] * rows  # response tokens so far
+
+  def add(self, prompt: list[int], answer: list[int]) -> bool:
+    """Puts a text into the first row with room for it; False if there is none."""
+    (B, T), R = self.token_BT.shape, self.weight_BR.shape[1]
+    text = prompt + answer
+    for b in range(B):
+      has_columns = self.columns_B[b] + len(text) <= T
+      if has_columns and self.answered_B[b] + len(answer) <= R:
+        self._put(b, text, answer)
+        return True
+    return False
+
+  def _put(self, b: int, text: list[int], answer: list[int]) -> None:
+    first = self.columns_B[b]
+    end = first + len(text)
+    self.texts_B[b] += 1
+    self.token_BT[b, first:end] = text
+    self.segment_BT[b, first:end] = self.texts_B[b]
+    self.position_BT[b, first:end] = np.arange(len(text))
+    here = slice(self.answered_B[b], self.answered_B[b] + len(answer))
+    self.at_BR[b, here] = np.arange(end - len(answer) - 1, end - 1)  # the column before predicts
+    self.response_BR[b, here] = answer
+    self.weight_BR[b, here] = 1.0
+    self.columns_B[b] = end
+    self.answered_B[b] += len(answer)
+
+  def batch(self) -> TrainBatch:
+    """Returns all rows as one pack, without a teacher."""
+    (B, T), R = self.token_BT.shape, self.weight_BR.shape[1]
+    # a pack numbers its columns through, row after row
+    at_BR = self.at_BR + T * np.arange(B, dtype=np.int32)[:, None]
+    columns = (self.token_BT[None], self.segment_BT[None], self.position_BT[None])
+    nothing = np.zeros((1, 1, 1), np.int32)
+    return TrainBatch(
+      student=Rows(*columns, None, at_BR.reshape(-1)[None]),
+      teacher=Rows(nothing, nothing, nothing, None, np.zeros((1, B * R), np.int32)),
+      start_B=np.arange(B, dtype=np.int32) * R,
+      response_BR=self.response_BR,
+      weight_BR=self.weight_BR,
+      advantage_B=np.zeros(B, np.float32),
+      distill_B=np.zeros(B, np.float32),
+      logp_rollout_BR=np.zeros((B, R), np.float32),
+      logp_old_BR=np.zeros((B, R), np.float32),
+    )
+
+
 class PackedRows:
-  """Packs corpus rows, first fit, into [rows, length] with segments. What does not fit is left out and counted."""
+  """Packs corpus rows, first fit, into batches; what does not fit is left out and counted."""
 
   def __init__(
     self,
@@ -61,78 +134,55 @@ class PackedRows:
     texts: int,
     seed: int,
   ):
-    """responses: response tokens a packed row can hold; texts: corpus rows drawn per batch."""
-    self.corpus, self.chat, self.rows, self.length, self.responses, self.texts, self.seed = (
-      corpus,
-      chat,
-      rows,
-      length,
-      responses,
-      texts,
-      seed,
-    )
+    """Keeps the sizes of a batch.
+
+    Args:
+      rows, length: packed rows of a batch, and tokens of each.
+      responses: response tokens that a packed row can hold.
+      texts: corpus rows drawn for a batch.
+    """
+    self.corpus, self.chat = corpus, chat
+    self.rows, self.length, self.responses = rows, length, responses
+    self.texts, self.seed = texts, seed
 
   def __getitem__(self, step: int) -> tuple[TrainBatch, dict[str, float]]:
-    B, T, R = self.rows, self.length, self.responses
-    zeros = lambda *shape: np.zeros(shape, np.int32)
-    token, segment, position = (
-      np.full((B, T), self.chat.pad_token, np.int32),
-      zeros(B, T),
-      zeros(B, T),
-    )
-    pos, response, weight = zeros(B, R), zeros(B, R), np.zeros((B, R), np.float32)
-    used, answered, count, left_out = [0] * B, [0] * B, [0] * B, 0
-    texts = []
-    for i in range(step * self.texts, (step + 1) * self.texts):
-      problem = self.corpus.problem(self.seed, i)
-      texts.append(
-        (
-          self.chat.prompt_tokens([{"role": "user", "content": problem.message}]),
-          self.chat.text_tokens(problem.response) + [self.chat.stop_tokens[0]],
-        )
-      )
-    # the longest first: what is short fills the gaps
-    for p, a in sorted(texts, key=lambda pair: -len(pair[0])):
-      b = next(
-        (b for b in range(B) if used[b] + len(p) + len(a) <= T and answered[b] + len(a) <= R), None
-      )
-      if b is None:
+    """Returns the batch of a step, and metrics of how full it is."""
+    pack = Pack(self.rows, self.length, self.responses, self.chat.pad_token)
+    texts = [self._tokens(i) for i in range(step * self.texts, (step + 1) * self.texts)]
+    left_out = 0
+    # the longest prompt first: what is short fills the gaps
+    for prompt, answer in sorted(texts, key=lambda text: -len(text[0])):
+      if not pack.add(prompt, answer):
         left_out += 1
-        continue
-      start, n = used[b], len(p) + len(a)
-      count[b] += 1
-      token[b, start : start + n], segment[b, start : start + n], position[b, start : start + n] = (
-        p + a,
-        count[b],
-        np.arange(n),
-      )
-      at = slice(answered[b], answered[b] + len(a))
-      pos[b, at], response[b, at], weight[b, at] = (
-        np.arange(start + len(p) - 1, start + n - 1),
-        a,
-        1.0,
-      )
-      used[b] += n
-      answered[b] += len(a)
-    nothing = np.zeros((B,), np.float32)
-    pos += T * np.arange(B)[:, None]  # one pack: columns of all rows, one after another
-    student = Rows(*(x[None] for x in (token, segment, position)), None, pos.reshape(-1)[None])
-    teacher = Rows(*(np.zeros((1, 1, 1), np.int32),) * 3, None, np.zeros((1, B * R), np.int32))
-    batch = TrainBatch(
-      student,
-      teacher,
-      np.arange(B, dtype=np.int32) * R,
-      response,
-      weight,
-      nothing,
-      nothing,
-      np.zeros((B, R), np.float32),
-      np.zeros((B, R), np.float32),
-    )
-    return batch, {
-      "data/useful_tokens": sum(used) / (B * T),
+    return pack.batch(), {
+      "data/useful_tokens": sum(pack.columns_B) / (self.rows * self.length),
       "data/left_out": left_out / self.texts,
     }
+
+  def _tokens(self, index: int) -> tuple[list[int], list[int]]:
+    """Returns prompt and response of a corpus row as tokens."""
+    problem = self.corpus.problem(self.seed, index)
+    prompt = self.chat.prompt_tokens([{"role": "user", "content": problem.message}])
+    return prompt, self.chat.text_tokens(problem.response) + [self.chat.stop_tokens[0]]
+
+
+def batches(c, tokenizer) -> PackedRows:
+  """Returns the batches of a configuration; ValueError for sizes that nothing fits into."""
+  for name, value in c.batch.items():
+    if value < 1:
+      raise ValueError(f"config.batch.{name}={value} must be at least 1")
+  corpus = Corpus(DOMAINS[c.domain][0], Mixture(**c.corpus))
+  data = PackedRows(corpus, Chat(tokenizer), seed=c.seed, **c.batch)
+  _, counts = data[0]
+  if counts["data/left_out"] == 1:
+    raise ValueError(
+      f"config.batch.length={c.batch.length} and config.batch.responses={c.batch.responses} "
+      f"have room for none of the first batch's {c.batch.texts} texts"
+    )
+  return data
+
+
+# ---- accuracy ------------------------------------------------------------------------------------
 
 
 def accuracy(
@@ -146,40 +196,74 @@ def accuracy(
   sampler: LocalEngine,
   max_new_tokens: int,
 ) -> dict[str, float]:
-  """Share of problems with at least one novel word that greedy decoding solves, by what the prompt shows; both kinds of hindsight on other attempts if
-  the corpus has them. Of these `notes` tells of failures alone, and `imagine` is the share of verdicts that are right word for word, `imagine_verdict`
-  of those whose first line is."""
-  out, settings = {}, corpus_settings | {"twist": 0.0}
-  for view in [
-    v for v in VIEWS if v in ("plain", "feedback", "solution") or (v != "both" and settings[v])
-  ]:
-    only = dict.fromkeys(VIEWS, 0.0) | {view: 1.0} | ({"success": 0.0} if view == "notes" else {})
-    corpus = Corpus(domain, Mixture(**(settings | only)))
-    rows = [corpus.problem(-1, i) for i in range(4 * questions)]
-    rows = [r for r in rows if any(r.novel)][:questions]  # seed -1: never trained on
-    prompts = [chat.prompt_tokens([{"role": "user", "content": r.message}]) for r in rows]
-    longest = (
-      max(len(chat.text_tokens(r.response)) for r in rows) + 1
-      if view == "imagine"
-      else max_new_tokens
-    )
-    sampling = Sampling(max_new_tokens=longest, temperature=0.0, stop_tokens=chat.stop_tokens)
-    said = [
-      (chat.response_text(c.tokens), rows[c.prompt_index])
-      for c in sampler.generate(params, prompts, n=1, sampling=sampling, seeds=[0] * len(prompts))
-    ]
+  """Returns the share of problems with novel words that greedy decoding solves, by view.
+
+  A problem has at least one novel word. The views are what a prompt shows: `plain`, `feedback`,
+  `solution`, and `notes` and `imagine` if the corpus has them. `notes` tells of failures alone.
+  `imagine` is the share of verdicts that are right word for word, `imagine_verdict` of those whose
+  first line is.
+  """
+  accuracies, settings = {}, corpus_settings | {"twist": 0.0}
+  for view in VIEWS:
+    of_this_corpus = view != "both" and settings[view]
+    if view not in ("plain", "feedback", "solution") and not of_this_corpus:
+      continue
+    problems = _novel_problems(domain, settings, view, questions)
+    prompts = [chat.prompt_tokens([{"role": "user", "content": p.message}]) for p in problems]
+    longest = max_new_tokens
     if view == "imagine":
-      out["eval/imagine"] = sum(text == row.response for text, row in said) / len(rows)
-      out["eval/imagine_verdict"] = sum(
-        text.split("\n")[0] == row.response.split("\n")[0] for text, row in said
-      ) / len(rows)
+      longest = max(len(chat.text_tokens(p.response)) for p in problems) + 1
+    sampling = Sampling(max_new_tokens=longest, temperature=0.0, stop_tokens=chat.stop_tokens)
+    completions = sampler.generate(
+      params, prompts, n=1, sampling=sampling, seeds=[0] * len(prompts)
+    )
+    answers = [(chat.response_text(c.tokens), problems[c.prompt_index]) for c in completions]
+    if view == "imagine":
+      exact = [text == p.response for text, p in answers]
+      first_line = [text.split("\n")[0] == p.response.split("\n")[0] for text, p in answers]
+      accuracies["eval/imagine"] = sum(exact) / len(problems)
+      accuracies["eval/imagine_verdict"] = sum(first_line) / len(problems)
     else:
-      out[f"eval/{view}"] = sum(domain.solves(text, *row[2:5]) for text, row in said) / len(rows)
-  return out
+      solved = [domain.solves(text, p.ops, p.kind, p.details) for text, p in answers]
+      accuracies[f"eval/{view}"] = sum(solved) / len(problems)
+  return accuracies
+
+
+def _novel_problems(domain, settings: dict, view: str, questions: int) -> list[Problem]:
+  """Draws problems of one view that have a novel word; training never sees those of seed -1."""
+  shares = dict.fromkeys(VIEWS, 0.0) | {view: 1.0}
+  if view == "notes":
+    shares["success"] = 0.0
+  corpus = Corpus(domain, Mixture(**(settings | shares)))
+  problems = [corpus.problem(-1, i) for i in range(4 * questions)]
+  return [p for p in problems if any(p.novel)][:questions]
+
+
+def print_accuracy(accuracies: dict[str, float], questions: int) -> None:
+  """Prints the accuracies that there are, in two sentences."""
+  views = {
+    "eval/plain": "alone",
+    "eval/feedback": "given feedback",
+    "eval/solution": "given a solution",
+    "eval/notes": "given notes",
+  }
+  solved = [f"{accuracies[key]:.1%} {text}" for key, text in views.items() if key in accuracies]
+  print(f"problems with novel words solved (greedy, {questions} problems): {', '.join(solved)}")
+  if "eval/imagine" in accuracies:
+    print(
+      f"verdicts imagined: {accuracies['eval/imagine']:.1%} right word for word, "
+      f"{accuracies['eval/imagine_verdict']:.1%} in their first line"
+    )
+
+
+# ---- training ------------------------------------------------------------------------------------
 
 
 def beginning(c, tokenizer) -> tuple[ModelConfig, dict]:
-  """The model and its weights before the first step. ValueError for a `start` that reads other tokens."""
+  """Returns the model and its weights before the first step.
+
+  ValueError for a `start` that reads other tokens.
+  """
   if c.start:
     path = MODELS.get(c.start, c.start)
     if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
@@ -206,106 +290,85 @@ def beginning(c, tokenizer) -> tuple[ModelConfig, dict]:
   return model, jax.jit(lambda key: decoder.init(model, key))(jax.random.key(c.seed))
 
 
-def batches(c, tokenizer) -> PackedRows:
-  """ValueError for sizes that nothing fits into."""
-  for name, value in c.batch.items():
-    if value < 1:
-      raise ValueError(f"config.batch.{name}={value} must be at least 1")
-  data = PackedRows(
-    Corpus(DOMAINS[c.domain][0], Mixture(**c.corpus)), Chat(tokenizer), seed=c.seed, **c.batch
-  )
-  if data[0][1]["data/left_out"] == 1:
-    raise ValueError(
-      f"config.batch.length={c.batch.length} and config.batch.responses={c.batch.responses} have room for none of the first batch's {c.batch.texts} texts"
-    )
-  return data
-
-
 def run(
   c, workdir: str, out: str, model: ModelConfig, params, data: PackedRows, tx
 ) -> dict[str, float]:
-  """Trains to c.total_steps, resuming if the workdir holds a checkpoint; returns the final accuracies."""
-  domain, chat, mixture = data.corpus.domain, data.chat, dict(c.corpus)
+  """Trains to c.total_steps and writes the model; returns the final accuracies.
+
+  Resumes if the work directory holds a checkpoint.
+  """
+  chat, objective = data.chat, supervised()
   state = init_state(params, tx)
-  objective = supervised()
   step = jax.jit(make_train_step(make_signals(model, objective), objective, tx), donate_argnums=0)
   sampler = LocalEngine(
     model, rows=c.eval.questions, prompt_multiple=128, chunk=64, pad_token=chat.pad_token
   )
-  if checkpoint.latest_step(workdir) is not None:
-    state, _ = checkpoint.restore(workdir, state)
-  # what came after the checkpoint is written again
-  kept = [line for line in metrics.read(workdir) if line["step"] <= int(state.step)]
-  write_atomically(pathlib.Path(workdir) / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")
-  write_atomically(
-    pathlib.Path(workdir) / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept)
-  )
-  log = open(os.path.join(workdir, "metrics.jsonl"), "a")
-  begun, begun_step = time.time(), int(state.step)
-  results = {}
-  for i in range(int(state.step), c.total_steps):
-    batch, counts = data[i]
-    state, measured = step(state, batch)
-    last = i + 1 == c.total_steps
-    if last or (i + 1) % c.eval.every_steps == 0:
-      results = accuracy(
-        state.params,
-        model,
-        chat,
-        domain,
-        mixture,
-        questions=c.eval.questions,
-        sampler=sampler,
-        max_new_tokens=c.eval.max_new_tokens,
-      )
-    if last or (i + 1) % c.log_every_steps == 0:
-      line = (
-        {"step": i + 1}
-        | {k: r.mean for k, r in jax.device_get(measured).items()}
-        | counts
-        | results
-      )
-      line |= {
-        "time_s": time.time() - begun,
-        "perf/steps_per_s": (i + 1 - begun_step) / (time.time() - begun),
-      }
-      log.write(json.dumps(line) + "\n")
-      log.flush()
-      print(" ".join(f"{k}={v:.4g}" for k, v in line.items() if v is not None), flush=True)
-    results = results if last else {}
-    if last or (i + 1) % c.checkpoint_every_steps == 0:
-      checkpoint.save(workdir, i + 1, state, {})
-  if not results:  # a finished run, started again
-    results = accuracy(
-      state.params,
+
+  def evaluate(params) -> dict[str, float]:
+    return accuracy(
+      params,
       model,
       chat,
-      domain,
-      mixture,
+      data.corpus.domain,
+      dict(c.corpus),
       questions=c.eval.questions,
       sampler=sampler,
       max_new_tokens=c.eval.max_new_tokens,
     )
+
+  if checkpoint.latest_step(workdir) is not None:
+    state, _ = checkpoint.restore(workdir, state)
+  first = int(state.step)
+  log = Log(c, workdir, first)
+  accuracies = {}
+  for i in range(first, c.total_steps):
+    batch, counts = data[i]
+    state, measured = step(state, batch)
+    last = i + 1 == c.total_steps
+    accuracies = {}
+    if last or (i + 1) % c.eval.every_steps == 0:
+      accuracies = evaluate(state.params)
+    if last or (i + 1) % c.log_every_steps == 0:
+      means = {name: ratio.mean for name, ratio in jax.device_get(measured).items()}
+      log.write(i + 1, means | counts | accuracies)
+    if last or (i + 1) % c.checkpoint_every_steps == 0:
+      checkpoint.save(workdir, i + 1, state, {})
+  if not accuracies:  # a finished run, started again
+    accuracies = evaluate(state.params)
   save_pretrained(out, model, state.params, tokenizer=chat.tokenizer)
-  given = {
-    "eval/plain": "alone",
-    "eval/feedback": "given feedback",
-    "eval/solution": "given a solution",
-    "eval/notes": "given notes",
-  }
-  print(
-    f"problems with novel words solved (greedy, {c.eval.questions} problems): "
-    + ", ".join(f"{results[k]:.1%} {text}" for k, text in given.items() if k in results)
-  )
-  if "eval/imagine" in results:
-    print(
-      f"verdicts imagined: {results['eval/imagine']:.1%} right word for word, {results['eval/imagine_verdict']:.1%} in their first line"
-    )
+  print_accuracy(accuracies, c.eval.questions)
   print(f"wrote {out}")
-  return results
+  return accuracies
 
 
-def main(argv: list[str]) -> int:
+class Log:
+  """config.json and metrics.jsonl of a work directory, from step `first` on."""
+
+  def __init__(self, c, workdir: str, first: int):
+    folder = pathlib.Path(workdir)
+    # what came after the checkpoint is written again
+    kept = [line for line in metrics.read(workdir) if line["step"] <= first]
+    write_atomically(folder / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")
+    write_atomically(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+    self._file = open(folder / "metrics.jsonl", "a")
+    self._first, self._begun = first, time.time()
+
+  def write(self, step: int, values: dict[str, float | None]) -> None:
+    """Appends one line, and prints it without values that are missing."""
+    seconds = time.time() - self._begun
+    line = {"step": step} | values
+    line |= {"time_s": seconds, "perf/steps_per_s": (step - self._first) / seconds}
+    self._file.write(json.dumps(line) + "\n")
+    self._file.flush()
+    texts = [f"{name}={value:.4g}" for name, value in line.items() if value is not None]
+    print(" ".join(texts), flush=True)
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def define_flags() -> flags.FlagValues:
+  """Defines the flags in a registry of their own, so that importing this file does nothing."""
   f = flags.FlagValues()
   flags.DEFINE_string(
     "config",
@@ -320,22 +383,36 @@ def main(argv: list[str]) -> int:
     "out", None, "where the Hugging Face directory goes; default: WORKDIR/hf", flag_values=f
   )
   flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=f)
+  return f
+
+
+def configuration(file_and_argument: str, arguments: list[str]):
+  """Returns the file's configuration with the overrides; ValueError for one of other commands."""
+  c = with_overrides(load(file_and_argument), arguments)
+  if "domain" not in c:
+    raise ValueError(
+      f"--config={file_and_argument} names no domain: it is a file for python -m sdpo_jax.main"
+    )
+  if c.domain not in DOMAINS:
+    raise ValueError(f"domain={c.domain!r} is unknown; choose from {sorted(DOMAINS)}")
+  check_optimizer(c.optimizer)
+  return c
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command and returns its exit status."""
+  f = define_flags()
   try:
     rest = f(argv, known_only=True)
     if f.help:
       print(__doc__, f.get_help(), sep="\n")
       return 0
-    c = overridden(load(f.config), rest)
-    if "domain" not in c:
-      raise ValueError(
-        f"--config={f.config} names no domain: it is a file for python -m sdpo_jax.main"
-      )
-    if c.domain not in DOMAINS:
-      raise ValueError(f"domain={c.domain!r} is unknown; choose from {sorted(DOMAINS)}")
-    check_optimizer(c.optimizer)
-    check_same_run(pathlib.Path(f.workdir), c, begun=checkpoint.latest_step(f.workdir) is not None)
+    c = configuration(f.config, rest)
+    begun = checkpoint.latest_step(f.workdir) is not None
+    check_same_run(pathlib.Path(f.workdir), c, begun=begun)
     tokenizer = build_tokenizer(c.domain)
-    data, tx = batches(c, tokenizer), make_optimizer(**c.optimizer)
+    data = batches(c, tokenizer)
+    tx = make_optimizer(**c.optimizer)
     model, params = beginning(c, tokenizer)
     os.makedirs(f.workdir, exist_ok=True)
     if not os.access(f.workdir, os.W_OK):
