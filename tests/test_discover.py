@@ -1,4 +1,8 @@
-"""Test-time self-distillation: accounting, stopping, history, estimators, resume; and the whole mode on a toy model."""
+"""Tests test-time self-distillation.
+
+Accounting, stopping, history, estimators and resuming are tested by themselves; then the whole mode
+on a toy model.
+"""
 
 import dataclasses
 import json
@@ -20,7 +24,7 @@ from sdpo_jax.discover import arms, difficulty, replay, results, solver
 from sdpo_jax.discover.arms import prompt_with, solve_by_learning, solve_by_sampling, solve_by_turns
 from sdpo_jax.discover.budget import Budget
 from sdpo_jax.discover.difficulty import calibrate
-from sdpo_jax.discover.replay import Attempts
+from sdpo_jax.discover.replay import AttemptLog
 from sdpo_jax.discover.results import compare, summarise
 from sdpo_jax.errors import RunError
 from sdpo_jax.records import Feedback, Rollout, Status, Task
@@ -42,9 +46,9 @@ def attempt(right, tokens=3, status=Status.SCORED, text="no", task=TASK):
 
 
 def scripted(outcomes, size):
-  """collect(...) that hands out the outcomes in batches of `size`."""
-  return lambda params, asked: [
-    [attempt(x) for x in outcomes[first : first + size]] for _, first in asked
+  """Returns a collect(...) that hands out the outcomes in batches of `size`."""
+  return lambda params, batches: [
+    [attempt(x) for x in outcomes[first : first + size]] for _, first in batches
   ]
 
 
@@ -60,7 +64,7 @@ def learn(outcomes, limit, size=4, tokens=None):
   solve_by_learning(
     TASK,
     budget,
-    fresh=lambda: types.SimpleNamespace(params=None),
+    fresh_state=lambda: types.SimpleNamespace(params=None),
     collect=scripted(outcomes, size),
     make_batch=lambda groups: batch,
     step=lambda state, b: updates.append(1) or state,
@@ -85,10 +89,10 @@ def test_learning_stops_at_the_first_success():
 
 def test_learning_stops_at_the_budget_without_a_last_useless_update():
   budget, updates = learn([0] * 12, limit=12)
-  assert not budget.found and budget.attempts == 12 and updates == 2
+  assert not budget.solved and budget.attempts == 12 and updates == 2
   budget, updates = learn([0] * 12, limit=12, tokens=20)
   # the 7th began below the limit
-  assert not budget.found and budget.attempts == 7 and budget.tokens == 21 and updates == 1
+  assert not budget.solved and budget.attempts == 7 and budget.tokens == 21 and updates == 1
 
 
 FAILED = attempt(1, status=Status.ENV_FAILED)
@@ -98,17 +102,19 @@ def test_what_could_not_be_judged_is_neither_success_nor_failure():
   budget = Budget(4)
   budget.count([FAILED, attempt(0)])
   assert (
-    not budget.found
-    and budget.left == 3
-    and (budget.asked, budget.attempts, budget.env_failed, budget.tokens) == (2, 1, 1, 3)
+    not budget.solved
+    and budget.attempts_left == 3
+    and (budget.sampled, budget.attempts, budget.env_failed, budget.tokens) == (2, 1, 1, 3)
   )
 
 
 def test_a_broken_sandbox_ends_the_run_and_no_update_is_made_without_a_verdict():
-  budget, asked, updates = Budget(8, env_failures=2), [], []
-  broken = lambda params, ask: (
-    asked.append(ask[0][1]) or [[FAILED] * 4 if len(asked) != 2 else [FAILED, attempt(0)] * 2]
-  )
+  budget, first_attempts, updates = Budget(8, max_failed_batches=2), [], []
+
+  def broken(params, batches):
+    first_attempts.append(batches[0][1])
+    return [[FAILED] * 4 if len(first_attempts) != 2 else [FAILED, attempt(0)] * 2]
+
   step = lambda state, b: updates.append(1) or state
   batch = types.SimpleNamespace(
     batch=types.SimpleNamespace(
@@ -119,14 +125,13 @@ def test_a_broken_sandbox_ends_the_run_and_no_update_is_made_without_a_verdict()
     solve_by_learning(
       TASK,
       budget,
-      fresh=lambda: types.SimpleNamespace(params=None),
+      fresh_state=lambda: types.SimpleNamespace(params=None),
       collect=broken,
       make_batch=lambda groups: batch,
       step=step,
     )
-  assert (
-    asked == [0, 4, 8, 12] and updates == [1] and (budget.attempts, budget.env_failed) == (2, 14)
-  )
+  assert first_attempts == [0, 4, 8, 12] and updates == [1]
+  assert (budget.attempts, budget.env_failed) == (2, 14)
   with pytest.raises(RunError):
     calibrate(TASK, below=0.03, attempts=64, collect=lambda n: [FAILED])
 
@@ -144,9 +149,9 @@ def test_sampling_spends_everything_whatever_is_sampled_together(together):
   )
   assert (
     budget.record()["successes"] == 3
-    and budget.first["first_success"] == 3
+    and budget.at_first_success["first_success"] == 3
     and budget.attempts == 6
-    and not budget.left
+    and not budget.attempts_left
   )
 
 
@@ -156,20 +161,16 @@ def test_a_limit_of_tokens_counts_the_same_whatever_is_sampled_together(together
   solve_by_sampling(
     TASK, budget, params=None, collect=scripted(outcomes, 4), rollouts=4, together=together
   )
-  assert (budget.attempts, budget.tokens, budget.successes, budget.first["first_success"]) == (
-    6,
-    18,
-    3,
-    3,
-  )
+  assert (budget.attempts, budget.tokens, budget.successes) == (6, 18, 3)
+  assert budget.at_first_success["first_success"] == 3
 
 
 @pytest.mark.parametrize("history", arms.HISTORIES)
 def test_turns_show_feedback_newest_last_and_drop_the_oldest(history):
   budget, seen = Budget(4), []
 
-  def collect(params, asked):
-    ((task, first),) = asked
+  def collect(params, batches):
+    ((task, first),) = batches
     seen.append(task.prompt)
     return [[attempt(first == 3, text=f"F{first}")]]
 
@@ -181,7 +182,7 @@ def test_turns_show_feedback_newest_last_and_drop_the_oldest(history):
     fits=lambda t: t.prompt.count("F") <= 2,
     history=history,
   )
-  assert budget.first["first_success"] == 4 and seen[0] == "question"
+  assert budget.at_first_success["first_success"] == 4 and seen[0] == "question"
   turns = [attempt(0, text=f"F{i}") for i in range(3)]
   assert (
     seen[1] == prompt_with(TASK, turns[:1], history).prompt
@@ -279,14 +280,10 @@ def test_summary_counts_unsolved_runs_as_not_found_and_best_of_k_without_bias():
   }
   # (3 + 8 + 1 + 8) / 4 and (2 + 8) / 2 attempts, 10 tokens each
   assert means == {"sdpo": (5.0, 50.0, None), "best_of_k": (5.0, 50.0, None)}
-  said = [line.split() for line in results.summary_lines(summary)]
-  assert ["runs", "solved", "by", "question", "base", "pass@64", "sdpo", "best_of_k"] in said and [
-    "a",
-    "0.010",
-    "1/2",
-    "1/1",
-  ] in said
-  assert ["discovery@8,", "very", "hard:", "50.0%,", "1", "questions"] in said
+  printed = [line.split() for line in results.summary_lines(summary)]
+  assert ["runs", "solved", "by", "question", "base", "pass@64", "sdpo", "best_of_k"] in printed
+  assert ["a", "0.010", "1/2", "1/1"] in printed
+  assert ["discovery@8,", "very", "hard:", "50.0%,", "1", "questions"] in printed
 
 
 def test_runs_whose_tokens_were_spent_are_said_to_have_ended_early():
@@ -320,23 +317,22 @@ def test_attempts_and_tokens_to_reach_the_baseline_by_hand():
     for q, fs in (("a", (50, None)), ("b", (None, None)))
     for s, f in enumerate(fs)
   ]
-  said = compare(learned + sampled, 90, level=0.9)
+  comparison = compare(learned + sampled, 90, level=0.9)
+  assert comparison["target"] == 0.25
+  assert comparison["attempts"]["to_reach"] == 4 and comparison["tokens"]["to_reach"] == 40
   assert (
-    said["target"] == 0.25
-    and said["attempts"]["to_reach"] == 4
-    and said["tokens"]["to_reach"] == 40
+    comparison["tokens_with_teacher"]["to_reach"] == 45 and comparison["baseline_tokens"] == 900
   )
-  assert said["tokens_with_teacher"]["to_reach"] == 45 and said["baseline_tokens"] == 900
   # Draws of questions: both a -> best_of_k finds 1/2, sdpo needs 4; one of each -> 4; both b ->
   # nothing is found, 0 are needed.
-  assert said["attempts"]["low"] == 0 and said["attempts"]["high"] == 4
-  assert said["difference_at_a_third"]["difference"] == pytest.approx(2 / 4 - 1 / 4)
+  assert comparison["attempts"]["low"] == 0 and comparison["attempts"]["high"] == 4
+  assert comparison["difference_at_a_third"]["difference"] == pytest.approx(2 / 4 - 1 / 4)
   never = compare([run_line("sdpo", "a", 0, None), run_line("best_of_k", "a", 0, 3)], 8, level=0.9)
   assert never["attempts"] == {"to_reach": None, "low": None, "high": None}
 
 
 def test_intervals_cover_in_this_very_design():
-  """20 questions x 5 seeds, nominal 90 %: questions of very unlike difficulty, seeds nested in them."""
+  """20 questions x 5 seeds, nominal 90 %; very unlike difficulties, seeds nested in questions."""
   rng, trials, budget = np.random.default_rng(0), 400, 256
   # mean success probability of one attempt, the first like a baseline that finds little; log-
   # uniform spread over questions
@@ -363,23 +359,22 @@ def test_a_line_cut_short_by_a_kill_is_removed_and_its_run_repeated(tmp_path):
 def test_batches_on_disk_are_not_sampled_again(tmp_path):
   path, run, calls = tmp_path / "attempts" / "00000.jsonl", ["sdpo", "q", 0], []
 
-  def collect(params, asked):
-    calls.append(asked)
-    return [[attempt(0, text="{}\n\u2028\\"), attempt(1)] for _ in asked]
+  def collect(params, batches):
+    calls.append(batches)
+    return [[attempt(0, text="{}\n\u2028\\"), attempt(1)] for _ in batches]
 
-  first = Attempts(path, run)
+  first = AttemptLog(path, run)
   first.begun -= 100.0
-  original = first.around(collect)(None, [(TASK, 0)])
-  again = Attempts(path, run)
-  ask = again.around(collect)
-  assert ask(None, [(TASK, 0)]) == original and len(calls) == 1
-  ask(None, [(TASK, 2)])
+  original = first.read_or_collect(collect, None, [(TASK, 0)])
+  again = AttemptLog(path, run)
+  assert again.read_or_collect(collect, None, [(TASK, 0)]) == original and len(calls) == 1
+  again.read_or_collect(collect, None, [(TASK, 2)])
   assert len(calls) == 2 and again.time_s >= 100.0  # what the earlier session spent counts
-  again.around(lambda params, asked: [[FAILED]])(None, [(TASK, 4)])
-  repaired = Attempts(path, run)  # what a broken sandbox left behind is asked again
+  again.read_or_collect(lambda params, batches: [[FAILED]], None, [(TASK, 4)])
+  repaired = AttemptLog(path, run)  # what a broken sandbox left behind is asked again
   assert [line["first"] for line in repaired.stored] == [[0], [2]]
   with pytest.raises(AssertionError, match="does not belong"):
-    Attempts(path, ["sdpo", "q", 1])
+    AttemptLog(path, ["sdpo", "q", 1])
 
 
 @pytest.mark.parametrize(
@@ -395,7 +390,8 @@ def test_batches_on_disk_are_not_sampled_again(tmp_path):
     ),
     (
       "discover.py:local",
-      "--config.discover.arms=('counterfactual',) --config.method.counterfactual.name=notes --config.method.counterfactual.sources=('siblings','model') "
+      "--config.discover.arms=('counterfactual',) --config.method.counterfactual.name=notes "
+      "--config.method.counterfactual.sources=('siblings','model') "
       "--config.method.counterfactual.model=tiny_arithmetic",
       "config.method.counterfactual.sources holds 'model'",
     ),
@@ -439,8 +435,8 @@ def test_what_cannot_run_says_so_in_one_line(config, override, words, tmp_path, 
     )
     == 2
   )
-  said = capsys.readouterr().err.strip()
-  assert words in said and "\n" not in said
+  message = capsys.readouterr().err.strip()
+  assert words in message and "\n" not in message
 
 
 LOCAL = [
@@ -510,24 +506,27 @@ def test_a_session_leaves_everything_that_was_promised(whole, capsys):
   assert {path.name: path.read_bytes() for path in workdir.iterdir()} == before
 
 
-def interrupt(monkeypatch, batches):
-  """From now on the session is interrupted when it asks for a batch after `batches` of them."""
-  original, calls = replay.Attempts.around, []
+def interrupt(monkeypatch, batches_before):
+  """Makes the session end by an interrupt when it samples one batch more than `batches_before`."""
+  original, calls = replay.AttemptLog.read_or_collect, []
 
-  def cut(self, collect):
-    def counted(params, asked):
-      calls.append(asked)
-      if len(calls) == batches + 1:
+  def read_or_cut(self, collect, params, batches):
+    def counted(params, batches_to_sample):
+      calls.append(batches_to_sample)
+      if len(calls) == batches_before + 1:
         raise KeyboardInterrupt
-      return collect(params, asked)
+      return collect(params, batches_to_sample)
 
-    return original(self, counted)
+    return original(self, counted, params, batches)
 
-  monkeypatch.setattr(replay.Attempts, "around", cut)
+  monkeypatch.setattr(replay.AttemptLog, "read_or_collect", read_or_cut)
 
 
 def test_an_interrupt_in_mid_question_changes_nothing(whole, tmp_path, monkeypatch):
-  """And the other order of the questions, two of them at a time after it: nothing leaks from one to the next, or to the one beside it."""
+  """Nothing leaks from one question to the next, or to the one beside it.
+
+  The session has the other order of the questions, and goes on with two of them at a time.
+  """
   arguments = [
     "main",
     *LOCAL,
@@ -552,7 +551,7 @@ def test_an_interrupt_in_mid_question_changes_nothing(whole, tmp_path, monkeypat
 
   def solve(self, run, *rest):
     if run.arm == "sdpo":
-      devices.add(jax.tree.leaves(self.w.params)[0].device)
+      devices.add(jax.tree.leaves(self.session.params)[0].device)
       both.wait(timeout=300)  # neither question learns before the other does
     return original(self, run, *rest)
 
@@ -587,7 +586,8 @@ def test_a_warm_start_begins_where_the_question_before_ended(whole, tmp_path, mo
   # what the first question's run left
   kept = checkpoint.restore_params(tmp_path / "warm" / "sdpo_seed_0", starts[1], step=1)
   assert starts[0] is None and all(
-    (np.asarray(a) == np.asarray(b)).all() for a, b in zip(*map(jax.tree.leaves, (starts[1], kept)))
+    (np.asarray(a) == np.asarray(b)).all()
+    for a, b in zip(*map(jax.tree.leaves, (starts[1], kept)), strict=True)
   )
   cold, warm = (
     {line["task_id"]: line for line in repeatable(workdir) if line["arm"] == "sdpo"}
@@ -599,9 +599,9 @@ def test_a_warm_start_begins_where_the_question_before_ended(whole, tmp_path, mo
 
 @pytest.mark.slow
 def test_counterfactual_tells_what_the_other_attempts_received(whole, tmp_path, monkeypatch):
-  read, original = [], solver.Solver.batch_of
+  read, original = [], solver.Solver.learning_batch
   monkeypatch.setattr(
-    solver.Solver, "batch_of", lambda self, *a: read.append(original(self, *a)) or read[-1]
+    solver.Solver, "learning_batch", lambda self, *a: read.append(original(self, *a)) or read[-1]
   )
   assert (
     main.main(
@@ -621,10 +621,10 @@ def test_counterfactual_tells_what_the_other_attempts_received(whole, tmp_path, 
   }
   # its part is not sdpo's
   assert lines["sdpo"] == [line for line in repeatable(whole) if line["arm"] == "sdpo"]
-  told = [packed for packed in read if packed.counterfactuals]
-  assert told and any(
+  with_notes = [packed for packed in read if packed.counterfactuals]
+  assert with_notes and any(
     "would have" in c.notes
-    for packed in told
+    for packed in with_notes
     for row in packed.counterfactuals
     for c in row
     if c is not None

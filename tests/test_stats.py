@@ -1,3 +1,5 @@
+"""Tests the statistics of reported numbers against hand-worked values and simulated coverage."""
+
 import itertools
 import math
 
@@ -127,7 +129,10 @@ def test_interval_covers_the_true_mean(monkeypatch):
 
 
 def paired_scores(rng, Q, S, gap, run_sd, cell_sd):
-  """Differences in which training runs share luck over all questions (run_sd) and cells have noise of their own."""
+  """Returns scores in which a training run's luck (run_sd) is shared by all questions.
+
+  Each cell has noise of its own besides (cell_sd).
+  """
   b_QS = (
     rng.normal(0.5, 0.3, (Q, 1)) + rng.normal(0, run_sd, (1, S)) + rng.normal(0, cell_sd, (Q, S))
   )

@@ -1,55 +1,89 @@
-"""The ways to spend a budget on one question."""
+"""The arms: the ways in which a run may spend its budget on one question.
+
+Source: arXiv 2601.20802, section 5. All arms share the sampler, the judge and the accounting:
+
+  sdpo            batches of attempts from fresh weights; each batch without a success is one
+                  update on its feedback alone
+  counterfactual  like sdpo, but the teacher is also told what the batch's other attempts
+                  received (solver.method_of)
+  best_of_k       independent attempts of the base model
+  multi_turn      one attempt after another, with the feedback on the earlier ones in the prompt
+
+Each arm gets what touches a model as functions, so these loops know no arrays.
+collect(params, batches) -> groups samples and judges. A batch is (task, number of its first
+attempt), the number choosing its seed; its attempts are the group at the same place.
+"""
 
 import dataclasses
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from sdpo_jax.discover.budget import Budget, any_judged
 from sdpo_jax.objectives.teacher_context import CLOSING, TEMPLATES, Context, fill
-from sdpo_jax.records import Rollout, Status, Task
+from sdpo_jax.records import Rollout, Status, Task, TrainBatch
 
 ARMS = ("sdpo", "counterfactual", "best_of_k", "multi_turn")
+LEARNING = ("sdpo", "counterfactual")
+HISTORIES = ("feedback", "attempt_and_feedback")  # what multi_turn shows of an earlier attempt
 
 
-LEARNING = ARMS[:2]
+class ArmRun(NamedTuple):
+  """One run: an arm spends its budget on one question, with one seed."""
 
+  number: int  # in the list of all runs
+  arm: str
+  task: Task
+  place: int  # of the task among the questions
+  seed: int
 
-HISTORIES = ("feedback", "attempt_and_feedback")
+  @property
+  def key(self) -> tuple[str, str, int]:
+    """Identifies the run in the files of the work directory."""
+    return self.arm, self.task.id, self.seed
 
 
 def solve_by_learning(
   task: Task,
   budget: Budget,
   *,
-  fresh: Callable,
+  fresh_state: Callable,
   collect: Callable,
   make_batch: Callable,
   step: Callable,
 ):
-  """SDPO on one question from fresh() weights, until a success or the budget's end; returns the last state. collect(params, [(task, first attempt)]) -> groups."""
-  state = fresh()
-  while not budget.found and budget.left:
-    groups = collect(state.params, [(task, budget.asked)])
+  """Learns between batches until a success or the budget's end, and returns the last state.
+
+  make_batch(groups) -> Packed; step(state, batch) -> state.
+  """
+  state = fresh_state()
+  while not budget.solved and budget.attempts_left:
+    groups = collect(state.params, [(task, budget.sampled)])
     budget.count(groups[0])
-    if not budget.found and budget.left and any_judged(groups[0]):
-      packed = make_batch(groups)
-      budget.teacher_tokens += sum(
-        int((half.segment_CPT > 0).sum())
-        for half in (packed.batch.teacher, *(c.teacher for c in packed.batch.counterfactuals))
-      )
-      state = step(state, packed.batch)
+    # An update is wasted if no attempt follows it, and impossible without a verdict.
+    run_goes_on = not budget.solved and budget.attempts_left
+    if run_goes_on and any_judged(groups[0]):
+      batch = make_batch(groups).batch
+      budget.teacher_tokens += teacher_tokens(batch)
+      state = step(state, batch)
   return state
+
+
+def teacher_tokens(batch: TrainBatch) -> int:
+  """Counts the tokens that the teacher reads in a batch, in all of its readings."""
+  readings = [batch.teacher, *(c.teacher for c in batch.counterfactuals)]
+  return sum(int((rows.segment_CPT > 0).sum()) for rows in readings)
 
 
 def solve_by_sampling(
   task: Task, budget: Budget, *, params, collect: Callable, rollouts: int, together: int = 1
 ) -> None:
-  """All of the budget, independent, in `together` batches of `rollouts` attempts at a time."""
-  while budget.left:
-    groups = collect(
-      params,
-      [(task, budget.asked + i * rollouts) for i in range(together) if i * rollouts < budget.left],
-    )
-    budget.count(sum(groups, []))
+  """Spends the whole budget on independent attempts, a success or not.
+
+  together: batches of `rollouts` attempts that are sampled at a time.
+  """
+  while budget.attempts_left:
+    offsets = [i * rollouts for i in range(together) if i * rollouts < budget.attempts_left]
+    groups = collect(params, [(task, budget.sampled + offset) for offset in offsets])
+    budget.count([rollout for group in groups for rollout in group])
 
 
 def solve_by_turns(
@@ -61,29 +95,35 @@ def solve_by_turns(
   fits: Callable,
   history: str = "feedback",
 ) -> None:
-  """What was said of earlier attempts stays in the prompt, newest last; the oldest is dropped while the prompt does not fit."""
+  """Attempts again and again, with the feedback on earlier attempts in the prompt.
+
+  The newest feedback stands last. The oldest is dropped as long as fits(task) denies that the
+  prompt has room.
+  """
   turns: list[Rollout] = []
-  while not budget.found and budget.left:
-    shown = list(turns)
-    while shown and not fits(prompt_with(task, shown, history)):
-      shown.pop(0)
-    (rollout,) = collect(params, [(prompt_with(task, shown, history), budget.asked)])[0]
+  while not budget.solved and budget.attempts_left:
+    visible = list(turns)
+    while visible and not fits(prompt_with(task, visible, history)):
+      visible.pop(0)
+    groups = collect(params, [(prompt_with(task, visible, history), budget.sampled)])
+    (rollout,) = groups[0]
     budget.count([rollout])
     if rollout.feedback.text and rollout.feedback.status is not Status.ENV_FAILED:
       turns.append(rollout)
 
 
 def prompt_with(task: Task, turns: list[Rollout], history: str) -> Task:
-  """The task with earlier turns in its prompt, in the words that the teacher reads."""
+  """Returns the task with earlier turns in its prompt, in the words that the teacher reads.
+
+  history: one of HISTORIES.
+  """
   if not turns:
     return task
   if history == "feedback":
-    prompt = Context(feedback="\n\n".join(r.feedback.text for r in turns)).render(task.prompt)
-  else:
-    said = [
-      fill(TEMPLATES["attempt"], {"text": r.text})
-      + fill(TEMPLATES["feedback"], {"text": r.feedback.text})
-      for r in turns
-    ]
-    prompt = task.prompt + "".join(said) + CLOSING
-  return dataclasses.replace(task, prompt=prompt)
+    feedback = "\n\n".join(turn.feedback.text for turn in turns)
+    return dataclasses.replace(task, prompt=Context(feedback=feedback).render(task.prompt))
+  prompt = task.prompt
+  for turn in turns:
+    prompt += fill(TEMPLATES["attempt"], {"text": turn.text})
+    prompt += fill(TEMPLATES["feedback"], {"text": turn.feedback.text})
+  return dataclasses.replace(task, prompt=prompt + CLOSING)

@@ -1,19 +1,32 @@
-"""What one thread needs to run an arm on its devices."""
+"""Makes runs on one part of the devices: samples, updates and scores with one copy of the weights.
+
+A Solver belongs to one thread. What it compiles serves all of its runs, so batches are laid out in
+a fixed set of shapes, and no result depends on what ran before.
+
+Errors: SettingError for sizes that do not divide among the devices, before anything is sampled;
+RunError where too many updates in a row are skipped.
+"""
 
 import functools
 import logging
 import threading
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 
 from sdpo_jax import sharding
-from sdpo_jax.data.batch import pack
+from sdpo_jax.data.batch import Packed, pack
 from sdpo_jax.data.shapes import Shape, Shapes, bucket, most_tokens
-from sdpo_jax.discover.arms import LEARNING, solve_by_learning, solve_by_sampling, solve_by_turns
+from sdpo_jax.discover.arms import (
+  LEARNING,
+  ArmRun,
+  solve_by_learning,
+  solve_by_sampling,
+  solve_by_turns,
+)
 from sdpo_jax.discover.budget import Budget
 from sdpo_jax.discover.difficulty import calibrate, exact_difficulty, make_logp
-from sdpo_jax.discover.replay import Attempts
+from sdpo_jax.discover.replay import AttemptLog
 from sdpo_jax.errors import RunError, blame_settings
 from sdpo_jax.learner import Learner, learner
 from sdpo_jax.objectives import build
@@ -21,59 +34,76 @@ from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.records import Sampling, Task
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.session import Wired
-from sdpo_jax.train_step import make_signals
+from sdpo_jax.train_step import TrainState, make_signals
 
 
 class Stopped(Exception):
-  """Another thread's run failed, or somebody wants the end: no further batch is begun. What is on disk is intact."""
+  """No further batch is begun, since another thread failed or was interrupted.
 
-
-def fixed_shapes(packs: int, rows: int, data, max_new_tokens: int, *, more: bool = False) -> Shapes:
-  """Shapes of packs of `rows` responses, one a row: whatever is sampled, one of them holds it, so that what a run computes depends on nothing that ran before.
-
-  more: further readings by the teacher, of the same sizes. Responses up to max_new_tokens halved a few times; prompts up to their limits halved a few
-  times, and half-way steps for the teacher's.
+  What is on disk is intact.
   """
-  down = lambda most, multiple, steps: sorted(
-    {bucket(int(most * step), multiple) for step in steps}
+
+
+class LearningArm(NamedTuple):
+  """What the runs of a learning arm share."""
+
+  learner: Learner
+  step: Callable  # compiled
+  shapes: Shapes  # that it is compiled for
+
+
+HALVINGS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
+
+
+def fixed_shapes(
+  packs: int, rows: int, data, max_new_tokens: int, *, has_readings: bool = False
+) -> Shapes:
+  """Returns shapes for packs of `rows` responses, one a row, of which one holds any batch.
+
+  The set never grows, so what a run computes depends on nothing that ran before. Responses are
+  max_new_tokens long or that halved up to five times; prompts likewise from their limits. The
+  teacher's prompts have half-way steps too.
+
+  data: config.data. has_readings: the teacher reads each batch again, in rows of the same sizes.
+  """
+  down = functools.partial(_lengths_below, fractions=HALVINGS)
+  prompts = down(data.max_prompt_tokens, data.length_multiple)
+  teacher_prompts = _lengths_below(
+    data.max_teacher_tokens, data.length_multiple, (*HALVINGS, 0.75, 0.375)
   )
-  halves = [2.0**-i for i in range(6)]
-  teacher = lambda t, r: (rows, bucket(t + r, data.length_multiple))
-  shapes = [
-    Shape(
-      rows,
-      bucket(p + r, data.length_multiple),
-      *teacher(t, r),
-      bucket(rows * r, data.length_multiple),
-      r,
-      *(teacher(t, r) if more else (0, 0)),
-      packs,
-    )
-    for r in down(max_new_tokens, data.response_multiple, halves)
-    for p in down(data.max_prompt_tokens, data.length_multiple, halves)
-    for t in down(data.max_teacher_tokens, data.length_multiple, [*halves, 0.75, 0.375])
-  ]
+  shapes = []
+  for response in down(max_new_tokens, data.response_multiple):
+    for prompt in prompts:
+      for teacher_prompt in teacher_prompts:
+        teacher_length = bucket(teacher_prompt + response, data.length_multiple)
+        reading_rows, reading_length = (rows, teacher_length) if has_readings else (0, 0)
+        shape = Shape(
+          rows,
+          bucket(prompt + response, data.length_multiple),
+          rows,
+          teacher_length,
+          bucket(rows * response, data.length_multiple),
+          response,
+          reading_rows,
+          reading_length,
+          packs,
+        )
+        shapes.append(shape)
   return Shapes(most_tokens(data, max_new_tokens), shapes, limit=len(shapes))
 
 
-class Run(NamedTuple):
-  number: int  # in the list of all runs
-  arm: str
-  task: Task
-  place: int  # of the task among the questions
-  seed: int
-
-
-class Taught(NamedTuple):
-  """A learning arm: its method, the compiled step, the shapes that it is compiled for."""
-
-  learn: Learner
-  step: Callable
-  shapes: Shapes
+def _lengths_below(longest: int, multiple: int, fractions: tuple[float, ...]) -> list[int]:
+  """Returns these fractions of the longest length, each rounded up to the multiple."""
+  return sorted({bucket(int(longest * fraction), multiple) for fraction in fractions})
 
 
 def method_of(c, arm: str) -> dict:
-  """config.method without its counterfactual part for sdpo, with it (by default: notes of the siblings) for counterfactual."""
+  """Returns config.method as a learning arm uses it.
+
+  sdpo has no counterfactual part. counterfactual has the configured one or, by default, notes of
+  what the batch's other attempts received: any other source would try the question outside the
+  budget.
+  """
   method = c.method.to_dict()
   if arm == "sdpo":
     method["counterfactual"] = build.complete_part("counterfactual", "none")
@@ -83,63 +113,158 @@ def method_of(c, arm: str) -> dict:
 
 
 class Solver:
-  """Runs, one after another, on the devices of `w`; what they need is compiled once. stop: once it is set no batch is begun."""
+  """Makes runs, one after another, on the devices of a session.
 
-  def __init__(self, c, w: Wired, stop: threading.Event):
-    self.c, self.w, self.stop, self.env = c, w, stop, w.collector.env
-    self.shards = sharding.row_shards(w.mesh)
+  stop: once it is set no batch is begun, and Stopped is raised instead.
+  """
+
+  def __init__(self, c, session: Wired, stop: threading.Event):
+    self.c = c
+    self.session = session
+    self.stop = stop
+    self.env = session.collector.env
+    self.shards = sharding.row_shards(session.mesh)
     self.packs = c.train.micro_batches * self.shards
     with blame_settings():
       if c.discover.rollouts % self.packs:
         raise ValueError(
-          f"config.discover.rollouts={c.discover.rollouts} rows do not divide into {self.packs} packs: train.micro_batches x the mesh's data x fsdp"
+          f"config.discover.rollouts={c.discover.rollouts} rows do not divide into {self.packs} "
+          "packs: train.micro_batches x the mesh's data x fsdp"
         )
-      self.base, self.frozen = w.trainable(c.seed)
-      self.taught = {arm: self.teach(arm) for arm in c.discover.arms if arm in LEARNING}
+      self.base, self.frozen = session.trainable(c.seed)
+      self.learning_arms = {
+        arm: self._learning_arm(arm) for arm in c.discover.arms if arm in LEARNING
+      }
     self.sampling = Sampling(
-      c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens
+      c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, session.chat.stop_tokens
     )
+    # batches of independent attempts that the sampler has rows for
     self.together = max(1, c.rollout.rows // c.discover.rollouts)
 
-  def teach(self, arm: str) -> Taught:
-    c, w = self.c.copy_and_resolve_references(), self.w
+  def solve(
+    self, run: ArmRun, log: AttemptLog, start=None
+  ) -> tuple[dict[str, Any], TrainState | None]:
+    """Returns the run's line of discover.jsonl, and a learning arm's last state.
+
+    start: the weights that a learning arm begins with; None: the base model's.
+    """
+    d = self.c.discover
+    budget = Budget(d.attempts, d.tokens or None, self.c.train.max_env_failures_in_a_row)
+    state = None
+    if run.arm in LEARNING:
+      state = self._learn(run, budget, log, self.base if start is None else start)
+    elif run.arm == "best_of_k":
+      solve_by_sampling(
+        run.task,
+        budget,
+        params=self.session.params,
+        collect=self._logged(run, log, d.rollouts),
+        rollouts=d.rollouts,
+        together=self.together,
+      )
+    else:
+      solve_by_turns(
+        run.task,
+        budget,
+        params=self.session.params,
+        collect=self._logged(run, log, 1),
+        fits=self._fits,
+        history=d.history,
+      )
+    line = {"arm": run.arm, "task_id": run.task.id, "seed": run.seed} | budget.record()
+    line["skipped_updates"] = 0 if state is None else int(state.skipped)
+    line["time_s"] = log.time_s
+    return line, state
+
+  def make_measure(self) -> Callable:
+    """Returns measure(task) -> the task's line of difficulty.jsonl."""
+    if hasattr(self.env, "solutions"):
+      return functools.partial(self._measure_exactly, self._make_logp())
+    return self._measure_by_attempts
+
+  # Sampling and judging.
+
+  def collect(self, weights, batches: list[tuple[Task, int]], *, path: tuple, n: int):
+    """Samples and judges n attempts for each (task, first attempt), a group each.
+
+    A batch has a seed of its own, so it is the same whatever is sampled beside it. path: what
+    tells these seeds from those of other uses.
+    """
+    if self.stop.is_set():
+      raise Stopped
+    tasks = [task for task, _ in batches]
+    seeds = [prompt_seed(self.c.seed, *path, task.id, first) for task, first in batches]
+    return self.session.collector.collect(weights, tasks, n=n, sampling=self.sampling, seeds=seeds)
+
+  def _logged(self, run: ArmRun, log: AttemptLog, n: int, *, trained: bool = False) -> Callable:
+    """Returns collect(params, batches) for this run, which reads what is on disk first.
+
+    n: attempts a batch. trained: params are what training moves, and not yet plain weights.
+    """
+
+    def collect(params, batches):
+      weights = self.session.weights(params, self.frozen) if trained else params
+      return self.collect(weights, batches, path=("discover", run.seed), n=n)
+
+    return functools.partial(log.read_or_collect, collect)
+
+  def _fits(self, task: Task) -> bool:
+    prompt = self.session.chat.prompt_tokens(self.env.prompt(task))
+    return len(prompt) <= self.c.data.max_prompt_tokens
+
+  # Learning.
+
+  def _learning_arm(self, arm: str) -> LearningArm:
+    """Builds an arm's method and jits its step, which is compiled at the first update."""
+    session = self.session
+    c = self.c.copy_and_resolve_references()
     with c.unlocked():
       c.method = method_of(self.c, arm)
-    learn = learner(c, w.model, w.join)
-    places = (
-      None if w.mesh is None else jax.tree.map(lambda x: x.sharding, self.fresh(learn, self.base))
+    method = learner(c, session.model, session.join)
+    state_shardings = None
+    if session.mesh is not None:
+      fresh = self._fresh_state(method, self.base)
+      state_shardings = jax.tree.map(lambda x: x.sharding, fresh)
+    step = jax.jit(
+      method.step, donate_argnums=0, out_shardings=(state_shardings, session.everywhere)
     )
-    return Taught(
-      learn,
-      jax.jit(learn.step, donate_argnums=0, out_shardings=(places, w.everywhere)),
-      fixed_shapes(
-        self.packs,
-        c.discover.rollouts // self.packs,
-        c.data,
-        c.rollout.max_new_tokens,
-        more=learn.counterfactual is not None,
-      ),
+    has_readings = method.counterfactual is not None
+    return LearningArm(method, step, self._fixed_shapes(has_readings=has_readings))
+
+  def _fixed_shapes(self, *, has_readings: bool = False) -> Shapes:
+    c = self.c
+    rows = c.discover.rollouts // self.packs
+    return fixed_shapes(
+      self.packs, rows, c.data, c.rollout.max_new_tokens, has_readings=has_readings
     )
 
-  def fresh(self, learn: Learner, params):
-    """A state of its own: a step overwrites the weights that it is given."""
-    return self.w.fresh_state(jax.tree.map(lambda x: x.copy(), params), learn.tx, learn.teacher)
+  def _learn(self, run: ArmRun, budget: Budget, log: AttemptLog, start) -> TrainState:
+    arm = self.learning_arms[run.arm]
+    collect = self._logged(run, log, self.c.discover.rollouts, trained=True)
+    return solve_by_learning(
+      run.task,
+      budget,
+      fresh_state=functools.partial(self._fresh_state, arm.learner, start),
+      collect=collect,
+      make_batch=functools.partial(self.learning_batch, arm),
+      step=functools.partial(self._update, arm),
+    )
 
-  def update(self, taught: Taught, state, batch):
-    state, _ = taught.step(state, sharding.put_rows(self.w.mesh, batch), self.frozen)
-    if skipped := int(state.skipped_in_a_row):
-      logging.warning("the gradient was not finite: update skipped, %d in a row", skipped)
-      if skipped >= self.c.train.max_skipped_in_a_row:
-        raise RunError(
-          f"the gradient was not finite in {skipped} updates in a row; finished runs are intact; lower config.optimizer.lr"
-        )
-    return state
+  def _fresh_state(self, method: Learner, params) -> TrainState:
+    """Returns a state with a copy of the weights: the step overwrites those that it is given."""
+    copied = jax.tree.map(lambda x: x.copy(), params)
+    return self.session.fresh_state(copied, method.tx, method.teacher)
 
-  def batch_of(self, taught: Taught, groups):
-    """What the update on these attempts reads. Siblings are alternatives that cost nothing: no weights are needed and no seed is used."""
-    if taught.learn.explore:
-      taught.learn.explore(
-        self.w.collector,
+  def learning_batch(self, arm: LearningArm, groups) -> Packed:
+    """Packs judged attempts for an update.
+
+    The alternatives that a method may want are siblings, which cost nothing: finding them needs
+    no weights and uses no seed.
+    """
+    method = arm.learner
+    if method.explore:
+      method.explore(
+        self.session.collector,
         None,
         groups,
         sampling=self.sampling,
@@ -147,13 +272,27 @@ class Solver:
         step=0,
         max_prompt_tokens=self.c.data.max_teacher_tokens,
       )
-    return self.make_batch(groups, taught.learn.parts, taught.shapes, taught.learn.counterfactual)
+    return self._pack(groups, method.parts, arm.shapes, method.counterfactual)
 
-  def make_batch(self, groups, parts: dict, shapes: Shapes, counterfactual=None):
+  def _update(self, arm: LearningArm, state: TrainState, batch) -> TrainState:
+    rows = sharding.put_rows(self.session.mesh, batch)
+    state, _ = arm.step(state, rows, self.frozen)
+    skipped = int(state.skipped_in_a_row)
+    if not skipped:
+      return state
+    logging.warning("the gradient was not finite: update skipped, %d in a row", skipped)
+    if skipped >= self.c.train.max_skipped_in_a_row:
+      raise RunError(
+        f"the gradient was not finite in {skipped} updates in a row; finished runs are intact; "
+        "lower config.optimizer.lr"
+      )
+    return state
+
+  def _pack(self, groups, parts: dict, shapes: Shapes, counterfactual=None) -> Packed:
     data = self.c.data
     return pack(
       groups,
-      chat=self.w.chat,
+      chat=self.session.chat,
       messages=self.env.prompt,
       teacher_context=parts["teacher_context"],
       advantage=parts["advantage"],
@@ -166,87 +305,48 @@ class Solver:
       shards=self.shards,
     )
 
-  def collect(self, weights, asked, *, path, n):
-    """n attempts for each (task, first attempt); a batch has a seed of its own, so it is the same whatever is sampled beside it."""
-    if self.stop.is_set():
-      raise Stopped
-    seeds = [prompt_seed(self.c.seed, *path, task.id, first) for task, first in asked]
-    return self.w.collector.collect(
-      weights, [task for task, _ in asked], n=n, sampling=self.sampling, seeds=seeds
+  # Difficulty under the base model.
+
+  def _measure_by_attempts(self, task: Task) -> dict[str, Any]:
+    c = self.c
+    rollouts = c.discover.rollouts
+
+    def collect(first):
+      batches = [(task, first + i * rollouts) for i in range(self.together)]
+      groups = self.collect(self.session.params, batches, path=("calibration",), n=rollouts)
+      return [rollout for group in groups for rollout in group]
+
+    return calibrate(
+      task,
+      below=c.discover.below_pass_at_64,
+      attempts=c.discover.calibration,
+      max_failed_batches=c.train.max_env_failures_in_a_row,
+      collect=collect,
     )
 
-  def fits(self, task: Task) -> bool:
-    return len(self.w.chat.prompt_tokens(self.env.prompt(task))) <= self.c.data.max_prompt_tokens
-
-  def measure(self) -> Callable:
-    """-> measure(task) -> its line of difficulty.jsonl."""
-    c, w, d = self.c, self.w, self.c.discover
-    if not hasattr(self.env, "solutions"):
-      return lambda task: calibrate(
-        task,
-        below=d.below_pass_at_64,
-        attempts=d.calibration,
-        env_failures=c.train.max_env_failures_in_a_row,
-        collect=lambda n: sum(
-          self.collect(
-            w.params,
-            [(task, n + i * d.rollouts) for i in range(self.together)],
-            path=("calibration",),
-            n=d.rollouts,
-          ),
-          [],
-        ),
-      )
-    plain = make_signals(
-      w.model, make_objective(build.method_row("grpo")), temperature=c.rollout.temperature
-    )
-    score = jax.jit(lambda batch: plain(w.params, None, batch).logp_BR, out_shardings=w.everywhere)
-    shapes, parts = (
-      fixed_shapes(self.packs, d.rollouts // self.packs, c.data, c.rollout.max_new_tokens),
-      build.build_method(build.method_row("grpo")),
-    )
-    logp = make_logp(score, lambda groups: self.make_batch(groups, parts, shapes), d.rollouts)
-    return lambda task: exact_difficulty(
+  def _measure_exactly(self, logp: Callable, task: Task) -> dict[str, Any]:
+    chat = self.session.chat
+    return exact_difficulty(
       task,
       self.env.solutions(task),
-      below=d.below_pass_at_64,
-      prompt=w.chat.prompt_tokens(self.env.prompt(task)),
-      chat=w.chat,
+      below=self.c.discover.below_pass_at_64,
+      prompt=chat.prompt_tokens(self.env.prompt(task)),
+      chat=chat,
       logp=logp,
     )
 
-  def solve(self, run: Run, log: Attempts, start=None):
-    """-> (the run's line of discover.jsonl, a learning arm's last state or None). start: weights that it begins with; None: the base model's."""
-    c, d, w = self.c, self.c.discover, self.w
-    budget, state = Budget(d.attempts, d.tokens or None, c.train.max_env_failures_in_a_row), None
-    asking = lambda n, weights=lambda params: params: log.around(
-      lambda params, asked: self.collect(weights(params), asked, path=("discover", run.seed), n=n)
+  def _make_logp(self) -> Callable:
+    """Returns logp([rollout]) -> nats of each whole response under the base model."""
+    session = self.session
+    # The plainest method: it has no teacher, so a response is read once.
+    grpo = build.method_row("grpo")
+    signals = make_signals(
+      session.model, make_objective(grpo), temperature=self.c.rollout.temperature
     )
-    if run.arm in LEARNING:
-      taught = self.taught[run.arm]
-      state = solve_by_learning(
-        run.task,
-        budget,
-        fresh=lambda: self.fresh(taught.learn, self.base if start is None else start),
-        collect=asking(d.rollouts, lambda params: w.weights(params, self.frozen)),
-        make_batch=functools.partial(self.batch_of, taught),
-        step=functools.partial(self.update, taught),
-      )
-    elif run.arm == "best_of_k":
-      solve_by_sampling(
-        run.task,
-        budget,
-        params=w.params,
-        collect=asking(d.rollouts),
-        rollouts=d.rollouts,
-        together=self.together,
-      )
-    else:
-      solve_by_turns(
-        run.task, budget, params=w.params, collect=asking(1), fits=self.fits, history=d.history
-      )
-    line = {"arm": run.arm, "task_id": run.task.id, "seed": run.seed} | budget.record()
-    return line | {
-      "skipped_updates": 0 if state is None else int(state.skipped),
-      "time_s": log.time_s,
-    }, state
+    score = jax.jit(
+      lambda batch: signals(session.params, None, batch).logp_BR, out_shardings=session.everywhere
+    )
+    make_batch = functools.partial(
+      self._pack, parts=build.build_method(grpo), shapes=self._fixed_shapes()
+    )
+    return make_logp(score, make_batch, self.c.discover.rollouts)
