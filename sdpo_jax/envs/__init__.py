@@ -1,1 +1,1 @@
-"""Environments: they ask, run and judge. Nothing here imports jax."""
+"""Environments ask questions, judge responses and explain the judgement; none imports jax."""

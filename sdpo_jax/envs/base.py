@@ -1,16 +1,54 @@
-"""What an environment is, and the table of those that a configuration can name.
+"""An environment asks questions and judges responses; this file says what it has to provide.
 
-An environment is asked two things and knows nothing of models:
+An environment is a plain class without a base class. Texts go in and texts come out: it knows
+nothing of models, tokens or arrays. No environment imports jax, so that one can also live in a
+process that starts fast and dies alone. `tests/my_env.py` is a whole one in thirty lines.
 
-  prompt(task) -> [{"role": ..., "content": ...}, ...]   what the policy reads; the last message is the user's
-  judge(task, response) -> Feedback                      reward in [0, 1], text for the teacher, status
+Every environment provides:
 
-`judge` is called from several threads at once. An exception, a reward that is not a number or no answer in time costs that one
-response (ENV_FAILED), never the run. One that generates its tasks also has `task(split, index) -> Task`; one over a fixed data set has
-`task_from_row(row, split) -> Task` instead (`rows.py`), and `data/tasks.py` gives it the rest. One that holds processes or files has `close()`; one
-whose processes are slow to start has `start()`, called once before anything is judged. One that can tell what a response does has `behaviour(task,
-response)`, anything hashable: equal answers are one and the same alternative to a failed attempt; without it, equal rewards and feedback are.
-Nothing here imports jax.
+  prompt(task) -> [{"role": ..., "content": ...}, ...]
+      The messages that the policy reads. The last one is the user's.
+  judge(task, response) -> Feedback
+      The reward in [0, 1], a text that the teacher may read ("" when there is nothing to say),
+      and a status. It is called from several threads at once.
+
+It gets its questions in one of two ways:
+
+  task(split, index) -> Task
+      For an environment that makes its questions: a pure function of the arguments and the
+      settings, so that a resumed run sees the same questions.
+  task_from_row(row, split) -> Task | None
+      For an environment over a data set: reads one row of `config.data.sources`. None leaves the
+      row out of the set. A ValueError names the field of a row that cannot be used; such a row
+      stops the run, or is left out and counted, as `config.data.on_bad_row` says. `rows.py` has
+      helpers for it; `data/tasks.py` reads the files, adds where a bad row stands, and gives the
+      environment its `task(split, index)`.
+
+It may provide:
+
+  start()       Starts processes that are slow to start: called once, before anything is judged.
+  close()       Ends its processes and closes its files: called once, when the run ends.
+  behaviour(task, response)
+                Tells what a response does, as anything hashable. Alternatives to a failed attempt
+                count as one and the same where it is equal. Without it they do where reward and
+                feedback are equal.
+  solutions(task)
+                Lists the right responses, as texts. The discover mode then reads a question's
+                difficulty off their probabilities; without it, it has to sample.
+
+Failures. A response that is wrong, has the wrong form or runs out of its own time is no error:
+`judge` returns reward 0 and says what is wrong. An exception of `judge`, a reward that is not a
+number in [0, 1], or no answer within `config.rollout.judge_timeout_s` is the environment's own
+failure. It costs that one response, never the run: the response gets the status ENV_FAILED, is
+counted, and is never trained on. `judge` may return that status itself.
+
+Settings. The arguments of the constructor, with their defaults, are the settings `config.env.KEY`;
+they are declared nowhere else. An argument called `sandbox` is no setting: it receives the run's
+`sandbox.Sandbox`, which runs programs that nobody trusts.
+
+Your own. `config.env.name="package.module:Class"` names any class that can be imported, and
+nothing in this package has to change. To add one to the package, write one file in this folder,
+one line in ENVS, and its test.
 """
 
 import importlib
@@ -24,6 +62,7 @@ from sdpo_jax.envs.mcq import MCQ
 from sdpo_jax.envs.tinycode import TinyCode
 from sdpo_jax.envs.tool_use import ToolUse
 
+# What `config.env.name` can be, besides "module.path:ClassName".
 ENVS = {
   "tinycode": TinyCode,
   "arithmetic": Arithmetic,
@@ -36,43 +75,58 @@ ENVS = {
 
 
 def make_env(name: str, *, sandbox, **settings):
-  """The environment of that name in ENVS, or of your own as "module.path:ClassName"; it gets the sandbox if it has a parameter of that name.
+  """Makes the environment that `name` names, with these settings.
 
-  ValueError with the choices if there is no such environment or it has no such setting.
+  The environment gets the sandbox if its constructor has an argument of that name.
+  ValueError with the choices for a name or a setting that does not exist, and for a setting
+  that has no default and is not set.
   """
-  env, known = find_env(name), env_settings(name)
+  env_class = find_env(name)
+  parameters = env_settings(name)
   for key in settings:
-    if key not in known:
-      raise ValueError(f"config.env.{key} is not a setting of {name}; choose from {sorted(known)}")
-  for key, parameter in known.items():
+    if key not in parameters:
+      raise ValueError(
+        f"config.env.{key} is not a setting of {name}; choose from {sorted(parameters)}"
+      )
+  for key, parameter in parameters.items():
     if parameter.default is parameter.empty and settings.get(key) is None:
       raise ValueError(f"config.env.{key} is not set, and {name} has no default for it")
-  return env(
-    **settings, **({"sandbox": sandbox} if "sandbox" in inspect.signature(env).parameters else {})
-  )
+  if "sandbox" in inspect.signature(env_class).parameters:
+    return env_class(**settings, sandbox=sandbox)
+  return env_class(**settings)
 
 
 def find_env(name: str):
+  """Returns the class of that name in ENVS, or imports one named "module.path:ClassName".
+
+  ValueError with the choices if there is none.
+  """
   if name in ENVS:
     return ENVS[name]
   if ":" not in name:
     raise ValueError(
-      f"config.env.name={name!r} is unknown; choose from {sorted(ENVS)} or name your own as 'module.path:ClassName'"
+      f"config.env.name={name!r} is unknown; choose from {sorted(ENVS)} or name your own as "
+      "'module.path:ClassName'"
     )
   module, _, attribute = name.partition(":")
   try:
-    found = getattr(importlib.import_module(module), attribute)
+    env_class = getattr(importlib.import_module(module), attribute)
   except (ImportError, AttributeError, ValueError) as error:
     raise ValueError(f"config.env.name={name!r} cannot be imported: {error}") from error
-  if not callable(found):
-    raise ValueError(f"config.env.name={name!r} is a {type(found).__name__}, not a class")
-  return found
+  if not callable(env_class):
+    raise ValueError(f"config.env.name={name!r} is a {type(env_class).__name__}, not a class")
+  return env_class
 
 
 def env_settings(name: str) -> dict[str, inspect.Parameter]:
-  """What a configuration can set of an environment: the arguments of its constructor, the sandbox aside."""
+  """Returns what a configuration can set of an environment: its constructor's arguments.
+
+  The sandbox is not among them.
+  """
+  parameters = inspect.signature(find_env(name)).parameters
   return {
-    key: p
-    for key, p in inspect.signature(find_env(name)).parameters.items()
-    if key != "sandbox" and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    key: parameter
+    for key, parameter in parameters.items()
+    if key != "sandbox"
+    and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
   }
