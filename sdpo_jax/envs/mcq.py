@@ -1,11 +1,15 @@
-"""Multiple choice: the response ends with the letter of one option between <answer> and </answer>.
+"""Judges multiple choice: the response ends with one option's letter between <answer> tags.
 
-Rows: the SDPO paper's (SciKnowEval; `prompt`, `system`, `answer` are used as they are), GPQA's (`Question`, `Correct Answer`,
-`Incorrect Answer 1` to `3`; the order of the options depends on the record alone) and MMLU-Pro's (`question`, `options`, `answer`).
+Three kinds of rows become tasks:
+  the SDPO paper's (SciKnowEval)   `prompt`, `system` and `answer` are used as they are
+  GPQA's                           `Question`, `Correct Answer`, `Incorrect Answer 1` to `3`; the
+                                   order of the options depends on the record alone
+  MMLU-Pro's                       `question`, `options`, `answer`
 The last two are asked in the same form as the first.
 
-Reward is 1 for the right letter and nothing else in the last answer, else 0. A response of the wrong form is told so. That a letter is
-wrong is only said with `tell_correctness`: the paper trains these tasks without feedback.
+Reward is 1 for the right letter and nothing else in the last answer, else 0. Feedback on a
+response of the wrong form says so. Feedback on a wrong letter is empty unless `tell_correctness`
+is set: the paper trains these tasks without feedback.
 """
 
 import random
@@ -27,7 +31,8 @@ NUMBERS = {
   10: "ten",
 }
 SYSTEM = """
-Given a question and {number} options, please select the right answer. Respond in the following format:
+Given a question and {number} options, please select the right answer. \
+Respond in the following format:
 <reasoning>
 ...
 </reasoning>
@@ -35,76 +40,87 @@ Given a question and {number} options, please select the right answer. Respond i
 ...
 </answer>
 
-For the answer, only output the letter corresponding to the correct option ({letters}), and nothing else. Do not restate the answer text. \
+For the answer, only output the letter corresponding to the correct option ({letters}), \
+and nothing else. Do not restate the answer text. \
 For example, if the answer is "A", just output:
 <answer>
 A
 </answer>
 """
+FORM = "Give the letter of one option ({letters}) and nothing else between <answer> and </answer>."
+# An answer holds no other opening tag.
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _OPTION = re.compile(r"^([A-J]):", re.MULTILINE)
 
 
 class MCQ:
-  """Judges letters. tell_correctness: say that a wrong letter is wrong (never which one is right)."""
+  """Judges letters.
+
+  tell_correctness
+      says that a wrong letter is wrong, but never which one is right
+  """
 
   def __init__(self, *, tell_correctness: bool = False):
     self.tell_correctness = tell_correctness
 
   def task_from_row(self, row: dict, split: str) -> Task:
+    """Reads a row of any of the three kinds. ValueError that names the field."""
     if "options" in row:
-      return _mmlu_pro(row, split)
+      return _mmlu_pro_task(row, split)
     if "Correct Answer" in row:
-      return _gpqa(row, split)
-    prompt, answer = field(row, "prompt"), field(row, "answer").strip()
-    if row.get("kind", "mcq") != "mcq":
-      raise ValueError(f"field 'kind' is {row['kind']!r}, not 'mcq'")
-    return _task(
-      task_id(row, split, "mcq"), split, prompt, row.get("system"), answer, _letters(prompt)
-    )
+      return _gpqa_task(row, split)
+    return _paper_task(row, split)
 
   def prompt(self, task: Task) -> list[dict[str, str]]:
+    """Asks the question; its form is already in the task."""
     return messages(task)
 
   def judge(self, task: Task, response: str) -> Feedback:
+    """Compares the letter of the last answer with the right one."""
     letters = task.data["letters"]
-    given, fault = extract(response, letters)
+    letter, fault = extract(response, letters)
     if fault:
-      return Feedback(
-        0.0,
-        f"{fault} Give the letter of one option ({', '.join(letters)}) and nothing else between <answer> and </answer>.",
-      )
-    if given == task.data["answer"]:
+      return Feedback(0.0, f"{fault} {FORM.format(letters=', '.join(letters))}")
+    if letter == task.data["answer"]:
       return Feedback(1.0, "")
-    return Feedback(0.0, f"The answer {given} is not correct." if self.tell_correctness else "")
+    return Feedback(0.0, f"The answer {letter} is not correct." if self.tell_correctness else "")
 
 
 def extract(response: str, letters: str) -> tuple[str, str]:
-  """-> the letter of the last answer, and what is wrong with the response's form ("" if nothing)."""
+  """Returns the last answer's letter and what is wrong with the form; one of the two is ""."""
   text, fault = final_text(response)
   if fault:
     return "", fault
-  found = _ANSWER.findall(text)
-  if not found or "<answer>" in text.rpartition("</answer>")[2]:
-    return (
-      "",
-      "The last <answer> of the response is not closed."
-      if "<answer>" in text
-      else "The response has no <answer> ... </answer>.",
-    )
-  given = found[-1].strip()
-  if len(given) != 1 or given not in letters:
-    return (
-      "",
-      f"The answer {given[:40]!r} is not the letter of an option."
-      if given
-      else "The answer is empty.",
-    )
-  return given, ""
+  if "<answer>" not in text:
+    return "", "The response has no <answer> ... </answer>."
+  answers = _ANSWER.findall(text)
+  if not answers or "<answer>" in text.rpartition("</answer>")[2]:
+    return "", "The last <answer> of the response is not closed."
+  answer = answers[-1].strip()
+  if not answer:
+    return "", "The answer is empty."
+  if len(answer) != 1 or answer not in letters:
+    return "", f"The answer {answer[:40]!r} is not the letter of an option."
+  return answer, ""
 
 
-def _letters(prompt: str) -> str:
-  """The options' letters: the last list of lines that begin with A:, B: and so on."""
+def _paper_task(row: dict, split: str) -> Task:
+  prompt = field(row, "prompt")
+  answer = field(row, "answer").strip()
+  if row.get("kind", "mcq") != "mcq":
+    raise ValueError(f"field 'kind' is {row['kind']!r}, not 'mcq'")
+  return _task(
+    task_id(row, split, "mcq"),
+    split,
+    prompt=prompt,
+    system=row.get("system"),
+    answer=answer,
+    letters=_option_letters(prompt),
+  )
+
+
+def _option_letters(prompt: str) -> str:
+  """Returns the options' letters: the last list of lines that begin with A:, B: and so on."""
   letters = ""
   for letter in _OPTION.findall(prompt):
     if letter == "A":
@@ -116,7 +132,60 @@ def _letters(prompt: str) -> str:
   return letters
 
 
-def _task(name, split, prompt, system, answer, letters) -> Task:
+def _mmlu_pro_task(row: dict, split: str) -> Task:
+  options = list(field(row, "options", (list, tuple)))
+  answer = field(row, "answer").strip()
+  are_texts = all(isinstance(option, str) for option in options)
+  if not 2 <= len(options) <= len(LETTERS) or not are_texts:
+    raise ValueError(f"field 'options' must hold 2 to {len(LETTERS)} texts, not {len(options)}")
+  index = row.get("answer_index")
+  if index is not None and LETTERS[index : index + 1] != answer:
+    raise ValueError(f"field 'answer_index' is {index}, but field 'answer' is {answer!r}")
+  return _task_in_paper_form(
+    f"mmlu_pro/{split}/{row.get('question_id', row['idx'])}",
+    split,
+    question=field(row, "question"),
+    options=options,
+    answer=answer,
+  )
+
+
+def _gpqa_task(row: dict, split: str) -> Task:
+  options = [field(row, "Correct Answer").strip()]
+  options += [field(row, f"Incorrect Answer {i}").strip() for i in (1, 2, 3)]
+  name = row.get("Record ID", row["idx"])
+  # Two options may have the same text, so their places are shuffled.
+  order = list(range(4))
+  random.Random(f"gpqa/{name}").shuffle(order)
+  return _task_in_paper_form(
+    f"gpqa/{split}/{name}",
+    split,
+    question=field(row, "Question"),
+    options=[options[i] for i in order],
+    answer=LETTERS[order.index(0)],
+  )
+
+
+def _task_in_paper_form(name, split, *, question, options, answer) -> Task:
+  """Asks a question with its options as the paper's rows do."""
+  letters = LETTERS[: len(options)]
+  lines = [f"{letter}: {option}\n" for letter, option in zip(letters, options, strict=True)]
+  last_comma = ", or " if len(letters) > 2 else " or "
+  system = SYSTEM.format(
+    number=NUMBERS[len(options)],
+    letters=", ".join(letters[:-1]) + last_comma + letters[-1],
+  )
+  return _task(
+    name,
+    split,
+    prompt=f"{question.strip()}\n\n{''.join(lines)}Please reason step by step.",
+    system=system,
+    answer=answer,
+    letters=letters,
+  )
+
+
+def _task(name, split, *, prompt, system, answer, letters) -> Task:
   if len(answer) != 1 or answer not in letters:
     raise ValueError(f"field 'answer' is {answer!r}, not one of {', '.join(letters)}")
   return Task(
@@ -126,53 +195,4 @@ def _task(name, split, prompt, system, answer, letters) -> Task:
     solution=f"<answer>\n{answer}\n</answer>",
     split=split,
     data={"answer": answer, "letters": letters},
-  )
-
-
-def _question(name, split, question, options, answer) -> Task:
-  letters = LETTERS[: len(options)]
-  lines = "".join(f"{letter}: {option}\n" for letter, option in zip(letters, options))
-  system = SYSTEM.format(
-    number=NUMBERS[len(options)],
-    letters=", ".join(letters[:-1]) + (", or " if len(letters) > 2 else " or ") + letters[-1],
-  )
-  return _task(
-    name,
-    split,
-    f"{question.strip()}\n\n{lines}Please reason step by step.",
-    system,
-    answer,
-    letters,
-  )
-
-
-def _mmlu_pro(row: dict, split: str) -> Task:
-  options, answer = list(field(row, "options", (list, tuple))), field(row, "answer").strip()
-  if not 2 <= len(options) <= len(LETTERS) or not all(isinstance(o, str) for o in options):
-    raise ValueError(f"field 'options' must hold 2 to {len(LETTERS)} texts, not {len(options)}")
-  index = row.get("answer_index")
-  if index is not None and LETTERS[index : index + 1] != answer:
-    raise ValueError(f"field 'answer_index' is {index}, but field 'answer' is {answer!r}")
-  return _question(
-    f"mmlu_pro/{split}/{row.get('question_id', row['idx'])}",
-    split,
-    field(row, "question"),
-    options,
-    answer,
-  )
-
-
-def _gpqa(row: dict, split: str) -> Task:
-  right = field(row, "Correct Answer").strip()
-  options = [right] + [field(row, f"Incorrect Answer {i}").strip() for i in (1, 2, 3)]
-  name = row.get("Record ID", row["idx"])
-  order = list(range(4))
-  # two options may have the same text, so places are shuffled
-  random.Random(f"gpqa/{name}").shuffle(order)
-  return _question(
-    f"gpqa/{split}/{name}",
-    split,
-    field(row, "Question"),
-    [options[i] for i in order],
-    LETTERS[order.index(0)],
   )
