@@ -1,19 +1,24 @@
-"""Problems composed of a few operations in plain words: what TinyCode and the arithmetic task share.
+"""Makes problems composed of a few operations in plain words, for TinyCode and Arithmetic.
 
-An operation has *known* phrases, which the base model has read in pre-training. A level names some operations by a *novel* word
-("blick") alone, whose meaning is drawn by `words_seed` and stands nowhere but in what a judge says. A scalar reward has to
-stumble on it; feedback shows it.
+An operation has *known* phrases, which the base model has read in pre-training. A level names some
+operations by a *novel* word ("blick") alone. `words_seed` draws the meaning of that word, which
+stands nowhere but in what a judge says. A scalar reward has to stumble on it; feedback shows it.
 
 Splits, disjoint by construction:
   train        statements whose hash does not fall into the held-out share
-  heldout      other statements over the same words (two novel words make one statement: there it is another composition)
-  unseen       compositions (ordered pairs and triples) that neither pre-training nor `train` ever shows
-  adversarial  misleading paraphrases of train and held-out compositions: an operation that is named but must not be done
-               ("reverse it (do not sort it)"), or the order of the sentence against the order of the steps ("B after you A")
+  heldout      other statements over the same words (two novel words make one statement: there it
+               is another composition)
+  unseen       compositions (ordered pairs and triples) that neither pre-training nor `train` ever
+               shows
+  adversarial  misleading paraphrases of train and held-out compositions: an operation that is
+               named but must not be done ("reverse it (do not sort it)"), or the order of the
+               sentence against the order of the steps ("B after you A")
 
-Levels (`LEVELS`): how many operations a problem has, and how many of the vocabulary are named by a novel word.
+Levels (`LEVELS`) say how many operations a problem has, and how many of the vocabulary are named
+by a novel word.
 
-Everything is a pure function of (domain, level, words_seed, split, index): any problem can be rebuilt from its id.
+Everything is a pure function of (domain, level, words_seed, split, index), so any problem can be
+rebuilt from its id.
 """
 
 import random
@@ -52,8 +57,8 @@ NOVEL_WORDS = (
   "tiv",
   "ulm",
 )
-# name: (weights of one, two, three operations; share of the operations that are named by their
-# novel word, the others by known phrases)
+# Name: (weights of one, two, three operations; share of the operations that are named by their
+# novel word, the others by known phrases).
 LEVELS = {
   "easy": ((1.0, 0.0, 0.0), 0.5),
   "default": ((0.2, 0.8, 0.0), 0.5),
@@ -62,118 +67,149 @@ LEVELS = {
 }
 SPLITS = ("train", "heldout", "unseen", "adversarial")
 HEADERS = 2  # wordings of the frame around a statement
-HELDOUT_SHARE, UNSEEN_SHARE = 0.2, 0.15
+HELDOUT_SHARE = 0.2
+UNSEEN_SHARE = 0.15
 
 
 class Domain(NamedTuple):
-  """What the operations work on."""
+  """A vocabulary of operations, and what they work on.
 
-  phrases: dict[str, tuple[str, ...]]  # operation: its known phrases
-  # length -> {(*operations, input type): input type}: those in which each operation matters
+  `ops` are names of operations, in order; `kind` is the type of the input; `details` are inputs,
+  tests, whatever the domain's problem is about.
+  """
+
+  # Operation: its known phrases.
+  phrases: dict[str, tuple[str, ...]]
+  # (length) -> {(*ops, kind): kind}, the compositions in which each operation matters.
   compositions: Callable
-  # (rng, operations, input type) -> details: inputs, tests, whatever the problem is about
+  # (rng, ops, kind) -> details.
   draw: Callable
-  # (body, input type, details, header) -> what the user says
+  # (body, kind, details, header) -> what the user says.
   statement: Callable
-  # (operations, details) -> (reference response, what the judge needs)
+  # (ops, details) -> (reference response, what the judge needs).
   answer: Callable
-  types: dict[str, dict[str, str]]  # operation: {type it takes: type it gives}
-  # (attempted operations, operations, details) -> what a judge says of the attempt; "" if it is
-  # right
+  # Operation: {type it takes: type it gives}.
+  types: dict[str, dict[str, str]]
+  # (attempted ops, ops, details) -> what a judge says of the attempt; "" if it is right.
   complain: Callable
-  # (response, operations, input type, details) -> bool, without running anything but our own
-  # operations
+  # (response, ops, kind, details) -> bool; it runs nothing but our own operations.
   solves: Callable
 
 
 def novel_phrase(word: str) -> str:
+  """Returns the phrase by which a novel word names its operation."""
   return f"{word} it"
 
 
 def novel_meanings(operations, words_seed: int) -> dict[str, str]:
-  """{operation: its novel word}, in random order. The only place where the meaning of a novel word is written down."""
+  """Returns {operation: its novel word}, in random order.
+
+  This is the only place where the meaning of a novel word is written down.
+  """
   rng = random.Random(f"words/{words_seed}")
-  return dict(
-    zip(rng.sample(list(operations), len(operations)), rng.sample(NOVEL_WORDS, len(operations)))
-  )
+  order = rng.sample(list(operations), len(operations))
+  words = rng.sample(NOVEL_WORDS, len(operations))
+  return dict(zip(order, words, strict=True))
 
 
 def _share(*key) -> float:
-  """A number in [0, 1) that depends on the key alone: the same on every machine and in every process."""
+  """Returns a number in [0, 1) that depends on the key alone, on any machine and process."""
   return zlib.crc32(repr(key).encode()) / 2**32
 
 
 def is_unseen(ops: tuple[str, ...]) -> bool:
+  """Tells whether a composition belongs to the split `unseen`."""
   return len(ops) > 1 and _share("unseen", *ops) < UNSEEN_SHARE
 
 
 def is_heldout(phrases, kind: str, header: int) -> bool:
-  """A single operation is held out under one header at most: without its phrase, `train` could not teach what its word means."""
+  """Tells whether a statement belongs to the split `heldout`.
+
+  A single operation is held out under one header at most: without its phrase, `train` could not
+  teach what its word means.
+  """
   if len(phrases) > 1:
     return _share("heldout", *phrases) < HELDOUT_SHARE
-  # one of the two headers, or neither
+  # The number is one of the two headers, or that of neither.
   return int(_share("heldout", *phrases, kind) / HELDOUT_SHARE) == header
 
 
 def body(phrases, *, twist: str | None = None, distractor: str = "") -> str:
-  """The steps as one sentence. twist: None | "not" (names something that must not be done) | "order" (last step first)."""
-  phrases = list(phrases)
+  """Returns the steps as one sentence.
+
+  twist
+      None; "not" also names the distractor, which must not be done; "order" names the last step
+      first
+  """
+  *first, last = phrases
   if twist == "not":
-    phrases[-1] = f"{phrases[-1]} (do not {distractor})"
-  return (
-    f"{phrases[-1]} after you {', then '.join(phrases[:-1])}"
-    if twist == "order" and len(phrases) > 1
-    else ", then ".join(phrases)
-  )
+    last = f"{last} (do not {distractor})"
+  if twist == "order" and first:
+    return f"{last} after you {', then '.join(first)}"
+  return ", then ".join([*first, last])
 
 
 class Problems:
-  """The problem generator: `task(split, index)` is a pure function of the arguments and the settings."""
+  """Generates problems: `task(split, index)` is a pure function of them and the settings."""
 
   def __init__(self, domain: Domain, level: str = "default", words_seed: int = 0):
     if level not in LEVELS:
       raise ValueError(f"config.env.level={level!r} is unknown; choose from {sorted(LEVELS)}")
-    self.domain, self.level, self.words_seed = domain, level, words_seed
-    weights, novel = LEVELS[level]
-    self.words = dict(
-      list(novel_meanings(domain.phrases, words_seed).items())[: round(novel * len(domain.phrases))]
-    )
-    self.weights = {n: w for n, w in enumerate(weights, 1) if w}
-    self._keys = {
-      (n, unseen): [k for k in domain.compositions(n) if is_unseen(k[:-1]) == unseen]
-      for n in self.weights
-      for unseen in (False, True)
-    }
+    self.domain = domain
+    self.level = level
+    self.words_seed = words_seed
+    weights, novel_share = LEVELS[level]
+    meanings = novel_meanings(domain.phrases, words_seed)
+    novel_count = round(novel_share * len(domain.phrases))
+    # Operation: its novel word, for those that the level names by one.
+    self.words = dict(list(meanings.items())[:novel_count])
+    # Number of operations: its weight.
+    self.weights = {length: weight for length, weight in enumerate(weights, 1) if weight}
+    # (Number of operations, whether unseen): compositions, as Domain.compositions has them.
+    self._compositions = {}
+    for length in self.weights:
+      for unseen in (False, True):
+        self._compositions[length, unseen] = [
+          key for key in domain.compositions(length) if is_unseen(key[:-1]) == unseen
+        ]
 
   def task(self, split: str, index: int) -> Task:
-    rng = random.Random(f"{self.level}/{self.words_seed}/{split}/{index}")
-    lengths = [n for n in self.weights if self._keys[n, split == "unseen"]]
+    """Returns a problem of a split. ValueError if the level has none of that split."""
+    name = f"{self.level}/{self.words_seed}/{split}/{index}"
+    rng = random.Random(name)
+    unseen = split == "unseen"
+    lengths = [length for length in self.weights if self._compositions[length, unseen]]
     if split not in SPLITS or not lengths:
       raise ValueError(
-        f"split {split!r} is empty at level {self.level!r}; choose from {[s for s in SPLITS if s != split]}"
+        f"split {split!r} is empty at level {self.level!r}; "
+        f"choose from {[s for s in SPLITS if s != split]}"
       )
-    while True:  # rejection: until the statement falls into the split
-      n = rng.choices(lengths, [self.weights[n] for n in lengths])[0]
-      *ops, kind = rng.choice(self._keys[n, split == "unseen"])
-      phrases = [self._phrase(rng, o) for o in ops]
+    while True:  # Rejects statements until one falls into the split.
+      (length,) = rng.choices(lengths, [self.weights[n] for n in lengths])
+      *ops, kind = rng.choice(self._compositions[length, unseen])
+      phrases = [self._phrase(rng, op) for op in ops]
       header = rng.randrange(HEADERS)
-      twist = None
-      if split == "adversarial":
-        twist = rng.choice(("not", "order")) if n > 1 else "not"
-      elif split != "unseen" and is_heldout(phrases, kind, header) != (split == "heldout"):
-        continue
-      distractor = self._phrase(rng, rng.choice([o for o in self.domain.phrases if o not in ops]))
-      details = self.domain.draw(rng, ops, kind)
-      solution, data = self.domain.answer(ops, details)
-      return Task(
-        id=f"{self.level}/{self.words_seed}/{split}/{index}",
-        split=split,
-        solution=solution,
-        prompt=self.domain.statement(
-          body(phrases, twist=twist, distractor=distractor), kind, details, header
-        ),
-        data={**data, "ops": list(ops), "phrases": phrases},
-      )
+      if split in ("unseen", "adversarial"):
+        break
+      if is_heldout(phrases, kind, header) == (split == "heldout"):
+        break
+    twist = None
+    if split == "adversarial":
+      twist = rng.choice(("not", "order")) if length > 1 else "not"
+    distractor = self._phrase(rng, rng.choice([o for o in self.domain.phrases if o not in ops]))
+    details = self.domain.draw(rng, ops, kind)
+    solution, judge_data = self.domain.answer(ops, details)
+    sentence = body(phrases, twist=twist, distractor=distractor)
+    return Task(
+      id=name,
+      split=split,
+      solution=solution,
+      prompt=self.domain.statement(sentence, kind, details, header),
+      data={**judge_data, "ops": list(ops), "phrases": phrases},
+    )
 
   def _phrase(self, rng: random.Random, op: str) -> str:
-    return novel_phrase(self.words[op]) if op in self.words else rng.choice(self.domain.phrases[op])
+    """Draws a phrase that names an operation at this level."""
+    if op in self.words:
+      return novel_phrase(self.words[op])
+    return rng.choice(self.domain.phrases[op])

@@ -1,30 +1,42 @@
-"""TinyCode: small programming problems in plain words, answered by a Python function that is really executed.
+"""Judges small programming problems in plain words, answered by a function that is executed.
 
 A problem composes one to three operations on a list of numbers, a string or a number:
 
     Write f(x) for a list of numbers x: blick it, then keep the even numbers.
 
-The answer is a function `f`. Hidden tests run it in the sandbox; the feedback is what an online judge would say (failing
-input, output and expected output, or the exception with its line). Known and novel words, splits and levels: `composed`.
+The answer is a Python function `f`. Hidden tests run it in the sandbox. The feedback is what an
+online judge would say: failing input, output and expected output, or the exception with its line.
+
+`composed.py` explains known and novel words, splits and levels.
 """
 
 import dataclasses
 import functools
 import json
 import random
+from typing import NamedTuple
 
 from sdpo_jax.envs import coding, composed
 from sdpo_jax.records import Feedback, Status, Task
-from sdpo_jax.sandbox import Limits, Sandbox, TestCase
+from sdpo_jax.sandbox import Limits, Sandbox, TestCase, TestResult
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-  """One operation: which input type gives which output type, its Python expression over x, its known phrases."""
+  """An operation on the input, or on what the operation before it gives."""
 
-  types: dict[str, str]
-  code: str
-  phrases: tuple[str, ...]
+  types: dict[str, str]  # type it takes: type it gives
+  code: str  # a Python expression over x
+  phrases: tuple[str, ...]  # known ones
+
+
+class Failure(NamedTuple):
+  """A test that fails, as the feedback shows it."""
+
+  input: str
+  output: str
+  expected: str
+  error: str | None  # stands in the place of the output; None for a wrong answer
 
 
 _SEQ = {"list": "list", "str": "str"}
@@ -77,126 +89,164 @@ HEADERS = ("Write f(x) for {}: {}.", "f(x) takes {}: {}.")
 INPUTS = {"list": "a list of numbers x", "str": "a string x", "int": "a number x"}
 TESTS = 5  # hidden tests of a problem
 SHOWN = 2  # failing tests that the feedback shows
-# our own expressions, not a model's
+# These are our own expressions, not a model's.
 _APPLY = {name: eval("lambda x: " + op.code) for name, op in OPS.items()}
 
 
 def sample_input(rng: random.Random, kind: str):
+  """Draws an input of a type: three to five items, or a number, from -9 to 9."""
   if kind == "list":
     items = []
-    for _ in range(rng.randint(3, 5)):  # with repeats, so that removing them shows
-      items.append(rng.choice(items) if items and rng.random() < 0.25 else rng.randint(-9, 9))
+    for _ in range(rng.randint(3, 5)):
+      # Some numbers repeat, so that removing repeated ones shows.
+      repeats = bool(items) and rng.random() < 0.25
+      items.append(rng.choice(items) if repeats else rng.randint(-9, 9))
     return items
   if kind == "str":
     return "".join(rng.choice("abcdeABCDE") for _ in range(rng.randint(3, 5)))
   return rng.randint(-9, 9)
 
 
+def distinct_inputs(rng: random.Random, ops, kind: str, count: int) -> list:
+  """Draws different inputs on which a composition runs (max of an empty list does not)."""
+  inputs = []
+  while len(inputs) < count:
+    x = sample_input(rng, kind)
+    _, error = execute(ops, x)
+    if x not in inputs and error is None:
+      inputs.append(x)
+  # The judge goes through them in order: the shortest come first.
+  return sorted(inputs, key=lambda x: (len(repr(x)), repr(x)))
+
+
 def program(ops) -> str:
-  """The solution in the one form that the base model writes: a line for each operation."""
-  return "def f(x):" + "".join(f"\n    x = {OPS[name].code}" for name in ops) + "\n    return x"
+  """Returns the solution in the one form that the base model writes, a line per operation."""
+  lines = [f"    x = {OPS[name].code}" for name in ops]
+  return "\n".join(["def f(x):", *lines, "    return x"])
 
 
 def execute(ops, x):
-  """(output, None), or (None, error text with its line) as the judge would report it. For our own operations only."""
+  """Returns (output, None), or (None, error text with its line) as the judge would report it.
+
+  It runs our own operations only.
+  """
   for i, name in enumerate(ops):
     try:
       x = _APPLY[name](x)
-    except Exception as error:  # the operation does not fit the type: what a wrong attempt meets
+    except Exception as error:  # The operation does not fit the type: so wrong attempts end.
       return None, f"{type(error).__name__}: {error}\nLine {i + 2}: x = {OPS[name].code}"
   return x, None
 
 
-def _informative(ops, kind: str) -> bool:
-  """Whether every operation matters: no shorter program and no constant gives the same outputs on a fixed probe."""
-  rng = random.Random(f"probe/{kind}")
-  probe = [sample_input(rng, kind) for _ in range(24)]
-  outputs = [execute(ops, x) for x in probe]
-  if any(error for _, error in outputs) or len({repr(o) for o, _ in outputs}) < 3:
-    return False
-  shorter = [ops[:i] + ops[i + 1 :] for i in range(len(ops))]
-  return all(sum(execute(s, x) == o for x, o in zip(probe, outputs)) < 16 for s in shorter)
-
-
-@functools.cache  # pure, and half a second for three operations
+@functools.cache  # It is pure, and takes half a second for three operations.
 def compositions(length: int) -> dict[tuple[str, ...], str]:
-  """{operations: input type} of every well-typed composition in which each operation matters."""
-  chains = [((), kind, kind) for kind in INPUTS]
+  """Returns {(*ops, input type): input type} of every well-typed composition.
+
+  In each of them every operation matters.
+  """
+  chains = [((), kind, kind) for kind in INPUTS]  # operations, input type, type of x now
   for _ in range(length):
-    chains = [
-      (ops + (name,), start, op.types[now])
-      for ops, start, now in chains
-      for name, op in OPS.items()
-      if now in op.types
-    ]
-  return {(*ops, start): start for ops, start, _ in chains if _informative(ops, start)}
+    longer = []
+    for ops, kind, now in chains:
+      for name, op in OPS.items():
+        if now in op.types:
+          longer.append((ops + (name,), kind, op.types[now]))
+    chains = longer
+  return {(*ops, kind): kind for ops, kind, _ in chains if _is_informative(ops, kind)}
+
+
+def _is_informative(ops, kind: str) -> bool:
+  """Tells whether every operation matters on a fixed sample of inputs.
+
+  Neither a constant nor a program with one operation less gives the same outputs.
+  """
+  rng = random.Random(f"probe/{kind}")
+  inputs = [sample_input(rng, kind) for _ in range(24)]
+  results = [execute(ops, x) for x in inputs]
+  outputs = {repr(result) for result in results}
+  if any(error for _, error in results) or len(outputs) < 3:
+    return False
+  for i in range(len(ops)):
+    shorter = ops[:i] + ops[i + 1 :]
+    unchanged = sum(execute(shorter, x) == r for x, r in zip(inputs, results, strict=True))
+    if unchanged >= 16:
+      return False
+  return True
 
 
 def solutions(task: Task) -> list[str]:
-  """Every program of one to three operations, in the form that the base model writes, that passes the tests of the task."""
-  (first, wanted), *rest = task.data["tests"]
-  alive, found = [((), first)], []
+  """Returns every program of one to three operations that passes the tests of the task.
+
+  They have the form that the base model writes.
+  """
+  (first_input, first_output), *other_tests = task.data["tests"]
+  attempts = [((), first_input)]  # operations, and what they make of the first input
+  right = []
   for _ in range(3):
-    grown = []
-    for ops, x in alive:
+    longer = []
+    for ops, x in attempts:
       for name, apply in _APPLY.items():
         try:
-          grown.append((ops + (name,), apply(x)))
-        # the operation does not fit the type: no program that goes on from here runs
-        except Exception:
+          longer.append((ops + (name,), apply(x)))
+        except Exception:  # The operation does not fit the type: no program that begins so runs.
           continue
-    alive = grown
-    found += [
-      ops for ops, x in alive if x == wanted and all(execute(ops, y) == (z, None) for y, z in rest)
-    ]
-  return [program(ops) for ops in found]
+    attempts = longer
+    for ops, x in attempts:
+      if x == first_output and all(execute(ops, y) == (z, None) for y, z in other_tests):
+        right.append(ops)
+  return [program(ops) for ops in right]
 
 
-def feedback_text(failures: list[dict]) -> str:
-  """What the judge says of failing tests: [{input, output, expected, error}], as texts; error is None where there was none."""
-  lines = ["Runtime error" if failures[0]["error"] else "Wrong answer"]
-  for f in failures:
+def feedback_text(failures: list[Failure]) -> str:
+  """Returns what the judge says of failing tests."""
+  lines = ["Runtime error" if failures[0].error else "Wrong answer"]
+  for failure in failures:
     lines += [
-      f"Input: {f['input']}",
-      f["error"] or f"Output: {f['output']}",
-      f"Expected: {f['expected']}",
+      f"Input: {failure.input}",
+      failure.error or f"Output: {failure.output}",
+      f"Expected: {failure.expected}",
     ]
   return "\n".join(lines)
 
 
-def failures_of(attempt, ops, inputs) -> list[dict]:
-  """The failures that the judge would report of one of our own compositions: until an exception, or SHOWN wrong answers."""
+def failures_of(attempt, ops, inputs) -> list[Failure]:
+  """Returns the failures that the judge would report of one of our own compositions.
+
+  They end with the first exception, or with SHOWN wrong answers.
+  """
   failures = []
   for x in inputs:
     output, error = execute(attempt, x)
-    expected = execute(ops, x)[0]
+    expected, _ = execute(ops, x)
     if error or output != expected:
-      failures.append(
-        {
-          "input": json.dumps(x),
-          "output": json.dumps(output),
-          "expected": json.dumps(expected),
-          "error": error,
-        }
-      )
+      shown = Failure(json.dumps(x), json.dumps(output), json.dumps(expected), error)
+      failures.append(shown)
     if error or len(failures) == SHOWN:
       break
   return failures
 
 
-def distinct_inputs(rng: random.Random, ops, kind: str, count: int) -> list:
-  """`count` different inputs on which the composition runs (max of an empty list does not)."""
-  inputs = []
-  while len(inputs) < count:
-    x = sample_input(rng, kind)
-    if x not in inputs and execute(ops, x)[1] is None:
-      inputs.append(x)
-  # the judge goes through them in order: the shortest come first
-  return sorted(inputs, key=lambda x: (len(repr(x)), repr(x)))
-
-
 def statement(body: str, kind: str, details, header: int) -> str:
+  """Returns the problem in words."""
   return HEADERS[header].format(INPUTS[kind], body)
+
+
+def solves(response: str, ops, kind: str, inputs=None) -> bool:
+  """Tells whether a program of the known form is right on inputs that no feedback showed."""
+  lines = response.split("\n")
+  steps = lines[1:-1]
+  ops_by_line = {f"    x = {op.code}": name for name, op in OPS.items()}
+  if lines[0] != "def f(x):" or lines[-1] != "    return x":
+    return False
+  if not all(line in ops_by_line for line in steps):
+    return False
+  attempt = tuple(ops_by_line[line] for line in steps)
+  fresh = distinct_inputs(random.Random(f"solves/{tuple(ops)}"), ops, kind, 8)
+  return all(execute(attempt, x) == execute(ops, x) for x in fresh)
+
+
+def _draw(rng: random.Random, ops, kind: str) -> list:
+  return distinct_inputs(rng, ops, kind, TESTS)
 
 
 def _answer(ops, inputs) -> tuple[str, dict]:
@@ -208,26 +258,11 @@ def _complain(attempt, ops, inputs) -> str:
   return feedback_text(failures) if failures else ""
 
 
-def solves(response: str, ops, kind: str, inputs=None) -> bool:
-  """Whether the response is a program of the known form that gives the right outputs, on inputs that no feedback showed."""
-  lines = response.split("\n")
-  code = {f"    x = {op.code}": name for name, op in OPS.items()}
-  if (
-    lines[0] != "def f(x):"
-    or lines[-1] != "    return x"
-    or not all(line in code for line in lines[1:-1])
-  ):
-    return False
-  attempt = tuple(code[line] for line in lines[1:-1])
-  fresh = distinct_inputs(random.Random(f"solves/{tuple(ops)}"), ops, kind, 8)
-  return all(execute(attempt, x) == execute(ops, x) for x in fresh)
-
-
 DOMAIN = composed.Domain(
   phrases={name: op.phrases for name, op in OPS.items()},
   types={name: op.types for name, op in OPS.items()},
   compositions=compositions,
-  draw=lambda rng, ops, kind: distinct_inputs(rng, ops, kind, TESTS),
+  draw=_draw,
   statement=statement,
   answer=_answer,
   complain=_complain,
@@ -236,7 +271,7 @@ DOMAIN = composed.Domain(
 
 
 class TinyCode:
-  """Judges responses by running them. Thread-safe; close() ends the sandbox."""
+  """Judges responses by running them. It is thread-safe."""
 
   LIMITS = Limits(time_s=2.0, memory_mb=256, output_kb=64)
 
@@ -245,15 +280,19 @@ class TinyCode:
     self.sandbox = sandbox
 
   def task(self, split: str, index: int) -> Task:
+    """Returns a problem of a split of `composed.SPLITS`."""
     return self.problems.task(split, index)
 
   def solutions(self, task: Task) -> list[str]:
+    """Lists the right programs of one to three operations."""
     return solutions(task)
 
   def prompt(self, task: Task) -> list[dict[str, str]]:
+    """Asks the question."""
     return [{"role": "user", "content": task.prompt}]
 
   def judge(self, task: Task, response: str) -> Feedback:
+    """Runs the response's program on the hidden tests."""
     tests = [TestCase(input=json.dumps(x), output=json.dumps(y)) for x, y in task.data["tests"]]
     verdict = self.sandbox.run(
       extract(response), tests, fn_name="f", limits=self.LIMITS, max_failures=SHOWN
@@ -263,28 +302,30 @@ class TinyCode:
     if verdict.passed:
       return Feedback(1.0, "")
     failures = [
-      {"input": t.input, "output": t.output, "expected": t.expected, "error": _error(t)}
-      for t in verdict.tests
-      if not t.passed
+      Failure(result.input, result.output, result.expected, _error_text(result))
+      for result in verdict.tests
+      if not result.passed
     ]
-    return Feedback(
-      0.0,
-      feedback_text(failures),
-      Status.TIMEOUT if verdict.kind == "time_limit" else Status.SCORED,
-    )
+    status = Status.TIMEOUT if verdict.kind == "time_limit" else Status.SCORED
+    return Feedback(0.0, feedback_text(failures), status)
 
 
 def extract(response: str) -> str:
-  """The program: the last fenced block if there is one, else the whole response."""
-  program, fault = coding.extract(response)
-  return response if fault else program
+  """Returns the program: the last fenced block if there is one, else the whole response."""
+  block, fault = coding.extract(response)
+  return response if fault else block
 
 
-def _error(test) -> str | None:
-  """What stands in the place of an output: the exception with its line, or why there is no output; None for a wrong answer."""
-  if test.kind == "wrong_answer":
+def _error_text(result: TestResult) -> str | None:
+  """Returns what stands in the place of an output; None for a wrong answer.
+
+  It is the exception with its line, or why there is no output.
+  """
+  if result.kind == "wrong_answer":
     return None
-  if test.error is None:
-    return f"{test.kind.replace('_', ' ')}{': ' + test.detail if test.detail else ''}".capitalize()
-  where = f"\nLine {test.error.line}: {test.error.source}" if test.error.line else ""
-  return f"{test.error.type}: {test.error.message}{where}"
+  error = result.error
+  if error is None:
+    reason = result.kind.replace("_", " ")
+    return (f"{reason}: {result.detail}" if result.detail else reason).capitalize()
+  where = f"\nLine {error.line}: {error.source}" if error.line else ""
+  return f"{error.type}: {error.message}{where}"
