@@ -1,4 +1,7 @@
-"""The step benchmark: its batches hold what it says, and a wrong case is named. The figures are not tested."""
+"""The step benchmark: its batches hold what it says, and a wrong case is named.
+
+The figures are not tested.
+"""
 
 import jax
 import numpy as np
@@ -26,9 +29,11 @@ def test_batches_hold_the_lengths_that_were_asked_for(kind, packs, share):
     (batch.teacher, sum(q + n for _, q, n in lengths)),
   ):
     assert (half.prefix_CPT is not None) == share
-    assert (
-      (half.segment_CPT > 0).sum() < 0.8 * whole if share else (half.segment_CPT > 0).sum() == whole
-    )
+    used = (half.segment_CPT > 0).sum()
+    if share:
+      assert used < 0.8 * whole
+    else:
+      assert used == whole
   for half in (batch.student, batch.teacher):
     for b in range(32):
       pack, n = b // (32 // packs), int(batch.weight_BR[b].sum())
@@ -37,9 +42,9 @@ def test_batches_hold_the_lengths_that_were_asked_for(kind, packs, share):
         half.token_CPT[pack].reshape(-1)[columns + 1], batch.response_BR[b, :n]
       )
   if kind == "heavy":
-    assert (
-      max(n for _, _, n in lengths) == 1000 and 40 <= np.median([n for _, _, n in lengths]) <= 90
-    )
+    responses = [n for _, _, n in lengths]
+    assert max(responses) == 1000
+    assert 40 <= np.median(responses) <= 90
 
 
 def test_operations_are_those_of_a_step_that_computes_nothing_twice():
@@ -57,38 +62,27 @@ def test_operations_are_those_of_a_step_that_computes_nothing_twice():
     vocab=V,
   )
   objective = make_objective(build.method_row("sdpo"))
-  tx = make_optimizer(
-    name="adamw",
-    lr=1e-6,
-    warmup_steps=0,
-    decay_steps=0,
-    weight_decay=0.01,
-    clip_norm=1.0,
-    b1=0.9,
-    b2=0.999,
-    state_dtype="float32",
-  )
+  tx = make_optimizer(**step.OPTIMIZER)
   batch = step.make_batch(step.lengths_of("equal", 16), V, 2)
   state = jax.eval_shape(
     lambda key: init_state(decoder.init(model, key), tx, keep_teacher=True), jax.random.key(0)
   )
-  found = step.needed_operations(model, objective, tx, state, batch)
+  counted = step.needed_operations(model, objective, tx, state, batch)
 
-  (C, rows, T), (_, teacher_rows, S), X = (
-    batch.student.token_CPT.shape,
-    batch.teacher.token_CPT.shape,
-    batch.student.at_CX.size,
-  )
+  C, rows, T = batch.student.token_CPT.shape
+  _, teacher_rows, S = batch.teacher.token_CPT.shape
+  X = batch.student.at_CX.size
   weights = L * (D * (2 * N + 2 * K) * H + 3 * D * F)
   # the policy's forward and twice as many backward, the teacher's forward
   products = 2 * weights * C * (3 * rows * T + teacher_rows * S) + 2 * D * V * X * 4
   # of attention: one key block of each query block
   blocks = C * L * ((2 + 5) * rows * -(-T // 64) + 2 * teacher_rows * -(-S // 64))
-  assert found == products + blocks * 2 * N * 64 * 64 * H
+  assert counted == products + blocks * 2 * N * 64 * 64 * H
 
 
 @pytest.mark.parametrize("wrong", ["--cases=huge:equal", "--cases=tiny:odd", "--micro_batches=5"])
 def test_a_wrong_case_is_named(wrong, capsys):
   with pytest.raises(SystemExit) as stop:
     step.main([wrong])
-  assert stop.value.code == 2 and wrong.partition("=")[2].split(":")[0] in capsys.readouterr().err
+  assert stop.value.code == 2
+  assert wrong.partition("=")[2].split(":")[0] in capsys.readouterr().err

@@ -1,4 +1,7 @@
-"""python -m sdpo_jax.bench NAME [options]: run the measurement of that name; options are its own (--help)."""
+"""Runs the measurement of a name: python -m sdpo_jax.bench NAME [options].
+
+Options are the measurement's own (--help).
+"""
 
 import importlib
 import sys
@@ -7,13 +10,16 @@ NAMES = ("loss", "step", "sandbox")
 
 
 def main(argv):
-  if not argv or argv[0] not in NAMES:
+  """Returns the exit status of the measurement, or 2 for a name that there is not."""
+  name = argv[0] if argv else "(none)"
+  if name not in NAMES:
     print(
-      f"usage: python -m sdpo_jax.bench {{{','.join(NAMES)}}} [options]; unknown measurement: {argv[0] if argv else '(none)'}",
+      f"usage: python -m sdpo_jax.bench {{{','.join(NAMES)}}} [options]; "
+      f"unknown measurement: {name}",
       file=sys.stderr,
     )
     return 2
-  return importlib.import_module(f"sdpo_jax.bench.{argv[0]}").main(argv[1:]) or 0
+  return importlib.import_module(f"sdpo_jax.bench.{name}").main(argv[1:]) or 0
 
 
 if __name__ == "__main__":

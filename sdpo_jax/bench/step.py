@@ -1,24 +1,43 @@
-"""Time and memory of one optimiser step of SDPO (both forward passes, loss, backward pass, update), on the present device.
+r"""Measures time and memory of one optimiser step of SDPO on the present device.
 
-  python -m sdpo_jax.bench step [--device=cpu|gpu|tpu] [--cases=small:equal,small:heavy,...] [--micro_batches=1] [--remat=dots] [--json=FILE]
+  python -m sdpo_jax.bench step [--device=cpu|gpu|tpu] [--cases=small:equal,small:heavy,...] \
+      [--micro_batches=1] [--remat=dots] [--json=FILE]
 
-A case is SHAPE:LENGTHS. Shapes are those of SHAPES, random weights, an EMA teacher. Lengths: `equal`, prompt 128, teacher prompt 256 and
-response 128 tokens; `heavy`, the same prompts and log-normal responses of median 60 and at most 1,000 tokens. Groups
-of 8 have the same prompt and teacher prompt. Rows are packed as in training (but on TPU, a prompt stands once a row for all its responses).
-Every case runs in a child process of its own. One JSON object a line as they come in, then a table. Units and definitions:
+A step is both forward passes, loss, backward pass and update. A case is SHAPE:LENGTHS. Shapes are
+those of SHAPES, with random weights and an EMA teacher. Every case runs in a child process of its
+own. One JSON object a line comes out as cases end, then a table.
 
-  time_s           shortest of --repeats steps after one warm-up, wall clock; cpu_s: processor seconds of that step, all threads
-  tokens_per_s     tokens of student texts (each response with its prompt, no padding) / time_s;  useful: share of columns that hold text, both halves
-  mfu              model-flops utilisation: operations of the step's matrix products, on all columns, none counted twice whatever remat and the
-                   divergence compute again / time_s / matrix_tflops, the rate of a large product here. Of attention it has the blocks that splash
-                   computes on a TPU, or all that cuDNN is given on a GPU, masked or not, and there what the backward pass computes again; on a
-                   CPU one key block for each query block, less than all: how many there are is in the data
-  forward_s, pair_s, signals_s   the student's half alone, both halves, and those with the divergence; each a program of its own
-  temporaries_mb   what the compiled step allocates beside arguments and results (the compiler's own figure)
-  peak_mb          on CPU: highest resident memory of the whole process; on GPU and TPU: highest device memory in use
+Lengths: `equal` is prompt 128, teacher prompt 256 and response 128 tokens; `heavy` has the same
+prompts and log-normal responses of median 60 and at most 1,000 tokens. Groups of 8 have the same
+prompt and teacher prompt. Rows are packed as in training: but on TPU, a prompt stands once a row
+for all its responses.
 
-MB = 10^6 bytes. results/step_cpu.json: small:equal with --micro_batches=4 and small:heavy with 2, one core of a Xeon at real-time priority. On CPU a
-batch of SHAPE:equal wants --micro_batches=4, a group each: logits of few tokens are kept instead of computed twice.
+Units and definitions:
+
+  time_s          shortest of --repeats steps after one warm-up, wall clock
+  cpu_s           processor seconds of that step, all threads
+  tokens_per_s    tokens of the policy's texts (each response with its prompt, no padding) / time_s
+  useful          share of columns that hold text, both halves
+  mfu             model-flops utilisation: operations of the step's matrix products / time_s /
+                  matrix_tflops. The products are those on all columns, none counted twice whatever
+                  remat and the divergence compute again. Of attention they are the blocks that
+                  splash computes on a TPU; on a GPU all that cuDNN is given, masked or not, and
+                  there what the backward pass computes again; on a CPU one key block for each query
+                  block, less than all: how many there are is in the data
+  forward_s, pair_s, signals_s
+                  the policy's half alone, both halves, and those with the divergence; each a
+                  program of its own
+  temporaries_mb  what the compiled step allocates beside arguments and results (the compiler's own
+                  figure)
+  peak_mb         on CPU the highest resident memory of the whole process; on GPU and TPU the
+                  highest device memory in use
+  matrix_tflops   the rate of a large product on this device
+
+MB = 10^6 bytes.
+
+results/step_cpu.json holds small:equal with --micro_batches=4 and small:heavy with 2, on one core
+of a Xeon at real-time priority. On CPU a batch of SHAPE:equal wants --micro_batches=4, a group
+each: logits of few tokens are kept instead of computed twice.
 """
 
 import argparse
@@ -28,6 +47,8 @@ import subprocess
 import sys
 
 from sdpo_jax.bench.timing import best
+
+# the parent measures nothing: what needs jax is imported in the functions of the child
 
 SHAPES = {  # name: sizes of a Qwen3-like decoder
   "tiny": dict(width=256, layers=4, heads=4, kv_heads=2, head_dim=64, ff_width=704, vocab=4096),
@@ -47,6 +68,17 @@ CASES = {
   "gpu": "qwen3-0.6b:equal,qwen3-1.7b:equal,qwen3-1.7b:heavy",
   "tpu": "qwen3-0.6b:equal,qwen3-1.7b:equal,qwen3-1.7b:heavy",
 }
+OPTIMIZER = dict(
+  name="adamw",
+  lr=1e-6,
+  warmup_steps=0,
+  decay_steps=0,
+  weight_decay=0.01,
+  clip_norm=1.0,
+  b1=0.9,
+  b2=0.999,
+  state_dtype="float32",
+)
 COLUMNS = (
   "case",
   "responses",
@@ -64,6 +96,7 @@ COLUMNS = (
 
 
 def main(argv):
+  """Runs every case in a child process and prints the results; returns 1 if one has failed."""
   parser = argparse.ArgumentParser(
     prog="python -m sdpo_jax.bench step",
     description=__doc__,
@@ -95,59 +128,59 @@ def main(argv):
     parser.error(
       f"--micro_batches={args.micro_batches} does not divide --responses={args.responses}"
     )
-  rows, failed = [], 0
+  results = []
   for case in cases:
-    request = dict(
-      case=case,
-      device=args.device,
-      responses=args.responses,
-      micro_batches=args.micro_batches,
-      remat=args.remat,
-      repeats=args.repeats,
+    result = _measure_in_a_child(
+      dict(
+        case=case,
+        device=args.device,
+        responses=args.responses,
+        micro_batches=args.micro_batches,
+        remat=args.remat,
+        repeats=args.repeats,
+      )
     )
-    child = subprocess.run(
-      [sys.executable, "-m", "sdpo_jax.bench", "step", "--child", json.dumps(request)],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-      check=False,
-      env=os.environ
-      | {
-        "JAX_PLATFORMS": {"gpu": "cuda"}.get(args.device, args.device),
-        "JAX_TRACEBACK_FILTERING": "off",
-      },
-    )
-    if child.returncode:
-      result = request | {
-        "error": f"exit {child.returncode}: {(child.stderr.strip().splitlines() or ['no output'])[-1]}"
-      }
-      failed += 1
-    else:
-      result = json.loads(child.stdout.splitlines()[-1])
     print(json.dumps(result), flush=True)
-    rows.append(result)
+    results.append(result)
   if args.json:
-    with open(args.json, "w") as f:
-      json.dump(rows, f, indent=1)
-  print(table(rows))
-  return 1 if failed else 0
+    with open(args.json, "w") as file:
+      json.dump(results, file, indent=1)
+  print(table(results))
+  return 1 if any("error" in result for result in results) else 0
 
 
-def table(rows):
-  """Markdown; a missing figure is left empty, a failed measurement says so."""
+def _measure_in_a_child(request: dict) -> dict:
+  """Returns what `_measure` does, or the request with the `error` that ended the child."""
+  platform = {"gpu": "cuda"}.get(request["device"], request["device"])
+  child = subprocess.run(
+    [sys.executable, "-m", "sdpo_jax.bench", "step", "--child", json.dumps(request)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    check=False,
+    env=os.environ | {"JAX_PLATFORMS": platform, "JAX_TRACEBACK_FILTERING": "off"},
+  )
+  if child.returncode:
+    last_line = (child.stderr.strip().splitlines() or ["no output"])[-1]
+    return request | {"error": f"exit {child.returncode}: {last_line}"}
+  return json.loads(child.stdout.splitlines()[-1])
 
-  def cell(row, column):
-    value = row.get(column, row.get("error", "") if column == "time_s" else "")
+
+def table(results):
+  """Returns a Markdown table; a missing figure is left empty, a failed measurement says so."""
+
+  def cell(result, column):
+    missing = result.get("error", "") if column == "time_s" else ""
+    value = result.get(column, missing)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-  lines = [list(COLUMNS), ["---"] * len(COLUMNS)] + [
-    [cell(row, c) for c in COLUMNS] for row in rows
-  ]
+  lines = [COLUMNS, ["---"] * len(COLUMNS)]
+  lines += [[cell(result, column) for column in COLUMNS] for result in results]
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def lengths_of(kind, responses, seed=0):
-  """(prompt, teacher prompt, response) tokens of each row."""
+  """Returns (prompt, teacher prompt, response) tokens of each row."""
   import numpy as np
 
   if kind == "equal":
@@ -158,172 +191,156 @@ def lengths_of(kind, responses, seed=0):
 
 
 def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32):
-  """Random tokens of these lengths, packed as training packs them; `group` consecutive rows answer one question, read once a row if share."""
+  """Returns a TrainBatch of random tokens of these lengths, packed as training packs them.
+
+  Args:
+    lengths: (prompt, teacher prompt, response) tokens of each row.
+    group: consecutive rows that answer one question.
+    share: a prompt stands once a row for all its responses.
+  """
   import numpy as np
 
-  from sdpo_jax.data.packing import Dealt, Text, balanced_order, begin_alike, first_fit, lay_out
+  from sdpo_jax.data.packing import Dealt, balanced_order
   from sdpo_jax.data.shapes import Shapes, choose_shape
-  from sdpo_jax.records import Rows, TrainBatch
+  from sdpo_jax.records import TrainBatch
 
-  order = balanced_order([3 * (p + n) + q + n for p, q, n in lengths], group, 1, packs, whole=share)
-  lengths, question = [lengths[b] for b in order], [b // group for b in order]
-  rng, B = np.random.default_rng(0), len(lengths)
-  answers = [rng.integers(1, vocab, n).tolist() for _, _, n in lengths]
-  cut = lambda rows: [rows[first : first + B // packs] for first in range(0, B, B // packs)]
-  at = [int(sum(pack[:i])) for pack in cut([n for _, _, n in lengths]) for i in range(len(pack))]
+  # the policy's half goes backward too
+  work = [3 * (p + n) + q + n for p, q, n in lengths]
+  order = balanced_order(work, group, 1, packs, whole=share)
+  lengths = [lengths[b] for b in order]
+  questions = [b // group for b in order]
+  prompts, teacher_prompts, responses = zip(*lengths, strict=True)
+  rng = np.random.default_rng(0)
+  answers = [rng.integers(1, vocab, n).tolist() for n in responses]
+  half_arguments = dict(rng=rng, vocab=vocab, packs=packs, share=share)
+  policy = Half(prompts, questions, answers, **half_arguments)
+  teacher = Half(teacher_prompts, questions, answers, **half_arguments)
 
-  def read(starts):  # (what packing knows, texts, starts) of each pack
-    prompts = [rng.integers(1, vocab, max(starts)).tolist() for _ in range(max(question) + 1)]
-    texts = [prompts[q][:start] + answer for q, start, answer in zip(question, starts, answers)]
-    known = [
-      begin_alike(*pack) if share else [Text(len(t)) for t in pack[0]]
-      for pack in zip(*map(cut, (texts, starts, question)))
-    ]
-    return known, cut(texts), cut(starts)
-
-  student, teacher = read([p for p, _, _ in lengths]), read([q for _, q, _ in lengths])
-  found = Dealt(student[0], teacher[0], cut([n for _, _, n in lengths]))
-  longest = max(n for _, _, n in lengths)
-  shapes = Shapes(
-    (max(p for p, _, _ in lengths) + longest, max(q for _, q, _ in lengths) + longest, longest)
-  )
+  dealt = Dealt(policy.known, teacher.known, _in_packs(responses, packs))
+  longest = max(responses)
+  most_tokens = (max(prompts) + longest, max(teacher_prompts) + longest, longest)
   shape = choose_shape(
-    lambda packs: found, [packs], shapes, length_multiple=length_multiple, response_multiple=8
+    lambda _: dealt,
+    [packs],
+    Shapes(most_tokens),
+    length_multiple=length_multiple,
+    response_multiple=8,
   )
 
-  def half(read, rows, length):
-    laid = [
-      lay_out(first_fit(known, length), known, texts, starts, at_C, rows, length, shape.tokens, 0)
-      for known, texts, starts, at_C in zip(*read, cut(at))
-    ]
-    stacked = Rows(*map(np.stack, zip(*laid)))
-    return stacked if share else stacked._replace(prefix_CPT=None)
+  def zeros(dtype=np.float32):
+    return np.zeros((len(answers), shape.responses), dtype)
 
-  zeros = lambda: np.zeros((B, shape.responses), np.float32)
+  # number of each response's first token, counted in its pack
+  start_B = [sum(pack[:i]) for pack in _in_packs(responses, packs) for i in range(len(pack))]
   batch = TrainBatch(
-    half(student, shape.rows, shape.length),
-    half(teacher, shape.teacher_rows, shape.teacher_length),
-    np.array(at, np.int32),
-    zeros().astype(np.int32),
-    zeros(),
-    np.zeros(B, np.float32),
-    np.ones(B, np.float32),
-    zeros(),
-    zeros(),
+    student=policy.rows(start_B, shape.rows, shape.length, shape.tokens),
+    teacher=teacher.rows(start_B, shape.teacher_rows, shape.teacher_length, shape.tokens),
+    start_B=np.array(start_B, np.int32),
+    response_BR=zeros(np.int32),
+    weight_BR=zeros(),
+    advantage_B=np.zeros(len(answers), np.float32),
+    distill_B=np.ones(len(answers), np.float32),
+    logp_rollout_BR=zeros(),
+    logp_old_BR=zeros(),
   )
   for b, answer in enumerate(answers):
-    batch.response_BR[b, : len(answer)], batch.weight_BR[b, : len(answer)] = answer, 1.0
+    batch.response_BR[b, : len(answer)] = answer
+    batch.weight_BR[b, : len(answer)] = 1.0
     batch.logp_rollout_BR[b, : len(answer)] = -1.0
   return batch
 
 
+def _in_packs(rows, packs):
+  """Cuts a list with one entry a row into the packs, equally many rows each."""
+  size = len(rows) // packs
+  return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+class Half:
+  """The texts of the policy, or of the teacher: random prompts, one a question, then responses."""
+
+  def __init__(self, starts, questions, answers, *, rng, vocab, packs, share):
+    """Draws the prompts; starts: tokens of each row's prompt."""
+    from sdpo_jax.data.packing import Text, begin_alike
+
+    # one prompt a question, as long as the longest: each row's is cut from it
+    prompts = [rng.integers(1, vocab, max(starts)).tolist() for _ in range(max(questions) + 1)]
+    rows = zip(questions, starts, answers, strict=True)
+    texts = [prompts[question][:start] + answer for question, start, answer in rows]
+    self.packs, self.share = packs, share
+    self.texts, self.starts = _in_packs(texts, packs), _in_packs(starts, packs)
+    if share:
+      families = _in_packs(questions, packs)
+      self.known = list(map(begin_alike, self.texts, self.starts, families))
+    else:
+      self.known = [[Text(len(text)) for text in pack] for pack in self.texts]
+
+  def rows(self, start_B, rows, length, tokens):
+    """Lays the packs out, each in `rows` x `length` columns with `tokens` response tokens."""
+    import numpy as np
+
+    from sdpo_jax.data.packing import first_fit, lay_out
+    from sdpo_jax.records import Rows
+
+    packs = zip(self.known, self.texts, self.starts, _in_packs(start_B, self.packs), strict=True)
+    laid = [
+      lay_out(first_fit(known, length), known, texts, starts, at, rows, length, tokens, 0)
+      for known, texts, starts, at in packs
+    ]
+    stacked = Rows(*map(np.stack, zip(*laid, strict=True)))
+    return stacked if self.share else stacked._replace(prefix_CPT=None)
+
+
 def needed_operations(model, objective, tx, state, batch):
-  """Of one step's matrix products where nothing is computed twice: traced without remat, and with the divergence as defined, which keeps its logits."""
+  """Counts the operations of one step's matrix products where nothing is computed twice.
+
+  It is traced without remat, and with the divergence as defined, which keeps its logits.
+  """
   import jax
 
   from sdpo_jax import hlo
   from sdpo_jax.train_step import make_signals, make_train_step
 
   signals = make_signals(model, objective, remat="none", implementation="reference")
-  return hlo.operations(
-    jax.make_jaxpr(make_train_step(signals, objective, tx, teacher_move=0.05))(state, batch).jaxpr
-  )
+  step = make_train_step(signals, objective, tx, teacher_move=0.05)
+  return hlo.operations(jax.make_jaxpr(step)(state, batch).jaxpr)
 
 
 def _measure(*, case, device, responses, micro_batches, remat, repeats):
-  import resource
-
+  """Returns the figures of one case, measured in this process."""
   import jax
   import jax.numpy as jnp
 
-  from sdpo_jax import session
-  from sdpo_jax.model import decoder
   from sdpo_jax.model.config import ModelConfig
   from sdpo_jax.objectives import build
   from sdpo_jax.objectives.loss import make_objective
   from sdpo_jax.optimizer import make_optimizer
-  from sdpo_jax.train_step import (
-    forward_pair,
-    init_state,
-    make_score,
-    make_signals,
-    make_train_step,
-    run_rows,
-  )
+  from sdpo_jax.train_step import make_signals
 
   shape, kind = case.split(":")
-  dtype = "float32" if device == "cpu" else "bfloat16"
+  on_cpu = device == "cpu"
+  dtype = "float32" if on_cpu else "bfloat16"
   model = ModelConfig(family="qwen3", qk_norm="head", tied=True, dtype=dtype, **SHAPES[shape])
   objective = make_objective(build.method_row("sdpo"))
-  tx = make_optimizer(
-    name="adamw",
-    lr=1e-6,
-    warmup_steps=0,
-    decay_steps=0,
-    weight_decay=0.01,
-    clip_norm=1.0,
-    b1=0.9,
-    b2=0.999,
-    state_dtype="float32",
-  )
+  tx = make_optimizer(**OPTIMIZER)
   signals = make_signals(model, objective, remat=remat)
   lengths = lengths_of(kind, responses)
-  batch = jax.tree.map(
-    jnp.asarray,
-    make_batch(
-      lengths,
-      model.vocab,
-      micro_batches,
-      share=device != "tpu",
-      length_multiple=32 if device == "cpu" else 128,
-    ),
+  packed = make_batch(
+    lengths,
+    model.vocab,
+    micro_batches,
+    share=device != "tpu",
+    length_multiple=32 if on_cpu else 128,
   )
-  with session.released_by_the_compiler():  # as in training
-    state = jax.jit(lambda key: init_state(decoder.init(model, key), tx, keep_teacher=True))(
-      jax.random.key(0)
-    )
-    step = (
-      jax.jit(make_train_step(signals, objective, tx, teacher_move=0.05), donate_argnums=0)
-      .lower(state, batch)
-      .compile()
-    )
+  batch = jax.tree.map(jnp.asarray, packed)
+  state, step = _compiled_step(model, objective, tx, signals, batch)
   operations = needed_operations(model, objective, tx, state, batch)
-
-  def one():
-    nonlocal state
-    state, _ = step(state, batch)
-    jax.block_until_ready(state)
-
-  wall, cpu = best(one, repeats)
-  # before the parts below, which are programs of their own
-  if jax.devices()[0].platform == "cpu":
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-  else:
-    peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
-  first = jax.tree.map(lambda x: x[: x.shape[0] // micro_batches], batch)
-  one = lambda params: (
-    lambda half: [
-      decoder.hidden(
-        params, model, half[0], positions_BT=half[1], segment_ids_BT=half[2], prefix_ids_BT=half[3]
-      )
-    ]
-  )
-  student = jax.jit(lambda s, b: run_rows(one(s.params), b.student))
-  parts = {
-    "forward_s": (student, first),
-    "pair_s": (jax.jit(lambda s, b: forward_pair(s.params, s.teacher, model, b)[::2]), first),
-    "signals_s": (jax.jit(make_score(signals)), batch),
-  }
-  timed = {
-    name: best(lambda f=f, b=b: jax.block_until_ready(f(state, b)), repeats)[0]
-    * (1 if b is batch else micro_batches)
-    for name, (f, b) in parts.items()
-  }
-  n = 2048 if device == "cpu" else 8192
-  a = jnp.ones((n, n), dtype)
-  product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-  rate = 2 * n**3 / best(lambda: product(a).block_until_ready(), repeats)[0]
+  wall_s, cpu_s, state = _time_steps(step, state, batch, repeats)
+  peak = _peak_bytes()  # before the programs below
+  parts = _time_parts(model, signals, state, batch, micro_batches, repeats)
+  rate = _matrix_rate(2048 if on_cpu else 8192, dtype, repeats)
   halves = (batch.student, batch.teacher)
+  used = sum((half.segment_CPT > 0).sum() for half in halves)
   return dict(
     case=case,
     device=device,
@@ -331,17 +348,106 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
     micro_batches=micro_batches,
     remat=remat,
     dtype=dtype,
-    time_s=wall,
-    cpu_s=cpu,
-    tokens_per_s=sum(p + n for p, _, n in lengths) / wall,
-    useful=float(
-      sum((h.segment_CPT > 0).sum() for h in halves) / sum(h.segment_CPT.size for h in halves)
-    ),
-    mfu=operations / wall / rate,
+    time_s=wall_s,
+    cpu_s=cpu_s,
+    tokens_per_s=sum(prompt + response for prompt, _, response in lengths) / wall_s,
+    useful=float(used / sum(half.segment_CPT.size for half in halves)),
+    mfu=operations / wall_s / rate,
     temporaries_mb=step.memory_analysis().temp_size_in_bytes / 1e6,
     peak_mb=peak / 1e6,
     matrix_tflops=rate / 1e12,
     device_kind=jax.devices()[0].device_kind,
     jax=jax.__version__,
-    **timed,
+    **parts,
   )
+
+
+def _compiled_step(model, objective, tx, signals, batch):
+  """Returns a fresh train state and the compiled step, which takes over its state."""
+  import jax
+
+  from sdpo_jax import session
+  from sdpo_jax.model import decoder
+  from sdpo_jax.train_step import init_state, make_train_step
+
+  def fresh(key):
+    return init_state(decoder.init(model, key), tx, keep_teacher=True)
+
+  step = make_train_step(signals, objective, tx, teacher_move=0.05)
+  with session.released_by_the_compiler():  # as in training
+    state = jax.jit(fresh)(jax.random.key(0))
+    return state, jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+
+
+def _time_steps(step, state, batch, repeats):
+  """Returns (wall seconds, processor seconds, state after the steps)."""
+  import jax
+
+  def run():
+    nonlocal state
+    state, _ = step(state, batch)
+    jax.block_until_ready(state)
+
+  wall_s, cpu_s = best(run, repeats)
+  return wall_s, cpu_s, state
+
+
+def _peak_bytes():
+  """Returns the most memory used so far: of the process on a CPU, else of the device."""
+  import resource
+
+  import jax
+
+  device = jax.devices()[0]
+  if device.platform == "cpu":
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  return device.memory_stats()["peak_bytes_in_use"]
+
+
+def _time_parts(model, signals, state, batch, micro_batches, repeats):
+  """Returns the seconds of the parts of a step, each a program of its own, over the whole batch."""
+  import jax
+
+  from sdpo_jax.model import decoder
+  from sdpo_jax.train_step import forward_pair, make_score, run_rows
+
+  def policy_half(state, batch):
+    def hidden(half):
+      tokens, positions, segments, prefixes = half
+      return [
+        decoder.hidden(
+          state.params,
+          model,
+          tokens,
+          positions_BT=positions,
+          segment_ids_BT=segments,
+          prefix_ids_BT=prefixes,
+        )
+      ]
+
+    return run_rows(hidden, batch.student)
+
+  def pair(state, batch):
+    return forward_pair(state.params, state.teacher, model, batch)[::2]
+
+  def seconds(part, batch):
+    program = jax.jit(part)
+    return best(lambda: jax.block_until_ready(program(state, batch)), repeats)[0]
+
+  # the first two on one micro-batch; `make_score` runs over all of them
+  first = jax.tree.map(lambda x: x[: x.shape[0] // micro_batches], batch)
+  return {
+    "forward_s": seconds(policy_half, first) * micro_batches,
+    "pair_s": seconds(pair, first) * micro_batches,
+    "signals_s": seconds(make_score(signals), batch),
+  }
+
+
+def _matrix_rate(size, dtype, repeats):
+  """Returns the operations per second of a product of two square matrices."""
+  import jax
+  import jax.numpy as jnp
+
+  matrix = jnp.ones((size, size), dtype)
+  product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
+  return 2 * size**3 / best(lambda: product(matrix).block_until_ready(), repeats)[0]
