@@ -1,4 +1,7 @@
-"""The decoder against itself: causality, packing, cache, the policy-teacher pair, sharding, precision, compile size."""
+"""The decoder against itself.
+
+Causality, packing, cache, the policy-teacher pair, sharding, precision, compile size.
+"""
 
 import dataclasses
 import functools
@@ -64,7 +67,7 @@ def tokens(rows, length, seed=0):
 
 def test_init_agrees_with_the_declared_axes_and_shapes():
   for config in (QWEN, OLMO, dataclasses.replace(QWEN, qkv_bias=True, param_dtype="bfloat16")):
-    params = jax.eval_shape(lambda key: decoder.init(config, key), jax.random.key(0))
+    params = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
       lambda x: (x.shape, x.dtype), decoder.shapes(config)
     )
@@ -103,7 +106,7 @@ def test_packed_and_padded_rows_equal_rows_alone(config):
 @pytest.mark.parametrize("config", [QWEN, OLMO, LLAMA], ids=["qwen", "olmo", "llama"])
 def test_cached_steps_equal_whole_rows(config):
   """Left-padded prefill, then one token at a time, over more columns than the window."""
-  B, P, T = 3, 8, 14
+  B, prompt, T = 3, 8, 14
   pad = np.array([0, 3, 5])
   row, params = tokens(B, T), params_of(config)
   positions = np.maximum(np.arange(T)[None] - pad[:, None], 0)
@@ -115,10 +118,16 @@ def test_cached_steps_equal_whole_rows(config):
   extend = jit(decoder.extend, static_argnums=1, donate_argnums=3)
   cache = decoder.init_cache(config, B, T + 3)
   out, cache = extend(
-    params, config, row[:, :P], cache, start=0, positions_BT=positions[:, :P], valid_BT=valid[:, :P]
+    params,
+    config,
+    row[:, :prompt],
+    cache,
+    start=0,
+    positions_BT=positions[:, :prompt],
+    valid_BT=valid[:, :prompt],
   )
-  parts = [out]
-  for t in range(P, T):
+  steps = [out]
+  for t in range(prompt, T):
     out, cache = extend(
       params,
       config,
@@ -128,8 +137,8 @@ def test_cached_steps_equal_whole_rows(config):
       positions_BT=positions[:, t : t + 1],
       valid_BT=valid[:, t : t + 1],
     )
-    parts.append(out)
-  np.testing.assert_allclose(np.concatenate(parts, 1)[valid], np.asarray(whole)[valid], atol=3e-5)
+    steps.append(out)
+  np.testing.assert_allclose(np.concatenate(steps, 1)[valid], np.asarray(whole)[valid], atol=3e-5)
 
 
 def test_decoding_updates_the_cache_in_place():
@@ -148,25 +157,25 @@ def test_decoding_updates_the_cache_in_place():
 
 
 def halves():
-  student, teacher = tokens(3, 10, seed=3), tokens(2, 15, seed=4)
+  policy_tokens, teacher = tokens(3, 10, seed=3), tokens(2, 15, seed=4)
   teacher_segments = np.array([[1] * 15, [0] * 4 + [1] * 11])
-  return (student, None, None), (teacher, None, teacher_segments)
+  return (policy_tokens, None, None), (teacher, None, teacher_segments)
 
 
 @pytest.mark.parametrize("config", [QWEN, OLMO], ids=["qwen", "olmo"])
 @pytest.mark.parametrize("ema", [False, True], ids=["live", "ema"])
 def test_the_pair_equals_two_passes_and_only_the_policy_is_differentiated(config, ema):
-  params, (student, teacher) = params_of(config), halves()
+  params, (policy_rows, teacher) = params_of(config), halves()
   teacher_params = jax.tree.map(lambda x: np.float32(0.9) * np.asarray(x), params) if ema else None
 
   def pair_loss(params, teacher_params, remat="none"):
     policy, teaching = decoder.hidden_pair(
-      params, teacher_params, config, student, teacher, remat=remat
+      params, teacher_params, config, policy_rows, teacher, remat=remat
     )
     return jnp.sum(jnp.sin(policy)) + jnp.sum(jnp.cos(teaching)), (policy, teaching)
 
   def policy_loss(params):
-    return jnp.sum(jnp.sin(decoder.hidden(params, config, student[0])))
+    return jnp.sum(jnp.sin(decoder.hidden(params, config, policy_rows[0])))
 
   if ema:
     (grads, teacher_grads), (policy, teaching) = jit(
@@ -179,7 +188,7 @@ def test_the_pair_equals_two_passes_and_only_the_policy_is_differentiated(config
     )
   expected = jit(jax.grad(policy_loss))(params)
   hidden = jit(decoder.hidden, static_argnums=1)
-  np.testing.assert_allclose(policy, hidden(params, config, student[0]), atol=1e-5)
+  np.testing.assert_allclose(policy, hidden(params, config, policy_rows[0]), atol=1e-5)
   other = teacher_params if ema else params
   np.testing.assert_allclose(
     teaching, hidden(other, config, teacher[0], segment_ids_BT=teacher[2]), atol=1e-5
@@ -194,7 +203,7 @@ def test_the_pair_equals_two_passes_and_only_the_policy_is_differentiated(config
 @pytest.mark.parametrize("remat", ["none", "dots", "block"])
 def test_the_teacher_half_costs_one_forward_pass_and_no_residuals(remat):
   """The compiler's own counts: pair = policy forward and backward + teacher forward."""
-  config, (student, teacher) = QWEN, halves()
+  config, (policy_rows, teacher) = QWEN, halves()
   shapes = decoder.shapes(config)
   teacher = (tokens(32, 48), None, None)  # large, so that a backward pass over it could not hide
 
@@ -202,9 +211,9 @@ def test_the_teacher_half_costs_one_forward_pass_and_no_residuals(remat):
     compiled = jit(f).lower(shapes).compile()
     return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
-  policy = lambda p: jnp.sum(decoder.hidden(p, config, student[0], remat=remat))
+  policy = lambda p: jnp.sum(decoder.hidden(p, config, policy_rows[0], remat=remat))
   pair = lambda p: sum(
-    jnp.sum(h) for h in decoder.hidden_pair(p, None, config, student, teacher, remat=remat)
+    jnp.sum(h) for h in decoder.hidden_pair(p, None, config, policy_rows, teacher, remat=remat)
   )
   policy_flops, _ = cost(jax.grad(policy))
   teacher_flops, teacher_bytes = cost(lambda p: decoder.hidden(p, config, teacher[0]))
@@ -254,7 +263,10 @@ def test_program_size_does_not_grow_with_depth():
 
 @pytest.mark.parametrize("config", [QWEN, OLMO], ids=["qwen", "olmo"])
 def test_sharded_equals_unsharded(config):
-  """On data 2 x fsdp 2 x tensor 2, values and gradients; heads, vocabulary and width divide by 2 except the odd vocabulary."""
+  """Values and gradients on data 2 x fsdp 2 x tensor 2.
+
+  Heads and width divide by 2, and so does the vocabulary, which is odd elsewhere.
+  """
   config = dataclasses.replace(config, vocab=64)
   row, params = tokens(8, 12), params_of(config)
   loss = lambda p, row: jnp.sum(jnp.sin(decoder.logits(p, config, row)))
@@ -278,7 +290,10 @@ def test_sharded_equals_unsharded(config):
 
 
 def test_the_pair_gathers_each_weight_once():
-  """Under fsdp: in the scan, one all-gather a weight of the block, as in one half alone, and one more in the backward pass."""
+  """Under fsdp the scan has one all-gather a weight of the block, as in one half alone.
+
+  The backward pass has one more.
+  """
   config = dataclasses.replace(QWEN, heads=8, kv_heads=8, vocab=64)
   mesh = jax.make_mesh(
     (1, 8, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3

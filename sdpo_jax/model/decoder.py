@@ -1,14 +1,16 @@
-"""The decoder: weights with their axes, hidden states, logits, and the cached step that sampling uses.
+"""The decoder: weights with their axes, hidden states, logits, and the cached step of sampling.
 
-One causal transformer (RMSNorm, rotary positions, grouped-query attention, SwiGLU) serves training, teacher scoring and
-sampling; families differ by fields of `ModelConfig`. `params` is a nested dict whose `layers` are stacked along a leading
-axis L and scanned, so that compile time does not grow with depth.
+One causal transformer (RMSNorm, rotary positions, grouped-query attention, SwiGLU) serves
+training, teacher scoring and sampling; families differ by fields of `ModelConfig`. `params`
+is a nested dict. Its `layers` are stacked along a leading axis L and scanned, so that compile
+time does not grow with depth.
 
-Positions and masks: a token attends to tokens of its own segment at the same or an earlier column; segment 0 is padding.
-Without `segment_ids_BT` the row is one segment; without `positions_BT` positions count from 0 within each segment.
+Visibility: a token attends to tokens of its own segment at the same or an earlier column.
+Segment 0 is padding; what stands there is finite but meaningless. Without `segment_ids_BT`
+the row is one segment. Without `positions_BT` positions count from 0 within each segment.
 A sliding layer sees the last `sliding_window` columns, its own included.
-What stands at padding is finite but meaningless.
-Numerics: matrix products in `config.dtype`; norms, rotary angles, softmax and logits in float32.
+Numerics: matrix products are in `config.dtype`; norms, rotary angles, softmax and logits in
+float32.
 Errors: AssertionError with both shapes, while tracing, where inputs disagree.
 """
 
@@ -29,17 +31,21 @@ Initializer = jax.nn.initializers.Initializer
 
 
 class Weight(NamedTuple):
+  """Declares one weight of the decoder."""
+
   axes: str  # axis letters of records.py, one a dimension
   init: Initializer
 
 
 def _attention_weights(c: ModelConfig) -> dict[str, Weight]:
   inwards = nn.initializers.normal(c.width**-0.5)
+  # the residual stream sums two such outputs a layer: its variance must not grow with depth
+  outwards = nn.initializers.normal((2 * c.layers * c.heads * c.head_dim) ** -0.5)
   weights = {
     "q": Weight("DNH", inwards),
     "k": Weight("DKH", inwards),
     "v": Weight("DKH", inwards),
-    "o": Weight("NHD", nn.initializers.normal((2 * c.layers * c.heads * c.head_dim) ** -0.5)),
+    "o": Weight("NHD", outwards),
   }
   if c.qkv_bias:
     zeros = nn.initializers.zeros
@@ -48,21 +54,21 @@ def _attention_weights(c: ModelConfig) -> dict[str, Weight]:
       "k_bias": Weight("KH", zeros),
       "v_bias": Weight("KH", zeros),
     }
-  if c.qk_norm != "none":
-    ones, whole = nn.initializers.ones, c.qk_norm == "all"
-    weights |= {
-      "q_norm": Weight("NH" if whole else "H", ones),
-      "k_norm": Weight("KH" if whole else "H", ones),
-    }
+  ones = nn.initializers.ones
+  if c.qk_norm == "head":
+    weights |= {"q_norm": Weight("H", ones), "k_norm": Weight("H", ones)}
+  elif c.qk_norm == "all":
+    weights |= {"q_norm": Weight("NH", ones), "k_norm": Weight("KH", ones)}
   return weights
 
 
 def _mlp_weights(c: ModelConfig) -> dict[str, Weight]:
   inwards = nn.initializers.normal(c.width**-0.5)
+  outwards = nn.initializers.normal((2 * c.layers * c.ff_width) ** -0.5)
   return {
     "gate": Weight("DF", inwards),
     "up": Weight("DF", inwards),
-    "down": Weight("FD", nn.initializers.normal((2 * c.layers * c.ff_width) ** -0.5)),
+    "down": Weight("FD", outwards),
   }
 
 
@@ -84,13 +90,17 @@ def _outer_weights(c: ModelConfig) -> dict[str, Weight]:
 
 
 def weights(config: ModelConfig) -> dict:
-  """Every weight, declared once: the tree of `params` with a Weight at each leaf. Those under "layers" are one layer's."""
+  """Declares every weight once: returns the tree of `params` with a Weight at each leaf.
+
+  Those under "layers" are one layer's.
+  """
   block = {"attn": _attention_weights(config), "mlp": _mlp_weights(config), **_norm_weights(config)}
   return {"layers": block, **_outer_weights(config)}
 
 
 def axis_size(config: ModelConfig, letter: str) -> int:
-  return dict(
+  """Returns the size of the axis that a letter names."""
+  sizes = dict(
     L=config.layers,
     D=config.width,
     N=config.heads,
@@ -98,19 +108,16 @@ def axis_size(config: ModelConfig, letter: str) -> int:
     H=config.head_dim,
     F=config.ff_width,
     V=config.vocab,
-  )[letter]
+  )
+  return sizes[letter]
 
 
 def check_mesh(config: ModelConfig, mesh: jax.sharding.Mesh) -> None:
-  """ValueError where the mesh does not divide a dimension of the weights."""
-  for letter, name in {
-    "D": "width",
-    "N": "heads",
-    "K": "kv_heads",
-    "F": "ff_width",
-    "V": "vocab",
-  }.items():
-    axis, size = sharding.WEIGHTS[letter], axis_size(config, letter)
+  """Raises ValueError where the mesh does not divide a dimension of the weights."""
+  split = {"D": "width", "N": "heads", "K": "kv_heads", "F": "ff_width", "V": "vocab"}
+  for letter, name in split.items():
+    axis = sharding.WEIGHTS[letter]
+    size = axis_size(config, letter)
     if size % mesh.shape[axis]:
       raise ValueError(
         f"config.mesh.{axis}={mesh.shape[axis]} does not divide {name}={size} of the model"
@@ -122,14 +129,17 @@ def _shape(config: ModelConfig, letters: str) -> tuple[int, ...]:
 
 
 def _for_use(name: str, w: jax.Array, config: ModelConfig) -> jax.Array:
-  """In the compute dtype; scales of norms stay as stored, since norms are computed in float32."""
+  """Casts a weight to the compute dtype.
+
+  Scales of norms stay as stored, since norms are computed in float32.
+  """
   return w if name.endswith("norm") else w.astype(config.dtype)
 
 
 def _declare(
   module: nn.Module, declared: dict[str, Weight], config: ModelConfig
 ) -> dict[str, jax.Array]:
-  """Binds a table of weights to a Linen module and gives them out as the computation wants them."""
+  """Binds a table of weights to a Linen module and returns their values, cast for use."""
   values = {
     name: module.param(name, w.init, _shape(config, w.axes), config.param_dtype)
     for name, w in declared.items()
@@ -138,7 +148,7 @@ def _declare(
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-  """Over the trailing axes that `scale` has; float32 inside."""
+  """Divides x by its root mean square over the trailing axes that `scale` has, in float32."""
   x32 = x.astype(jnp.float32)
   axes = tuple(range(x.ndim - scale.ndim, x.ndim))
   x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + eps)
@@ -146,37 +156,41 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-  """Radians per position of each of the H/2 pairs, float32, after the scaling that `rope` asks for."""
+  """Returns the radians per position of each of the H/2 pairs, float32, after rope's scaling."""
   freq = 1.0 / np.float64(rope.theta) ** (np.arange(0, head_dim, 2) / head_dim)
   # long wavelengths are stretched by factor, short ones kept, those between blended
   if rope.kind == "llama3":
     turns = rope.original_positions * freq / (2 * math.pi)
-    keep = np.clip(
-      (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1
-    )
+    span = rope.high_freq_factor - rope.low_freq_factor
+    keep = np.clip((turns - rope.low_freq_factor) / span, 0, 1)
     freq = (1 - keep) * freq / rope.factor + keep * freq
-  # the same idea with a ramp over the index of the pair (arXiv:2309.00071 section 3.2)
   elif rope.kind == "yarn":
-
-    def pair_with(turns):
-      return (
-        head_dim
-        * math.log(rope.original_positions / (turns * 2 * math.pi))
-        / (2 * math.log(rope.theta))
-      )
-
-    low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
-    if rope.truncate:
-      low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    high += 0.001 * (low == high)
-    stretch = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
+    stretch = _yarn_stretch(rope, head_dim)
     freq = stretch * freq / rope.factor + (1 - stretch) * freq
   return freq.astype(np.float32)
 
 
+def _yarn_stretch(rope: Rope, head_dim: int) -> np.ndarray:
+  """Returns how far each pair is stretched, 0 to 1: a ramp over its index.
+
+  Source: arXiv:2309.00071 section 3.2.
+  """
+
+  def pair_with(turns):
+    """Returns the (fractional) index of the pair that makes so many turns in the old context."""
+    positions_per_radian = rope.original_positions / (turns * 2 * math.pi)
+    return head_dim * math.log(positions_per_radian) / (2 * math.log(rope.theta))
+
+  low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
+  if rope.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, head_dim - 1)
+  high += 0.001 * (low == high)  # a ramp of no width would divide by zero
+  return np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
+
+
 def _rotation(rope: Rope, head_dim: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """cos and sin of shape [B, T, 1, H/2], float32."""
+  """Returns cos and sin of shape [B, T, 1, H/2], float32."""
   angle = positions_BT[..., None, None].astype(jnp.float32) * frequencies(rope, head_dim)
   return jnp.cos(angle) * rope.attention_factor, jnp.sin(angle) * rope.attention_factor
 
@@ -189,16 +203,19 @@ def _rotate(x_BTNH: jax.Array, rotation) -> jax.Array:
 
 
 def _product(x: jax.Array, w: jax.Array, contracted: int = 1) -> jax.Array:
-  """x[B, T, *c] times w[*c, *out], the `contracted` axes c summed.
+  """Multiplies x[B, T, *c] by w[*c, *out] and sums over the `contracted` axes c.
 
-  As one plain matrix product: over separate B and T axes XLA's CPU backend leaves its fast path for the weight gradient,
-  2.4 times slower for a whole MLP.
+  It is one plain matrix product. Over separate B and T axes XLA's CPU backend leaves its fast
+  path for the weight gradient, 2.4 times slower for a whole MLP.
   """
-  rows, inner = x.shape[:2], math.prod(w.shape[:contracted])
-  return (x.reshape(-1, inner) @ w.reshape(inner, -1)).reshape(*rows, *w.shape[contracted:])
+  inner = math.prod(w.shape[:contracted])
+  product = x.reshape(-1, inner) @ w.reshape(inner, -1)
+  return product.reshape(*x.shape[:2], *w.shape[contracted:])
 
 
 class Attention(nn.Module):
+  """Projects to heads, rotates, lets `attend` (see Block) mix the columns, and projects back."""
+
   config: ModelConfig
 
   @nn.compact
@@ -215,6 +232,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+  """Computes SwiGLU."""
+
   config: ModelConfig
 
   @nn.compact
@@ -224,7 +243,11 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer. `attend(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH, memory` decides what is visible; memory is handed through."""
+  """Computes one layer and returns (x_BTD, memory).
+
+  `attend(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH, memory` decides what is visible. Its memory
+  (the cache, in sampling) is handed through.
+  """
 
   config: ModelConfig
 
@@ -232,8 +255,12 @@ class Block(nn.Module):
   def __call__(self, x_BTD, rotation, attend):
     c = self.config
     w = _declare(self, _norm_weights(c), c)
-    norm = lambda x, name: rms_norm(x, w[name], c.norm_eps)
-    attn, mlp = Attention(c, name="attn"), Mlp(c, name="mlp")
+    attn = Attention(c, name="attn")
+    mlp = Mlp(c, name="mlp")
+
+    def norm(x, name):
+      return rms_norm(x, w[name], c.norm_eps)
+
     if c.norm_placement == "pre":
       out, memory = attn(norm(x_BTD, "attn_norm"), rotation, attend)
       x_BTD = x_BTD + out
@@ -246,63 +273,72 @@ class Block(nn.Module):
 
 
 def init(config: ModelConfig, key: jax.Array) -> dict:
-  """Random weights in `config.param_dtype`."""
+  """Draws random weights in `config.param_dtype`."""
   outer_key, layers_key = jax.random.split(key)
   x_BTD = jnp.zeros((1, 1, config.width), config.dtype)
   rotation = _rotation(config.rope, config.head_dim, jnp.zeros((1, 1), jnp.int32))
-  attend = lambda q, k, v: (q, None)
-  layer = lambda k: Block(config).init(k, x_BTD, rotation, attend)["params"]
-  params = {"layers": jax.vmap(layer)(jax.random.split(layers_key, config.layers))}
+
+  def attend(q, k, v):
+    return q, None
+
+  def init_layer(key):
+    return Block(config).init(key, x_BTD, rotation, attend)["params"]
+
+  params = {"layers": jax.vmap(init_layer)(jax.random.split(layers_key, config.layers))}
   for i, (name, w) in enumerate(_outer_weights(config).items()):
-    params[name] = w.init(
-      jax.random.fold_in(outer_key, i), _shape(config, w.axes), config.param_dtype
-    )
+    weight_key = jax.random.fold_in(outer_key, i)
+    params[name] = w.init(weight_key, _shape(config, w.axes), config.param_dtype)
   return params
 
 
 def axes(config: ModelConfig) -> dict:
-  """The tree of `params` with a string of axis letters at each leaf."""
+  """Returns the tree of `params` with a string of axis letters at each leaf."""
   tree = jax.tree.map(lambda w: w.axes, weights(config), is_leaf=lambda x: isinstance(x, Weight))
   return {**tree, "layers": jax.tree.map(lambda a: "L" + a, tree["layers"])}
 
 
 def shapes(config: ModelConfig) -> dict:
-  """The tree of `params` with a jax.ShapeDtypeStruct at each leaf."""
+  """Returns the tree of `params` with a jax.ShapeDtypeStruct at each leaf."""
   return jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(_shape(config, a), config.param_dtype), axes(config)
   )
 
 
 class Adapted(NamedTuple):
-  """A weight of a layer that stands for w + a b (see `lora`): the last axis of a and the first of b are the rank."""
+  """Stands for a layer's weight w + a b (see `lora`).
+
+  The last axis of a and the first of b are the rank.
+  """
 
   w: jax.Array
   a: jax.Array
   b: jax.Array
 
 
+def _resolve_weight(x: Adapted | jax.Array) -> jax.Array:
+  """Returns the sum that an Adapted stands for; a plain weight as it is."""
+  if not isinstance(x, Adapted):
+    return x
+  a32, b32 = x.a.astype(jnp.float32), x.b.astype(jnp.float32)
+  product = jnp.tensordot(a32, b32, 1, precision="highest")
+  return (x.w.astype(jnp.float32) + product).astype(x.w.dtype)
+
+
 def resolve(layer: dict) -> dict:
-  """One layer's weights with every Adapted replaced by its sum, formed in float32, in the dtype of w."""
-
-  def value(x):
-    if not isinstance(x, Adapted):
-      return x
-    product = jnp.tensordot(
-      x.a.astype(jnp.float32), x.b.astype(jnp.float32), 1, precision="highest"
-    )
-    return (x.w.astype(jnp.float32) + product).astype(x.w.dtype)
-
-  return jax.tree.map(value, layer, is_leaf=lambda x: isinstance(x, Adapted))
+  """Replaces every Adapted of a layer by its sum, formed in float32, in the dtype of w."""
+  return jax.tree.map(_resolve_weight, layer, is_leaf=lambda x: isinstance(x, Adapted))
 
 
 class _Stream(NamedTuple):
-  """What a batch of rows brings along to every layer."""
+  """Holds what a batch of rows brings along to every layer."""
 
   x_BTD: jax.Array
   rotation: tuple  # of the full layers
   sliding_rotation: tuple
-  mask_BTS: jax.Array | None  # None: splash masks by segments
-  sliding_mask_BTS: jax.Array | None
+  # Who sees whom in full layers: attention.Visibility of whole rows, mask_BTS of a cache's
+  # columns; None: splash masks by segments.
+  visible: attention.Visibility | jax.Array | None
+  sliding_visible: attention.Visibility | jax.Array | None
   segment_BT: jax.Array | None = None
 
 
@@ -311,38 +347,39 @@ def _stream(
   config: ModelConfig,
   tokens_BT,
   positions_BT,
-  mask_BTS,
-  sliding_mask_BTS,
+  visible,
+  sliding_visible,
   segment_BT=None,
 ) -> _Stream:
-  x_BTD = sharding.constrain(
-    sharding.constrain_embeddings(params["embed"][tokens_BT].astype(config.dtype)), "BTD"
-  )
+  embedded_BTD = params["embed"][tokens_BT].astype(config.dtype)
+  x_BTD = sharding.constrain(sharding.constrain_embeddings(embedded_BTD), "BTD")
   rotation = sliding_rotation = _rotation(config.rope, config.head_dim, positions_BT)
   if config.sliding_rope is not None:
     sliding_rotation = _rotation(config.sliding_rope, config.head_dim, positions_BT)
-  return _Stream(x_BTD, rotation, sliding_rotation, mask_BTS, sliding_mask_BTS, segment_BT)
+  return _Stream(x_BTD, rotation, sliding_rotation, visible, sliding_visible, segment_BT)
 
 
 def _pick(stream: _Stream, config: ModelConfig, slides: jax.Array) -> tuple:
-  """(rotation, mask) of one layer. Selected by value: layers of both kinds run through one scanned body."""
+  """Returns (rotation, visible) of one layer; `slides` is its entry of `_slides`.
+
+  They are selected by value: layers of both kinds run through one scanned body.
+  """
+  full = (stream.rotation, stream.visible)
   if not config.sliding:
-    return stream.rotation, stream.mask_BTS
-  full, sliding = (
-    (stream.rotation, stream.mask_BTS),
-    (stream.sliding_rotation, stream.sliding_mask_BTS),
-  )
+    return full
+  sliding = (stream.sliding_rotation, stream.sliding_visible)
   return jax.tree.map(lambda s, f: jnp.where(slides, s, f), sliding, full)
 
 
 def _slides(config: ModelConfig) -> jax.Array:
+  """Returns which layers slide, bool [L]."""
   return jnp.array(config.sliding or (False,) * config.layers)
 
 
-def _rows(
+def _row_stream(
   params: dict, config: ModelConfig, tokens_BT, positions_BT, segment_ids_BT, prefix_ids_BT=None
 ) -> _Stream:
-  """The stream of whole rows, as training and scoring see them. Splash knows no prefixes."""
+  """Returns the stream of whole rows, as training and scoring see them."""
   B, T = tokens_BT.shape
   assert segment_ids_BT is None or segment_ids_BT.shape == (B, T), (
     segment_ids_BT.shape,
@@ -354,63 +391,71 @@ def _rows(
       starts_BT = jnp.diff(segment_ids_BT, axis=1, prepend=0) != 0
       positions_BT -= jax.lax.cummax(jnp.where(starts_BT, positions_BT, 0), axis=1)
   assert positions_BT.shape == (B, T), (positions_BT.shape, tokens_BT.shape)
-  if prefix_ids_BT is None and attention.splash_fits(T):
+  if prefix_ids_BT is None and attention.splash_fits(T):  # splash knows no prefixes
     segment_BT = jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT
     return _stream(params, config, tokens_BT, positions_BT, None, None, segment_BT)
-  windows = (None, config.sliding_window) if config.sliding else (None, None)
-  masks = [
-    attention.visibility(
+
+  def visibility(window):
+    return attention.visibility(
       attention.packed_mask(
         segment_ids_BT, (B, T), window, prefix_BT=prefix_ids_BT, position_BT=positions_BT
       )
     )
-    for window in windows
-  ]
-  return _stream(params, config, tokens_BT, positions_BT, *masks)
+
+  visible = visibility(None)
+  sliding_visible = visibility(config.sliding_window if config.sliding else None)
+  return _stream(params, config, tokens_BT, positions_BT, visible, sliding_visible)
 
 
 def _gather(config: ModelConfig, layer: dict) -> dict:
-  """One layer's weights for use, whole along "fsdp": cast first, so that what moves between chips is the smaller dtype."""
-  gather = lambda path, w, a: sharding.gather_weight(_for_use(path[-1].key, w, config), a[1:])
+  """Returns one layer's weights for use, whole along "fsdp".
+
+  They are cast first, so that what moves between chips is the smaller dtype.
+  """
+
+  def gather(path, w, axes):
+    return sharding.gather_weight(_for_use(path[-1].key, w, config), axes[1:])
+
   return jax.tree_util.tree_map_with_path(gather, resolve(layer), axes(config)["layers"])
 
 
 def _layer(config: ModelConfig, stream: _Stream, x_BTD, layer: dict, slides) -> jax.Array:
-  rotation, mask_BTS = _pick(stream, config, slides)
+  """Applies one layer, its weights gathered, to whole rows."""
+  rotation, visible = _pick(stream, config, slides)
+
+  def splash(q, k, v):
+    return attention.splash(q, k, v, stream.segment_BT)
+
+  def sliding_splash(q, k, v):
+    return attention.splash(q, k, v, stream.segment_BT, config.sliding_window)
 
   def attend(q, k, v):
-    if mask_BTS is not None:
-      return attention.attend_packed(q, k, v, mask_BTS), None
-    full = lambda *qkv: attention.splash(*qkv, stream.segment_BT)
+    if visible is not None:
+      return attention.attend_packed(q, k, v, visible), None
     if not config.sliding:
-      return full(q, k, v), None
-    return jax.lax.cond(
-      slides,
-      lambda *qkv: attention.splash(*qkv, stream.segment_BT, config.sliding_window),
-      full,
-      q,
-      k,
-      v,
-    ), None
+      return splash(q, k, v), None
+    return jax.lax.cond(slides, sliding_splash, splash, q, k, v), None
 
   return Block(config).apply({"params": layer}, x_BTD, rotation, attend)[0]
 
 
 _policies = jax.checkpoint_policies
-REMAT = {  # what a layer keeps for the backward pass; the rest is computed again
-  "none": None,  # everything, gathered weights included
-  # products and attention, but not cuDNN's: norms,
+# What a layer keeps for the backward pass; the rest is computed again.
+REMAT = {
+  # everything, gathered weights included
+  "none": None,
+  # Products and attention, but not cuDNN's. Norms, rotations and activations cost little, and
+  # on a CPU less than writing and reading their results.
   "dots": _policies.save_from_both_policies(
     _policies.dots_saveable, _policies.save_only_these_names(attention.KEPT)
   ),
-  # rotations and activations cost little, and on a CPU less than writing and
-  # reading what they give
-  "block": _policies.nothing_saveable,  # its input alone
+  # its input alone
+  "block": _policies.nothing_saveable,
 }
 
 
 def _scan(body, carry, xs, remat: str):
-  """Over layers. What the backward pass finds again, see REMAT."""
+  """lax.scan over layers; REMAT[remat] says which activations the backward pass keeps."""
   if remat not in REMAT:
     raise ValueError(f"model.remat={remat!r}: choose from {list(REMAT)}")
   if remat != "none":
@@ -418,7 +463,7 @@ def _scan(body, carry, xs, remat: str):
   return jax.lax.scan(body, carry, xs)[0]
 
 
-def _final(params: dict, config: ModelConfig, x_BTD) -> jax.Array:
+def _final_norm(params: dict, config: ModelConfig, x_BTD) -> jax.Array:
   return rms_norm(x_BTD, params["norm"], config.norm_eps)
 
 
@@ -432,35 +477,40 @@ def hidden(
   prefix_ids_BT=None,
   remat: str = "none",
 ) -> jax.Array:
-  """Tokens -> hidden_BTD after the final norm, in `config.dtype`. prefix_ids_BT: see records.Rows; it needs positions and segments."""
-  stream = _rows(params, config, tokens_BT, positions_BT, segment_ids_BT, prefix_ids_BT)
+  """Returns hidden_BTD of the tokens after the final norm, in `config.dtype`.
+
+  `prefix_ids_BT` (see `records.Rows`) needs positions and segments. `remat`: see REMAT.
+  """
+  stream = _row_stream(params, config, tokens_BT, positions_BT, segment_ids_BT, prefix_ids_BT)
 
   def body(x_BTD, xs):
     layer, slides = xs
     return _layer(config, stream, x_BTD, _gather(config, layer), slides), None
 
-  return _final(
-    params, config, _scan(body, stream.x_BTD, (params["layers"], _slides(config)), remat)
-  )
+  x_BTD = _scan(body, stream.x_BTD, (params["layers"], _slides(config)), remat)
+  return _final_norm(params, config, x_BTD)
 
 
 def hidden_pair(
   params: dict,
   teacher_params: dict | None,
   config: ModelConfig,
-  student: tuple,
-  teacher: tuple,
+  policy_rows: tuple,
+  teacher_rows: tuple,
   *,
   remat: str = "none",
 ) -> tuple[jax.Array, jax.Array]:
-  """Policy and teacher through one scan: each layer's weights are read once and only the policy is differentiated.
+  """Returns (policy_hidden_BTD, teacher_hidden_BTD) of two batches of rows, from one scan.
 
-  `student` and `teacher` are (tokens_BT, positions_BT or None, segment_ids_BT or None[, prefix_ids_BT or None]); their B and T may differ.
-  `teacher_params` None: the live weights teach, under stop_gradient. Returns (policy_hidden_BTD, teacher_hidden_BTD).
+  Each layer's weights are read once, and only the policy is differentiated. `policy_rows` and
+  `teacher_rows` are (tokens_BT, positions_BT or None, segment_ids_BT or None[, prefix_ids_BT or
+  None]); their B and T may differ. `teacher_params` None: the live weights teach, under
+  stop_gradient.
   """
   live = teacher_params is None
   teacher_params = jax.lax.stop_gradient(params if live else teacher_params)
-  policy, teaching = _rows(params, config, *student), _rows(teacher_params, config, *teacher)
+  policy = _row_stream(params, config, *policy_rows)
+  teacher = _row_stream(teacher_params, config, *teacher_rows)
 
   def body(carry, xs):
     policy_BTD, teacher_BTD = carry
@@ -468,27 +518,25 @@ def hidden_pair(
     layer = _gather(config, layer)
     teacher_layer = jax.lax.stop_gradient(layer if live else _gather(config, teacher_layer))
     policy_BTD = _layer(config, policy, policy_BTD, layer, slides)
-    teacher_BTD = jax.lax.stop_gradient(
-      _layer(config, teaching, teacher_BTD, teacher_layer, slides)
-    )
-    return (policy_BTD, teacher_BTD), None
+    teacher_BTD = _layer(config, teacher, teacher_BTD, teacher_layer, slides)
+    return (policy_BTD, jax.lax.stop_gradient(teacher_BTD)), None
 
   xs = (params["layers"], None if live else teacher_params["layers"], _slides(config))
-  policy_BTD, teacher_BTD = _scan(body, (policy.x_BTD, teaching.x_BTD), xs, remat)
-  return _final(params, config, policy_BTD), jax.lax.stop_gradient(
-    _final(teacher_params, config, teacher_BTD)
-  )
+  policy_BTD, teacher_BTD = _scan(body, (policy.x_BTD, teacher.x_BTD), xs, remat)
+  policy_hidden_BTD = _final_norm(params, config, policy_BTD)
+  teacher_hidden_BTD = _final_norm(teacher_params, config, teacher_BTD)
+  return policy_hidden_BTD, jax.lax.stop_gradient(teacher_hidden_BTD)
 
 
 def head(params: dict, config: ModelConfig) -> jax.Array:
-  """The output matrix [D, V], in `config.param_dtype`."""
+  """Returns the output matrix [D, V], in `config.param_dtype`."""
   return params["embed"].T if config.tied else params["head"]
 
 
 def logits(
   params: dict, config: ModelConfig, tokens_BT, *, positions_BT=None, segment_ids_BT=None
 ) -> jax.Array:
-  """Tokens -> logits_BTV, float32."""
+  """Returns logits_BTV of the tokens, float32."""
   hidden_BTD = hidden(
     params, config, tokens_BT, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT
   )
@@ -496,12 +544,12 @@ def logits(
 
 
 def project(hidden_XD, head_DV) -> jax.Array:
-  """Hidden states times output matrix, summed in float32."""
+  """Returns logits_XV: hidden states times output matrix, summed in float32."""
   return jnp.matmul(hidden_XD, head_DV.astype(hidden_XD.dtype), preferred_element_type=jnp.float32)
 
 
 class Cache(NamedTuple):
-  """Keys and values of the columns written so far. Columns not written, and padding, are not valid."""
+  """Holds keys and values of the columns written so far; others, and padding, are not valid."""
 
   k: jax.Array  # axes: cache_axes()
   v: jax.Array
@@ -509,32 +557,52 @@ class Cache(NamedTuple):
 
 
 def cache_axes() -> str:
-  """The order in which the compiler wants the cache in memory while it decodes. With LBSKH a TPU copies all of it at the beginning and the end of each call;
-  with LSKBH a CPU copies a layer's for every token."""
+  """Returns the order in which the compiler wants the cache in memory while it decodes.
+
+  With LBSKH a TPU copies all of it at the beginning and the end of each call; with LSKBH a CPU
+  copies a layer's for every token.
+  """
   return "LSKBH" if target_platform() == "tpu" else "LBSKH"
 
 
 def init_cache(config: ModelConfig, rows: int, length: int) -> Cache:
+  """Returns an empty cache of `length` columns."""
   sizes = dict(L=config.layers, B=rows, S=length, K=config.kv_heads, H=config.head_dim)
-  empty = lambda: sharding.constrain(
-    jnp.zeros([sizes[axis] for axis in cache_axes()], config.dtype), cache_axes()
-  )
+  shape = [sizes[axis] for axis in cache_axes()]
+
+  def empty():
+    return sharding.constrain(jnp.zeros(shape, config.dtype), cache_axes())
+
   return Cache(empty(), empty(), jnp.zeros((rows, length), bool))
 
 
-def _reordered(x: jax.Array, axes: str, wanted: str) -> jax.Array:
+def _reorder(x: jax.Array, axes: str, wanted: str) -> jax.Array:
   return x.transpose([axes.index(axis) for axis in wanted])
+
+
+def _write(cached: jax.Array, new_BTKH: jax.Array, layer: jax.Array, start) -> jax.Array:
+  """Puts a layer's keys or values into the cache, from column `start` on."""
+  begin = [{"L": layer, "S": start}.get(axis, 0) for axis in cache_axes()]
+  new = _reorder(new_BTKH[None], "LBSKH", cache_axes())
+  return jax.lax.dynamic_update_slice(cached, new, begin)
+
+
+def _read(cached: jax.Array, layer: jax.Array) -> jax.Array:
+  """Returns a layer's keys or values of all columns, [B, S, K, H]."""
+  return _reorder(cached[layer], cache_axes()[1:], "BSKH")
 
 
 def extend(
   params: dict, config: ModelConfig, tokens_BT, cache: Cache, *, start, positions_BT, valid_BT
 ) -> tuple[jax.Array, Cache]:
-  """Writes T columns at column `start` (one number for all rows) and returns their hidden_BTD after the final norm.
+  """Writes T columns at column `start` and returns (their hidden_BTD after the final norm, cache).
 
-  A column sees the valid columns up to its own. T is the prompt's length in prefill and 1 in decoding.
-  The caller keeps start + T within the cache: a write beyond its end would be shifted back silently.
+  `start` is one number for all rows. A column sees the valid columns up to its own. T is the
+  prompt's length in prefill and 1 in decoding. The caller keeps start + T within the cache: a
+  write beyond its end would be shifted back silently.
   """
-  (B, T), S = tokens_BT.shape, cache.valid_BS.shape[1]
+  B, T = tokens_BT.shape
+  S = cache.valid_BS.shape[1]
   assert positions_BT.shape == valid_BT.shape == (B, T), (
     positions_BT.shape,
     valid_BT.shape,
@@ -542,39 +610,32 @@ def extend(
   )
   assert cache.valid_BS.shape[0] == B and T <= S, (cache.valid_BS.shape, tokens_BT.shape)
   valid_BS = jax.lax.dynamic_update_slice(cache.valid_BS, valid_BT.astype(bool), (0, start))
-  column_T, column_S = start + jnp.arange(T), jnp.arange(S)
+  column_T = start + jnp.arange(T)
+  column_S = jnp.arange(S)
   mask_BTS = valid_BS[:, None, :] & (column_S[None, :] <= column_T[:, None])
-  sliding_mask_BTS = (
-    mask_BTS & (column_T[:, None] - column_S[None, :] < config.sliding_window)
-    if config.sliding
-    else mask_BTS
-  )
+  sliding_mask_BTS = mask_BTS
+  if config.sliding:
+    distance_TS = column_T[:, None] - column_S[None, :]
+    sliding_mask_BTS = mask_BTS & (distance_TS < config.sliding_window)
   stream = _stream(params, config, tokens_BT, positions_BT, mask_BTS, sliding_mask_BTS)
-
-  axes = cache_axes()
 
   # the whole cache is carried, so that XLA updates it in place instead of restacking it
   def body(carry, xs):
     x_BTD, all_k, all_v = carry
     layer, slides, i = xs
-    rotation, mask_BTS = _pick(stream, config, slides)
-    at = [{"L": i, "S": start}.get(axis, 0) for axis in axes]
+    rotation, visible_BTS = _pick(stream, config, slides)
 
     def attend(q, k, v):
-      write = lambda cached, new_BTKH: jax.lax.dynamic_update_slice(
-        cached, _reordered(new_BTKH[None], "LBSKH", axes), at
-      )
-      read = lambda cached: _reordered(cached[i], axes[1:], "BSKH")
-      written = write(all_k, k), write(all_v, v)
-      return attention.reference(q, *map(read, written), mask_BTS), written
+      written_k = _write(all_k, k, i, start)
+      written_v = _write(all_v, v, i, start)
+      k_BSKH, v_BSKH = _read(written_k, i), _read(written_v, i)
+      return attention.reference(q, k_BSKH, v_BSKH, visible_BTS), (written_k, written_v)
 
-    x_BTD, (all_k, all_v) = Block(config).apply(
-      {"params": _gather(config, layer)}, x_BTD, rotation, attend
-    )
-    return (x_BTD, all_k, all_v), None
+    variables = {"params": _gather(config, layer)}
+    x_BTD, written = Block(config).apply(variables, x_BTD, rotation, attend)
+    return (x_BTD, *written), None
 
   carry = (stream.x_BTD, cache.k, cache.v)
-  (x_BTD, k, v), _ = jax.lax.scan(
-    body, carry, (params["layers"], _slides(config), jnp.arange(config.layers))
-  )
-  return _final(params, config, x_BTD), Cache(k, v, valid_BS)
+  xs = (params["layers"], _slides(config), jnp.arange(config.layers))
+  (x_BTD, k, v), _ = jax.lax.scan(body, carry, xs)
+  return _final_norm(params, config, x_BTD), Cache(k, v, valid_BS)
