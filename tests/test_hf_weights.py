@@ -1,4 +1,4 @@
-"""Checkpoints against transformers itself, on tiny random models of each family; and what is said of damaged ones."""
+"""Checkpoints against transformers itself, on tiny random models, and errors of damaged ones."""
 
 import dataclasses
 import functools
@@ -329,7 +329,10 @@ def test_both_spellings_of_rope_mean_the_same(name):
 
 
 def test_the_real_olmo3_spelling_equals_transformers():
-  """Olmo-3-7B's rotary fields as published: rope_scaling concerns the full layers, rope_theta 500000 all of them."""
+  """Rotary fields of Olmo-3-7B as published.
+
+  rope_scaling concerns the full layers, rope_theta 500000 all of them.
+  """
   hub = dict(
     build("olmo3").config.to_dict(),
     rope_theta=500000,
@@ -404,7 +407,7 @@ def leaves_equal(a, b):
   assert jax.tree.structure(a) == jax.tree.structure(b)
   return all(
     x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y))
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   )
 
 
@@ -470,7 +473,8 @@ def test_loading_onto_a_mesh(checkpoint, tmp_path, name):
   )
   save_pretrained(tmp_path / "whole", config, whole, shard_bytes=50_000)
   _, split = load_pretrained(tmp_path / "whole", dtype=jnp.float32, mesh=mesh)
-  for leaf, axes in zip(jax.tree.leaves(split), jax.tree.leaves(decoder.axes(config))):
+  letters = jax.tree.leaves(decoder.axes(config))
+  for leaf, axes in zip(jax.tree.leaves(split), letters, strict=True):
     assert leaf.sharding == jax.NamedSharding(mesh, sharding.spec(axes, sharding.WEIGHTS))
   assert leaves_equal(whole, split)
   save_pretrained(tmp_path / "split", config, split, shard_bytes=50_000)
@@ -647,17 +651,17 @@ def test_other_files_are_named(checkpoint, tmp_path):
 
 
 def test_a_hub_id_is_downloaded_and_a_failed_download_is_one_line(checkpoint, monkeypatch):
-  asked = []
+  downloads = []
 
   def download(name, allow_patterns):
-    asked.append((name, allow_patterns))
+    downloads.append((name, allow_patterns))
     return checkpoint("qwen3")[0]
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
   config, _ = load_pretrained("Qwen/some-model", dtype=jnp.float32)
-  assert (
-    config.family == "qwen3" and asked[0][0] == "Qwen/some-model" and "*.safetensors" in asked[0][1]
-  )
+  assert config.family == "qwen3"
+  assert downloads[0][0] == "Qwen/some-model"
+  assert "*.safetensors" in downloads[0][1]
 
   def fail(name, allow_patterns):
     raise huggingface_hub.errors.LocalEntryNotFoundError("cannot reach the hub\nsecond line")
@@ -666,8 +670,7 @@ def test_a_hub_id_is_downloaded_and_a_failed_download_is_one_line(checkpoint, mo
   assert complaint("Qwen/some-model").endswith("the hub does not give it: cannot reach the hub")
 
 
-# ---- Several processes
-# -----------------------------------------------------------------------------------------------
+# ---- Several processes ----
 
 PROCESS = r"""
 import sys
@@ -675,7 +678,8 @@ import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
 from sdpo_jax.model import hf_weights
-mesh = jax.make_mesh((1, 4, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+types = (jax.sharding.AxisType.Auto,) * 3
+mesh = jax.make_mesh((1, 4, 1), ("data", "fsdp", "tensor"), axis_types=types)
 config, params = hf_weights.load_pretrained(sys.argv[3], dtype=jnp.float32, mesh=mesh)
 assert not params["layers"]["mlp"]["gate"].is_fully_addressable
 hf_weights.save_pretrained(sys.argv[4], config, params, shard_bytes=50_000)
@@ -720,19 +724,24 @@ def resident():
   with open("/proc/self/statm") as f:
     return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-mesh = jax.make_mesh((1, 8, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+types = (jax.sharding.AxisType.Auto,) * 3
+mesh = jax.make_mesh((1, 8, 1), ("data", "fsdp", "tensor"), axis_types=types)
 jax.block_until_ready(jnp.ones(8) + 1)
 before = resident()
 config, params = hf_weights.load_pretrained(sys.argv[1], dtype=jnp.bfloat16, mesh=mesh)
 jax.block_until_ready(params)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps(dict(before=before, peak=peak, weights=sum(x.nbytes for x in jax.tree.leaves(params)))))
+weights = sum(x.nbytes for x in jax.tree.leaves(params))
+print(json.dumps(dict(before=before, peak=peak, weights=weights)))
 """
 
 
 @pytest.mark.slow
 def test_memory_of_loading_stays_near_the_weights(tmp_path):
-  """1.5 GB in 4 shards onto 8 virtual devices of one host: peak below the checkpoint's bytes plus 1 GiB."""
+  """Loads 1.5 GB in 4 shards onto 8 virtual devices of one host.
+
+  The peak stays below the checkpoint's bytes plus 1 GiB.
+  """
   config = model_config.ModelConfig(
     family="qwen3",
     vocab=65536,

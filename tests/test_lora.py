@@ -1,4 +1,7 @@
-"""Adapters: fresh ones change nothing, only they learn, merged equals attached, and PEFT's files mean what PEFT says."""
+"""Adapters: fresh ones change nothing, only they learn, and merged equals attached.
+
+PEFT's files mean what PEFT says.
+"""
 
 import dataclasses
 import json
@@ -65,7 +68,7 @@ def test_each_target_is_the_weight_plus_its_product(target):
   expected = w + 1.5 * np.einsum("lir,lro->lio", a, b).reshape(w.shape)
   np.testing.assert_allclose(merged["layers"][group][name], expected, atol=1e-5)
   merged["layers"][group][name] = PARAMS["layers"][group][name]
-  assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(merged), jax.tree.leaves(PARAMS)))
+  assert jax.tree.all(jax.tree.map(np.array_equal, merged, PARAMS))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -130,17 +133,15 @@ def test_saved_adapters_mean_what_peft_says(tmp_path):
   lora.save_adapters(tmp_path / "adapter", CONFIG, LORA, ADAPTERS, base=str(tmp_path / "base"))
   about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
   assert set(about["target_modules"]) == set(lora.TARGETS)
-  base, parts = (
-    load_file(tmp_path / "base" / "model.safetensors"),
-    load_file(tmp_path / "adapter" / "adapter_model.safetensors"),
-  )
-  for name, a in parts.items():
+  base = load_file(tmp_path / "base" / "model.safetensors")
+  tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+  for name, a in tensors.items():
     if name.endswith(".lora_A.weight"):
       target = re.fullmatch(r"base_model\.model\.(.*)\.lora_A\.weight", name).group(1) + ".weight"
-      b = parts[name.replace("lora_A", "lora_B")]
+      b = tensors[name.replace("lora_A", "lora_B")]
       assert a.shape[0] == b.shape[1] == about["r"]
       base[target] = base[target] + about["lora_alpha"] / about["r"] * (b @ a)
-  assert len(parts) == 2 * 7 * CONFIG.layers
+  assert len(tensors) == 2 * 7 * CONFIG.layers
   save_file(base, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
   _, by_hand = hf_weights.load_pretrained(tmp_path / "base", dtype=jnp.float32)
   jax.tree.map(

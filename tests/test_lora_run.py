@@ -1,4 +1,7 @@
-"""A run with adapters: only they are trained and saved, a resumed run goes on, and export writes them merged or alone."""
+"""A run with adapters: only they are trained and saved, and a resumed run goes on.
+
+Export writes them merged or alone.
+"""
 
 import json
 
