@@ -1,4 +1,4 @@
-"""The sampler says what the trainer would say, and a response depends on its own seed alone."""
+"""The local engine says what the trainer would say; a response depends on its seed alone."""
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,10 @@ def test_top_p_keeps_the_smallest_sufficient_set():
 
 
 def test_frequencies_follow_the_distribution():
-  """20,000 draws at temperature 0.5 with top-p 0.9: within five standard errors of the renormalised, sharpened distribution."""
+  """Makes 20,000 draws at temperature 0.5 with top-p 0.9.
+
+  Their shares are within five standard errors of the renormalised, sharpened distribution.
+  """
   p = np.array([0.45, 0.3, 0.2, 0.05])
   logits = jnp.tile(jnp.log(jnp.array(p, jnp.float32)), (20_000, 1))
   keys = jax.random.split(jax.random.key(0), 20_000)

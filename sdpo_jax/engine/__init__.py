@@ -13,7 +13,7 @@ first while the last are still being sampled. Every engine guarantees:
                      and s alone: not on n, on the other prompts or on the order of arrival.
   log-probabilities  `logp` holds one value a token, in nats, over the whole vocabulary: at the
                      sampling temperature, before top-p cuts; at temperature 0, as at temperature 1.
-                     They equal those of the decoder up to rounding.
+                     In float32 they are within 1e-3 nats of those that training computes.
   stop tokens        A completion ends with its first stop token, which is part of it (`stop`), or
                      has `sampling.max_new_tokens` tokens (`length`).
 

@@ -1,17 +1,23 @@
-"""Sampling from the decoder: a jitted prefill and a jitted decode loop over a key-value cache; tokens and log-probabilities out.
+"""The local engine: samples from the decoder on this process's own devices.
 
-Prompts are padded on the LEFT, so that all rows write the same cache column and a write is one dynamic_update_slice. Shapes are
-bucketed (prompt length to a multiple, rows to a power of two or the most allowed), which bounds the number of compilations. Decoding runs in chunks
-of tokens; rows that have finished are handed out after each chunk, so that judging starts while others are still being sampled.
+A jitted prefill reads the prompts into a key-value cache, and a jitted loop decodes from it.
+Prompts are padded on the LEFT, so that all rows write the same cache column and a write is
+one dynamic_update_slice.
 
-Randomness: one seed a prompt, folded with the sample index and then with the token's index: a response depends on its own seed
-alone, not on what shares the batch.
-Numerics: logits and log-probabilities are float32. A log-probability is that of the sampled token at the sampling temperature,
-over the whole vocabulary, before top-p cuts; at temperature 0 it is that at temperature 1.
+Shapes are bucketed, which bounds the number of compilations: the prompts' length to a
+multiple, rows to a power of two or the most allowed. Decoding runs in chunks of tokens. Rows
+that have finished are handed out after each chunk, so that judging starts while others are
+still being sampled.
+
+Randomness: there is one seed a prompt, folded with the sample's index and then with the
+token's index. A response thus depends on its own seed alone, not on what shares the batch.
+Numerics: logits and log-probabilities are float32. A log-probability is that of the sampled
+token at the sampling temperature, over the whole vocabulary, before top-p cuts. At temperature
+0 it is that at temperature 1.
 """
 
 import functools
-from typing import Any, Iterator, NamedTuple
+from typing import Iterator, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +30,9 @@ from sdpo_jax.records import Completion, Sampling
 
 
 class DecodeState(NamedTuple):
-  cache: Any
+  """Holds what decoding carries from token to token."""
+
+  cache: decoder.Cache
   hidden_BD: jax.Array  # of the last token: its logits give the next one
   length_B: jax.Array  # int32: real tokens so far, the next token's position
   done_B: jax.Array  # bool
@@ -34,7 +42,10 @@ class DecodeState(NamedTuple):
 
 
 def top_p_cut(logits_BV: jax.Array, top_p: float) -> jax.Array:
-  """Keeps the smallest set of entries whose probability reaches top_p (always the likeliest one)."""
+  """Sets to -inf what is outside the smallest set of entries whose probability reaches top_p.
+
+  The likeliest entry always stays.
+  """
   sorted_BV = jnp.flip(jnp.sort(logits_BV, -1), -1)
   probability_BV = jax.nn.softmax(sorted_BV, -1)
   before_BV = jnp.cumsum(probability_BV, -1) - probability_BV
@@ -45,7 +56,7 @@ def top_p_cut(logits_BV: jax.Array, top_p: float) -> jax.Array:
 def choose(
   logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling
 ) -> tuple[jax.Array, jax.Array]:
-  """(token_B, logp_B) of one step."""
+  """Returns (token_B, logp_B) of one step."""
   if sampling.temperature == 0.0:
     token_B = jnp.argmax(logits_BV, -1).astype(jnp.int32)
   else:
@@ -58,38 +69,36 @@ def choose(
 
 @jax.jit
 def sample_keys(seed_B, sample_B) -> jax.Array:
-  """One key a row: the prompt's seed folded with the sample's index."""
-  return jax.vmap(lambda seed, sample: jax.random.fold_in(jax.random.key(seed), sample))(
-    seed_B, sample_B
-  )
+  """Returns one key a row: the prompt's seed folded with the sample's index."""
+
+  def sample_key(seed, sample):
+    return jax.random.fold_in(jax.random.key(seed), sample)
+
+  return jax.vmap(sample_key)(seed_B, sample_B)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"))
 def prefill(
-  params, prompt_BP: jax.Array, length_B: jax.Array, *, config: ModelConfig, max_new_tokens: int
+  params, prompt_BT: jax.Array, length_B: jax.Array, *, config: ModelConfig, max_new_tokens: int
 ) -> DecodeState:
-  """Reads the prompts (padded on the left) into a fresh cache of P + max_new_tokens columns."""
-  B, P = prompt_BP.shape
-  position_BP = jnp.arange(P)[None] - (P - length_B)[:, None]
-  cache = decoder.init_cache(config, B, P + max_new_tokens)
-  hidden_BPD, cache = decoder.extend(
+  """Reads the prompts (padded on the left) into a fresh cache of T + max_new_tokens columns."""
+  B, T = prompt_BT.shape
+  position_BT = jnp.arange(T)[None] - (T - length_B)[:, None]
+  cache = decoder.init_cache(config, B, T + max_new_tokens)
+  hidden_BTD, cache = decoder.extend(
     params,
     config,
-    prompt_BP,
+    prompt_BT,
     cache,
     start=jnp.int32(0),
-    positions_BT=jnp.maximum(position_BP, 0),
-    valid_BT=position_BP >= 0,
+    positions_BT=jnp.maximum(position_BT, 0),
+    valid_BT=position_BT >= 0,
   )
-  return DecodeState(
-    cache,
-    hidden_BPD[:, -1],
-    length_B,
-    jnp.zeros(B, bool),
-    jnp.zeros((B, max_new_tokens), jnp.int32),
-    jnp.zeros((B, max_new_tokens), jnp.float32),
-    jnp.int32(0),
-  )
+  hidden_BD = hidden_BTD[:, -1]
+  done_B = jnp.zeros(B, bool)
+  tokens_BR = jnp.zeros((B, max_new_tokens), jnp.int32)
+  logp_BR = jnp.zeros((B, max_new_tokens), jnp.float32)
+  return DecodeState(cache, hidden_BD, length_B, done_B, tokens_BR, logp_BR, t=jnp.int32(0))
 
 
 @functools.partial(
@@ -110,14 +119,13 @@ def decode(
 
   def body(state: DecodeState) -> DecodeState:
     logits_BV = decoder.project(state.hidden_BD, decoder.head(params, config))
-    token_B, logp_B = choose(
-      logits_BV, jax.vmap(jax.random.fold_in, (0, None))(key_B, state.t), sampling
-    )
+    token_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, state.t)
+    token_B, logp_B = choose(logits_BV, token_key_B, sampling)
     token_B = jnp.where(state.done_B, 0, token_B)
     tokens_BR = jax.lax.dynamic_update_slice(state.tokens_BR, token_B[:, None], (0, state.t))
-    logp_BR = jax.lax.dynamic_update_slice(
-      state.logp_BR, jnp.where(state.done_B, 0.0, logp_B)[:, None], (0, state.t)
-    )
+    logp_B = jnp.where(state.done_B, 0.0, logp_B)
+    logp_BR = jax.lax.dynamic_update_slice(state.logp_BR, logp_B[:, None], (0, state.t))
+    # the cache ends in max_new_tokens columns for what is sampled
     start = state.cache.valid_BS.shape[1] - sampling.max_new_tokens + state.t
     hidden_B1D, cache = decoder.extend(
       params,
@@ -136,8 +144,26 @@ def decode(
   return jax.lax.while_loop(lambda s: (s.t < last) & ~jnp.all(s.done_B), body, state)
 
 
+def _next_power_of_two(count: int) -> int:
+  """Returns the least power of two that is not below a positive count."""
+  return 1 << (count - 1).bit_length()
+
+
+def _round_up(count: int, multiple: int) -> int:
+  return -(-count // multiple) * multiple
+
+
+class _Job(NamedTuple):
+  """Asks for one sample of one prompt."""
+
+  prompt_index: int
+  sample_index: int
+  prompt: list[int]
+  seed: int
+
+
 class LocalEngine:
-  """The plain engine. `generate` has the engine interface's signature."""
+  """Samples with the decoder itself. `sdpo_jax.engine` states what `generate` guarantees."""
 
   def __init__(
     self,
@@ -149,42 +175,42 @@ class LocalEngine:
     chunk: int = 8,
     pad_token: int = 0,
   ):
-    """rows: most sequences decoded together, which row_multiple (the row shards of a mesh) divides; prompt_multiple: prompt lengths are rounded up to it; chunk: tokens between hand-outs."""
-    self.config, self.rows, self.row_multiple, self.prompt_multiple, self.chunk, self.pad_token = (
-      config,
-      rows,
-      row_multiple,
-      prompt_multiple,
-      chunk,
-      pad_token,
-    )
+    """Keeps the settings; weights come with each call of `generate`.
+
+    Args:
+      config: the decoder that samples.
+      rows: most sequences decoded together, which row_multiple divides.
+      row_multiple: the row shards of a mesh.
+      prompt_multiple: what prompt lengths are rounded up to.
+      chunk: tokens between hand-outs.
+      pad_token: what stands to the left of a prompt; nothing attends to it.
+    """
+    self.config = config
+    self.rows = rows
+    self.row_multiple = row_multiple
+    self.prompt_multiple = prompt_multiple
+    self.chunk = chunk
+    self.pad_token = pad_token
 
   def generate(
     self, params, prompts: list[list[int]], *, n: int, sampling: Sampling, seeds: list[int]
   ) -> Iterator[Completion]:
-    """Yields n completions of each prompt, as they finish, in no promised order. seeds: one per prompt."""
-    assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
-    jobs = [(p, s) for p in range(len(prompts)) for s in range(n)]
-    for first in range(0, len(jobs), self.rows):
-      yield from self._wave(params, prompts, jobs[first : first + self.rows], sampling, seeds)
+    """Yields n completions of each prompt, as they finish, in no promised order.
 
-  def _wave(self, params, prompts, jobs, sampling: Sampling, seeds) -> Iterator[Completion]:
-    longest = max(len(prompts[p]) for p, _ in jobs)
-    P = -(-longest // self.prompt_multiple) * self.prompt_multiple
-    rows = min(
-      self.rows, -(-(1 << (len(jobs) - 1).bit_length()) // self.row_multiple) * self.row_multiple
-    )
-    prompt_BP = np.full((rows, P), self.pad_token, np.int32)
-    # rows beyond the jobs read one padding token and are thrown away
-    length_B = np.ones(rows, np.int32)
-    seed_B, sample_B = np.zeros(rows, np.uint32), np.zeros(rows, np.uint32)
-    for b, (p, s) in enumerate(jobs):
-      prompt_BP[b, P - len(prompts[p]) :] = prompts[p]
-      length_B[b], seed_B[b], sample_B[b] = len(prompts[p]), seeds[p], s
-    key_B = sample_keys(seed_B, sample_B)
+    `seeds` holds one seed a prompt.
+    """
+    assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
+    jobs = [_Job(p, s, prompts[p], seeds[p]) for p in range(len(prompts)) for s in range(n)]
+    for first in range(0, len(jobs), self.rows):
+      yield from self._wave(params, jobs[first : first + self.rows], sampling)
+
+  def _wave(self, params, jobs: list[_Job], sampling: Sampling) -> Iterator[Completion]:
+    """Yields the completions of jobs that are decoded together, one a row."""
+    prompt_BT, length_B, key_B = self._inputs(jobs)
     state = prefill(
-      params, prompt_BP, length_B, config=self.config, max_new_tokens=sampling.max_new_tokens
+      params, prompt_BT, length_B, config=self.config, max_new_tokens=sampling.max_new_tokens
     )
+    rows = len(prompt_BT)
     if len(jobs) < rows:
       state = state._replace(done_B=np.arange(rows) >= len(jobs))
     waiting = set(range(len(jobs)))
@@ -195,12 +221,38 @@ class LocalEngine:
       )
       for b in sorted(waiting):
         if done_B[b] or t >= sampling.max_new_tokens:
-          stops = np.flatnonzero(np.isin(tokens_BR[b, :t], sampling.stop_tokens))
-          length = int(stops[0]) + 1 if len(stops) else int(t)
           waiting.remove(b)
-          yield Completion(
-            *jobs[b],
-            tokens_BR[b, :length].tolist(),
-            logp_BR[b, :length].tolist(),
-            "stop" if len(stops) else "length",
-          )
+          yield _completion(jobs[b], tokens_BR[b, :t], logp_BR[b, :t], sampling.stop_tokens)
+
+  def _inputs(self, jobs: list[_Job]) -> tuple[np.ndarray, np.ndarray, jax.Array]:
+    """Returns (prompt_BT padded on the left, length_B, key_B), in bucketed shapes.
+
+    Rows beyond the jobs read one padding token and are thrown away.
+    """
+    T = _round_up(max(len(job.prompt) for job in jobs), self.prompt_multiple)
+    rows = min(self.rows, _round_up(_next_power_of_two(len(jobs)), self.row_multiple))
+    prompt_BT = np.full((rows, T), self.pad_token, np.int32)
+    length_B = np.ones(rows, np.int32)
+    seed_B = np.zeros(rows, np.uint32)
+    sample_B = np.zeros(rows, np.uint32)
+    for b, job in enumerate(jobs):
+      prompt_BT[b, T - len(job.prompt) :] = job.prompt
+      length_B[b] = len(job.prompt)
+      seed_B[b] = job.seed
+      sample_B[b] = job.sample_index
+    return prompt_BT, length_B, sample_keys(seed_B, sample_B)
+
+
+def _completion(
+  job: _Job, tokens_R: np.ndarray, logp_R: np.ndarray, stop_tokens: tuple[int, ...]
+) -> Completion:
+  """Cuts a row after its first stop token."""
+  stops = np.flatnonzero(np.isin(tokens_R, stop_tokens))
+  length = int(stops[0]) + 1 if len(stops) else len(tokens_R)
+  return Completion(
+    job.prompt_index,
+    job.sample_index,
+    tokens_R[:length].tolist(),
+    logp_R[:length].tolist(),
+    "stop" if len(stops) else "length",
+  )
