@@ -1,7 +1,14 @@
-"""The one file that knows the mesh: its axes, and which logical axis of a tensor lies on which of them.
+"""The one file that knows the mesh: its axes, and which axis of a tensor lies on which of them.
 
-Mesh axes: "data" (rows; weights copied), "fsdp" (rows and weights split), "tensor" (heads, feed-forward, vocabulary split).
-Logical axes are the letters of `records`. Errors: ValueError where two dimensions of one tensor would share a mesh axis.
+Mesh axes:
+  data     rows are split, weights are copied
+  fsdp     rows and weights are split
+  tensor   heads, feed-forward and vocabulary are split
+
+Axes of tensors are the letters of `records`. A *constraint* tells the compiler where an
+intermediate array has to lie; where no mesh is set (`jax.set_mesh`) it does nothing.
+
+Errors: ValueError where two dimensions of one tensor would share a mesh axis.
 """
 
 import functools
@@ -11,6 +18,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+AXES = ("data", "fsdp", "tensor")
+
 WEIGHTS = {
   "L": None,
   "D": "fsdp",
@@ -19,8 +28,8 @@ WEIGHTS = {
   "H": None,
   "F": "tensor",
   "V": "tensor",
-  "r": None,
-}  # r: rank of an adapter
+  "r": None,  # rank of an adapter
+}
 ACTIVATIONS = {
   "B": ("data", "fsdp"),
   "T": None,
@@ -34,13 +43,12 @@ ACTIVATIONS = {
   "F": "tensor",
   "V": "tensor",
 }
-
-# a layer's weights while they are used: fsdp holds them in parts only between uses
+# A layer's weights while they are used: fsdp holds them in parts only between uses.
 GATHERED = WEIGHTS | {"D": None}
 
 
 def spec(axes: str, rules: dict) -> PartitionSpec:
-  """spec("DNH", WEIGHTS) -> PartitionSpec("fsdp", "tensor", None)."""
+  """Translates axis letters: spec("DNH", WEIGHTS) is PartitionSpec("fsdp", "tensor", None)."""
   entries = [rules[a] for a in axes]
   used = jax.tree.leaves(entries)
   if len(used) != len(set(used)):
@@ -49,41 +57,43 @@ def spec(axes: str, rules: dict) -> PartitionSpec:
 
 
 def named(mesh: jax.sharding.Mesh, axes, rules: dict = WEIGHTS):
-  """A tree of axis letters -> the same tree of shardings on this mesh."""
+  """Translates a tree of axis letters to the same tree of shardings on this mesh."""
   return jax.tree.map(lambda a: NamedSharding(mesh, spec(a, rules)), axes)
 
 
-AXES = ("data", "fsdp", "tensor")
-
-
 def make_mesh(devices, *, data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-  """One of the sizes may be -1: what the devices leave. Sizes of 1 take one device and leave the others idle. ValueError where they do not multiply
-  to the number of devices."""
+  """Lays the devices out as a mesh; one size may be -1, which stands for what they leave.
+
+  Three sizes of 1 take one device and leave the others idle. ValueError where the sizes do not
+  multiply to the number of devices.
+  """
   if (data, fsdp, tensor) == (1, 1, 1):
     devices = devices[:1]
-  sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
-  open_axes = [name for name, size in sizes.items() if size == -1]
-  known = math.prod(size for size in sizes.values() if size != -1)
-  if len(open_axes) == 1 and known > 0 and len(devices) % known == 0:
-    sizes[open_axes[0]] = len(devices) // known
+  settings = dict(data=data, fsdp=fsdp, tensor=tensor)
+  sizes = dict(settings)
+  open_names = [name for name, size in sizes.items() if size == -1]
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if len(open_names) == 1 and fixed > 0 and len(devices) % fixed == 0:
+    sizes[open_names[0]] = len(devices) // fixed
   if math.prod(sizes.values()) != len(devices) or min(sizes.values()) < 1:
     raise ValueError(
-      f"config.mesh={dict(data=data, fsdp=fsdp, tensor=tensor)} does not multiply to the {len(devices)} devices; one size may be -1"
+      f"config.mesh={settings} does not multiply to the {len(devices)} devices; one size may be -1"
     )
-  shape, types = tuple(sizes.values()), (jax.sharding.AxisType.Auto,) * 3
+  shape = tuple(sizes.values())
+  types = (jax.sharding.AxisType.Auto,) * len(AXES)
   try:
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
-  # the chips' grid has no side of these lengths (8 x 2 on 4 x 4): one side is shared by two axes
   except NotImplementedError:
-    return jax.sharding.Mesh(
-      mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True),
-      AXES,
-      axis_types=types,
-    )
+    # the chips' grid has no side of these lengths (8 x 2 on 4 x 4): two axes share one side
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(grid, AXES, axis_types=types)
 
 
 def split_devices(devices, parts: int) -> list:
-  """The devices in `parts` lists of equal length, neighbours together. ValueError where they do not divide."""
+  """Returns the devices in `parts` lists of equal length, neighbours together.
+
+  ValueError where they do not divide.
+  """
   if parts < 1 or len(devices) % parts:
     raise ValueError(f"config.discover.parallel={parts} must divide the {len(devices)} devices")
   size = len(devices) // parts
@@ -91,44 +101,57 @@ def split_devices(devices, parts: int) -> list:
 
 
 def current_mesh():
-  """The mesh that is set (`jax.set_mesh`) where a program is traced; None without one."""
+  """Returns the mesh that is set (`jax.set_mesh`) where a program is traced; None without one."""
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty else mesh
 
 
 def row_shards(mesh: jax.sharding.Mesh | None) -> int:
-  """Among how many devices rows are split."""
+  """Returns the number of shards that rows are split into."""
   return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def row_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Of an array whose leading axis is rows, or packs."""
+  """Returns the sharding of an array whose leading axis is rows, or packs."""
   return NamedSharding(mesh, PartitionSpec(ACTIVATIONS["B"]))
 
 
 def put_rows(mesh: jax.sharding.Mesh | None, batch):
-  """A host batch, the same on every process, onto the mesh: each process hands over what its own devices hold. Without a mesh, unchanged."""
+  """Puts a host batch, the same on every process, onto the mesh; without one it is unchanged.
+
+  Each process hands over what its own devices hold.
+  """
   if mesh is None:
     return batch
   where = row_sharding(mesh)
-  return jax.tree.map(
-    lambda x: jax.make_array_from_callback(x.shape, where, lambda at: x[at]), batch
-  )
+
+  def put(x):
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+  return jax.tree.map(put, batch)
 
 
 def state_shardings(mesh: jax.sharding.Mesh, state, axes):
-  """Of a state that holds trees like `axes` (parameters, moments, a teacher): those lie like the parameters, the rest on every device."""
-  known = {path: letters for path, letters in jax.tree_util.tree_leaves_with_path(axes)}
+  """Returns the shardings of a state that holds trees like `axes`, such as moments or a teacher.
 
-  def of(path, leaf):
-    letters = next((known[path[i:]] for i in range(len(path)) if path[i:] in known), "")
-    return NamedSharding(mesh, spec(letters if len(letters) == leaf.ndim else "", WEIGHTS))
+  An array of such a tree lies like the parameter at the same path in it. The rest of the state
+  lies whole on every device.
+  """
+  letters_at = dict(jax.tree_util.tree_leaves_with_path(axes))
 
-  return jax.tree_util.tree_map_with_path(of, state)
+  def leaf_sharding(path, leaf):
+    # the longest end of the path that is a path of `axes`
+    tails = (path[i:] for i in range(len(path)))
+    letters = next((letters_at[tail] for tail in tails if tail in letters_at), "")
+    if len(letters) != leaf.ndim:
+      letters = ""
+    return NamedSharding(mesh, spec(letters, WEIGHTS))
+
+  return jax.tree_util.tree_map_with_path(leaf_sharding, state)
 
 
 def constrain(x: jax.Array, axes: str) -> jax.Array:
-  """Places an activation by its letters where a mesh is set (`jax.set_mesh`); without one, x unchanged."""
+  """Constrains an activation to lie as ACTIVATIONS says of its axis letters."""
   assert x.ndim == len(axes), (x.shape, axes)
   if current_mesh() is None:
     return x
@@ -136,32 +159,44 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
 
 
 def constrain_embeddings(x_BTD: jax.Array) -> jax.Array:
-  """Looked-up embeddings where the table's parts are: rows over "data", width over "fsdp". From there to rows, and back for the gradient, is an
-  all-to-all; left to itself the compiler gathers the embeddings of all rows on every device. Without a mesh, x unchanged."""
+  """Constrains embeddings just looked up: rows lie over "data", width over "fsdp".
+
+  That is where the parts of the embedding table are. From there to rows over "data" and
+  "fsdp", and back for the gradient, is an all-to-all. Left to itself the compiler gathers the
+  embeddings of all rows on every device.
+  """
   if current_mesh() is None:
     return x_BTD
   return jax.lax.with_sharding_constraint(x_BTD, PartitionSpec("data", None, WEIGHTS["D"]))
 
 
 def constrain_rows(x: jax.Array, axis: int) -> jax.Array:
-  """The rows (or packs) that stand at `axis` over the mesh's row axes; without a mesh, x unchanged."""
+  """Constrains x to be split along `axis` alone, its rows or packs, over the row shards."""
   if current_mesh() is None:
     return x
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, ACTIVATIONS["B"]))
+  leading = [None] * axis
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*leading, ACTIVATIONS["B"]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather_weight(w: jax.Array, axes: str) -> jax.Array:
-  """One layer's weight, whole along "fsdp" for use; its gradient goes back in parts. Without a mesh, w unchanged."""
+  """Constrains one layer's weight to be whole along "fsdp" while it is used.
+
+  Its gradient is constrained to lie in parts, as the stored weight does.
+  """
   if current_mesh() is None:
     return w
   return jax.lax.with_sharding_constraint(w, spec(axes, GATHERED))
 
 
-def _scatter(axes: str, _, g: jax.Array):
+def _gather_weight_forward(w: jax.Array, axes: str):
+  return gather_weight(w, axes), None
+
+
+def _gather_weight_backward(axes: str, _, grad: jax.Array):
   if current_mesh() is None:
-    return (g,)
-  return (jax.lax.with_sharding_constraint(g, spec(axes, WEIGHTS)),)
+    return (grad,)
+  return (jax.lax.with_sharding_constraint(grad, spec(axes, WEIGHTS)),)
 
 
-gather_weight.defvjp(lambda w, axes: (gather_weight(w, axes), None), _scatter)
+gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)

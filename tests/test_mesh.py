@@ -1,4 +1,7 @@
-"""Over eight virtual devices: every way to split them gives the loss and the gradient of one device; real runs, one and two processes."""
+"""Over eight virtual devices: every way to split them gives loss and gradient of one device.
+
+Also real runs of one and of two processes.
+"""
 
 import functools
 import itertools
@@ -44,7 +47,11 @@ FAST = [(1, 8, 1), (1, 1, 8), (2, 2, 2)]
 
 
 def gradient(mesh, batch, *, method=BLEND):
-  """(loss, gradient) of the blend (or another row) with a teacher of its own, read back from one SGD step, so long that the rounding of the weights is nothing beside it."""
+  """Returns (loss, gradient) of the blend (or another row) with a teacher of its own.
+
+  They are read back from one SGD step, so long that the rounding of the weights is nothing beside
+  it.
+  """
   config, params = fakes.toy_model(0, **SIZES)
   _, teacher = fakes.toy_model(1, **SIZES)
   objective, tx = make_objective(method), optax.sgd(1024.0)
@@ -53,17 +60,17 @@ def gradient(mesh, batch, *, method=BLEND):
   )
   state = init_state(params, tx)._replace(teacher=teacher)
   if mesh is None:
-    new, said = jax.jit(step)(state, batch)
+    new, measured = jax.jit(step)(state, batch)
   else:
     places = sharding.state_shardings(mesh, state, decoder.axes(config))
     with jax.set_mesh(mesh):
-      new, said = jax.jit(step, out_shardings=(places, None))(
+      new, measured = jax.jit(step, out_shardings=(places, None))(
         jax.device_put(state, places), sharding.put_rows(mesh, batch)
       )
     assert new.params["layers"]["mlp"]["gate"].sharding.spec == sharding.spec(
       "LDF", sharding.WEIGHTS
     )
-  return float(said["train/loss"].mean), jax.tree.map(
+  return float(measured["train/loss"].mean), jax.tree.map(
     lambda a, b: (np.asarray(a) - np.asarray(b)) / 1024.0, params, new.params
   )
 
@@ -75,7 +82,8 @@ def on_one_device():
 
 def assert_same(got, want):
   assert got[0] == pytest.approx(want[0], rel=1e-5)
-  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got[1]), jax.tree.leaves(want[1])):
+  got_leaves = jax.tree_util.tree_leaves_with_path(got[1])
+  for (path, x), y in zip(got_leaves, jax.tree.leaves(want[1]), strict=True):
     assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y), jax.tree_util.keystr(path)
 
 
@@ -85,7 +93,7 @@ def assert_same(got, want):
 )
 def test_every_mesh_gives_the_gradient_of_one_device(shape):
   """Texts packed together, one pack a row shard; on one device each text has a row of its own."""
-  mesh = sharding.make_mesh(jax.devices(), **dict(zip(sharding.AXES, shape)))
+  mesh = sharding.make_mesh(jax.devices(), **dict(zip(sharding.AXES, shape, strict=True)))
   batch = fakes.toy_batch(
     rows=16, vocab=296, length=26, teacher_length=34, packs=sharding.row_shards(mesh)
   )
@@ -101,11 +109,12 @@ def test_every_mesh_gives_the_gradient_of_one_device(shape):
   ],
 )
 def test_without_a_divergence_every_mesh_gives_the_gradient_of_one_device(name, shape, monkeypatch):
-  """Log-probability and entropy by themselves, the vocabulary in blocks of 128 on the mesh, in one piece on one device."""
-  mesh, method = (
-    sharding.make_mesh(jax.devices(), **dict(zip(sharding.AXES, shape))),
-    build.method_row(name),
-  )
+  """Log-probability and entropy by themselves.
+
+  The vocabulary is in blocks of 128 on the mesh, in one piece on one device.
+  """
+  mesh = sharding.make_mesh(jax.devices(), **dict(zip(sharding.AXES, shape, strict=True)))
+  method = build.method_row(name)
   want = gradient(None, fakes.toy_batch(rows=16, vocab=296), method=method)
   monkeypatch.setattr(token_logp, "BLOCK_BYTES", 1)
   assert_same(
@@ -129,16 +138,18 @@ def test_micro_batches_on_a_mesh_give_the_gradient_of_one_device():
   )
 
 
-def compiled_parts(mesh, config, batch, remat):
-  """Compiled, each with the divergence behind it: (gradient of the live-teacher pair, of the student against given teacher states, teacher forward)."""
+def compiled_passes(mesh, config, batch, remat):
+  """Returns compiled programs, the first two with the divergence behind them.
+
+  They are the gradient of the live-teacher pair, that of the policy against given teacher states,
+  and the teacher's forward pass.
+  """
   where = sharding.named(mesh, decoder.axes(config))
   place = lambda tree, places: jax.tree.map(
     lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places
   )
-  params, rows = (
-    place(decoder.shapes(config), where),
-    place(batch, jax.tree.map(lambda _: sharding.row_sharding(mesh), batch)),
-  )
+  params = place(decoder.shapes(config), where)
+  rows = place(batch, jax.tree.map(lambda _: sharding.row_sharding(mesh), batch))
   one = lambda p, half: run_rows(
     lambda x: [
       decoder.hidden(p, config, x[0], positions_BT=x[1], segment_ids_BT=x[2], remat=remat)
@@ -150,7 +161,7 @@ def compiled_parts(mesh, config, batch, remat):
   )
   pair = lambda p, batch: divergence(forward_pair(p, None, config, batch, remat=remat), batch)
 
-  def student(p, batch, teacher_XD):
+  def policy(p, batch, teacher_XD):
     head = decoder.head(p, config)
     return divergence((one(p, batch.student), head, teacher_XD, jax.lax.stop_gradient(head)), batch)
 
@@ -161,17 +172,21 @@ def compiled_parts(mesh, config, batch, remat):
     compile_one = lambda f, *args: jax.jit(f).lower(*args).compile()
     return (
       compile_one(jax.value_and_grad(pair), params, rows),
-      compile_one(jax.value_and_grad(student), params, rows, teacher_XD),
+      compile_one(jax.value_and_grad(policy), params, rows, teacher_XD),
       compile_one(lambda p, batch: one(p, batch.teacher), params, rows),
     )
 
 
 def collectives(text):
-  """[(kind, type, shape without axes of 1)] of every array that comes out of a collective, pieces of one (an all-to-all's tuple) counted as one; groups of one device move nothing."""
-  found = []
+  """Returns [(kind, type, shape without axes of 1)] of every array that a collective returns.
+
+  Pieces of one (an all-to-all's tuple) count as one; groups of one device move nothing.
+  """
+  moved = []
   for line in text.splitlines():
     op = re.match(
-      r"\s*(?:ROOT )?%?\S+ = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast)(?:-start)?\(",
+      r"\s*(?:ROOT )?%?\S+ = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|"
+      r"ragged-all-to-all|collective-permute|collective-broadcast)(?:-start)?\(",
       line,
     )
     if op is None or op[2] != "collective-permute" and hlo._group_size(line) == 1:
@@ -181,45 +196,55 @@ def collectives(text):
       for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", op[1])
     ]
     assert arrays, line
-    found += [(*arrays[0][:2], (len(arrays), *arrays[0][2]))] if op[2] == "all-to-all" else arrays
-  assert found
-  return found
+    if op[2] == "all-to-all":
+      arrays = [(*arrays[0][:2], (len(arrays), *arrays[0][2]))]
+    moved += arrays
+  assert moved
+  return moved
 
 
-def parts_of_weights(config, mesh):
-  """Shapes, without axes of 1, of the weights of a layer and around the layers: whole or split over mesh axes, neighbouring axes joined or not, in either order."""
+def weight_shapes(config, mesh):
+  """Returns shapes, without axes of 1, of the weights of a layer and around the layers.
+
+  They are whole or split over mesh axes, neighbouring axes joined or not, in either order.
+  """
   joined = lambda shape: (
     {shape}
     if len(shape) < 2
     else {shape[:1] + rest for rest in joined(shape[1:])}
     | joined((shape[0] * shape[1], *shape[2:]))
   )
-  found = set()
+  shapes = set()
   for w, letters in zip(
-    jax.tree.leaves(decoder.shapes(config)), jax.tree.leaves(decoder.axes(config))
+    jax.tree.leaves(decoder.shapes(config)), jax.tree.leaves(decoder.axes(config)), strict=True
   ):
     splits = [
       {1, mesh.shape[axis] if axis else 1} for axis in sharding.spec(letters, sharding.WEIGHTS)
     ]
-    for parts in itertools.product(*splits):
-      shape = tuple(n // k for n, k, letter in zip(w.shape, parts, letters) if letter != "L")
-      found |= joined(shape) | joined(shape[::-1])
-  return {tuple(n for n in shape if n != 1) for shape in found}
+    for split in itertools.product(*splits):
+      axes = zip(w.shape, split, letters, strict=True)
+      shape = tuple(n // k for n, k, letter in axes if letter != "L")
+      shapes |= joined(shape) | joined(shape[::-1])
+  return {tuple(n for n in shape if n != 1) for shape in shapes}
 
 
 def test_a_live_teacher_costs_its_forward_pass_and_no_collective_more():
-  """From the compiled programs of eight devices: operations at most 1.03 times those of the parts (without rematerialisation, each counts its scan's body
-  once), weights gathered as often as for the student alone, and what is gathered is a weight: never hidden states, over whatever axis."""
+  """Compares compiled programs of eight devices.
+
+  The pair takes at most 1.03 times the operations of its two halves. (That is without
+  rematerialisation; each program counts its scan's body once.) Weights are gathered as often as for
+  the policy alone. What is gathered is a weight: never hidden states, over whatever axis.
+  """
   mesh = sharding.make_mesh(jax.devices(), data=2, fsdp=4, tensor=1)
   config = fakes.toy_config(**SIZES)
   batch = fakes.toy_batch(rows=32, vocab=296, length=40, teacher_length=40, packs=8)
-  pair, student, teacher = compiled_parts(mesh, config, batch, "none")
+  pair, policy, teacher = compiled_passes(mesh, config, batch, "none")
   operations = lambda compiled: compiled.cost_analysis()["flops"]
-  assert operations(pair) <= 1.03 * (operations(student) + operations(teacher)), [
-    operations(x) for x in (pair, student, teacher)
+  assert operations(pair) <= 1.03 * (operations(policy) + operations(teacher)), [
+    operations(x) for x in (pair, policy, teacher)
   ]
-  pair, student, _ = compiled_parts(mesh, config, batch, "block")
-  texts = pair.as_text(), student.as_text()
+  pair, policy, _ = compiled_passes(mesh, config, batch, "block")
+  texts = pair.as_text(), policy.as_text()
   split = sum("D" in axes for axes in jax.tree.leaves(decoder.axes(config)["layers"]))
   in_layers = [len(re.findall(r" all-gather(?:-start)?\(.*while/body", text)) for text in texts]
   assert in_layers == [2 * split] * 2  # forward, and again for the backward pass
@@ -233,7 +258,7 @@ def test_a_live_teacher_costs_its_forward_pass_and_no_collective_more():
     for text in texts
   ]
   assert wide[0] == wide[1], wide
-  gathered, weights = set(wide[0]), parts_of_weights(config, mesh)
+  gathered, weights = set(wide[0]), weight_shapes(config, mesh)
   assert gathered <= weights, gathered - weights
 
 
@@ -263,14 +288,18 @@ def compiled_step(mesh, config, method, batch, **settings):
   "method,settings", [("sdpo", dict(teacher_move=0.05)), ("grpo", {})], ids=("sdpo", "grpo")
 )
 def test_no_activation_is_gathered_over_the_rows(method, settings):
-  """Rows split eight ways, weights copied: each array that comes out of a collective, whatever its kind and type, is shaped like a weight (its gradient) or has no more
-  elements than a device has tokens. Its hidden states have more, even those of a micro-batch's response tokens alone."""
+  """Rows are split eight ways, weights copied.
+
+  Each array that comes out of a collective, whatever its kind and type, is shaped like a weight
+  (its gradient), or it has no more elements than a device has tokens. Hidden states of a device
+  have more, even those of a micro-batch's response tokens alone.
+  """
   mesh = sharding.make_mesh(jax.devices(), data=8, fsdp=1, tensor=1)
   config = fakes.toy_config(**SIZES)
   batch = fakes.toy_batch(rows=32, vocab=296, length=40, teacher_length=40, packs=16)
   tokens = batch.student.token_CPT.size // 8
   assert batch.student.at_CX.size // 2 // 8 * config.width > tokens
-  weights = parts_of_weights(config, mesh)
+  weights = weight_shapes(config, mesh)
   moved = collectives(compiled_step(mesh, config, method, batch, **settings))
   assert not [m for m in moved if math.prod(m[2]) > tokens and m[2] not in weights]
 
@@ -287,11 +316,14 @@ LARGE = SIZES | dict(vocab=8192)
   ],
 )
 def test_no_logits_cross_devices(method, shape, monkeypatch):
-  """With a vocabulary in blocks, forward and backward, of methods that read log-probability or entropy without a divergence: what comes out of a collective is a
-  weight, or no larger than a device's hidden states, than which the logits of one token, even of one shard of the vocabulary, are larger."""
+  """Methods that read log-probability or entropy without a divergence, a vocabulary in blocks.
+
+  What comes out of a collective, forward and backward, is a weight, or no larger than a device's
+  hidden states. The logits of one token are larger, even of one shard of the vocabulary.
+  """
   # the logits of five tokens: no part of a weight has such an axis
   monkeypatch.setattr(token_logp, "BLOCK_BYTES", 4 * 8192 * 5)
-  mesh = sharding.make_mesh(jax.devices(), **dict(zip(sharding.AXES, shape)))
+  mesh = sharding.make_mesh(jax.devices(), **dict(zip(sharding.AXES, shape, strict=True)))
   config = fakes.toy_config(**LARGE)
   batch = fakes.toy_batch(rows=16, vocab=8192, length=40, teacher_length=40, packs=8)
   hidden = (
@@ -300,7 +332,7 @@ def test_no_logits_cross_devices(method, shape, monkeypatch):
     * config.width
   )
   assert hidden < config.vocab // mesh.shape["tensor"]
-  weights = parts_of_weights(config, mesh)
+  weights = weight_shapes(config, mesh)
   moved = collectives(compiled_step(mesh, config, method, batch))
   assert not [m for m in moved if math.prod(m[2]) > hidden and m[2] not in weights]
 
@@ -362,7 +394,10 @@ def start(workdir, devices, *extra):
 
 @pytest.mark.slow
 def test_two_processes_over_loopback_equal_one(tmp_path):
-  """Two steps on four devices: of one process, and of two that hold two each. Same metrics, written once."""
+  """Two steps on four devices, of one process, and of two that hold two each.
+
+  The metrics are the same, written once.
+  """
   whole = start(tmp_path / "one", 4)
   _, err = whole.communicate(timeout=900)
   assert whole.returncode == 0, err
@@ -380,7 +415,7 @@ def test_two_processes_over_loopback_equal_one(tmp_path):
     for name in ("one", "two")
   )
   assert [line["step"] for line in one] == [line["step"] for line in two] == [0, 1, 2]
-  for a, b in zip(one, two):
+  for a, b in zip(one, two, strict=True):
     assert a.keys() == b.keys()
     for key in a:
       assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
