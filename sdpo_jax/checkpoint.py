@@ -1,18 +1,26 @@
-"""Save and restore everything a run needs to go on: device state and host state, as one.
+"""Saves and restores everything a run needs to go on: device state and host state, as one.
 
-A checkpoint is WORKDIR/checkpoints/STEP, written by Orbax: `state` is a pytree of arrays (a TrainState: parameters, optimiser, teacher,
-controller), `host` is JSON: what the caller passed (data position, counters, random states; bytes allowed) and `leaves`, the path, type and shape
-of every array, so that a person can read what is inside. It has its name only while complete: a save or a deletion that was killed leaves a
-directory of another name, which no reader takes for a checkpoint and the next save removes.
+A checkpoint is WORKDIR/checkpoints/STEP, written by Orbax:
+  state   a pytree of arrays: a TrainState (parameters, optimizer, teacher, controller)
+  host    JSON: what the caller passed (data position, counters, random states; bytes allowed),
+          and `leaves`, the path, type and shape of every array, for a person to read
 
-Saving is synchronous: when `save` returns the state may be donated and the step counts as saved. Every process calls `save` and `restore` (Orbax
-waits for all of them); the host part is process 0's, so it must be the same on all or be derived from the step. Arrays come back bit for bit, on the
-shardings of the `like` that is passed, which may differ from those they were saved with. A power cut, unlike a kill, may lose what the
-operating system had not yet written.
+It has its name only while complete. A save or a deletion that was killed leaves a directory of
+another name, which no reader takes for a checkpoint and the next save removes.
 
-Errors: FileNotFoundError naming the directory and the steps it holds; ValueError where the stored arrays are not those asked for
-(Orbax itself would convert a type silently); OSError with the system's number where the disk does not take what is saved: the
-checkpoints that were there stay whole.
+Saving is synchronous: when `save` returns, the state may be donated and the step counts as
+saved. A power cut, unlike a kill, may lose what the operating system had not yet written.
+
+Every process calls `save` and `restore`, and Orbax waits for all of them. The host part is
+process 0's, so it must be the same on all or be derived from the step. Arrays come back bit for
+bit, on the shardings of the `like` that is passed. These may differ from those they were saved
+with.
+
+Errors:
+  FileNotFoundError   names the directory and the steps it holds
+  ValueError          the stored arrays are not those asked for; Orbax would convert a type silently
+  OSError             the disk does not take what is saved, with the system's number; the
+                      checkpoints that were there stay whole
 """
 
 import base64
@@ -30,112 +38,122 @@ from orbax.checkpoint import checkpoint_managers
 
 
 def latest_step(workdir) -> int | None:
-  """The newest complete checkpoint, or None."""
+  """Returns the step of the newest complete checkpoint, or None."""
   return max(all_steps(workdir), default=None)
 
 
 def all_steps(workdir) -> list[int]:
-  """Steps of the complete checkpoints, ascending. Waits for no other process, unlike Orbax's manager: one may ask alone, after a failure."""
+  """Returns the steps of the complete checkpoints, ascending.
+
+  Unlike Orbax's manager it waits for no other process: one may ask alone, after a failure.
+  """
   directory = _directory(workdir)
-  return (
-    sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
-    if directory.is_dir()
-    else []
-  )
+  if not directory.is_dir():
+    return []
+  return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
 
 def save(workdir, step: int, state, host: dict, *, keep: int = 2):
-  """Write checkpoint `step`, which must not exist, and delete all but the last `keep`."""
+  """Writes checkpoint `step`, which must not exist, and deletes all but the last `keep`."""
   options = dict(
     preservation_policy=checkpoint_managers.LatestN(keep),
     todelete_subdir="deleted",
     cleanup_tmp_directories=True,
   )
+  host_json = {"host": _to_json(host), "leaves": _leaves(state)}
+  arguments = ocp.args.Composite(
+    state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave(host_json)
+  )
   with _system_errors(_directory(workdir) / str(step)), _manager(workdir, **options) as manager:
-    manager.save(
-      int(step),
-      force=True,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state),
-        host=ocp.args.JsonSave({"host": _to_json(host), "leaves": _leaves(state)}),
-      ),
-    )
-  # moved away whole first: a deletion that was killed must not leave half a checkpoint under its
-  # name
+    manager.save(int(step), force=True, args=arguments)
+  # An old checkpoint is first moved whole to "deleted": a deletion that was killed must not leave
+  # half a checkpoint under its name.
   if jax.process_index() == 0:
     shutil.rmtree(_directory(workdir) / "deleted", ignore_errors=True)
 
 
 def tell_failures_once():
-  """For entry points: of a save that fails nothing is printed but what its caller makes of the error. Holds for the process.
+  """Leaves the report of a failed save to its caller: nothing else of it is printed.
 
-  Orbax's threads log the error with its traceback before they raise it. Its other writes, whose result nobody waits for then, either fail
-  too, which asyncio logs when it drops them, or outlive their event loop, which TensorStore prints.
+  Entry points call it; it holds for the process. Orbax's threads log the error with its traceback
+  before they raise it. Nobody waits for the result of its other writes then. They fail too, which
+  asyncio logs when it drops them, or outlive their event loop, which TensorStore prints.
   """
-  from_orbax = lambda record: (
-    record.exc_info and record.pathname.endswith("orbax/checkpoint/_src/futures/future.py")
-  )
-  logging.getLogger("absl").addFilter(lambda record: not from_orbax(record))
-  logging.getLogger("asyncio").addFilter(
-    lambda record: not (record.exc_info and "orbax/checkpoint" in record.getMessage())
-  )
-  told = sys.unraisablehook
-  sys.unraisablehook = lambda error: (
-    None if str(error.exc_value) == "Event loop is closed" else told(error)
-  )
+
+  def is_not_from_orbax(record):
+    path = "orbax/checkpoint/_src/futures/future.py"
+    return not (record.exc_info and record.pathname.endswith(path))
+
+  def is_not_about_orbax(record):
+    return not (record.exc_info and "orbax/checkpoint" in record.getMessage())
+
+  default_hook = sys.unraisablehook
+
+  def hook(error):
+    if str(error.exc_value) != "Event loop is closed":
+      default_hook(error)
+
+  logging.getLogger("absl").addFilter(is_not_from_orbax)
+  logging.getLogger("asyncio").addFilter(is_not_about_orbax)
+  sys.unraisablehook = hook
 
 
 def restore(workdir, like_state, step: int | None = None):
-  """(state, host) of checkpoint `step`, by default the newest. like_state: the same tree of arrays or ShapeDtypeStructs with shardings."""
+  """Returns (state, host) of checkpoint `step`, by default the newest.
+
+  `like_state` is the same tree of arrays, or of ShapeDtypeStructs with shardings.
+  """
   return _restore(workdir, like_state, step, _leaves(like_state), under="")
 
 
 def restore_params(workdir, like_params, step: int | None = None):
-  """The policy's parameters alone: neither the optimiser nor the teacher is read."""
-  state, _ = _restore(
-    workdir,
-    {"params": like_params},
-    step,
-    {".params" + path: kind for path, kind in _leaves(like_params).items()},
-    under=".params",
-  )
+  """Returns the policy's parameters alone: neither the optimizer nor the teacher is read."""
+  leaves = {".params" + path: kind for path, kind in _leaves(like_params).items()}
+  state, _ = _restore(workdir, {"params": like_params}, step, leaves, under=".params")
   return state["params"]
 
 
-def _restore(workdir, like, step, wanted, under):
-  """Arrays of `like`, whose paths in the saved state are `wanted`'s keys: all that lie under that path."""
+def _restore(workdir, like, step: int | None, leaves: dict[str, str], under: str):
+  """Returns (arrays like `like`, host) of a checkpoint.
+
+  `leaves` describes all arrays of the saved state whose path begins with `under`. ValueError where
+  the checkpoint holds others there.
+  """
   step = _existing(workdir, step)
   with _manager(workdir, create=False) as manager:
-    text = manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore())).host
-    stored = {path: kind for path, kind in text["leaves"].items() if path.startswith(under)}
-    unlike = sorted(
-      path for path in wanted.keys() | stored.keys() if wanted.get(path) != stored.get(path)
-    )
-    if unlike:
-      shown = "; ".join(
-        f"{path}: stored {stored.get(path, 'nothing')}, wanted {wanted.get(path, 'nothing')}"
-        for path in unlike[:3]
-      )
-      raise ValueError(
-        f"checkpoint {manager.directory / str(step)} holds another state ({len(unlike)} arrays differ): {shown}"
-      )
+    host_json = manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore())).host
+    stored = {path: kind for path, kind in host_json["leaves"].items() if path.startswith(under)}
+    _check_leaves(manager.directory / str(step), stored, leaves)
     arguments = ocp.args.PyTreeRestore(
       like,
       restore_args=ocp.checkpoint_utils.construct_restore_args(like),
       partial_restore=bool(under),
     )
-    return manager.restore(step, args=ocp.args.Composite(state=arguments)).state, _from_json(
-      text["host"]
+    state = manager.restore(step, args=ocp.args.Composite(state=arguments)).state
+    return state, _from_json(host_json["host"])
+
+
+def _check_leaves(checkpoint: pathlib.Path, stored: dict[str, str], wanted: dict[str, str]) -> None:
+  """Raises ValueError, naming the first three, where arrays differ in path, type or shape."""
+  paths = sorted(wanted.keys() | stored.keys())
+  unlike = [path for path in paths if wanted.get(path) != stored.get(path)]
+  if unlike:
+    differences = "; ".join(
+      f"{path}: stored {stored.get(path, 'nothing')}, wanted {wanted.get(path, 'nothing')}"
+      for path in unlike[:3]
+    )
+    raise ValueError(
+      f"checkpoint {checkpoint} holds another state ({len(unlike)} arrays differ): {differences}"
     )
 
 
-def _existing(workdir, step):
+def _existing(workdir, step: int | None) -> int:
+  """Returns the step itself, or the newest for None. FileNotFoundError where it is not there."""
   steps = all_steps(workdir)
   if not steps or step not in (None, *steps):
     missing = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-    raise FileNotFoundError(
-      f"{missing} in {_directory(workdir)}; it holds " + (f"steps {steps}" if steps else "none")
-    )
+    held = f"steps {steps}" if steps else "none"
+    raise FileNotFoundError(f"{missing} in {_directory(workdir)}; it holds {held}")
   return steps[-1] if step is None else int(step)
 
 
@@ -144,17 +162,16 @@ def _directory(workdir):
 
 
 def _manager(workdir, **options):
-  return contextlib.closing(
-    ocp.CheckpointManager(
-      _directory(workdir),
-      options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options),
-    )
-  )
+  options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
+  return contextlib.closing(ocp.CheckpointManager(_directory(workdir), options=options))
 
 
 @contextlib.contextmanager
 def _system_errors(path):
-  """An error of the system as an OSError: TensorStore raises ValueError and tells the number in the text alone."""
+  """Raises an error of the system as an OSError.
+
+  TensorStore raises ValueError for it, with the system's number in the text alone.
+  """
   try:
     yield
   except ValueError as error:
@@ -164,7 +181,8 @@ def _system_errors(path):
     raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
-def _leaves(tree):
+def _leaves(tree) -> dict[str, str]:
+  """Returns path -> type and shape of every array; both are part of the file format."""
   return {
     jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -172,19 +190,22 @@ def _leaves(tree):
 
 
 def _to_json(value):
-  """JSON has no bytes: they become {"__bytes__": base64}."""
+  """Replaces bytes, which JSON has none of, by {"__bytes__": base64}."""
   if isinstance(value, dict):
     return {key: _to_json(item) for key, item in value.items()}
   if isinstance(value, (list, tuple)):
     return [_to_json(item) for item in value]
-  return {"__bytes__": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
+  if isinstance(value, bytes):
+    return {"__bytes__": base64.b64encode(value).decode()}
+  return value
 
 
 def _from_json(value):
+  """Undoes `_to_json`; tuples come back as lists."""
   if isinstance(value, dict):
-    return (
-      base64.b64decode(value["__bytes__"])
-      if value.keys() == {"__bytes__"}
-      else {key: _from_json(item) for key, item in value.items()}
-    )
-  return [_from_json(item) for item in value] if isinstance(value, list) else value
+    if value.keys() == {"__bytes__"}:
+      return base64.b64decode(value["__bytes__"])
+    return {key: _from_json(item) for key, item in value.items()}
+  if isinstance(value, list):
+    return [_from_json(item) for item in value]
+  return value

@@ -48,7 +48,7 @@ def make_state(seed=0, width=4, teacher=True):
 
 def assert_same(a, b):
   assert jax.tree.structure(a) == jax.tree.structure(b)
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
@@ -147,7 +147,8 @@ def test_another_state_is_refused(tmp_path):
   checkpoint.save(tmp_path, 1, make_state(), {})
   with pytest.raises(
     ValueError,
-    match=r"2 arrays differ\): \.teacher\['embed'\]\['table'\]: stored bfloat16\[8, 4\], wanted nothing",
+    match=r"2 arrays differ\): \.teacher\['embed'\]\['table'\]: "
+    r"stored bfloat16\[8, 4\], wanted nothing",
   ):
     checkpoint.restore(tmp_path, make_state(teacher=False))
   # no silent conversion
@@ -193,10 +194,13 @@ gc.collect()
 
 
 def test_writes_that_fail_unseen_print_nothing_and_other_libraries_still_do():
-  """What a full disk leaves behind when several of Orbax's writes fail; which of them asyncio drops is chance, so here it is made."""
-  said = {}
+  """What a full disk leaves behind when several of Orbax's writes fail.
+
+  Which of them asyncio drops is chance, so here one is made to fail.
+  """
+  printed = {}
   for how in ("as it is", "once"):
-    said[how] = subprocess.run(
+    printed[how] = subprocess.run(
       [sys.executable, "-c", DROPPED, how],
       capture_output=True,
       text=True,
@@ -204,12 +208,10 @@ def test_writes_that_fail_unseen_print_nothing_and_other_libraries_still_do():
       cwd=pathlib.Path(__file__).parent.parent,
       env=os.environ | {"JAX_PLATFORMS": "cpu"},
     ).stderr
-  assert "async_serialize_from_host" in said["as it is"]  # or this shows nothing
-  assert (
-    "orbax" not in said["once"]
-    and said["once"].count("Traceback") == 1
-    and "of another library" in said["once"]
-  )
+  assert "async_serialize_from_host" in printed["as it is"]  # or this shows nothing
+  assert "orbax" not in printed["once"]
+  assert printed["once"].count("Traceback") == 1
+  assert "of another library" in printed["once"]
 
 
 def test_a_save_of_a_million_parameters_is_quick(tmp_path):
@@ -232,14 +234,15 @@ import jax.numpy as jnp
 from sdpo_jax import checkpoint
 workdir, first = sys.argv[1], int(sys.argv[2])
 for step in range(first, first + 10_000):
-  state = {"step": jnp.int32(step), "params": {f"w{i}": jnp.full((20_000,), step, jnp.float32) for i in range(8)}}
+  params = {f"w{i}": jnp.full((20_000,), step, jnp.float32) for i in range(8)}
+  state = {"step": jnp.int32(step), "params": params}
   checkpoint.save(workdir, step, state, {"step": step})
   print(step, flush=True)
 """
 
 
 def kill_while_saving(workdir, delay_s):
-  """Save step after step in another process and kill it; returns the last step it reported as saved."""
+  """Saves step after step in another process and kills it; returns the last step it reported."""
   first = (checkpoint.latest_step(workdir) or 0) + 1
   process = subprocess.Popen(
     [sys.executable, "-c", SAVER, str(workdir), str(first)],
