@@ -1,11 +1,17 @@
-"""Package and extras. Lower bounds are versions that the test suite was run with; what it compiles for GPUs needs jax 0.11 (Python 3.12)."""
+"""The package and its extras.
+
+Lower bounds are versions that the test suite was run with. What it compiles for GPUs needs jax 0.11
+(Python 3.12).
+"""
 
 from setuptools import find_packages, setup
 
 setup(
   name="sdpo_jax",
   version="0.1.0",
-  description="Self-distillation policy optimization in JAX: language models that learn from rich feedback",
+  description=(
+    "Self-distillation policy optimization in JAX: language models that learn from rich feedback"
+  ),
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["sdpo_jax", "sdpo_jax.*"]),
@@ -48,8 +54,5 @@ setup(
       "ruff==0.17.6",
     ],
     "hub": ["datasets", "huggingface_hub"],
-    "wandb": ["wandb"],
-    "agents": ["ray"],
-    "fast": ["tokamax"],
   },
 )
