@@ -35,8 +35,8 @@ Result: tinycode, 20 held-out questions (base pass@64 on average 0.019) x 5 seed
         [2.6, 13.4] for best_of_k. sdpo reaches these 8.0 % with 40 [23, 49] attempts instead of
         256, and with 495 [316, 657] generated tokens instead of 3,481 (2,289 [1,414, 3,222] with
         those that the teacher read). Its discovery@85 is 21.0 points [10.2, 32.9] above
-        best_of_k's discovery@256. Every run: configs/experiments/results/discover. One seed of
-        words, one base model.
+        best_of_k's discovery@256. Every run: results/discover. One seed of words, one base
+        model.
 """
 
 import pathlib

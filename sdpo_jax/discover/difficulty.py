@@ -1,8 +1,9 @@
 """Measures how seldom the base model solves a question, and chooses the hard ones.
 
-The measure is pass@64 under the base model. Where the environment lists the solutions of a task it
-is 1 - (1 - p)^64, with p the model's probability of writing one of them, which no luck enters.
-Elsewhere the base model attempts the question, with seeds of their own, which count for no arm.
+The measure is pass@64 under the base model. Where the environment can list the solutions of a task
+(TinyCode), it is 1 - (1 - p)^64, with p the model's probability of writing one of them: no luck
+enters. Elsewhere the base model attempts each candidate config.discover.calibration times. These
+attempts have seeds of their own, and count for no arm.
 
 Each candidate is one line of difficulty.jsonl. A resumed session reads those lines and measures
 only what is missing.
@@ -97,7 +98,7 @@ def choose_hard(candidates: list[Task], d, workdir: pathlib.Path, measure: Calla
   """Returns the first `d.questions` candidates that measure(task) declares hard enough.
 
   d: config.discover. measure(task) -> the task's line of difficulty.jsonl.
-  SettingError if none is hard enough.
+  Raises SettingError if none is hard enough.
   """
   path = workdir / "difficulty.jsonl"
   measured = {line["task_id"]: line for line in read_lines(path)}

@@ -12,9 +12,9 @@ An attempt that the environment could not judge is no attempt: it enters no coun
 and the run goes on.
 
 Determinism: a run is a pure function of (weights, settings, question, seed), as long as every
-attempt is judged. It starts from the base weights, so nothing leaks between questions. The result
-does not depend on the order of the runs, on what shares a batch, or on the part of the devices.
-It does depend, by rounding, on the shape of the mesh.
+attempt is judged. It starts from the base weights (but for warm starts), so nothing leaks between
+questions. The result does not depend on the order of the runs, on what shares a batch, or on the
+part of the devices. It does depend, by rounding, on the shape of the mesh.
 
 Several questions at a time (config.discover.parallel): the devices are cut into that many equal
 parts, and config.mesh describes one of them. Whether the weights fit is the user's to know. A
@@ -74,8 +74,8 @@ def discover(c, workdir: str) -> dict[str, Any]:
   with blame_settings():
     check(c)
     first_devices, *other_devices = sharding.split_devices(jax.devices(), c.discover.parallel)
-    begun_by = ("attempts", "discover.jsonl", "difficulty.jsonl")
-    begun = any((workdir / name).exists() for name in begun_by)
+    written_first = ("attempts", "discover.jsonl", "difficulty.jsonl")
+    begun = any((workdir / name).exists() for name in written_first)
     check_same_run(workdir, c, begun=begun)
   summary_path = workdir / "discover.json"
   if summary_path.exists():  # written last
@@ -91,7 +91,7 @@ def discover(c, workdir: str) -> dict[str, Any]:
 
 
 def check(c) -> None:
-  """ValueError for settings that this mode cannot run with."""
+  """Raises ValueError for settings that this mode cannot run with."""
   d = c.discover
   _check_choices(d)
   for arm in LEARNING:
@@ -154,7 +154,7 @@ def _check_learning(c, arm: str) -> None:
 def choose_tasks(c, solver: Solver, workdir: pathlib.Path) -> list[Task]:
   """Returns the questions: those of config.discover.indices or the first ones, hard ones if asked.
 
-  SettingError for an index that the split does not have.
+  Raises SettingError for an index that the split does not have.
   """
   env = solver.env
   d = c.discover

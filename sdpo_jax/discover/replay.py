@@ -23,7 +23,7 @@ from sdpo_jax.workdir import read_lines, write_atomically
 class AttemptLog:
   """Holds the batches of one run that are on disk and not yet read again.
 
-  run_key: [arm, task id, seed]. AssertionError if the file belongs to another run.
+  run_key: [arm, task id, seed]. Raises AssertionError if the file belongs to another run.
   """
 
   def __init__(self, path: pathlib.Path, run_key: list):

@@ -89,7 +89,7 @@ def summarise(
   for task_id in dict.fromkeys(line["task_id"] for line in lines):
     row = {"task_id": task_id, "pass@64": difficulty.get(task_id)}
     for arm in arms:
-      row[arm] = _solved([run for run in runs_of(lines, arm) if run["task_id"] == task_id])
+      row[arm] = _solved_counts([run for run in runs_of(lines, arm) if run["task_id"] == task_id])
     summary["questions"].append(row)
   for arm in ("sdpo", "counterfactual"):
     if {arm, "best_of_k"} <= set(arms):
@@ -153,7 +153,7 @@ def _mean(values: list) -> float:
   return float(np.mean(values))
 
 
-def _solved(runs: list[dict]) -> dict[str, Any]:
+def _solved_counts(runs: list[dict]) -> dict[str, Any]:
   first_successes = [run["first_success"] for run in runs]
   return {
     "solved": sum(first is not None for first in first_successes),

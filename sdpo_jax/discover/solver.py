@@ -158,7 +158,7 @@ class Solver:
         run.task,
         budget,
         params=self.session.params,
-        collect=self._logged(run, log, d.rollouts),
+        collect=self._logged_collect(run, log, d.rollouts),
         rollouts=d.rollouts,
         together=self.together,
       )
@@ -167,7 +167,7 @@ class Solver:
         run.task,
         budget,
         params=self.session.params,
-        collect=self._logged(run, log, 1),
+        collect=self._logged_collect(run, log, 1),
         fits=self._fits,
         history=d.history,
       )
@@ -196,7 +196,9 @@ class Solver:
     seeds = [prompt_seed(self.c.seed, *path, task.id, first) for task, first in batches]
     return self.session.collector.collect(weights, tasks, n=n, sampling=self.sampling, seeds=seeds)
 
-  def _logged(self, run: ArmRun, log: AttemptLog, n: int, *, trained: bool = False) -> Callable:
+  def _logged_collect(
+    self, run: ArmRun, log: AttemptLog, n: int, *, trained: bool = False
+  ) -> Callable:
     """Returns collect(params, batches) for this run, which reads what is on disk first.
 
     n: attempts a batch. trained: params are what training moves, and not yet plain weights.
@@ -240,7 +242,7 @@ class Solver:
 
   def _learn(self, run: ArmRun, budget: Budget, log: AttemptLog, start) -> TrainState:
     arm = self.learning_arms[run.arm]
-    collect = self._logged(run, log, self.c.discover.rollouts, trained=True)
+    collect = self._logged_collect(run, log, self.c.discover.rollouts, trained=True)
     return solve_by_learning(
       run.task,
       budget,
