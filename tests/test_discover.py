@@ -334,16 +334,16 @@ def test_attempts_and_tokens_to_reach_the_baseline_by_hand():
 def test_intervals_cover_in_this_very_design():
   """20 questions x 5 seeds, nominal 90 %; very unlike difficulties, seeds nested in questions."""
   rng, trials, budget = np.random.default_rng(0), 400, 256
-  # mean success probability of one attempt, the first like a baseline that finds little; log-
-  # uniform spread over questions
+  # Mean success probability of one attempt, the first like a baseline that finds little. The
+  # spread over questions is log-uniform.
   for rate in (0.0003, 0.002, 0.01):
-    true_Q = lambda: rate * np.exp(rng.uniform(-1.5, 1.5, 20))
     expected = np.mean(
       [np.mean(1 - (1 - rate * np.exp(rng.uniform(-1.5, 1.5, 2000))) ** budget) for _ in range(10)]
     )
     hits = 0
     for trial in range(trials):
-      first_QS = rng.geometric(true_Q()[:, None], (20, 5))
+      true_Q = rate * np.exp(rng.uniform(-1.5, 1.5, 20))
+      first_QS = rng.geometric(true_Q[:, None], (20, 5))
       score_Q = (first_QS <= budget).mean(1)
       interval = stats.mean_interval(score_Q, level=0.9, seed=trial)
       hits += interval.low <= expected <= interval.high
@@ -585,10 +585,9 @@ def test_a_warm_start_begins_where_the_question_before_ended(whole, tmp_path, mo
   )
   # what the first question's run left
   kept = checkpoint.restore_params(tmp_path / "warm" / "sdpo_seed_0", starts[1], step=1)
-  assert starts[0] is None and all(
-    (np.asarray(a) == np.asarray(b)).all()
-    for a, b in zip(*map(jax.tree.leaves, (starts[1], kept)), strict=True)
-  )
+  assert starts[0] is None
+  for begun_with, left_behind in zip(*map(jax.tree.leaves, (starts[1], kept)), strict=True):
+    assert (np.asarray(begun_with) == np.asarray(left_behind)).all()
   cold, warm = (
     {line["task_id"]: line for line in repeatable(workdir) if line["arm"] == "sdpo"}
     for workdir in (whole, tmp_path)

@@ -1,8 +1,8 @@
 """Measures how seldom the base model solves a question, and chooses the hard ones.
 
-The measure is pass@64 under the base model. Where the environment can list the solutions of a task
-(TinyCode), it is 1 - (1 - p)^64, with p the model's probability of writing one of them: no luck
-enters. Elsewhere the base model attempts each candidate config.discover.calibration times. These
+The measure is pass@64 under the base model. It is exact where the environment can list the
+solutions of a task (TinyCode): 1 - (1 - p)^64, with p the model's probability of writing one of
+them. Elsewhere the base model attempts each candidate config.discover.calibration times. These
 attempts have seeds of their own, and count for no arm.
 
 Each candidate is one line of difficulty.jsonl. A resumed session reads those lines and measures

@@ -52,6 +52,7 @@ class LearningArm(NamedTuple):
   shapes: Shapes  # that it is compiled for
 
 
+# Shares of the longest text that there are shapes for.
 HALVINGS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
 
