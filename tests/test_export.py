@@ -1,4 +1,4 @@
-"""Export of a run: transformers loads what it writes, and a wrong argument is one line and exit status 2."""
+"""Export of a run: transformers loads what it writes; a wrong argument is one line and status 2."""
 
 import json
 
@@ -18,14 +18,17 @@ from sdpo_jax.model import decoder, hf_weights
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A work directory of the tiny model with checkpoints 2 and 4, the latter's weights 1.5 times the base model's."""
+  """Makes a work directory of the tiny model with checkpoints 2 and 4.
+
+  Their weights are 1.25 and 1.5 times the base model's.
+  """
   workdir = tmp_path_factory.mktemp("run")
   (workdir / "config.json").write_text(
     json.dumps(dict(model=dict(path="tiny", param_dtype="float32", lora=dict(rank=0))))
   )
   config, params = hf_weights.load_pretrained(MODELS["tiny"], dtype=jnp.float32)
   for step, factor in ((2, 1.25), (4, 1.5)):
-    scaled = jax.tree.map(lambda x: factor * x, params)
+    scaled = jax.tree.map(lambda x, factor=factor: factor * x, params)
     checkpoint.save(workdir, step, train_step.init_state(scaled, optax.sgd(0.1)), {"tokens": 0})
   return workdir, config, params
 
@@ -50,12 +53,12 @@ def test_transformers_loads_the_exported_policy(run, tmp_path, step, factor):
     transformers.AutoTokenizer.from_pretrained(p) for p in (tmp_path / "out", MODELS["tiny"])
   )
   messages = [dict(role="system", content="Write Python."), dict(role="user", content="return x")]
-  said = [
+  prompts = [
     t.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     for t in (ours, original)
   ]
-  assert said[0] == said[1]
-  assert ours(said[0])["input_ids"] == original(said[0])["input_ids"]
+  assert prompts[0] == prompts[1]
+  assert ours(prompts[0])["input_ids"] == original(prompts[0])["input_ids"]
 
 
 def test_another_dtype(run, tmp_path):
@@ -65,7 +68,7 @@ def test_another_dtype(run, tmp_path):
   assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
   assert all(
     np.array_equal(w, (1.5 * p).astype(jnp.bfloat16))
-    for w, p in zip(jax.tree.leaves(written), jax.tree.leaves(params))
+    for w, p in zip(jax.tree.leaves(written), jax.tree.leaves(params), strict=True)
   )
 
 

@@ -1,4 +1,4 @@
-"""Pre-training through its command, both domains: it learns, resumes to the same weights, and writes what the trainer loads."""
+"""Pre-training through its command: it learns, resumes, and writes what the trainer loads."""
 
 import json
 
@@ -14,12 +14,11 @@ from sdpo_jax.model.hf_weights import load_pretrained, save_pretrained
 from tests import fakes
 
 
-def run(domain, workdir, *more, start=""):
+def run(domain, workdir, *overrides, start=""):
   with flagsaver.flagsaver():
     arguments = f"domain={domain},local" + f",start={start}" * bool(start)
-    return pretrain.main(
-      ["pretrain", f"--config=configs/pretrain_tiny.py:{arguments}", f"--workdir={workdir}", *more]
-    )
+    config = f"--config=configs/pretrain_tiny.py:{arguments}"
+    return pretrain.main(["pretrain", config, f"--workdir={workdir}", *overrides])
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -28,12 +27,10 @@ def test_a_killed_run_resumes_to_the_same_weights(domain, tmp_path, capsys):
   lines = [
     json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
   ]
-  assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["train/nll"] < lines[0][
-    "train/nll"
-  ]
-  assert {"eval/plain", "eval/feedback", "eval/solution"} <= lines[-1].keys() and lines[-1][
-    "data/left_out"
-  ] == 0
+  assert [line["step"] for line in lines] == [1, 2, 3, 4]
+  assert lines[-1]["train/nll"] < lines[0]["train/nll"]
+  assert {"eval/plain", "eval/feedback", "eval/solution"} <= lines[-1].keys()
+  assert lines[-1]["data/left_out"] == 0
   assert run(domain, tmp_path / "cut", "--config.total_steps=2") == 0
   # killed after a line, before its checkpoint
   with open(tmp_path / "cut" / "metrics.jsonl", "a") as log:
@@ -43,11 +40,10 @@ def test_a_killed_run_resumes_to_the_same_weights(domain, tmp_path, capsys):
     map(metrics.reproducible, lines)
   )
   assert run(domain, tmp_path / "cut", "--config.optimizer.lr=1.0") == 2
-  assert (
-    "config.optimizer.lr=1.0" in (said := capsys.readouterr().err)
-    and "was begun with" in said
-    and said.count("\n") == 1
-  )
+  err = capsys.readouterr().err
+  assert "config.optimizer.lr=1.0" in err
+  assert "was begun with" in err
+  assert err.count("\n") == 1
   (config, whole), (_, cut) = (
     load_pretrained(tmp_path / name / "hf", dtype="float32") for name in ("whole", "cut")
   )
@@ -75,20 +71,15 @@ def test_it_goes_on_from_a_model_of_the_same_vocabulary(tmp_path, capsys):
   )
   first, *_, last = metrics.read(tmp_path / "further")
   assert last["train/nll"] < first["train/nll"] and last["data/left_out"] == 0
-  assert {
-    "eval/notes",
-    "eval/imagine",
-    "eval/imagine_verdict",
-  } <= last.keys() and "verdicts imagined: " in capsys.readouterr().out
+  assert {"eval/notes", "eval/imagine", "eval/imagine_verdict"} <= last.keys()
+  assert "verdicts imagined: " in capsys.readouterr().out
   assert run("arithmetic", tmp_path / "other", start="tiny") == 2
-  assert (
-    "start='tiny' has another vocabulary" in (said := capsys.readouterr().err)
-    and said.count("\n") == 1
-  )
+  err = capsys.readouterr().err
+  assert "start='tiny' has another vocabulary" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-  "domain, arguments, says",
+  "domain, arguments, message",
   [
     ("poetry", [], "domain='poetry' is unknown; choose from ['arithmetic', 'tinycode']"),
     (
@@ -107,12 +98,14 @@ def test_it_goes_on_from_a_model_of_the_same_vocabulary(tmp_path, capsys):
     (
       "arithmetic",
       ["--config.batch.length=8"],
-      "config.batch.length=8 and config.batch.responses=48 have room for none of the first batch's 16 texts",
+      "config.batch.length=8 and config.batch.responses=48 "
+      "have room for none of the first batch's 16 texts",
     ),
     ("arithmetic", ["--config.batch.texts=0"], "config.batch.texts=0 must be at least 1"),
   ],
 )
-def test_a_wrong_setting_is_one_line(domain, arguments, says, tmp_path, capsys):
+def test_a_wrong_setting_is_one_line(domain, arguments, message, tmp_path, capsys):
   assert run(domain, tmp_path / "run", *arguments) == 2
-  said = capsys.readouterr().err
-  assert says in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+  err = capsys.readouterr().err
+  assert message in err and err.count("\n") == 1
+  assert not (tmp_path / "run").exists()

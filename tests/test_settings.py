@@ -1,4 +1,7 @@
-"""Settings from the command line: every argument of every part of a method and of every environment can be set and seen, and a wrong one is told by name."""
+"""Settings from the command line: all can be set and seen, and a wrong one is named.
+
+All are every argument of every part of a method, and of every environment.
+"""
 
 import inspect
 import pathlib
@@ -38,14 +41,11 @@ def test_every_argument_of_every_part_can_be_set(axis, name):
     if key == "templates":
       given["templates.solution"] = "{text} it is"
     else:
-      given[key] = next(
-        sample
-        for kind, sample in SAMPLES.items()
-        if kind in build._kinds(parameter.annotation)[-1:]
-        or type(parameter.default) is kind
-        or parameter.default is None
-        and kind in build._kinds(parameter.annotation)
-      )
+      kinds = build._kinds(parameter.annotation)
+      fitting = [*kinds[-1:], type(parameter.default)]
+      if parameter.default is None:
+        fitting += kinds
+      given[key] = next(sample for kind, sample in SAMPLES.items() if kind in fitting)
   c = parse(
     TINYCODE,
     f"--config.method.{axis}.name={name}",
@@ -62,21 +62,13 @@ def test_what_may_be_none_can_be_set_and_unset():
   c = checked(
     TINYCODE, "--config.method.token_signal.top_k=20", "--config.method.token_weight.is_clip=None"
   )
-  assert (
-    c.method.token_signal.top_k == 20
-    and c.method.token_weight.is_clip is None
-    and c.method.token_weight.rollout_is_clip == 2.0
-  )
-  assert (
-    checked(
-      f"--config={ROOT}/configs/math_qa.py", "--config.method.token_signal.top_k=None"
-    ).method.token_signal.top_k
-    is None
-  )
-  assert (
-    checked(TINYCODE, "--config.optimizer.clip_norm=None").optimizer.clip_norm is None
-    and checked(TINYCODE, "--config.optimizer.clip_norm=2").optimizer.clip_norm == 2
-  )
+  assert c.method.token_signal.top_k == 20
+  assert c.method.token_weight.is_clip is None
+  assert c.method.token_weight.rollout_is_clip == 2.0
+  c = checked(f"--config={ROOT}/configs/math_qa.py", "--config.method.token_signal.top_k=None")
+  assert c.method.token_signal.top_k is None
+  assert checked(TINYCODE, "--config.optimizer.clip_norm=None").optimizer.clip_norm is None
+  assert checked(TINYCODE, "--config.optimizer.clip_norm=2").optimizer.clip_norm == 2
 
 
 @pytest.mark.parametrize("row", methods.METHODS)
@@ -130,7 +122,8 @@ def test_an_environment_of_ones_own_takes_its_own_settings():
   assert checked(f"{TINYCODE}:level=hard", "--config.env.name=arithmetic").env.level == "hard"
   with pytest.raises(
     main.UsageError,
-    match=r"config.env.level='hard' is not a setting of tests.my_env:ReverseWord; choose from \['length'\]",
+    match=r"config.env.level='hard' is not a setting of tests.my_env:ReverseWord; "
+    r"choose from \['length'\]",
   ):
     parse(f"{TINYCODE}:level=hard", own)
 
@@ -157,11 +150,12 @@ def test_a_setting_without_a_default_must_be_given():
 
 
 @pytest.mark.parametrize(
-  "arguments, says",
+  "arguments, message",
   [
     (
       ["--config.method.token_signal.topk=20"],
-      "config.method.token_signal.topk is not a setting; did you mean config.method.token_signal.top_k; choose from ['add_tail',",
+      "config.method.token_signal.topk is not a setting; "
+      "did you mean config.method.token_signal.top_k; choose from ['add_tail',",
     ),
     (
       ["--config.method.tokensignal.alpha=1"],
@@ -214,7 +208,8 @@ def test_a_setting_without_a_default_must_be_given():
     ),
     (
       ["--config.env.levle=hard"],
-      "config.env.levle is not a setting; did you mean config.env.level; choose from ['level', 'name', 'words_seed']",
+      "config.env.levle is not a setting; did you mean config.env.level; "
+      "choose from ['level', 'name', 'words_seed']",
     ),
     (
       ["--config.env.name=tests.my_env:Nothing"],
@@ -232,13 +227,13 @@ def test_a_setting_without_a_default_must_be_given():
     (["left", "over"], "unknown argument 'left'"),
   ],
 )
-def test_a_wrong_setting_is_told_by_name(arguments, says):
+def test_a_wrong_setting_is_named(arguments, message):
   with pytest.raises(ValueError) as error:
     try:
       checked(TINYCODE, *arguments)
     except main.UsageError as usage:
       raise ValueError(str(usage)) from usage
-  assert says in str(error.value) and "\n" not in str(error.value)
+  assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_implementation_of_the_loss_is_for_methods_that_read_it():
@@ -260,7 +255,7 @@ def test_the_implementation_of_the_loss_is_for_methods_that_read_it():
 
 
 @pytest.mark.parametrize(
-  "text, says",
+  "text, message",
   [
     (None, "no such file"),
     ("x = 1\n", "it has no get_config()"),
@@ -274,17 +269,17 @@ def test_the_implementation_of_the_loss_is_for_methods_that_read_it():
   ],
 )
 @pytest.mark.parametrize("joined", [True, False])
-def test_a_file_that_is_no_configuration(text, says, joined, tmp_path, capsys):
+def test_a_file_that_is_no_configuration(text, message, joined, tmp_path, capsys):
   path = tmp_path / "own.py"
   if text is not None:
     path.write_text(text)
   assert main.main(["main", *([f"--config={path}"] if joined else ["--config", str(path)])]) == 2
-  said = capsys.readouterr().err
-  assert says in said and said.count("\n") == 1
+  err = capsys.readouterr().err
+  assert message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-  "text, says",
+  "text, message",
   [
     (None, "no such file"),
     ("def get_config(): return 1\n", "a single run is for python -m sdpo_jax.main"),
@@ -294,17 +289,17 @@ def test_a_file_that_is_no_configuration(text, says, joined, tmp_path, capsys):
     ("def get_grid(): return {'a': '--config=x'}\n", "lists of arguments"),
   ],
 )
-def test_a_file_that_is_no_grid(text, says, tmp_path, capsys):
+def test_a_file_that_is_no_grid(text, message, tmp_path, capsys):
   path = tmp_path / "own.py"
   if text is not None:
     path.write_text(text)
   assert experiment.main([f"--config={path}", f"--workdir={tmp_path}"]) == 2
-  said = capsys.readouterr().err
-  assert says in said and said.count("\n") == 1
+  err = capsys.readouterr().err
+  assert message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-  "file, says",
+  "file, message",
   [
     ("science_mcq.py:local,subject=physics", "argument subject='physics'"),
     ("coding.py:local,tasks=mbpp", "argument tasks='mbpp'"),
@@ -312,30 +307,25 @@ def test_a_file_that_is_no_grid(text, says, tmp_path, capsys):
     ("tool_use.py:method=dapo,top_k=0", "argument top_k=0"),
   ],
 )
-def test_an_argument_of_a_file_that_nothing_reads_is_refused(file, says):
+def test_an_argument_of_a_file_that_nothing_reads_is_refused(file, message):
   with pytest.raises(main.UsageError, match="would not be read") as error:
     parse(f"--config={ROOT}/configs/{file}")
-  assert says in str(error.value)
+  assert message in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["science_mcq", "tool_use", "math_qa", "coding"])
 def test_own_data_is_read_in_every_combination(name):
-  assert all(
-    "mine" in source
-    for source in parse(f"--config={ROOT}/configs/{name}.py:data=mine,local").data.sources
-  )
-  assert (
-    parse(f"--config={ROOT}/configs/{name}.py:method=opsd,top_k=7").method.token_signal.top_k == 7
-  )
+  sources = parse(f"--config={ROOT}/configs/{name}.py:data=own,local").data.sources
+  assert all("own" in source for source in sources)
+  c = parse(f"--config={ROOT}/configs/{name}.py:method=opsd,top_k=7")
+  assert c.method.token_signal.top_k == 7
 
 
 def test_rows_hold_every_argument():
   for name in methods.METHODS:
     for axis in build.AXES:
-      assert build.method_row(name)[axis].keys() == {
-        "name",
-        *build.settings_of(axis, build.method_row(name)[axis]["name"]),
-      }
+      part = build.method_row(name)[axis]
+      assert part.keys() == {"name", *build.settings_of(axis, part["name"])}
   assert all(
     p.kind is inspect.Parameter.KEYWORD_ONLY
     for axis, name in PARTS
