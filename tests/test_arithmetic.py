@@ -1,4 +1,4 @@
-"""Arithmetic: the judge executes the steps, says where they go off, and its words are those that pre-training showed."""
+"""Arithmetic: the judge executes the steps and says where they go off, as pre-training showed."""
 
 import random
 
@@ -30,7 +30,7 @@ def test_references_score_one_and_another_composition_scores_zero(level):
 
 
 @pytest.mark.parametrize(
-  "response, said",
+  "response, says",
   [
     ("7 * 2 = 15\n15 - 5 = 10\n\\boxed{10}", "Step 1: 7 * 2 is 14, not 15."),
     ("7 * 2 = 14\n13 - 5 = 8\n\\boxed{8}", "Step 2 does not go on from 14."),
@@ -47,9 +47,9 @@ def test_references_score_one_and_another_composition_scores_zero(level):
     ("\\boxed{99999999999999}", "result in a box"),
   ],
 )
-def test_feedback_says_where_the_steps_go_off(response, said):
+def test_feedback_says_where_the_steps_go_off(response, says):
   judged = ENV.judge(TASK, response)
-  assert judged.reward == 0.0 and said in judged.text
+  assert judged.reward == 0.0 and says in judged.text
 
 
 def test_the_number_in_the_last_box_is_what_counts():
@@ -62,7 +62,7 @@ def test_the_number_in_the_last_box_is_what_counts():
 
 
 def test_pre_training_shows_what_the_judge_says():
-  """Feedback in the corpus is that of the environment on the failed attempt, and its tokenizer writes everything in few pieces."""
+  """Feedback in the corpus is the judge's on the failed attempt; a few tokens write any text."""
   corpus, tokenizer = Corpus(DOMAINS["arithmetic"][0]), build_tokenizer("arithmetic")
   lengths = []
   for i in range(200):

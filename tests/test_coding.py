@@ -1,4 +1,4 @@
-"""Code tasks: extraction, rows of public sets, and MBPP's solutions and their mutants against plain CPython."""
+"""Code tasks: extraction, rows of public sets, and MBPP's mutants against plain CPython."""
 
 import ast
 import base64
@@ -108,7 +108,10 @@ def test_judge_and_prompt(sandbox):
     and "Double the number." in messages[-1]["content"]
     and "standard input" in messages[-1]["content"]
   )
-  judge = lambda code: env.judge(task, f"```python\n{code}\n```")
+
+  def judge(code):
+    return env.judge(task, f"```python\n{code}\n```")
+
   right = judge("print(2 * int(input()))")
   assert (right.reward, right.text, right.status) == (1.0, "", Status.SCORED)
   wrong = judge("print(6)")
@@ -217,13 +220,13 @@ def test_mbpp_rows_of_the_hub(sandbox):
     )
     assert env.judge(task, f"```python\n{task.solution}\n```").reward == 1.0
     assert env.judge(task, "```python\ndef add(a, b): return 0\n```").reward == 0.0
-  for change, said in (
+  for change, says in (
     ({"test_setup_code": "root = Node(1)"}, "test_setup_code"),
     ({"test_list": ["assert add(math.pi, 0) == 3"]}, r"the tests use \['math'\]"),
     ({"test_list": ["assert ("]}, "not Python"),
     ({"test_list": ["assert other(1) == 1"]}, "call none of the functions"),
   ):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=says):
       env.task_from_row(sanitized | change, "train")
 
 
@@ -245,8 +248,14 @@ def test_humaneval_rows(sandbox):
     "entry_point": "mean",
     "prompt": 'from typing import List\n\ndef mean(x: List[float]) -> float:\n    """ Mean. """\n',
     "canonical_solution": "    return sum(x) / len(x)\n",
-    "test": "\n\nMETADATA = {'author': 'x'}\n\ndef check(candidate):\n    assert candidate([1.0, 2.0]) == 1.5, 'first'\n    assert abs(candidate([0.1, 0.2]) - 0.15) < 1e-6\n"
-    "    assert candidate([1]) in (1, 2)\n    assert candidate([2]) == candidate([2])\n    assert True, 'always'\n",
+    "test": (
+      "\n\nMETADATA = {'author': 'x'}\n\ndef check(candidate):\n"
+      "    assert candidate([1.0, 2.0]) == 1.5, 'first'\n"
+      "    assert abs(candidate([0.1, 0.2]) - 0.15) < 1e-6\n"
+      "    assert candidate([1]) in (1, 2)\n"
+      "    assert candidate([2]) == candidate([2])\n"
+      "    assert True, 'always'\n"
+    ),
   }
   task = humaneval_task(row, "test")
   assert [t["expression"] for t in task.data["tests"]] == [
@@ -304,7 +313,8 @@ def test_a_program_cannot_decide_its_tests(sandbox):
   tests = [
     TestCase(**t)
     for t in tests_from_asserts(
-      "def check(candidate):\n  assert candidate(1)\n  assert not candidate(2)\n  assert candidate(3) in (3, 4)",
+      "def check(candidate):\n  assert candidate(1)\n  assert not candidate(2)\n"
+      "  assert candidate(3) in (3, 4)",
       "f",
     )
   ]
@@ -408,7 +418,8 @@ def run(program, test):
     space.setdefault("sys", system)
     body = next(n for n in ast.parse(test).body if isinstance(n, ast.FunctionDef)).body
     for statement in body:
-      if not eval(compile(ast.Expression(statement.test), "t", "eval"), space, {"math": types.SimpleNamespace(isclose=isclose)}):
+      condition = compile(ast.Expression(statement.test), "t", "eval")
+      if not eval(condition, space, {"math": types.SimpleNamespace(isclose=isclose)}):
         return 1
   except MemoryError:
     return 3
@@ -421,7 +432,8 @@ for program, test in json.load(sys.stdin):
     sys.stdout = open(os.devnull, "w")
     os._exit(run(program, test))
   status = os.waitpid(pid, 0)[1]
-  print("time_limit" if status & 127 else ("passed", "wrong_answer", "runtime_error", "memory_limit")[status >> 8])
+  kinds = ("passed", "wrong_answer", "runtime_error", "memory_limit")
+  print("time_limit" if status & 127 else kinds[status >> 8])
 """
 
 
@@ -441,44 +453,44 @@ def _check_mbpp(sandbox, count):
 
   with concurrent.futures.ThreadPoolExecutor(2) as threads:
     verdicts = list(threads.map(lambda task: judge(task, task.solution, 10.0), tasks))
-    assert not [(t.id, v.feedback) for t, v in zip(tasks, verdicts) if not v.passed]
+    assert not [(t.id, v.feedback) for t, v in zip(tasks, verdicts, strict=True) if not v.passed]
     mutants = [
       (row, task, kind, source)
-      for row, task in zip(rows, tasks)
+      for row, task in zip(rows, tasks, strict=True)
       for kind, source in _mutants(task.solution, task.data["fn_name"]).items()
     ]
-    asked = [m for m in mutants if m[2] != "loop"]  # how a loop ends is known
+    ending = [m for m in mutants if m[2] != "loop"]  # how a loop ends is known
     answers = subprocess.run(
       [sys.executable, "-I", "-c", _ORACLE],
-      input=json.dumps([(source, row["test"]) for row, _, _, source in asked]),
+      input=json.dumps([(source, row["test"]) for row, _, _, source in ending]),
       capture_output=True,
       text=True,
       check=True,
     ).stdout.split()
-    assert len(answers) == len(asked)
-    known = {id(m): answer for m, answer in zip(asked, answers)}
+    assert len(answers) == len(ending)
+    answer_of = {id(m): answer for m, answer in zip(ending, answers, strict=True)}
     verdicts = list(
       threads.map(lambda m: judge(m[1], m[3], 0.05 if m[2] == "loop" else 1.0), mutants)
     )
-  wrong, counted = [], {}
-  for mutant, verdict in zip(mutants, verdicts):
-    want = known.get(id(mutant), "time_limit")
-    if verdict.kind != want:
-      wrong.append((mutant[1].id, mutant[2], verdict.kind, want, verdict.feedback[:300]))
-    if want != "passed":
-      counted[mutant[2]] = counted.get(mutant[2], 0) + 1
+  wrong, failures = [], {}
+  for mutant, verdict in zip(mutants, verdicts, strict=True):
+    expected = answer_of.get(id(mutant), "time_limit")
+    if verdict.kind != expected:
+      wrong.append((mutant[1].id, mutant[2], verdict.kind, expected, verdict.feedback[:300]))
+    if expected != "passed":
+      failures[mutant[2]] = failures.get(mutant[2], 0) + 1
   assert not wrong, f"{len(wrong)} of {len(mutants)}: {wrong[:5]}"
-  return len(tasks), counted
+  return len(tasks), failures
 
 
 @needs_data
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in the rows
 def test_mbpp_50_rows(sandbox):
-  tasks, counted = _check_mbpp(sandbox, 50)
+  tasks, failures = _check_mbpp(sandbox, 50)
   assert (
     tasks == 50
-    and set(counted) == {"constant", "off_by_one", "exception", "loop", "empty"}
-    and sum(counted.values()) > 150
+    and set(failures) == {"constant", "off_by_one", "exception", "loop", "empty"}
+    and sum(failures.values()) > 150
   )
 
 
@@ -486,8 +498,10 @@ def test_mbpp_50_rows(sandbox):
 @needs_data
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in the rows
 def test_mbpp_all(sandbox):
-  tasks, counted = _check_mbpp(sandbox, None)
-  print(tasks, "solutions passed; mutants that failed as in CPython:", counted)
+  tasks, failures = _check_mbpp(sandbox, None)
+  print(tasks, "solutions passed; mutants that failed as in CPython:", failures)
   assert (
-    tasks == 427 and counted["exception"] == counted["loop"] == 427 and sum(counted.values()) > 1500
+    tasks == 427
+    and failures["exception"] == failures["loop"] == 427
+    and sum(failures.values()) > 1500
   )

@@ -1,4 +1,4 @@
-"""Instructions: each constraint with a following and a breaking text, the languages, and every IFEval row."""
+"""Instructions: every constraint followed and broken, the languages, and every IFEval row."""
 
 import json
 import os
@@ -200,24 +200,25 @@ def test_followed_and_broken(name):
     assert IFEval().judge(task(name), text).reward == 1.0, text
     assert IFEval().judge(task(name), f"<think>{broken[0][0]}</think>{text}").reward == 1.0
   for text, says in broken:
-    said = IFEval().judge(task(name), text)
-    assert said.reward == 0.0 and said.status is Status.SCORED
+    feedback = IFEval().judge(task(name), text)
+    assert feedback.reward == 0.0 and feedback.status is Status.SCORED
     assert (
-      said.text.startswith(f"1 of 1 constraints is not followed:\n- {name}: ") and says in said.text
+      feedback.text.startswith(f"1 of 1 constraints is not followed:\n- {name}: ")
+      and says in feedback.text
     )
   for text, says in (
     ("", "The response is empty."),
     (" \n", "The response is empty."),
     (f"<think>{follow[0]}", "thinking"),
   ):
-    said = IFEval().judge(task(name), text)
-    assert said.reward == 0.0 and says in said.text
+    feedback = IFEval().judge(task(name), text)
+    assert feedback.reward == 0.0 and says in feedback.text
 
 
 def test_all_constraints_must_be_followed_and_the_broken_ones_are_named():
   three = task("punctuation:no_comma", "detectable_format:title", "startend:quotation")
-  said = IFEval().judge(three, "<<t>> a, b")
-  assert said.reward == 0.0 and said.text.split("\n") == [
+  feedback = IFEval().judge(three, "<<t>> a, b")
+  assert feedback.reward == 0.0 and feedback.text.split("\n") == [
     "2 of 3 constraints are not followed:",
     "- punctuation:no_comma: the response has 1 commas; it must have none.",
     "- startend:quotation: the response is not wrapped in double quotation marks.",
@@ -303,15 +304,17 @@ def test_every_row_is_accepted():
   with open(os.path.join(_DATA, "ifeval.jsonl"), encoding="utf-8") as lines:
     for index, line in enumerate(lines):
       row = {"idx": index} | json.loads(line)
-      asked = env.task_from_row(row, "test")
+      task_of_row = env.task_from_row(row, "test")
       rows += 1
-      seen |= {name for name, _ in asked.data["constraints"]}
+      seen |= {name for name, _ in task_of_row.data["constraints"]}
       for response in ("", "<think>unfinished", "</think>\n"):
-        said = env.judge(asked, response)
-        assert said.reward == 0.0 and said.text and said.status is Status.SCORED
-      for name, arguments in asked.data["constraints"]:
+        feedback = env.judge(task_of_row, response)
+        assert feedback.reward == 0.0 and feedback.text and feedback.status is Status.SCORED
+      for name, arguments in task_of_row.data["constraints"]:
         if name == "language:response_language":
           assert arguments["language"] in language.NAMES
-        said = env.judge(asked, "x, y.")  # every check runs with the arguments of the row
-        assert said.status is Status.SCORED and (said.reward == 1.0) == (said.text == "")
+        feedback = env.judge(task_of_row, "x, y.")  # every check runs with the arguments of the row
+        assert feedback.status is Status.SCORED and (feedback.reward == 1.0) == (
+          feedback.text == ""
+        )
   assert rows == 541 and seen == CONSTRAINTS.keys()

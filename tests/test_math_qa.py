@@ -1,4 +1,4 @@
-"""Mathematics: where the final answer stands, which answers are equal, a worker that hangs, and every GSM8K row."""
+"""Mathematics: final answers, which are equal, a worker that hangs, and every GSM8K row."""
 
 import concurrent.futures
 import json
@@ -42,13 +42,15 @@ def test_instruction_and_solution():
   assert MathQA().prompt(task) == [
     {
       "role": "user",
-      "content": "How many?\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
+      "content": (
+        "How many?\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+      ),
     }
   ]
   assert task.solution == "2*9 = 18 eggs.\nThe answer is \\boxed{18}." and task.data == {
     "answer": "18"
   }
-  asked = MathQA().task_from_row(
+  other_task = MathQA().task_from_row(
     {
       "idx": 0,
       "prompt": "Give \\boxed{x}: 1+1?",
@@ -59,12 +61,12 @@ def test_instruction_and_solution():
     "test",
   )
   assert (
-    MathQA().prompt(asked)
+    MathQA().prompt(other_task)
     == [
       {"role": "system", "content": "Think."},
       {"role": "user", "content": "Give \\boxed{x}: 1+1?"},
     ]
-    and asked.id == "mine/test/0"
+    and other_task.id == "mine/test/0"
   )
   assert MathQA().task_from_row(
     {"idx": 0, "problem": "P", "solution": "So $\\boxed{\\frac{1}{2}}$."}, "test"
@@ -165,11 +167,11 @@ def test_a_comparison_that_hangs_is_killed_and_the_next_one_works(env):
   assert env.judge(task, "\\boxed{0.5}").reward == 1.0
   env.time_s = 1.0
   begun = time.monotonic()
-  said = env.judge(task, "\\boxed{9^{9^{9^{9}}} - 3}")
+  feedback = env.judge(task, "\\boxed{9^{9^{9^{9}}} - 3}")
   env.time_s = 20.0
-  assert said.reward == 0.0 and (
-    said.status is Status.TIMEOUT
-    and "too complicated" in said.text
+  assert feedback.reward == 0.0 and (
+    feedback.status is Status.TIMEOUT
+    and "too complicated" in feedback.text
     and time.monotonic() - begun < 15.0
   )
   assert env.judge(task, "\\boxed{\\frac{2}{4}}").reward == 1.0
@@ -196,7 +198,7 @@ def test_workers_that_do_not_start_are_our_failure(monkeypatch):
 
 
 def test_a_slow_start_is_no_failed_judgement(monkeypatch):
-  """Workers that were started before the first judge are those that judge; one that is replaced comes up within a judge's own time."""
+  """Workers started before the first judge do judge; a new one comes up within a judge's time."""
   env = MathQA(workers=2, time_s=20.0)
   env.start()
   try:
@@ -238,10 +240,12 @@ def test_every_gsm8k_row_right_wrong_and_malformed():
           )
         )
         for text in MALFORMED.values():
-          said = env.judge(task, text.replace("{x}", answer))
+          feedback = env.judge(task, text.replace("{x}", answer))
           malformed += (
-            said.reward == 0.0 and said.status is Status.SCORED and "\\boxed{}" in said.text
+            feedback.reward == 0.0
+            and feedback.status is Status.SCORED
+            and "\\boxed{}" in feedback.text
           )
-        said = env.judge(task, f"\\boxed{{{number(answer) + 1}}}")
-        wrong += said.reward == 0.0 and "not correct" in said.text
+        feedback = env.judge(task, f"\\boxed{{{number(answer) + 1}}}")
+        wrong += feedback.reward == 0.0 and "not correct" in feedback.text
   assert (rows, right, malformed, wrong) == (2000, 2000, 2000 * len(MALFORMED), 2000)

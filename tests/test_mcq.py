@@ -1,4 +1,4 @@
-"""Multiple choice: rows of three data sets, the form of answers, and every SciKnowEval row with right, wrong and malformed responses."""
+"""Multiple choice: rows of three sets, the form of answers, and every SciKnowEval row."""
 
 import glob
 import json
@@ -146,23 +146,23 @@ def test_that_a_letter_is_wrong_is_said_only_when_asked():
 
 
 def test_extract_says_what_is_wrong():
-  said = {name: extract(fill(text, "B"), "AB")[1] for name, text in MALFORMED.items()}
+  faults = {name: extract(fill(text, "B"), "AB")[1] for name, text in MALFORMED.items()}
   assert (
-    "empty" in said["empty"]
-    and "no <answer>" in said["no_tags"]
-    and "not closed" in said["not_closed"]
-    and "not closed" in said["opened_again"]
+    "empty" in faults["empty"]
+    and "no <answer>" in faults["no_tags"]
+    and "not closed" in faults["not_closed"]
+    and "not closed" in faults["opened_again"]
   )
   assert (
-    said["empty_answer"] == "The answer is empty."
-    and "'Z' is not the letter" in said["no_option"]
-    and "thinking" in said["inside_thinking"]
+    faults["empty_answer"] == "The answer is empty."
+    and "'Z' is not the letter" in faults["no_option"]
+    and "thinking" in faults["inside_thinking"]
   )
 
 
 @needs_data
 def test_every_row_right_wrong_and_malformed():
-  env, told = MCQ(), MCQ(tell_correctness=True)
+  env, telling_env = MCQ(), MCQ(tell_correctness=True)
   rows = right = malformed = wrong = 0
   for path in sorted(glob.glob(os.path.join(_DATA, "sciknoweval", "*.jsonl"))):
     split = path.split(".")[-2]
@@ -173,16 +173,18 @@ def test_every_row_right_wrong_and_malformed():
         answer = task.data["answer"]
         right += env.judge(task, f"<reasoning>\n...\n</reasoning>\n{task.solution}").reward == 1.0
         for text in MALFORMED.values():
-          said = env.judge(task, fill(text, answer))
+          feedback = env.judge(task, fill(text, answer))
           malformed += (
-            said.reward == 0.0 and said.status is Status.SCORED and "<answer>" in said.text
+            feedback.reward == 0.0
+            and feedback.status is Status.SCORED
+            and "<answer>" in feedback.text
           )
         for letter in set(task.data["letters"]) - {answer}:
-          said = told.judge(task, f"<answer>{letter}</answer>")
+          feedback = telling_env.judge(task, f"<answer>{letter}</answer>")
           wrong += (
-            said.reward == 0.0
-            and letter in said.text
-            and answer not in said.text.removeprefix("The answer")
+            feedback.reward == 0.0
+            and letter in feedback.text
+            and answer not in feedback.text.removeprefix("The answer")
           )
   assert (rows, right, malformed) == (4335, 4335, 4335 * len(MALFORMED)), (rows, right, malformed)
   assert wrong == 4135 * 3 + 200  # 200 rows have two options

@@ -90,8 +90,8 @@ def test_novel_words_have_one_meaning_and_no_statement_reveals_it():
 def test_training_can_teach_every_novel_word(words_seed):
   """No word stands in held-out statements alone."""
   problems = composed.Problems(tinycode.DOMAIN, "easy", words_seed)
-  told = {p for i in range(600) for p in problems.task("train", i).data["phrases"]}
-  assert {composed.novel_phrase(w) for w in problems.words.values()} <= told
+  in_training = {p for i in range(600) for p in problems.task("train", i).data["phrases"]}
+  assert {composed.novel_phrase(w) for w in problems.words.values()} <= in_training
 
 
 def test_an_unknown_level_or_split_names_the_choices():
@@ -106,12 +106,14 @@ def test_feedback_is_what_an_online_judge_says(env):
   wrong = env.judge(task, "def f(x):\n    return x")
   assert wrong.reward == 0.0 and wrong.status is Status.SCORED
   assert (
-    wrong.text
-    == "Wrong answer\nInput: [1, 2, 3]\nOutput: [1, 2, 3]\nExpected: [3, 2, 1]\nInput: [4, 5, 6]\nOutput: [4, 5, 6]\nExpected: [6, 5, 4]"
+    wrong.text == "Wrong answer\n"
+    "Input: [1, 2, 3]\nOutput: [1, 2, 3]\nExpected: [3, 2, 1]\n"
+    "Input: [4, 5, 6]\nOutput: [4, 5, 6]\nExpected: [6, 5, 4]"
   )
   raised = env.judge(task, "def f(x):\n    x = sum(x)\n    x = x[::-1]\n    return x")
   assert raised.text == (
-    "Runtime error\nInput: [1, 2, 3]\nTypeError: 'int' object is not subscriptable\nLine 3: x = x[::-1]\nExpected: [3, 2, 1]"
+    "Runtime error\nInput: [1, 2, 3]\nTypeError: 'int' object is not subscriptable\n"
+    "Line 3: x = x[::-1]\nExpected: [3, 2, 1]"
   )
   slow = env.judge(task, "def f(x):\n    while True: pass")
   assert slow.status is Status.TIMEOUT and slow.reward == 0.0 and "time limit" in slow.text.lower()
@@ -121,7 +123,7 @@ def test_feedback_is_what_an_online_judge_says(env):
 
 
 def test_the_corpus_shows_what_the_judge_says(env):
-  """Pre-training and training must not differ in one character, or the teacher would read an unknown language."""
+  """If they differed in one character, the teacher would read an unknown language in training."""
   import random
 
   rng, keys = random.Random(0), list(tinycode.compositions(2))
@@ -151,8 +153,13 @@ def test_novel_words_change_meaning_from_row_to_row_in_pre_training():
 def test_solves_accepts_equivalent_programs_and_nothing_else():
   corpus = Corpus(tinycode.DOMAIN, Mixture(lengths=(0.0, 1.0)))
   problem = corpus.problem(0, 0)._replace(ops=("reverse", "sort"), kind="list")
-  program = lambda *ops: tinycode.program(ops)
-  solves = lambda text: tinycode.solves(text, problem.ops, problem.kind)
+
+  def program(*ops):
+    return tinycode.program(ops)
+
+  def solves(text):
+    return tinycode.solves(text, problem.ops, problem.kind)
+
   assert solves(program("reverse", "sort")) and solves(program("sort"))
   assert not solves(program("sort_down")) and not solves("") and not solves(program("sort") + "\n")
 

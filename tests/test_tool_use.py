@@ -1,4 +1,4 @@
-"""Tool calls: form, equality, what feedback says and never says, and every ToolAlpaca row with right and wrong responses."""
+"""Tool calls: form, equality, what feedback says and never says, and every ToolAlpaca row."""
 
 import json
 import os
@@ -11,7 +11,12 @@ from sdpo_jax.records import Status
 _DATA = os.environ.get("SDPO_JAX_DATA")
 needs_data = pytest.mark.skipif(_DATA is None, reason="SDPO_JAX_DATA is unset: no tool-use rows")
 
-TOOLS = "Name: T\nDocumentation:\nfind: Find it.\nParameters: {}\nOutput: x\nbook: Book it.\nIn two lines.\nParameters: {}\nOutput: x\n\nBegin!\nQuestion: go"
+TOOLS = (
+  "Name: T\nDocumentation:\n"
+  "find: Find it.\nParameters: {}\nOutput: x\n"
+  "book: Book it.\nIn two lines.\nParameters: {}\nOutput: x\n"
+  "\nBegin!\nQuestion: go"
+)
 
 
 def row(*calls):
@@ -42,7 +47,10 @@ RIGHT = TASK.solution
     "Thought: hm\n" + RIGHT.replace("Action Input: {", "Action Input:\n{") + "\nObservation: ok",
     RIGHT.replace("{", "{\n  ").replace("\n", "\r\n"),
     "<think>Action: no</think>" + RIGHT,
-    'Action: book\nAction Input: {}\nAction: find\nAction Input: {"n": 1.0, "deep": {"flag": true, "list": [1, {"x": null}]}}\nAction: find\nAction Input: ```json\n{"city": "Bern"}\n```',
+    "Action: book\nAction Input: {}\n"
+    "Action: find\n"
+    'Action Input: {"n": 1.0, "deep": {"flag": true, "list": [1, {"x": null}]}}\n'
+    'Action: find\nAction Input: ```json\n{"city": "Bern"}\n```',
   ],
 )
 def test_right_responses(response):
@@ -80,21 +88,21 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_responses_are_told_what_does_not_match(name):
   response, says = WRONG[name]
-  said = ToolUse().judge(TASK, response)
-  assert said.reward == 0.0 and said.status is Status.SCORED and says in said.text
+  feedback = ToolUse().judge(TASK, response)
+  assert feedback.reward == 0.0 and feedback.status is Status.SCORED and says in feedback.text
 
 
 def test_deeply_nested_arguments_are_a_wrong_answer():
   for depth in range(50, 1100, 10):
     for deep in ("[" * depth + "]" * depth, '{"x": ' * depth + "1" + "}" * depth):
-      said = ToolUse().judge(TASK, RIGHT.replace("null", deep))
-      assert (said.reward, said.status) == (0.0, Status.SCORED) and said.text
+      feedback = ToolUse().judge(TASK, RIGHT.replace("null", deep))
+      assert (feedback.reward, feedback.status) == (0.0, Status.SCORED) and feedback.text
   calls = row(("find", {"a": json.loads("[" * 600 + "]" * 600)}))
-  said = ToolUse().judge(
+  feedback = ToolUse().judge(
     ToolUse().task_from_row(calls, "test"),
     'Action: find\nAction Input: {"a": ' + "[" * 600 + "1" + "]" * 600 + "}",
   )
-  assert said.reward == 0.0 and said.text
+  assert feedback.reward == 0.0 and feedback.text
 
 
 def test_a_known_tool_that_should_not_be_called():
@@ -159,7 +167,10 @@ def test_a_malformed_row_names_its_field(change, says):
 
 def broken(calls):
   """Kinds of wrong response made from a right one: (name, response)."""
-  changed = lambda i, **new: [c | new if j == i else c for j, c in enumerate(calls)]
+
+  def changed(i, **new):
+    return [c | new if j == i else c for j, c in enumerate(calls)]
+
   last, text = len(calls) - 1, render(calls)
   yield "empty", ""
   yield "prose", "The answer is " + calls[0]["name"]
@@ -197,15 +208,18 @@ def test_every_row_right_and_wrong():
       right += env.judge(task, "Thought: I know.\n" + task.solution).reward == 1.0
       assert parse(task.solution)[0] == [c["name"] for c in task.data["calls"]]
       for kind, response in broken([c for c in task.data["calls"] if not c["optional"]]):
-        said = env.judge(task, response)
-        assert said.reward == 0.0 and said.status is Status.SCORED and said.text, (task.id, kind)
+        feedback = env.judge(task, response)
+        assert feedback.reward == 0.0 and feedback.status is Status.SCORED and feedback.text, (
+          task.id,
+          kind,
+        )
         # no value of the reference is said unless the response said it
         for call in task.data["calls"]:
           for value in call["arguments"].values():
             assert (
               not isinstance(value, str)
               or len(value) < 6
-              or value not in said.text
+              or value not in feedback.text
               or value in response
             ), (task.id, kind)
         wrong += 1
