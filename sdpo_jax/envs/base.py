@@ -9,8 +9,9 @@ Every environment provides:
   prompt(task) -> [{"role": ..., "content": ...}, ...]
       The messages that the policy reads. The last one is the user's.
   judge(task, response) -> Feedback
-      The reward in [0, 1], a text that the teacher may read ("" when there is nothing to say),
-      and a status. It is called from several threads at once.
+      The reward in [0, 1]; a text that the teacher may read, "" when there is nothing to say; and a
+      status: SCORED, or TIMEOUT where the response ran out of its own time. Several threads call
+      it at once.
 
 It gets its questions in one of two ways:
 
@@ -40,7 +41,7 @@ Failures. A response that is wrong, has the wrong form or runs out of its own ti
 `judge` returns reward 0 and says what is wrong. An exception of `judge`, a reward that is not a
 number in [0, 1], or no answer within `config.rollout.judge_timeout_s` is the environment's own
 failure. It costs that one response, never the run: the response gets the status ENV_FAILED, is
-counted, and is never trained on. `judge` may return that status itself.
+counted, and is never trained on. `judge` may also return that status itself.
 
 Settings. The arguments of the constructor, with their defaults, are the settings `config.env.KEY`;
 they are declared nowhere else. An argument called `sandbox` is no setting: it receives the run's

@@ -150,7 +150,7 @@ def body(phrases, *, twist: str | None = None, distractor: str = "") -> str:
 
 
 class Problems:
-  """Generates problems: `task(split, index)` is a pure function of them and the settings."""
+  """Generates problems; each is a pure function of the settings, its split and its index."""
 
   def __init__(self, domain: Domain, level: str = "default", words_seed: int = 0):
     if level not in LEVELS:
