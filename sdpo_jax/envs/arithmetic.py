@@ -31,7 +31,7 @@ from sdpo_jax.records import Feedback, Status, Task
 
 
 class Op(NamedTuple):
-  """An operation on the number before."""
+  """Describes an operation on the number before."""
 
   code: str  # the calculation as text, with {} for the number
   apply: Callable[[int], int]

@@ -103,7 +103,7 @@ class Coding:
 
 
 def form(task: Task) -> str:
-  """The sentence that tells a response which form it must have."""
+  """Returns the sentence that says which form a response must have."""
   name = task.data.get("fn_name")
   return FUNCTION_FORM.format(name=name) if name else STDIN_FORM
 
@@ -126,7 +126,7 @@ def extract(response: str) -> tuple[str, str]:
 
 @dataclasses.dataclass
 class _Block:
-  """A fenced block: its opening line's three parts, the label in small letters, and its text."""
+  """Holds a fenced block: its opening line's three parts, the label in small letters, and its text."""
 
   indent: str
   mark: str
@@ -148,7 +148,7 @@ class _Block:
 def _fenced_blocks(text: str) -> list[_Block]:
   """Returns the blocks of a Markdown text; the last one may not be closed.
 
-  A Python label always opens a block, even inside another one, whose beginning is then dropped:
+  A Python label opens a block even inside one of another label, whose beginning is then dropped:
   the response may be a Markdown document that holds the program.
   """
   blocks = []

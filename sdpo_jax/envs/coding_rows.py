@@ -205,7 +205,7 @@ def mbpp_hub_task(row: dict, split: str) -> Task:
 
 
 def _words(texts) -> set[str]:
-  """The words of Python source, names and numbers alike."""
+  """Returns the words of Python source, names and numbers alike."""
   return {word for text in texts for word in re.findall(r"\w+", text)}
 
 

@@ -72,7 +72,7 @@ UNSEEN_SHARE = 0.15
 
 
 class Domain(NamedTuple):
-  """A vocabulary of operations, and what they work on.
+  """Describes a vocabulary of operations and what they work on.
 
   `ops` are names of operations, in order; `kind` is the type of the input; `details` are inputs,
   tests, whatever the domain's problem is about.

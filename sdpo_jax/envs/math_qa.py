@@ -180,7 +180,7 @@ def _reference(row: dict) -> tuple[str, str | None]:
 
 
 class Worker:
-  """A process that compares answers.
+  """Runs a process that compares answers.
 
   It is of use once `wait` has returned, and until `ask` has once returned None.
   """

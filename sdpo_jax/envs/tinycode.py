@@ -23,7 +23,7 @@ from sdpo_jax.sandbox import Limits, Sandbox, TestCase, TestResult
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-  """An operation on the input, or on what the operation before it gives."""
+  """Describes an operation on the input, or on what the operation before it gives."""
 
   types: dict[str, str]  # type it takes: type it gives
   code: str  # a Python expression over x
@@ -31,7 +31,7 @@ class Op:
 
 
 class Failure(NamedTuple):
-  """A test that fails, as the feedback shows it."""
+  """Holds a failed test as the feedback shows it."""
 
   input: str
   output: str
