@@ -41,6 +41,11 @@ class Page(html.parser.HTMLParser):
   def has(self, text):
     return text in re.sub(r"\s+", " ", "".join(self.text))
 
+  def rows(self):
+    """Rows of tables as markup, without the blanks between tags."""
+    source = re.sub(r">\s+<", "><", self.source)
+    return re.findall(r"<tr>.*?</tr>", source, re.DOTALL)
+
   def pictures(self):
     return [attrs["src"] for tag, attrs in self.tags if tag == "img"]
 
@@ -237,11 +242,7 @@ def test_seeds_make_a_group_and_other_settings_another(tmp_path):
     and page.has("grpo's 61.0%: 64 / 128 responses (2.0×), 1,001 / 2,001 tokens (2.0×)")
   )
   assert page.has("sdpo, rollout.group=None's 80.0%: not reached")
-  (row,) = [
-    row
-    for row in re.findall(r"<tr>.*?</tr>", page.source)
-    if "<td>heldout</td><td><b>grpo</b>" in row
-  ]
+  (row,) = [row for row in page.rows() if "<td>heldout</td><td><b>grpo</b>" in row]
   # seed by seed: -20, -19, -18
   assert re.search(r"<td>-19\.0 points <small>\[-2\d\.\d, -1\d\.\d\]</small></td>", row), row
 
@@ -268,11 +269,7 @@ def test_what_was_only_evaluated_before_training_is_left_out_and_said_to_be(tmp_
     workdir(tmp_path / "worse", method="dapo", accuracy=(0.1, 0.05), unseen=False),
   ]
   page = Page(report.write_report(runs, tmp_path / "out"))
-  (row,) = [
-    row
-    for row in re.findall(r"<tr>.*?</tr>", page.source)
-    if "<td>heldout</td><td><b>sdpo</b>" in row
-  ]
+  (row,) = [row for row in page.rows() if "<td>heldout</td><td><b>sdpo</b>" in row]
   # the third seed's base model is not among what sdpo learned
   assert "<td>2</td>" in row and "60.0%" in row
   assert (
