@@ -126,7 +126,7 @@ def extract(response: str) -> tuple[str, str]:
 
 @dataclasses.dataclass
 class _Block:
-  """Holds a fenced block: its opening line's three parts, the label in small letters, and its text."""
+  """Holds a fenced block: the parts of its opening line, the label in small letters, its text."""
 
   indent: str
   mark: str
