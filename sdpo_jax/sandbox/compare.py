@@ -1,4 +1,17 @@
-"""Whether what a program returned is what a test expects."""
+"""Compares what a program answered with what its test expects, on the host.
+
+The answer is untrusted. It is compared without calling into it, its size is bounded before it costs
+time, and JSON values are compared without recursion, for their depth is the program's choice.
+
+Rules, by the test's mode:
+
+  standard input  LiveCodeBench's: strip the text, split at newlines, strip each line; two lines are
+                  equal as text or as lists of decimal numbers. No tolerance.
+  function        JSON values: numbers by value (1.0 == 1), `true` is not 1, tuples count as lists.
+  expression      Python's `==` on literals, or the test's `compare`.
+
+Several correct answers to one test are not supported: the expected output is the only right one.
+"""
 
 import ast
 import decimal
@@ -6,57 +19,64 @@ import math
 
 from sdpo_jax.sandbox.verdict import TestCase
 
-# Comparison.
-
 
 def same_text(output: str, expected: str) -> bool:
-  """LiveCodeBench's comparison of standard output."""
+  """Tells whether a standard output is the expected one, by LiveCodeBench's rule."""
   output_lines = [line.strip() for line in output.strip().split("\n")]
   expected_lines = [line.strip() for line in expected.strip().split("\n")]
   return len(output_lines) == len(expected_lines) and all(
-    a == b or _same_decimals(a, b) for a, b in zip(output_lines, expected_lines)
+    line == wanted or _same_decimals(line, wanted)
+    for line, wanted in zip(output_lines, expected_lines, strict=True)
   )
 
 
-def _same_decimals(a: str, b: str) -> bool:
-  if len(a) > 10 * len(b) + 1000:  # a number of a million digits is only there to cost time
+def _same_decimals(line: str, expected: str) -> bool:
+  """Tells whether two lines hold the same decimal numbers."""
+  if len(line) > 10 * len(expected) + 1000:  # a number of a million digits only costs time
     return False
-  a_words, b_words = a.split(), b.split()
-  if len(a_words) != len(b_words):
+  words, expected_words = line.split(), expected.split()
+  if len(words) != len(expected_words):
     return False
   try:
-    return all(decimal.Decimal(x) == decimal.Decimal(y) for x, y in zip(a_words, b_words))
+    return all(
+      decimal.Decimal(word) == decimal.Decimal(wanted)
+      for word, wanted in zip(words, expected_words, strict=True)
+    )
   except decimal.InvalidOperation:  # not a number, or a signalling NaN
     return False
 
 
 def same_value(value, expected) -> bool:
-  """Equality of JSON values: numbers by value, booleans apart from numbers. No recursion: depth is the program's choice."""
-  todo = [(value, expected)]
-  while todo:
-    a, b = todo.pop()
+  """Tells whether two JSON values are equal: numbers by value, booleans apart from numbers."""
+  waiting = [(value, expected)]
+  while waiting:
+    a, b = waiting.pop()
     if isinstance(a, bool) or isinstance(b, bool):
       if a is not b:
         return False
     elif isinstance(a, list) and isinstance(b, list):
       if len(a) != len(b):
         return False
-      todo.extend(zip(a, b))
+      waiting.extend(zip(a, b, strict=True))
     elif isinstance(a, dict) and isinstance(b, dict):
       if a.keys() != b.keys():
         return False
-      todo.extend((a[k], b[k]) for k in a)
+      waiting.extend((a[key], b[key]) for key in a)
     elif isinstance(a, (list, dict)) or isinstance(b, (list, dict)) or a != b:
       return False
   return True
 
 
-def _same_literal(tagged, test: TestCase) -> bool:
+def same_literal(tagged, test: TestCase) -> bool:
+  """Tells whether an expression's value, as the jail tagged it, is what the test expects.
+
+  Any exception means that the program wrote something into the result that is no such value.
+  """
   expected = ast.literal_eval(test.output.strip())
   # Size first: a set of many numbers with one hash takes the host minutes to build.
-  if _parts(tagged) > 10 * _parts(_as_json(expected)) + 100:
+  if _size(tagged) > 10 * _size(_as_json(expected)) + 100:
     return False
-  value = _literal(tagged)
+  value = untagged(tagged)
   if test.compare == "isclose":
     try:
       return type(value) in (int, float) and math.isclose(
@@ -71,30 +91,34 @@ def _same_literal(tagged, test: TestCase) -> bool:
   return value == expected
 
 
-def _parts(value) -> int:
-  """Lists, objects and scalars in a JSON value."""
-  count, todo = 0, [value]
-  while todo:
-    x = todo.pop()
+def _size(value) -> int:
+  """Counts the lists, objects and scalars in a JSON value."""
+  count = 0
+  waiting = [value]
+  while waiting:
+    inner = waiting.pop()
     count += 1
-    if isinstance(x, list):
-      todo.extend(x)
-    elif isinstance(x, dict):
-      todo.extend(x.values())
+    if isinstance(inner, list):
+      waiting.extend(inner)
+    elif isinstance(inner, dict):
+      waiting.extend(inner.values())
   return count
 
 
 def _as_json(literal):
-  """The literal with every container as a list: for its size alone."""
+  """Returns the literal with every container as a list, which is for its size alone."""
   if isinstance(literal, dict):
-    return [[_as_json(k), _as_json(v)] for k, v in literal.items()]
+    return [[_as_json(key), _as_json(value)] for key, value in literal.items()]
   if isinstance(literal, (list, tuple, set, frozenset)):
-    return [_as_json(x) for x in literal]
+    return [_as_json(item) for item in literal]
   return literal
 
 
-def _literal(tagged):
-  """The value that the jail tagged: JSON for scalars, {tag: items} for containers and what JSON has no word for."""
+def untagged(tagged):
+  """Returns the value that the jail tagged. ValueError, TypeError for what it would not write.
+
+  Scalars are themselves; containers and what JSON has no word for are {tag: items}.
+  """
   if isinstance(tagged, list):
     raise ValueError("untagged list")
   if not isinstance(tagged, dict):
@@ -102,15 +126,15 @@ def _literal(tagged):
   ((tag, items),) = tagged.items()
   match tag:
     case "list":
-      return [_literal(x) for x in items]
+      return [untagged(item) for item in items]
     case "tuple":
-      return tuple(_literal(x) for x in items)
+      return tuple(untagged(item) for item in items)
     case "set":
-      return {_literal(x) for x in items}
+      return {untagged(item) for item in items}
     case "frozenset":
-      return frozenset(_literal(x) for x in items)
+      return frozenset(untagged(item) for item in items)
     case "dict":
-      return {_literal(k): _literal(v) for k, v in items}
+      return {untagged(key): untagged(value) for key, value in items}
     case "bytes":
       return bytes.fromhex(items)
     case "complex":

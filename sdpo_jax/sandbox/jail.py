@@ -76,13 +76,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class _SockFprog(ctypes.Structure):
-  """The kernel's `struct sock_fprog`: a filter and its number of instructions."""
+  """Mirrors the kernel's `struct sock_fprog`: a filter and its number of instructions."""
 
   _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
 
 
 class Job(typing.NamedTuple):
-  """What the host asks of one child, in the order of JOB."""
+  """Holds what the host asks of one child, in the order of JOB."""
 
   cpu_s: float
   wall_s: float
@@ -92,7 +92,7 @@ class Job(typing.NamedTuple):
 
 
 class Warm(typing.NamedTuple):
-  """What the warm process has ready for each child."""
+  """Holds what the warm process has ready for each child."""
 
   seccomp: bytes  # the filter with SELF in it; empty: none
   reserve: mmap.mmap  # memory to give back when it runs out
@@ -587,7 +587,7 @@ def _no_function(name):
 
 
 class _NotPlain(Exception):
-  """A value that has no form for the host; the message goes on after "the value"."""
+  """A value has no form for the host. The message goes on after "the value"."""
 
 
 def _scalar(x, kind):

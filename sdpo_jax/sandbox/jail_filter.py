@@ -36,7 +36,7 @@ _ALLOW, _KILL = 0x7FFF0000, 0x80000000
 
 
 def _fail(number):
-  """The outcome that makes the call return this error number; 0: it "succeeds", doing nothing."""
+  """Returns the outcome by which a call fails with this error number; 0: it does nothing, well."""
   return 0x00050000 | number
 
 

@@ -67,7 +67,7 @@ class WorkerLost(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class PythonLayout:
-  """Where the interpreter and the packages lie on the host."""
+  """Says where the interpreter and the packages lie on the host."""
 
   executable: str
   prefix: str
@@ -119,7 +119,7 @@ def installed(name: str) -> bool:
 
 
 class StageDirectory:
-  """A directory for `stage`, locked while its process lives.
+  """Holds a directory for `stage`, locked while its process lives.
 
   `cleanup` removes it, and so does the end of the interpreter. What a killed process leaves,
   `remove_abandoned` removes.
@@ -187,7 +187,10 @@ def _reachable_copy(path: str, target: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-  """One worker's world: how to start the interpreter in it, and the paths as they are there."""
+  """Describes one worker's world.
+
+  It says how to start the interpreter in it; the paths are as they are there.
+  """
 
   command: list[str]  # up to and with the interpreter
   script: str
@@ -377,7 +380,7 @@ _PYTHON_OPTIONS = ["-s", "-P", "-S", "-B", "-X", "utf8"]
 
 
 class Worker:
-  """One warm jailed process.
+  """Runs programs in one warm jailed process.
 
   The constructor starts it and returns at once; `hello` waits until it is ready for `run`.
   `pid` is its process number as the host sees it, None before `hello`.

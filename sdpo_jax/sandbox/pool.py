@@ -1,26 +1,19 @@
-"""Runs untrusted programs against tests: a warm pool of jailed workers, a fresh process for every test.
+"""Runs untrusted programs against tests, in a warm pool of jailed workers.
 
   caller's thread --socket--> worker (jail.py: warm, jailed) --fork--> one process per test
 
-The host creates every file a test touches as an anonymous memory file, sends the descriptors, and afterwards reads at most
-the cap from each. Expected outputs, other tests and reference solutions stay here. The worker starts by vfork and exec, so
-that a large parent (a trainer with its arrays) is never forked.
+The host creates every file that a test touches as an anonymous memory file, sends the descriptors,
+and afterwards reads at most the cap from each. Expected outputs, other tests and reference
+solutions stay here. A worker starts by vfork and exec, so that a large parent (a trainer with its
+arrays) is never forked. The door, `sdpo_jax/sandbox/__init__.py`, lists what each isolation
+protects.
 
-What is protected, by isolation (`Sandbox.isolation` tells which one is in use):
-  bubblewrap  Own namespaces (processes, network, IPC, host name; users unless root), a file system of the standard library
-              alone, and everything below.
-  landlock    No namespaces. Landlock allows reading the standard library and nothing else; seccomp forbids other processes,
-              sockets and writes; limits on CPU, wall time, memory, threads, files and output. Not protected: path metadata
-              (whether a file exists, its size) and the process numbers of the host are visible.
-  seccomp     Without Landlock: every file that the worker's user may read can be read. By name only.
-  unsafe      Limits alone: no protection from hostile programs. By name only, for trusted programs.
-None of them is a barrier against a hole in the kernel. As root each worker runs under a uid of its own (61000 to 64999), as
-an ordinary user under the user's. Nothing can be written anywhere: /tmp is there, and empty.
-
-Errors: `ValueError` for a bad argument; `RuntimeError` where the isolation asked for does not work here, with the
-reason. A verdict of kind `sandbox_failed` says that we could not judge: it is never a reward.
+Errors: ValueError for a bad argument; RuntimeError, with the reason, where the isolation asked for
+does not work here. A verdict of kind `sandbox_failed` means that we could not judge: it is never a
+reward.
 """
 
+from collections.abc import Callable
 import functools
 import logging
 import os
@@ -31,6 +24,7 @@ from sdpo_jax.sandbox.jail_worker import (
   EXPRESSION,
   FUNCTION,
   STDIN,
+  PythonLayout,
   StageDirectory,
   Worker,
   WorkerLost,
@@ -40,24 +34,17 @@ from sdpo_jax.sandbox.jail_worker import (
   remove_abandoned,
   stage,
 )
-from sdpo_jax.sandbox.verdict import (
-  Limits,
-  TestCase,
-  TestResult,
-  Verdict,
-  check_tests,
-)
+from sdpo_jax.sandbox.verdict import Limits, Outcome, TestCase, TestResult, Verdict, check_tests
 from sdpo_jax.sandbox.wording import make_verdict
 
 ISOLATIONS = ("bubblewrap", "landlock", "seccomp", "unsafe")  # strongest first
-
-
 # what a program may import besides the standard library, where it is installed
 PACKAGES = ("numpy",)
 
+_DEFAULT_LIMITS = Limits()
+_TRIVIAL_LIMITS = Limits(time_s=2.0, memory_mb=256, output_kb=64)  # of our own programs
 
 _log = logging.getLogger(__name__)
-
 
 # Tries what must not be possible and prints what was.
 _CANARY = """
@@ -73,10 +60,10 @@ def ptrace():
   if ctypes.CDLL(None).ptrace(0, 0, 0, 0) < 0: raise OSError
 tries = {"fork": fork, "exec": execute, "socket": socket.socket,
          "kill": lambda: os.kill(os.getppid(), 0), "write": lambda: open("/tmp/canary", "w"),
-         "mkdir": lambda: os.mkdir("/tmp/canary"),
-         "memfd": lambda: os.memfd_create("canary"), "limits": lambda: __import__("resource").prlimit(os.getppid(), 7),
-         "read": lambda: open("/etc/passwd"), "list": lambda: os.listdir("/"), "see": lambda: os.stat("/etc/passwd"),
-         "ptrace": ptrace}
+         "mkdir": lambda: os.mkdir("/tmp/canary"), "memfd": lambda: os.memfd_create("canary"),
+         "limits": lambda: __import__("resource").prlimit(os.getppid(), 7),
+         "read": lambda: open("/etc/passwd"), "list": lambda: os.listdir("/"),
+         "see": lambda: os.stat("/etc/passwd"), "ptrace": ptrace}
 done = []
 for name in tries:
   try:
@@ -86,13 +73,22 @@ for name in tries:
     pass
 print(*done)
 """
-
-
+# What the canary may print, and what a warning says is lost, by isolation.
 _VISIBLE = {"bubblewrap": set(), "landlock": {"see"}, "seccomp": {"see", "read", "list"}}
+_LOST = {
+  "landlock": "no private process table, and path metadata (which files exist) is visible to "
+  "programs",
+  "seccomp": "programs can read every file that this user can read",
+  "unsafe": "programs can do whatever this user can do",
+}
 
 
 class Sandbox:
-  """A pool of jailed workers. `run` may be called from any number of threads; each call takes one worker."""
+  """Runs programs in a pool of jailed workers.
+
+  `run` may be called from any number of threads; each call takes one worker. `isolation` names the
+  isolation in use.
+  """
 
   def __init__(self, workers: int | None = None, isolation: str = "auto"):
     if isolation != "auto" and isolation not in ISOLATIONS:
@@ -136,14 +132,15 @@ class Sandbox:
     program: str,
     tests: list[TestCase],
     fn_name: str | None = None,
-    limits: Limits = Limits(),
+    limits: Limits = _DEFAULT_LIMITS,
     *,
     max_failures: int = 2,
   ) -> Verdict:
-    """Runs the tests in order until one ends in an error or `max_failures` of them gave a wrong answer.
+    """Runs the tests in order until one ends in an error or `max_failures` gave a wrong answer.
 
-    fn_name  None: a program that reads standard input; else the function, or method of class Solution, to call
-    A test whose input or expected output is not of its form (JSON for a function, a literal for an expression) is a ValueError.
+    `fn_name` is None for a program that reads standard input, else the function, or the method of
+    class Solution, to call. Raises ValueError for a test whose input or expected output is not of
+    its form: JSON for a function, a literal for an expression.
     """
     if self._closed:
       raise RuntimeError("the sandbox is closed")
@@ -156,14 +153,19 @@ class Sandbox:
       self._idle.put(slot)
 
   def worker_pids(self) -> list[int]:
-    """Process numbers of the warm workers, for looking at their memory."""
+    """Returns the process numbers of the warm workers, for looking at their memory."""
     return [worker.pid for slot in self._slots for worker in slot.workers.values()]
 
-  def _choose(self, candidates) -> str:
-    """The first isolation that works here: started for real, and tried from inside."""
+  def _choose(self, candidates: tuple[str, ...]) -> str:
+    """Returns the first isolation that works here: started for real, and tried from inside.
+
+    Its worker becomes the pool's first. RuntimeError if none works.
+    """
     reasons = []
     for isolation in candidates:
-      for with_proc in (True, False) if isolation == "bubblewrap" else (False,):
+      # some containers forbid to mount a /proc and nothing else
+      proc_choices = (True, False) if isolation == "bubblewrap" else (False,)
+      for with_proc in proc_choices:
         self._settings = isolation, with_proc
         slot = _Slot(self._start)
         try:
@@ -181,11 +183,12 @@ class Sandbox:
         return isolation
     self.close()
     raise RuntimeError(
-      f"no sandbox works here: {'; '.join(reasons)}. Install bubblewrap or use a kernel with Landlock and "
-      "seccomp; weaker isolation must be asked for by name"
+      f"no sandbox works here: {'; '.join(reasons)}. Install bubblewrap or use a kernel with "
+      "Landlock and seccomp; weaker isolation must be asked for by name"
     )
 
-  def _place(self, isolation):
+  def _place(self, isolation: str) -> PythonLayout:
+    """Returns where workers find their files, copied to where their own users can read them."""
     layout = find_layout(PACKAGES)
     if isolation == "bubblewrap" or os.geteuid() != 0:
       return layout
@@ -201,48 +204,117 @@ class Sandbox:
     return Worker(isolation, self._layout, packages, with_proc)
 
 
-def _try_canaries(worker: Worker, isolation: str):
+def _try_canaries(worker: Worker, isolation: str) -> None:
+  """Raises WorkerLost if a program can do in this worker what its isolation forbids."""
   if isolation == "unsafe":
     return
-  program = memory_file(_CANARY)
-  try:
-    outcome = worker.run(program, "", STDIN, "", Limits(time_s=2.0, memory_mb=256, output_kb=64))
-  finally:
-    os.close(program)
+  outcome = _run_own(worker, _CANARY, "")
   if outcome.status != 0:
     raise WorkerLost(f"a trivial program failed: status {outcome.status} {outcome.result[:500]!r}")
-  if possible := set(outcome.stdout.decode().split()) - _VISIBLE[isolation]:
+  possible = set(outcome.stdout.decode().split()) - _VISIBLE[isolation]
+  if possible:
     raise WorkerLost(f"a program could {', '.join(sorted(possible))}")
 
 
+def _run_own(worker: Worker, program: str, input_text: str) -> Outcome:
+  """Runs a program of ours that reads standard input."""
+  program_fd = memory_file(program)
+  try:
+    return worker.run(program_fd, input_text, STDIN, "", _TRIVIAL_LIMITS)
+  finally:
+    os.close(program_fd)
+
+
 @functools.cache
-def _warn(isolation, reasons):
-  """Once a process and reason."""
-  lost = {
-    "landlock": "no private process table, and path metadata (which files exist) is visible to programs",
-    "seccomp": "programs can read every file that this user can read",
-    "unsafe": "programs can do whatever this user can do",
-  }[isolation]
-  _log.warning("SANDBOX WEAKER THAN BUBBLEWRAP, isolation %r: %s (%s)", isolation, lost, reasons)
+def _warn(isolation: str, reasons: str) -> None:
+  """Warns of a weaker isolation, once a process and reason."""
+  _log.warning(
+    "SANDBOX WEAKER THAN BUBBLEWRAP, isolation %r: %s (%s)", isolation, _LOST[isolation], reasons
+  )
 
 
 class _Slot:
-  """A place of the pool: at most one lean worker and one with third-party packages, never both at work."""
+  """Judges programs at one place of the pool.
 
-  def __init__(self, start):
+  It has at most one lean worker and one with third-party packages, never both at work.
+  """
+
+  def __init__(self, start: Callable[[tuple[str, ...]], Worker]):
     self._start = start
     self.workers = {}  # packages -> Worker
 
   def begin(self, packages: tuple[str, ...] = ()) -> Worker:
+    """Starts a worker with these packages, without waiting for it."""
     self.workers[packages] = worker = self._start(packages)
     return worker
 
-  def discard(self):
+  def discard(self) -> None:
+    """Ends the workers. The next program gets new ones."""
     for worker in list(self.workers.values()):
       worker.kill()
     self.workers.clear()
 
-  def _worker(self, packages) -> Worker:
+  def judge(
+    self,
+    program: str,
+    tests: list[TestCase],
+    fn_name: str | None,
+    limits: Limits,
+    max_failures: int,
+  ) -> Verdict:
+    """Runs the tests in order, as `Sandbox.run` says, and makes the verdict."""
+    # Whoever mentions a package pays for a worker that has it; the others are smaller and faster.
+    packages = tuple(p for p in PACKAGES if p in program and installed(p))
+    try:
+      program_fd = memory_file(program)
+    except OSError as e:
+      first = tests[0] if tests else TestCase()
+      return make_verdict([_failed(first, "sandbox_failed", str(e))], len(tests), limits)
+    results, wrong_answers = [], 0
+    try:
+      for test in tests:
+        result = self._judge_test(packages, program, program_fd, test, fn_name, limits)
+        results.append(result)
+        wrong_answers += result.kind == "wrong_answer"
+        if result.kind not in ("passed", "wrong_answer") or wrong_answers >= max_failures:
+          break
+    finally:
+      os.close(program_fd)
+    return make_verdict(results, len(tests), limits)
+
+  def _judge_test(
+    self,
+    packages: tuple[str, ...],
+    program: str,
+    program_fd: int,
+    test: TestCase,
+    fn_name: str | None,
+    limits: Limits,
+  ) -> TestResult:
+    """Judges the program on one test, and says whose fault it is if the worker is lost."""
+    if test.expression is not None:
+      mode = EXPRESSION
+    else:
+      mode = STDIN if fn_name is None else FUNCTION
+    try:
+      for _ in range(2):
+        worker = self._worker(packages)
+        try:
+          outcome = worker.run(program_fd, test.given, mode, fn_name or "", limits)
+          return judge_test(outcome, test, program, fn_name, limits)
+        # Once may be bad luck (killed from outside, a machine that stood still): the program gets
+        # another worker.
+        except WorkerLost:
+          worker.kill()
+      # Twice is the program's doing if a trivial program passes on a fresh worker, else ours.
+      kind = "contained" if self._passes_trivial(packages) else "sandbox_failed"
+    except (WorkerLost, OSError) as e:
+      self.discard()
+      return _failed(test, "sandbox_failed", str(e))
+    return _failed(test, kind, "")
+
+  def _worker(self, packages: tuple[str, ...]) -> Worker:
+    """Returns the worker with these packages, a new one if it has ended."""
     worker = self.workers.get(packages)
     if worker is not None and worker.alive:
       return worker
@@ -252,66 +324,18 @@ class _Slot:
     worker.hello()
     return worker
 
-  def judge(self, program, tests, fn_name, limits, max_failures) -> Verdict:
-    # Whoever mentions a package pays for a worker that has it; the others are smaller and faster.
-    packages = tuple(p for p in PACKAGES if p in program and installed(p))
-    results, wrong = [], 0
-    try:
-      program_fd = memory_file(program)
-    except OSError as e:
-      return make_verdict(
-        [_failed(tests[0] if tests else TestCase(), "sandbox_failed", str(e))], len(tests), limits
-      )
-    try:
-      for test in tests:
-        result = self._judge_test(packages, program, program_fd, test, fn_name, limits)
-        results.append(result)
-        wrong += result.kind == "wrong_answer"
-        if result.kind not in ("passed", "wrong_answer") or wrong >= max_failures:
-          break
-    finally:
-      os.close(program_fd)
-    return make_verdict(results, len(tests), limits)
-
-  def _judge_test(self, packages, program, program_fd, test, fn_name, limits) -> TestResult:
-    if test.expression is not None:
-      given, mode = test.expression, EXPRESSION
-    else:
-      given, mode = test.input, STDIN if fn_name is None else FUNCTION
-    try:
-      for _ in range(2):
-        worker = self._worker(packages)
-        try:
-          outcome = worker.run(program_fd, given, mode, fn_name or "", limits)
-          return judge_test(outcome, test, program, fn_name, limits)
-        # once may be bad luck (killed from outside, a machine that stood still): the program gets
-        # another
-        except WorkerLost:
-          worker.kill()
-      # Twice: the program's doing if a trivial program passes on a fresh worker, else ours.
-      trivial = self._trivial(packages)
-    except (WorkerLost, OSError) as e:
-      self.discard()
-      return _failed(test, "sandbox_failed", str(e))
-    return _failed(test, "contained" if trivial else "sandbox_failed", "")
-
-  def _trivial(self, packages) -> bool:
-    program_fd = memory_file("print(input())")
-    try:
-      outcome = self._worker(packages).run(
-        program_fd, "1", STDIN, "", Limits(time_s=2.0, memory_mb=256, output_kb=64)
-      )
-    finally:
-      os.close(program_fd)
+  def _passes_trivial(self, packages: tuple[str, ...]) -> bool:
+    outcome = _run_own(self._worker(packages), "print(input())", "1")
     return outcome.status == 0 and outcome.stdout == b"1\n"
 
 
-def _failed(test: TestCase, kind: str, why: str) -> TestResult:
+def _failed(test: TestCase, kind: str, reason: str) -> TestResult:
+  """Returns the result of a test whose worker left nothing to judge."""
   return TestResult(
-    input=test.input if test.expression is None else test.expression,
+    input=test.given,
     output="",
     expected=test.output,
     kind=kind,
-    detail=why,
+    detail=reason,
     hidden=test.hidden,
   )

@@ -1,71 +1,71 @@
-"""What is right, and what is said about it: tests, comparison, verdicts and feedback text.
+"""Holds the records of the sandbox: tests, limits, outcomes, results and verdicts.
 
-Runs on the host only. Everything that came out of the jail (`Outcome`) is untrusted: bytes with a cap on
-their number, an exit status and some numbers. It is parsed without recursion over its depth, compared without calling
-into it, and cleaned before it enters a text that a model will read.
-
-Comparison
-  stdin       LiveCodeBench's rule: strip the text, split at newlines, strip each line; two lines are equal as
-              text or as lists of decimal numbers. No tolerance.
-  functional  JSON values: numbers by value (1.0 == 1), `true` is not 1, tuples count as lists.
-  expression  Python's `==` on literals, or the named `compare`.
-Several correct answers to one test are not supported: the expected output is the only right one.
-
-Feedback is deterministic, valid UTF-8 and at most `MAX_CHARS` characters. A value of one line stands behind its header; a
-longer one is indented, so that program output cannot forge a header. Chat-template markers are broken up, and control,
-bidirectional and zero-width characters become U+FFFD. Who tokenises the text must still disable special tokens.
+They live on the host only. An `Outcome` is what came out of the jail and is untrusted; classify.py
+turns it into a `TestResult`, and wording.py turns results into a `Verdict`.
 """
 
 import ast
+from collections.abc import Callable
 import dataclasses
 import json
 
 from sdpo_jax.text import cut
 
+# How a test, and so a program, can end.
 KINDS = (
   "passed",
   "wrong_answer",
-  "runtime_error",
+  "runtime_error",  # an exception, an exit status or a signal
   "time_limit",
   "memory_limit",
   "output_limit",
-  "format",
-  "contained",
-  "sandbox_failed",
+  "format",  # no such function, or a value that cannot be returned
+  "contained",  # the program made its worker misbehave, and the worker was replaced
+  "sandbox_failed",  # we could not judge: our fault, never a reward
 )
+COMPARISONS = ("equal", "in", "isclose", "set")
 
 
 @dataclasses.dataclass(frozen=True)
 class TestCase:
-  """One test. `input` is standard input, or one JSON argument a line for a function; `output` is what is expected.
+  """Holds one test of a program.
 
-  With `expression`, the jail evaluates it after the program and returns its value, and `output` is a Python literal.
-  compare  "equal": by the rule of the test's mode; "set": as sets; "in": one of its elements; "isclose": a number within `rel_tol` or `abs_tol`
-  hidden   the feedback shows neither its input nor what was expected, nor a word that the program chose; what a program can
-           still tell of the input is which kind of failure, built-in exception and line of its own it ends with
+  With an `expression`, the jail evaluates it after the program and returns its value. A number is
+  close to another within `rel_tol` or `abs_tol`.
+
+  The feedback on a hidden test shows neither its input nor what was expected, nor a word that the
+  program chose. A program can still tell something of the input: by the kind of failure, the
+  built-in exception and the line of its own that it ends with.
   """
 
   __test__ = False  # not a test class, whatever pytest thinks of the name
-  input: str = ""
-  output: str = ""
+  input: str = ""  # standard input, or one JSON argument a line for a function
+  output: str = ""  # what is expected: text, JSON for a function, a literal for an expression
   expression: str | None = None
+  # "equal": by the rule of the test's mode, see compare.py; for an expression also
+  # "set": equal as sets, "in": one of the expected elements, "isclose": close to the number
   compare: str = "equal"
   rel_tol: float = 1e-9
   abs_tol: float = 0.0
   hidden: bool = False
 
   def __post_init__(self):
-    if self.compare not in ("equal", "set", "in", "isclose"):
+    if self.compare not in COMPARISONS:
       raise ValueError(
-        f"TestCase.compare={self.compare!r} is unknown; choose from equal, in, isclose, set"
+        f"TestCase.compare={self.compare!r} is unknown; choose from {', '.join(COMPARISONS)}"
       )
     if self.compare != "equal" and self.expression is None:
       raise ValueError(f"TestCase.compare={self.compare!r} needs an expression")
 
+  @property
+  def given(self) -> str:
+    """Returns what the program gets: the expression if there is one, else the input."""
+    return self.input if self.expression is None else self.expression
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """Limits of one test. CPU time decides; wall time max(2 time_s, time_s + 2) is the backstop."""
+  """Limits one test: CPU time decides, and wall time is the backstop."""
 
   time_s: float = 6.0  # CPU seconds of all threads together
   memory_mb: int = 1024  # on top of the bare interpreter; MiB
@@ -77,12 +77,13 @@ class Limits:
 
   @property
   def wall_s(self) -> float:
+    """Returns the wall time after which a program is ended, however little CPU time it had."""
     return max(2 * self.time_s, self.time_s + 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramError:
-  """An exception as the program's user would see it."""
+  """Describes an exception as the program's user would see it."""
 
   type: str  # class name, "" where the process died without one
   message: str
@@ -92,13 +93,15 @@ class ProgramError:
 
 @dataclasses.dataclass(frozen=True)
 class TestResult:
-  __test__ = False
+  """Says how a program did on one test."""
+
+  __test__ = False  # as for TestCase
   input: str  # what the program was given (the expression, for an expression test)
   output: str  # standard output, or the returned value as text; "" where there is none
   expected: str
   kind: str  # one of KINDS
   error: ProgramError | None = None
-  detail: str = ""  # what else there is to say: why the form is wrong
+  detail: str = ""  # why the form is wrong, or why the sandbox failed
   hidden: bool = False
   cpu_s: float = 0.0
   wall_s: float = 0.0
@@ -106,11 +109,14 @@ class TestResult:
 
   @property
   def passed(self) -> bool:
+    """Tells whether the program's answer was right."""
     return self.kind == "passed"
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
+  """Says how a program did on its tests."""
+
   kind: str  # one of KINDS: the first failing test's
   feedback: str  # "" when everything passed
   tests: tuple[TestResult, ...]  # those that ran, in order
@@ -118,12 +124,13 @@ class Verdict:
 
   @property
   def passed(self) -> bool:
+    """Tells whether the program passed every test."""
     return self.kind == "passed"
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What the host saw of one test's process. Nothing in it is to be believed beyond its type."""
+  """Holds what the host saw of one test's process, none of it to be believed beyond its type."""
 
   status: int  # as wait(2) gives it
   killed: bool  # by the watchdog, for its time
@@ -135,8 +142,12 @@ class Outcome:
   capped: bool  # one of the files reached the cap
 
 
-def check_tests(tests: list[TestCase], fn_name: str | None):
-  """ValueError for a test that no program could pass because its input or its expected output has the wrong form."""
+def check_tests(tests: list[TestCase], fn_name: str | None) -> None:
+  """Raises ValueError for a test that no program could pass, because its form is wrong.
+
+  Its fields must be text. The expected output of an expression must be a literal; that of a
+  function, and each line of its input, must be JSON.
+  """
   for number, test in enumerate(tests, 1):
     for name, text in (
       ("input", test.input),
@@ -145,16 +156,19 @@ def check_tests(tests: list[TestCase], fn_name: str | None):
     ):
       if not isinstance(text, str):
         raise ValueError(f"test {number}: the {name} is {cut(repr(text), 80)}, not text")
-    what = "the expected output", test.output
-    try:
-      if test.expression is not None:
-        ast.literal_eval(test.output.strip())
-      elif fn_name is not None:
-        json.loads(test.output)
-        what = "a line of the input", test.input
-        for line in filter(str.strip, test.input.split("\n")):
-          json.loads(line)
-    except (ValueError, SyntaxError, RecursionError) as e:
-      raise ValueError(
-        f"test {number}: {what[0]} {cut(what[1], 80)!r} is not {'JSON' if test.expression is None else 'a literal'}"
-      ) from e
+    expected = f"test {number}: the expected output {cut(test.output, 80)!r}"
+    if test.expression is not None:
+      _require(ast.literal_eval, test.output.strip(), f"{expected} is not a literal")
+    elif fn_name is not None:
+      _require(json.loads, test.output, f"{expected} is not JSON")
+      message = f"test {number}: a line of the input {cut(test.input, 80)!r} is not JSON"
+      for line in filter(str.strip, test.input.split("\n")):
+        _require(json.loads, line, message)
+
+
+def _require(parse: Callable, text: str, message: str) -> None:
+  """Raises ValueError with this message for a text that the parser does not take."""
+  try:
+    parse(text)
+  except (ValueError, SyntaxError, RecursionError) as e:
+    raise ValueError(message) from e

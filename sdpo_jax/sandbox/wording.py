@@ -1,17 +1,34 @@
-"""What a verdict says in words."""
+"""Writes the feedback of a verdict: text that a model will read.
+
+It is deterministic, valid UTF-8 and at most `MAX_CHARS` characters. A value of one line stands
+behind its header; a longer one is indented, so that program output cannot forge a header. Every
+value is cleaned (`sdpo_jax.text.clean`): chat-template markers are broken up, and control,
+bidirectional and zero-width characters become U+FFFD. Who tokenises the text must still disable
+special tokens.
+"""
 
 import builtins
 
-from sdpo_jax.sandbox.compare import _literal
-from sdpo_jax.sandbox.verdict import Limits, TestResult, Verdict
+from sdpo_jax.sandbox.compare import untagged
+from sdpo_jax.sandbox.verdict import Limits, ProgramError, TestResult, Verdict
 from sdpo_jax.text import MAX_CHARS, clean, cut
 
-MAX_VALUE_CHARS = 250
-
-
+MAX_VALUE_CHARS = 250  # of an input, an output or a line
 MAX_ERROR_CHARS = 600
 
-
+_PHRASES = {
+  "wrong_answer": "wrong answer",
+  "runtime_error": "runtime error",
+  "time_limit": "time limit exceeded",
+  "memory_limit": "memory limit exceeded",
+  "output_limit": "output limit exceeded",
+  "format": "wrong form",
+  "contained": "the program tampered with the process that ran it",
+  "sandbox_failed": "the test could not be run",
+}
+_BUILT_IN_EXCEPTIONS = {
+  name for name, x in vars(builtins).items() if isinstance(x, type) and issubclass(x, BaseException)
+}
 _BRACKETS = {
   "list": ("[", "]"),
   "tuple": ("(", ")"),
@@ -20,28 +37,75 @@ _BRACKETS = {
 }
 
 
-def _literal_text(tagged) -> str:
-  """As Python would write it, without building it."""
-  if not isinstance(tagged, dict):
-    return repr(tagged)
-  ((tag, items),) = tagged.items()
-  if tag == "dict":
-    return "{" + ", ".join(f"{_literal_text(k)}: {_literal_text(v)}" for k, v in items) + "}"
-  if tag not in _BRACKETS:
-    return repr(_literal(tagged))
-  if not items and tag in ("set", "frozenset"):
-    return tag + "()"
-  left, right = _BRACKETS[tag]
-  comma = "," if tag == "tuple" and len(items) == 1 else ""
-  return left + ", ".join(_literal_text(x) for x in items) + comma + right
+def make_verdict(results: list[TestResult], number: int, limits: Limits) -> Verdict:
+  """Makes the verdict on a program from the tests that ran; `number` is how many there were.
+
+  The first failing test gives the kind. The feedback describes an error alone, or else the two
+  shortest wrong answers.
+  """
+  failing = [(i, result) for i, result in enumerate(results, 1) if not result.passed]
+  if not failing:
+    return Verdict("passed", "", tuple(results), number)
+  kind = failing[0][1].kind
+  described = failing[:1]
+  if kind == "wrong_answer":
+    wrong = [(i, result) for i, result in failing if result.kind == kind]
+    shortest = sorted(wrong, key=lambda pair: len(pair[1].input) + len(pair[1].expected))[:2]
+    described = sorted(shortest, key=lambda pair: pair[0])
+  text = "\n\n".join(describe(result, i, limits) for i, result in described)
+  return Verdict(kind, cut(text, MAX_CHARS), tuple(results), number)
 
 
-_EXCEPTIONS = {
-  name for name, x in vars(builtins).items() if isinstance(x, type) and issubclass(x, BaseException)
-}
+def describe(result: TestResult, number: int, limits: Limits) -> str:
+  """Describes one failing test in words; `number` counts from 1."""
+  name = f"Hidden test {number}" if result.hidden else f"Test {number}"
+  limit = {
+    "time_limit": f" ({limits.time_s:g} s)",
+    "memory_limit": f" ({limits.memory_mb} MB)",
+    "output_limit": f" ({limits.output_kb} KB)",
+  }.get(result.kind, "")
+  lines = [f"{name}: {_PHRASES[result.kind]}{limit}"]
+  if not result.hidden:
+    lines += _shown_values(result)
+  if result.error is not None:
+    lines += _error_lines(result.error, result.hidden)
+  return "\n".join(lines)
+
+
+def _shown_values(result: TestResult) -> list[str]:
+  lines = []
+  if result.detail:
+    lines.append(_field("Reason", result.detail, MAX_ERROR_CHARS))
+  lines.append(_field("Input", result.input))
+  if result.kind == "wrong_answer":
+    lines += [_field("Output", result.output), _field("Expected", result.expected)]
+  return lines
+
+
+def _error_lines(error: ProgramError, hidden: bool) -> list[str]:
+  """Describes an exception and its line.
+
+  Of a hidden test it takes no word that the program chooses: a message, a class's name or an exit
+  status may quote the input.
+  """
+  if not hidden:
+    words = [error.type, error.message]
+  elif error.type in _BUILT_IN_EXCEPTIONS:
+    words = [error.type]
+  else:
+    words = []
+  lines = []
+  exception = ": ".join(filter(None, words))
+  if exception:
+    lines.append(_field("Error", exception, MAX_ERROR_CHARS))
+  if error.line:
+    lines.append(_field(f"Line {error.line}", error.source))
+  return lines
 
 
 def _field(header: str, text: str, limit: int = MAX_VALUE_CHARS) -> str:
+  """Writes a header and a value of at most `limit` characters, cleaned."""
+  # cut before cleaning too, which would take its time over a long text
   text = cut(clean(cut(text, 4 * limit)).strip("\n"), limit)
   if not text.strip():
     return f"{header}: (nothing)"
@@ -50,59 +114,18 @@ def _field(header: str, text: str, limit: int = MAX_VALUE_CHARS) -> str:
   return f"{header}:\n" + "\n".join("  " + line for line in text.split("\n"))
 
 
-def describe(result: TestResult, number: int, limits: Limits) -> str:
-  """One failing test in words; `number` counts from 1."""
-  says = {
-    "wrong_answer": "wrong answer",
-    "runtime_error": "runtime error",
-    "time_limit": "time limit exceeded",
-    "memory_limit": "memory limit exceeded",
-    "output_limit": "output limit exceeded",
-    "format": "wrong form",
-    "contained": "the program tampered with the process that ran it",
-    "sandbox_failed": "the test could not be run",
-  }[result.kind]
-  name = f"Hidden test {number}" if result.hidden else f"Test {number}"
-  lines = [f"{name}: {says}"]
-  if result.kind == "time_limit":
-    lines[0] += f" ({limits.time_s:g} s)"
-  elif result.kind == "memory_limit":
-    lines[0] += f" ({limits.memory_mb} MB)"
-  elif result.kind == "output_limit":
-    lines[0] += f" ({limits.output_kb} KB)"
-  if result.detail and not result.hidden:
-    lines.append(_field("Reason", result.detail, MAX_ERROR_CHARS))
-  if not result.hidden:
-    lines.append(_field("Input", result.input))
-    if result.kind == "wrong_answer":
-      lines += [_field("Output", result.output), _field("Expected", result.expected)]
-  if error := result.error:
-    # Of a hidden test no word that the program chooses: a message, a class's name or an exit status
-    # may quote the input.
-    words = (
-      (error.type, error.message)
-      if not result.hidden
-      else (error.type,)
-      if error.type in _EXCEPTIONS
-      else ()
-    )
-    if what := ": ".join(filter(None, words)):
-      lines.append(_field("Error", what, MAX_ERROR_CHARS))
-    if error.line:
-      lines.append(_field(f"Line {error.line}", error.source))
-  return "\n".join(lines)
-
-
-def make_verdict(results: list[TestResult], number: int, limits: Limits) -> Verdict:
-  """The first failing test gives the kind. Feedback tells an error alone, else the two shortest wrong answers."""
-  failing = [(i, r) for i, r in enumerate(results, 1) if not r.passed]
-  if not failing:
-    return Verdict("passed", "", tuple(results), number)
-  kind = failing[0][1].kind
-  if kind == "wrong_answer":
-    wrong = [(i, r) for i, r in failing if r.kind == kind]
-    told = sorted(sorted(wrong, key=lambda ir: len(ir[1].input) + len(ir[1].expected))[:2])
-  else:
-    told = failing[:1]
-  text = "\n\n".join(describe(r, i, limits) for i, r in told)
-  return Verdict(kind, cut(text, MAX_CHARS), tuple(results), number)
+def literal_text(tagged) -> str:
+  """Writes a value that the jail tagged as Python would, without building it."""
+  if not isinstance(tagged, dict):
+    return repr(tagged)
+  ((tag, items),) = tagged.items()
+  if tag == "dict":
+    pairs = [f"{literal_text(key)}: {literal_text(value)}" for key, value in items]
+    return "{" + ", ".join(pairs) + "}"
+  if tag not in _BRACKETS:
+    return repr(untagged(tagged))
+  if not items and tag in ("set", "frozenset"):
+    return tag + "()"
+  left, right = _BRACKETS[tag]
+  comma = "," if tag == "tuple" and len(items) == 1 else ""
+  return left + ", ".join(literal_text(item) for item in items) + comma + right
