@@ -1,20 +1,25 @@
-"""Rate, latency, memory and start of the sandbox, for lean workers and for workers with numpy imported.
+"""Measures rate, latency, memory and start of the sandbox, with lean workers and with numpy.
 
-  python -m sdpo_jax.bench sandbox [--workers=N] [--programs=2000] [--isolation=auto] [--repeats=1] [--json=FILE]
+  python -m sdpo_jax.bench sandbox [--workers=N] [--programs=2000] [--isolation=auto]
+                                   [--repeats=1] [--json=FILE]
 
-A program is trivial and has one test; a fresh process runs it. One row for each kind of worker, medians over the repeats:
+A program is trivial and has one test; a fresh process runs it. There is one row for each kind of
+worker, with medians over the repeats:
 
   per_s             programs a second from 2 callers for each worker, all workers busy
   p50_ms, p99_ms    time of one verdict with one caller, everything else idle
   busy_p99_ms       the same from as many callers as workers
-  rss_mb, pss_mb    resident memory of a warm worker; with shared pages divided among those who share them (where readable)
+  rss_mb, pss_mb    resident memory of a warm worker; with shared pages divided among those who
+                    share them (where readable)
   cold_s            from nothing to the first verdict of a pool of that many workers, probe included
-  late_ms           from an endless loop's CPU limit of 0.2 s to its verdict at the caller, worst of 5
+  late_ms           from an endless loop's CPU limit of 0.2 s to its verdict at the caller, worst of
+                    5
   late_600mb_ms     the same of a program that takes 600 MB first
 
-Figures mean what they say only on idle cores: `load` is the machine's load average at the start. Where others compute, `chrt -r 2`
-before the command (as root) goes before them; the kernel then stops everything for 50 ms in each second of full use, which is why
-the loops are 0.2 s apart, and why no repeat should be much longer than it must. MB = 10^6 bytes.
+Figures mean what they say only on idle cores: `load` is the machine's load average at the start.
+Where others compute, `chrt -r 2` before the command (as root) gives it precedence. The kernel then
+stops everything for 50 ms in each second of full use. That is why the loops are 0.2 s apart, and
+why no repeat should be much longer than it must. MB = 10^6 bytes.
 """
 
 import argparse
@@ -28,10 +33,8 @@ import time
 
 from sdpo_jax.sandbox import ISOLATIONS, Limits, Sandbox, TestCase, installed
 
-COLUMNS = (
-  "kind",
-  "isolation",
-  "workers",
+PROGRAMS = {"lean": "print(int(input()) + 1)", "numpy": "import numpy\nprint(int(input()) + 1)"}
+FIGURES = (
   "load",
   "per_s",
   "p50_ms",
@@ -43,10 +46,32 @@ COLUMNS = (
   "late_ms",
   "late_600mb_ms",
 )
-PROGRAMS = {"lean": "print(int(input()) + 1)", "numpy": "import numpy\nprint(int(input()) + 1)"}
+COLUMNS = ("kind", "isolation", "workers", *FIGURES)
 
 
 def main(argv):
+  """Measures and prints one JSON line for each kind of worker, then a table. Returns 0."""
+  args = _arguments(argv)
+  rows = []
+  for kind in PROGRAMS:
+    if kind == "numpy" and not installed("numpy"):
+      continue
+    repeats = [
+      _measure(kind, args.workers, args.programs, args.isolation) for _ in range(args.repeats)
+    ]
+    rows.append(_median(repeats))
+    rows[-1]["repeats"] = args.repeats
+    rows[-1]["machine"] = _machine()
+    rows[-1]["command"] = shlex.join(["python", "-m", "sdpo_jax.bench", "sandbox", *argv])
+    print(json.dumps(rows[-1]), flush=True)
+  if args.json:
+    with open(args.json, "w") as f:
+      json.dump(rows, f, indent=1)
+  print(_table(rows))
+  return 0
+
+
+def _arguments(argv):
   parser = argparse.ArgumentParser(
     prog="python -m sdpo_jax.bench sandbox",
     description=__doc__,
@@ -63,62 +88,50 @@ def main(argv):
   )
   args = parser.parse_args(argv)
   for name, least in (("workers", 1), ("programs", 2), ("repeats", 1)):
-    if (value := getattr(args, name)) is not None and value < least:
+    value = getattr(args, name)
+    if value is not None and value < least:
       parser.error(f"--{name}={value} must be at least {least}")
-  rows = []
-  for kind in PROGRAMS:
-    if kind == "numpy" and not installed("numpy"):
-      continue
-    repeats = [
-      _measure(kind, args.workers, args.programs, args.isolation) for _ in range(args.repeats)
-    ]
-    rows.append(
-      repeats[0]
-      | {c: statistics.median(r[c] for r in repeats) for c in COLUMNS[3:] if repeats[0][c] != ""}
-      | {
-        "repeats": args.repeats,
-        "machine": _machine(),
-        "command": shlex.join(["python", "-m", "sdpo_jax.bench", "sandbox", *argv]),
-      }
-    )
-    print(json.dumps(rows[-1]), flush=True)
-  if args.json:
-    with open(args.json, "w") as f:
-      json.dump(rows, f, indent=1)
-  print(
-    "\n".join(
-      "| " + " | ".join(line) + " |"
-      for line in [COLUMNS, ["---"] * len(COLUMNS)]
-      + [
-        [f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in COLUMNS]
-        for row in rows
-      ]
-    )
-  )
-  return 0
+  return args
+
+
+def _median(repeats: list[dict]) -> dict:
+  """Returns the first repeat with the medians of the figures; what was not readable stays ""."""
+  row = dict(repeats[0])
+  for figure in FIGURES:
+    if row[figure] != "":
+      row[figure] = statistics.median(repeat[figure] for repeat in repeats)
+  return row
+
+
+def _table(rows: list[dict]) -> str:
+  """Writes the rows as a table of Markdown."""
+  lines = [COLUMNS, ["---"] * len(COLUMNS)]
+  for row in rows:
+    values = [row[column] for column in COLUMNS]
+    lines.append([f"{x:.4g}" if isinstance(x, float) else str(x) for x in values])
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _machine() -> str:
+  """Describes the machine, and how this process is scheduled on it."""
   with open("/proc/cpuinfo") as f:
-    name = next(
-      (line.split(":")[1].strip() for line in f if line.startswith("model name")),
-      platform.machine(),
-    )
-  policy = {os.SCHED_RR: "real-time", os.SCHED_FIFO: "real-time"}.get(
-    os.sched_getscheduler(0), "ordinary"
-  )
+    names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
+  name = names[0] if names else platform.machine()
+  real_time = os.sched_getscheduler(0) in (os.SCHED_RR, os.SCHED_FIFO)
+  policy = "real-time" if real_time else "ordinary"
   return (
-    f"{len(os.sched_getaffinity(0))} cores of {name}, Linux {platform.release()}, Python {platform.python_version()}, "
-    f"{policy} scheduling, uid {os.geteuid()}"
+    f"{len(os.sched_getaffinity(0))} cores of {name}, Linux {platform.release()}, "
+    f"Python {platform.python_version()}, {policy} scheduling, uid {os.geteuid()}"
   )
 
 
-def _measure(kind, workers, programs, isolation):
+def _measure(kind, workers, programs, isolation) -> dict:
+  """Measures a new pool once; the keys are COLUMNS."""
   load = os.getloadavg()[0]
   start = time.perf_counter()
   with Sandbox(workers=workers, isolation=isolation) as pool:
-    workers = len(pool.worker_pids())
-    lean = set(pool.worker_pids())
+    lean_pids = set(pool.worker_pids())
+    workers = len(lean_pids)
 
     def verdict_s(_):
       begin = time.perf_counter()
@@ -136,20 +149,22 @@ def _measure(kind, workers, programs, isolation):
     alone = sorted(map(verdict_s, range(programs // 2)))
     with concurrent.futures.ThreadPoolExecutor(workers) as callers:
       busy = sorted(callers.map(verdict_s, range(programs // 2)))
-    pids = set(pool.worker_pids()) - lean or lean
+    # those with numpy come on top of the lean ones
+    pids = set(pool.worker_pids()) - lean_pids or lean_pids
     imports = PROGRAMS[kind].split("print")[0]
     late_ms = _late_ms(pool, imports + "while True: pass")
     late_600mb_ms = _late_ms(pool, imports + "b = b'x' * 600_000_000\nwhile True: pass")
+    rss_mb = max(_kib(pid, "status", "VmRSS") for pid in pids) * 1024 / 1e6
     return {
       "kind": kind,
       "isolation": pool.isolation,
       "workers": workers,
       "load": load,
       "per_s": per_s,
-      "p50_ms": _at(alone, 0.5),
-      "p99_ms": _at(alone, 0.99),
-      "busy_p99_ms": _at(busy, 0.99),
-      "rss_mb": max(_kib(pid, "status", "VmRSS") for pid in pids) * 1024 / 1e6,
+      "p50_ms": _quantile_ms(alone, 0.5),
+      "p99_ms": _quantile_ms(alone, 0.99),
+      "busy_p99_ms": _quantile_ms(busy, 0.99),
+      "rss_mb": rss_mb,
       "pss_mb": _pss_mb(pids),
       "cold_s": cold_s,
       "late_ms": late_ms,
@@ -158,28 +173,30 @@ def _measure(kind, workers, programs, isolation):
 
 
 def _late_ms(pool, loop):
-  late = []
+  """Returns the longest time from an endless loop's CPU limit to its verdict, of five."""
+  late_s = []
   for _ in range(5):
     time.sleep(0.2)
     begin = time.perf_counter()
     verdict = pool.run(loop, [TestCase("", "")], limits=Limits(time_s=0.2))
-    late.append(time.perf_counter() - begin - 0.2)
+    late_s.append(time.perf_counter() - begin - 0.2)
     if verdict.kind != "time_limit":
       raise RuntimeError(f"the endless loop ended as {verdict.kind}")
-  return max(late) * 1e3
+  return max(late_s) * 1e3
 
 
-def _at(ordered, quantile):
-  return ordered[int(quantile * len(ordered))] * 1e3
+def _quantile_ms(sorted_s, quantile):
+  return sorted_s[int(quantile * len(sorted_s))] * 1e3
 
 
 def _kib(pid, file, name):
+  """Reads a number of KiB from a file of /proc."""
   with open(f"/proc/{pid}/{file}") as f:
     return next(int(line.split()[1]) for line in f if line.startswith(name + ":"))
 
 
 def _pss_mb(pids):
-  """Only root may read it of a process that hides its memory."""
+  """Returns the largest share of memory; "" where only root may read it, as these hide theirs."""
   try:
     return max(_kib(pid, "smaps_rollup", "Pss") for pid in pids) * 1024 / 1e6
   except PermissionError:
