@@ -57,6 +57,10 @@ def execute():
   except FileNotFoundError:
     pass
 def ptrace():
+  try:
+    os.wait()  # the end of fork's child would stop a traced process for good
+  except OSError:
+    pass
   if ctypes.CDLL(None).ptrace(0, 0, 0, 0) < 0: raise OSError
 tries = {"fork": fork, "exec": execute, "socket": socket.socket,
          "kill": lambda: os.kill(os.getppid(), 0), "write": lambda: open("/tmp/canary", "w"),
