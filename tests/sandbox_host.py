@@ -10,7 +10,7 @@ import pytest
 
 
 class Host:
-  """What an attack might reach: a file, its folder, listeners; and the counts that must not change."""
+  """What an attack might reach: a file, its folder and listeners."""
 
   def __init__(self, folder):
     self.token = f"SBX-CANARY-TOKEN-{uuid.uuid4().hex}"
@@ -26,7 +26,8 @@ class Host:
     self.port = tcp.getsockname()[1]
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     udp.bind(("127.0.0.1", self.port))
-    stream, dgram = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    stream = socket.socket(socket.AF_UNIX)
+    dgram = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     stream.bind("\0" + self.abstract)
     stream.listen()
     dgram.bind("\0" + self.abstract + "-dgram")
@@ -65,7 +66,7 @@ def check_text(text, forbidden, limit=2000):
 
 
 def descendants():
-  """Process numbers of everything below this process."""
+  """Returns the process numbers of everything below this process."""
   parents = {}
   for entry in os.listdir("/proc"):
     if entry.isdigit():
@@ -75,14 +76,17 @@ def descendants():
         continue
       if fields[0] != "Z":
         parents[int(entry)] = int(fields[1])
-  found, new = set(), {os.getpid()}
-  while new:
-    new = {p for p, parent in parents.items() if parent in new}
-    found |= new
-  return found
+  pids, parents_of_next = set(), {os.getpid()}
+  while parents_of_next:
+    parents_of_next = {p for p, parent in parents.items() if parent in parents_of_next}
+    pids |= parents_of_next
+  return pids
 
 
 def starved(verdict, limits):
-  """Whether the wall clock ended a test before it had its CPU time: so do sleepers, and everything on a machine that others use."""
+  """Tells whether the wall clock ended a test before it had its CPU time.
+
+  Sleepers end so, and everything may on a machine that others use.
+  """
   last = verdict.tests[-1]
   return verdict.kind == "time_limit" and last.cpu_s < limits.time_s

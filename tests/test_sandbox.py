@@ -1,4 +1,4 @@
-"""The sandbox's contract: kinds, feedback text, limits, failures of our own, and that the caller is never forked."""
+"""The sandbox's contract: kinds, feedback, limits, our own failures, a caller never forked."""
 
 import concurrent.futures
 import os
@@ -131,8 +131,10 @@ def test_verdict_of_each_failing_test(sandbox):
     "raise ValueError('no ' + x)",
   )
   assert (
-    verdict.feedback
-    == "Test 2: runtime error\nInput: boom\nError: ValueError: no boom\nLine 3: raise ValueError('no ' + x)"
+    verdict.feedback == "Test 2: runtime error\n"
+    "Input: boom\n"
+    "Error: ValueError: no boom\n"
+    "Line 3: raise ValueError('no ' + x)"
   )
   assert len(sandbox.run(program, [wrong] * 5, max_failures=1).tests) == 1
   assert len(sandbox.run(program, [wrong] * 5, max_failures=4).tests) == 4
@@ -154,16 +156,10 @@ def test_feedback_is_bounded_and_deterministic(sandbox):
     sandbox.run(program, [TestCase("i" * 100000, "o" * 100000)]).feedback for _ in range(3)
   }
   assert len(verdicts) == 1 and len(verdicts.pop()) <= 2000
-  shown = sandbox.run(
-    "class A: pass\nprint(A(), id(3) % 2 < 2, {'b', 'a', 'c'}, hash('a'))", [TestCase("", "")]
-  ).feedback
-  assert (
-    "A object at 0x...>" in shown
-    and shown
-    == sandbox.run(
-      "class A: pass\nprint(A(), id(3) % 2 < 2, {'b', 'a', 'c'}, hash('a'))", [TestCase("", "")]
-    ).feedback
-  )
+  program = "class A: pass\nprint(A(), id(3) % 2 < 2, {'b', 'a', 'c'}, hash('a'))"
+  feedback = sandbox.run(program, [TestCase("", "")]).feedback
+  assert "A object at 0x...>" in feedback
+  assert feedback == sandbox.run(program, [TestCase("", "")]).feedback
   many = sandbox.run(
     "print('\\n'.join(map(str, range(1000))))", [TestCase("1\n2\n3", "x\ny")]
   ).feedback
@@ -181,7 +177,8 @@ def test_hidden_tests_show_no_values(sandbox):
     "print(input(), file=__import__('sys').stderr); 1 / 0",
     "import sys; sys.exit(input())",
     "raise type(input(), (Exception,), {})",
-    "import json, os; os.pwrite(3, json.dumps({'error': ['', input(), None]}).encode(), 0); os._exit(1)",
+    "import json, os; os.pwrite(3, json.dumps({'error': ['', input(), None]}).encode(), "
+    "0); os._exit(1)",
   ):
     assert "secret" not in sandbox.run(program, [secret]).feedback
   function = TestCase('"secret"', "1", hidden=True)
@@ -214,7 +211,9 @@ def test_hidden_tests_show_no_values(sandbox):
     ("def gcd(a, b): return 6", True),
     ("gcd = lambda *a: 6", True),
     (
-      "class Solution:\n  def gcd(self, a, b): return 6\ndef gcd(a, b): return Solution().gcd(a, b)",
+      "class Solution:\n"
+      "  def gcd(self, a, b): return 6\n"
+      "def gcd(a, b): return Solution().gcd(a, b)",
       True,
     ),
   ],
@@ -231,7 +230,12 @@ def test_a_library_function_is_not_the_programs_own(sandbox, program, passes):
 def test_no_returned_value_breaks_the_comparison(sandbox):
   near = TestCase(expression="f()", output="1.5", compare="isclose")
   assert sandbox.run("def f(): return 10 ** 400", [near]).kind == "wrong_answer"
-  forged = "import os\ndef f():\n  os.pwrite(3, b'{\"value\": {\"complex\": [1%s, 0]}}' % (b'0' * 400), 0)\n  os._exit(0)"
+  forged = (
+    "import os\n"
+    "def f():\n"
+    "  os.pwrite(3, b'{\"value\": {\"complex\": [1%s, 0]}}' % (b'0' * 400), 0)\n"
+    "  os._exit(0)"
+  )
   assert sandbox.run(forged, [near]).kind == "format"
 
 
@@ -281,9 +285,28 @@ def test_cut():
 
 # Programs.
 
+COUNTING_METHOD = (
+  "class Solution:\n"
+  "  seen = []\n"
+  "  def __init__(self):\n"
+  "    self.n = 10\n"
+  "  def _more(self, x):\n"
+  "    self.n += x\n"
+  "    Solution.seen.append(x)\n"
+  "  def f(self, x: int) -> List[int]:\n"
+  "    self._more(x)\n"
+  "    self._more(x)\n"
+  "    return [self.n, len(self.seen)]"
+)
+
 
 def test_functions_and_expressions(sandbox):
-  program = "class Solution:\n  def both(self, a: List[int], s: Optional[str] = None):\n    return Counter(a), s\nrows = lambda n: {(i, i * i) for i in range(n)}"
+  program = (
+    "class Solution:\n"
+    "  def both(self, a: List[int], s: Optional[str] = None):\n"
+    "    return Counter(a), s\n"
+    "rows = lambda n: {(i, i * i) for i in range(n)}"
+  )
   assert sandbox.run(
     program, [TestCase('["x", "x"]\n"s"', '[{"x": 2}, "s"]')], fn_name="both"
   ).passed
@@ -309,11 +332,15 @@ def test_functions_and_expressions(sandbox):
     "Test 1: wrong form\nReason: the program defines no function nothing\nInput: nothing(1)"
   )
   assert sandbox.run("def f(x): return x + 1", [TestCase("1", "2")], fn_name="g").kind == "format"
-  state = "class Solution:\n  seen = []\n  def __init__(self):\n    self.n = 10\n  def _more(self, x):\n    self.n += x\n    Solution.seen.append(x)\n  def f(self, x: int) -> List[int]:\n    self._more(x)\n    self._more(x)\n    return [self.n, len(self.seen)]"
   # within one call it stays, from test to test it does not
-  assert sandbox.run(state, [TestCase("1", "[12, 2]")] * 2, fn_name="f").passed
+  assert sandbox.run(COUNTING_METHOD, [TestCase("1", "[12, 2]")] * 2, fn_name="f").passed
   assert sandbox.run(
-    "print('noise')\ndef f(x):\n  print(x)\n  return (x, None)\nif __name__ == '__main__':\n  f(input())",
+    "print('noise')\n"
+    "def f(x):\n"
+    "  print(x)\n"
+    "  return (x, None)\n"
+    "if __name__ == '__main__':\n"
+    "  f(input())",
     [TestCase("true", "[true, null]")],
     fn_name="f",
   ).passed
@@ -321,7 +348,8 @@ def test_functions_and_expressions(sandbox):
   if jail_worker.installed("numpy"):
     assert sandbox.run(numpy, [TestCase("1", "1")], fn_name="f").passed
     assert sandbox.run(
-      "import numpy.linalg, numpy.fft, numpy as np\nprint(np.linalg.det(np.eye(2)), np.random.default_rng(0).integers(2, 3))",
+      "import numpy.linalg, numpy.fft, numpy as np\n"
+      "print(np.linalg.det(np.eye(2)), np.random.default_rng(0).integers(2, 3))",
       [TestCase("", "1.0 2")],
     ).passed
 
@@ -361,21 +389,46 @@ def test_ordinary_programs(isolation):
     "import atexit\natexit.register(print, 'ok')",
     "print('ok')\nexit()",
     "print('ok')\nquit(0)",
-    "import asyncio\nasync def f():\n  await asyncio.sleep(0.001)\n  return 'ok'\nprint(asyncio.run(f()))",
+    "import asyncio\n"
+    "async def f():\n"
+    "  await asyncio.sleep(0.001)\n"
+    "  return 'ok'\n"
+    "print(asyncio.run(f()))",
     "import threading\nthreading.Timer(.01, print, ['ok']).start()",
     "import concurrent.futures as c\nwith c.ThreadPoolExecutor(4) as p: print(*p.map(str, ['ok']))",
     "import sys\nprint('o', end='')\nsys.stdout.flush()\nprint('k')",
     "import io, os, sys\nsys.stdin = io.BytesIO(os.read(0, 100))\nprint('ok')",
     "import sys\nfor line in open('/dev/stdin'): pass\nprint('ok')",
     "import sys\nassert sys.stdin.buffer.read() == b'x'\nprint('ok')",
-    "import signal\nsignal.signal(signal.SIGALRM, lambda *a: print('ok') or exit())\nsignal.alarm(1)\nsignal.pause()",
-    "import sqlite3, ssl, decimal, hashlib, zlib, lzma, bz2, csv, xml.dom, email, unittest\nprint('ok')",
+    "import signal\n"
+    "signal.signal(signal.SIGALRM, lambda *a: print('ok') or exit())\n"
+    "signal.alarm(1)\n"
+    "signal.pause()",
+    "import sqlite3, ssl, decimal, hashlib, zlib, lzma, bz2, csv, xml.dom, email, "
+    "unittest\n"
+    "print('ok')",
     "import subprocess, multiprocessing, socket, tempfile, shutil, glob, getpass\nprint('ok')",
-    "import inspect, pickle, pprint, textwrap, traceback, logging, datetime, zoneinfo, statistics, array\nprint('ok')",
-    "import sys\nsys.setrecursionlimit(10**6)\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\nassert f(50000) == 50000\nprint('ok')",
-    "from dataclasses import dataclass\n@dataclass\nclass A: x: int\nimport pickle\nassert pickle.loads(pickle.dumps(A(1))) == A(1)\nprint('ok')",
-    "import resource\nassert resource.getrlimit(resource.RLIMIT_STACK)[0] >= 256 << 20\nprint('ok')",
-    "import time, os\ntime.sleep(0.001)\nassert os.cpu_count() and os.getpid() and os.urandom(3)\nprint('ok')",
+    "import inspect, pickle, pprint, textwrap, traceback, logging, datetime, zoneinfo, "
+    "statistics, array\n"
+    "print('ok')",
+    "import sys\n"
+    "sys.setrecursionlimit(10**6)\n"
+    "def f(n): return 0 if n == 0 else 1 + f(n - 1)\n"
+    "assert f(50000) == 50000\n"
+    "print('ok')",
+    "from dataclasses import dataclass\n"
+    "@dataclass\n"
+    "class A: x: int\n"
+    "import pickle\n"
+    "assert pickle.loads(pickle.dumps(A(1))) == A(1)\n"
+    "print('ok')",
+    "import resource\n"
+    "assert resource.getrlimit(resource.RLIMIT_STACK)[0] >= 256 << 20\n"
+    "print('ok')",
+    "import time, os\n"
+    "time.sleep(0.001)\n"
+    "assert os.cpu_count() and os.getpid() and os.urandom(3)\n"
+    "print('ok')",
   )
   with pool:
     for program in programs:
@@ -506,13 +559,15 @@ def test_no_descriptors_left_is_our_fault():
 
 @pytest.mark.parametrize("isolation", ["bubblewrap", "landlock"])
 def test_a_low_limit_of_descriptors_is_not_the_programs(isolation):
-  """The soft limit of whoever starts the pool (40 here) is raised for the workers, which need descriptors up to 63."""
+  """The soft limit of whoever starts the pool (40 here) is raised: workers need descriptor 63."""
   if isolation == "bubblewrap" and shutil.which("bwrap") is None:
     pytest.skip("bubblewrap is not installed")
   code = (
-    "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+    "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, "
+    "resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
     "from sdpo_jax.sandbox import Sandbox, TestCase\n"
-    f"with Sandbox(workers=1, isolation={isolation!r}) as pool: print(pool.run('print(1)', [TestCase(input='', output='1')]).passed)"
+    f"with Sandbox(workers=1, isolation={isolation!r}) as pool:\n"
+    "  print(pool.run('print(1)', [TestCase(input='', output='1')]).passed)"
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert done.stdout == "True\n", done.stderr
@@ -544,7 +599,10 @@ def test_no_copy_is_left_behind(monkeypatch):
 
   def left(end):
     """What there is once a process that has made a directory has come to this end."""
-    begin = "import os, signal; from sdpo_jax.sandbox import jail_worker; stage = jail_worker.StageDirectory(); "
+    begin = (
+      "import os, signal; from sdpo_jax.sandbox import jail_worker; stage = "
+      "jail_worker.StageDirectory(); "
+    )
     subprocess.run(
       [sys.executable, "-c", begin + end], env=os.environ | {"TMPDIR": str(directory)}, check=False
     )
@@ -636,7 +694,7 @@ def test_closed_and_interrupted():
 
 
 def test_caller_is_never_forked_and_dies_alone():
-  """In a process of its own: no fork hook runs, no heavy import, and killing it leaves no worker."""
+  """No fork hook runs in it, it makes no heavy import, and killing it leaves no worker."""
   code = textwrap.dedent("""
       import os, sys, time
       forks = []
@@ -736,11 +794,11 @@ def test_same_verdicts_beside_six_hogs():
   hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(6)]
   try:
     with Sandbox(workers=2) as pool, concurrent.futures.ThreadPoolExecutor(4) as threads:
-      got = list(
+      kinds = list(
         threads.map(lambda p: kind(pool, p[0], output="1", limits=Limits(time_s=1.5)), programs * 5)
       )
   finally:
     for hog in hogs:
       hog.kill()
       hog.wait()
-  assert got == [want for _, want in programs] * 5
+  assert kinds == [expected for _, expected in programs] * 5

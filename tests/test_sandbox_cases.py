@@ -1,8 +1,8 @@
-"""The shared programs: correct ones pass, wrong ones fail as declared, attacks are contained and leave nothing behind.
+"""The shared programs: correct ones pass, wrong ones fail as declared, attacks leave nothing.
 
-The programs are read from the folder `sandbox_cases` beside the one that SDPO_JAX_DATA names. Attacks run inside the sandbox
-only. Each is checked by itself (verdict, feedback, time) and all of them together for what they may have done to the host:
-files, connections, processes, descriptors.
+The programs are read from the folder `sandbox_cases` beside the one that SDPO_JAX_DATA names.
+Attacks run inside the sandbox only. Each is checked by itself (verdict, feedback, time) and all of
+them together for what they may have done to the host: files, connections, processes, descriptors.
 """
 
 import concurrent.futures

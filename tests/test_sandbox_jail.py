@@ -1,4 +1,4 @@
-"""jail.py runs alone inside the jail, so it repeats what its host's files hold; here they must agree."""
+"""jail.py runs alone inside the jail; what it repeats of its host's files must agree with them."""
 
 import json
 import pathlib
@@ -46,9 +46,9 @@ def test_the_filter_names_its_process_once_a_rule():
 
 
 def test_nothing_of_the_jail_runs_after_a_fork():
-  """The imports that register hooks come after the line that ignores them: it saves a third of a test's time."""
-  asked = import_jail(
+  """Imports that register hooks come after the line that ignores them: a third of a test's time."""
+  hooks = import_jail(
     "calls = []; os.register_at_fork = lambda **hooks: calls.append(hooks); "
     "assert 'threading' not in sys.modules; import jail, random; print(len(calls))"
   )
-  assert asked == "0\n"
+  assert hooks == "0\n"

@@ -1,4 +1,4 @@
-"""The sandbox's tests again, as an ordinary user where the tests run as root (elsewhere they do so anyway)."""
+"""The sandbox's tests run again as an ordinary user, where root runs the tests."""
 
 import os
 import shutil
@@ -28,14 +28,18 @@ def _as_nobody(python: str, *arguments) -> subprocess.CompletedProcess:
 
 
 def _python() -> str | None:
-  """A Python of this version that everybody may run, with what the tests import: this one, or its packages, may lie in root's own directories."""
+  """Returns a Python of this version that everybody may run, with what the tests import.
+
+  This one, or its packages, may lie in root's own directories.
+  """
   for path in (os.path.realpath(sys.executable), "/usr/bin/python3"):
-    says = _as_nobody(
+    version = _as_nobody(
       path,
       "-c",
-      "import pytest, sdpo_jax, sys; open(sys.executable, 'rb').close(); print(sys.version_info[:2])",
+      "import pytest, sdpo_jax, sys; open(sys.executable, 'rb').close(); "
+      "print(sys.version_info[:2])",
     )
-    if says.stdout == f"{sys.version_info[:2]}\n":
+    if version.stdout == f"{sys.version_info[:2]}\n":
       return path
   return None
 
@@ -46,7 +50,8 @@ def _run(*arguments) -> str:
   python = _python() if shutil.which("setpriv") else None
   if python is None:
     pytest.skip(
-      "needs setpriv, and a Python of this version, pytest and this package where an ordinary user may read them"
+      "needs setpriv, and a Python of this version, pytest and this package where an "
+      "ordinary user may read them"
     )
   done = _as_nobody(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
   assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
@@ -63,7 +68,8 @@ def test_a_few():
 
 @pytest.mark.slow
 def test_everything():
-  said = _run(
+  output = _run(
     "tests/test_sandbox.py", "tests/test_sandbox_attacks.py", "tests/test_sandbox_cases.py"
   )
-  assert "passed" in said and "failed" not in said
+  assert "passed" in output
+  assert "failed" not in output
