@@ -164,7 +164,7 @@ def lock_down(config):
     filter     the seccomp filter in hexadecimal digits; "": none
     landlock   {"read": paths, "list": directories}, or None for no Landlock
 
-  Returns (Warm, what the host is told). Raises OSError where the kernel refuses.
+  Returns (Warm, the report for the host). Raises OSError where the kernel refuses.
   """
   _raise_descriptor_limit()
   sys.path[:] = config["path"]

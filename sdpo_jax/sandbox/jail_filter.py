@@ -36,7 +36,7 @@ _ALLOW, _KILL = 0x7FFF0000, 0x80000000
 
 
 def _fail(number):
-  """Returns the outcome by which a call fails with this error number; 0: it does nothing, well."""
+  """Returns the outcome by which a call does nothing but return this error number; 0: success."""
   return 0x00050000 | number
 
 
@@ -129,7 +129,7 @@ def _segments():
   free_numbers = [int(number) for number in _FREE.split()[1::2]]
   rules_of = {number: [_ALLOW] for number in free_numbers} | _JUDGED
   segments = []
-  for number in range(max(rules_of) + 2):  # one beyond the last: all that are not known here
+  for number in range(max(rules_of) + 2):  # the last segment: all numbers beyond
     unlisted = [_FORBIDDEN] if number < _FIRST_NEW_CALL else [_UNKNOWN]
     rules = rules_of.get(number, unlisted)
     if not segments or segments[-1][1] != rules or number in _SECOND:

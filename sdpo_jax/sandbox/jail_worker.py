@@ -204,10 +204,7 @@ def _shared_objects(directory: str) -> list[str]:
 
 
 def _is_pythons_own(layout: PythonLayout, directory: str) -> bool:
-  """Tells whether the directory is a self-contained Python's own.
-
-  Such a directory holds more than shared libraries.
-  """
+  """Tells whether it is a self-contained Python's own folder, with more than libraries in it."""
   return layout.prefix != "/usr" and directory.startswith(layout.prefix + "/lib")
 
 
@@ -500,7 +497,7 @@ class Worker:
         pass
       os.close(self._pidfd)
       self._pidfd = None
-    else:  # it never said who it is
+    else:  # `hello` never learned its process number
       self._process.kill()
     self._sock.close()
     os.close(self._errors)
