@@ -45,7 +45,7 @@ def get_config(arg: str = ""):
   c = config.base()
   c.mesh.update(mesh)
   c.method = build.method_row(a.method)
-  # weights, moments and teacher in float32: steps of 1e-6 vanish in bfloat16
+  # weights, moments and teacher stay float32: steps of 1e-6 vanish in bfloat16
   c.model.update(path=a.model, dtype="bfloat16", remat="block")
   c.data.update(
     max_prompt_tokens=2048, max_teacher_tokens=10240, length_multiple=1024, response_multiple=1024

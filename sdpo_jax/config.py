@@ -203,7 +203,7 @@ def paper(a: types.SimpleNamespace, *, rich_feedback: bool) -> ml_collections.Co
   c.seed = a.seed
   c.model.path = a.model
   c.method = build.method_row(a.method)
-  # weights, moments and teacher in float32: steps of 1e-6 vanish in bfloat16
+  # weights, moments and teacher stay float32: steps of 1e-6 vanish in bfloat16
   c.model.update(dtype="bfloat16", remat="block")
   c.data.update(
     max_prompt_tokens=2048, max_teacher_tokens=10_240, length_multiple=512, response_multiple=512
@@ -212,7 +212,7 @@ def paper(a: types.SimpleNamespace, *, rich_feedback: bool) -> ml_collections.Co
   # every question of the split
   c.eval.update(splits=("test",), final_splits=("test",), questions=10_000, every_steps=10)
   c.discover.split = "test"
-  # at full length 8 rows at a time
+  # 256 responses, at full length 8 rows a micro-batch
   if rich_feedback:
     c.total_steps = 80
     c.optimizer.update(lr=1e-6, warmup_steps=0)
