@@ -272,7 +272,7 @@ class Workload:
 
   @property
   def rows(self) -> int:
-    """Responses of one micro-batch on one row shard."""
+    """Responses of one pack: those of one micro-batch on one row shard."""
     return self.responses // (self.micro_batches * self.shards)
 
   def check(self) -> None:
@@ -288,19 +288,20 @@ class Workload:
     return bucket(limit, self.c.data.length_multiple)
 
   def full_shape(self, rows: int) -> Shape:
-    """The largest shape of a generation batch with `rows` responses a micro-batch and shard."""
+    """Returns the largest shape that a batch of `rows` responses a pack can take."""
+    data = self.c.data
     return full_shape(
       rows,
-      self.micro_batches * self.shards,
-      most_tokens(self.c.data, self.c.rollout.max_new_tokens),
-      length_multiple=self.c.data.length_multiple,
-      response_multiple=self.c.data.response_multiple,
+      self.micro_batches * self.shards,  # one pack each
+      most_tokens(data, self.c.rollout.max_new_tokens),
+      length_multiple=data.length_multiple,
+      response_multiple=data.response_multiple,
       taught=self.learn.objective.needs_teacher,
       more=self.learn.readings > 0,
     )
 
   def batch(self, rows: int) -> TrainBatch:
-    """The shapes of a generation batch with `rows` responses a micro-batch and shard."""
+    """Returns the shapes of a generation batch of `rows` responses a pack."""
     responses = rows * self.micro_batches * self.shards
     return batch_shapes(self.mesh, self.full_shape(rows), responses, self.learn.readings)
 
