@@ -73,32 +73,32 @@ class Pack:
     self.weight_BR = np.zeros((rows, responses), np.float32)
     self.texts_B = [0] * rows
     self.columns_B = [0] * rows  # used so far
-    self.answered_B = [0] * rows  # response tokens so far
+    self.scored_B = [0] * rows  # response tokens so far
 
-  def add(self, prompt: list[int], answer: list[int]) -> bool:
+  def add(self, prompt: list[int], response: list[int]) -> bool:
     """Puts a text into the first row with room for it; False if there is none."""
     (B, T), R = self.token_BT.shape, self.weight_BR.shape[1]
-    text = prompt + answer
+    text = prompt + response
     for b in range(B):
       has_columns = self.columns_B[b] + len(text) <= T
-      if has_columns and self.answered_B[b] + len(answer) <= R:
-        self._put(b, text, answer)
+      if has_columns and self.scored_B[b] + len(response) <= R:
+        self._put(b, text, response)
         return True
     return False
 
-  def _put(self, b: int, text: list[int], answer: list[int]) -> None:
+  def _put(self, b: int, text: list[int], response: list[int]) -> None:
     first = self.columns_B[b]
     end = first + len(text)
     self.texts_B[b] += 1
     self.token_BT[b, first:end] = text
     self.segment_BT[b, first:end] = self.texts_B[b]
     self.position_BT[b, first:end] = np.arange(len(text))
-    here = slice(self.answered_B[b], self.answered_B[b] + len(answer))
-    self.at_BR[b, here] = np.arange(end - len(answer) - 1, end - 1)  # the column before predicts
-    self.response_BR[b, here] = answer
+    here = slice(self.scored_B[b], self.scored_B[b] + len(response))
+    self.at_BR[b, here] = np.arange(end - len(response) - 1, end - 1)  # the column before predicts
+    self.response_BR[b, here] = response
     self.weight_BR[b, here] = 1.0
     self.columns_B[b] = end
-    self.answered_B[b] += len(answer)
+    self.scored_B[b] += len(response)
 
   def batch(self) -> TrainBatch:
     """Returns all rows as one pack, without a teacher."""
@@ -151,8 +151,8 @@ class PackedRows:
     texts = [self._tokens(i) for i in range(step * self.texts, (step + 1) * self.texts)]
     left_out = 0
     # the longest prompt first: what is short fills the gaps
-    for prompt, answer in sorted(texts, key=lambda text: -len(text[0])):
-      if not pack.add(prompt, answer):
+    for prompt, response in sorted(texts, key=lambda text: -len(text[0])):
+      if not pack.add(prompt, response):
         left_out += 1
     return pack.batch(), {
       "data/useful_tokens": sum(pack.columns_B) / (self.rows * self.length),
@@ -204,10 +204,8 @@ def accuracy(
   first line is.
   """
   accuracies, settings = {}, corpus_settings | {"twist": 0.0}
-  for view in VIEWS:
-    of_this_corpus = view != "both" and settings[view]
-    if view not in ("plain", "feedback", "solution") and not of_this_corpus:
-      continue
+  of_the_corpus = [view for view in ("notes", "imagine") if settings[view]]
+  for view in ("plain", "feedback", "solution", *of_the_corpus):
     problems = _novel_problems(domain, settings, view, questions)
     prompts = [chat.prompt_tokens([{"role": "user", "content": p.message}]) for p in problems]
     longest = max_new_tokens
