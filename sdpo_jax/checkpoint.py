@@ -76,7 +76,7 @@ def tell_failures_once():
   """Leaves the report of a failed save to its caller: nothing else of it is printed.
 
   Entry points call it; it holds for the process. Orbax's threads log the error with its traceback
-  before they raise it. Nobody waits for the result of its other writes then. They fail too, which
+  before they raise it. Nobody then waits for the results of the other writes. These fail too, which
   asyncio logs when it drops them, or outlive their event loop, which TensorStore prints.
   """
 
@@ -87,11 +87,11 @@ def tell_failures_once():
   def is_not_about_orbax(record):
     return not (record.exc_info and "orbax/checkpoint" in record.getMessage())
 
-  default_hook = sys.unraisablehook
+  previous_hook = sys.unraisablehook
 
   def hook(error):
     if str(error.exc_value) != "Event loop is closed":
-      default_hook(error)
+      previous_hook(error)
 
   logging.getLogger("absl").addFilter(is_not_from_orbax)
   logging.getLogger("asyncio").addFilter(is_not_about_orbax)

@@ -271,6 +271,7 @@ def _check_supported(hf: dict, name: str) -> None:
 
 
 def _eos_ids(hf: dict) -> tuple[int, ...]:
+  """Returns the end-of-turn tokens; files name none, one or a list."""
   eos = hf.get("eos_token_id")
   if eos is None:
     return ()
@@ -279,7 +280,9 @@ def _eos_ids(hf: dict) -> tuple[int, ...]:
 
 def _sliding_from_hf(hf: dict, name: str) -> tuple[bool, ...]:
   """Tells which layers slide; () when none does."""
-  windows, layers, types = FAMILIES[name].windows, hf["num_hidden_layers"], hf.get("layer_types")
+  windows = FAMILIES[name].windows
+  layers = hf["num_hidden_layers"]
+  types = hf.get("layer_types")
   if windows == "optional" and not hf.get("use_sliding_window", False):
     if any(t != "full_attention" for t in types or ()):
       raise ValueError("layer_types asks for windows while use_sliding_window is false")

@@ -515,7 +515,7 @@ def hidden_pair(
   def body(carry, xs):
     policy_BTD, teacher_BTD = carry
     layer, teacher_layer, slides = xs
-    layer = _gather(config, layer)
+    layer = _gather(config, layer)  # serves a live teacher too
     teacher_layer = jax.lax.stop_gradient(layer if live else _gather(config, teacher_layer))
     policy_BTD = _layer(config, policy, policy_BTD, layer, slides)
     teacher_BTD = _layer(config, teacher, teacher_BTD, teacher_layer, slides)
@@ -615,6 +615,7 @@ def extend(
   mask_BTS = valid_BS[:, None, :] & (column_S[None, :] <= column_T[:, None])
   sliding_mask_BTS = mask_BTS
   if config.sliding:
+    # of columns and of positions alike: padding stands on the left of a row
     distance_TS = column_T[:, None] - column_S[None, :]
     sliding_mask_BTS = mask_BTS & (distance_TS < config.sliding_window)
   stream = _stream(params, config, tokens_BT, positions_BT, mask_BTS, sliding_mask_BTS)

@@ -304,8 +304,9 @@ def local_directory(path_or_hub_id) -> str:
     huggingface_hub.errors.LocalEntryNotFoundError,
     OSError,
   ) as e:
+    reason = str(e).strip().splitlines()[0]
     raise CheckpointError(
-      f"{path}: no such directory, and the hub does not give it: {str(e).strip().splitlines()[0]}"
+      f"{path}: no such directory, and the hub does not give it: {reason}"
     ) from e
 
 
@@ -335,14 +336,13 @@ def read_config(path: str, *, dtype=jnp.bfloat16) -> ModelConfig:
   name = jnp.dtype(dtype).name
   try:
     return model_config.from_hf(hf, dtype=name, param_dtype=name)
-  except CheckpointError:
-    raise
   except ValueError as e:
     raise CheckpointError(f"{os.path.join(path, 'config.json')}: {e}") from None
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put_layer(stack, layer, i):
+  """Overwrites layer i of a stack in place: the stack is donated."""
   return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
 
 
@@ -405,7 +405,7 @@ def load_pretrained(path_or_hub_id, *, dtype=jnp.bfloat16, mesh=None) -> tuple[M
 
 
 class TensorSource(NamedTuple):
-  """One tensor to write, which is fetched only when its turn comes."""
+  """Describes one tensor to write; it is fetched only when its turn comes."""
 
   name: str
   shape: tuple[int, ...]

@@ -95,11 +95,11 @@ def _input_output_axes(config: ModelConfig, target: str) -> tuple[str, str]:
 def shapes(config: ModelConfig, lora: Lora, dtype=jnp.float32) -> dict:
   """Returns the tree of adapters with a jax.ShapeDtypeStruct at each leaf."""
 
-  def shape(letters):
+  def leaf_shape(letters):
     sizes = tuple(lora.rank if a == "r" else decoder.axis_size(config, a) for a in letters)
     return jax.ShapeDtypeStruct(sizes, dtype)
 
-  return jax.tree.map(shape, axes(config, lora))
+  return jax.tree.map(leaf_shape, axes(config, lora))
 
 
 def init(config: ModelConfig, lora: Lora, key: jax.Array, dtype=jnp.float32) -> dict:
