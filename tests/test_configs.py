@@ -1,4 +1,7 @@
-"""Every configuration file, for real and tiny: its `:local` form goes through the command line's own main, and its full form says what the paper says."""
+"""Every configuration file, for real and tiny.
+
+Its `:local` form goes through the command line's own main; its full form has the paper's settings.
+"""
 
 import importlib.util
 import json
@@ -63,7 +66,10 @@ def test_local_runs_through_main(name, tmp_path):
 
 
 def test_an_environment_of_ones_own_is_a_file_and_a_setting(tmp_path):
-  """tests/my_env.py, through the command line's own main: its questions are asked, its feedback is what the teacher reads."""
+  """tests/my_env.py goes through the command line's own main.
+
+  Its questions are asked, and its feedback is what the teacher reads.
+  """
   assert (
     main.main(
       [
@@ -104,18 +110,16 @@ def test_a_question_that_is_too_long_stops_the_run_before_anything_compiles(tmp_
     )
     == 2
   )
-  said = capsys.readouterr().err.strip().splitlines()[-1]
-  assert (
-    "math_qa.train.jsonl, line 1: the question takes" in said
-    and "config.data.max_prompt_tokens=100 (config.data.on_bad_row='skip'" in said
-  )
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert "math_qa.train.jsonl, line 1: the question takes" in error
+  assert "config.data.max_prompt_tokens=100 (config.data.on_bad_row='skip'" in error
   assert not metrics.read(tmp_path)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_docstrings_say_how_to_run_and_what_came_of_it(name):
-  said = (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
-  assert all(f"\n{word}:" in said for word in ("Run", "Smoke", "Cost", "Result"))
+  docstring = (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
+  assert all(f"\n{word}:" in docstring for word in ("Run", "Smoke", "Cost", "Result"))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +246,10 @@ def test_discovery_reads_the_papers_questions():
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_shipped_rows_are_right(name):
-  """Every row that comes with the package: the environment accepts it and its own answer scores 1, a wrong one 0."""
+  """The environment accepts every row that comes with the package.
+
+  The row's own answer scores 1, a wrong one 0.
+  """
   from sdpo_jax.sandbox import Sandbox
 
   c = load(name, "local")

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def running(pid: int) -> list[int]:
-  """The children of a process."""
+  """Returns the children of a process."""
   return [
     int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
   ]
@@ -22,9 +22,12 @@ def running(pid: int) -> list[int]:
 
 def until(condition, seconds=60):
   deadline = time.monotonic() + seconds
-  while not (found := condition()) and time.monotonic() < deadline:
+  while time.monotonic() < deadline:
+    value = condition()
+    if value:
+      return value
     time.sleep(0.05)
-  return found
+  return condition()
 
 
 @pytest.mark.parametrize("where", ["nowhere", "grid.py"])
@@ -34,17 +37,17 @@ def test_a_report_of_nothing_is_one_line(where, tmp_path, capsys):
     experiment.main([f"--config={tmp_path}/grid.py", f"--workdir={tmp_path / where}", "--report"])
     == 2
   )
-  assert (
-    "no run of" in (said := capsys.readouterr().err)
-    and f"{where}: " in said
-    and said.count("\n") == 1
-  )
+  error = capsys.readouterr().err
+  assert "no run of" in error
+  assert f"{where}: " in error
+  assert error.count("\n") == 1
 
 
 def test_a_grid_that_is_told_to_end_ends_its_runs(tmp_path):
   grid = tmp_path / "grid.py"
   grid.write_text(
-    "def get_grid():\n  return {'one': ['--config=configs/tinycode.py:local', '--config.total_steps=100000']}\n"
+    "def get_grid():\n"
+    "  return {'one': ['--config=configs/tinycode.py:local', '--config.total_steps=100000']}\n"
   )
   experiment = subprocess.Popen(
     [sys.executable, "-m", "sdpo_jax.experiment", f"--config={grid}", f"--workdir={tmp_path}"],

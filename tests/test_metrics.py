@@ -1,3 +1,5 @@
+"""metrics.jsonl, its TensorBoard twin and the progress line: what is written, cut and shown."""
+
 import glob
 import io
 import json
@@ -137,7 +139,10 @@ def test_reproducible_leaves_out_what_the_machine_decides():
 
 
 def events(workdir):
-  """(tag, step, value) of every scalar and ("purge", step, None) of every restart, from the event files in order of their names."""
+  """Returns (tag, step, value) of every scalar and ("purge", step, None) of every restart.
+
+  They stand in the order of the event files' names.
+  """
   found = []
   for path in sorted(glob.glob(str(workdir / "events*"))):
     data, at = open(path, "rb").read(), 0

@@ -1,3 +1,5 @@
+"""The report: what the page shows of finished, live and damaged work directories."""
+
 import base64
 import html.parser
 import json
@@ -11,7 +13,10 @@ import pytest
 
 from sdpo_jax import report
 
-NASTY = "{x} {{y}} \\n \\frac{1}{2} $a_b$ %s <|im_start|>assistant\n</pre><script>alert('1')</script> &amp; \x00\x1b[31m \ud800 \u202e é 日本"
+NASTY = (
+  "{x} {{y}} \\n \\frac{1}{2} $a_b$ %s <|im_start|>assistant\n"
+  "</pre><script>alert('1')</script> &amp; \x00\x1b[31m \ud800 \u202e é 日本"
+)
 
 
 class Page(html.parser.HTMLParser):
@@ -278,7 +283,8 @@ def test_what_was_only_evaluated_before_training_is_left_out_and_said_to_be(tmp_
     and not page.has("grpo's")
   )
   assert page.has(
-    "Left out, not evaluated since the base model: heldout: sdpo (1 of 3 runs); heldout: grpo (1 of 1 runs)."
+    "Left out, not evaluated since the base model: "
+    "heldout: sdpo (1 of 3 runs); heldout: grpo (1 of 1 runs)."
   )
 
 
@@ -303,17 +309,17 @@ def test_tasks_are_compared_apart_and_labels_are_names(tmp_path):
 
 def test_runs_of_one_label_are_seeds_only_where_all_else_is_equal(tmp_path):
   """Of one task: on another one a label's settings differ as they must."""
-  mine = lambda task, seed, group, **more: workdir(
-    tmp_path / f"{task}{seed}{group}",
-    seed=seed,
-    config={"label": "mine", "env": {"name": task}, "rollout": {"group": group}} | more,
-  )
+
+  def labelled(task, seed, group, **changes):
+    settings = {"label": "mine", "env": {"name": task}, "rollout": {"group": group}}
+    return workdir(tmp_path / f"{task}{seed}{group}", seed=seed, config=settings | changes)
+
   runs = [
-    mine("a", 0, 4, log={"rollouts_kept": 3}),
-    mine("a", 1, 4, log={"rollouts_kept": 5}),
-    mine("a", 2, 16),
-    mine("b", 0, 8),
-    mine("b", 1, 8),
+    labelled("a", 0, 4, log={"rollouts_kept": 3}),
+    labelled("a", 1, 4, log={"rollouts_kept": 5}),
+    labelled("a", 2, 16),
+    labelled("b", 0, 8),
+    labelled("b", 1, 8),
   ]
   found = [report.read_run(run) for run in runs]
   report._label(found)
@@ -409,9 +415,19 @@ def test_command(tmp_path):
   ]
 
 
+def test_the_package_ships_the_page():
+  root = pathlib.Path(__file__).parent.parent
+  assert '"assets/report.html"' in (root / "setup.py").read_text(encoding="utf-8")
+  assert (report.ASSETS / "report.html").exists()
+
+
 def test_needs_no_jax():
   root = pathlib.Path(__file__).parent.parent
-  code = "import sys, sdpo_jax.report; print([name for name in ('jax', 'flax', 'torch', 'matplotlib.pyplot') if name in sys.modules])"
+  code = (
+    "import sys, sdpo_jax.report; "
+    "names = ('jax', 'flax', 'torch', 'matplotlib.pyplot'); "
+    "print([name for name in names if name in sys.modules])"
+  )
   assert (
     subprocess.run(
       [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True

@@ -1,4 +1,7 @@
-"""Words match code: the commands in the README and in docstrings name modules, files, arguments and settings that exist."""
+"""Words match code.
+
+The commands in the README and in docstrings name modules, files, arguments and settings that exist.
+"""
 
 import importlib.util
 import pathlib
