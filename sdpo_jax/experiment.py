@@ -1,12 +1,20 @@
-r"""A grid of runs, resumable, then one report.
+r"""Runs a grid of experiments, resumably, and then writes one report of all runs.
 
   python -m sdpo_jax.experiment --config=configs/experiments/FILE.py --workdir=DIR [--jobs=2]
+  python -m sdpo_jax.experiment --summary
 
-The file's `get_grid()` returns {run name: arguments of sdpo_jax.main}. Each run has its own process and its own directory under
-DIR, so a grid that was killed goes on where it was: finished runs are left alone, unfinished ones resume. With several jobs each
-gets its share of the cores. At the end, and by --report alone at any time: DIR/report/ with the curves of all runs, and
-DIR/curves.json with every evaluation of every run. Exit 0 if all runs ended well, 1 otherwise (and where DIR
-cannot be written: one line), 2 for a wrong command line.
+The file's `get_grid()` returns {run name: arguments of sdpo_jax.main}. Each run has its own process
+and its own directory under DIR. A grid that was killed therefore goes on where it was: finished
+runs are left alone, unfinished ones resume. With several jobs each gets its share of the cores.
+
+At the end, and by --report alone at any time, DIR gets
+  report/       the curves of all runs
+  curves.json   every evaluation of every run
+To keep them, copy curves.json and the plots that matter to results/NAME/. Then --summary, called at
+the top of the repository, writes RESULTS.md from all that stands there (see summary.py).
+
+Exit status: 0 if all runs ended well; 1 if one failed, or if DIR cannot be written (one line);
+2 for a wrong command line.
 """
 
 import argparse
@@ -19,143 +27,174 @@ import subprocess
 import sys
 import time
 import traceback
+from typing import NamedTuple
 
-from sdpo_jax import metrics, report
+from sdpo_jax import metrics, report, summary
+
+Grid = dict[str, list[str]]  # run name -> arguments of sdpo_jax.main
 
 
-def load_grid(path: str) -> dict[str, list[str]]:
-  """What the file's get_grid() returns. ValueError for a file that has none, or whose grid is none."""
+def load_grid(path: str) -> Grid:
+  """Returns what the file's get_grid() returns.
+
+  ValueError for a file that is missing, fails, has no get_grid(), or returns no grid from it.
+  """
   if not os.path.isfile(path):
     raise ValueError(f"--config={path}: no such file")
   try:
     names = runpy.run_path(path)
     grid = names["get_grid"]() if "get_grid" in names else None
   except Exception as error:
-    lines = [
-      frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path
-    ]
-    raise ValueError(
-      f"--config={path}"
-      + (f", line {lines[-1]}" if lines else "")
-      + f": {type(error).__name__}: {error}"
-    ) from error
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    place = f"--config={path}, line {lines[-1]}" if lines else f"--config={path}"
+    raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
   if "get_grid" not in names:
+    hint = "; a single run is for python -m sdpo_jax.main" if "get_config" in names else ""
+    raise ValueError(f"--config={path}: it has no get_grid(){hint}")
+  is_grid = isinstance(grid, dict) and all(isinstance(x, (list, tuple)) for x in grid.values())
+  if not is_grid:
     raise ValueError(
-      f"--config={path}: it has no get_grid()"
-      + ("; a single run is for python -m sdpo_jax.main" if "get_config" in names else "")
-    )
-  if not isinstance(grid, dict) or not all(
-    isinstance(arguments, (list, tuple)) for arguments in grid.values()
-  ):
-    raise ValueError(
-      f"--config={path}: get_grid() returns {type(grid).__name__}, not a dict of run names and lists of arguments"
+      f"--config={path}: get_grid() returns {type(grid).__name__}, "
+      "not a dict of run names and lists of arguments"
     )
   return grid
 
 
 def launch(workdir: pathlib.Path, arguments: list[str], cores: list[int]) -> subprocess.Popen:
-  """One run in its own process, bound to its cores; its output goes to run.log."""
+  """Starts one run in its own process, bound to its cores; its output goes to run.log."""
   workdir.mkdir(parents=True, exist_ok=True)
+  command = [sys.executable, "-m", "sdpo_jax.main", *arguments, f"--workdir={workdir}"]
   with open(workdir / "run.log", "a", encoding="utf-8") as log:
-    process = subprocess.Popen(
-      [sys.executable, "-m", "sdpo_jax.main", *arguments, f"--workdir={workdir}"],
-      stdout=log,
-      stderr=subprocess.STDOUT,
-    )
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
   if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(process.pid, cores)  # before jax counts its threads
   return process
 
 
-def run_grid(grid: dict[str, list[str]], root: pathlib.Path, jobs: int) -> list[str]:
-  """Runs everything; returns the names of runs that failed."""
-  cores = (
-    sorted(os.sched_getaffinity(0))
-    if hasattr(os, "sched_getaffinity")
-    else list(range(os.cpu_count() or 1))
-  )
-  share = {slot: cores[slot::jobs] or cores for slot in range(jobs)}
-  waiting, running, failed = list(grid.items()), {}, []
+class Job(NamedTuple):
+  """A run in progress."""
+
+  name: str
+  process: subprocess.Popen
+  begun: float  # time.monotonic()
+
+
+def run_grid(grid: Grid, root: pathlib.Path, jobs: int) -> list[str]:
+  """Runs everything, `jobs` runs at a time; returns the names of runs that failed."""
+  cores = _cores()
+  waiting, failed = list(grid.items()), []
+  running: dict[int, Job] = {}  # by slot; each slot has its share of the cores
   try:
     while waiting or running:
       for slot in range(jobs):
         if slot not in running and waiting:
           name, arguments = waiting.pop(0)
-          running[slot] = name, launch(root / name, arguments, share[slot]), time.monotonic()
+          process = launch(root / name, arguments, cores[slot::jobs] or cores)
+          running[slot] = Job(name, process, time.monotonic())
       time.sleep(0.2)
-      for slot, (name, process, begun) in list(running.items()):
-        if process.poll() is not None:
-          del running[slot]
-          if process.returncode:
-            failed.append(name)
-          print(
-            f"{name}: {'done' if process.returncode == 0 else f'failed with status {process.returncode}, see {root / name}/run.log'} "
-            f"after {time.monotonic() - begun:.0f} s, {len(waiting) + len(running)} to go",
-            flush=True,
-          )
+      for slot, job in list(running.items()):
+        if job.process.poll() is None:
+          continue
+        del running[slot]
+        if job.process.returncode:
+          failed.append(job.name)
+        _print_end(job, root, len(waiting) + len(running))
   finally:
-    # none, unless one could not be started or this one is interrupted
-    for _, process, _ in running.values():
-      process.terminate()
+    # none is left, unless one could not be started or this process is interrupted
+    for job in running.values():
+      job.process.terminate()
   return failed
 
 
-def begun_runs(grid: dict[str, list[str]], root: pathlib.Path) -> list[pathlib.Path]:
-  """Work directories of the grid's runs that have settings to report."""
+def _cores() -> list[int]:
+  if hasattr(os, "sched_getaffinity"):
+    return sorted(os.sched_getaffinity(0))
+  return list(range(os.cpu_count() or 1))
+
+
+def _print_end(job: Job, root: pathlib.Path, left: int):
+  status = job.process.returncode
+  result = f"failed with status {status}, see {root / job.name}/run.log" if status else "done"
+  seconds = time.monotonic() - job.begun
+  print(f"{job.name}: {result} after {seconds:.0f} s, {left} to go", flush=True)
+
+
+def begun_runs(grid: Grid, root: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the work directories of the grid's runs that have settings to report."""
   return [root / name for name in grid if (root / name / "config.json").exists()]
 
 
-def curves(grid: dict[str, list[str]], root: pathlib.Path) -> dict:
-  """{run: {"arguments": ..., "points": [every line that holds an evaluation, with what had been generated by then]}}."""
-  out = {}
+def curves(grid: Grid, root: pathlib.Path) -> dict:
+  """Returns {run: {"arguments": ..., "points": [...]}}, the contents of curves.json.
+
+  A point holds the evaluations of a line of metrics.jsonl, and what had been generated by then.
+  """
+  kept = ("step", "time_s", "train/generations", "train/sampled_tokens")
+  runs = {}
   for name, arguments in grid.items():
-    points = [
-      {
-        k: v
-        for k, v in line.items()
-        if k.startswith("eval/")
-        or k in ("step", "time_s", "train/generations", "train/sampled_tokens")
-      }
-      for line in metrics.read(root / name)
-      if any(k.startswith("eval/") for k in line)
-    ]
-    out[name] = {"arguments": arguments, "points": points}
-  return out
+    points = []
+    for line in metrics.read(root / name):
+      if any(key.startswith("eval/") for key in line):
+        point = {k: v for k, v in line.items() if k.startswith("eval/") or k in kept}
+        points.append(point)
+    runs[name] = {"arguments": arguments, "points": points}
+  return runs
 
 
 def main(argv=None) -> int:
-  parser = argparse.ArgumentParser(
-    prog="python -m sdpo_jax.experiment", description=__doc__.splitlines()[0]
-  )
-  parser.add_argument("--config", required=True, help="a file with get_grid()")
-  parser.add_argument("--workdir", required=True)
-  parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-  parser.add_argument("--report", action="store_true", help="only summarise what is there")
-  a = parser.parse_args(argv)
+  """Runs the command line; returns the exit status."""
+  flags = _parse(argv)
   try:
-    if a.jobs < 1:
-      raise ValueError(f"--jobs={a.jobs} must be at least 1")
-    grid, root = load_grid(a.config), pathlib.Path(a.workdir)
-    if a.report and not begun_runs(grid, root):
-      raise ValueError(f"--workdir={a.workdir}: no run of {a.config} began there")
-  except ValueError as error:
+    if flags.summary:
+      print(summary.write(pathlib.Path()))
+      return 0
+    if flags.jobs < 1:
+      raise ValueError(f"--jobs={flags.jobs} must be at least 1")
+    grid, root = load_grid(flags.config), pathlib.Path(flags.workdir)
+    if flags.report and not begun_runs(grid, root):
+      raise ValueError(f"--workdir={flags.workdir}: no run of {flags.config} began there")
+  except (ValueError, FileNotFoundError) as error:
     print(f"sdpo_jax.experiment: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
   try:
-    failed = [] if a.report else run_grid(grid, root, a.jobs)
-    if begun := begun_runs(grid, root):
-      report.write_report(begun, root / "report")
-      (root / "curves.json").write_text(
-        json.dumps(curves({n: g for n, g in grid.items() if (root / n) in begun}, root), indent=1)
-        + "\n"
-      )
-      print(f"report: {root}/report/index.html")
+    failed = [] if flags.report else run_grid(grid, root, flags.jobs)
+    _report(grid, root)
   except OSError as error:  # of a run that fails for this reason, its run.log tells
-    print(
-      f"sdpo_jax.experiment: {error.strerror or error}: {error.filename or root}", file=sys.stderr
-    )
+    reason = error.strerror or error
+    print(f"sdpo_jax.experiment: {reason}: {error.filename or root}", file=sys.stderr)
     return 1
   return 1 if failed else 0
+
+
+def _parse(argv) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m sdpo_jax.experiment", description=__doc__.splitlines()[0]
+  )
+  parser.add_argument("--config", help="a file with get_grid()")
+  parser.add_argument("--workdir")
+  parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+  parser.add_argument("--report", action="store_true", help="only summarise what is there")
+  parser.add_argument("--summary", action="store_true", help="write RESULTS.md from results/")
+  flags = parser.parse_args(argv)
+  missing = [f"--{name}" for name in ("config", "workdir") if getattr(flags, name) is None]
+  if flags.summary and (len(missing) < 2 or flags.report):
+    parser.error("--summary goes alone: it reads results/")
+  if missing and not flags.summary:
+    parser.error(f"the following arguments are required: {', '.join(missing)}")
+  return flags
+
+
+def _report(grid: Grid, root: pathlib.Path):
+  """Writes the report and curves.json of the runs that have begun."""
+  begun = begun_runs(grid, root)
+  if not begun:
+    return
+  report.write_report(begun, root / "report")
+  grid_begun = {name: arguments for name, arguments in grid.items() if root / name in begun}
+  text = json.dumps(curves(grid_begun, root), indent=1) + "\n"
+  (root / "curves.json").write_text(text)
+  print(f"report: {root}/report/index.html")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""A grid of runs as processes: what ends with it."""
+"""A grid of runs as processes, and the page that is written from what grids measured."""
 
+import json
 import pathlib
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from sdpo_jax import experiment
+from sdpo_jax import experiment, summary
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -60,3 +61,81 @@ def test_a_grid_that_is_told_to_end_ends_its_runs(tmp_path):
     assert until(lambda: not pathlib.Path(f"/proc/{run}").exists())
   finally:
     experiment.kill()
+
+
+def test_the_committed_results_page_is_what_the_command_writes():
+  committed = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+  assert summary.text(ROOT) == committed, "run python -m sdpo_jax.experiment --summary"
+
+
+def test_every_plot_and_note_of_results_is_on_the_page():
+  page = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+  for path in (ROOT / "results").glob("*/*"):
+    if path.suffix == ".png":
+      assert f"({path.relative_to(ROOT)})" in page
+    elif path.name == "notes.md":
+      assert path.read_text(encoding="utf-8").strip() in page
+
+
+def point(step, score, *, tokens=None):
+  generated = {} if tokens is None else {"train/generations": tokens // 10}
+  return {
+    "step": step,
+    "time_s": 10.0 * step,
+    "eval/heldout/avg@k": score,
+    "eval/heldout/avg@k_low": score - 0.1,
+    "eval/heldout/avg@k_high": score + 0.1,
+    **generated,
+    **({} if tokens is None else {"train/sampled_tokens": tokens}),
+  }
+
+
+def entry(arm, seed, *scores):
+  """An entry of curves.json whose run is evaluated every two steps of 1,000 tokens each."""
+  points = [point(2 * i, score, tokens=2000 * i or None) for i, score in enumerate(scores)]
+  return {"arguments": [f"--config=configs/x.py:method={arm},seed={seed}"], "points": points}
+
+
+def test_tables_of_a_grid_by_hand(tmp_path):
+  (tmp_path / "results" / "grid").mkdir(parents=True)
+  (tmp_path / "results" / "grid" / "notes.md").write_text("- A caveat.\n")
+  (tmp_path / "configs" / "experiments").mkdir(parents=True)
+  (tmp_path / "configs" / "experiments" / "grid.py").write_text(
+    'r"""Compares\ntwo methods.\n\n'
+    'Run:    one \\\n          two\nCost:   a minute\n        or two.\n"""\n'
+  )
+  runs = {
+    "a": entry("grpo", 0, 0.2, 0.3, 0.25),
+    "b": entry("sdpo", 0, 0.2, 0.2, 0.6),
+    "c": entry("sdpo", 1, 0.2, 0.4, 0.8),
+  }
+  (tmp_path / "results" / "grid" / "curves.json").write_text(json.dumps(runs))
+  assert summary.write(tmp_path) == tmp_path / "RESULTS.md"
+  page = (tmp_path / "RESULTS.md").read_text()
+  for words in (
+    "Compares two methods. (`configs/experiments/grid.py`)",
+    "```bash\none two\n```",
+    "Cost: a minute or two.",
+    "Recorded: 3 runs, 0.0 hours in all, 40 to 40 s a run",
+    "| heldout | base model |  | 20.0 |  |  |  |",
+    "| 60.0 to 80.0 | – |",
+    "| heldout | `grpo` | 1 | 25.0 |  | 25.0 to 25.0 | -35.0  (-35.0) |",
+    # sdpo reaches grpo's 25 % an eighth of the way from step 2 to step 4; seed 1 has no partner
+    "| `sdpo` | 4 | 400 | 4,000 | 20.0 (20.0 to 20.0) | 30.0 (20.0 to 40.0) |",
+    "4 (400), 4 (400) | 2 (400) |",
+    "never | 1 (200) |",
+    "| `sdpo` | 1 | 80.0 [70.0, 90.0] | 400 | 4,000 | 40 |",
+    "- A caveat.",
+  ):
+    assert words in page, words
+
+
+def test_a_summary_of_nothing_is_one_line(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  assert experiment.main(["--summary"]) == 2
+  error = capsys.readouterr().err
+  assert "no folder results" in error
+  assert error.count("\n") == 1
+  for arguments in (["--summary", "--config=x"], ["--workdir=x"], []):
+    with pytest.raises(SystemExit, match="2"):
+      experiment.main(arguments)

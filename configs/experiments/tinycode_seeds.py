@@ -1,9 +1,10 @@
-r"""SDPO and GRPO on TinyCode at the default difficulty, five seeds each.
+r"""Compares SDPO and GRPO on TinyCode at the default difficulty, with five seeds each.
 
-Run:    python -m sdpo_jax.experiment --config=configs/experiments/tinycode_seeds.py --workdir=runs/tinycode_seeds --jobs=2
+Run:    python -m sdpo_jax.experiment --config=configs/experiments/tinycode_seeds.py \
+          --workdir=runs/tinycode_seeds --jobs=2
 Cost:   about 52 CPU minutes.
-Result: results/tinycode_seeds/curves.json. Held-out avg@4, mean of five seeds (lowest to highest): base model 38.5 %; SDPO 91.0 % (86.0 to 96.3), GRPO
-        52.4 % (43.2 to 59.8) after 15,360 responses each; SDPO after 3,840: 58.7 % (50.0 to 65.5).
+Result: held-out avg@4, base model 38.5 %: SDPO 91.0 %, GRPO 52.4 %, means of the seeds after 15,360
+        responses each. RESULTS.md, tinycode_seeds.
 """
 
 

@@ -1,0 +1,410 @@
+r"""Writes RESULTS.md from the measurements that are committed under results/.
+
+  python -m sdpo_jax.experiment --summary
+
+A folder results/NAME/ may hold
+  curves.json      every evaluation of every run of a grid, as sdpo_jax.experiment writes it
+  discover.json    the summary of a session of --mode=discover
+  notes.md         facts that the committed data does not hold, in prose
+  *.png            plots
+
+Its section begins with what configs/experiments/NAME.py, else configs/NAME.py, states in its
+docstring: what is compared, the command (`Run:`) and the cost (`Cost:`). Every number of a table is
+computed here. Scores are avg@k, in per cent; intervals are those of stats.py.
+
+Errors: FileNotFoundError where there is no folder results/.
+"""
+
+import ast
+import json
+import pathlib
+import re
+from typing import NamedTuple
+
+from sdpo_jax import stats
+
+SPLITS = ("heldout", "unseen", "adversarial")
+# The arms that others are compared with, where an experiment has them
+BASELINES = ("sdpo", "sdpo_extra")
+# The arms whose last evaluation others have to reach
+TARGETS = ("sdpo", "grpo")
+NONE = "–"
+INTRODUCTION = """\
+# Results
+
+`python -m sdpo_jax.experiment --summary` writes this file from what is committed under `results/`
+and `sdpo_jax/bench/results/`. Numbers in tables are computed from the JSON files there. Numbers
+under "Notes" are not: they were taken from reports of runs whose data is not committed.
+"""
+CURVES_LEGEND = """\
+Each score is a run's last evaluation, in per cent; its base model is evaluated at step 0. Intervals
+are 95 % bootstrap intervals over seeds. Differences are in points, between runs of the same seed:
+mean, interval, and each seed's."""
+PACE_LEGEND = """\
+Held-out questions, and how soon a run is good at them. "After a quarter" and "after half" hold
+the mean over seeds (lowest to highest) at the last evaluation within that share of a run's steps.
+The last columns state for each seed when a run is first as good as the last evaluation of another
+run of that seed: the thousands of generated tokens, read off the straight line between two
+evaluations, and in brackets the responses at the later of the two."""
+VERSUS = "against_best_of_k"  # ends the names of comparisons in discover.json
+
+
+def write(root: pathlib.Path) -> pathlib.Path:
+  """Writes RESULTS.md of the repository at `root`; returns its path."""
+  path = root / "RESULTS.md"
+  path.write_text(text(root), encoding="utf-8")
+  return path
+
+
+def text(root: pathlib.Path) -> str:
+  """Returns the contents of RESULTS.md."""
+  results = root / "results"
+  if not results.is_dir():
+    raise FileNotFoundError(f"no folder {results}: run this at the top of the repository")
+  folders = sorted(path for path in results.iterdir() if path.is_dir())
+  return "\n".join([INTRODUCTION, *(_section(root, folder) for folder in folders)])
+
+
+def _section(root: pathlib.Path, folder: pathlib.Path) -> str:
+  """Returns the section of one experiment, in Markdown."""
+  name = folder.name
+  parts = [f"## {name}", *_description(root, name)]
+  if (folder / "curves.json").exists():
+    parts += _curves(json.loads((folder / "curves.json").read_text(encoding="utf-8")))
+  if (folder / "discover.json").exists():
+    parts += _discover(json.loads((folder / "discover.json").read_text(encoding="utf-8")))
+  if name == "bench":
+    parts += _benchmarks(root / "sdpo_jax" / "bench" / "results")
+  parts += [f"![{path.stem}]({path.relative_to(root)})" for path in sorted(folder.glob("*.png"))]
+  if (folder / "notes.md").exists():
+    parts += ["### Notes", (folder / "notes.md").read_text(encoding="utf-8").strip()]
+  return "\n\n".join(parts) + "\n"
+
+
+def _description(root: pathlib.Path, name: str) -> list[str]:
+  """Returns what the docstring of the experiment's configuration states."""
+  places = [root / "configs" / "experiments" / f"{name}.py", root / "configs" / f"{name}.py"]
+  path = next((path for path in places if path.exists()), None)
+  if path is None:
+    return []
+  docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+  title = " ".join(docstring.partition("\n\n")[0].split())
+  return [
+    f"{title} (`{path.relative_to(root)}`)",
+    f"```bash\n{_field(docstring, 'Run')}\n```",
+    f"Cost: {_field(docstring, 'Cost')}",
+  ]
+
+
+def _field(docstring: str, name: str) -> str:
+  """Returns a docstring's "NAME: text", with its indented further lines."""
+  match = re.search(rf"^{name}:((?:.*\n?)(?:[ ]+.*\n?)*)", docstring, re.MULTILINE)
+  return " ".join(match[1].replace("\\\n", " ").split()) if match else NONE
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+  """Returns a table in Markdown."""
+  lines = [head, ["---"] * len(head), *rows]
+  return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _folded(title: str, body: str) -> str:
+  return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
+
+
+def _percent(share: float, sign: str = "") -> str:
+  """Returns per cent with one decimal. Rounding first hides the noise of a float difference."""
+  return f"{round(100 * share, 6):{sign}.1f}"
+
+
+def _interval(low, high, sign: str = "") -> str:
+  """Returns "[low, high]" in per cent; nothing where one sample tells no spread."""
+  if low is None or high is None:
+    return ""
+  return f"[{_percent(low, sign)}, {_percent(high, sign)}]"
+
+
+# Grids: curves.json
+
+
+class Run(NamedTuple):
+  """One run of a grid."""
+
+  domain: str  # of the questions; "" where the grid has one domain
+  arm: str
+  seed: int
+  points: list[dict]  # one for each evaluation, the base model's first
+
+  def evaluations(self, split: str) -> list[dict]:
+    return [point for point in self.points if f"eval/{split}/avg@k" in point]
+
+  def first(self, split: str) -> float:
+    return self.evaluations(split)[0][f"eval/{split}/avg@k"]
+
+  def last(self, split: str) -> float:
+    return self.evaluations(split)[-1][f"eval/{split}/avg@k"]
+
+
+def _read_run(entry: dict) -> Run:
+  """Reads an entry of curves.json. Its arguments name a configuration file and the file's keys."""
+  keys = dict(pair.split("=", 1) for pair in entry["arguments"][0].rpartition(":")[2].split(","))
+  domain, seed = keys.pop("domain", ""), int(keys.pop("seed"))
+  return Run(domain, ", ".join(keys.values()), seed, entry["points"])
+
+
+def _curves(entries: dict) -> list[str]:
+  """Returns the tables of a grid, for each domain apart."""
+  runs = [_read_run(entry) for entry in entries.values()]
+  times = [run.points[-1]["time_s"] for run in runs]
+  parts = [
+    f"Recorded: {len(runs)} runs, {sum(times) / 3600:.1f} hours in all, "
+    f"{min(times):.0f} to {max(times):.0f} s a run, evaluations included."
+  ]
+  for domain in sorted({run.domain for run in runs}):
+    members = [run for run in runs if run.domain == domain]
+    splits = [split for split in SPLITS if any(run.evaluations(split) for run in members)]
+    arms = _by_arm(members)
+    if domain:
+      parts.append(f"### {domain}")
+    parts += [CURVES_LEGEND, _scores(arms, splits), PACE_LEGEND, _pace(arms)]
+    parts.append(_folded("Every run, with 95 % intervals over questions", _runs(arms, splits)))
+  return parts
+
+
+def _by_arm(runs: list[Run]) -> dict[str, list[Run]]:
+  """Returns the runs by arm, seeds in order, the arm that is best at the first split first."""
+  arms = {}
+  for run in sorted(runs, key=lambda run: run.seed):
+    arms.setdefault(run.arm, []).append(run)
+
+  def mean_score(arm):
+    return sum(run.last(SPLITS[0]) for run in arms[arm]) / len(arms[arm])
+
+  return {arm: arms[arm] for arm in sorted(arms, key=mean_score, reverse=True)}
+
+
+def _scores(arms: dict[str, list[Run]], splits: list[str]) -> str:
+  """Returns the table of last evaluations, with differences to the baselines."""
+  baselines = [arm for arm in BASELINES if arm in arms]
+  rows = []
+  for split in splits:
+    rows.append(_base_row(arms, split) + [""] * len(baselines))
+    for arm, members in arms.items():
+      scores = [run.last(split) for run in members]
+      mean, low, high = stats.mean_interval(scores)
+      row = [split, f"`{arm}`", str(len(members)), _percent(mean), _interval(low, high)]
+      row.append(_range(scores))
+      rows.append(row + [_difference(members, arms[other], split) for other in baselines])
+  head = ["split", "arm", "seeds", "mean", "interval", "lowest to highest"]
+  return _table(head + [f"minus `{other}`" for other in baselines], rows)
+
+
+def _base_row(arms: dict[str, list[Run]], split: str) -> list[str]:
+  scores = [run.first(split) for members in arms.values() for run in members]
+  span = _range(scores) if min(scores) < max(scores) else ""
+  return [split, "base model", "", _percent(sum(scores) / len(scores)), "", span]
+
+
+def _range(scores: list[float]) -> str:
+  return f"{_percent(min(scores))} to {_percent(max(scores))}"
+
+
+def _difference(members: list[Run], others: list[Run], split: str) -> str:
+  """Returns members minus others over the seeds of both: mean, interval, and each seed's."""
+  own = {run.seed: run.last(split) for run in members}
+  other = {run.seed: run.last(split) for run in others}
+  seeds = sorted(own.keys() & other.keys())
+  if members is others or not seeds:
+    return NONE
+  difference, low, high, _ = stats.paired_bootstrap(
+    [own[seed] for seed in seeds], [other[seed] for seed in seeds]
+  )
+  each = ", ".join(_percent(own[seed] - other[seed], "+") for seed in seeds)
+  return f"{_percent(difference, '+')} {_interval(low, high, '+')} ({each})"
+
+
+def _pace(arms: dict[str, list[Run]]) -> str:
+  """Returns the table of what runs had generated, and of how soon they were good."""
+  split = SPLITS[0]
+  targets = [arm for arm in TARGETS if arm in arms]
+  rows = []
+  for arm, members in arms.items():
+    ends = [run.points[-1] for run in members]
+    row = [f"`{arm}`"]
+    for name in ("step", "train/generations", "train/sampled_tokens"):
+      row.append(_span([end[name] for end in ends]))
+    for divisor in (4, 2):
+      scores = [_score_within(run, divisor, split) for run in members]
+      row.append(f"{_percent(sum(scores) / len(scores))} ({_range(scores)})")
+    row += [_reached(members, arms[other], split) for other in targets]
+    rows.append(row)
+  head = ["arm", "steps", "responses", "generated tokens", "after a quarter", "after half"]
+  return _table(head + [f"as good as `{other}`'s last" for other in targets], rows)
+
+
+def _span(values: list[int]) -> str:
+  low, high = min(values), max(values)
+  return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _score_within(run: Run, divisor: int, split: str) -> float:
+  """Returns the score at the last evaluation within the first 1/divisor of the run's steps."""
+  limit = run.points[-1]["step"] / divisor
+  points = [point for point in run.evaluations(split) if point["step"] <= limit]
+  return points[-1][f"eval/{split}/avg@k"]
+
+
+def _reached(members: list[Run], others: list[Run], split: str) -> str:
+  """Returns, for each seed of both, what was generated until as good as the other's last score."""
+  targets = {run.seed: run.last(split) for run in others}
+  cells = [_reach(run, targets[run.seed], split) for run in members if run.seed in targets]
+  return ", ".join(cells) or NONE
+
+
+def _reach(run: Run, target: float, split: str) -> str:
+  name = f"eval/{split}/avg@k"
+  points = run.evaluations(split)
+  reached = next((i for i, point in enumerate(points) if point[name] >= target), None)
+  if reached is None:
+    return "never"
+  if reached == 0:
+    return "at once"
+  before, after = points[reached - 1], points[reached]
+  share = (target - before[name]) / (after[name] - before[name])
+  begun = before.get("train/sampled_tokens", 0)  # the base model has generated nothing
+  tokens = begun + share * (after["train/sampled_tokens"] - begun)
+  return f"{tokens / 1000:.0f} ({after['train/generations']:,})"
+
+
+def _runs(arms: dict[str, list[Run]], splits: list[str]) -> str:
+  rows = []
+  for arm, members in arms.items():
+    for run in members:
+      end = run.points[-1]
+      generated = [f"{end['train/generations']:,}", f"{end['train/sampled_tokens']:,}"]
+      scores = [_run_score(run, split) for split in splits]
+      rows.append([f"`{arm}`", str(run.seed), *scores, *generated, f"{end['time_s']:.0f}"])
+  return _table(["arm", "seed", *splits, "responses", "generated tokens", "seconds"], rows)
+
+
+def _run_score(run: Run, split: str) -> str:
+  name = f"eval/{split}/avg@k"
+  point = run.evaluations(split)[-1]
+  return f"{_percent(point[name])} {_interval(point[name + '_low'], point[name + '_high'])}"
+
+
+# Test-time self-distillation: discover.json
+
+
+def _discover(summary: dict) -> list[str]:
+  """Returns the tables of a discover session's summary (discover/results.py)."""
+  arms, questions = summary["arms"], summary["questions"]
+  known = [row["pass@64"] for row in questions if row["pass@64"] is not None]
+  difficulty = f" Their mean pass@64 is {sum(known) / len(known):.3f}." if known else ""
+  return [
+    f"discovery@k in per cent, over {len(questions)} questions.{difficulty} "
+    f"Intervals are {100 * summary['level']:.0f} % bootstrap intervals over questions.",
+    _discovery(arms),
+    "Means per run, up to the first success or the end of the budget; seconds are of all runs.",
+    _discovery_costs(arms),
+    *(_against_best_of_k(arm, summary) for arm in arms if f"{arm}_{VERSUS}" in summary),
+    _folded("Runs solved by question", _discovery_questions(arms, questions)),
+  ]
+
+
+def _discovery(arms: dict) -> str:
+  rows = []
+  for k in next(iter(arms.values()))["discovery"]:
+    intervals = [arm["discovery"][k] for arm in arms.values()]
+    cells = [f"{_percent(x['mean'])} {_interval(x['low'], x['high'])}" for x in intervals]
+    rows.append([k, *cells])
+  return _table(["k", *(f"`{arm}`" for arm in arms)], rows)
+
+
+def _discovery_costs(arms: dict) -> str:
+  rows = []
+  for name, arm in arms.items():
+    numbers = [arm[f"mean_{what}"] for what in ("attempts", "tokens", "teacher_tokens")]
+    solved = f"{arm['solved']} of {arm['runs']}"
+    rows.append([f"`{name}`", solved, *map(_number, [*numbers, arm["time_s"]])])
+  head = ["arm", "runs solved", "attempts", "tokens generated", "read by the teacher", "seconds"]
+  return _table(head, rows)
+
+
+def _discovery_questions(arms: dict, questions: list[dict]) -> str:
+  rows = []
+  for question in questions:
+    solved = [f"{question[arm]['solved']}/{question[arm]['runs']}" for arm in arms]
+    rows.append([question["task_id"], _number(question["pass@64"], ".3f"), *solved])
+  return _table(["question", "pass@64 of the base model", *(f"`{arm}`" for arm in arms)], rows)
+
+
+def _against_best_of_k(arm: str, summary: dict) -> str:
+  """Returns what an arm needs to reach best_of_k's discovery at the whole budget."""
+  compared = summary[f"{arm}_{VERSUS}"]
+  rows = []
+  for title, key, baseline in (
+    ("attempts", "attempts", compared["baseline_attempts"]),
+    ("generated tokens", "tokens", compared["baseline_tokens"]),
+    ("generated tokens and those that the teacher read", "tokens_with_teacher", None),
+  ):
+    cost = compared[key]
+    bounds = f"[{_number(cost['low'])}, {_number(cost['high'])}]"
+    rows.append([title, f"{_number(cost['to_reach'])} {bounds}", _number(baseline)])
+  goal = f"best_of_k's discovery@{summary['budget']}"
+  head = [f"to reach {goal}, {_percent(compared['target'])} %", f"`{arm}`", "`best_of_k`"]
+  difference = compared["difference_at_a_third"]
+  points = _percent(difference["difference"], "+")
+  interval = _interval(difference["low"], difference["high"], "+")
+  return (
+    f"{_table(head, rows)}\n\n`{arm}`'s discovery@{compared['third']} minus {goal}: "
+    f"{points} points {interval}, p = {_number(difference['p_value'], '.4f')}."
+  )
+
+
+def _number(value, form: str = ",.0f") -> str:
+  return NONE if value is None else f"{value:{form}}"
+
+
+# Measurements of speed and memory: sdpo_jax/bench/results
+
+BENCHMARKS = {  # file -> {column: (field of a record, format)}
+  "step_cpu": {
+    "case": ("case", ""),
+    "responses": ("responses", ""),
+    "CPU seconds": ("cpu_s", ".2f"),
+    "seconds": ("time_s", ".2f"),
+    "peak memory MB": ("peak_mb", ",.0f"),
+    "temporaries MB": ("temporaries_mb", ",.0f"),
+    "share of useful columns": ("useful", ".3f"),
+  },
+  "loss_cpu": {
+    "implementation": ("implementation", ""),
+    "tokens, width, vocabulary": ("shape", ""),
+    "CPU seconds": ("cpu_s", ".2f"),
+    "temporaries MB": ("temporaries_mb", ",.0f"),
+    "peak memory MB": ("peak_mb", ",.0f"),
+  },
+  "sandbox_cpu": {
+    "worker": ("kind", ""),
+    "programs/s": ("per_s", ",.0f"),
+    "p50 ms": ("p50_ms", ".1f"),
+    "p99 ms": ("p99_ms", ".1f"),
+    "MB a worker, proportional": ("pss_mb", ".1f"),
+    "MB a worker, resident": ("rss_mb", ".1f"),
+    "cold start s": ("cold_s", ".2f"),
+    "time limit reported after ms": ("late_ms", ".1f"),
+  },
+}
+
+
+def _benchmarks(folder: pathlib.Path) -> list[str]:
+  """Returns a table for each measurement of sdpo_jax.bench."""
+  parts = []
+  for name, columns in BENCHMARKS.items():
+    records = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    rows = [
+      [_number(record.get(field), form) for field, form in columns.values()] for record in records
+    ]
+    parts += [f"### {name}.json", _table(list(columns), rows)]
+  return parts
