@@ -8,7 +8,7 @@ import pytest
 from sdpo_jax.kernels.distill_kl import distill_kl
 from sdpo_jax.kernels.distill_topk import distill_topk
 from sdpo_jax.objectives import advantage, build, methods, reference, surrogate, token_weight
-from sdpo_jax.objectives.loss import make_objective
+from sdpo_jax.objectives.loss import normalisers, token_loss
 from sdpo_jax.objectives.signals import Signals
 from sdpo_jax.train_step import make_signals
 from tests import fakes
@@ -203,10 +203,9 @@ def test_specification_and_fast_path_over_the_whole_grid(kwargs, distill):
     np.log(np.exp(student) / np.exp(student).sum(-1, keepdims=True)), RESPONSE[..., None], -1
   )[..., 0]
   old, rollout = logp - rng.normal(size=(2, 3)), logp - rng.normal(size=(2, 3))
-  batch = fakes.toy_batch(rows=2, response=3)._replace(
+  batch = with_teacher(fakes.toy_batch(rows=2, response=3), distill)._replace(
     response_BR=RESPONSE,
     weight_BR=WEIGHT,
-    distill_B=distill,
     logp_old_BR=old.astype(np.float32),
     logp_rollout_BR=rollout.astype(np.float32),
   )
@@ -235,7 +234,7 @@ def test_specification_and_fast_path_over_the_whole_grid(kwargs, distill):
         assert float(want) == pytest.approx(
           by_hand(student, teacher, old, rollout, distill, **kwargs, **clips), rel=1e-5
         )
-      objective = make_objective(
+      method = build.build_method(
         build.method_row("sdpo")
         | dict(
           token_signal=signal[kwargs["granularity"]], token_weight=dict(name="importance", **clips)
@@ -251,7 +250,7 @@ def test_specification_and_fast_path_over_the_whole_grid(kwargs, distill):
           jnp.eye(7, dtype=jnp.float32),
           RESPONSE.reshape(-1),
         )
-        wanted = objective.divergence or dict(alpha=0.5, top_k=None)
+        wanted = method.divergence or dict(alpha=0.5, top_k=None)
         out = (
           distill_kl(*halves, alpha=wanted["alpha"])
           if wanted["top_k"] is None
@@ -263,7 +262,7 @@ def test_specification_and_fast_path_over_the_whole_grid(kwargs, distill):
             for x in (out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X)
           )
         )
-        return objective.token_loss(said, batch, objective.normalisers(batch))[0]
+        return loss_of(method, (said,), batch)
 
       got, got_grad = jax.value_and_grad(fast)(flat(student))
       assert float(got) == pytest.approx(float(want), rel=1e-5)
@@ -310,21 +309,21 @@ def test_fast_path_agrees_with_the_specification(case):
   config, params = fakes.toy_model(0)
   _, teacher = fakes.toy_model(1)
   batch = fakes.toy_batch(length=26, teacher_length=34)
-  objective = make_objective(build.method_row("sdpo") | changes)
-  signals = make_signals(config, objective, temperature=1.3)
+  method = build.build_method(build.method_row("sdpo") | changes)
+  signals = make_signals(config, method, temperature=1.3)
 
   def fast(p):
-    return objective.token_loss(signals(p, teacher, batch), batch, objective.normalisers(batch))[0]
+    return loss_of(method, signals(p, teacher, batch), batch)
 
   def plain(p):
-    student = fakes.dense_logits(p, config, batch.student, batch) / 1.3
-    q = fakes.dense_logits(teacher, config, batch.teacher, batch) / 1.3
+    student = fakes.dense_logits(p, config, batch.policy, batch) / 1.3
+    q = fakes.dense_logits(teacher, config, batch.readings[0].rows, batch) / 1.3
     return reference.sdpo_loss(
       student,
       q,
       batch.response_BR,
       batch.weight_BR,
-      batch.distill_B,
+      batch.readings[0].weight_B,
       logp_old_BR=batch.logp_old_BR,
       logp_rollout_BR=batch.logp_rollout_BR,
       **kwargs,
@@ -346,25 +345,25 @@ def test_trust_region_mixes_logits():
   config, params = fakes.toy_model(0)
   _, anchor = fakes.toy_model(1)
   batch = fakes.toy_batch()
-  objective = make_objective(
+  method = build.build_method(
     build.method_row("sdpo") | dict(teacher_weights=dict(name="trust_region", rate=0.3))
   )
-  signals = make_signals(config, objective, mix=0.3)
+  signals = make_signals(config, method)
 
   def fast(p):
-    return objective.token_loss(signals(p, anchor, batch), batch, objective.normalisers(batch))[0]
+    return loss_of(method, signals(p, anchor, batch), batch)
 
   def plain(p):
     dense = lambda w, rows, batch: fakes.dense_logits(w, config, rows, batch)
-    q = 0.7 * dense(anchor, batch.teacher, batch) + 0.3 * dense(
-      jax.lax.stop_gradient(p), batch.teacher, batch
+    q = 0.7 * dense(anchor, batch.readings[0].rows, batch) + 0.3 * dense(
+      jax.lax.stop_gradient(p), batch.readings[0].rows, batch
     )
     return reference.sdpo_loss(
-      dense(p, batch.student, batch),
+      dense(p, batch.policy, batch),
       q,
       batch.response_BR,
       batch.weight_BR,
-      batch.distill_B,
+      batch.readings[0].weight_B,
       logp_old_BR=batch.logp_old_BR,
       logp_rollout_BR=batch.logp_rollout_BR,
     )
@@ -380,13 +379,21 @@ def test_trust_region_mixes_logits():
   )
 
 
+def loss_of(method, readings, batch):
+  """The loss of a whole batch from the signals of its readings."""
+  return token_loss(method, readings, batch, normalisers(method, batch))[0]
+
+
 def policy_loss(logp_BR, batch, **changes):
   """Loss and gradient of a GRPO-like row with respect to the log-probabilities of the policy."""
-  objective = make_objective(build.method_row("grpo") | changes)
-  loss = lambda x: objective.token_loss(
-    Signals(x, jnp.zeros_like(x), None, None), batch, objective.normalisers(batch)
-  )[0]
+  method = build.build_method(build.method_row("grpo") | changes)
+  loss = lambda x: loss_of(method, (Signals(x, jnp.zeros_like(x), None, None),), batch)
   return jax.value_and_grad(loss)(jnp.asarray(logp_BR, jnp.float32))
+
+
+def with_teacher(batch, weight_B):
+  """The batch with these weights of its plain reading."""
+  return batch._replace(readings=(batch.readings[0]._replace(weight_B=weight_B),))
 
 
 def two_responses():
@@ -428,14 +435,12 @@ def test_gspo_clips_whole_sequences_and_cispo_never_loses_a_gradient():
 
 def test_opsd_clips_the_divergence_of_a_token():
   batch, old = two_responses()
-  batch = batch._replace(distill_B=np.ones(2, np.float32))
-  objective = make_objective(build.method_row("opsd"))
+  batch = with_teacher(batch, np.ones(2, np.float32))
+  method = build.build_method(build.method_row("opsd"))
   divergence = jnp.array([[0.01, 9, 9], [0.04, 0.2, 3.0]], jnp.float32)
-  loss = lambda d: objective.token_loss(
-    Signals(jnp.asarray(old), jnp.zeros((2, 3)), d, jnp.asarray(old)),
-    batch,
-    objective.normalisers(batch),
-  )[0]
+  loss = lambda d: loss_of(
+    method, (Signals(jnp.asarray(old), jnp.zeros((2, 3)), d, jnp.asarray(old)),), batch
+  )
   value, grad = jax.value_and_grad(loss)(divergence)
   assert float(value) == pytest.approx((0.01 + 0.04 + 0.05 + 0.05) / 4, rel=1e-5)
   np.testing.assert_allclose(grad, np.array([[1, 0, 0], [1, 0, 0]]) / 4, rtol=1e-5)
@@ -474,31 +479,30 @@ def test_rewards_that_are_not_numbers_change_nothing_else(name):
   row = build.method_row(name)
   if row["reduction"]["name"] == "constant":
     row["reduction"]["length"] = 6.0
-  objective, parts = make_objective(row), build.build_method(row)
+  method = build.build_method(row)
   rng = np.random.default_rng(3)
   signals = rng.normal(size=(5, 4, 6)).astype(np.float32)
   signals[2] = np.abs(signals[2])
   batch = fakes.toy_batch(rows=4)
   reward = np.array([[1.0, 0.0, np.nan, 0.75]])
   broken = batch._replace(
-    advantage_B=parts["advantage"](reward)[0].astype(np.float32),
+    advantage_B=method.advantage(reward)[0].astype(np.float32),
     weight_BR=batch.weight_BR * np.array([1, 1, 0, 1], np.float32)[:, None],
-    distill_B=np.array([0, 1, 0, 1], np.float32),
   )
+  broken = with_teacher(broken, np.array([0, 1, 0, 1], np.float32))
   assert np.isfinite(broken.advantage_B).all() and broken.advantage_B[2] == 0
   signals[:, 2] = np.nan  # whatever the passes say of that row
   keep = np.array([0, 1, 3])
   alone = broken._replace(
-    advantage_B=np.insert(parts["advantage"](reward[:, keep])[0], 2, 0).astype(np.float32)
+    advantage_B=np.insert(method.advantage(reward[:, keep])[0], 2, 0).astype(np.float32)
   )
   without = alone._replace(
     **{name: x[keep] for name, x in alone._asdict().items() if name.endswith(("_B", "_BR"))}
   )
+  without = with_teacher(without, alone.readings[0].weight_B[keep])
 
   def value_and_grad(signals, batch):
-    loss = lambda x: objective.token_loss(
-      Signals(*x[:4], x[4]), batch, objective.normalisers(batch)
-    )[0]
+    loss = lambda x: loss_of(method, (Signals(*x[:4], x[4]),), batch)
     return jax.value_and_grad(loss)(jnp.asarray(signals))
 
   (got, got_grad), (want, want_grad) = (
@@ -513,19 +517,16 @@ def test_rewards_that_are_not_numbers_change_nothing_else(name):
 def test_srpo_by_hand():
   """Row 0 has a teacher: its divergence, weighted by the teacher's certainty with mean 1. Row 1 has none: the policy gradient. Both over all 3 tokens."""
   batch, old = two_responses()
-  batch = batch._replace(
-    weight_BR=np.array([[1, 1, 0], [1, 0, 0]], np.float32), distill_B=np.array([1, 0], np.float32)
-  )
-  objective = make_objective(build.method_row("srpo"))
+  batch = batch._replace(weight_BR=np.array([[1, 1, 0], [1, 0, 0]], np.float32))
+  batch = with_teacher(batch, np.array([1, 0], np.float32))
+  method = build.build_method(build.method_row("srpo"))
   divergence, entropy = (
     np.array([[0.3, 0.7, 9], [9, 9, 9]], np.float32),
     np.array([[0.0, 2.0, 5], [0, 0, 0]], np.float32),
   )
-  loss = lambda x, d: objective.token_loss(
-    Signals(x, jnp.zeros((2, 3)), d, jnp.asarray(old), jnp.asarray(entropy)),
-    batch,
-    objective.normalisers(batch),
-  )[0]
+  loss = lambda x, d: loss_of(
+    method, (Signals(x, jnp.zeros((2, 3)), d, jnp.asarray(old), jnp.asarray(entropy)),), batch
+  )
   value, (grad, grad_divergence) = jax.value_and_grad(loss, argnums=(0, 1))(
     jnp.asarray(old), jnp.asarray(divergence)
   )
@@ -547,13 +548,14 @@ def test_the_teachers_entropy_is_that_of_its_distribution():
   config, params = fakes.toy_model(0)
   _, teacher = fakes.toy_model(1)
   batch = fakes.toy_batch()
-  said = jax.jit(make_signals(config, make_objective(build.method_row("srpo")), temperature=1.3))(
-    params, teacher, batch
+  method = build.build_method(build.method_row("srpo"))
+  (plain,) = jax.jit(make_signals(config, method, temperature=1.3))(params, teacher, batch)
+  logq_BRV = jax.nn.log_softmax(
+    fakes.dense_logits(teacher, config, batch.readings[0].rows, batch) / 1.3
   )
-  logq_BRV = jax.nn.log_softmax(fakes.dense_logits(teacher, config, batch.teacher, batch) / 1.3)
   counted_BR = batch.weight_BR > 0
   np.testing.assert_allclose(
-    said.entropy_teacher_BR[counted_BR],
+    plain.entropy_teacher_BR[counted_BR],
     -(jnp.exp(logq_BRV) * logq_BRV).sum(-1)[counted_BR],
     rtol=1e-4,
   )
@@ -565,15 +567,12 @@ def test_sc_sdpo_weighs_questions_by_how_open_they_are():
   np.testing.assert_allclose(weight[:, 0], [0.5, np.sqrt(2) / 3, 0, 0], rtol=1e-6)
   assert weight[1, 3] == 0
   batch, old = two_responses()
-  batch = batch._replace(
-    advantage_B=np.array([0.5, 0.25], np.float32), distill_B=np.ones(2, np.float32)
+  batch = batch._replace(advantage_B=np.array([0.5, 0.25], np.float32))
+  batch = with_teacher(batch, np.ones(2, np.float32))
+  method = build.build_method(build.method_row("sc_sdpo"))
+  loss = lambda d: loss_of(
+    method, (Signals(jnp.asarray(old), jnp.zeros((2, 3)), d, jnp.asarray(old)),), batch
   )
-  objective = make_objective(build.method_row("sc_sdpo"))
-  loss = lambda d: objective.token_loss(
-    Signals(jnp.asarray(old), jnp.zeros((2, 3)), d, jnp.asarray(old)),
-    batch,
-    objective.normalisers(batch),
-  )[0]
   np.testing.assert_allclose(
     jax.grad(loss)(jnp.ones((2, 3))), [[0.5 / 4, 0, 0], [0.25 / 4] * 3], rtol=1e-6
   )
@@ -589,12 +588,8 @@ def test_blend_is_the_weighted_sum_of_its_two_losses():
   for name, row in dict(
     blend=blend, sdpo=build.method_row("sdpo"), grpo=build.method_row("grpo")
   ).items():
-    objective = make_objective(row)
-    value[name] = float(
-      objective.token_loss(
-        make_signals(config, objective)(params, None, batch), batch, objective.normalisers(batch)
-      )[0]
-    )
+    method = build.build_method(row)
+    value[name] = float(loss_of(method, make_signals(config, method)(params, None, batch), batch))
   assert value["blend"] == pytest.approx(0.9 * value["grpo"] + 0.1 * value["sdpo"], rel=1e-5)
 
 
@@ -632,4 +627,8 @@ def test_a_row_that_cannot_be_built_says_why(change, named):
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_row_builds(name):
-  assert set(build.build_method(build.method_row(name))) == set(build.AXES)
+  method = build.build_method(build.method_row(name))
+  assert {*method._fields, "counterfactual"} >= set(build.AXES)
+  assert method.needs_teacher == (
+    name not in ("grpo", "grpo_std", "dapo", "dr_grpo", "gspo", "cispo")
+  )

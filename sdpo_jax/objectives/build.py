@@ -1,20 +1,27 @@
-"""From a row of METHODS to functions, with the checks that refuse what cannot mean anything."""
+"""Builds a method from its row: fills in settings, binds them, refuses what means nothing.
+
+A row is a dict {axis: {"name": part, **settings}, "policy_share": share}. Every setting of a part
+is a keyword-only argument of its function (or class) in the axis's table, with its default and type
+there.
+
+Errors: ValueError naming the setting, its value and the choices.
+"""
 
 import copy
 import functools
 import inspect
 import types
 import typing
+from typing import Callable, NamedTuple
 
 from sdpo_jax.objectives.advantage import ADVANTAGES
 from sdpo_jax.objectives.methods import METHODS
-from sdpo_jax.objectives.notes import COUNTERFACTUALS
-from sdpo_jax.objectives.signals import TOKEN_SIGNALS
+from sdpo_jax.objectives.notes import COUNTERFACTUALS, Notes
+from sdpo_jax.objectives.signals import DIVERGENCE, TOKEN_SIGNALS, Part
 from sdpo_jax.objectives.surrogate import REDUCTIONS, SURROGATES
 from sdpo_jax.objectives.teacher_context import TEACHER_CONTEXTS, TEMPLATES
-from sdpo_jax.objectives.teacher_weights import TEACHER_WEIGHTS
+from sdpo_jax.objectives.teacher_weights import TEACHER_WEIGHTS, TeacherWeights
 from sdpo_jax.objectives.token_weight import TOKEN_WEIGHTS
-from sdpo_jax.records import Feedback, Rollout, Task
 
 AXES = {
   "teacher_context": TEACHER_CONTEXTS,
@@ -26,164 +33,247 @@ AXES = {
   "reduction": REDUCTIONS,
   "counterfactual": COUNTERFACTUALS,
 }
+# Axes whose parts are made from their settings, once. Those of the others are functions to which
+# the settings are bound.
+MADE_ONCE = ("teacher_context", "teacher_weights", "counterfactual")
+# The settings of the token signal that the divergence kernel has to know.
+KERNEL_SETTINGS = ("alpha", "top_k", "add_tail", "advantage_clip")
+
+
+class Method(NamedTuple):
+  """A row as functions with their settings bound. None: the method has no such part."""
+
+  teacher_context: Callable  # (group, i) -> Context | None
+  teacher_weights: TeacherWeights
+  token_signal: Callable | None  # (Signals, TrainBatch) -> loss_BR
+  token_weight: Callable  # (Signals, TrainBatch) -> factor_BR
+  advantage: Callable  # reward_QG -> advantage_QG
+  surrogate: Callable | None  # (Signals, TrainBatch) -> loss_BR
+  reduction: Callable  # weight_BR -> (weight_BR, normaliser)
+  notes: Notes | None
+  # Share of the surrogate in the loss. None ("untaught"): a response with a teacher has the token
+  # signal alone, any other response the surrogate alone.
+  policy_share: float | None
+  divergence: dict | None  # KERNEL_SETTINGS; None: no part reads the divergence
+  reads: frozenset[str]  # what its parts declare
+
+  @property
+  def needs_teacher(self) -> bool:
+    return self.token_signal is not None
+
+  @property
+  def mixes_readings(self) -> bool:
+    """Tells whether the further readings are mixed into one teacher instead of being terms."""
+    return self.notes is not None and self.notes.form == "mixture"
 
 
 def method_row(name: str) -> dict:
-  """A private copy of a named row with every argument of its parts; ValueError with the choices if there is none."""
+  """Returns a private copy of a named row with every setting of its parts."""
   if name not in METHODS:
     raise ValueError(f"method={name!r} is unknown; choose from {sorted(METHODS)}")
-  return METHODS[name] | {axis: complete_part(axis, **METHODS[name][axis]) for axis in AXES}
+  row = METHODS[name]
+  return row | {axis: complete_part(axis, **row[axis]) for axis in AXES}
 
 
 def settings_of(axis: str, name: str) -> dict[str, inspect.Parameter]:
-  """What can be set of a part: its function's keyword-only arguments. ValueError names the choices if there is no such part."""
-  if name not in AXES[axis]:
-    raise ValueError(f"method.{axis}.name={name!r} is unknown; choose from {sorted(AXES[axis])}")
-  function = AXES[axis][name]
-  return (
-    {}
-    if function is None
-    else {
-      k: p for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY
-    }
-  )
+  """Returns the settings that a part has, by name."""
+  function = _function(axis, name)
+  if function is None:
+    return {}
+  parameters = inspect.signature(function).parameters
+  return {key: p for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
 def complete_part(axis: str, name: str, **given) -> dict:
-  """A part with every argument that it has: as given, else its default; None where it has no default and must be given."""
-  defaults = {
-    k: None if p.default is p.empty else p.default for k, p in settings_of(axis, name).items()
-  }
-  return {"name": name} | copy.deepcopy(defaults | given)
+  """Returns a part with every setting that it has: as given, else its default.
+
+  A setting without a default, which a user must give, is None.
+  """
+  part = {"name": name}
+  for key, parameter in settings_of(axis, name).items():
+    part[key] = None if parameter.default is parameter.empty else parameter.default
+  return copy.deepcopy(part | given)
 
 
-def part_settings(method: dict, axis: str) -> dict:
-  """The named arguments of one part, its function's defaults filled in."""
-  filled = complete_part(axis, **method[axis])
-  del filled["name"]
-  return filled
+def part_settings(row: dict, axis: str) -> dict:
+  """Returns the settings of one part of a row, without its name, defaults filled in."""
+  settings = complete_part(axis, **row[axis])
+  del settings["name"]
+  return settings
 
 
-def build_method(method: dict) -> dict:
-  """{axis: {"name": ..., **arguments}} -> {axis: function or None}. ValueError names the axis and the choices."""
-  built = {}
+def build_method(row: dict) -> Method:
+  """Builds a method from a row of METHODS, or from one like it."""
+  bound, reads = {}, set()
   for axis, table in AXES.items():
-    if axis not in method:
+    if axis not in row:
       raise ValueError(f"method.{axis} is missing; choose from {sorted(table)}")
-    given = dict(method[axis])
-    name = given.pop("name")
-    accepted = settings_of(axis, name)
-    for key, value in given.items():
-      if key not in accepted:
-        raise ValueError(
-          f"method.{axis}.{key} is not an argument of {name!r}; choose from {sorted(accepted)}"
-        )
-      kinds = _kinds(accepted[key].annotation)
-      if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
-        said = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
-        raise ValueError(f"method.{axis}.{key}={value!r} of {name!r} must be of type {said}")
-    function = table[name]
-    built[axis] = None if function is None else functools.partial(function, **given)
-  check(method)
-  made_up = Rollout(Task("", ""), [], [], [], "stop", "", Feedback(0.0, ""))
-  # refuses wrong choices and templates: now, not when the first batch has been sampled
-  built["teacher_context"]([made_up], 0)
-  threshold = part_settings(method, "teacher_context").get("success_threshold")
-  # one setting says what a success is
-  if method["advantage"]["name"] == "question_spread" and threshold is not None:
-    built["advantage"] = functools.partial(built["advantage"], success_threshold=threshold)
-  return built
+    settings = dict(row[axis])
+    name = settings.pop("name")
+    _check_types(axis, name, settings)
+    bound[axis] = _bind(axis, name, settings)
+    if isinstance(table[name], Part):
+      reads |= set(table[name].reads)
+  notes = bound.pop("counterfactual")
+  if notes is not None and not notes.teaches:
+    notes = None
+  check(row, notes)
+  if row["advantage"]["name"] == "question_spread":
+    # One setting says what a success is: the teacher context's, where it has one.
+    threshold = getattr(bound["teacher_context"], "success_threshold", None)
+    if threshold is not None:
+      bound["advantage"] = functools.partial(bound["advantage"], success_threshold=threshold)
+  kernel = None
+  if DIVERGENCE in reads:
+    settings = part_settings(row, "token_signal")
+    kernel = {key: settings[key] for key in KERNEL_SETTINGS}
+  share = None if row["policy_share"] == "untaught" else row["policy_share"]
+  return Method(**bound, notes=notes, policy_share=share, divergence=kernel, reads=frozenset(reads))
+
+
+def _function(axis: str, name: str) -> Callable | None:
+  if name not in AXES[axis]:
+    raise ValueError(f"method.{axis}.name={name!r} is unknown; choose from {sorted(AXES[axis])}")
+  entry = AXES[axis][name]
+  return entry.function if isinstance(entry, Part) else entry
+
+
+def _bind(axis: str, name: str, settings: dict):
+  function = _function(axis, name)
+  if function is None:
+    return None
+  return function(**settings) if axis in MADE_ONCE else functools.partial(function, **settings)
+
+
+def _check_types(axis: str, name: str, settings: dict) -> None:
+  accepted = settings_of(axis, name)
+  for key, value in settings.items():
+    if key not in accepted:
+      raise ValueError(
+        f"method.{axis}.{key} is not an argument of {name!r}; choose from {sorted(accepted)}"
+      )
+    kinds = _kinds(accepted[key].annotation)
+    is_misplaced_bool = isinstance(value, bool) and bool not in kinds
+    if not isinstance(value, kinds) or is_misplaced_bool:
+      names = ["None" if kind is types.NoneType else kind.__name__ for kind in kinds]
+      raise ValueError(
+        f"method.{axis}.{key}={value!r} of {name!r} must be of type {' or '.join(names)}"
+      )
 
 
 def _kinds(annotation) -> tuple[type, ...]:
-  """The types that an argument may have. An integer is a number."""
-  kinds = tuple(
-    typing.get_origin(kind) or kind
-    for kind in (
-      typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    )
-  )
+  """The types that a setting may have. An integer is a number."""
+  alternatives = (annotation,)
+  if isinstance(annotation, types.UnionType):
+    alternatives = typing.get_args(annotation)
+  kinds = tuple(typing.get_origin(kind) or kind for kind in alternatives)
   return (int, *kinds) if float in kinds else kinds
 
 
-def check(method: dict) -> None:
-  """Combinations that cannot mean anything stop here."""
-  names = {axis: method[axis]["name"] for axis in AXES}
-  share = method["policy_share"]
-  if share == "untaught":
-    share = 0.5  # what follows is the same for every share between 0 and 1
-  if isinstance(share, str) or not 0.0 <= share <= 1.0:
-    raise ValueError(f"method.policy_share={share!r} must lie in [0, 1], or be 'untaught'")
-  alpha, top_k = (method["token_signal"].get(key) for key in ("alpha", "top_k"))
+def check(row: dict, notes: Notes | None) -> None:
+  """Refuses combinations of parts that cannot mean anything."""
+  _check_divergence(row["token_signal"])
+  _check_shares(row)
+  if notes is not None:
+    _check_notes(row, notes)
+  _check_unread(row)
+
+
+def _check_divergence(part: dict) -> None:
+  alpha, top_k, clip = (part.get(key) for key in ("alpha", "top_k", "advantage_clip"))
   if alpha is not None and not 0.0 <= alpha <= 1.0:
     raise ValueError(
-      f"method.token_signal.alpha={alpha!r} must lie in [0, 1]: 0 is KL(teacher || policy), 1 is KL(policy || teacher)"
+      f"method.token_signal.alpha={alpha!r} must lie in [0, 1]: "
+      "0 is KL(teacher || policy), 1 is KL(policy || teacher)"
     )
   if top_k is not None and top_k < 1:
     raise ValueError(
       f"method.token_signal.top_k={top_k!r} must be at least 1, or None for the whole vocabulary"
     )
-  clip = method["token_signal"].get("advantage_clip")
   if clip is not None and (clip <= 0 or top_k is None or alpha != 1.0):
     raise ValueError(
-      f"method.token_signal.advantage_clip={clip!r} must be above 0 and needs alpha=1 (reverse KL) and a top_k, not alpha={alpha!r}, top_k={top_k!r}"
+      f"method.token_signal.advantage_clip={clip!r} must be above 0 and needs alpha=1 (reverse KL) "
+      f"and a top_k, not alpha={alpha!r}, top_k={top_k!r}"
     )
-  taught = names["token_signal"] != "none"
-  part = dict(method["counterfactual"])
-  told = COUNTERFACTUALS[part.pop("name")](**part)
-  if told is not None and told.form == "mixture" and top_k is None:
+
+
+def _check_shares(row: dict) -> None:
+  """Refuses a blend of which one side has no part, and a token signal without a teacher."""
+  share = row["policy_share"]
+  signal, surrogate = row["token_signal"]["name"], row["surrogate"]["name"]
+  context, weights = row["teacher_context"]["name"], row["teacher_weights"]["name"]
+  has_signal, has_surrogate = signal != "none", surrogate != "none"
+  if share == "untaught":
+    share = 0.5  # what follows is the same for every share between 0 and 1
+  if isinstance(share, str) or not 0.0 <= share <= 1.0:
+    raise ValueError(f"method.policy_share={share!r} must lie in [0, 1], or be 'untaught'")
+  if has_signal and "none" in (context, weights):
     raise ValueError(
-      "method.counterfactual.form='mixture' goes through the policy's likeliest tokens: set method.token_signal.top_k"
+      f"method.token_signal.name={signal!r} needs a teacher, "
+      f"but teacher_context is {context!r} and teacher_weights {weights!r}"
     )
-  if told is not None and (
-    names["teacher_context"] != "feedback_or_solution" or method["policy_share"] == "untaught"
-  ):
-    raise ValueError(
-      f"method.counterfactual.name={names['counterfactual']!r} adds to the teacher context 'feedback_or_solution', not to "
-      f"{names['teacher_context']!r}, and to a policy_share that is a number, not {method['policy_share']!r}"
-    )
-  if told is not None and "{notes}" not in (
-    reprompt := (TEMPLATES | part_settings(method, "teacher_context")["templates"])["reprompt"]
-  ):
-    raise ValueError(
-      f"method.teacher_context.templates.reprompt={reprompt!r} has no {{notes}}: the teacher would not read those of method.counterfactual.name={names['counterfactual']!r}"
-    )
-  if taught and (names["teacher_context"] == "none" or names["teacher_weights"] == "none"):
-    raise ValueError(
-      f"method.token_signal.name={names['token_signal']!r} needs a teacher, but teacher_context is "
-      f"{names['teacher_context']!r} and teacher_weights {names['teacher_weights']!r}"
-    )
-  if not taught and names["surrogate"] == "none":
+  if not has_signal and not has_surrogate:
     raise ValueError(
       "method.token_signal.name and method.surrogate.name are both 'none': nothing would be learned"
     )
-  if (share < 1.0) != taught:
+  if (share < 1.0) != has_signal:
     raise ValueError(
-      f"method.policy_share={share!r} with token_signal {names['token_signal']!r}: a share below 1 needs a token signal, "
-      "and a token signal needs a share below 1"
+      f"method.policy_share={share!r} with token_signal {signal!r}: a share below 1 needs a token "
+      "signal, and a token signal needs a share below 1"
     )
-  if (share > 0.0) != (names["surrogate"] != "none"):
+  if (share > 0.0) != has_surrogate:
     raise ValueError(
-      f"method.policy_share={share!r} with surrogate {names['surrogate']!r}: a share above 0 needs a surrogate, "
-      "and a surrogate needs a share above 0"
+      f"method.policy_share={share!r} with surrogate {surrogate!r}: a share above 0 needs a "
+      "surrogate, and a surrogate needs a share above 0"
     )
-  if names["surrogate"] != "none" and names["advantage"] != "group_mean":
+
+
+def _check_notes(row: dict, notes: Notes) -> None:
+  name, context = row["counterfactual"]["name"], row["teacher_context"]["name"]
+  if notes.form == "mixture" and row["token_signal"].get("top_k") is None:
     raise ValueError(
-      f"method.surrogate.name={names['surrogate']!r} needs the advantage 'group_mean', not {names['advantage']!r}"
+      "method.counterfactual.form='mixture' goes through the policy's likeliest tokens: "
+      "set method.token_signal.top_k"
     )
-  if (names["advantage"] == "question_spread") != bool(method["token_weight"].get("by_question")):
+  if context != "feedback_or_solution" or row["policy_share"] == "untaught":
     raise ValueError(
-      "method.advantage.name='question_spread' is a weight that method.token_weight.by_question=True applies: set both or neither"
+      f"method.counterfactual.name={name!r} adds to the teacher context 'feedback_or_solution', "
+      f"not to {context!r}, and to a policy_share that is a number, not {row['policy_share']!r}"
     )
-  for axis, idle, unread, reader in (
-    ("token_weight", "uniform", not taught, "token_signal"),
-    ("reduction", "token_mean", names["surrogate"] == "none", "surrogate"),
-  ):
-    if unread and names[axis] != idle:
-      raise ValueError(
-        f"method.{axis}.name={names[axis]!r} would not be read: method.{reader}.name is 'none'"
-      )
-  if names["advantage"] == "group_mean" and names["surrogate"] == "none":
+  reprompt = (TEMPLATES | part_settings(row, "teacher_context")["templates"])["reprompt"]
+  if "{notes}" not in reprompt:
     raise ValueError(
-      "method.advantage.name='group_mean' would not be read: method.surrogate.name is 'none'"
+      f"method.teacher_context.templates.reprompt={reprompt!r} has no {{notes}}: "
+      f"the teacher would not read those of method.counterfactual.name={name!r}"
+    )
+
+
+def _check_unread(row: dict) -> None:
+  """Refuses a part that no other part would read."""
+  names = {axis: row[axis]["name"] for axis in AXES}
+  has_signal, has_surrogate = names["token_signal"] != "none", names["surrogate"] != "none"
+  spreads, by_question = (
+    names["advantage"] == "question_spread",
+    row["token_weight"].get("by_question"),
+  )
+  if has_surrogate and names["advantage"] != "group_mean":
+    raise ValueError(
+      f"method.surrogate.name={names['surrogate']!r} needs the advantage 'group_mean', "
+      f"not {names['advantage']!r}"
+    )
+  if spreads != bool(by_question):
+    raise ValueError(
+      "method.advantage.name='question_spread' is a weight that "
+      "method.token_weight.by_question=True applies: set both or neither"
+    )
+  unread = []
+  if not has_signal and names["token_weight"] != "uniform":
+    unread.append(("token_weight", "token_signal"))
+  if not has_surrogate and names["reduction"] != "token_mean":
+    unread.append(("reduction", "surrogate"))
+  if not has_surrogate and names["advantage"] == "group_mean":
+    unread.append(("advantage", "surrogate"))
+  for axis, reader in unread:
+    raise ValueError(
+      f"method.{axis}.name={names[axis]!r} would not be read: method.{reader}.name is 'none'"
     )

@@ -1,144 +1,186 @@
-"""Joins the parts of a method into one loss over response tokens.
+"""Joins the parts of a method into one loss over response tokens. `reference.py` is the
+specification.
 
-A loss is a sum of terms; each term is a mean over its own tokens:
+A loss is a sum of terms. Each term is a mean over its own tokens:
 
-  loss = sum over terms of share * sum(loss_BR * weight_BR) / normaliser,   by default max(sum(weight_BR), 1)
+  loss = sum over terms of share * sum(loss_BR * weight_BR) / normaliser
 
-  distill  weight_BR * distill_B: tokens of responses whose teacher has something to show
-  policy   weight_BR: all response tokens, weighted and divided as the method's reduction says
-  counterfactual   for each further reading of the batch (`objectives/counterfactual`), weight_BR * its weight_B; all are divided by the
-           tokens of responses that any reading teaches, so that a failed response adds D(feedback) + sum over readings of weight * D(reading).
-           With `gate` only tokens of which both readings say the same: sign(log q - log pi) of the feedback's and of the alternatives' agree;
-           `counterfactual/agreement` is the share of those, gate or not. With form="mixture" there is neither this term nor that metric: the
-           readings are one teacher, and `distill` is all.
+  distill         the token signal of the plain reading, on responses whose teacher has a context
+  policy          the surrogate, on all responses; the method's reduction weighs and divides it
+  counterfactual  the token signal of each further reading (`notes.py`), on its own responses
 
-With policy_share="untaught" every response belongs to one term alone: to `distill` if its teacher has something to show, else to
-`policy`. Both sums are then divided by the tokens of the whole batch and added as they are.
+With policy_share "untaught" every response belongs to one term alone: to `distill` if its teacher
+has a context, else to `policy`. Both sums are then divided by the tokens of the whole batch.
 
-The normalisers depend on the batch alone, so they are taken over the whole batch before it is cut into micro-batches, and the
-cut changes neither loss nor gradient. A different reduction is a different weight.
+The normaliser of the further readings is the tokens of all responses that any reading weighs. A
+failed response thus adds D(plain) + the sum over readings of weight * D(reading). With `gate` only
+those tokens count on which sign(log q - log pi) of the plain and the further reading agree. The
+metric
+`counterfactual/agreement` is the share of those, gate or not. In a mixture the further readings are
+part of the teacher, and there is neither this term nor the metric.
+
+The normalisers depend on the batch alone. They are taken over the whole batch before it is cut into
+micro-batches, so that the cut changes neither loss nor gradient.
 """
 
 import functools
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.objectives import build
+from sdpo_jax.objectives.build import Method
 from sdpo_jax.objectives.signals import Signals
 from sdpo_jax.objectives.surrogate import token_mean
 from sdpo_jax.records import Ratio, TrainBatch
 
 
-class Objective(NamedTuple):
-  """A method as functions of arrays."""
+class Term(NamedTuple):
+  """One addend of the loss, before it is divided by its normaliser."""
 
-  # (Signals, TrainBatch, normalisers) -> (scalar loss in nats, {metric: Ratio})
-  token_loss: Callable
-  normalisers: Callable  # TrainBatch -> {term: scalar}
-  # alpha, top_k, add_tail, advantage_clip of the divergence that the kernel must compute; None:
-  # none
-  divergence: dict | None
-  needs_teacher: bool
-  needs_teacher_entropy: bool = False
-  # the batch's further readings are mixed into the teacher, not terms of their own
-  mixture: bool = False
+  name: str
+  share: float  # in the blend of teacher and reward
+  loss_BR: jax.Array  # nats
+  weight_BR: jax.Array
 
 
-def make_objective(method: dict) -> Objective:
-  """method: a row of METHODS (or one like it). Raises ValueError as `methods.build` does."""
-  parts = build.build_method(method)
-  signal, weigh, surrogate, reduction = (
-    parts[axis] for axis in ("token_signal", "token_weight", "surrogate", "reduction")
+def token_loss(
+  method: Method,
+  signals: tuple[Signals, ...],
+  batch: TrainBatch,
+  normalisers: dict[str, jax.Array],
+) -> tuple[jax.Array, dict[str, Ratio]]:
+  """Returns the loss of a batch, or its share of one for a micro-batch, in nats; and metrics.
+
+  signals: of the plain reading, then of each further one. normalisers: of the whole batch.
+  """
+  signals, batch = zero_where_unweighted(signals, batch)
+  loss, sums = 0.0, {}
+  for term in [*plain_terms(method, signals[0], batch), *further_terms(method, signals, batch)]:
+    total = jnp.sum(term.loss_BR * term.weight_BR)
+    loss += term.share * total / normalisers[term.name]
+    sums.setdefault(term.name, []).append((total, jnp.sum(term.weight_BR)))
+  metrics = {}
+  for name, totals_and_counts in sums.items():
+    totals, counts = zip(*totals_and_counts)
+    metrics[f"train/loss_{name}"] = Ratio(sum(totals), sum(counts))
+  return loss, metrics | diagnostics(method, signals, batch)
+
+
+def normalisers(method: Method, batch: TrainBatch) -> dict[str, jax.Array]:
+  """Returns what the sum of each term is divided by: a scalar over the whole batch."""
+  divisors = {name: divisor for name, (_, divisor) in plain_weights(method, batch).items()}
+  if batch.readings[1:] and not method.mixes_readings:
+    has_weight_B = [reading.weight_B > 0 for reading in batch.readings]
+    has_teacher_B = functools.reduce(jnp.maximum, has_weight_B)
+    tokens = jnp.sum(batch.weight_BR * has_teacher_B[:, None])
+    divisors["counterfactual"] = jnp.maximum(tokens, 1.0)
+  return divisors
+
+
+def zero_where_unweighted(
+  signals: tuple[Signals, ...], batch: TrainBatch
+) -> tuple[tuple[Signals, ...], TrainBatch]:
+  """Replaces by 0 what stands where the weight is 0, which may be anything.
+
+  To leave it out of the sum is not enough: 0 * inf is NaN, in the gradient even behind a `where`.
+  """
+  has_weight_BR = batch.weight_BR > 0
+
+  def zeroed(x_BR):
+    return jnp.where(has_weight_BR, x_BR, 0.0)
+
+  batch = batch._replace(
+    logp_old_BR=zeroed(batch.logp_old_BR),
+    logp_rollout_BR=zeroed(batch.logp_rollout_BR),
+    advantage_B=jnp.where(jnp.any(has_weight_BR, -1), batch.advantage_B, 0.0),
   )
-  share, notes = method["policy_share"], parts["counterfactual"]()  # no notes: None
-  gate, mixture = notes is not None and notes.gate, notes is not None and notes.form == "mixture"
-  factors = (
-    {"distill": 1.0, "policy": 1.0}
-    if share == "untaught"
-    else {"distill": 1.0 - share, "policy": share}
-  )
+  return jax.tree.map(zeroed, signals), batch
 
-  def terms(batch: TrainBatch) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """{term: (weight_BR, normaliser)}"""
-    found = {}
-    if share == "untaught":
-      taught_B1 = (batch.distill_B > 0)[:, None]
-      weight_BR, normaliser = reduction(batch.weight_BR)
-      return {
-        "distill": (weight_BR * taught_B1, normaliser),
-        "policy": (weight_BR * ~taught_B1, normaliser),
-      }
-    if signal is not None:
-      found["distill"] = token_mean(batch.weight_BR * batch.distill_B[:, None])
-    if surrogate is not None:
-      found["policy"] = reduction(batch.weight_BR)
-    return found
 
-  def normalisers(batch: TrainBatch) -> dict[str, jax.Array]:
-    found = {term: normaliser for term, (_, normaliser) in terms(batch).items()}
-    if batch.counterfactuals and not mixture:
-      taught_B = functools.reduce(
-        jnp.maximum, [c.weight_B > 0 for c in batch.counterfactuals], batch.distill_B > 0
-      )
-      found["counterfactual"] = jnp.maximum(jnp.sum(batch.weight_BR * taught_B[:, None]), 1.0)
-    return found
+def plain_weights(method: Method, batch: TrainBatch) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """Returns {term: (weight_BR, normaliser)} of the terms `distill` and `policy`."""
+  if method.policy_share is None:
+    has_teacher_B1 = (batch.readings[0].weight_B > 0)[:, None]
+    weight_BR, normaliser = method.reduction(batch.weight_BR)
+    return {
+      "distill": (weight_BR * has_teacher_B1, normaliser),
+      "policy": (weight_BR * ~has_teacher_B1, normaliser),
+    }
+  weights = {}
+  if method.token_signal is not None:
+    weights["distill"] = token_mean(batch.weight_BR * batch.readings[0].weight_B[:, None])
+  if method.surrogate is not None:
+    weights["policy"] = method.reduction(batch.weight_BR)
+  return weights
 
-  def token_loss(signals: Signals, batch: TrainBatch, norm: dict[str, jax.Array]):
-    # What stands where the weight is 0 may be anything. It is replaced before use, not only left
-    # out of the sum: 0 * inf is NaN,
-    # in the gradient even behind a `where`.
-    counted_BR = batch.weight_BR > 0
-    clean = lambda x_BR: jnp.where(counted_BR, x_BR, 0.0)
-    signals = jax.tree.map(clean, signals)
-    batch = batch._replace(
-      logp_old_BR=clean(batch.logp_old_BR),
-      logp_rollout_BR=clean(batch.logp_rollout_BR),
-      advantage_B=jnp.where(jnp.any(counted_BR, -1), batch.advantage_B, 0.0),
-    )
-    loss, metrics = 0.0, {}
-    for term, (weight_BR, _) in terms(batch).items():
-      if term == "distill":
-        loss_BR = signal(signals, batch) * weigh(signals, batch)
-      else:
-        loss_BR = surrogate(signals, batch)
-      total = jnp.sum(loss_BR * weight_BR)
-      loss += factors[term] * total / norm[term]
-      metrics[f"train/loss_{term}"] = Ratio(total, jnp.sum(weight_BR))
-    agreed, read, added, told = 0.0, 0.0, 0.0, 0.0
-    for counterfactual, said in zip(batch.counterfactuals, signals.counterfactuals):
-      weight_BR = batch.weight_BR * counterfactual.weight_B[:, None]
-      both_BR = (weight_BR > 0) & (batch.distill_B > 0)[:, None]
-      agree_BR = jnp.sign(said.gap_BR) == jnp.sign(signals.gap_BR)
-      agreed, read = agreed + jnp.sum(agree_BR & both_BR), read + jnp.sum(both_BR)
-      if gate:
-        weight_BR = jnp.where(both_BR & ~agree_BR, 0.0, weight_BR)
-      total = jnp.sum(signal(said, batch) * weigh(said, batch) * weight_BR)
-      loss += factors["distill"] * total / norm["counterfactual"]
-      added, told = added + total, told + jnp.sum(weight_BR)
-    if signals.counterfactuals:
-      metrics["train/loss_counterfactual"] = Ratio(added, told)
-      metrics["counterfactual/agreement"] = Ratio(agreed, read)
-    mean = lambda x_BR, w_BR: Ratio(jnp.sum(x_BR * w_BR), jnp.sum(w_BR))
-    metrics["train/entropy"] = mean(signals.entropy_BR, batch.weight_BR)
-    metrics["train/rollout_kl"] = mean(batch.logp_rollout_BR - signals.logp_BR, batch.weight_BR)
-    if signal is not None:
-      taught_BR, _ = terms(batch)["distill"]
-      metrics["train/teacher_gap"] = mean(signals.gap_BR, taught_BR)
-      metrics["train/teacher_gap_abs"] = mean(jnp.abs(signals.gap_BR), taught_BR)
-    return loss, metrics
 
-  wanted = (
-    build.part_settings(method, "token_signal")
-    if method["token_signal"]["name"] == "divergence"
-    else None
-  )
-  return Objective(
-    token_loss,
-    normalisers,
-    wanted and {k: wanted[k] for k in ("alpha", "top_k", "add_tail", "advantage_clip")},
-    signal is not None,
-    method["token_weight"]["name"] == "certainty",
-    mixture,
-  )
+def plain_terms(method: Method, signals: Signals, batch: TrainBatch) -> list[Term]:
+  """Returns the terms of the plain reading: the token signal, the surrogate, or both."""
+  terms = []
+  for name, (weight_BR, _) in plain_weights(method, batch).items():
+    if name == "distill":
+      loss_BR = method.token_signal(signals, batch) * method.token_weight(signals, batch)
+    else:
+      loss_BR = method.surrogate(signals, batch)
+    terms.append(Term(name, share_of(method, name), loss_BR, weight_BR))
+  return terms
+
+
+def further_terms(method: Method, signals: tuple[Signals, ...], batch: TrainBatch) -> list[Term]:
+  """Returns one term for each further reading; none where the readings are mixed."""
+  terms = []
+  for reading, further in zip(batch.readings[1:], signals[1:]):
+    weight_BR = batch.weight_BR * reading.weight_B[:, None]
+    if method.notes.gate:
+      agree_BR, both_BR = agreement(signals[0], further, weight_BR, batch)
+      weight_BR = jnp.where(both_BR & ~agree_BR, 0.0, weight_BR)
+    loss_BR = method.token_signal(further, batch) * method.token_weight(further, batch)
+    terms.append(Term("counterfactual", share_of(method, "distill"), loss_BR, weight_BR))
+  return terms
+
+
+def share_of(method: Method, term: str) -> float:
+  """Returns the share of `distill` or of `policy` in the blend."""
+  if method.policy_share is None:
+    return 1.0
+  return method.policy_share if term == "policy" else 1.0 - method.policy_share
+
+
+def agreement(
+  plain: Signals, further: Signals, weight_BR: jax.Array, batch: TrainBatch
+) -> tuple[jax.Array, jax.Array]:
+  """Returns where both readings like the token better, or both less; and where there are two."""
+  both_BR = (weight_BR > 0) & (batch.readings[0].weight_B > 0)[:, None]
+  agree_BR = jnp.sign(further.gap_BR) == jnp.sign(plain.gap_BR)
+  return agree_BR, both_BR
+
+
+def diagnostics(
+  method: Method, signals: tuple[Signals, ...], batch: TrainBatch
+) -> dict[str, Ratio]:
+  """Returns metrics of the policy, of the plain reading, and of how the readings agree."""
+  plain = signals[0]
+  rollout_gap_BR = batch.logp_rollout_BR - plain.logp_BR
+  metrics = {
+    "train/entropy": weighted_mean(plain.entropy_BR, batch.weight_BR),
+    "train/rollout_kl": weighted_mean(rollout_gap_BR, batch.weight_BR),
+  }
+  if method.token_signal is not None:
+    weight_BR, _ = plain_weights(method, batch)["distill"]
+    metrics["train/teacher_gap"] = weighted_mean(plain.gap_BR, weight_BR)
+    metrics["train/teacher_gap_abs"] = weighted_mean(jnp.abs(plain.gap_BR), weight_BR)
+  agreeing, compared = [], []
+  for reading, further in zip(batch.readings[1:], signals[1:]):
+    weight_BR = batch.weight_BR * reading.weight_B[:, None]
+    agree_BR, both_BR = agreement(plain, further, weight_BR, batch)
+    agreeing.append(jnp.sum(agree_BR & both_BR, dtype=jnp.float32))
+    compared.append(jnp.sum(both_BR, dtype=jnp.float32))
+  if compared:
+    metrics["counterfactual/agreement"] = Ratio(sum(agreeing), sum(compared))
+  return metrics
+
+
+def weighted_mean(x_BR: jax.Array, weight_BR: jax.Array) -> Ratio:
+  """Returns the weighted sum and the sum of weights."""
+  return Ratio(jnp.sum(x_BR * weight_BR), jnp.sum(weight_BR))

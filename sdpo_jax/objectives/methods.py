@@ -1,19 +1,20 @@
-"""METHODS: a method is a row of parts. New method = new row, and at most one new function in one table.
+"""METHODS: a method is a row of parts. A new method is a new row, and at most one new function.
 
-axis             what it decides                                                     table
-teacher_context  what the teacher reads (host: text)                                 teacher_context.TEACHER_CONTEXTS
-teacher_weights  which weights teach: live, ema, trust_region, frozen, none          TEACHER_WEIGHTS, applied by train_step
-token_signal     what a re-scored token contributes                                  divergence.TOKEN_SIGNALS
-token_weight     a detached factor on it                                             token_weight.TOKEN_WEIGHTS
-advantage        the baseline of the rewards of a group (host: numpy)                advantage.ADVANTAGES
-surrogate        the policy-gradient term that uses the advantage                    advantage.SURROGATES
-reduction        how the tokens of that term add up                                  advantage.REDUCTIONS
-counterfactual   what failed responses also learn from what might have been          counterfactual.COUNTERFACTUALS
-policy_share     the blend: policy_share * surrogate + (1 - policy_share) * token_signal (arXiv 2601.20802); or "untaught": responses with
-                 a teacher get the token signal, the others the surrogate
+  axis             what it decides                                      table
+  teacher_context  what the teacher reads (host: text)                  teacher_context.py
+  teacher_weights  which weights teach                                  teacher_weights.py
+  token_signal     what a re-scored token contributes                   signals.py
+  token_weight     a detached factor on it                              token_weight.py
+  advantage        the baseline of a group's rewards (host: numpy)      advantage.py
+  surrogate        the policy-gradient term that uses the advantage     surrogate.py
+  reduction        how the tokens of that term add up                   surrogate.py
+  counterfactual   what failed responses learn from alternatives        notes.py
+  policy_share     share of the surrogate in the loss; the token signal has the rest. "untaught":
+                   a response with a teacher has the signal alone, any other the surrogate alone
 
-SDPO and GRPO differ in what stands in their rows and in nothing else. A row names what its method is about; `row` adds every other argument
-of its parts with its default, so that a run's settings are all visible and can all be changed.
+SDPO and GRPO differ in what stands in their rows and in nothing else. A row names what its method
+is about; `build.method_row` fills in every other setting of its parts, so that all settings of a
+run are visible and can be changed.
 """
 
 _SDPO = dict(
@@ -27,8 +28,6 @@ _SDPO = dict(
   counterfactual=dict(name="none"),
   policy_share=0.0,
 )
-
-
 _GRPO = dict(
   teacher_context=dict(name="none"),
   teacher_weights=dict(name="none"),
@@ -40,63 +39,57 @@ _GRPO = dict(
   counterfactual=dict(name="none"),
   policy_share=1.0,
 )
-
-
-_STD = dict(name="group_mean", normalize_std=True)
-
+_GRPO_TERM = dict(advantage=_GRPO["advantage"], surrogate=_GRPO["surrogate"])
+_NORMALIZED = dict(name="group_mean", normalize_std=True)
+_SYMMETRIC_CLIP = dict(name="clipped", low=0.2, high=0.2)
 
 METHODS = {
-  name: dict(row, name=name)
-  for name, row in {
-    "sdpo": _SDPO,
-    # lambda of arXiv 2601.20802
-    "sdpo_blend": _SDPO
-    | {k: _GRPO[k] for k in ("advantage", "surrogate")}
-    | dict(policy_share=0.9),
-    # arXiv 2601.18734
-    "opsd": _SDPO
-    | dict(
-      teacher_context=dict(name="reference_solution"),
-      teacher_weights=dict(name="frozen"),
-      token_signal=dict(name="divergence", alpha=0.5, clip=0.05),
-      token_weight=dict(name="uniform"),
-    ),
-    # 2604.02288
-    "srpo": _SDPO
-    | {k: _GRPO[k] for k in ("advantage", "surrogate")}
-    | dict(
-      policy_share="untaught",
-      teacher_context=dict(name="feedback_or_solution", only_failures=True),
-      token_weight=dict(name="certainty", is_clip=2.0, rollout_is_clip=2.0),
-    ),
-    # 2605.27765
-    "sc_sdpo": _SDPO
-    | dict(
-      advantage=dict(name="question_spread"),
-      token_weight=dict(name="importance", is_clip=2.0, rollout_is_clip=2.0, by_question=True),
-    ),
-    "counterfactual": _SDPO | dict(counterfactual=dict(name="notes")),
-    # SDPO's baseline: no std, token mean
-    "grpo": _GRPO,
-    # 2402.03300
-    "grpo_std": _GRPO
-    | dict(
-      advantage=_STD,
-      surrogate=dict(name="clipped", low=0.2, high=0.2),
-      reduction=dict(name="sequence_mean"),
-    ),
-    # 2503.14476 without its dynamic sampling
-    "dapo": _GRPO | dict(advantage=_STD),
-    # 2503.20783
-    "dr_grpo": _GRPO
-    | dict(
-      surrogate=dict(name="clipped", low=0.2, high=0.2),
-      reduction=dict(name="constant", length=8192.0),
-    ),
-    # 2507.18071
-    "gspo": _GRPO
-    | dict(advantage=_STD, surrogate=dict(name="gspo"), reduction=dict(name="sequence_mean")),
-    # 2506.13585
-    "cispo": _GRPO | dict(advantage=_STD, surrogate=dict(name="cispo")),
-  }.items()
+  # SDPO, arXiv 2601.20802.
+  "sdpo": _SDPO,
+  # Its blend with GRPO; policy_share is the paper's lambda.
+  "sdpo_blend": _SDPO | _GRPO_TERM | dict(policy_share=0.9),
+  # OPSD, arXiv 2601.18734: the frozen initial model reads the task's own solution.
+  "opsd": _SDPO
+  | dict(
+    teacher_context=dict(name="reference_solution"),
+    teacher_weights=dict(name="frozen"),
+    token_signal=dict(name="divergence", alpha=0.5, clip=0.05),
+    token_weight=dict(name="uniform"),
+  ),
+  # SRPO, arXiv 2604.02288: failures get the token signal, successes the surrogate.
+  "srpo": _SDPO
+  | _GRPO_TERM
+  | dict(
+    policy_share="untaught",
+    teacher_context=dict(name="feedback_or_solution", only_failures=True),
+    token_weight=dict(name="certainty", is_clip=2.0, rollout_is_clip=2.0),
+  ),
+  # SC-SDPO, arXiv 2605.27765: questions count by the spread of their rewards.
+  "sc_sdpo": _SDPO
+  | dict(
+    advantage=dict(name="question_spread"),
+    token_weight=dict(name="importance", is_clip=2.0, rollout_is_clip=2.0, by_question=True),
+  ),
+  # Derived here: notes on what alternatives would have received (notes.py).
+  "counterfactual": _SDPO | dict(counterfactual=dict(name="notes")),
+  # GRPO as SDPO's paper runs it: no standard deviation, token mean, asymmetric clip.
+  "grpo": _GRPO,
+  # GRPO as first published, arXiv 2402.03300.
+  "grpo_std": _GRPO
+  | dict(
+    advantage=_NORMALIZED,
+    surrogate=_SYMMETRIC_CLIP,
+    reduction=dict(name="sequence_mean"),
+  ),
+  # DAPO, arXiv 2503.14476, without its dynamic sampling.
+  "dapo": _GRPO | dict(advantage=_NORMALIZED),
+  # Dr.GRPO, arXiv 2503.20783.
+  "dr_grpo": _GRPO
+  | dict(surrogate=_SYMMETRIC_CLIP, reduction=dict(name="constant", length=8192.0)),
+  # GSPO, arXiv 2507.18071.
+  "gspo": _GRPO
+  | dict(advantage=_NORMALIZED, surrogate=dict(name="gspo"), reduction=dict(name="sequence_mean")),
+  # CISPO, arXiv 2506.13585.
+  "cispo": _GRPO | dict(advantage=_NORMALIZED, surrogate=dict(name="cispo")),
 }
+METHODS = {name: dict(row, name=name) for name, row in METHODS.items()}

@@ -1,173 +1,186 @@
-r"""What failed responses also learn from what might have been: other responses to the question, and what they would have received.
+r"""Counterfactual notes: failed responses also learn from what other responses would have received.
 
-  L = L_SDPO(y; f) + eta * 1/M * sum over m of w_m * L_SDPO(y; f + note_m)          always on the student's own tokens y
+  L = L_SDPO(y; f) + eta * 1/M * sum over m of w_m * L_SDPO(y; f + note_m)
 
-f is what plain SDPO shows; note_m says "If you had tried X instead of Y, you would have received Z" of alternative m, X and Y being the lines
-in which the two differ and Z its feedback, word for word. Two forms: "joint", one further reading by the teacher with all notes and weight
-eta * mean(w), which costs one teacher pass; "each", one reading for each alternative, as written.
-A third, "mixture", changes the teacher instead of adding to the loss: q = sum over m of q_m * w_m / sum(w), m = 0 being the plain reading with
-w = 1 and the others one for each alternative with eta * w_m. It goes through the policy's top K (`kernels/distill_topk`), since a mixture of softmaxes
-is no product of one hidden state with one matrix, which is what the full-vocabulary kernels take; where there is no plain reading there is no mixture. w is 1 where the environment ran the alternative and kappa
-where the policy imagined the feedback. A verified alternative that succeeds has no note: it joins the group's other successes, as a solution
-that may be shown. M is the number of alternatives that are left after duplicates and those like the attempt are dropped. An attempt that
-nothing is told about has no further reading. With eta = 0 or alternatives = 0 the part is None and nothing of it runs.
+Both losses are on the policy's own tokens y. f is what plain SDPO shows. note_m says of alternative
+m "If you had tried X instead of Y, you would have received Z": X and Y are the lines in which
+alternative and attempt differ, Z is the alternative's feedback, word for word. w is 1 where the
+environment ran the alternative and kappa where the policy imagined the feedback. M is the number of
+alternatives that are left once duplicates and those like the attempt are dropped.
 
-Alternatives are text: those of a second model are told and shown like the policy's own, and their tokens are counted by its own tokenizer.
+There are three forms:
+
+  joint    one further reading by the teacher, with all notes and weight eta * mean(w);
+           it costs one teacher pass
+  each     one further reading for each alternative, as written above
+  mixture  the teacher changes and the loss gains no term: q = sum over m of q_m * w_m / sum(w),
+           where m = 0 is the plain reading with w = 1 and the others have eta * w_m
+
+A mixture of softmaxes is no product of one hidden state with one matrix, which is what the
+full-vocabulary kernels take. It therefore goes through the policy's top K (`kernels/distill_topk`).
+Where there is no plain reading there is no mixture.
+
+A verified alternative that succeeds has no note: it joins the group's other successes, as a
+solution that may be shown. An attempt without any note has no further reading. With eta = 0 or
+alternatives = 0 nothing of this runs. Alternatives are text: those of a second model are shown like
+the policy's own, and their tokens are counted by its own tokenizer.
 
 Derived here; there is no paper. Host code: text in, text out.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 from sdpo_jax.objectives.teacher_context import (
   TEMPLATES,
   Context,
+  FeedbackOrSolution,
   fill,
-  own_templates,
   without_thinking,
 )
 from sdpo_jax.records import Alternative, Rollout, Status
 
 SOURCES = ("samples", "model", "branches", "siblings")
-
-
+FORMS = ("each", "joint", "mixture")
 KAPPA, IMAGINED_TOKENS = 0.5, 64
-
-
-# the feedback that is imagined of an alternative without fault; the judge's own may be empty
+# The imagined feedback on an alternative without fault; the judge's own may be empty.
 CORRECT = "Correct"
-
-
 IMAGINE = (
-  "{prompt}\n\nThis answer\n\n{attempt}\n\nreceived the verdict\n\n{feedback}\n\nWhich verdict would this answer receive?\n\n{alternative}\n\n"
+  "{prompt}\n\nThis answer\n\n{attempt}\n\nreceived the verdict\n\n{feedback}\n\n"
+  "Which verdict would this answer receive?\n\n{alternative}\n\n"
   "Reply with the verdict alone, in the same form, or with the one word " + CORRECT + "."
 )
 
 
-class Part(NamedTuple):
-  """The settings of `notes`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Notes:
+  """The settings of counterfactual notes.
 
-  eta: float
-  alternatives: int
-  sources: tuple[str, ...]
-  feedback: str
-  kappa: float
-  gate: bool
-  form: str
-  imagined_tokens: int
+  alternatives: M, the most that one failed attempt has.
+  sources, in this order: "samples" (M draws a question, which its failed attempts share), "model"
+    (likewise, from a second model), "branches" (M continuations from the attempt's most uncertain
+    position, for each attempt), "siblings" (the rest of the group, free).
+  feedback: "verified" | "imagined"; siblings are verified in any case.
+  kappa, imagined_tokens: the weight of imagined feedback and its greatest length; read with
+    "imagined" alone.
+  gate: counts only tokens on which the readings with and without notes agree in sign.
+  form: see the top of this file.
+  model: the second model, named as config.model.path names one. It is not trained, and may have
+    another tokenizer.
+
+  Raises ValueError for values that mean nothing, or that nothing would read.
+  """
+
+  eta: float = 1.0
+  alternatives: int = 2
+  sources: tuple[str, ...] = ("samples",)
+  feedback: str = "verified"
+  kappa: float = KAPPA
+  gate: bool = False
+  form: str = "joint"
+  imagined_tokens: int = IMAGINED_TOKENS
   model: str = ""
+
+  def __post_init__(self):
+    object.__setattr__(self, "sources", tuple(self.sources))
+    self._check_choices()
+    self._check_ranges()
+    self._check_combinations()
+
+  @property
+  def teaches(self) -> bool:
+    """Tells whether the settings ask for any note at all."""
+    return bool(self.eta and self.alternatives and self.sources)
 
   @property
   def readings(self) -> int:
+    """The further readings by the teacher that a batch has."""
     return 1 if self.form == "joint" else self.alternatives
+
+  def _check_choices(self) -> None:
+    if unknown := sorted(set(self.sources) - set(SOURCES)):
+      raise ValueError(
+        f"method.counterfactual.sources={self.sources!r}: {unknown[0]!r} is unknown; "
+        f"choose from {list(SOURCES)}"
+      )
+    for name, choices in (("feedback", ("imagined", "verified")), ("form", FORMS)):
+      value = getattr(self, name)
+      if value not in choices:
+        raise ValueError(
+          f"method.counterfactual.{name}={value!r} is unknown; choose from {list(choices)}"
+        )
+
+  def _check_ranges(self) -> None:
+    for name in ("eta", "alternatives"):
+      value = getattr(self, name)
+      if not 0 <= value <= float("inf"):
+        raise ValueError(f"method.counterfactual.{name}={value!r} must be at least 0")
+    if not 0 <= self.kappa <= 1.0:
+      raise ValueError(
+        f"method.counterfactual.kappa={self.kappa!r} must be at least 0 and at most 1"
+      )
+    if self.imagined_tokens < 1:
+      raise ValueError(
+        f"method.counterfactual.imagined_tokens={self.imagined_tokens!r} must be at least 1"
+      )
+
+  def _check_combinations(self) -> None:
+    where = "method.counterfactual"
+    if self.gate and self.form == "mixture":
+      raise ValueError(
+        f"{where}.gate=True compares readings, and form='mixture' makes one teacher of them: "
+        "use 'joint' or 'each'"
+      )
+    if "model" in self.sources and not self.model:
+      raise ValueError(
+        f"{where}.model='' must name a second model: sources={self.sources!r} holds 'model'"
+      )
+    if self.model and "model" not in self.sources:
+      raise ValueError(
+        f"{where}.model={self.model!r} would not be read: "
+        f"sources={self.sources!r} does not hold 'model'"
+      )
+    if self.feedback == "imagined" and set(self.sources) == {"siblings"}:
+      raise ValueError(
+        f"{where}.feedback='imagined' would not be read: "
+        f"of sources={self.sources!r} the judge's is known"
+      )
+    for name, default in (("kappa", KAPPA), ("imagined_tokens", IMAGINED_TOKENS)):
+      value = getattr(self, name)
+      if self.feedback == "verified" and value != default:
+        raise ValueError(
+          f"{where}.{name}={value!r} would not be read: {where}.feedback is 'verified'"
+        )
 
 
 def none() -> None:
-  """Failed responses learn from their own feedback alone."""
+  """Lets failed responses learn from their own feedback alone."""
 
 
-def notes(
-  *,
-  eta: float = 1.0,
-  alternatives: int = 2,
-  sources: tuple[str, ...] = ("samples",),
-  feedback: str = "verified",
-  kappa: float = KAPPA,
-  gate: bool = False,
-  form: str = "joint",
-  imagined_tokens: int = IMAGINED_TOKENS,
-  model: str = "",
-) -> Part | None:
-  """alternatives: M, the most that are told to one failed attempt. sources, in this order: "samples" (M draws a question, which its failed attempts
-  share), "model" (likewise, from a second model), "branches" (M continuations from the attempt's most uncertain position, for each
-  attempt), "siblings" (the rest of the group, free).
-
-  model: the second one, named as config.model.path names one; it is not trained, and may have another tokenizer.
-  feedback: "verified" | "imagined" (siblings are verified in any case); imagined_tokens: the longest feedback that the policy may imagine; it and
-  kappa are read with "imagined" alone.
-  gate: only tokens of which the readings with and without notes say the same.
-  """
-  if unknown := set(sources) - set(SOURCES):
-    raise ValueError(
-      f"method.counterfactual.sources={tuple(sources)!r}: {sorted(unknown)[0]!r} is unknown; choose from {list(SOURCES)}"
-    )
-  for name, value, allowed in (
-    ("feedback", feedback, ("imagined", "verified")),
-    ("form", form, ("each", "joint", "mixture")),
-  ):
-    if value not in allowed:
-      raise ValueError(
-        f"method.counterfactual.{name}={value!r} is unknown; choose from {list(allowed)}"
-      )
-  for name, value, most in (
-    ("eta", eta, float("inf")),
-    ("alternatives", alternatives, float("inf")),
-    ("kappa", kappa, 1.0),
-  ):
-    if not 0 <= value <= most:
-      raise ValueError(
-        f"method.counterfactual.{name}={value!r} must be at least 0{f' and at most {most:g}' if most == 1.0 else ''}"
-      )
-  if gate and form == "mixture":
-    raise ValueError(
-      "method.counterfactual.gate=True compares readings, and form='mixture' makes one teacher of them: use 'joint' or 'each'"
-    )
-  if imagined_tokens < 1:
-    raise ValueError(
-      f"method.counterfactual.imagined_tokens={imagined_tokens!r} must be at least 1"
-    )
-  if "model" in sources and not model:
-    raise ValueError(
-      f"method.counterfactual.model='' must name a second model: sources={tuple(sources)!r} holds 'model'"
-    )
-  if model and "model" not in sources:
-    raise ValueError(
-      f"method.counterfactual.model={model!r} would not be read: sources={tuple(sources)!r} does not hold 'model'"
-    )
-  if feedback == "imagined" and set(sources) == {"siblings"}:
-    raise ValueError(
-      f"method.counterfactual.feedback='imagined' would not be read: of sources={tuple(sources)!r} the judge's is known"
-    )
-  for name, value, default in (
-    ("kappa", kappa, KAPPA),
-    ("imagined_tokens", imagined_tokens, IMAGINED_TOKENS),
-  ):
-    if feedback == "verified" and value != default:
-      raise ValueError(
-        f"method.counterfactual.{name}={value!r} would not be read: method.counterfactual.feedback is 'verified'"
-      )
-  return (
-    Part(eta, alternatives, tuple(sources), feedback, kappa, gate, form, imagined_tokens, model)
-    if eta and alternatives and sources
-    else None
-  )
-
-
-COUNTERFACTUALS = {"none": none, "notes": notes}
+COUNTERFACTUALS = {"none": none, "notes": Notes}
 
 
 def failed(rollout: Rollout, success_threshold: float) -> bool:
-  return (
-    rollout.feedback.status is not Status.ENV_FAILED and rollout.feedback.reward < success_threshold
-  )
+  """Tells whether the rollout was judged and does not solve its task."""
+  judged = rollout.feedback.status is not Status.ENV_FAILED
+  return judged and rollout.feedback.reward < success_threshold
 
 
 def imagining(question: str, attempt: Rollout, alternative: Rollout) -> str:
-  """The message that asks which feedback the alternative would receive; the attempt's own, which is real, is the example."""
-  return fill(
-    IMAGINE,
-    {
-      "prompt": question,
-      "attempt": without_thinking(attempt.text),
-      "feedback": attempt.feedback.text or "Incorrect",
-      "alternative": without_thinking(alternative.text),
-    },
-  )
+  """Returns the message that asks which feedback the alternative would receive.
+
+  The attempt with its own feedback, which is real, is the example.
+  """
+  texts = {
+    "prompt": question,
+    "attempt": without_thinking(attempt.text),
+    "feedback": attempt.feedback.text or "Incorrect",
+    "alternative": without_thinking(alternative.text),
+  }
+  return fill(IMAGINE, texts)
 
 
-def truth(alternative: Rollout, success_threshold: float) -> str:
-  """The right reply to it."""
+def true_feedback(alternative: Rollout, success_threshold: float) -> str:
+  """Returns the reply to `imagining` that would be right."""
   return alternative.feedback.text.strip() if failed(alternative, success_threshold) else CORRECT
 
 
@@ -179,30 +192,37 @@ def distinct(
   success_threshold: float,
   behaviour,
 ) -> list[Alternative]:
-  """At most `most`, verified successes first; without those that say or do the same as the attempt or as an earlier one.
+  """Returns at most `most` alternatives that differ, verified successes first.
 
-  behaviour(rollout): equal for responses that do the same. Of an imagined alternative nobody knows what it does: its text alone counts.
+  An alternative that says or does the same as the attempt, or as an earlier one, is left out.
+  behaviour(rollout) is equal for responses that do the same. What an imagined alternative does is
+  unknown, so its text alone counts.
   """
-  texts, behaviours, kept = {without_thinking(attempt.text).strip()}, {behaviour(attempt)}, []
-  for a in sorted(
-    alternatives, key=lambda a: a.imagined is not None or failed(a.rollout, success_threshold)
-  ):
-    text = without_thinking(a.rollout.text).strip()
-    if (
-      a.rollout.feedback.status is Status.ENV_FAILED
-      or text in texts
-      or (a.imagined is None and behaviour(a.rollout) in behaviours)
-    ):
+  texts, behaviours = {without_thinking(attempt.text).strip()}, {behaviour(attempt)}
+  kept = []
+
+  def is_no_success(a: Alternative) -> bool:
+    return a.imagined is not None or failed(a.rollout, success_threshold)
+
+  for alternative in sorted(alternatives, key=is_no_success):
+    rollout, verified = alternative.rollout, alternative.imagined is None
+    text = without_thinking(rollout.text).strip()
+    if rollout.feedback.status is Status.ENV_FAILED or text in texts:
       continue
-    kept.append(a)
+    if verified and behaviour(rollout) in behaviours:
+      continue
+    kept.append(alternative)
     texts.add(text)
-    if a.imagined is None:
-      behaviours.add(behaviour(a.rollout))
+    if verified:
+      behaviours.add(behaviour(rollout))
   return kept[:most]
 
 
 def differing(alternative: str, attempt: str) -> tuple[str, str]:
-  """Both without the lines that they begin and end with alike; at least one line of each stays."""
+  """Returns both texts without the lines that they begin and end with alike.
+
+  At least one line of each stays.
+  """
   x, y = alternative.split("\n"), attempt.split("\n")
   while len(x) > 1 and len(y) > 1 and x[0] == y[0]:
     del x[0], y[0]
@@ -212,45 +232,59 @@ def differing(alternative: str, attempt: str) -> tuple[str, str]:
 
 
 def note(alternative: Alternative, attempt: Rollout, template: str) -> str:
-  """ "" where nothing was said of the alternative."""
-  said = alternative.rollout.feedback.text if alternative.imagined is None else alternative.imagined
+  """Returns the note on one alternative; "" where its feedback is empty."""
+  feedback = alternative.imagined
+  if feedback is None:
+    feedback = alternative.rollout.feedback.text
+  if not feedback:
+    return ""
   x, y = differing(
     without_thinking(alternative.rollout.text).strip(), without_thinking(attempt.text).strip()
   )
-  return fill(template, {"alternative": x, "attempt": y, "feedback": said}) if said else ""
+  return fill(template, {"alternative": x, "attempt": y, "feedback": feedback})
 
 
-def readings(
-  part: Part,
-  teacher_context,
+def further_readings(
+  notes: Notes, teacher_context: FeedbackOrSolution, group: list[Rollout], i: int
+) -> list[tuple[Context, float] | None]:
+  """Returns the teacher's context and its weight in each further reading of rollout i.
+
+  An entry is None where the reading would hold nothing that the plain one does not.
+  """
+  attempt, plain = group[i], teacher_context(group, i)
+  if notes.form == "mixture" and plain is None:
+    return [None] * notes.readings
+  per_reading = [[alternative] for alternative in attempt.alternatives]
+  if notes.form == "joint":
+    per_reading = [attempt.alternatives] if attempt.alternatives else []
+  readings = [
+    _further_reading(notes, teacher_context, group, i, alternatives) for alternatives in per_reading
+  ]
+  unchanged = (teacher_context.silent(attempt), plain)
+  for number, (context, weight) in enumerate(readings):
+    if context in unchanged or not weight:
+      readings[number] = None
+  return readings + [None] * (notes.readings - len(readings))
+
+
+def _further_reading(
+  notes: Notes,
+  teacher_context: FeedbackOrSolution,
   group: list[Rollout],
   i: int,
-  *,
-  success_threshold: float,
-  show_attempt: bool = False,
-  templates: dict[str, str] = TEMPLATES,
-) -> list[tuple[Context, float] | None]:
-  """What the teacher reads of rollout i in each further reading, and its weight; None: nothing that it has not read already.
-
-  show_attempt, templates: those of teacher_context, which hold where it shows nothing as well.
-  """
-  attempt, plain, found = group[i], teacher_context(group, i), []
-  silent = Context(attempt=attempt.text if show_attempt else "", templates=own_templates(templates))
-  told = [attempt.alternatives] if part.form == "joint" else [[a] for a in attempt.alternatives]
-  for chosen in filter(None, told if part.form != "mixture" or plain else []):
-    verified = [a.rollout for a in chosen if a.imagined is None]
-    shown = teacher_context(group + verified, i)  # one that succeeds is a success like any other
-    text = "".join(
-      note(a, attempt, (TEMPLATES | templates)["note"])
-      for a in chosen
-      if a.imagined is not None or failed(a.rollout, success_threshold)
-    )
-    context = dataclasses.replace(shown or silent, notes=text)
-    weight = (
-      part.eta
-      * sum(1.0 if a.imagined is None else part.kappa for a in chosen)
-      / (1 if part.form == "mixture" else len(attempt.alternatives))
-    )
-    changed = context not in (silent, plain)
-    found.append((context, weight) if changed and weight else None)
-  return found + [None] * (part.readings - len(found))
+  alternatives: list[Alternative],
+) -> tuple[Context, float]:
+  """The context with notes on these alternatives, and the weight of a reading with it."""
+  attempt = group[i]
+  template = (TEMPLATES | dict(teacher_context.templates))["note"]
+  # A verified alternative that succeeds is a success like any other of the group.
+  verified = [a.rollout for a in alternatives if a.imagined is None]
+  context = teacher_context(group + verified, i) or teacher_context.silent(attempt)
+  text = ""
+  for a in alternatives:
+    if a.imagined is not None or failed(a.rollout, teacher_context.success_threshold):
+      text += note(a, attempt, template)
+  weight = notes.eta * sum(1.0 if a.imagined is None else notes.kappa for a in alternatives)
+  if notes.form != "mixture":
+    weight /= len(attempt.alternatives)
+  return dataclasses.replace(context, notes=text), weight

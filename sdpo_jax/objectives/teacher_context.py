@@ -1,15 +1,22 @@
-"""What the teacher reads and the policy does not. Host code: text in, text or None out; no tokenizer, no arrays.
+"""What the teacher reads and the policy does not.
+
+A teacher context is made from its settings and called as context(group, i): it returns the
+`Context` of rollout i among the responses to one question, or None where it has no teacher.
+Host code: text in, text out; no tokenizer, no arrays.
 
 Source: templates and rules of SDPO, arXiv 2601.20802 (section 3 and its released configuration).
   * A success is a rollout of the same question with reward >= `success_threshold`.
-  * The solution shown is another successful rollout of the group, never the rollout's own, without its thinking block.
+  * The solution shown is another successful rollout of the group, never the rollout's own, without
+    its thinking block.
   * Feedback is shown only if it says something and, by default, only where no solution is at hand.
-  * A rollout with neither has no teacher (`distill_B` is 0 for it).
-  * The attempt itself is not shown by default (their Table 6: it lowers accuracy from 48.3 to 44.5).
-`reference_solution` shows the task's own solution instead, as OPSD does (arXiv 2601.18734).
+  * A rollout with neither has no teacher: its reading has weight 0.
+  * The attempt itself is not shown by default (their Table 6: it lowers accuracy from 48.3 to
+    44.5).
+`ReferenceSolution` shows the task's own solution instead, as OPSD does (arXiv 2601.18734).
 
-Templates are settings; a name in braces stands for a text. They are split, never formatted, and what is put in is not looked at
-again: braces, backslashes and chat tags in a program survive as they are.
+Templates are settings, in which a name in braces stands for a text. They are split, never
+formatted, and what is put in is not looked at again: braces, backslashes and chat tags in a program
+  survive.
 """
 
 import dataclasses
@@ -26,15 +33,17 @@ TEMPLATES = {
   "attempt": "\nYour earlier attempt:\n\n{text}",
   "solution": SOLUTION + "{text}",
   "feedback": FEEDBACK + "{text}",
-  # `counterfactual`
-  "note": "\nIf you had tried\n{alternative}\ninstead of\n{attempt}\nyou would have received\n{feedback}",
+  # of `objectives/notes.py`
+  "note": (
+    "\nIf you had tried\n{alternative}\ninstead of\n{attempt}\nyou would have received\n{feedback}"
+  ),
 }
-# the others: one text
+# The names that a template may put in braces; those that are not listed here take {text}.
 TEXTS = {
   "reprompt": ("prompt", "attempt", "solution", "feedback", "notes"),
   "note": ("alternative", "attempt", "feedback"),
 }
-# the chat template may have opened the block
+# The chat template may have opened the block, so the text need not begin with <think>.
 _THINKING = re.compile(r"\A.*</think>\s*", re.DOTALL)
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -47,25 +56,20 @@ class Context:
   feedback: str = ""
   attempt: str = ""
   templates: tuple[tuple[str, str], ...] = ()  # those that differ from TEMPLATES
-  # what alternatives would have received, templates filled in (`counterfactual`)
-  notes: str = ""
+  notes: str = ""  # what alternatives would have received, templates filled in
 
   def render(self, question: str) -> str:
-    """The teacher's user message: question, what is shown, closing instruction."""
+    """Returns the teacher's user message: question, context, closing instruction."""
     templates = TEMPLATES | dict(self.templates)
-    parts = {
-      name: fill(templates[name], {"text": text}) if text else ""
-      for name, text in (
-        ("attempt", self.attempt),
-        ("solution", self.solution),
-        ("feedback", self.feedback),
-      )
-    }
-    return fill(templates["reprompt"], {"prompt": question, "notes": self.notes} | parts)
+    texts = {"prompt": question, "notes": self.notes}
+    for name in ("attempt", "solution", "feedback"):
+      text = getattr(self, name)
+      texts[name] = fill(templates[name], {"text": text}) if text else ""
+    return fill(templates["reprompt"], texts)
 
 
 def fill(template: str, texts: dict[str, str]) -> str:
-  """Puts each text in the place of its name in braces. ValueError for a name that is not there."""
+  """Puts each text in the place of its name in braces; ValueError for a name without a text."""
   pieces = _FIELD.split(template)
   for name in pieces[1::2]:
     if name not in texts:
@@ -74,95 +78,122 @@ def fill(template: str, texts: dict[str, str]) -> str:
 
 
 def without_thinking(text: str) -> str:
-  """What the environments judge: the text after the last thinking block."""
+  """Returns the text after the last thinking block, which is what the environments judge."""
   return _THINKING.sub("", text)
 
 
-def none(group: list[Rollout], i: int) -> Context | None:
-  """No teacher: for methods that learn from the reward alone."""
-  return None
+def changed_templates(templates: dict[str, str]) -> tuple[tuple[str, str], ...]:
+  """Returns the templates that differ from TEMPLATES, sorted by name.
 
-
-def feedback_or_solution(
-  group: list[Rollout],
-  i: int,
-  *,
-  success_threshold: float = 0.5,
-  use_solution: bool = True,
-  demonstration: str = "first",
-  feedback: str = "without_solution",
-  show_attempt: bool = False,
-  only_failures: bool = False,
-  templates: dict[str, str] = TEMPLATES,
-) -> Context | None:
-  """Context of rollout i of one question's group.
-
-  demonstration: which success is shown: "first" | "shortest" | "random" (the same one whenever the same rollout is asked about)
-  feedback: "without_solution" | "always" | "never"; only_failures: a success has no teacher; templates: replaces entries of TEMPLATES
+  Raises ValueError for one that does not exist, or that asks for a text that it does not get.
   """
-  for name, value, allowed in (
-    ("feedback", feedback, ("always", "never", "without_solution")),
-    ("demonstration", demonstration, ("first", "random", "shortest")),
-  ):
-    if value not in allowed:
-      raise ValueError(
-        f"method.teacher_context.{name}={value!r} is unknown; choose from {list(allowed)}"
-      )
-  templates = own_templates(templates)
-  if group[i].feedback.status is Status.ENV_FAILED or (
-    only_failures and group[i].feedback.reward >= success_threshold
-  ):
-    return None
-  successes = [
-    without_thinking(r.text)
-    for j, r in enumerate(group)
-    if use_solution
-    and j != i
-    and r.feedback.status is not Status.ENV_FAILED
-    and r.feedback.reward >= success_threshold
-  ]
-  solution = ""
-  if successes:
-    solution = {
-      "first": lambda: successes[0],
-      "shortest": lambda: min(successes, key=len),
-      "random": lambda: successes[zlib.crc32(f"{group[i].task.id}/{i}".encode()) % len(successes)],
-    }[demonstration]()
-  shown = (
-    group[i].feedback.text
-    if feedback == "always" or (feedback == "without_solution" and not solution)
-    else ""
-  )
-  if not solution and not shown:
-    return None
-  return Context(solution, shown, group[i].text if show_attempt else "", templates)
-
-
-def reference_solution(
-  group: list[Rollout], i: int, *, templates: dict[str, str] = TEMPLATES
-) -> Context | None:
-  """The task's own solution, where it has one (OPSD)."""
-  templates = own_templates(templates)
-  if group[i].feedback.status is Status.ENV_FAILED or not group[i].task.solution:
-    return None
-  return Context(without_thinking(group[i].task.solution), templates=templates)
-
-
-def own_templates(templates: dict[str, str]) -> tuple[tuple[str, str], ...]:
-  """Those that differ from TEMPLATES. ValueError for one that does not exist, or asks for a text that it does not get."""
-  for name, template in templates.items():
+  changed = []
+  for name, template in sorted(templates.items()):
     if name not in TEMPLATES:
       raise ValueError(
-        f"method.teacher_context.templates.{name} is not a template; choose from {sorted(TEMPLATES)}"
+        f"method.teacher_context.templates.{name} is not a template; "
+        f"choose from {sorted(TEMPLATES)}"
       )
     fill(template, dict.fromkeys(TEXTS.get(name, ("text",)), ""))
-  return tuple(
-    sorted((name, template) for name, template in templates.items() if template != TEMPLATES[name])
-  )
+    if template != TEMPLATES[name]:
+      changed.append((name, template))
+  return tuple(changed)
+
+
+class NoTeacher:
+  """Shows nothing, for methods that learn from the reward alone."""
+
+  def __call__(self, group: list[Rollout], i: int) -> None:
+    return None
+
+
+class FeedbackOrSolution:
+  """Shows another success of the group, or else the feedback on the attempt (SDPO).
+
+  demonstration: which success is shown: "first" | "shortest" | "random"; random shows the same one
+    whenever the same rollout is looked at.
+  feedback: when it is shown: "without_solution" | "always" | "never".
+  only_failures: a success has no teacher.
+  templates: replaces entries of TEMPLATES.
+  """
+
+  def __init__(
+    self,
+    *,
+    success_threshold: float = 0.5,
+    use_solution: bool = True,
+    demonstration: str = "first",
+    feedback: str = "without_solution",
+    show_attempt: bool = False,
+    only_failures: bool = False,
+    templates: dict[str, str] = TEMPLATES,
+  ):
+    _choose("feedback", feedback, ("always", "never", "without_solution"))
+    _choose("demonstration", demonstration, ("first", "random", "shortest"))
+    self.success_threshold, self.use_solution = success_threshold, use_solution
+    self.demonstration, self.feedback = demonstration, feedback
+    self.show_attempt, self.only_failures = show_attempt, only_failures
+    self.templates = changed_templates(templates)
+
+  def __call__(self, group: list[Rollout], i: int) -> Context | None:
+    rollout = group[i]
+    if rollout.feedback.status is Status.ENV_FAILED:
+      return None
+    if self.only_failures and self.succeeded(rollout):
+      return None
+    solution = self._solution(group, i) if self.use_solution else ""
+    shows_feedback = self.feedback == "always" or (
+      self.feedback == "without_solution" and not solution
+    )
+    feedback = rollout.feedback.text if shows_feedback else ""
+    if not solution and not feedback:
+      return None
+    return dataclasses.replace(self.silent(rollout), solution=solution, feedback=feedback)
+
+  def silent(self, rollout: Rollout) -> Context:
+    """Returns the context that reveals nothing: the attempt, if it is shown, and the templates."""
+    return Context(attempt=rollout.text if self.show_attempt else "", templates=self.templates)
+
+  def succeeded(self, rollout: Rollout) -> bool:
+    """Tells whether the rollout was judged and solves its task."""
+    judged = rollout.feedback.status is not Status.ENV_FAILED
+    return judged and rollout.feedback.reward >= self.success_threshold
+
+  def _solution(self, group: list[Rollout], i: int) -> str:
+    """The success that demonstrates the task to rollout i; "" where all others failed."""
+    others = [r for j, r in enumerate(group) if j != i]
+    successes = [without_thinking(r.text) for r in others if self.succeeded(r)]
+    if not successes:
+      return ""
+    if self.demonstration == "shortest":
+      return min(successes, key=len)
+    if self.demonstration == "random":
+      return successes[zlib.crc32(f"{group[i].task.id}/{i}".encode()) % len(successes)]
+    return successes[0]
+
+
+class ReferenceSolution:
+  """Shows the task's own solution, where it has one (OPSD)."""
+
+  def __init__(self, *, templates: dict[str, str] = TEMPLATES):
+    self.templates = changed_templates(templates)
+
+  def __call__(self, group: list[Rollout], i: int) -> Context | None:
+    solution = group[i].task.solution
+    if group[i].feedback.status is Status.ENV_FAILED or not solution:
+      return None
+    return Context(without_thinking(solution), templates=self.templates)
+
+
+def _choose(setting: str, value: str, choices: tuple[str, ...]) -> None:
+  if value not in choices:
+    raise ValueError(
+      f"method.teacher_context.{setting}={value!r} is unknown; choose from {list(choices)}"
+    )
 
 
 TEACHER_CONTEXTS = {
-  "none": none,
-  "feedback_or_solution": feedback_or_solution,
-  "reference_solution": reference_solution,
+  "none": NoTeacher,
+  "feedback_or_solution": FeedbackOrSolution,
+  "reference_solution": ReferenceSolution,
 }

@@ -1,45 +1,49 @@
-"""Which weights teach."""
+"""Teacher weights: which weights re-score the policy's responses.
+
+An entry of TEACHER_WEIGHTS makes the record that `train_step` applies.
+Source: arXiv 2601.20802, section 3 (moving average, trust region); OPSD, arXiv 2601.18734 (frozen).
+"""
 
 from typing import NamedTuple
 
 
 class TeacherWeights(NamedTuple):
-  """keep: a second weight tree travels with the state; move: its rate towards the policy; mix: the policy's share in its logits."""
+  """How the teacher's weights follow the policy's."""
 
-  keep: bool
-  move: float = 0.0
-  mix: float | None = None
-
-
-def _rate(rate: float) -> float:
-  if not 0.0 <= rate <= 1.0:
-    raise ValueError(f"method.teacher_weights.rate={rate!r} must lie in [0, 1]")
-  return rate
+  keep: bool  # a second tree of weights travels with the train state
+  move: float = 0.0  # its rate towards the policy, once per generation batch
+  mix: float | None = None  # the live policy's share in the teacher's logits; None: no trust region
 
 
 def none() -> TeacherWeights:
-  """No teacher at all."""
-  return TeacherWeights(False)
+  """Has no teacher at all."""
+  return TeacherWeights(keep=False)
 
 
 def live() -> TeacherWeights:
-  """The policy's own weights of this very step."""
-  return TeacherWeights(False)
+  """Teaches with the policy's own weights of this very step."""
+  return TeacherWeights(keep=False)
 
 
 def ema(*, rate: float = 0.05) -> TeacherWeights:
-  """teacher <- (1 - rate) teacher + rate policy, once per generation batch."""
-  return TeacherWeights(True, move=_rate(rate))
+  """Moves the teacher once per generation batch: (1 - rate) teacher + rate policy."""
+  return TeacherWeights(keep=True, move=_checked(rate))
 
 
 def trust_region(*, rate: float = 0.05) -> TeacherWeights:
-  """log q proportional to (1 - rate) logits of the initial weights + rate logits of the policy, both on the teacher's prompt."""
-  return TeacherWeights(True, mix=_rate(rate))
+  """Mixes logits on the teacher's prompt: (1 - rate) initial weights + rate live policy."""
+  return TeacherWeights(keep=True, mix=_checked(rate))
 
 
 def frozen() -> TeacherWeights:
-  """The weights that the run started from."""
-  return TeacherWeights(True)
+  """Teaches with the weights that the run started from."""
+  return TeacherWeights(keep=True)
+
+
+def _checked(rate: float) -> float:
+  if not 0.0 <= rate <= 1.0:
+    raise ValueError(f"method.teacher_weights.rate={rate!r} must lie in [0, 1]")
+  return rate
 
 
 TEACHER_WEIGHTS = {
