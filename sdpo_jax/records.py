@@ -1,16 +1,23 @@
 """The records that files hand to each other. Imports no jax: environments and judges use it too.
 
-Axis letters, used as name suffixes wherever the order of axes matters:
+Axis letters are name suffixes wherever the order of axes matters:
 
-  B  rows of a batch (one row = one response)     N, K, H  query heads, key-value heads, head size
-  T  tokens of a padded row                       F        feed-forward width
-  R  response positions                           V, M     vocabulary, kept part of it (top M)
-  S  key positions of a cache                     L        layers
-  D  model width (E: the teacher's, if different) X        any leading axes, flattened
-  Q, G  questions, responses per question (B = Q x G, question first)
-  C  packs of a batch                             P        rows of packed texts in a pack
+  B     rows of a batch (one row = one response)
+  Q, G  questions, responses per question (B = Q x G, question first); also readings of a response
+  T     tokens of a padded row
+  R     response positions
+  S     key positions of a cache
+  C     packs of a batch
+  P     rows of packed texts in a pack; tokens of a padded prompt
+  X     any leading axes, flattened; response tokens of a pack
+  D, E  model width; the teacher's, if different
+  N, K  query heads, key-value heads
+  H     head size
+  F     feed-forward width
+  L     layers
+  V, M  vocabulary, kept part of it (top M)
 
-Log-probabilities and divergences are in nats.
+A digit is an axis of that length. Log-probabilities and divergences are in nats.
 """
 
 import dataclasses
@@ -21,6 +28,8 @@ import numpy as np
 
 
 class Status(enum.Enum):
+  """How the judgement of a response ended."""
+
   SCORED = "scored"  # judged, right or wrong
   TIMEOUT = "timeout"  # the response's own program ran out of time: judged wrong
   ENV_FAILED = "env_failed"  # our fault, not the model's: dropped and counted, never trained on
@@ -33,11 +42,9 @@ class Task:
   id: str
   prompt: str  # what the user says
   system: str | None = None  # system message, if the task has one
-  # a reference response; only methods that ask for it may read it
-  solution: str | None = None
+  solution: str | None = None  # a reference response; only methods that ask for it may read it
   split: str = "train"
-  # what the judge needs: tests, answers
-  data: dict[str, Any] = dataclasses.field(default_factory=dict)
+  data: dict[str, Any] = dataclasses.field(default_factory=dict)  # for the judge: tests, answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,102 +63,103 @@ class Rollout:
   task: Task
   prompt_tokens: list[int]
   tokens: list[int]  # the response, with its stop token if it produced one
-  logp: list[float]  # nats, as the sampler reported them, one per token
+  logp: list[float]  # nats, one per token, as the engine reported them
   finish_reason: str  # "stop" | "length"
   text: str  # the response as text, without the stop token
   feedback: Feedback
-  # what else might have been said to this question
+  # One weight >= 0 per token: 0 for what the policy did not sample (tool output) or is not trained
+  # on. None: 1 for each.
+  weight: list[float] | None = None
   alternatives: list["Alternative"] = dataclasses.field(default_factory=list)
-  # generated to find them and to imagine their feedback; what a question's attempts share, its
-  # first failed one bears
+  # Tokens generated and responses judged to find alternatives and to imagine their feedback. What
+  # the attempts at a question share is counted at its first failed one.
   extra_tokens: int = 0
-  extra_calls: int = 0  # judged for them
+  extra_calls: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Alternative:
-  """Another response to the question of a failed attempt, judged; never trained on. Of a second model, its tokens are that one's."""
+  """Another response to the question of a failed attempt, judged and never trained on.
+
+  The tokens of a second model's response are those of its own tokenizer.
+  """
 
   rollout: Rollout
   source: str  # samples | model | branches | siblings
-  # the feedback that the model imagined for it and the teacher reads; None: it reads the judge's
+  # The feedback that the policy imagined and the teacher reads; None: it reads the judge's.
   imagined: str | None = None
 
 
 class Rows(NamedTuple):
-  """Texts packed into rows: several a row, told apart by segment (1, 2, ...; 0 is padding), positions counted from each start.
+  """Texts packed into rows, several a row.
 
-  Texts that begin alike may share their beginning: it stands once in the row, a segment of its own, and the rest of each text, a segment too,
-  names it as its prefix, sees it as if it stood before it, and counts its positions on from it.
+  They are told apart by segment (1, 2, ...; 0 is padding), with positions counted from each start.
+  Texts that begin alike may share their beginning. It then stands once in the row, as a segment of
+  its own. The rest of each text, a segment too, names it as its prefix, sees it as if it stood
+  before it, and counts its positions on from it.
   """
 
   token_CPT: np.ndarray  # int32
   segment_CPT: np.ndarray  # int32
   position_CPT: np.ndarray  # int32
-  # int32: the segment that this one continues, 0 for none; None: no text of the batch shares
-  # anything
+  # int32: the segment that this one continues, 0 for none. None: no text of the batch shares
+  # anything.
   prefix_CPT: np.ndarray | None
-  # int32: column, among the pack's P x T, whose logits predict response token x, which is the next
-  # column's
+  # int32: index into the flattened P x T columns; its logits predict response token x, which stands
+  # in the next column
   at_CX: np.ndarray
 
 
-class Counterfactual(NamedTuple):
-  """One more reading of a batch's responses: by a teacher that is told what alternatives would have received."""
+class Reading(NamedTuple):
+  """One reading of a batch's responses by the teacher, under prompts that the policy does not see."""
 
-  # prompt with feedback and notes, then the SAME response at the same x as in the batch
-  teacher: Rows
-  # float32 >= 0: of the divergence from this reading; 0: nothing is told, no row holds this
-  # response
+  rows: Rows  # prompt with context, then the SAME response at the same x as in the batch
+  # float32 >= 0: of the divergence from this reading; 0: the teacher has nothing to show, and no
+  # row holds this response
   weight_B: np.ndarray
 
 
 class TrainBatch(NamedTuple):
   """What one training step reads. A NamedTuple is already a pytree, so this file needs no jax.
 
-  Responses stand at the same column r in every *_BR array, padded on the right: a few bytes a token. What costs (the decoder, the
-  vocabulary) runs on packed rows and on the response tokens alone. A pack holds B / C consecutive responses and numbers its columns and
-  tokens by itself, so that packs can go to different micro-batches and devices; all packs have the same shapes.
+  Responses stand at the same column r in every *_BR array, padded on the right: a few bytes a
+  token. What costs (the decoder, the vocabulary) runs on packed rows and on the response tokens
+  alone. A pack holds B / C consecutive responses and numbers its columns and tokens by itself, so
+  that packs can go to different micro-batches and devices. All packs have the same shapes.
   """
 
-  student: Rows  # prompt then response
-  teacher: Rows  # prompt with feedback, then the SAME response at the same x
-  # int32: response token r of row b is token start_B[b] + r of its pack
-  start_B: np.ndarray
+  policy: Rows  # prompt then response
+  readings: tuple[Reading, ...]  # the plain one first, then those that the method adds
+  start_B: np.ndarray  # int32: response token r of row b is token start_B[b] + r of its pack
   response_BR: np.ndarray  # int32: the tokens being scored
-  # float32 >= 0: 0 marks padding, tool output and dropped rows; only what weighs something is
-  # packed
-  weight_BR: np.ndarray
+  weight_BR: np.ndarray  # float32 >= 0: 0 marks padding, tool output and dropped rows
   advantage_B: np.ndarray  # float32
-  # float32: 0 where the teacher has nothing to show: no row of its then holds this response
-  distill_B: np.ndarray
-  logp_rollout_BR: np.ndarray  # float32, nats: as the sampler reported it
+  logp_rollout_BR: np.ndarray  # float32, nats: as the engine reported it
   logp_old_BR: np.ndarray  # float32, nats: the trainer's, before this batch's updates
-  counterfactuals: tuple[Counterfactual, ...] = ()
 
 
 class Completion(NamedTuple):
-  """What an engine returns for one sample: tokens (the stop token included) and their log-probabilities in nats."""
+  """What an engine returns for one sample."""
 
   prompt_index: int
   sample_index: int
-  tokens: list[int]
-  logp: list[float]
+  tokens: list[int]  # the stop token included
+  logp: list[float]  # nats
   finish_reason: str  # "stop" | "length"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How to sample. temperature 0 is greedy; log-probabilities are those at the temperature, before top_p cuts."""
+  """How to sample. Log-probabilities are those at the temperature, before top_p cuts."""
 
   max_new_tokens: int
-  temperature: float = 1.0
+  temperature: float = 1.0  # 0 is greedy
   top_p: float = 1.0
   stop_tokens: tuple[int, ...] = ()
 
 
 class Ratio(NamedTuple):
-  """A metric as a pair, so that micro-batches and hosts add up exactly and nobody averages averages."""
+  """A metric as a pair: micro-batches and hosts add up exactly, and nobody averages averages."""
 
   total: Any
   count: Any

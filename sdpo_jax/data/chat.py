@@ -1,8 +1,10 @@
-"""Text to tokens and back: the tokenizer, the chat template, and the rule for special tokens inside text.
+"""Text to tokens and back: the tokenizer, the chat template, and the rule for special tokens inside
+text.
 
-Rule: text that people, programs or models wrote (a problem, a feedback, a demonstration) may contain `<|im_end|>` or `</think>`.
-Every special or added token of the tokenizer that occurs in such text gets a space after its first character, so that it is
-tokenised as ordinary characters and cannot end a turn. Text without them goes through the template untouched.
+Rule: text that people, programs or models wrote (a problem, a feedback, a demonstration) may
+contain `<|im_end|>` or `</think>`. Every special or added token of the tokenizer that occurs in
+such text gets a space after its first character, so that it is tokenised as ordinary characters and
+cannot end a turn. Text without them goes through the template untouched.
 """
 
 import re
@@ -11,7 +13,9 @@ import transformers
 
 
 def load_tokenizer(path: str):
-  """A fast tokenizer from a Hugging Face directory or hub id; ValueError if it has no chat template."""
+  """A fast tokenizer from a Hugging Face directory or hub id; ValueError if it has no chat
+  template.
+  """
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
   except (OSError, ValueError) as error:
@@ -26,8 +30,10 @@ def load_tokenizer(path: str):
 class Chat:
   """Renders messages for one tokenizer.
 
-  thinking, teacher_thinking: passed to templates that know `enable_thinking` (Qwen3), for the policy's prompts and the teacher's; others ignore it.
-  eos_ids: tokens that end a response beside the tokenizer's own end of turn (the checkpoint's generation config names them).
+  thinking, teacher_thinking: passed to templates that know `enable_thinking` (Qwen3), for the
+    policy's prompts and the teacher's; others ignore it.
+  eos_ids: tokens that end a response beside the tokenizer's own end of turn (the checkpoint's
+    generation config names them).
   """
 
   def __init__(
@@ -60,7 +66,9 @@ class Chat:
     return self._special.sub(lambda m: m.group()[0] + " " + m.group()[1:], text)
 
   def prompt_tokens(self, messages: list[dict[str, str]], *, teacher: bool = False) -> list[int]:
-    """Tokens of the conversation and of the header of the assistant's turn. teacher: the reader is the teacher."""
+    """Tokens of the conversation and of the header of the assistant's turn. teacher: the reader is
+    the teacher.
+    """
     safe = [message | {"content": self.neutral(message["content"])} for message in messages]
     text = self.tokenizer.apply_chat_template(
       safe,

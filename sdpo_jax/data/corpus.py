@@ -1,13 +1,17 @@
-"""The pre-training corpora of the tiny base models: statements to programs or steps, with and without hindsight.
+"""The pre-training corpora of the tiny base models: statements to programs or steps, with and
+without hindsight.
 
-A row is one user message and one response. The message is the bare statement, or the very prompt that the teacher reads in
-SDPO: the statement with the feedback on a failed attempt, or with a correct solution, or both, or with notes on what other attempts would
-have received (`objectives/counterfactual`); or it asks which verdict another attempt would receive, and the response is that verdict. Novel words get a *new* random
-meaning in every row, so the model can only learn that such a word means something that the feedback shows. Compositions of the
+A row is one user message and one response. The message is the bare statement, or the very prompt
+that the teacher reads in
+SDPO: the statement with the feedback on a failed attempt, or with a correct solution, or both, or
+with notes on what other attempts would have received (`objectives/counterfactual`); or it asks
+which verdict another attempt would receive, and the response is that verdict. Novel words get a
+*new* random meaning in every row, so the model can only learn that such a word means something that
+the feedback shows. Compositions of the
 `unseen` split never occur.
 
-Also the tokenizers: Unigram models over the natural pieces of these texts, with all bytes as fallback, so that any text can be
-written and a program takes about ten tokens.
+Also the tokenizers: Unigram models over the natural pieces of these texts, with all bytes as
+fallback, so that any text can be written and a program takes about ten tokens.
 """
 
 import dataclasses
@@ -72,7 +76,9 @@ class Problem(NamedTuple):
 
 
 class Corpus:
-  """`problem(seed, index)` is a pure function: any row can be rebuilt, and reading resumes anywhere."""
+  """`problem(seed, index)` is a pure function: any row can be rebuilt, and reading resumes
+  anywhere.
+  """
 
   def __init__(self, domain: composed.Domain, mixture: Mixture = Mixture()):
     self.domain, self.mixture = domain, mixture
@@ -114,7 +120,7 @@ class Corpus:
       attempt, other = self._distinct(rng, answer, novel, 1)
       return answer._replace(
         message=notes.imagining(statement, attempt, other),
-        response=notes.truth(other, 0.5),
+        response=notes.true_feedback(other, 0.5),
       )
     context = teacher_context.Context(
       solution=response if view in ("solution", "both") else "",
@@ -127,20 +133,20 @@ class Corpus:
   def _noted(
     self, rng: random.Random, answer: Problem, novel: dict[str, bool]
   ) -> teacher_context.Context:
-    """What training would show of a failed attempt that others are told of: judged, or half of the time imagined, by one who is never wrong."""
+    """What training would show of a failed attempt that others are told of: judged, or half of the
+    time imagined, by one who is never wrong.
+    """
     while True:
       attempt, *others = self._distinct(
         rng, answer, novel, rng.randint(1, self.mixture.alternatives)
       )
       imagined = rng.random() < 0.5
-      told = [Alternative(r, "samples", notes.truth(r, 0.5) if imagined else None) for r in others]
+      told = [
+        Alternative(r, "samples", notes.true_feedback(r, 0.5) if imagined else None) for r in others
+      ]
       attempt = dataclasses.replace(attempt, alternatives=told)
-      ((context, _),) = notes.readings(
-        notes.notes(),
-        teacher_context.feedback_or_solution,
-        [attempt],
-        0,
-        success_threshold=0.5,
+      ((context, _),) = notes.further_readings(
+        notes.Notes(), teacher_context.FeedbackOrSolution(), [attempt], 0
       )
       if context.notes:  # a judged success alone is a solution and leaves none
         return context
@@ -148,7 +154,9 @@ class Corpus:
   def _distinct(
     self, rng: random.Random, answer: Problem, novel: dict[str, bool], most: int
   ) -> list[Rollout]:
-    """A failed attempt and one to `most` others, some of them right, that say something else: by a policy that has learnt some of the novel words."""
+    """A failed attempt and one to `most` others, some of them right, that say something else: by a
+    policy that has learnt some of the novel words.
+    """
 
     def judged(success: float) -> Rollout:
       right = rng.random() < success
@@ -181,7 +189,9 @@ class Corpus:
   def _failed(
     self, rng: random.Random, ops, kind: str, details, novel: dict[str, bool]
   ) -> tuple[list[str], str]:
-    """A failed attempt, the operations that the model could not know being guessed, and what the judge would say of it."""
+    """A failed attempt, the operations that the model could not know being guessed, and what the
+    judge would say of it.
+    """
     types = self.domain.types
     while True:
       attempt, now = [], kind

@@ -1,4 +1,9 @@
-"""Texts to rows of fixed length, rows to packs."""
+"""Packs texts into rows of fixed length, and rows into packs.
+
+A text is a prompt with a response. Several texts share a row, told apart by segment ids, so that
+short responses do not pay for long ones. Responses to one question begin alike; what they share may
+stand once a row (`records.Rows`).
+"""
 
 import os
 from typing import NamedTuple
@@ -8,139 +13,182 @@ import numpy as np
 from sdpo_jax.records import Rows
 
 
-class Text(NamedTuple):
-  """What packing knows of a text. Those of one family begin with the same `shared` tokens, which a row needs once."""
+class Extent(NamedTuple):
+  """The size of a text. Texts of one family begin with the same `shared` tokens."""
 
   length: int  # with what is shared
-  shared: int = 0
+  shared: int = 0  # a row needs these tokens once
   family: int = -1
 
 
-def first_fit(texts: list[Text], length: int) -> list[list[int]]:
-  """Rows of at most `length` tokens, each a list of indices: the longest text first, each into the first row that holds its family and has room, else
-  into the first with room."""
+class PackTexts(NamedTuple):
+  """The texts of one pack, a list entry for each of its responses; an empty text takes no room."""
+
+  tokens: list[list[int]]  # prompt and response
+  starts: list[int]  # where the response begins in it
+  first: list[int]  # number x of the response's first token among those of the pack
+  extents: list[Extent]
+
+
+class PackSize(NamedTuple):
+  """The sizes of a pack's arrays: P rows, T columns, X response tokens."""
+
+  rows: int
+  length: int
+  tokens: int
+
+
+def first_fit(extents: list[Extent], length: int) -> list[list[int]]:
+  """Places texts in rows of at most `length` tokens; returns the indices of the texts of each row.
+
+  The longest text comes first. Each goes into the first row with room that holds its family, else
+  into the first with room, else into a new one.
+  """
   rows, room, families = [], [], []
-  for i in sorted(range(len(texts)), key=lambda i: -texts[i].length):
-    text = texts[i]
+  for i in sorted(range(len(extents)), key=lambda i: -extents[i].length):
+    text = extents[i]
     if not text.length:
       continue
     assert text.length <= length, (text.length, length)
-    need = lambda k: text.length - (text.shared if text.family in families[k] else 0)
-    fitting = [k for k, free in enumerate(room) if free >= need(k)]
-    row = next(
-      (k for k in fitting if text.family in families[k]), fitting[0] if fitting else len(rows)
-    )
+    with_family = [k for k in range(len(rows)) if text.family in families[k]]
+    fitting_family = [k for k in with_family if room[k] >= text.length - text.shared]
+    fitting = [k for k in range(len(rows)) if room[k] >= text.length]
+    row = (fitting_family or fitting or [len(rows)])[0]
     if row == len(rows):
       rows.append([])
       room.append(length)
       families.append(set())
     rows[row].append(i)
-    room[row] -= need(row)
+    room[row] -= text.length - (text.shared if row in with_family else 0)
     if text.shared:
       families[row].add(text.family)
   return rows
 
 
-def together(texts: list[Text]) -> int:
-  """Tokens of texts in one row."""
-  return sum(t.length - t.shared for t in texts) + sum({t.family: t.shared for t in texts}.values())
+def tokens_together(extents: list[Extent]) -> int:
+  """Returns the tokens of texts that stand in one row."""
+  shared_of_family = {text.family: text.shared for text in extents}
+  return sum(text.length - text.shared for text in extents) + sum(shared_of_family.values())
 
 
-def begin_alike(texts: list[list[int]], starts: list[int], families: list[int]) -> list[Text]:
-  """Of the texts of one pack: what each family shares, short of the last token before any response, which predicts it."""
-  found = [Text(len(text)) for text in texts]
+def shared_beginnings(
+  tokens: list[list[int]], starts: list[int], families: list[int]
+) -> list[Extent]:
+  """Finds what the texts of each family share.
+
+  At least the last token before any response, which predicts it, is left to each text.
+  """
+  extents = [Extent(len(text)) for text in tokens]
   for family in set(families):
-    mine = [i for i, f in enumerate(families) if f == family and texts[i]]
-    if len(mine) > 1:
-      shared = min(
-        len(os.path.commonprefix([texts[i] for i in mine])), min(starts[i] for i in mine) - 1
-      )
-      for i in mine:
-        found[i] = Text(len(texts[i]), shared, family)
-  return found
+    members = [i for i, f in enumerate(families) if f == family and tokens[i]]
+    if len(members) < 2:
+      continue
+    alike = len(os.path.commonprefix([tokens[i] for i in members]))
+    shared = min(alike, min(starts[i] for i in members) - 1)
+    for i in members:
+      extents[i] = Extent(len(tokens[i]), shared, family)
+  return extents
 
 
 def deal(sizes: list[int], hands: int) -> list[list[int]]:
-  """Indices in `hands` lists of equal length and about equal sum: the largest first, to the smallest sum that still takes one."""
+  """Deals indices to `hands` lists of equal length and about equal sum of sizes.
+
+  The largest goes first, to the smallest sum that still takes one.
+  """
   dealt, total, limit = [[] for _ in range(hands)], [0] * hands, len(sizes) // hands
   for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-    hand = min((h for h in range(hands) if len(dealt[h]) < limit), key=lambda h: total[h])
+    open_hands = [hand for hand in range(hands) if len(dealt[hand]) < limit]
+    hand = min(open_hands, key=lambda hand: total[hand])
     dealt[hand].append(i)
     total[hand] += sizes[i]
   return [sorted(hand) for hand in dealt]
 
 
-class Dealt(NamedTuple):
-  """One way to cut a batch into packs: what is known of the texts of each, and the lengths of its responses."""
-
-  student: list[list[Text]]
-  teacher: list[list[Text]]
-  responses: list[list[int]]
-  more: tuple[list[list[Text]], ...] = ()  # of each further reading by the teacher
-
-
-def lay_out(
-  placed: list[list[int]],
-  known: list[Text],
-  texts: list[list[int]],
-  starts: list[int],
-  at: list[int],
-  rows: int,
-  length: int,
-  tokens: int,
-  pad_token: int,
-) -> Rows:
-  """One pack. placed: texts of each row; texts[i]: prompt and response; starts[i]: where its response begins; at[i]: its first token's number x."""
-  token_PT, at_X = np.full((rows, length), pad_token, np.int32), np.zeros(tokens, np.int32)
-  segment_PT, position_PT, prefix_PT = (np.zeros((rows, length), np.int32) for _ in range(3))
-  for p, row in enumerate(placed):
-    column, segment, prefixes = 0, 0, {}  # family -> its segment
-
-    def put(words, position, prefix):
-      nonlocal column, segment
-      here, segment = slice(column, column + len(words)), segment + 1
-      token_PT[p, here], segment_PT[p, here], position_PT[p, here], prefix_PT[p, here] = (
-        words,
-        segment,
-        position + np.arange(len(words)),
-        prefix,
-      )
-      column += len(words)
-
-    for i in row:
-      shared, family = known[i].shared, known[i].family
-      if shared and family not in prefixes:
-        put(texts[i][:shared], 0, 0)
-        prefixes[family] = segment
-      answer = len(texts[i]) - starts[i]
-      # the column before a token predicts it
-      at_X[at[i] : at[i] + answer] = (
-        p * length + column + starts[i] - shared - 1 + np.arange(answer)
-      )
-      put(texts[i][shared:], shared, prefixes[family] if shared else 0)
-  return Rows(token_PT, segment_PT, position_PT, prefix_PT, at_X)
-
-
 def balanced_order(
   work: list[int], group: int, updates: int, packs: int, *, whole: bool
 ) -> list[int]:
-  """Where each row of the batch comes from: within an update, rows are dealt to its packs, about as much `work` to each. whole: groups, or each
-  group's rows to packs of its own, where either divides, so that what a group shares need not stand in many packs; larger pieces come out less even."""
+  """Returns which response stands at each row of the batch.
+
+  work: of each response; `group` consecutive ones answer one question. Within each of the
+  `updates`, rows are dealt to its `packs` so that all have about as much work.
+  whole: deals groups as they are, or each group's rows to packs of its own, where either divides.
+    What a group shares then need not stand in many packs, but larger pieces come out less even.
+  """
   if packs == 1:
     return list(range(len(work)))
-  order, rows = [], len(work) // updates
+  rows = len(work) // updates
   groups, rest = divmod(rows, group)
-  unit = group if whole and not rest and groups % packs == 0 else 1
-  # packs of one deal
-  hands = (
-    packs // groups
-    if whole and not rest and packs % groups == 0 and group % (packs // groups) == 0
-    else packs
-  )
-  dealt = rows * hands // packs
-  for first in range(0, len(work), dealt):
-    sizes = [sum(work[i : i + unit]) for i in range(first, first + dealt, unit)]
-    order += [
-      first + u * unit + k for hand in deal(sizes, hands) for u in hand for k in range(unit)
-    ]
+  keeps_groups = whole and not rest and groups % packs == 0
+  splits_groups = whole and not rest and packs % groups == 0 and group % (packs // groups) == 0
+  unit = group if keeps_groups else 1  # responses that are dealt as one
+  hands = packs // groups if splits_groups else packs  # packs of one deal
+  responses_of_deal = rows * hands // packs
+  order = []
+  for first in range(0, len(work), responses_of_deal):
+    units = range(first, first + responses_of_deal, unit)
+    for hand in deal([sum(work[i : i + unit]) for i in units], hands):
+      for u in hand:
+        order += range(units[u], units[u] + unit)
   return order
+
+
+def in_packs(items: list, order: list[int], packs: int) -> list[list]:
+  """Puts items in the order of the batch and cuts them into packs."""
+  size = len(order) // packs
+  return [[items[b] for b in order[k * size : (k + 1) * size]] for k in range(packs)]
+
+
+def lay_out(placed: list[list[int]], texts: PackTexts, size: PackSize, pad_token: int) -> Rows:
+  """Writes the texts of one pack into its arrays, without the axis C.
+
+  placed: the indices of the texts of each row.
+  """
+  writer = _PackWriter(size, pad_token)
+  for p, row in enumerate(placed):
+    writer.begin_row(p)
+    for i in row:
+      writer.write(texts.tokens[i], texts.starts[i], texts.first[i], texts.extents[i])
+  return writer.rows
+
+
+def stack_packs(packs: list[Rows], *, share_prefixes: bool) -> Rows:
+  """Stacks the arrays of packs along a new first axis C."""
+  stacked = Rows(*map(np.stack, zip(*packs)))
+  return stacked if share_prefixes else stacked._replace(prefix_CPT=None)
+
+
+class _PackWriter:
+  """Writes texts side by side into the rows of one pack."""
+
+  def __init__(self, size: PackSize, pad_token: int):
+    self._length = size.length
+    token_PT = np.full((size.rows, size.length), pad_token, np.int32)
+    segment_PT, position_PT, prefix_PT = (np.zeros_like(token_PT) for _ in range(3))
+    self.rows = Rows(token_PT, segment_PT, position_PT, prefix_PT, np.zeros(size.tokens, np.int32))
+
+  def begin_row(self, row: int) -> None:
+    self._row, self._column, self._segment = row, 0, 0
+    self._prefix_of_family = {}  # the segment that holds what a family shares
+
+  def write(self, tokens: list[int], start: int, first: int, extent: Extent) -> None:
+    shared, prefix = extent.shared, 0
+    if shared:
+      if extent.family not in self._prefix_of_family:
+        self._put(tokens[:shared], position=0, prefix=0)
+        self._prefix_of_family[extent.family] = self._segment
+      prefix = self._prefix_of_family[extent.family]
+    count = len(tokens) - start
+    # The column before a token predicts it.
+    column = self._row * self._length + self._column + start - shared - 1
+    self.rows.at_CX[first : first + count] = column + np.arange(count)
+    self._put(tokens[shared:], position=shared, prefix=prefix)
+
+  def _put(self, tokens: list[int], *, position: int, prefix: int) -> None:
+    """Appends one segment to the row."""
+    self._segment += 1
+    place = self._row, slice(self._column, self._column + len(tokens))
+    self.rows.token_CPT[place] = tokens
+    self.rows.segment_CPT[place] = self._segment
+    self.rows.position_CPT[place] = position + np.arange(len(tokens))
+    self.rows.prefix_CPT[place] = prefix
+    self._column += len(tokens)

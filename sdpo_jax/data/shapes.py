@@ -1,56 +1,50 @@
-"""Which array shapes a run compiles its step for."""
+"""Chooses which array shapes a run compiles its train step for.
+
+Every new shape is a compilation. A shape used before is used again wherever it fits, until the
+padding that this wasted would have paid for a compilation: the ski-rental rule, by which one who
+does not know how often he will ski rents until the rent would have bought the skis. Lengths drift
+as a policy learns.
+"""
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
-from sdpo_jax.data.packing import first_fit, together
+from sdpo_jax.data.packing import Extent, first_fit, tokens_together
 
-# compilations that a run whose lengths never settle may ask for; beyond, only what fits nowhere
-# makes one
+# Compilations that a run whose lengths never settle may ask for. Beyond, only what fits nowhere
+# makes a shape, and that one holds whatever can come.
 MAX_SHAPES = 16
-
-
-# what a compilation costs, in steps: tiny models on CPU take 4 s for it against 0.4 s a step
+# What a compilation costs, in steps: tiny models on CPU take 4 s for it against 0.4 s a step.
 COMPILATION = 10.0
-
-
-WASTE = 0.08  # a share of a step that nobody compiles for
-
-
-# of columns that attention may compare: a mask of so many takes little memory on any device
+# The share of a step that is too small to compile for.
+WASTE = 0.08
+# Pairs of columns that attention may compare whatever the shape: a mask of so many takes little
+# memory on any device.
 FEW_PAIRS = 2**26
-
-
-# row length at which attention costs about as much as a layer's matrix products (width 1,000):
-# longer rows pack better but cost more
+# The row length at which attention costs about as much as a layer's matrix products (width 1,000).
+# Longer rows pack better but cost more.
 ATTENTION_TOKENS = 8192
 
 
-def bucket(length: int, multiple: int) -> int:
-  return max(multiple, -(-length // multiple) * multiple)
-
-
-def pairs(rows: int, length: int) -> int:
-  """Of columns of one row, in all rows; few are as good as none."""
-  return max(rows * length**2, FEW_PAIRS)
-
-
 class Shape(NamedTuple):
-  """Sizes of one pack, the response positions R, and how many packs there are. All that the compiled step depends on."""
+  """The sizes of a batch, all that the compiled step depends on.
+
+  The fields up to more_length are sizes of one pack; checkpoints store them in this order.
+  """
 
   rows: int
   length: int
   teacher_rows: int
   teacher_length: int
-  tokens: int
-  responses: int
+  tokens: int  # X
+  responses: int  # R
   more_rows: int  # of each further reading by the teacher; 0: the method has none
   more_length: int
-  packs: int
+  packs: int  # C
 
   def halves(self) -> tuple[tuple[int, int], ...]:
-    """(rows, length) of student, teacher, and the teacher's further readings."""
+    """Returns (rows, length) of the policy, the plain reading, and each further reading."""
     return (
       (self.rows, self.length),
       (self.teacher_rows, self.teacher_length),
@@ -58,138 +52,72 @@ class Shape(NamedTuple):
     )
 
   def cost(self) -> float:
-    """In passes of a token forward: the student's half goes forward and backward, and the vocabulary is met by the response tokens."""
-    student, teacher, more = (
-      rows * length * (1.0 + length / ATTENTION_TOKENS) for rows, length in self.halves()
-    )
-    return self.packs * (3.0 * student + teacher + more + 3.0 * self.tokens)
+    """Returns the cost of a step, in passes of a token forward.
+
+    The policy's half goes forward and backward, and response tokens meet the vocabulary.
+    """
+    policy, teacher, further = (_row_cost(*half) for half in self.halves())
+    return self.packs * (3.0 * policy + teacher + further + 3.0 * self.tokens)
 
   def within(self, other: "Shape") -> bool:
-    """A pack takes no more memory than one of `other`: columns, attention over pairs of them, response tokens."""
-    sizes = lambda shape: [
-      shape.tokens,
-      *(n for half in shape.halves() for n in (math.prod(half), pairs(*half))),
-    ]
-    return all(mine <= theirs for mine, theirs in zip(sizes(self), sizes(other)))
+    """Tells whether a pack takes no more memory than one of `other`."""
+    return all(a <= b for a, b in zip(self._memory(), other._memory()))
+
+  def _memory(self) -> list[int]:
+    """What takes memory: response tokens, columns, and the pairs of them that attention compares."""
+    sizes = [self.tokens]
+    for half in self.halves():
+      sizes += [math.prod(half), attention_pairs(*half)]
+    return sizes
+
+
+class Load(NamedTuple):
+  """What one way to cut a batch into packs asks of a shape."""
+
+  texts_per_pack: int
+  # The texts of each pack: of the policy, of the plain reading, and of all further readings.
+  halves: tuple[list[list[Extent]], ...]
+  tokens: int  # the most response tokens of a pack
+  responses: int  # the length of the longest response
+
+
+class Rounding(NamedTuple):
+  """The multiples that lengths are rounded up to, which bounds the number of shapes."""
+
+  length: int  # of rows
+  response: int  # of response tokens and positions
 
 
 @dataclasses.dataclass
 class Shapes:
-  """Those that a run has used. Its state, `known` and `owed`: a resumed run has to choose the same ones to compute the same."""
+  """The shapes that a run has used.
 
-  longest: tuple[int, int, int]  # see most_tokens: no room beyond that
-  known: list[Shape] = dataclasses.field(default_factory=list)
-  # steps' worth of waste that a better one would have spared, of all batches together, since one
-  # was last added for that reason
-  owed: float = 0.0
-  # of `known`; then only where none fits, and what is added holds whatever can come
-  limit: int = MAX_SHAPES
-
-
-def choose_shape(
-  dealt, counts: list[int], shapes: Shapes, *, length_multiple: int, response_multiple: int
-) -> Shape:
-  """A shape that holds the batch: one of `shapes`, or a new one, which is added to them.
-
-  counts: of packs, ascending: the fewest that the devices and updates want, to the most that memory may want; dealt(packs) -> Dealt. A new shape
-  has the fewest whose packs take no more memory than those of the last count with texts as long as can be: so many are for long answers, and short ones lie together.
+  `known` and `owed` are state: a resumed run has to choose the same shapes to compute the same.
   """
-  most = lambda packs: max((text.length for texts in packs for text in texts), default=0)
-  needed = lambda packs, length: max(1, max(len(first_fit(texts, length)) for texts in packs))
-  tokens_of, responses_of = (
-    lambda d: max(map(sum, d.responses)),
-    lambda d: max(map(max, d.responses)),
-  )
 
-  # (rows, length) of the cheapest packing: rows as long as the longest text, or longer ones with
-  # less left over, up to a whole pack
-  def best(packs, full):
-    longest, whole = most(packs), max(map(together, packs))
-    fitting = []
-    for wanted in {
-      *(int(longest * stretch) for stretch in (1.0, 1.5, 2.0, 3.0)),
-      *(max(longest, -(-whole // n)) for n in (1, 2, 3)),
-    }:
-      length = bucket(wanted, length_multiple)
-      rows = needed(packs, length)
-      fitting.append(
-        (
-          pairs(rows, length) > pairs(*full),
-          rows * length * (1.0 + length / ATTENTION_TOKENS),
-          rows,
-          length,
-        )
-      )
-    return min(fitting)[2:]
+  longest: tuple[int, int, int]  # see `most_tokens`: no room is made beyond that
+  known: list[Shape] = dataclasses.field(default_factory=list)
+  # Steps' worth of padding, over all batches, that a better shape would have spared since one was
+  # last added for that reason.
+  owed: float = 0.0
+  limit: int = MAX_SHAPES  # of `known`
 
-  def holds(shape: Shape) -> bool:
-    d = dealt(shape.packs)
-    fit = lambda packs, rows, length: most(packs) <= length and needed(packs, length) <= rows
-    return (
-      shape.tokens >= tokens_of(d)
-      and shape.responses >= responses_of(d)
-      and all(
-        fit(packs, *half)
-        for packs, half in zip((d.student, d.teacher, sum(d.more, [])), shape.halves())
-        if packs
-      )
-    )
 
-  def room(n, most):  # so that the next batch, a little larger, fits too
-    return max(n, min(n + n // 16, most))
+def bucket(length: int, multiple: int) -> int:
+  """Rounds up to a multiple, and to at least one of them."""
+  return max(multiple, -(-length // multiple) * multiple)
 
-  def fitting(packs: int) -> Shape:
-    d = dealt(packs)
-    count = len(d.student[0])
 
-    # (rows, length) with room. None in the length of the first shape: lengths may all be equal
-    def sizes(packs, full):
-      rows, length = best(packs, full)
-      return room(rows, count), bucket(
-        room(length, math.prod(full)), length_multiple
-      ) if rows == 1 and shapes.known else length
-
-    student, teacher, more = worst.halves()
-    return Shape(
-      *sizes(d.student, student),
-      *sizes(d.teacher, teacher),
-      bucket(room(tokens_of(d), worst.tokens), response_multiple),
-      bucket(responses_of(d), response_multiple),
-      *(sizes(sum(d.more, []), more) if d.more else more),
-      packs,
-    )
-
-  last = dealt(counts[-1])
-  worst = full_shape(
-    len(last.student[0]),
-    counts[-1],
-    shapes.longest,
-    length_multiple=length_multiple,
-    response_multiple=response_multiple,
-    taught=most(last.teacher) > 0,
-    more=bool(last.more),
-  )
-  new = next(
-    shape for shape in map(fitting, counts) if shape.packs == counts[-1] or shape.within(worst)
-  )
-  # a run may go on with another number of devices
-  known = [s for s in shapes.known if s.packs in counts]
-  usable = min(filter(holds, known), key=Shape.cost, default=None)
-  if usable:
-    waste = usable.cost() / new.cost() - 1.0
-    shapes.owed += waste if waste > WASTE else 0.0
-    if waste <= WASTE or shapes.owed < COMPILATION or len(known) >= shapes.limit:
-      return usable
-    shapes.owed = 0.0
-  # a length never seen: from now on everything fits into this one
-  if len(known) >= shapes.limit:
-    new = worst
-  shapes.known.append(new)
-  return new
+def attention_pairs(rows: int, length: int) -> int:
+  """Returns the pairs of columns that attention compares in all rows, at least FEW_PAIRS."""
+  return max(rows * length**2, FEW_PAIRS)
 
 
 def most_tokens(data, max_new_tokens: int) -> tuple[int, int, int]:
-  """Tokens that a text of the student, one of the teacher and a response can have. data: the settings."""
+  """Returns the most tokens of a policy's text, a teacher's text, and a response.
+
+  data: the settings of config.data.
+  """
   return (
     data.max_prompt_tokens + max_new_tokens,
     data.max_teacher_tokens + max_new_tokens,
@@ -198,25 +126,154 @@ def most_tokens(data, max_new_tokens: int) -> tuple[int, int, int]:
 
 
 def full_shape(
-  rows: int,
+  texts_per_pack: int,
   packs: int,
   longest: tuple[int, int, int],
+  rounding: Rounding,
   *,
-  length_multiple: int,
-  response_multiple: int,
-  taught: bool,
-  more: bool,
+  has_teacher: bool,
+  has_further: bool,
 ) -> Shape:
-  """Of packs of `rows` texts, each as long as can be: what a plan compiles for. It holds whatever can come. taught, more: there is a teacher, and it reads again."""
-  student, teacher = (bucket(n, length_multiple) for n in longest[:2])
-  response = bucket(longest[2], response_multiple)
-  half = (rows, teacher)
+  """Returns the shape that holds whatever can come, one text as long as can be a row.
+
+  This is what a plan compiles for.
+  """
+  policy_length, teacher_length = (bucket(n, rounding.length) for n in longest[:2])
+  response = bucket(longest[2], rounding.response)
+  teacher = texts_per_pack, teacher_length
   return Shape(
-    rows,
-    student,
-    *(half if taught else (1, length_multiple)),
-    rows * response,
+    texts_per_pack,
+    policy_length,
+    *(teacher if has_teacher else (1, rounding.length)),
+    texts_per_pack * response,
     response,
-    *(half if more else (0, 0)),
+    *(teacher if has_further else (0, 0)),
     packs,
   )
+
+
+def choose_shape(
+  load_of: Callable[[int], Load], counts: list[int], shapes: Shapes, rounding: Rounding
+) -> Shape:
+  """Returns a shape that holds the batch: one of `shapes`, or a new one, which is added to them.
+
+  load_of(packs): the load of the batch cut into so many packs.
+  counts: of packs, ascending: from the fewest that devices and updates need to the most that memory
+    may need, when texts are as long as can be. Long answers need many packs; short ones lie
+    together.
+  """
+  best = _best_shape(load_of, counts, shapes, rounding)
+  # A run may go on with another number of devices.
+  usable = [shape for shape in shapes.known if shape.packs in counts]
+  full = len(usable) >= shapes.limit
+  fitting = [shape for shape in usable if _holds(shape, load_of(shape.packs))]
+  if fitting:
+    cheapest = min(fitting, key=Shape.cost)
+    waste = cheapest.cost() / best.cost() - 1.0
+    if waste <= WASTE:
+      return cheapest
+    shapes.owed += waste
+    if shapes.owed < COMPILATION or full:
+      return cheapest
+    shapes.owed = 0.0
+  chosen = _full_shape_of(load_of, counts, shapes, rounding) if full else best
+  shapes.known.append(chosen)
+  return chosen
+
+
+def _full_shape_of(load_of, counts: list[int], shapes: Shapes, rounding: Rounding) -> Shape:
+  """The shape that holds whatever can come, of the largest number of packs."""
+  load = load_of(counts[-1])
+  _, teacher, further = load.halves
+  return full_shape(
+    load.texts_per_pack,
+    counts[-1],
+    shapes.longest,
+    rounding,
+    has_teacher=_longest(teacher) > 0,
+    has_further=bool(further),
+  )
+
+
+def _best_shape(load_of, counts: list[int], shapes: Shapes, rounding: Rounding) -> Shape:
+  """A shape made for this batch.
+
+  It has the fewest packs that take no more memory than those of the largest count with texts as
+  long as can be.
+  """
+  worst = _full_shape_of(load_of, counts, shapes, rounding)
+  has_history = bool(shapes.known)
+  for packs in counts[:-1]:
+    shape = _fitting_shape(load_of(packs), packs, worst, rounding, has_history)
+    if shape.within(worst):
+      return shape
+  return _fitting_shape(load_of(counts[-1]), counts[-1], worst, rounding, has_history)
+
+
+def _fitting_shape(
+  load: Load, packs: int, worst: Shape, rounding: Rounding, has_history: bool
+) -> Shape:
+  """The cheapest shape for a load, with room for the next batch, which may be a little larger."""
+
+  def sizes(texts: list[list[Extent]], full: tuple[int, int]) -> tuple[int, int]:
+    rows, length = _cheapest_rows(texts, full, rounding)
+    # Lengths drift. The first shape of a run gets no room: they may all be equal.
+    if rows == 1 and has_history:
+      length = bucket(_with_room(length, math.prod(full)), rounding.length)
+    return _with_room(rows, load.texts_per_pack), length
+
+  policy, teacher, further = load.halves
+  full_policy, full_teacher, full_further = worst.halves()
+  return Shape(
+    *sizes(policy, full_policy),
+    *sizes(teacher, full_teacher),
+    bucket(_with_room(load.tokens, worst.tokens), rounding.response),
+    bucket(load.responses, rounding.response),
+    *(sizes(further, full_further) if further else full_further),
+    packs,
+  )
+
+
+def _cheapest_rows(
+  texts: list[list[Extent]], full: tuple[int, int], rounding: Rounding
+) -> tuple[int, int]:
+  """(rows, length) of the cheapest packing, without more pairs for attention than `full` has.
+
+  Rows are as long as the longest text, or longer with less left over, up to a whole pack.
+  """
+  longest, whole = _longest(texts), max(map(tokens_together, texts))
+  lengths = [int(longest * stretch) for stretch in (1.0, 1.5, 2.0, 3.0)]
+  lengths += [max(longest, -(-whole // rows)) for rows in (1, 2, 3)]
+  packings = []
+  for length in {bucket(length, rounding.length) for length in lengths}:
+    rows = _rows_needed(texts, length)
+    too_many_pairs = attention_pairs(rows, length) > attention_pairs(*full)
+    packings.append((too_many_pairs, _row_cost(rows, length), rows, length))
+  _, _, rows, length = min(packings)
+  return rows, length
+
+
+def _holds(shape: Shape, load: Load) -> bool:
+  if shape.tokens < load.tokens or shape.responses < load.responses:
+    return False
+  for texts, (rows, length) in zip(load.halves, shape.halves()):
+    if texts and (_longest(texts) > length or _rows_needed(texts, length) > rows):
+      return False
+  return True
+
+
+def _row_cost(rows: int, length: int) -> float:
+  return rows * length * (1.0 + length / ATTENTION_TOKENS)
+
+
+def _with_room(size: int, most: int) -> int:
+  """A sixteenth more, but not beyond `most` unless the size is."""
+  return max(size, min(size + size // 16, most))
+
+
+def _longest(packs: Iterable[list[Extent]]) -> int:
+  return max((text.length for texts in packs for text in texts), default=0)
+
+
+def _rows_needed(packs: list[list[Extent]], length: int) -> int:
+  return max(1, max(len(first_fit(texts, length)) for texts in packs))

@@ -1,19 +1,25 @@
-"""Tasks from files, from the hub or from a generator, and the stream of them on grain: which question comes next.
+"""Tasks from files, from the hub or from a generator, and the stream of them on grain: which
+question comes next.
 
 A source is a text "[SPLIT=]LOCATION[ xWEIGHT]"; LOCATION is
 
-  a path of .jsonl or .parquet; it may be a pattern (`tests-*.parquet`), and "{split}" in it stands for the split
-  hub:NAME[:CONFIG[:SPLIT]], a data set of the Hugging Face hub; or hub:OWNER/NAME/FILE, one .jsonl or .parquet of its repository
+  a path of .jsonl or .parquet; it may be a pattern (`tests-*.parquet`), and "{split}" in it stands
+  for the split
+  hub:NAME[:CONFIG[:SPLIT]], a data set of the Hugging Face hub; or hub:OWNER/NAME/FILE, one .jsonl
+    or .parquet of its repository
 
-A location without "{split}" must name the split it serves; one of the hub serves every split unless told otherwise. Examples:
-"sciknoweval/chemistry.{split}.jsonl", "train=gsm8k.jsonl x2", "hub:openai/gsm8k:main", "test=hub:Idavidrein/gpqa:gpqa_diamond:train".
+A location without "{split}" must name the split it serves; one of the hub serves every split unless
+told otherwise. Examples: "sciknoweval/chemistry.{split}.jsonl", "train=gsm8k.jsonl x2",
+"hub:openai/gsm8k:main", "test=hub:Idavidrein/gpqa:gpqa_diamond:train".
 
-Rows become tasks by the environment's `task_from_row`, all at once when the source is opened, and stay in memory: a malformed row is an
-error there, with file, line and field, before anything is trained; or it is skipped and counted. So is a question that is too long
-for the run. A row for which `task_from_row` returns None (outside a window of dates) is simply not part of the set.
+Rows become tasks by the environment's `task_from_row`, all at once when the source is opened, and
+stay in memory: a malformed row is an error there, with file, line and field, before anything is
+trained; or it is skipped and counted. So is a question that is too long for the run. A row for
+which `task_from_row` returns None (outside a window of dates) is simply not part of the set.
 
-The stream draws from the sources of a split by weight (equal by default), each shuffled anew in each pass, and deals the
-questions to the processes in turn. Its position is grain's own iterator state, saved with the checkpoint; it continues only over the same tasks.
+The stream draws from the sources of a split by weight (equal by default), each shuffled anew in
+each pass, and deals the questions to the processes in turn. Its position is grain's own iterator
+state, saved with the checkpoint; it continues only over the same tasks.
 """
 
 import dataclasses
@@ -43,10 +49,13 @@ class Source(NamedTuple):
 
 
 class RowEnv:
-  """An environment together with its rows: judges like the environment, knows `behaviour` if it does, and has `task(split, index)` and `size(split)` besides."""
+  """An environment together with its rows: judges like the environment, knows `behaviour` if it
+  does, and has `task(split, index)` and `size(split)` besides.
+  """
 
   def __init__(self, env, sources, *, splits, on_bad_row: str = "error", check=None):
-    """Opens the sources of the given splits; others are opened when asked for. ValueError for a source, or a row, that cannot be used, FileNotFoundError for a file.
+    """Opens the sources of the given splits; others are opened when asked for. ValueError for a
+    source, or a row, that cannot be used, FileNotFoundError for a file.
 
     check(task): raises ValueError for a task that the run cannot use.
     """
@@ -94,7 +103,9 @@ class RowEnv:
 
 
 def with_rows(env, sources, *, splits, on_bad_row: str = "error", check=None):
-  """The environment as it is if it makes its own tasks, else with the rows of `sources`. ValueError where the two do not go together."""
+  """The environment as it is if it makes its own tasks, else with the rows of `sources`. ValueError
+  where the two do not go together.
+  """
   name = type(env).__name__
   if hasattr(env, "task_from_row"):
     if not sources:
@@ -114,7 +125,9 @@ def with_rows(env, sources, *, splits, on_bad_row: str = "error", check=None):
 
 
 def first_tasks(env, split: str, count: int) -> list[Task]:
-  """`count` tasks for evaluation, always the same: the first of a generator; spread evenly over a fixed set, or all of a smaller one."""
+  """`count` tasks for evaluation, always the same: the first of a generator; spread evenly over a
+  fixed set, or all of a smaller one.
+  """
   if not isinstance(env, RowEnv):
     return [env.task(split, i) for i in range(count)]
   size = env.size(split)
@@ -123,7 +136,8 @@ def first_tasks(env, split: str, count: int) -> list[Task]:
 
 
 def check_sources(sources, splits: dict[str, str]) -> None:
-  """Reads the first row of every source of the splits: a file or a library that is not there is an error now, not once a model has been loaded.
+  """Reads the first row of every source of the splits: a file or a library that is not there is an
+  error now, not once a model has been loaded.
 
   splits: each with what asks for it, a setting or training.
   """
@@ -278,7 +292,9 @@ class TaskStream:
     return {"position": self._iterator.get_state(), "tasks": self._tasks}
 
   def restore(self, state: dict) -> None:
-    """ValueError if the checkpoint was written over other tasks: its position would mean nothing here."""
+    """ValueError if the checkpoint was written over other tasks: its position would mean nothing
+    here.
+    """
     if state["tasks"] != self._tasks:
       raise ValueError(
         "the data of config.data.sources is not what the checkpoint was written with: choose another --workdir, or the same data"

@@ -10,7 +10,9 @@ CUT = "\n[...]\n"
 
 
 def shorten(text: str, keep: int) -> str:
-  """At most `keep` characters: the head and the tail, which hold the error and its place, with a visible gap; "" where there is no room for more than the gap."""
+  """At most `keep` characters: the head and the tail, which hold the error and its place, with a
+  visible gap; "" where there is no room for more than the gap.
+  """
   if len(text) <= keep:
     return text
   keep = keep - len(CUT)
@@ -22,7 +24,9 @@ def shorten(text: str, keep: int) -> str:
 def teacher_prompt(
   chat: Chat, messages: list[dict[str, str]], context: Context, max_tokens: int
 ) -> tuple[list[int], bool]:
-  """Tokens of the teacher's prompt and whether its texts had to be shortened. The user's last message carries the context."""
+  """Tokens of the teacher's prompt and whether its texts had to be shortened. The user's last
+  message carries the context.
+  """
 
   def render(c: Context) -> list[int]:
     return chat.prompt_tokens(
