@@ -1,19 +1,26 @@
-r"""Alternatives to failed attempts and what they would have received: sampled, judged or imagined. Host side.
+r"""Finds alternatives to failed attempts, and what they would have received. Host side.
 
-Alternatives come from the same engine (but for `model`) and are judged in the same pool as rollouts (`rollout.Collector`):
+They are sampled, then judged or imagined. But for `model` they come from the policy's own engine,
+and all are judged in the same pool as rollouts (`rollout.Collector`):
+
   samples    M more responses to the question, drawn once and shared by its failed attempts
-  model      likewise, from a second model: through a collector of its own, whose engine and chat speak its tokens. Only their text and verdict are used;
-             what they cost is counted in its tokens
-  branches   M continuations of each failed attempt from its most uncertain position on: where the sampled token had the lowest
-             log-probability, since the host knows that and not the entropy. A branch may take another max_new_tokens from there.
+  model      likewise, from a second model through a collector of its own, whose engine and chat
+             speak its tokens; only text and verdict are used, and the cost is counted in its tokens
+  branches   M continuations of each failed attempt from its most uncertain position on: where the
+             sampled token had the lowest log-probability, since the host knows that and not the
+             entropy; a branch may take another max_new_tokens from there
   siblings   the other responses of the group, judged already: free
-Two that behave alike count once, and one that behaves like the attempt not at all: the same answer of the environment's `behaviour(task,
-response)` if it has one, else the same reward and feedback. Of imagined alternatives the text alone is compared. One that could not be judged is
-told to nobody, and counted.
 
-Imagined feedback is sampled from the policy itself, under the prompt of `imagining`: the question, the attempt with its real verdict as an example of
-the environment's format, and the alternative. The alternative is judged all the same, to measure how often the imagination is wrong; nothing
-that the judge says of it reaches a teacher. Where that prompt is too long the alternative is dropped, and counted.
+Of alternatives that behave alike one counts, and one that behaves like the attempt does not count.
+Alike means: the same answer of the environment's `behaviour(task, response)` if it has one, else
+the same reward and feedback. Of imagined alternatives the text alone is compared. One that could
+not be judged is shown to nobody, and counted.
+
+Imagined feedback is sampled from the policy itself, under the prompt of `notes.imagining`: the
+question, the attempt with its real verdict as an example of the environment's format, and the
+alternative. The alternative is judged all the same, to measure how often the imagination is wrong;
+nothing that the judge says of it reaches a teacher. Where that prompt is too long the alternative
+is dropped, and counted.
 
 Multi-host: every process sees the same groups and calls the engine alike.
 """
@@ -21,187 +28,210 @@ Multi-host: every process sees the same groups and calls the engine alike.
 import dataclasses
 from typing import Any
 
-from sdpo_jax.objectives.notes import Part, distinct, failed, imagining, truth
+from sdpo_jax.objectives.notes import Notes, distinct, failed, imagining, true_feedback
 from sdpo_jax.objectives.teacher_context import without_thinking
 from sdpo_jax.records import Alternative, Ratio, Rollout, Sampling, Status
 from sdpo_jax.rollout import Collector, prompt_seed
 
+# The place of a failed attempt among the groups: (question, response).
+Place = tuple[int, int]
 
-def explore(
-  part: Part,
-  collector: Collector,
-  params,
-  groups: list[list[Rollout]],
-  *,
-  sampling: Sampling,
-  seed: int,
-  step: int,
-  success_threshold: float,
-  max_prompt_tokens: int,
-  other: tuple[Collector, Any] | None = None,
-) -> dict[str, Ratio]:
-  """Gives every failed rollout its alternatives and what they cost; returns metrics.
 
-  max_prompt_tokens: of the imagining prompt. other: the second model's collector and weights, if the sources hold "model".
+@dataclasses.dataclass(frozen=True)
+class Explorer:
+  """Gives failed attempts their alternatives; made once per run.
+
+  max_prompt_tokens: of the prompt that asks for imagined feedback.
+  second_model: its collector and weights, which the source "model" needs.
   """
-  wanting = [
-    (q, i)
-    for q, group in enumerate(groups)
-    for i, r in enumerate(group)
-    if failed(r, success_threshold)
-  ]
-  found = {at: [] for at in wanting}
-  first = {q: i for q, i in reversed(wanting)}
-  questions = sorted(first)
-  for source, drawer in (("samples", (collector, params)), ("model", other)):
-    if source in part.sources and wanting:
-      drawing, weights = drawer
-      drawn = drawing.collect(
-        weights,
-        [groups[q][0].task for q in questions],
-        n=part.alternatives,
-        sampling=dataclasses.replace(sampling, stop_tokens=drawing.chat.stop_tokens),
-        seeds=[prompt_seed(seed, source, step, q) for q in questions],
-      )
-      for q, rollouts in zip(questions, drawn):
-        charge(
-          groups[q][first[q]], tokens=sum(len(r.tokens) for r in rollouts), calls=len(rollouts)
-        )
-      for q, i in wanting:
-        found[q, i] += [Alternative(r, source) for r in drawn[questions.index(q)]]
-  if "branches" in part.sources and wanting:
-    begun = [
-      (r.tokens[:t], r.logp[:t])
-      for r, t in ((groups[q][i], uncertain(groups[q][i])) for q, i in wanting)
+
+  notes: Notes
+  collector: Collector
+  seed: int
+  success_threshold: float
+  max_prompt_tokens: int
+  second_model: tuple[Collector, Any] | None = None
+
+  def explore(
+    self, params, groups: list[list[Rollout]], *, sampling: Sampling, step: int
+  ) -> dict[str, Ratio | float]:
+    """Sets `alternatives`, `extra_tokens` and `extra_calls` of every failed rollout.
+
+    Returns metrics of the step.
+    """
+    places = [
+      (q, i)
+      for q, group in enumerate(groups)
+      for i, rollout in enumerate(group)
+      if failed(rollout, self.success_threshold)
     ]
+    candidates = {place: [] for place in places}
+    if places:
+      self._draw_per_question("samples", self.collector, params, groups, candidates, sampling, step)
+      if self.second_model is not None:
+        self._draw_per_question("model", *self.second_model, groups, candidates, sampling, step)
+      self._draw_branches(params, groups, candidates, sampling, step)
+    dropped = 0
+    if self.notes.feedback == "imagined":
+      dropped = self._imagine(params, groups, candidates, sampling, step)
+    if "siblings" in self.notes.sources:
+      for q, i in places:
+        siblings = [r for j, r in enumerate(groups[q]) if j != i]
+        candidates[q, i] += [Alternative(r, "siblings") for r in siblings]
+    for q, i in places:
+      groups[q][i].alternatives = distinct(
+        candidates[q, i],
+        groups[q][i],
+        most=self.notes.alternatives,
+        success_threshold=self.success_threshold,
+        behaviour=self._behaviour,
+      )
+    return measure([groups[q][i] for q, i in places], self.success_threshold) | {
+      "counterfactual/not_imagined": float(dropped),
+      "counterfactual/not_judged": float(count_unjudged(candidates)),
+    }
+
+  def _behaviour(self, rollout: Rollout):
+    """Something that is equal for responses that do the same."""
+    behaviour = getattr(self.collector.env, "behaviour", None)
+    if behaviour is None:
+      return rollout.feedback.reward, rollout.feedback.text
+    return behaviour(rollout.task, rollout.text)
+
+  def _draw_per_question(
+    self, source: str, collector: Collector, params, groups, candidates, sampling: Sampling, step
+  ) -> None:
+    """Draws M responses to each question with a failed attempt; its first failed one bears the
+    cost.
+    """
+    if source not in self.notes.sources:
+      return
+    first_failed = {}
+    for q, i in candidates:
+      first_failed.setdefault(q, i)
+    questions = sorted(first_failed)
     drawn = collector.collect(
       params,
-      [groups[q][i].task for q, i in wanting],
-      n=part.alternatives,
-      sampling=sampling,
-      seeds=[prompt_seed(seed, "branches", step, q, i) for q, i in wanting],
-      begun=begun,
+      [groups[q][0].task for q in questions],
+      n=self.notes.alternatives,
+      sampling=dataclasses.replace(sampling, stop_tokens=collector.chat.stop_tokens),
+      seeds=[prompt_seed(self.seed, source, step, q) for q in questions],
     )
-    for (q, i), rollouts, (head, _) in zip(wanting, drawn, begun):
-      charge(
-        groups[q][i], tokens=sum(len(r.tokens) - len(head) for r in rollouts), calls=len(rollouts)
-      )
-      found[q, i] += [Alternative(r, "branches") for r in rollouts]
-  dropped = 0
-  if part.feedback == "imagined":
-    dropped = imagine(
-      part,
-      collector,
+    for q, rollouts in zip(questions, drawn):
+      tokens = sum(len(r.tokens) for r in rollouts)
+      charge(groups[q][first_failed[q]], tokens=tokens, calls=len(rollouts))
+      for place in candidates:
+        if place[0] == q:
+          candidates[place] += [Alternative(r, source) for r in rollouts]
+
+  def _draw_branches(self, params, groups, candidates, sampling: Sampling, step) -> None:
+    """Draws M continuations of each failed attempt from its most uncertain position on."""
+    if "branches" not in self.notes.sources:
+      return
+    attempts = [groups[q][i] for q, i in candidates]
+    heads = []
+    for attempt in attempts:
+      length = least_likely(attempt)
+      heads.append((attempt.tokens[:length], attempt.logp[:length]))
+    drawn = self.collector.collect(
       params,
-      groups,
-      found,
+      [attempt.task for attempt in attempts],
+      n=self.notes.alternatives,
       sampling=sampling,
-      seed=seed,
-      step=step,
-      max_prompt_tokens=max_prompt_tokens,
+      seeds=[prompt_seed(self.seed, "branches", step, q, i) for q, i in candidates],
+      begun=heads,
     )
-  if "siblings" in part.sources:
-    for q, i in wanting:
-      found[q, i] += [Alternative(r, "siblings") for j, r in enumerate(groups[q]) if j != i]
-  # attempts share some
-  unjudged = {
-    id(a.rollout)
-    for at in wanting
-    for a in found[at]
-    if a.rollout.feedback.status is Status.ENV_FAILED
-  }
-  ask = getattr(collector.env, "behaviour", None)
-  behaviour = lambda r: ask(r.task, r.text) if ask else (r.feedback.reward, r.feedback.text)
-  for q, i in wanting:
-    groups[q][i].alternatives = distinct(
-      found[q, i],
-      groups[q][i],
-      most=part.alternatives,
-      success_threshold=success_threshold,
-      behaviour=behaviour,
+    for place, attempt, rollouts, (head, _) in zip(candidates, attempts, drawn, heads):
+      tokens = sum(len(r.tokens) - len(head) for r in rollouts)
+      charge(attempt, tokens=tokens, calls=len(rollouts))
+      candidates[place] += [Alternative(r, "branches") for r in rollouts]
+
+  def _imagine(self, params, groups, candidates, sampling: Sampling, step) -> int:
+    """Puts imagined feedback into the candidates, and drops those whose prompt is too long.
+
+    Each text is imagined once a question. Returns how many texts were dropped.
+    """
+    # (question, text) -> (the attempt that bears the cost, the prompt)
+    prompts = {}
+    for (q, i), alternatives in candidates.items():
+      for a in alternatives:
+        prompt = self._imagining_prompt(groups[q][i], a.rollout)
+        prompts.setdefault((q, a.rollout.text), (groups[q][i], prompt))
+    fitting = {
+      key: (attempt, prompt)
+      for key, (attempt, prompt) in prompts.items()
+      if len(prompt) <= self.max_prompt_tokens
+    }
+    feedback, keys = {}, list(fitting)
+    completions = self.collector.engine.generate(
+      params,
+      [prompt for _, prompt in fitting.values()],
+      n=1,
+      sampling=dataclasses.replace(sampling, max_new_tokens=self.notes.imagined_tokens),
+      seeds=[prompt_seed(self.seed, "imagine", step, n) for n in range(len(keys))],
     )
-  return measure([groups[q][i] for q, i in wanting], success_threshold) | {
-    "counterfactual/not_imagined": float(dropped),
-    "counterfactual/not_judged": float(len(unjudged)),
-  }
+    for completion in completions:
+      key = keys[completion.prompt_index]
+      text = self.collector.chat.response_text(completion.tokens)
+      feedback[key] = without_thinking(text).strip()
+      charge(fitting[key][0], tokens=len(completion.tokens))
+    for (q, i), alternatives in candidates.items():
+      candidates[q, i] = [
+        dataclasses.replace(a, imagined=feedback[q, a.rollout.text])
+        for a in alternatives
+        if (q, a.rollout.text) in feedback
+      ]
+    return len(prompts) - len(fitting)
+
+  def _imagining_prompt(self, attempt: Rollout, alternative: Rollout) -> list[int]:
+    *before, last = self.collector.env.prompt(attempt.task)
+    text = imagining(last["content"], attempt, alternative)
+    messages = [*before, last | {"content": text}]
+    return self.collector.chat.prompt_tokens(messages, teacher=True)
 
 
 def charge(rollout: Rollout, *, tokens: int, calls: int = 0) -> None:
+  """Adds generated tokens and judgements to what a rollout has cost beside itself."""
   rollout.extra_tokens += tokens
   rollout.extra_calls += calls
 
 
-def uncertain(rollout: Rollout) -> int:
-  """The index of the response's least likely token."""
+def least_likely(rollout: Rollout) -> int:
+  """Returns the index of the response's least likely token."""
   return min(range(len(rollout.logp)), key=rollout.logp.__getitem__)
 
 
-def imagine(
-  part: Part,
-  collector: Collector,
-  params,
-  groups,
-  found: dict[tuple[int, int], list[Alternative]],
-  *,
-  sampling: Sampling,
-  seed: int,
-  step: int,
-  max_prompt_tokens: int,
-) -> int:
-  """Puts the imagined feedback into `found`, in place; returns how many had to be dropped. Each text is asked about once a question."""
-  asked = {}  # (question, text): (attempt that bears the cost, prompt)
-  for (q, i), alternatives in found.items():
+def count_unjudged(candidates: dict[Place, list[Alternative]]) -> int:
+  """Returns how many responses have no verdict. Attempts share some, which count once."""
+  unjudged = set()
+  for alternatives in candidates.values():
     for a in alternatives:
-      asked.setdefault(
-        (q, a.rollout.text), (groups[q][i], imagining_prompt(collector, groups[q][i], a.rollout))
-      )
-  fitting = {key: value for key, value in asked.items() if len(value[1]) <= max_prompt_tokens}
-  prompts, said = [prompt for _, prompt in fitting.values()], {}
-  keys, seeds = list(fitting), [prompt_seed(seed, "imagine", step, n) for n in range(len(prompts))]
-  for c in collector.engine.generate(
-    params,
-    prompts,
-    n=1,
-    sampling=dataclasses.replace(sampling, max_new_tokens=part.imagined_tokens),
-    seeds=seeds,
-  ):
-    key = keys[c.prompt_index]
-    said[key] = without_thinking(collector.chat.response_text(c.tokens)).strip()
-    charge(fitting[key][0], tokens=len(c.tokens))
-  for (q, i), alternatives in found.items():
-    found[q, i] = [
-      dataclasses.replace(a, imagined=said[q, a.rollout.text])
-      for a in alternatives
-      if (q, a.rollout.text) in said
-    ]
-  return len(asked) - len(fitting)
+      if a.rollout.feedback.status is Status.ENV_FAILED:
+        unjudged.add(id(a.rollout))
+  return len(unjudged)
 
 
-def imagining_prompt(collector: Collector, attempt: Rollout, alternative: Rollout) -> list[int]:
-  *before, last = collector.env.prompt(attempt.task)
-  text = imagining(last["content"], attempt, alternative)
-  return collector.chat.prompt_tokens([*before, last | {"content": text}], teacher=True)
+def measure(attempts: list[Rollout], success_threshold: float) -> dict[str, Ratio | float]:
+  """Returns metrics of the failed attempts of a batch.
 
-
-def measure(attempts: list[Rollout], success_threshold: float) -> dict[str, Ratio]:
-  """Of the failed attempts of a batch. Imagined feedback is wrong if it is not the judge's word for word, its verdict if the first line is not."""
-  told = [a for r in attempts for a in r.alternatives]
-  imagined = [
-    (a.imagined, truth(a.rollout, success_threshold)) for a in told if a.imagined is not None
-  ]
-  verified = [a for a in told if a.imagined is None]
-  verdict = lambda text: text.split("\n")[0]
+  Imagined feedback is wrong if it is not the judge's word for word; its verdict is wrong if the
+  first line is not.
+  """
+  alternatives = [a for attempt in attempts for a in attempt.alternatives]
+  verified = [a for a in alternatives if a.imagined is None]
+  imagined = [a for a in alternatives if a.imagined is not None]
+  successes = wrong = wrong_verdicts = 0
+  for a in verified:
+    successes += not failed(a.rollout, success_threshold)
+  for a in imagined:
+    right = true_feedback(a.rollout, success_threshold)
+    wrong += a.imagined != right
+    wrong_verdicts += a.imagined.split("\n")[0] != right.split("\n")[0]
   return {
     "counterfactual/generated_tokens": float(sum(r.extra_tokens for r in attempts)),
     "counterfactual/env_calls": float(sum(r.extra_calls for r in attempts)),
-    "counterfactual/alternatives": Ratio(len(told), len(attempts)),
-    "counterfactual/successes": Ratio(
-      sum(not failed(a.rollout, success_threshold) for a in verified), len(verified)
-    ),
-    "counterfactual/imagined_wrong": Ratio(
-      sum(said != true for said, true in imagined), len(imagined)
-    ),
-    "counterfactual/imagined_verdict_wrong": Ratio(
-      sum(verdict(said) != verdict(true) for said, true in imagined), len(imagined)
-    ),
+    "counterfactual/alternatives": Ratio(len(alternatives), len(attempts)),
+    "counterfactual/successes": Ratio(successes, len(verified)),
+    "counterfactual/imagined_wrong": Ratio(wrong, len(imagined)),
+    "counterfactual/imagined_verdict_wrong": Ratio(wrong_verdicts, len(imagined)),
   }

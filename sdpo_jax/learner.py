@@ -1,78 +1,77 @@
-"""From the settings of method, optimizer and training to what training compiles."""
+"""Makes of a configuration's method, optimizer and training settings what training compiles."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
-from sdpo_jax import alternatives
+from sdpo_jax.alternatives import Explorer
 from sdpo_jax.model.config import ModelConfig
-from sdpo_jax.objectives import build
-from sdpo_jax.objectives.loss import Objective, make_objective
-from sdpo_jax.objectives.notes import readings
-from sdpo_jax.objectives.teacher_weights import TeacherWeights
+from sdpo_jax.objectives.build import Method, build_method
+from sdpo_jax.objectives.notes import further_readings
 from sdpo_jax.optimizer import make_optimizer
+from sdpo_jax.rollout import Collector
 from sdpo_jax.train_step import make_score, make_signals, make_train_step
 
 
 class Learner(NamedTuple):
-  """A method as what training compiles. step(state, batch, frozen), score(state, batch, frozen): not jitted yet."""
+  """A method with its optimizer and its device functions, which are not jitted yet."""
 
-  objective: Objective
-  parts: dict
-  teacher: TeacherWeights
-  tx: Any
-  step: Any
-  score: Any
-  # several updates a batch: log-probabilities from before the first one are needed
+  method: Method
+  tx: Any  # optax.GradientTransformation
+  step: Callable  # (state, batch, frozen) -> (state, metrics)
+  score: Callable  # (state, batch, frozen) -> Signals
+  # Several updates a batch need log-probabilities from before the first one.
   score_first: bool
-  explore: Any  # finds the alternatives of failed rollouts; None: the method asks for none
-  counterfactual: Any  # what the teacher reads of them, for `pack`; None likewise
-  readings: int  # further ones by the teacher of each batch; 0 likewise
+
+  @property
+  def further_readings(self) -> Callable | None:
+    """For the packer: (group, i) -> the context and weight of each further reading."""
+    if self.method.notes is None:
+      return None
+    return functools.partial(further_readings, self.method.notes, self.method.teacher_context)
+
+  @property
+  def readings(self) -> int:
+    """Further readings by the teacher of each batch."""
+    return 0 if self.method.notes is None else self.method.notes.readings
 
 
-def learner(c, model: ModelConfig, join=None) -> Learner:
-  """From the settings of method, optimiser and training."""
-  method = c.method.to_dict()
-  objective, parts = make_objective(method), build.build_method(method)
-  teacher, tx = parts["teacher_weights"](), make_optimizer(**c.optimizer)
+def make_learner(c, model: ModelConfig, join: Callable | None = None) -> Learner:
+  """Builds the learner of a configuration. ValueError for a method or optimizer that cannot be.
+
+  join: see `make_signals`.
+  """
+  method = build_method(c.method.to_dict())
+  implementation = c.train.loss_implementation
   signals = make_signals(
     model,
-    objective,
-    mix=teacher.mix,
+    method,
     temperature=c.rollout.temperature,
     remat=c.model.remat,
+    implementation=None if implementation == "auto" else implementation,
     join=join,
-    implementation=None if c.train.loss_implementation == "auto" else c.train.loss_implementation,
   )
-  several = c.train.updates_per_batch > 1
-  part, explore, told = parts["counterfactual"](), None, None
-  if part is not None:
-    shown = build.part_settings(method, "teacher_context")
-    explore = functools.partial(
-      alternatives.explore, part, success_threshold=shown["success_threshold"]
-    )
-    told = functools.partial(
-      readings,
-      part,
-      parts["teacher_context"],
-      **{key: shown[key] for key in ("success_threshold", "show_attempt", "templates")},
-    )
+  tx = make_optimizer(**c.optimizer)
+  several_updates = c.train.updates_per_batch > 1
   step = make_train_step(
-    signals,
-    objective,
-    tx,
-    teacher_move=teacher.move,
-    updates=c.train.updates_per_batch,
-    recompute_old=several,
+    signals, method, tx, updates=c.train.updates_per_batch, recompute_old=several_updates
   )
-  return Learner(
-    objective,
-    parts,
-    teacher,
-    tx,
-    step,
-    make_score(signals),
-    several,
-    explore,
-    told,
-    part.readings if part else 0,
+  return Learner(method, tx, step, make_score(signals), score_first=several_updates)
+
+
+def make_explorer(
+  c, method: Method, collector: Collector, *, seed: int, second_model: tuple | None = None
+) -> Explorer | None:
+  """Returns what finds alternatives to failed attempts; None where the method asks for none.
+
+  second_model: its collector and weights.
+  """
+  if method.notes is None:
+    return None
+  return Explorer(
+    method.notes,
+    collector,
+    seed=seed,
+    success_threshold=method.teacher_context.success_threshold,
+    max_prompt_tokens=c.data.max_teacher_tokens,
+    second_model=second_model,
   )

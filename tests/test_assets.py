@@ -1,7 +1,6 @@
 """The tiny base models that come with the package: their tokenizers are the ones that the corpus builds, and hindsight helps them."""
 
 import dataclasses
-import functools
 import pathlib
 
 import pytest
@@ -13,11 +12,11 @@ from sdpo_jax.data.corpus import DOMAINS, Mixture, build_tokenizer
 from sdpo_jax.data.teacher_prompt import teacher_prompt
 from sdpo_jax.engine.local import LocalEngine
 from sdpo_jax.model.hf_weights import load_pretrained
-from sdpo_jax.objectives.notes import failed, notes, readings
-from sdpo_jax.objectives.teacher_context import FEEDBACK, feedback_or_solution
+from sdpo_jax.objectives.notes import Notes, failed, further_readings
+from sdpo_jax.objectives.teacher_context import FEEDBACK, FeedbackOrSolution
 from sdpo_jax.pretrain import accuracy
 from sdpo_jax.records import Sampling
-from sdpo_jax.session import wired
+from sdpo_jax.session import open_session
 
 # domain, model, what it solves: ranges that hold the shares over 256 problems in
 # configs/pretrain_tiny.py, and what 128 of them may differ by
@@ -75,7 +74,7 @@ def test_what_the_untrained_teacher_makes_of_notes(domain, helped):
   c = config.load(
     f"{pathlib.Path(__file__).parent.parent}/configs/counterfactual.py:domain={domain}"
   )
-  with wired(c) as w:
+  with open_session(c) as w:
     env, sampling = (
       w.collector.env,
       Sampling(c.rollout.max_new_tokens, 1.0, 1.0, w.chat.stop_tokens),
@@ -85,41 +84,31 @@ def test_what_the_untrained_teacher_makes_of_notes(domain, helped):
     for how in ("verified", "imagined"):
       # the same attempts both times
       groups = w.collector.collect(w.params, tasks, n=1, sampling=sampling, seeds=range(200))
-      part = notes(**(dict(feedback=how, imagined_tokens=128) if how == "imagined" else {}))
-      said = alternatives.explore(
-        part,
+      settings = dict(feedback=how, imagined_tokens=128) if how == "imagined" else {}
+      explorer = alternatives.Explorer(
+        Notes(**settings),
         w.collector,
-        w.params,
-        groups,
-        sampling=sampling,
         seed=0,
-        step=0,
         success_threshold=0.5,
         max_prompt_tokens=c.data.max_teacher_tokens,
       )
+      said = explorer.explore(w.params, groups, sampling=sampling, step=0)
       told[how] = {
         q: g
         for q, g in enumerate(groups)
         if len(g[0].alternatives) == 2 and all(failed(a.rollout, 0.5) for a in g[0].alternatives)
       }
     shared = sorted(told["verified"].keys() & told["imagined"].keys())
-    shown = functools.partial(feedback_or_solution, feedback="always")
+    plain = FeedbackOrSolution(feedback="always")
 
     def read(how, q, templates):
-      context, _ = readings(
-        notes(),
-        functools.partial(shown, templates=templates),
-        told[how][q],
-        0,
-        success_threshold=0.5,
-        show_attempt=False,
-        templates=templates,
-      )[0]
+      shown = FeedbackOrSolution(feedback="always", templates=templates)
+      context, _ = further_readings(Notes(), shown, told[how][q], 0)[0]
       return context
 
     only_z = {"note": FEEDBACK + "{feedback}"}
     views = {
-      "feedback": lambda q: shown(told["verified"][q], 0),
+      "feedback": lambda q: plain(told["verified"][q], 0),
       "notes": lambda q: read("verified", q, {}),
       "Z alone": lambda q: read("verified", q, only_z),
       "imagined": lambda q: read("imagined", q, {}),

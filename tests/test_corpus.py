@@ -9,8 +9,8 @@ from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.corpus import DOMAINS, VIEWS, Corpus, Mixture, build_tokenizer
 from sdpo_jax.envs.arithmetic import Arithmetic, chain
 from sdpo_jax.envs.tinycode import TinyCode
-from sdpo_jax.objectives.notes import CORRECT, notes, readings
-from sdpo_jax.objectives.teacher_context import feedback_or_solution
+from sdpo_jax.objectives.notes import CORRECT, Notes, further_readings
+from sdpo_jax.objectives.teacher_context import FeedbackOrSolution
 from sdpo_jax.records import Rollout, Sampling, Task
 from sdpo_jax.rollout import Collector
 from sdpo_jax.sandbox import Sandbox
@@ -80,22 +80,16 @@ def in_training(env, task, attempt, others, *, imagined=()):
     attempt,
     env.judge(task, attempt),
   )
-  part = notes(alternatives=len(others), feedback="imagined" if imagined else "verified")
+  settings = Notes(alternatives=len(others), feedback="imagined" if imagined else "verified")
+  explorer = alternatives.Explorer(
+    settings, collector, seed=0, success_threshold=0.5, max_prompt_tokens=10_000
+  )
   try:
-    alternatives.explore(
-      part,
-      collector,
-      None,
-      [[rollout]],
-      sampling=Sampling(10_000, stop_tokens=(257,)),
-      seed=0,
-      step=1,
-      success_threshold=0.5,
-      max_prompt_tokens=10_000,
-    )
+    sampling = Sampling(10_000, stop_tokens=(257,))
+    explorer.explore(None, [[rollout]], sampling=sampling, step=1)
   finally:
     collector.close()
-  return part, rollout, asked
+  return settings, rollout, asked
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -112,8 +106,8 @@ def test_a_row_of_notes_is_what_the_teacher_reads_in_training(domain, envs):
     )
     told = []
     for imagined in ((), [envs[domain].judge(task, text).text or CORRECT for text in texts]):
-      part, rollout, _ = in_training(envs[domain], task, attempt.text, texts, imagined=imagined)
-      found = readings(part, feedback_or_solution, [rollout], 0, success_threshold=0.5)[0]
+      settings, rollout, _ = in_training(envs[domain], task, attempt.text, texts, imagined=imagined)
+      found = further_readings(settings, FeedbackOrSolution(), [rollout], 0)[0]
       told.append(found[0].render(statement))
     assert row.message in told
     kinds.add((len(others), "Correct solution:" in row.message, CORRECT + "\n" in row.message))

@@ -12,15 +12,13 @@ import optax
 import pytest
 
 from sdpo_jax import alternatives, config, errors, learner, train
-from sdpo_jax.data.batch import pack
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.shapes import Shapes
 from sdpo_jax.envs.tinycode import SHOWN, TinyCode, program
 from sdpo_jax.objectives import build, reference
-from sdpo_jax.objectives.loss import make_objective
-from sdpo_jax.objectives.notes import differing, distinct, notes, readings
-from sdpo_jax.objectives.teacher_context import FEEDBACK, Context, feedback_or_solution
-from sdpo_jax.records import Alternative, Counterfactual, Feedback, Rollout, Sampling, Status, Task
+from sdpo_jax.objectives.notes import Notes, differing, distinct, further_readings
+from sdpo_jax.objectives.teacher_context import FEEDBACK, Context, FeedbackOrSolution
+from sdpo_jax.records import Alternative, Feedback, Reading, Rollout, Sampling, Status, Task
 from sdpo_jax.rollout import Collector
 from sdpo_jax.sandbox import Sandbox
 from sdpo_jax.train_step import init_state, make_signals, make_train_step
@@ -54,7 +52,7 @@ def told(attempt, *alternatives, **settings):
   attempt.alternatives = distinct(
     list(alternatives),
     attempt,
-    most=notes(**settings).alternatives,
+    most=Notes(**settings).alternatives,
     success_threshold=0.5,
     behaviour=lambda r: (r.feedback.reward, r.feedback.text),
   )
@@ -63,9 +61,7 @@ def told(attempt, *alternatives, **settings):
 
 def read(attempt, group=None, **settings):
   group = group or [attempt]
-  return readings(
-    notes(**settings), feedback_or_solution, group, group.index(attempt), success_threshold=0.5
-  )
+  return further_readings(Notes(**settings), FeedbackOrSolution(), group, group.index(attempt))
 
 
 verified = lambda *args, **kwargs: Alternative(rollout(*args, **kwargs), "samples")
@@ -126,8 +122,8 @@ def test_a_verified_success_is_used_as_a_solution():
     {"use_solution": False},
     {"demonstration": "shortest"},
   ):
-    context = functools.partial(feedback_or_solution, **settings)
-    ((found, _),) = readings(notes(), context, [attempt], 0, success_threshold=0.5)
+    context = FeedbackOrSolution(**settings)
+    ((found, _),) = further_readings(Notes(), context, [attempt], 0)
     assert (
       Context(found.solution, found.feedback) == context([attempt, success], 0)
       and "wrong: b" in found.notes
@@ -152,7 +148,7 @@ def test_where_the_plain_teacher_reads_nothing_the_settings_of_its_context_hold(
   for show_attempt in (False, True):
     c.method.teacher_context.show_attempt = show_attempt
     c.method.teacher_context.templates.reprompt = "{prompt}{attempt}{notes} Again."
-    ((context, _),) = learner.learner(c, fakes.toy_config()).counterfactual(
+    ((context, _),) = learner.make_learner(c, fakes.toy_config()).further_readings(
       [told(rollout("a"), verified("b"))], 0
     )
     assert (
@@ -161,7 +157,7 @@ def test_where_the_plain_teacher_reads_nothing_the_settings_of_its_context_hold(
     )
     silent = told(rollout("a"), verified("b", feedback="", reward=0.1))
     # nothing was said of it
-    assert learner.learner(c, fakes.toy_config()).counterfactual([silent], 0) == [None]
+    assert learner.make_learner(c, fakes.toy_config()).further_readings([silent], 0) == [None]
   row = build.method_row("counterfactual")
   row["teacher_context"]["templates"]["reprompt"] = "{prompt}{feedback}"
   with pytest.raises(
@@ -192,10 +188,10 @@ def test_weights_and_readings():
     None,
   ]
   # nothing to mix with
-  assert readings(
-    notes(form="mixture"), lambda group, i: None, [attempt], 0, success_threshold=0.5
-  ) == [None, None]
-  assert notes(eta=0.0) is None and notes(alternatives=0) is None and notes(sources=()) is None
+  silent = FeedbackOrSolution(feedback="never", use_solution=False)
+  assert further_readings(Notes(form="mixture"), silent, [attempt], 0) == [None, None]
+  assert not any(Notes(**nothing).teaches for nothing in (dict(eta=0.0), dict(alternatives=0)))
+  assert not Notes(sources=()).teaches
   for wrong in (
     dict(eta=-1.0),
     dict(kappa=1.5),
@@ -220,6 +216,17 @@ def test_weights_and_readings():
     build.build_method(build.method_row("grpo") | dict(counterfactual=dict(name="notes")))
 
 
+def explorer(collector, second_model=None, **settings):
+  return alternatives.Explorer(
+    Notes(**settings),
+    collector,
+    seed=0,
+    success_threshold=0.5,
+    max_prompt_tokens=400,
+    second_model=second_model,
+  )
+
+
 def explored(groups, script, answers, other=None, **settings):
   collector = Collector(
     fakes.ListEnv(answers),
@@ -236,17 +243,8 @@ def explored(groups, script, answers, other=None, **settings):
     generate(params, prompts, **kwargs),
   )[1]
   try:
-    metrics = alternatives.explore(
-      notes(**settings),
-      collector,
-      None,
-      groups,
-      sampling=SAMPLING,
-      seed=0,
-      step=1,
-      success_threshold=0.5,
-      max_prompt_tokens=400,
-      other=other,
+    metrics = explorer(collector, other, **settings).explore(
+      None, groups, sampling=SAMPLING, step=1
     )
   finally:
     collector.close()
@@ -334,16 +332,13 @@ def test_a_second_model_answers_in_its_own_tokens_and_is_read_as_text():
   row = build.method_row("counterfactual")
   row["counterfactual"].update(settings)
   _, packed = batches(row, groups)
-  assert (
-    packed.counterfactuals[0][0].solution == "right"
-    and "wrong: c" in packed.counterfactuals[0][0].notes
-  )
-  (more,) = packed.batch.counterfactuals
+  assert packed.contexts[1][0].solution == "right" and "wrong: c" in packed.contexts[1][0].notes
+  (_, further) = packed.batch.readings
   # in the policy's tokens
-  assert CHAT.tokenizer.decode(more.teacher.token_CPT[0, 0]).count("right") == 1
+  assert CHAT.tokenizer.decode(further.rows.token_CPT[0, 0]).count("right") == 1
   for wrong in (dict(model="second"), dict(sources=("model",))):
     with pytest.raises(ValueError, match="method.counterfactual.model="):
-      notes(**wrong)
+      Notes(**wrong)
 
 
 def test_a_second_model_is_loaded_and_asked_beside_the_policy(monkeypatch, tmp_path):
@@ -357,7 +352,7 @@ def test_a_second_model_is_loaded_and_asked_beside_the_policy(monkeypatch, tmp_p
   monkeypatch.setattr(
     train,
     "run",
-    lambda state, host, *, next_tasks, collect, **_: seen.extend(collect(state, next_tasks(), 1)),
+    lambda state, host, steps, **_: seen.extend(steps.collect(state, steps.next_tasks(), 1)),
   )
   monkeypatch.setattr(train.report, "write_report", lambda *_: None)
   train.train(c, tmp_path)
@@ -440,17 +435,8 @@ def test_imagined_feedback_is_asked_for_once_and_measured_against_the_judge():
   collector = Collector(
     fakes.ListEnv({}), CHAT, InTurn(), max_prompt_tokens=300, judge_threads=2, judge_timeout_s=5.0
   )
-  metrics = alternatives.explore(
-    notes(feedback="imagined", imagined_tokens=9),
-    collector,
-    None,
-    groups,
-    sampling=SAMPLING,
-    seed=0,
-    step=1,
-    success_threshold=0.5,
-    max_prompt_tokens=400,
-  )
+  imagining = explorer(collector, feedback="imagined", imagined_tokens=9)
+  metrics = imagining.explore(None, groups, sampling=SAMPLING, step=1)
   collector.close()
   ((prompts, longest),) = asked[1:]
   text = CHAT.tokenizer.decode(prompts[0])
@@ -542,19 +528,16 @@ def batches(method, groups):
   """The batch that training would make of the groups under these settings."""
   c = config.base()
   c.method = method
-  learn = learner.learner(c, fakes.toy_config(layers=1, width=16, heads=2, kv_heads=1))
-  return learn, pack(
-    groups,
-    chat=CHAT,
-    messages=lambda task: [{"role": "user", "content": task.prompt}],
-    teacher_context=learn.parts["teacher_context"],
-    advantage=learn.parts["advantage"],
+  learn = learner.make_learner(c, fakes.toy_config(layers=1, width=16, heads=2, kv_heads=1))
+  packer = fakes.make_packer(
+    learn.method,
+    CHAT,
+    lambda task: [{"role": "user", "content": task.prompt}],
+    Shapes((500, 500, 100)),
     max_teacher_tokens=400,
-    length_multiple=8,
-    response_multiple=8,
-    shapes=Shapes((500, 500, 100)),
-    counterfactual=learn.counterfactual,
+    further_readings=learn.further_readings,
   )
+  return learn, packer.pack(groups)
 
 
 def test_without_weight_or_alternatives_it_is_sdpo_bit_for_bit():
@@ -574,9 +557,10 @@ def test_without_weight_or_alternatives_it_is_sdpo_bit_for_bit():
   ended = []
   for method in rows:
     learn, packed = batches(method, [group])
-    assert learn.explore is None and packed.batch.counterfactuals == ()
+    assert learn.further_readings is None and len(packed.batch.readings) == 1
+    assert learner.make_explorer(config.base(), learn.method, None, seed=0) is None
     state, step, said = (
-      init_state(params, learn.tx, keep_teacher=learn.teacher.keep),
+      init_state(params, learn.tx, keep_teacher=learn.method.teacher_weights.keep),
       jax.jit(learn.step),
       [],
     )
@@ -599,8 +583,8 @@ def test_the_batch_holds_the_same_responses_under_the_notes():
   row = build.method_row("counterfactual")
   row["counterfactual"].update(eta=0.5)
   learn, packed = batches(row, [group])
-  (more,), (contexts,) = packed.batch.counterfactuals, packed.counterfactuals
-  assert more.weight_B.tolist() == [0.5, 0, 0] and [c is not None for c in contexts] == [
+  (_, further), (_, contexts) = packed.batch.readings, packed.contexts
+  assert further.weight_B.tolist() == [0.5, 0, 0] and [c is not None for c in contexts] == [
     True,
     False,
     False,
@@ -610,21 +594,21 @@ def test_the_batch_holds_the_same_responses_under_the_notes():
   )
   assert (
     "wrong: ccc" in contexts[0].notes
-    and more.teacher.token_CPT[more.teacher.segment_CPT > 0].tolist() == asked + group[0].tokens
+    and further.rows.token_CPT[further.rows.segment_CPT > 0].tolist() == asked + group[0].tokens
   )
   at, n = packed.batch.start_B[0], len(group[0].tokens)
   assert (
-    more.teacher.token_CPT.reshape(-1)[more.teacher.at_CX[0, at : at + n] + 1].tolist()
+    further.rows.token_CPT.reshape(-1)[further.rows.at_CX[0, at : at + n] + 1].tolist()
     == group[0].tokens
   )
   assert packed.metrics["counterfactual/teacher_tokens"] == len(asked) + n and packed.metrics[
     "counterfactual/told_share"
   ] == pytest.approx(1 / 3)
   # nothing to tell: the same program, no weight
-  again = batches(row, [[rollout("a"), rollout("b"), rollout("c")]])[1].batch.counterfactuals
-  assert len(again) == 1 and not again[0].weight_B.any()
+  (_, again) = batches(row, [[rollout("a"), rollout("b"), rollout("c")]])[1].batch.readings
+  assert not again.weight_B.any()
   row["counterfactual"]["form"] = "each"
-  assert [c.weight_B.tolist() for c in batches(row, [group])[1].batch.counterfactuals] == [
+  assert [r.weight_B.tolist() for r in batches(row, [group])[1].batch.readings[1:]] == [
     [0.25, 0, 0]
   ] * 2
 
@@ -639,21 +623,17 @@ def test_the_loss_is_the_specifications(form, gate, pieces):
   batch = fakes.toy_batch(rows=4, packs=pieces)
   # row 2 has no feedback
   one, two = np.array([0.5, 0, 0.25, 0], np.float32), np.array([0.5, 0, 0, 0.125], np.float32)
-  batch = batch._replace(
-    counterfactuals=(
-      Counterfactual(batch.student, one),
-      Counterfactual(
-        batch.teacher._replace(token_CPT=batch.teacher.token_CPT[:, :, ::-1] * 1), two
-      ),
-    )
-  )
+  backwards = batch.readings[0].rows
+  backwards = backwards._replace(token_CPT=backwards.token_CPT[:, :, ::-1] * 1)
+  readings = (*batch.readings, Reading(batch.policy, one), Reading(backwards, two))
+  batch = batch._replace(readings=readings)
   row = build.method_row("counterfactual") | dict(
     token_weight=dict(name="uniform"),
     token_signal=dict(name="divergence", alpha=0.5, top_k=7 if form == "mixture" else None),
   )
   row["counterfactual"] = dict(name="notes", gate=gate, form=form)
-  objective, tx = make_objective(row), optax.sgd(1.0)
-  step = jax.jit(make_train_step(make_signals(setup, objective), objective, tx))
+  method, tx = build.build_method(row), optax.sgd(1.0)
+  step = jax.jit(make_train_step(make_signals(setup, method), method, tx))
   state, metrics = step(init_state(params, tx)._replace(teacher=teacher), batch)
 
   def dense(params, half):
@@ -675,15 +655,15 @@ def test_the_loss_is_the_specifications(form, gate, pieces):
   said = functools.partial(
     reference.sdpo_loss, is_clip=None, rollout_is_clip=None, top_k=row["token_signal"]["top_k"]
   )
-  taught_B = (batch.distill_B > 0) | (one > 0) | (two > 0)
+  taught_B = (batch.readings[0].weight_B > 0) | (one > 0) | (two > 0)
   tokens = (batch.weight_BR * taught_B[:, None]).sum()
   pick = lambda logp_BRV: jnp.take_along_axis(logp_BRV, batch.response_BR[..., None], -1)[..., 0]
 
   def loss(params):
     policy, plain, others = (
-      dense(params, batch.student),
-      dense(teacher, batch.teacher),
-      [(c.weight_B, dense(teacher, c.teacher)) for c in batch.counterfactuals],
+      dense(params, batch.policy),
+      dense(teacher, batch.readings[0].rows),
+      [(r.weight_B, dense(teacher, r.rows)) for r in batch.readings[1:]],
     )
     if form == "mixture":
       share = lambda weight_B: (weight_B / (1.0 + one + two))[:, None, None]
@@ -691,13 +671,13 @@ def test_the_loss_is_the_specifications(form, gate, pieces):
         share(np.ones(4)) * jnp.exp(plain)
         + sum(share(weight_B) * jnp.exp(other) for weight_B, other in others)
       )
-    total = said(policy, plain, batch.response_BR, batch.weight_BR, batch.distill_B)
+    total = said(policy, plain, batch.response_BR, batch.weight_BR, batch.readings[0].weight_B)
     for weight_B, other in others if form != "mixture" else ():
       agree_BR = jnp.sign(pick(other) - pick(policy)) == jnp.sign(pick(plain) - pick(policy))
       weight_BR = (
         batch.weight_BR
         * weight_B[:, None]
-        * (agree_BR | (batch.distill_B == 0)[:, None] if gate else 1.0)
+        * (agree_BR | (batch.readings[0].weight_B == 0)[:, None] if gate else 1.0)
       )
       total += (
         said(policy, other, batch.response_BR, weight_BR, np.ones(4))

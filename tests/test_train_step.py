@@ -9,7 +9,6 @@ import optax
 import pytest
 
 from sdpo_jax.objectives import build
-from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.optimizer import make_optimizer
 from sdpo_jax.train_step import init_state, make_signals, make_train_step
 from tests import fakes
@@ -24,11 +23,9 @@ def grads_of(sliding=False):
   """(batch, teacher or None) -> (loss, gradient): read back from one SGD step of rate 1. The blend exercises both terms."""
   windows = dict(sliding=(True, False), sliding_window=5) if sliding else {}
   config, params = fakes.toy_model(0, **windows)
-  objective = make_objective(BLEND)
+  method = build.build_method(BLEND)
   tx = optax.sgd(1.0)
-  step = jax.jit(
-    make_train_step(make_signals(config, objective), objective, tx, recompute_old=True)
-  )
+  step = jax.jit(make_train_step(make_signals(config, method), method, tx, recompute_old=True))
   _, teacher = fakes.toy_model(1)
 
   def run(batch, teacher=teacher):
@@ -54,7 +51,7 @@ def test_padding_changes_nothing():
   masked = wide.weight_BR == 0
   for field in ("response_BR", "logp_rollout_BR", "logp_old_BR"):
     getattr(wide, field)[masked] = rng.integers(1, 250, masked.sum())
-  for half in (wide.student, wide.teacher):
+  for half in (wide.policy, wide.readings[0].rows):
     padding = half.segment_CPT == 0
     half.token_CPT[padding] = rng.integers(1, 250, padding.sum())
     half.at_CX[0, -5:] = rng.integers(0, half.token_CPT.size, 5)
@@ -65,7 +62,7 @@ def test_packed_rows_equal_rows_of_their_own():
   """Several texts in a row, and in two packs that number by themselves."""
   alone = grads_of()(fakes.toy_batch(rows=8))
   packed = fakes.toy_batch(rows=8, length=33, teacher_length=41)
-  assert packed.student.segment_CPT.max() > 2 and packed.teacher.segment_CPT.max() > 2
+  assert packed.policy.segment_CPT.max() > 2 and packed.readings[0].rows.segment_CPT.max() > 2
   assert_same(alone, grads_of()(packed))
   assert_same(alone, grads_of()(fakes.toy_batch(rows=8, length=26, teacher_length=20, packs=2)))
 
@@ -83,7 +80,7 @@ def test_what_texts_share_may_stand_once():
     teacher_length=90,
   )
   apart, shared = batch(), batch(share=True)
-  for a, b in ((apart.student, shared.student), (apart.teacher, shared.teacher)):
+  for a, b in ((apart.policy, shared.policy), (apart.readings[0].rows, shared.readings[0].rows)):
     assert (b.segment_CPT > 0).sum() < 0.8 * (a.segment_CPT > 0).sum() and b.prefix_CPT.any()
   assert_same(grads_of()(apart), grads_of()(shared))
   assert_same(grads_of(sliding=True)(apart), grads_of(sliding=True)(shared))
@@ -115,9 +112,10 @@ def test_weight_zero_means_no_gradient():
 def test_live_teacher_on_the_same_prompt_gives_zero():
   config, params = fakes.toy_model(0)
   batch = fakes.toy_batch()
-  batch = batch._replace(teacher=batch.student)
-  objective = make_objective(build.method_row("sdpo") | dict(teacher_weights=dict(name="live")))
-  step = jax.jit(make_train_step(make_signals(config, objective), objective, optax.sgd(1.0)))
+  plain = batch.readings[0]._replace(rows=batch.policy)
+  batch = batch._replace(readings=(plain,))
+  method = build.build_method(build.method_row("sdpo") | dict(teacher_weights=dict(name="live")))
+  step = jax.jit(make_train_step(make_signals(config, method), method, optax.sgd(1.0)))
   state, metrics = step(init_state(params, optax.sgd(1.0)), batch)
   assert abs(metrics["train/loss"].mean) < 1e-6
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, params)
@@ -137,12 +135,8 @@ def adamw_step(method="sdpo", lr=0.0, updates=1):
     b2=0.999,
     state_dtype="float32",
   )
-  objective = make_objective(build.method_row(method))
-  step = jax.jit(
-    make_train_step(
-      make_signals(config, objective), objective, tx, teacher_move=0.05, updates=updates
-    )
-  )
+  method = build.build_method(build.method_row(method))
+  step = jax.jit(make_train_step(make_signals(config, method), method, tx, updates=updates))
   return step, init_state(params, tx, keep_teacher=True)
 
 
@@ -174,8 +168,9 @@ def test_a_moving_average_of_bfloat16_weights_moves():
     and init_state(params, tx, keep_teacher=True).teacher["w"].dtype == jnp.bfloat16
   )
   config, weights = fakes.toy_model(0, dtype="bfloat16", param_dtype="bfloat16")
-  objective = make_objective(build.method_row("sdpo"))
-  step = jax.jit(make_train_step(make_signals(config, objective), objective, tx, teacher_move=0.01))
+  row = build.method_row("sdpo") | dict(teacher_weights=dict(name="ema", rate=0.01))
+  method = build.build_method(row)
+  step = jax.jit(make_train_step(make_signals(config, method), method, tx))
   before = init_state(weights, tx, keep_teacher=True, teacher_move=0.01)
   after, _ = step(before, fakes.toy_batch())
   jax.tree.map(
@@ -215,8 +210,8 @@ def test_no_backward_work_and_no_gradient_for_the_teacher():
   batch = fakes.toy_batch()
   results = []
   for row in ("live", "frozen"):
-    objective = make_objective(build.method_row("sdpo") | dict(teacher_weights=dict(name=row)))
-    step = jax.jit(make_train_step(make_signals(config, objective), objective, optax.sgd(1.0)))
+    method = build.build_method(build.method_row("sdpo") | dict(teacher_weights=dict(name=row)))
+    step = jax.jit(make_train_step(make_signals(config, method), method, optax.sgd(1.0)))
     results.append(
       step(init_state(params, optax.sgd(1.0), keep_teacher=row == "frozen"), batch)[0].params
     )
