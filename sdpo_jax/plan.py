@@ -34,13 +34,13 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 
 from sdpo_jax import learner, session, sharding
-from sdpo_jax.data.shapes import Shape, bucket, full_shape, most_tokens
+from sdpo_jax.data.shapes import Rounding, Shape, bucket, full_shape, most_tokens
 from sdpo_jax.engine.local import DecodeState, decode
 from sdpo_jax.hlo import OutOfMemory, Program, compile_for, kernels, logit_arrays
 from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.objectives import build
-from sdpo_jax.records import Counterfactual, Rows, Sampling, TrainBatch
+from sdpo_jax.records import Reading, Rows, Sampling, TrainBatch
 from sdpo_jax.train_step import TrainState, init_state
 
 # ---- chips ---------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def weight_shapes(model: ModelConfig, mesh) -> dict:
   return _placed(decoder.shapes(model), sharding.named(mesh, decoder.axes(model)))
 
 
-def batch_shapes(mesh, shape: Shape, responses: int, readings: int = 0) -> TrainBatch:
+def batch_shapes(mesh, shape: Shape, responses: int, further_readings: int = 0) -> TrainBatch:
   """Returns a batch of `responses` in packs of this shape, and so many further readings of them."""
 
   def ints(*sizes):
@@ -175,19 +175,17 @@ def batch_shapes(mesh, shape: Shape, responses: int, readings: int = 0) -> Train
     columns = ints(shape.packs, rows, length)
     return Rows(columns, columns, columns, None, ints(shape.packs, shape.tokens))
 
-  policy, teacher, reading = (texts(*half) for half in shape.halves())
+  policy, teacher, further = (texts(*half) for half in shape.halves())
   B, R = responses, shape.responses
   batch = TrainBatch(
-    student=policy,
-    teacher=teacher,
+    policy=policy,
+    readings=(Reading(teacher, floats(B)),) + (Reading(further, floats(B)),) * further_readings,
     start_B=ints(B),
     response_BR=ints(B, R),
     weight_BR=floats(B, R),
     advantage_B=floats(B),
-    distill_B=floats(B),
     logp_rollout_BR=floats(B, R),
     logp_old_BR=floats(B, R),
-    counterfactuals=(Counterfactual(reading, floats(B)),) * readings,
   )
   return _placed(batch, jax.tree.map(lambda _: sharding.row_sharding(mesh), batch))
 
@@ -294,10 +292,9 @@ class Workload:
       rows,
       self.micro_batches * self.shards,  # one pack each
       most_tokens(data, self.c.rollout.max_new_tokens),
-      length_multiple=data.length_multiple,
-      response_multiple=data.response_multiple,
-      taught=self.learn.objective.needs_teacher,
-      more=self.learn.readings > 0,
+      Rounding(data.length_multiple, data.response_multiple),
+      has_teacher=self.learn.method.needs_teacher,
+      has_further=self.learn.readings > 0,
     )
 
   def batch(self, rows: int) -> TrainBatch:
@@ -311,8 +308,8 @@ class Workload:
       self.learn.tx,
       self.mesh,
       adapters=self.adapters,
-      keep_teacher=self.learn.teacher.keep,
-      teacher_move=self.learn.teacher.move,
+      keep_teacher=self.learn.method.teacher_weights.keep,
+      teacher_move=self.learn.method.teacher_weights.move,
     )
 
 
@@ -329,11 +326,11 @@ def report_lines(c, topology: str) -> Iterator[str]:
   model = dataclasses.replace(
     session.model_shape(c.model.path), dtype=c.model.dtype, param_dtype=c.model.param_dtype
   )
-  counterfactual = build.build_method(c.method.to_dict())["counterfactual"]()
-  session.check_positions(session.longest_texts(c, counterfactual), model, c.model.path)
+  notes = build.build_method(c.method.to_dict()).notes
+  session.check_positions(session.longest_texts(c, notes), model, c.model.path)
   adapters = lora.from_settings(c.model)
   join = None if adapters is None else functools.partial(lora.attach, lora=adapters)
-  learn = learner.learner(c, model, join)
+  learn = learner.make_learner(c, model, join)
   workload = Workload(c, model, learn, adapters, topology.partition(":")[0], mesh)
   workload.check()
   return _lines(workload)

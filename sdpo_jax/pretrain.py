@@ -23,7 +23,6 @@ import time
 
 from absl import flags
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sdpo_jax import checkpoint, metrics
@@ -35,24 +34,45 @@ from sdpo_jax.errors import RunError, blame_disk
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig, Rope
 from sdpo_jax.model.hf_weights import load_pretrained, save_pretrained
-from sdpo_jax.objectives.loss import Objective
+from sdpo_jax.objectives.advantage import zero
+from sdpo_jax.objectives.build import Method
+from sdpo_jax.objectives.surrogate import token_mean
+from sdpo_jax.objectives.teacher_context import NoTeacher
+from sdpo_jax.objectives.teacher_weights import TeacherWeights
+from sdpo_jax.objectives.token_weight import uniform
 from sdpo_jax.optimizer import make_optimizer
-from sdpo_jax.records import Ratio, Rows, Sampling, TrainBatch
+from sdpo_jax.records import Rows, Sampling, TrainBatch
 from sdpo_jax.train_step import init_state, make_signals, make_train_step
 from sdpo_jax.workdir import check_same_run, write_atomically
 
+# What metrics.jsonl holds of the step: its name there -> the step's.
+LOGGED = {
+  "train/grad_norm": "train/grad_norm",
+  "train/loss": "train/loss",
+  "train/nll": "train/loss_policy",
+  "train/update_skipped": "train/update_skipped",
+}
 
-def supervised() -> Objective:
-  """Returns the mean negative log-likelihood of the response tokens, in nats, as an objective."""
 
-  def normalisers(batch):
-    return {"nll": jnp.maximum(jnp.sum(batch.weight_BR), 1.0)}
+def supervised() -> Method:
+  """Returns supervised training as a method: a surrogate alone, of which `nats` is the loss."""
 
-  def token_loss(signals, batch, norm):
-    total = -jnp.sum(signals.logp_BR * batch.weight_BR)
-    return total / norm["nll"], {"train/nll": Ratio(total, jnp.sum(batch.weight_BR))}
+  def nats(signals, batch):
+    return -signals.logp_BR
 
-  return Objective(token_loss, normalisers, None, needs_teacher=False)
+  return Method(
+    teacher_context=NoTeacher(),
+    teacher_weights=TeacherWeights(keep=False),
+    token_signal=None,
+    token_weight=uniform,
+    advantage=zero,
+    surrogate=nats,
+    reduction=token_mean,
+    notes=None,
+    policy_share=1.0,
+    divergence=None,
+    reads=frozenset(),
+  )
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -106,15 +126,13 @@ class Pack:
     # a pack numbers its columns through, row after row
     at_BR = self.at_BR + T * np.arange(B, dtype=np.int32)[:, None]
     columns = (self.token_BT[None], self.segment_BT[None], self.position_BT[None])
-    nothing = np.zeros((1, 1, 1), np.int32)
     return TrainBatch(
-      student=Rows(*columns, None, at_BR.reshape(-1)[None]),
-      teacher=Rows(nothing, nothing, nothing, None, np.zeros((1, B * R), np.int32)),
+      policy=Rows(*columns, None, at_BR.reshape(-1)[None]),
+      readings=(),
       start_B=np.arange(B, dtype=np.int32) * R,
       response_BR=self.response_BR,
       weight_BR=self.weight_BR,
       advantage_B=np.zeros(B, np.float32),
-      distill_B=np.zeros(B, np.float32),
       logp_rollout_BR=np.zeros((B, R), np.float32),
       logp_old_BR=np.zeros((B, R), np.float32),
     )
@@ -295,9 +313,9 @@ def run(
 
   Resumes if the work directory holds a checkpoint.
   """
-  chat, objective = data.chat, supervised()
+  chat, method = data.chat, supervised()
   state = init_state(params, tx)
-  step = jax.jit(make_train_step(make_signals(model, objective), objective, tx), donate_argnums=0)
+  step = jax.jit(make_train_step(make_signals(model, method), method, tx), donate_argnums=0)
   sampler = LocalEngine(
     model, rows=c.eval.questions, prompt_multiple=128, chunk=64, pad_token=chat.pad_token
   )
@@ -328,6 +346,7 @@ def run(
       accuracies = evaluate(state.params)
     if last or (i + 1) % c.log_every_steps == 0:
       means = {name: ratio.mean for name, ratio in jax.device_get(measured).items()}
+      means = {name: means[key] for name, key in LOGGED.items()}
       log.write(i + 1, means | counts | accuracies)
     if last or (i + 1) % c.checkpoint_every_steps == 0:
       checkpoint.save(workdir, i + 1, state, {})

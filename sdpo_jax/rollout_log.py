@@ -1,43 +1,70 @@
-"""One JSON object per response: the lines of a run's rollout files."""
+"""Lines of a run's rollout files: one JSON object per response.
+
+`report.py` reads these names from the files:
+
+  step, task_id, prompt, response, reward, status, finish_reason, feedback, tokens
+  teacher_context          what the teacher read; null: nothing
+  teacher_gap              log q - log pi of each token in nats, where the response has a teacher
+  counterfactuals          the alternatives to a failed attempt: source, response, reward, feedback,
+                           imagined
+  counterfactual_contexts  what the teacher read in each further reading
+"""
+
+from typing import Iterator
 
 import numpy as np
 
 from sdpo_jax.data.batch import Packed
 from sdpo_jax.data.chat import Chat
+from sdpo_jax.objectives.signals import Signals
+from sdpo_jax.records import Alternative, Rollout
 
 
-def rollout_lines(step: int, packed: Packed, said, chat: Chat, kept: int):
-  """One JSON-able object per response: what was asked, answered, said about it, read by the teacher, and the gap per token in nats."""
-  gap_BR = (
-    np.asarray(said.logp_teacher_BR) - np.asarray(said.logp_BR)
-    if said is not None and said.logp_teacher_BR is not None
-    else None
-  )
-  for b, (r, context) in enumerate(list(zip(packed.rollouts, packed.contexts))[:kept]):
-    line = {
-      "step": step,
-      "task_id": r.task.id,
-      "prompt": r.task.prompt,
-      "response": r.text,
-      "reward": r.feedback.reward,
-      "status": r.feedback.status.value,
-      "finish_reason": r.finish_reason,
-      "feedback": r.feedback.text,
-      "teacher_context": None if context is None else context.render(r.task.prompt),
-      "tokens": chat.token_strings(r.tokens),
-    }
-    if gap_BR is not None and context is not None:
-      line["teacher_gap"] = [round(float(x), 4) for x in gap_BR[b, : len(r.tokens)]]
-    if r.alternatives:
-      line["counterfactuals"] = [
-        {
-          "source": a.source,
-          "response": a.rollout.text,
-          "reward": a.rollout.feedback.reward,
-          "feedback": a.rollout.feedback.text,
-          "imagined": a.imagined,
-        }
-        for a in r.alternatives
-      ]
-    told = [c[b].render(r.task.prompt) for c in packed.counterfactuals if c[b] is not None]
-    yield line | ({"counterfactual_contexts": told} if told else {})
+def rollout_lines(
+  step: int, packed: Packed, scores: Signals | None, chat: Chat, kept: int
+) -> Iterator[dict]:
+  """Yields one object for each of the first `kept` responses of a batch.
+
+  scores: of the plain reading, [B, R]; None where nobody has scored the batch.
+  """
+  gap_BR = None
+  if scores is not None and scores.logp_teacher_BR is not None:
+    gap_BR = np.asarray(scores.logp_teacher_BR) - np.asarray(scores.logp_BR)
+  plain, *further = packed.contexts
+  for b, rollout in enumerate(packed.rollouts[:kept]):
+    line = _line(step, rollout, plain[b], chat)
+    if gap_BR is not None and plain[b] is not None:
+      gaps = gap_BR[b, : len(rollout.tokens)]
+      line["teacher_gap"] = [round(float(gap), 4) for gap in gaps]
+    if rollout.alternatives:
+      line["counterfactuals"] = [_alternative(a) for a in rollout.alternatives]
+    shown = [contexts[b] for contexts in further if contexts[b] is not None]
+    if shown:
+      line["counterfactual_contexts"] = [c.render(rollout.task.prompt) for c in shown]
+    yield line
+
+
+def _line(step: int, rollout: Rollout, context, chat: Chat) -> dict:
+  return {
+    "step": step,
+    "task_id": rollout.task.id,
+    "prompt": rollout.task.prompt,
+    "response": rollout.text,
+    "reward": rollout.feedback.reward,
+    "status": rollout.feedback.status.value,
+    "finish_reason": rollout.finish_reason,
+    "feedback": rollout.feedback.text,
+    "teacher_context": None if context is None else context.render(rollout.task.prompt),
+    "tokens": chat.token_strings(rollout.tokens),
+  }
+
+
+def _alternative(alternative: Alternative) -> dict:
+  rollout = alternative.rollout
+  return {
+    "source": alternative.source,
+    "response": rollout.text,
+    "reward": rollout.feedback.reward,
+    "feedback": rollout.feedback.text,
+    "imagined": alternative.imagined,
+  }

@@ -1,13 +1,14 @@
-"""From a configuration to the things that it names: model, sampler, environment, judges; and the files that describe a run.
+"""Opens what a configuration names: model, engine, environment, judges; and closes it again.
 
-What fails here fails because of a setting, a path or this machine, and becomes a SettingError: one line, before anything is trained.
+What fails here fails because of a setting, a path or this machine. It becomes a SettingError: one
+line, before anything is trained.
 """
 
 import contextlib
 import ctypes
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +19,24 @@ from sdpo_jax.config import MODELS
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.tasks import check_sources, with_rows
 from sdpo_jax.data.teacher_prompt import teacher_prompt
-from sdpo_jax.engine.local import LocalEngine
+from sdpo_jax.engine import ENGINES
 from sdpo_jax.envs.base import make_env
 from sdpo_jax.errors import blame_settings
 from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import PRESETS, ModelConfig
 from sdpo_jax.model.hf_weights import load_pretrained, local_directory, read_config
-from sdpo_jax.objectives import build
-from sdpo_jax.objectives.notes import Part
-from sdpo_jax.objectives.teacher_context import Context, own_templates
+from sdpo_jax.objectives.build import Method
+from sdpo_jax.objectives.notes import Notes
+from sdpo_jax.objectives.teacher_context import Context
 from sdpo_jax.objectives.teacher_weights import TeacherWeights
-from sdpo_jax.records import Sampling
+from sdpo_jax.records import Sampling, Task
 from sdpo_jax.rollout import Collector
 from sdpo_jax.sandbox import Sandbox
 from sdpo_jax.train_step import TrainState, init_state
 
 
-class Wired(NamedTuple):
-  """What training and evaluation share: a model that samples, and an environment that judges it."""
+class Session(NamedTuple):
+  """What training and evaluation share: a model that samples, an environment that judges it."""
 
   chat: Chat
   model: ModelConfig
@@ -45,91 +46,48 @@ class Wired(NamedTuple):
   isolation: str
   adapters: lora.Lora | None  # None: all weights are trained
   mesh: jax.sharding.Mesh | None  # None: one device
-  # a second model, with its weights, that alternatives are drawn from; None: the method asks for
-  # none
-  other: tuple[Collector, Any] | None = None
+  # The collector and weights of a model that alternatives are drawn from; None: no method asks.
+  second_model: tuple[Collector, Any] | None = None
 
   def fresh_state(self, trained, tx, teacher: TeacherWeights) -> TrainState:
-    """init_state, each array made where it belongs."""
-    make = lambda p: init_state(p, tx, keep_teacher=teacher.keep, teacher_move=teacher.move)
+    """Returns the state before the first step, each array made where it belongs."""
+    make = functools.partial(
+      init_state, tx=tx, keep_teacher=teacher.keep, teacher_move=teacher.move
+    )
     if self.mesh is None:
       return make(trained)
-    axes = (
-      decoder.axes(self.model) if self.adapters is None else lora.axes(self.model, self.adapters)
-    )
-    return jax.jit(
-      make, out_shardings=sharding.state_shardings(self.mesh, jax.eval_shape(make, trained), axes)
-    )(trained)
+    if self.adapters is None:
+      axes = decoder.axes(self.model)
+    else:
+      axes = lora.axes(self.model, self.adapters)
+    shardings = sharding.state_shardings(self.mesh, jax.eval_shape(make, trained), axes)
+    return jax.jit(make, out_shardings=shardings)(trained)
 
   @property
   def everywhere(self) -> jax.NamedSharding | None:
-    """What every process reads: metrics, scores."""
+    """The sharding of what every process reads: metrics, scores."""
     return None if self.mesh is None else jax.NamedSharding(self.mesh, jax.P())
 
   def trainable(self, seed: int) -> tuple[Any, Any]:
-    """(what training moves, what it stands on): fresh adapters and the loaded weights, or the weights and None."""
+    """Returns (what training moves, what it stands on).
+
+    These are fresh adapters and the loaded weights, or the weights and None.
+    """
     if self.adapters is None:
       return self.params, None
     return lora.init(self.model, self.adapters, jax.random.key(seed)), self.params
 
   @property
-  def join(self):
-    """For make_signals: the decoder's weights from the two; None where all weights are trained."""
+  def join(self) -> Callable | None:
+    """For `make_signals`: makes weights of adapters and base; None where all weights are trained."""
     return None if self.adapters is None else functools.partial(lora.attach, lora=self.adapters)
 
   def weights(self, params, frozen) -> Any:
-    """Plain weights, as sampling wants them."""
+    """Returns plain weights, as sampling wants them."""
     return params if self.adapters is None else _merge(frozen, params, self.adapters)
 
 
 _merge = jax.jit(lora.merge, static_argnums=2)
-
-
-def longest_texts(c, part: Part | None) -> list[tuple[int, str]]:
-  """(tokens, the settings that make them) of whatever a model may have to read and write in one piece; rollouts come first."""
-  prompt, teacher, new = (
-    f"config.{name}={value}"
-    for name, value in (
-      ("data.max_prompt_tokens", c.data.max_prompt_tokens),
-      ("data.max_teacher_tokens", c.data.max_teacher_tokens),
-      ("rollout.max_new_tokens", c.rollout.max_new_tokens),
-    )
-  )
-  found = [
-    (c.data.max_prompt_tokens + c.rollout.max_new_tokens, f"{prompt} and {new}"),
-    (c.data.max_teacher_tokens + c.rollout.max_new_tokens, f"{teacher} and {new}"),
-  ]
-  if part is not None and part.feedback == "imagined":
-    found.append(
-      (
-        c.data.max_teacher_tokens + part.imagined_tokens,
-        f"{teacher} and config.method.counterfactual.imagined_tokens={part.imagined_tokens}",
-      )
-    )
-  # one begins with the attempt up to there and may be as long again
-  if part is not None and "branches" in part.sources:
-    found.append(
-      (
-        c.data.max_prompt_tokens + 2 * c.rollout.max_new_tokens,
-        f"{prompt} and twice {new}, for config.method.counterfactual.sources={part.sources},",
-      )
-    )
-  return found
-
-
-def check_positions(texts: list[tuple[int, str]], model: ModelConfig, path: str) -> None:
-  """texts: from longest_texts. ValueError for one that has more tokens than the model has positions."""
-  for tokens, settings in texts:
-    if tokens > model.max_positions:
-      raise ValueError(f"{settings} together exceed the {model.max_positions} positions of {path}")
-
-
-def check_rows(c, shards: int) -> None:
-  """ValueError where the sequences that are decoded together do not divide among the mesh's row shards."""
-  if c.rollout.rows % shards:
-    raise ValueError(
-      f"config.rollout.rows={c.rollout.rows} does not divide among the {shards} row shards of config.mesh"
-    )
 
 
 class Loaded(NamedTuple):
@@ -140,8 +98,152 @@ class Loaded(NamedTuple):
   chat: Chat
 
 
+@contextlib.contextmanager
+def open_session(c, path: str | None = None, *, devices=None, method: Method | None = None):
+  """Loads the model, starts sandbox, environment and judges, yields a Session; ends them on
+  leaving.
+
+  path: a Hugging Face directory instead of config.model.path.
+  devices: those that config.mesh is laid over; None: all.
+  method: the one that will be trained; None where nothing is. What its notes generate has to fit,
+    and their second model is loaded beside. Questions of the split train have to fit into the
+    teacher's prompt too, if the method has a teacher.
+  """
+  path = path or MODELS.get(c.model.path, c.model.path)
+  notes = None if method is None else method.notes
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(released_by_the_compiler())
+    with blame_settings():
+      mesh = _enter_mesh(c, devices, stack)
+      adapters = lora.from_settings(c.model)
+      splits = _splits(c)
+      if c.data.sources:
+        check_sources(c.data.sources, splits)
+      policy = load(c, path, mesh)
+      check_positions(longest_texts(c, notes), policy.model, path)
+      second = load_second(c, notes.model, mesh) if notes is not None and notes.model else None
+      sandbox = stack.enter_context(
+        Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation)
+      )
+      env = _start_env(c, sandbox, stack)
+      room = _Room(c, env, policy.chat, second and second.chat, method)
+      env = with_rows(
+        env, c.data.sources, splits=splits, on_bad_row=c.data.on_bad_row, check=room.check
+      )
+      # A split that is not there, a question too long: now, not at the first evaluation.
+      for split in splits:
+        room.check(env.task(split, 0))
+      collector = stack.enter_context(_collecting(c, env, policy, mesh))
+      second_model = None
+      if second is not None:
+        second_model = stack.enter_context(_collecting(c, env, second, mesh)), second.params
+    yield Session(
+      chat=policy.chat,
+      model=policy.model,
+      params=policy.params,
+      collector=collector,
+      eval_sampling=Sampling(
+        c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, policy.chat.stop_tokens
+      ),
+      isolation=sandbox.isolation,
+      adapters=adapters,
+      mesh=mesh,
+      second_model=second_model,
+    )
+
+
+def _enter_mesh(c, devices, stack: contextlib.ExitStack) -> jax.sharding.Mesh | None:
+  """Lays config.mesh over the devices for the time of the session; None for a single device."""
+  mesh = sharding.make_mesh(jax.devices() if devices is None else devices, **c.mesh)
+  mesh = None if mesh.size == 1 else mesh
+  if mesh is not None and c.train.loss_implementation == "reference":
+    raise ValueError(
+      "config.train.loss_implementation='reference' is for one device, "
+      f"and config.mesh lays the run over {mesh.size}: use 'xla'"
+    )
+  check_rows(c, sharding.row_shards(mesh))
+  if mesh is not None:
+    stack.enter_context(jax.set_mesh(mesh))
+  return mesh
+
+
+def _splits(c) -> dict[str, str]:
+  """{split: the setting that names it} of every split that the run reads."""
+  splits = {"train": "training"}
+  for setting in ("splits", "final_splits"):
+    for split in c.eval[setting]:
+      splits.setdefault(split, f"config.eval.{setting}")
+  return splits
+
+
+def _start_env(c, sandbox: Sandbox, stack: contextlib.ExitStack):
+  env = make_env(sandbox=sandbox, **c.env)
+  stack.callback(getattr(env, "close", lambda: None))
+  getattr(env, "start", lambda: None)()
+  return env
+
+
+class _Room:
+  """Checks that those who will read a question have room for it."""
+
+  def __init__(self, c, env, policy: Chat, second: Chat | None, method: Method | None):
+    self._settings, self._env, self._policy, self._second = c, env, policy, second
+    # The shortest prompt that the teacher can have: all that may be shortened is left out.
+    self._empty_context = None
+    if method is not None and c.method.teacher_context.name != "none":
+      self._empty_context = Context(templates=method.teacher_context.templates)
+
+  def check(self, task: Task) -> None:
+    """Raises ValueError for a question that is too long for one of its readers."""
+    self._check_prompt(task, self._policy, "")
+    if task.split != "train":
+      return
+    if self._second is not None:
+      name = self._settings.method.counterfactual.model
+      self._check_prompt(task, self._second, f" of config.method.counterfactual.model={name}")
+    if self._empty_context is not None:
+      messages, limit = self._env.prompt(task), self._settings.data.max_teacher_tokens
+      teacher_prompt(self._policy, messages, self._empty_context, limit)
+
+  def _check_prompt(self, task: Task, chat: Chat, whose: str) -> None:
+    length, limit = len(chat.prompt_tokens(self._env.prompt(task))), self._settings.data
+    if length > limit.max_prompt_tokens:
+      raise ValueError(
+        f"the question takes {length} tokens{whose}, "
+        f"more than config.data.max_prompt_tokens={limit.max_prompt_tokens}"
+      )
+
+
+def _collecting(c, env, loaded: Loaded, mesh) -> contextlib.AbstractContextManager:
+  """The collector of one model, with an engine of its own."""
+  engine = ENGINES["local"](
+    loaded.model,
+    rows=c.rollout.rows,
+    row_multiple=sharding.row_shards(mesh),
+    chunk=c.rollout.chunk,
+    prompt_multiple=c.data.length_multiple,
+    pad_token=loaded.chat.pad_token,
+  )
+  return contextlib.closing(make_collector(c, env, loaded.chat, engine))
+
+
+def make_collector(c, env, chat: Chat, engine) -> Collector:
+  """Returns a collector with the limits of the configuration."""
+  return Collector(
+    env,
+    chat,
+    engine,
+    max_prompt_tokens=c.data.max_prompt_tokens,
+    judge_threads=c.rollout.judge_threads,
+    judge_timeout_s=c.rollout.judge_timeout_s,
+  )
+
+
 def load(c, path: str, mesh) -> Loaded:
-  """From a Hugging Face directory or hub id, in the types of config.model. ValueError or OSError for one that cannot be read, or that the mesh does not divide."""
+  """Loads a Hugging Face directory or hub id in the types of config.model.
+
+  Raises ValueError or OSError for one that cannot be read, or that the mesh does not divide.
+  """
   model, params = load_pretrained(path, dtype=c.model.param_dtype, mesh=mesh)
   chat = Chat(
     load_tokenizer(path),
@@ -153,7 +255,10 @@ def load(c, path: str, mesh) -> Loaded:
 
 
 def load_second(c, path: str, mesh) -> Loaded:
-  """The model that alternatives are drawn from: it reads questions and answers them, and never sees a teacher's prompt."""
+  """Loads the model that alternatives are drawn from.
+
+  It reads questions and answers them, and never sees a teacher's prompt.
+  """
   try:
     loaded = load(c, MODELS.get(path, path), mesh)
     check_positions(longest_texts(c, None)[:1], loaded.model, path)
@@ -162,151 +267,108 @@ def load_second(c, path: str, mesh) -> Loaded:
   return loaded
 
 
-@contextlib.contextmanager
-def wired(c, path: str | None = None, devices=None, part: Part | None = None, taught: bool = False):
-  """Loads the model (config.model.path, or another Hugging Face directory) and starts sandbox, environment and judges; ends them on leaving.
+def model_shape(path: str) -> ModelConfig:
+  """Returns the shape of a named model, a directory or a hub id, without its weights.
 
-  devices: those that config.mesh is laid over; None: all. part: the method's counterfactual one, if alternatives are to be explored: what it
-  generates has to fit as well, and its second model, if it names one, is loaded beside. taught: the method's teacher will read the questions of the
-  split train, so these have to fit into its prompt too.
+  A named one needs no hub.
   """
-  path = path or MODELS.get(c.model.path, c.model.path)
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(released_by_the_compiler())
-    with blame_settings():
-      mesh = sharding.make_mesh(jax.devices() if devices is None else devices, **c.mesh)
-      mesh = None if mesh.size == 1 else mesh
-      shards = sharding.row_shards(mesh)
-      if mesh is not None and c.train.loss_implementation == "reference":
-        raise ValueError(
-          f"config.train.loss_implementation='reference' is for one device, and config.mesh lays the run over {mesh.size}: use 'xla'"
-        )
-      check_rows(c, shards)
-      if mesh is not None:
-        stack.enter_context(jax.set_mesh(mesh))
-      adapters = lora.from_settings(c.model)
-      splits = {"train": "training"}
-      for setting in ("splits", "final_splits"):
-        splits |= {
-          split: f"config.eval.{setting}" for split in c.eval[setting] if split not in splits
-        }
-      if c.data.sources:
-        check_sources(c.data.sources, splits)
-      model, params, chat = load(c, path, mesh)
-      check_positions(longest_texts(c, part), model, path)
-      readers, second = [(chat, "")], None
-      if part is not None and part.model:
-        second = load_second(c, part.model, mesh)
-        readers.append((second.chat, f" of config.method.counterfactual.model={part.model}"))
-      sandbox = stack.enter_context(
-        Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation)
-      )
-      env = make_env(sandbox=sandbox, **c.env)
-      stack.callback(getattr(env, "close", lambda: None))
-      getattr(env, "start", lambda: None)()
+  if path in PRESETS:
+    return PRESETS[path]
+  return read_config(local_directory(MODELS.get(path, path)))
 
-      shown = build.part_settings(c.method.to_dict(), "teacher_context")
-      taught, templates = (
-        taught and c.method.teacher_context.name != "none",
-        own_templates(shown.get("templates", {})),
-      )
 
-      def fits(task):
-        for reader, whose in readers if task.split == "train" else readers[:1]:
-          length = len(reader.prompt_tokens(env.prompt(task)))
-          if length > c.data.max_prompt_tokens:
-            raise ValueError(
-              f"the question takes {length} tokens{whose}, more than config.data.max_prompt_tokens={c.data.max_prompt_tokens}"
-            )
-        if taught and task.split == "train":
-          # all that may be shortened left out
-          teacher_prompt(
-            chat, env.prompt(task), Context(templates=templates), c.data.max_teacher_tokens
-          )
+# ---- checks of lengths --------------------------------------------------------------------------
 
-      asked = with_rows(
-        env, c.data.sources, splits=splits, on_bad_row=c.data.on_bad_row, check=fits
-      )
-      # a split that is not there, a question too long: now, not at the first evaluation
-      for split in splits:
-        fits(asked.task(split, 0))
 
-      def collecting(model, chat):
-        engine = LocalEngine(
-          model,
-          rows=c.rollout.rows,
-          row_multiple=shards,
-          chunk=c.rollout.chunk,
-          prompt_multiple=c.data.length_multiple,
-          pad_token=chat.pad_token,
-        )
-        return stack.enter_context(contextlib.closing(make_collector(c, asked, chat, engine)))
+def longest_texts(c, notes: Notes | None) -> list[tuple[int, str]]:
+  """Returns (tokens, the settings that make them) of what a model has to read and write in one
+  piece.
 
-      collector = collecting(model, chat)
-      other = None if second is None else (collecting(second.model, second.chat), second.params)
-    yield Wired(
-      chat,
-      model,
-      params,
-      collector,
-      Sampling(c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, chat.stop_tokens),
-      sandbox.isolation,
-      adapters,
-      mesh,
-      other,
+  Rollouts come first.
+  """
+  prompt_tokens, new_tokens = c.data.max_prompt_tokens, c.rollout.max_new_tokens
+  teacher_tokens = c.data.max_teacher_tokens
+  prompt = f"config.data.max_prompt_tokens={prompt_tokens}"
+  teacher = f"config.data.max_teacher_tokens={teacher_tokens}"
+  new = f"config.rollout.max_new_tokens={new_tokens}"
+  texts = [
+    (prompt_tokens + new_tokens, f"{prompt} and {new}"),
+    (teacher_tokens + new_tokens, f"{teacher} and {new}"),
+  ]
+  where = "config.method.counterfactual"
+  if notes is not None and notes.feedback == "imagined":
+    imagined = f"{where}.imagined_tokens={notes.imagined_tokens}"
+    texts.append((teacher_tokens + notes.imagined_tokens, f"{teacher} and {imagined}"))
+  if notes is not None and "branches" in notes.sources:
+    # A branch begins with the attempt up to its position, and may be as long again.
+    sources = f"{where}.sources={notes.sources}"
+    texts.append((prompt_tokens + 2 * new_tokens, f"{prompt} and twice {new}, for {sources},"))
+  return texts
+
+
+def check_positions(texts: list[tuple[int, str]], model: ModelConfig, path: str) -> None:
+  """Raises ValueError for a text of `longest_texts` that the model has too few positions for."""
+  for tokens, settings in texts:
+    if tokens > model.max_positions:
+      raise ValueError(f"{settings} together exceed the {model.max_positions} positions of {path}")
+
+
+def check_rows(c, shards: int) -> None:
+  """Raises ValueError where the mesh's row shards do not divide what is decoded together."""
+  if c.rollout.rows % shards:
+    raise ValueError(
+      f"config.rollout.rows={c.rollout.rows} does not divide "
+      f"among the {shards} row shards of config.mesh"
     )
 
 
-def make_collector(c, env, chat: Chat, engine) -> Collector:
-  return Collector(
-    env,
-    chat,
-    engine,
-    max_prompt_tokens=c.data.max_prompt_tokens,
-    judge_threads=c.rollout.judge_threads,
-    judge_timeout_s=c.rollout.judge_timeout_s,
-  )
+# ---- other devices ------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def on_other_devices(c, w: Wired, devices):
-  """The same on other devices, for a thread of its own: a copy of the weights and other judging threads; environment and sandbox are shared."""
+def on_other_devices(c, session: Session, devices):
+  """Yields the session with a copy of its weights on other devices, for a thread of its own.
+
+  It has judging threads of its own; environment and sandbox are shared.
+  """
   mesh = sharding.make_mesh(devices, **c.mesh)
   mesh = None if mesh.size == 1 else mesh
-  # both hold for this thread alone
-  with jax.default_device(devices[0]) if mesh is None else jax.set_mesh(mesh):
-    params = (
-      uncommitted(w.params)
-      if mesh is None
-      else jax.device_put(w.params, sharding.named(mesh, decoder.axes(w.model)))
-    )
-    with contextlib.closing(
-      make_collector(c, w.collector.env, w.chat, w.collector.engine)
-    ) as collector:
-      yield w._replace(params=params, collector=collector, mesh=mesh)
+  # Either holds for this thread alone.
+  placed = jax.default_device(devices[0]) if mesh is None else jax.set_mesh(mesh)
+  with placed:
+    if mesh is None:
+      params = uncommitted(session.params)
+    else:
+      places = sharding.named(mesh, decoder.axes(session.model))
+      params = jax.device_put(session.params, places)
+    first = session.collector
+    collector = make_collector(c, first.env, session.chat, first.engine)
+    with contextlib.closing(collector):
+      yield session._replace(params=params, collector=collector, mesh=mesh)
 
 
 def uncommitted(params):
-  """The same on the default device, as loaded weights are: a program is compiled anew for weights that were sent somewhere."""
+  """Copies weights to the default device uncommitted; jit would recompile for committed arrays."""
   return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
 
 
-def model_shape(path: str) -> ModelConfig:
-  """The shape of a named model, of a directory or of a hub id, without its weights; a named one needs no hub."""
-  return PRESETS[path] if path in PRESETS else read_config(local_directory(MODELS.get(path, path)))
+# ---- memory -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def released_by_the_compiler():
-  """What a compilation of more than a second has freed goes back to the system: glibc keeps it, 0.5 GB after the train step of an eight-layer model."""
+  """Gives back to the system what a compilation of more than a second has freed.
+
+  glibc keeps it: 0.5 GB after the train step of an eight-layer model.
+  """
   trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
 
-  def ended(event: str, seconds: float, **_) -> None:
+  def trim_after_compiling(event: str, seconds: float, **_) -> None:
     if trim is not None and seconds > 1 and event.endswith("backend_compile_duration"):
       trim(0)
 
-  jax.monitoring.register_event_duration_secs_listener(ended)
+  jax.monitoring.register_event_duration_secs_listener(trim_after_compiling)
   try:
     yield
   finally:
-    jax.monitoring.unregister_event_duration_listener(ended)
+    jax.monitoring.unregister_event_duration_listener(trim_after_compiling)

@@ -1,334 +1,372 @@
-"""Training: the wiring of a run, and the loop.
+"""Trains: the loop, and what one run of it needs.
 
-The loop reads as a sentence: questions -> judged groups -> batch -> step -> metrics and checkpoint. It owns time, files and
-failure and does no arithmetic on weights. What each step does is a function of (configuration, step, weights, data position);
-all of these are in the checkpoint, so a killed and resumed run writes the same metrics.jsonl.
+The loop reads as a sentence: questions -> judged groups -> batch -> step -> metrics and checkpoint.
+It owns time, files and failure and does no arithmetic on weights. What each step does is a function
+of configuration, step, weights and data position. All of these are in the checkpoint, so a killed
+and resumed run writes the same metrics.jsonl.
 
-Metrics of step i belong to the i-th generation batch (from 1) and, where due, to the evaluation after it; step 0 is the
-evaluation of the base model.
+Metrics of step i belong to the i-th generation batch (from 1) and, where due, to the evaluation
+after it. Step 0 is the evaluation of the base model.
 """
 
-import functools
 import json
 import logging
 import pathlib
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from sdpo_jax import checkpoint, hosts, monitors, report, sharding
 from sdpo_jax.config import validate
-from sdpo_jax.data.batch import pack
-from sdpo_jax.data.shapes import Shape, Shapes, most_tokens
+from sdpo_jax.data.batch import Packed, Packer, PackSettings
+from sdpo_jax.data.shapes import Rounding, Shape, Shapes, most_tokens
 from sdpo_jax.data.tasks import RowEnv, TaskStream
 from sdpo_jax.errors import RunError, blame_settings
 from sdpo_jax.evaluate import evaluate
-from sdpo_jax.learner import learner
+from sdpo_jax.learner import make_explorer, make_learner
 from sdpo_jax.metrics import Writer, read, reduce
-from sdpo_jax.objectives import build
+from sdpo_jax.objectives.build import Method, build_method
 from sdpo_jax.records import Rollout, Sampling, Status
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.rollout_log import rollout_lines
-from sdpo_jax.session import wired
+from sdpo_jax.session import Session, open_session
 from sdpo_jax.workdir import check_same_run, describe_run, write_atomically
 
 
-def run(
-  state,
-  host,
-  *,
-  total_steps,
-  next_tasks,
-  collect,
-  make_batch,
-  step,
-  score,
-  evaluate,
-  due,
-  write,
-  write_rollouts,
-  save,
-  limits,
-):
-  """Trains `state` to total_steps and returns it. Every collaborator is an argument; due(name, i) says what step i calls for.
+def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
+  """Trains `state` to total_steps and returns it.
 
-  host: {"tokens": sampled so far, "alternatives": responses among them that are not trained on, "failed_batches": without a verdict, in a row}; goes into
-  the checkpoint.
-  limits: {"skipped": non-finite updates in a row, "env_failures": batches without a verdict in a row} that stop the run.
+  steps: the collaborators (see `Steps`); due(name, i) tells whether step i calls for one of them.
+  host: what the checkpoint holds beside the state. The loop keeps "tokens" (sampled so far),
+    "alternatives" (responses among them that are not trained on) and "failed_batches" (without a
+    verdict, in a row).
+  Raises RunError at the limits.
   """
   first = int(state.step)
-  if first == 0 and due("eval", 0):
-    write(0, evaluate(state, 0))
+  if first == 0 and steps.due("eval", 0):
+    steps.write(0, steps.evaluate(state, 0))
   saved = first  # the last checkpoint's step; 0: none
-  checkpoints = lambda: (
-    f"the last checkpoint is step {saved}" if saved else "there is no checkpoint yet"
-  )
   for i in range(first + 1, total_steps + 1):
     begun = time.monotonic()
-    tasks = next_tasks()
-    groups = collect(state, tasks, i)
+    groups = steps.collect(state, steps.next_tasks(), i)
     sampled = time.monotonic()
-    packed = make_batch(groups)
-    host["tokens"] += sum(len(r.tokens) + r.extra_tokens for g in groups for r in g)
-    host["alternatives"] += sum(r.extra_calls for g in groups for r in g)
-    metrics = (
-      packed.metrics
-      | rollout_metrics(groups)
-      | {
-        "train/generations": i * sum(map(len, groups)) + host["alternatives"],
-        "train/sampled_tokens": host["tokens"],
-      }
-    )
-    host["failed_batches"] = (
-      host["failed_batches"] + 1 if metrics["data/dropped"] == len(packed.contexts) else 0
-    )
-    if host["failed_batches"] >= limits["env_failures"]:
-      raise RunError(
-        f"no response could be judged in {host['failed_batches']} generation batches in a row (step {i}): the environment or its sandbox is broken, "
-        f"see the log above; {checkpoints()}"
-      )
-    said = score(state, packed.batch) if due("score", i) else None
-    if said is not None:
-      packed = packed._replace(batch=packed.batch._replace(logp_old_BR=np.asarray(said.logp_BR)))
-    if due("rollouts", i):
-      write_rollouts(i, packed, said)
-    state, stepped = step(state, packed.batch)  # the only line that changes weights
-    metrics |= jax.device_get(stepped)
-    ended = time.monotonic()
-    metrics |= {
-      "time/rollout_s": sampled - begun,
-      "time/update_s": ended - sampled,
-      "perf/tokens_per_s": sum(len(r.tokens) for g in groups for r in g) / (ended - begun),
-    }
-    if int(state.skipped_in_a_row) >= limits["skipped"]:
-      raise RunError(
-        f"the gradient was not finite in {int(state.skipped_in_a_row)} updates in a row (step {i}); {checkpoints()}; "
-        "lower config.optimizer.lr or look at the rollouts of this step"
-      )
-    if due("eval", i):
-      metrics |= evaluate(state, i)
-    write(i, metrics)
-    if due("checkpoint", i):
-      save(i, state, host)
+    packed = steps.make_batch(groups)
+    metrics = packed.metrics | rollout_metrics(groups) | count_rollouts(host, groups, i)
+    unjudged = metrics["data/dropped"] == len(packed.rollouts)
+    host["failed_batches"] = host["failed_batches"] + 1 if unjudged else 0
+    limits.check_judging(host["failed_batches"], i, saved)
+    scores = steps.score(state, packed.batch) if steps.due("score", i) else None
+    if scores is not None:
+      batch = packed.batch._replace(logp_old_BR=np.asarray(scores.logp_BR))
+      packed = packed._replace(batch=batch)
+    if steps.due("rollouts", i):
+      steps.write_rollouts(i, packed, scores)
+    state, step_metrics = steps.step(state, packed.batch)  # the only line that changes weights
+    metrics |= jax.device_get(step_metrics)
+    metrics |= times(groups, begun, sampled, time.monotonic())
+    limits.check_gradients(int(state.skipped_in_a_row), i, saved)
+    if steps.due("eval", i):
+      metrics |= steps.evaluate(state, i)
+    steps.write(i, metrics)
+    if steps.due("checkpoint", i):
+      steps.save(i, state, host)
       saved = i
   return state
 
 
+class Limits(NamedTuple):
+  """How much may go wrong in a row before a run stops."""
+
+  skipped: int  # updates whose gradient was not finite
+  env_failures: int  # generation batches without one verdict
+
+  def check_judging(self, failed_batches: int, step: int, saved: int) -> None:
+    """Raises RunError where the environment seems to be broken."""
+    if failed_batches >= self.env_failures:
+      raise RunError(
+        f"no response could be judged in {failed_batches} generation batches in a row (step {step}): "
+        "the environment or its sandbox is broken, "
+        f"see the log above; {_last_checkpoint(saved)}"
+      )
+
+  def check_gradients(self, skipped_in_a_row: int, step: int, saved: int) -> None:
+    """Raises RunError where no update has been made for too long."""
+    if skipped_in_a_row >= self.skipped:
+      raise RunError(
+        f"the gradient was not finite in {skipped_in_a_row} updates in a row (step {step}); "
+        f"{_last_checkpoint(saved)}; "
+        "lower config.optimizer.lr or look at the rollouts of this step"
+      )
+
+
+def _last_checkpoint(step: int) -> str:
+  return f"the last checkpoint is step {step}" if step else "there is no checkpoint yet"
+
+
+def count_rollouts(host: dict, groups: list[list[Rollout]], step: int) -> dict[str, int]:
+  """Adds a batch to the counts in `host`; returns them as metrics."""
+  rollouts = [r for group in groups for r in group]
+  host["tokens"] += sum(len(r.tokens) + r.extra_tokens for r in rollouts)
+  host["alternatives"] += sum(r.extra_calls for r in rollouts)
+  return {
+    "train/generations": step * len(rollouts) + host["alternatives"],
+    "train/sampled_tokens": host["tokens"],
+  }
+
+
 def rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
-  rows = [r for g in groups for r in g]
-  judged = [r for r in rows if r.feedback.status is not Status.ENV_FAILED]
+  """Returns means over the responses of a batch; rewards are those of judged ones."""
+  rollouts = [r for group in groups for r in group]
+  judged = [r for r in rollouts if r.feedback.status is not Status.ENV_FAILED]
   metrics = {
-    "rollout/length": float(np.mean([len(r.tokens) for r in rows])),
-    "rollout/truncated": float(np.mean([r.finish_reason == "length" for r in rows])),
-    "rollout/timeouts": float(sum(r.feedback.status is Status.TIMEOUT for r in rows)),
+    "rollout/length": float(np.mean([len(r.tokens) for r in rollouts])),
+    "rollout/truncated": float(np.mean([r.finish_reason == "length" for r in rollouts])),
+    "rollout/timeouts": float(sum(r.feedback.status is Status.TIMEOUT for r in rollouts)),
   }
   if judged:
-    metrics |= {
-      "train/reward": float(np.mean([r.feedback.reward for r in judged])),
-      "train/solved_questions": float(
-        np.mean([any(r.feedback.reward >= 1.0 for r in g) for g in groups])
-      ),
-    }
+    solved = [any(r.feedback.reward >= 1.0 for r in group) for group in groups]
+    metrics["train/reward"] = float(np.mean([r.feedback.reward for r in judged]))
+    metrics["train/solved_questions"] = float(np.mean(solved))
   return metrics
 
 
-def train(c, workdir: str) -> None:
-  """Wires a run from its configuration, trains (or resumes) it, and writes the report. A finished run is left as it is.
+def times(groups, begun: float, sampled: float, ended: float) -> dict[str, float]:
+  """Returns the seconds of a step's two halves, and the rate at which tokens went through both."""
+  tokens = sum(len(r.tokens) for group in groups for r in group)
+  return {
+    "time/rollout_s": sampled - begun,
+    "time/update_s": ended - sampled,
+    "perf/tokens_per_s": tokens / (ended - begun),
+  }
 
-  Raises SettingError for what cannot run, RunError for a run that cannot go on.
+
+def train(c, workdir: str) -> None:
+  """Trains or resumes the run of a configuration, and writes its report.
+
+  A finished run is left as it is. Raises SettingError for what cannot run, RunError for a run that
+  cannot go on.
   """
   workdir = pathlib.Path(workdir)
   with blame_settings():
     validate(c)
-    part = build.build_method(c.method.to_dict())["counterfactual"]()
+    method = build_method(c.method.to_dict())
     check_same_run(workdir, c, begun=checkpoint.latest_step(workdir) is not None)
     latest = checkpoint.latest_step(workdir)
-  if latest is not None and latest >= c.total_steps:
-    # killed between the last step and the report
-    if hosts.leads() and not (workdir / "report" / "index.html").exists():
-      report.write_report([workdir], workdir / "report")
+  is_finished = latest is not None and latest >= c.total_steps
+  if not is_finished:
+    with open_session(c, method=method) as session:
+      with blame_settings():
+        steps, state = Steps.begin(c, workdir, session, latest)
+      limits = Limits(c.train.max_skipped_in_a_row, c.train.max_env_failures_in_a_row)
+      try:
+        run(state, steps.host, steps, total_steps=c.total_steps, limits=limits)
+      finally:
+        steps.close()
+  if not hosts.leads():
     return
-
-  with wired(c, part=part, taught=True) as w:
-    with blame_settings():
-      learn = learner(c, w.model, w.join)
-      params, frozen = w.trainable(c.seed)
-      state = w.fresh_state(params, learn.tx, learn.teacher)
-      shards = sharding.row_shards(w.mesh)
-      packs = c.train.updates_per_batch * c.train.micro_batches * shards
-      if c.rollout.questions * c.rollout.group % packs:
-        raise ValueError(
-          f"config.rollout.questions x group = {c.rollout.questions * c.rollout.group} responses do not divide into {packs} packs: "
-          "train.updates_per_batch x micro_batches x the mesh's data x fsdp"
-        )
-      host = {
-        "tokens": 0,
-        "alternatives": 0,
-        "failed_batches": 0,
-        "data": None,
-        "shapes": [],
-        "owed": 0.0,
-      }
-      stream = TaskStream(w.collector.env, "train", seed=c.seed)
-      if latest is not None:
-        state, stored = checkpoint.restore(workdir, state)
-        if stored.keys() != host.keys() or any(
-          len(sizes) != len(Shape._fields) for sizes in stored["shapes"]
-        ):
-          raise ValueError(
-            f"the checkpoint in {workdir} was written by another version of sdpo_jax: go on with that one, or choose another --workdir"
-          )
-        host = stored
-        stream.restore(host["data"])
-    shapes = Shapes(
-      most_tokens(c.data, c.rollout.max_new_tokens),
-      [Shape(*sizes) for sizes in host["shapes"]],
-      host["owed"],
-    )
-    places = None if w.mesh is None else jax.tree.map(lambda x: x.sharding, state)
-    step = jax.jit(learn.step, donate_argnums=0, out_shardings=(places, w.everywhere))
-    score = jax.jit(learn.score, out_shardings=w.everywhere)
-    on_mesh = functools.partial(sharding.put_rows, w.mesh)
-    sampling = Sampling(
-      c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, w.chat.stop_tokens
-    )
-    writer = None
-    if hosts.leads():
-      describe_run(
-        workdir,
-        c,
-        {"sandbox_isolation": w.isolation, "mesh": None if w.mesh is None else dict(w.mesh.shape)},
-      )
-      writer = Writer(workdir, total_steps=c.total_steps)
-      writer.truncate(0 if latest is None else latest + 1)
-
-    def evaluate_at(state, i):
-      splits = c.eval.final_splits if i in (0, c.total_steps) else c.eval.splits
-      return evaluate(
-        w.collector,
-        w.weights(state.params, frozen),
-        splits=splits,
-        questions=c.eval.questions,
-        samples=c.eval.samples,
-        sampling=w.eval_sampling,
-      )
-
-    def collect(state, tasks, i):
-      seeds = [prompt_seed(c.seed, "train", i, q) for q in range(len(tasks))]
-      params = w.weights(state.params, frozen)
-      groups = w.collector.collect(params, tasks, n=c.rollout.group, sampling=sampling, seeds=seeds)
-      if learn.explore:
-        explored.update(
-          learn.explore(
-            w.collector,
-            params,
-            groups,
-            sampling=sampling,
-            seed=c.seed,
-            step=i,
-            max_prompt_tokens=c.data.max_teacher_tokens,
-            other=w.other,
-          )
-        )
-      return groups
-
-    explored = {}  # what the last batch's alternatives cost and said
-    skipped = (
-      {"data/skipped_rows": float(w.collector.env.skipped)}
-      if isinstance(w.collector.env, RowEnv)
-      else {}
-    )
-
-    def make_batch(groups):
-      packed = pack(
-        groups,
-        chat=w.chat,
-        messages=w.collector.env.prompt,
-        teacher_context=learn.parts["teacher_context"],
-        advantage=learn.parts["advantage"],
-        max_teacher_tokens=c.data.max_teacher_tokens,
-        length_multiple=c.data.length_multiple,
-        response_multiple=c.data.response_multiple,
-        shapes=shapes,
-        updates=c.train.updates_per_batch,
-        micro_batches=c.train.micro_batches,
-        shards=shards,
-        counterfactual=learn.counterfactual,
-        share_prefixes=jax.default_backend() != "tpu",
-      )  # splash knows no prefixes
-      return packed._replace(
-        metrics=packed.metrics
-        | explored
-        | skipped
-        | {"data/copy_rate": monitors.copy_rate(packed.rollouts, packed.contexts, w.chat)}
-      )
-
-    # lines as they stand in the file, so that a resumed run sees the same ones
-    history, signs = read(workdir), set()
-
-    def write(i, measured):
-      if not hosts.leads():
-        return
-      history.append({"step": i} | reduce(measured))
-      found = monitors.warnings(history)
-      for sign in sorted(found.keys() - signs):
-        logging.warning("step %d: %s", i, found[sign])
-      signs.clear()
-      signs.update(found)
-      writer.write(i, measured | {"train/warnings": len(found)})
-
-    def due(name, i):
-      if name == "score":  # a pass of its own, only where somebody reads it
-        return learn.score_first or due("rollouts", i)
-      every = {
-        "eval": c.eval.every_steps,
-        "checkpoint": c.checkpoint.every_steps,
-        "rollouts": c.log.rollouts_every_steps,
-      }
-      return i == c.total_steps or i % every[name] == 0 or (name == "rollouts" and i == 1)
-
-    def write_rollouts(i, packed, said):
-      if not hosts.leads():
-        return
-      (workdir / "rollouts").mkdir(exist_ok=True)
-      lines = rollout_lines(i, packed, said, w.chat, c.log.rollouts_kept)
-      write_atomically(
-        workdir / "rollouts" / f"step_{i:06d}.jsonl",
-        "".join(json.dumps(line) + "\n" for line in lines),
-      )
-
-    def save(i, state, host):
-      checkpoint.save(
-        workdir,
-        i,
-        state,
-        host | {"data": stream.state(), "shapes": shapes.known, "owed": shapes.owed},
-        keep=c.checkpoint.keep,
-      )
-
-    try:
-      run(
-        state,
-        host,
-        total_steps=c.total_steps,
-        next_tasks=lambda: stream.take(c.rollout.questions),
-        collect=collect,
-        make_batch=make_batch,
-        step=lambda state, batch: step(state, on_mesh(batch), frozen),
-        score=lambda state, batch: score(state, on_mesh(batch), frozen),
-        evaluate=evaluate_at,
-        due=due,
-        write=write,
-        write_rollouts=write_rollouts,
-        save=save,
-        limits={
-          "skipped": c.train.max_skipped_in_a_row,
-          "env_failures": c.train.max_env_failures_in_a_row,
-        },
-      )
-    finally:
-      if writer:
-        writer.close()
-  if hosts.leads():
+  # A finished run lacks its report where it was killed between the last step and the report.
+  if not is_finished or not (workdir / "report" / "index.html").exists():
     report.write_report([workdir], workdir / "report")
+
+
+class Steps:
+  """The collaborators of the loop in `run`, and what they share: model, data, shapes, files."""
+
+  def __init__(self, c, workdir: pathlib.Path, session: Session, host: dict):
+    self.c, self.workdir, self.session, self.host = c, workdir, session, host
+    self.learner = make_learner(c, session.model, session.join)
+    self.shards = sharding.row_shards(session.mesh)
+    self._check_packs()
+    self.trainable, self.frozen = session.trainable(c.seed)
+    self.stream = TaskStream(session.collector.env, "train", seed=c.seed)
+    self.sampling = Sampling(
+      c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, session.chat.stop_tokens
+    )
+    self.explorer = make_explorer(
+      c,
+      self.learner.method,
+      session.collector,
+      seed=c.seed,
+      second_model=session.second_model,
+    )
+    self.exploration = {}  # metrics of the last batch's alternatives
+    self._step = self._score = self.packer = self._writer = None
+    # Lines as they stand in the file, so that a resumed run sees the same ones.
+    self._history, self._signs = read(workdir), set()
+
+  @classmethod
+  def begin(cls, c, workdir: pathlib.Path, session: Session, latest: int | None):
+    """Returns (steps, state) at the start of a run, or at its latest checkpoint.
+
+    Raises ValueError for settings that do not fit together and for a checkpoint of another version.
+    """
+    host = {"tokens": 0, "alternatives": 0, "failed_batches": 0}
+    host |= {"data": None, "shapes": [], "owed": 0.0}
+    steps = cls(c, workdir, session, host)
+    method = steps.learner.method
+    state = session.fresh_state(steps.trainable, steps.learner.tx, method.teacher_weights)
+    if latest is not None:
+      state, stored = checkpoint.restore(workdir, state)
+      _check_version(workdir, stored, host)
+      steps.host = stored
+      steps.stream.restore(stored["data"])
+    steps.compile(state)
+    steps.packer = steps.make_packer(method)
+    if hosts.leads():
+      mesh = None if session.mesh is None else dict(session.mesh.shape)
+      describe_run(workdir, c, {"sandbox_isolation": session.isolation, "mesh": mesh})
+      steps._writer = Writer(workdir, total_steps=c.total_steps)
+      steps._writer.truncate(0 if latest is None else latest + 1)
+    return steps, state
+
+  def compile(self, state) -> None:
+    """Jits step and score, with every array of the state staying where it is."""
+    places = None
+    if self.session.mesh is not None:
+      places = jax.tree.map(lambda x: x.sharding, state)
+    everywhere = self.session.everywhere
+    self._step = jax.jit(self.learner.step, donate_argnums=0, out_shardings=(places, everywhere))
+    self._score = jax.jit(self.learner.score, out_shardings=everywhere)
+
+  def make_packer(self, method: Method) -> Packer:
+    """Returns the packer, which goes on with the shapes that the run has used."""
+    data, train = self.c.data, self.c.train
+    settings = PackSettings(
+      data.max_teacher_tokens,
+      Rounding(data.length_multiple, data.response_multiple),
+      updates=train.updates_per_batch,
+      micro_batches=train.micro_batches,
+      shards=self.shards,
+      share_prefixes=jax.default_backend() != "tpu",  # splash knows no prefixes
+    )
+    shapes = Shapes(
+      most_tokens(data, self.c.rollout.max_new_tokens),
+      [Shape(*sizes) for sizes in self.host["shapes"]],
+      self.host["owed"],
+    )
+    return Packer(
+      self.session.chat,
+      self.session.collector.env.prompt,
+      method.teacher_context,
+      method.advantage,
+      settings,
+      shapes,
+      self.learner.further_readings,
+    )
+
+  def close(self) -> None:
+    """Closes the metrics files."""
+    if self._writer is not None:
+      self._writer.close()
+
+  # ---- what the loop calls ----
+
+  def due(self, name: str, i: int) -> bool:
+    """Tells whether step i calls for "eval", "checkpoint", "rollouts" or "score"."""
+    if name == "score":  # a pass of its own, only where somebody reads it
+      return self.learner.score_first or self.due("rollouts", i)
+    every = {
+      "eval": self.c.eval.every_steps,
+      "checkpoint": self.c.checkpoint.every_steps,
+      "rollouts": self.c.log.rollouts_every_steps,
+    }
+    is_first_of_rollouts = name == "rollouts" and i == 1
+    return i == self.c.total_steps or i % every[name] == 0 or is_first_of_rollouts
+
+  def next_tasks(self):
+    """Returns the questions of the next batch."""
+    return self.stream.take(self.c.rollout.questions)
+
+  def collect(self, state, tasks, i: int) -> list[list[Rollout]]:
+    """Returns judged groups of rollouts, failed ones with their alternatives."""
+    params = self.session.weights(state.params, self.frozen)
+    groups = self.session.collector.collect(
+      params,
+      tasks,
+      n=self.c.rollout.group,
+      sampling=self.sampling,
+      seeds=[prompt_seed(self.c.seed, "train", i, q) for q in range(len(tasks))],
+    )
+    if self.explorer is not None:
+      self.exploration = self.explorer.explore(params, groups, sampling=self.sampling, step=i)
+    return groups
+
+  def make_batch(self, groups: list[list[Rollout]]) -> Packed:
+    """Packs the groups, and adds metrics of how they came about."""
+    packed = self.packer.pack(groups)
+    env, chat = self.session.collector.env, self.session.chat
+    metrics = packed.metrics | self.exploration
+    if isinstance(env, RowEnv):
+      metrics["data/skipped_rows"] = float(env.skipped)
+    metrics["data/copy_rate"] = monitors.copy_rate(packed.rollouts, packed.contexts[0], chat)
+    return packed._replace(metrics=metrics)
+
+  def step(self, state, batch):
+    """Makes one step; returns (state, metrics)."""
+    return self._step(state, sharding.put_rows(self.session.mesh, batch), self.frozen)
+
+  def score(self, state, batch):
+    """Returns the signals of the plain reading under the weights before the step."""
+    return self._score(state, sharding.put_rows(self.session.mesh, batch), self.frozen)
+
+  def evaluate(self, state, i: int) -> dict[str, float]:
+    """Evaluates on the splits that are due at step i."""
+    settings = self.c.eval
+    is_end = i in (0, self.c.total_steps)
+    return evaluate(
+      self.session.collector,
+      self.session.weights(state.params, self.frozen),
+      splits=settings.final_splits if is_end else settings.splits,
+      questions=settings.questions,
+      samples=settings.samples,
+      sampling=self.session.eval_sampling,
+    )
+
+  def write(self, i: int, metrics: dict) -> None:
+    """Writes the metrics of step i, and logs the signs of collapse that are new."""
+    if not hosts.leads():
+      return
+    self._history.append({"step": i} | reduce(metrics))
+    warnings = monitors.warnings(self._history)
+    for sign in sorted(warnings.keys() - self._signs):
+      logging.warning("step %d: %s", i, warnings[sign])
+    self._signs = set(warnings)
+    self._writer.write(i, metrics | {"train/warnings": len(warnings)})
+
+  def write_rollouts(self, i: int, packed: Packed, scores) -> None:
+    """Writes the first rollouts of step i."""
+    if not hosts.leads():
+      return
+    directory = self.workdir / "rollouts"
+    directory.mkdir(exist_ok=True)
+    lines = rollout_lines(i, packed, scores, self.session.chat, self.c.log.rollouts_kept)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_atomically(directory / f"step_{i:06d}.jsonl", text)
+
+  def save(self, i: int, state, host: dict) -> None:
+    """Saves all that a resumed run needs."""
+    shapes = self.packer.shapes
+    host = host | {"data": self.stream.state(), "shapes": shapes.known, "owed": shapes.owed}
+    checkpoint.save(self.workdir, i, state, host, keep=self.c.checkpoint.keep)
+
+  def _check_packs(self) -> None:
+    c = self.c
+    responses = c.rollout.questions * c.rollout.group
+    packs = c.train.updates_per_batch * c.train.micro_batches * self.shards
+    if responses % packs:
+      raise ValueError(
+        f"config.rollout.questions x group = {responses} responses do not divide into {packs} packs: "
+        "train.updates_per_batch x micro_batches x the mesh's data x fsdp"
+      )
+
+
+def _check_version(workdir: pathlib.Path, stored: dict, host: dict) -> None:
+  """Refuses a checkpoint whose host part has other entries than those of this version."""
+  same_entries = stored.keys() == host.keys()
+  if not same_entries or any(len(sizes) != len(Shape._fields) for sizes in stored["shapes"]):
+    raise ValueError(
+      f"the checkpoint in {workdir} was written by another version of sdpo_jax: "
+      "go on with that one, or choose another --workdir"
+    )

@@ -11,7 +11,6 @@ from sdpo_jax.bench import step
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.objectives import build
-from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.optimizer import make_optimizer
 from sdpo_jax.train_step import init_state
 
@@ -25,8 +24,8 @@ def test_batches_hold_the_lengths_that_were_asked_for(kind, packs, share):
   batch = step.make_batch(lengths, 500, packs, share=share)
   assert sorted(batch.weight_BR.sum(1)) == sorted(n for _, _, n in lengths)
   for half, whole in (
-    (batch.student, sum(p + n for p, _, n in lengths)),
-    (batch.teacher, sum(q + n for _, q, n in lengths)),
+    (batch.policy, sum(p + n for p, _, n in lengths)),
+    (batch.readings[0].rows, sum(q + n for _, q, n in lengths)),
   ):
     assert (half.prefix_CPT is not None) == share
     used = (half.segment_CPT > 0).sum()
@@ -34,7 +33,7 @@ def test_batches_hold_the_lengths_that_were_asked_for(kind, packs, share):
       assert used < 0.8 * whole
     else:
       assert used == whole
-  for half in (batch.student, batch.teacher):
+  for half in (batch.policy, batch.readings[0].rows):
     for b in range(32):
       pack, n = b // (32 // packs), int(batch.weight_BR[b].sum())
       columns = half.at_CX[pack, batch.start_B[b] : batch.start_B[b] + n]
@@ -61,17 +60,17 @@ def test_operations_are_those_of_a_step_that_computes_nothing_twice():
     ff_width=F,
     vocab=V,
   )
-  objective = make_objective(build.method_row("sdpo"))
+  method = build.build_method(build.method_row("sdpo"))
   tx = make_optimizer(**step.OPTIMIZER)
   batch = step.make_batch(step.lengths_of("equal", 16), V, 2)
   state = jax.eval_shape(
     lambda key: init_state(decoder.init(model, key), tx, keep_teacher=True), jax.random.key(0)
   )
-  counted = step.needed_operations(model, objective, tx, state, batch)
+  counted = step.needed_operations(model, method, tx, state, batch)
 
-  C, rows, T = batch.student.token_CPT.shape
-  _, teacher_rows, S = batch.teacher.token_CPT.shape
-  X = batch.student.at_CX.size
+  C, rows, T = batch.policy.token_CPT.shape
+  _, teacher_rows, S = batch.readings[0].rows.token_CPT.shape
+  X = batch.policy.at_CX.size
   weights = L * (D * (2 * N + 2 * K) * H + 3 * D * F)
   # the policy's forward and twice as many backward, the teacher's forward
   products = 2 * weights * C * (3 * rows * T + teacher_rows * S) + 2 * D * V * X * 4

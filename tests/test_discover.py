@@ -52,13 +52,16 @@ def scripted(outcomes, size):
   ]
 
 
+def reading(segment_CPT):
+  return types.SimpleNamespace(rows=types.SimpleNamespace(segment_CPT=segment_CPT))
+
+
 def learn(outcomes, limit, size=4, tokens=None):
   updates = []
   budget = Budget(limit, tokens)
   batch = types.SimpleNamespace(
     batch=types.SimpleNamespace(
-      counterfactuals=(),
-      teacher=types.SimpleNamespace(segment_CPT=np.array([[[1, 1, 1, 2, 2, 2, 2, 0]]])),
+      readings=[reading(np.array([[[1, 1, 1, 2, 2, 2, 2, 0]]]))],
     )
   )
   solve_by_learning(
@@ -117,9 +120,7 @@ def test_a_broken_sandbox_ends_the_run_and_no_update_is_made_without_a_verdict()
 
   step = lambda state, b: updates.append(1) or state
   batch = types.SimpleNamespace(
-    batch=types.SimpleNamespace(
-      counterfactuals=(), teacher=types.SimpleNamespace(segment_CPT=np.zeros((1, 1, 1)))
-    )
+    batch=types.SimpleNamespace(readings=[reading(np.zeros((1, 1, 1)))])
   )
   with pytest.raises(RunError, match="in 2 batches in a row"):
     solve_by_learning(
@@ -620,11 +621,11 @@ def test_counterfactual_tells_what_the_other_attempts_received(whole, tmp_path, 
   }
   # its part is not sdpo's
   assert lines["sdpo"] == [line for line in repeatable(whole) if line["arm"] == "sdpo"]
-  with_notes = [packed for packed in read if packed.counterfactuals]
+  with_notes = [packed for packed in read if packed.contexts[1:]]
   assert with_notes and any(
     "would have" in c.notes
     for packed in with_notes
-    for row in packed.counterfactuals
+    for row in packed.contexts[1:]
     for c in row
     if c is not None
   )

@@ -15,13 +15,11 @@ import optax
 import pytest
 
 from sdpo_jax.config import ROWS
-from sdpo_jax.data.batch import pack
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.shapes import Shape, Shapes
 from sdpo_jax.data.tasks import first_tasks, with_rows
 from sdpo_jax.envs.base import ENVS, make_env
 from sdpo_jax.objectives import build, methods
-from sdpo_jax.objectives.loss import make_objective
 from sdpo_jax.objectives.teacher_context import CLOSING, FEEDBACK, SOLUTION
 from sdpo_jax.optimizer import make_optimizer
 from sdpo_jax.records import Feedback, Sampling, Status
@@ -172,31 +170,24 @@ def machine(name):
   row = build.method_row(name)
   if name == "sdpo":
     row |= dict(teacher_weights=dict(name="frozen"), token_weight=dict(name="uniform"))
-  objective, tx = make_objective(row), optax.sgd(0.01)
-  signals = make_signals(config, objective)
-  step = jax.jit(make_train_step(signals, objective, tx))
+  method, tx = build.build_method(row), optax.sgd(0.01)
+  signals = make_signals(config, method)
+  step = jax.jit(make_train_step(signals, method, tx))
   return (
     init_state(params, tx, keep_teacher=name == "sdpo"),
     step,
-    jax.jit(lambda state, batch: signals(state.params, state.teacher, batch).logp_BR),
+    jax.jit(lambda state, batch: signals(state.params, state.teacher, batch)[0].logp_BR),
   )
 
 
 def batch_of(env, group, name, shape=SHAPE, **context):
-  parts = build.build_method(build.method_row(name))
-  if context:
-    parts["teacher_context"] = functools.partial(parts["teacher_context"], **context)
-  return pack(
-    [group],
-    chat=CHAT,
-    messages=env.prompt,
-    teacher_context=parts["teacher_context"],
-    advantage=parts["advantage"],
-    max_teacher_tokens=2000,
-    length_multiple=8,
-    response_multiple=8,
-    shapes=Shapes((2000, 3000, 1000), [shape] if shape else [], limit=1 if shape else 2),
+  row = build.method_row(name)
+  row["teacher_context"].update(context)
+  shapes = Shapes((2000, 3000, 1000), [shape] if shape else [], limit=1 if shape else 2)
+  packer = fakes.make_packer(
+    build.build_method(row), CHAT, env.prompt, shapes, max_teacher_tokens=2000
   )
+  return packer.pack([group])
 
 
 def text_before(half, batch, b):
@@ -234,14 +225,14 @@ def test_from_responses_to_a_gradient(name, sandbox, tmp_path):
       + CLOSING
     )
     assert (
-      text_before(batch.teacher, batch, b)
+      text_before(batch.readings[0].rows, batch, b)
       == CHAT.prompt_tokens(question[:-1] + [{"role": "user", "content": asked}]) + group[b].tokens
     )
-    assert text_before(batch.student, batch, b) == CHAT.prompt_tokens(question) + group[b].tokens
+    assert text_before(batch.policy, batch, b) == CHAT.prompt_tokens(question) + group[b].tokens
   # Mask: every token of every judged response, and nothing else.
-  assert batch.weight_BR.sum(1).tolist() == [
-    len(r.tokens) for r in group
-  ] and batch.distill_B.tolist() == [1, 1, 1, 1]
+  assert batch.weight_BR.sum(1).tolist() == [len(r.tokens) for r in group] and batch.readings[
+    0
+  ].weight_B.tolist() == [1, 1, 1, 1]
   assert all(batch.weight_BR[b, : len(r.tokens)].all() for b, r in enumerate(group))
 
   # Divergence: not zero, and one step lowers it.
@@ -293,7 +284,7 @@ def test_a_judge_that_fails_or_returns_nan_for_one_response_costs_that_row_alone
   packed = batch_of(env, group, "sdpo")
   assert (
     packed.metrics["data/dropped"] == 2
-    and packed.batch.distill_B.tolist() == [1, 0, 1, 0]
+    and packed.batch.readings[0].weight_B.tolist() == [1, 0, 1, 0]
     and not packed.batch.weight_BR[[1, 3]].any()
   )
   state, step, _ = machine("sdpo")
@@ -311,9 +302,9 @@ def test_every_method_runs_two_steps(name, sandbox, tmp_path):
   env, group, _ = judged("math_qa", sandbox, tmp_path)
   config, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
   row = build.method_row(name)
-  objective, teacher = make_objective(row), build.build_method(row)["teacher_weights"]()
+  method = build.build_method(row)
   batch = batch_of(env, group, name, shape=None).batch
-  assert batch.distill_B.any() == objective.needs_teacher
+  assert batch.readings[0].weight_B.any() == method.needs_teacher
   tx = make_optimizer(
     name="adamw",
     lr=1e-3,
@@ -325,12 +316,8 @@ def test_every_method_runs_two_steps(name, sandbox, tmp_path):
     b2=0.999,
     state_dtype="float32",
   )
-  step = jax.jit(
-    make_train_step(
-      make_signals(config, objective, mix=teacher.mix), objective, tx, teacher_move=teacher.move
-    )
-  )
-  state = init_state(params, tx, keep_teacher=teacher.keep)
+  step = jax.jit(make_train_step(make_signals(config, method), method, tx))
+  state = init_state(params, tx, keep_teacher=method.teacher_weights.keep)
   for i in (1, 2):
     state, metrics = step(state, batch)
     assert (

@@ -12,7 +12,6 @@ from sdpo_jax.kernels import token_logp as module
 from sdpo_jax.kernels.token_logp import token_logp
 from sdpo_jax.model import decoder
 from sdpo_jax.objectives import build
-from sdpo_jax.objectives.loss import make_objective
 from tests import fakes
 
 
@@ -115,7 +114,7 @@ def test_the_train_step_multiplies_in_the_dtype_of_the_model(monkeypatch):
       seen.append([x.dtype for x in arrays[:2]]) or token_logp(*arrays, **settings)
     ),
   )
-  signals = train_step.make_signals(config, make_objective(build.method_row("grpo")))
+  signals = train_step.make_signals(config, build.build_method(build.method_row("grpo")))
   assert decoder.shapes(config)["embed"].dtype == jnp.float32
   jax.eval_shape(lambda params: signals(params, None, fakes.toy_batch()), decoder.shapes(config))
   assert seen == [[jnp.bfloat16, jnp.bfloat16]]

@@ -51,14 +51,11 @@ def run(
 
   def make_batch(groups):
     n = sum(r.feedback.status is Status.ENV_FAILED for g in groups for r in g)
-    return Packed(
-      batch, [], [Context(feedback="f")] * sum(map(len, groups)), {"data/dropped": float(n)}
-    )
+    rollouts = [r for g in groups for r in g]
+    contexts = ([Context(feedback="f")] * len(rollouts),)
+    return Packed(batch, rollouts, contexts, {"data/dropped": float(n)})
 
-  state = train.run(
-    types.SimpleNamespace(step=start, params=None, skipped_in_a_row=0),
-    {"tokens": tokens, "alternatives": alternatives, "failed_batches": 0},
-    total_steps=total_steps,
+  steps = types.SimpleNamespace(
     next_tasks=lambda: ["task"],
     collect=lambda params, tasks, i: [[rollout(status, **more) for more in extra]],
     make_batch=make_batch,
@@ -69,7 +66,13 @@ def run(
     write=lambda i, m: log.written.__setitem__(i, m),
     write_rollouts=lambda i, *_: log.rollouts.append(i),
     save=lambda i, state, host: log.saved.append((i, dict(host))),
-    limits={"skipped": 2, "env_failures": 2},
+  )
+  state = train.run(
+    types.SimpleNamespace(step=start, params=None, skipped_in_a_row=0),
+    {"tokens": tokens, "alternatives": alternatives, "failed_batches": 0},
+    steps,
+    total_steps=total_steps,
+    limits=train.Limits(skipped=2, env_failures=2),
   )
   return state, log
 
@@ -148,9 +151,8 @@ def test_rollout_files_hold_what_was_said_and_read():
   packed = Packed(
     None,
     [rollout(), other],
-    [Context(feedback=fakes.NASTY), None],
+    ([Context(feedback=fakes.NASTY), None], [None, Context(notes="NOTE")]),
     {},
-    ([None, Context(notes="NOTE")],),
   )
   first, second = rollout_log.rollout_lines(7, packed, said, CHAT, kept=8)
   assert json.loads(json.dumps(first)) == first

@@ -191,107 +191,41 @@ def lengths_of(kind, responses, seed=0):
 
 
 def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32):
-  """Returns a TrainBatch of random tokens of these lengths, packed as training packs them.
+  """Makes a batch of random tokens with these lengths, packed as training packs them.
 
-  Args:
-    lengths: (prompt, teacher prompt, response) tokens of each row.
-    group: consecutive rows that answer one question.
-    share: a prompt stands once a row for all its responses.
+  `group` consecutive rows answer one question; share: its prompt stands once a row.
   """
   import numpy as np
 
-  from sdpo_jax.data.packing import Dealt, balanced_order
-  from sdpo_jax.data.shapes import Shapes, choose_shape
-  from sdpo_jax.records import TrainBatch
+  from sdpo_jax.data.batch import PackSettings, Responses, TeacherReading, Texts, pack_responses
+  from sdpo_jax.data.shapes import Rounding, Shapes
+  from sdpo_jax.objectives.teacher_context import Context
+  from sdpo_jax.records import Feedback, Rollout, Task
 
-  # the policy's half goes backward too
-  work = [3 * (p + n) + q + n for p, q, n in lengths]
-  order = balanced_order(work, group, 1, packs, whole=share)
-  lengths = [lengths[b] for b in order]
-  questions = [b // group for b in order]
-  prompts, teacher_prompts, responses = zip(*lengths, strict=True)
-  rng = np.random.default_rng(0)
-  answers = [rng.integers(1, vocab, n).tolist() for n in responses]
-  half_arguments = dict(rng=rng, vocab=vocab, packs=packs, share=share)
-  policy = Half(prompts, questions, answers, **half_arguments)
-  teacher = Half(teacher_prompts, questions, answers, **half_arguments)
+  rng, B = np.random.default_rng(0), len(lengths)
+  rollouts = []
+  for _, _, n in lengths:
+    tokens = rng.integers(1, vocab, n).tolist()
+    rollouts.append(Rollout(Task("", ""), [], tokens, [-1.0] * n, "stop", "", Feedback(0.0, "")))
 
-  dealt = Dealt(policy.known, teacher.known, _in_packs(responses, packs))
-  longest = max(responses)
-  most_tokens = (max(prompts) + longest, max(teacher_prompts) + longest, longest)
-  shape = choose_shape(
-    lambda _: dealt,
-    [packs],
-    Shapes(most_tokens),
-    length_multiple=length_multiple,
-    response_multiple=8,
-  )
+  def texts(starts):
+    questions = -(-B // group)
+    prompts = [rng.integers(1, vocab, max(starts)).tolist() for _ in range(questions)]
+    tokens = [prompts[b // group][: starts[b]] + r.tokens for b, r in enumerate(rollouts)]
+    return Texts(tokens, starts)
 
-  def zeros(dtype=np.float32):
-    return np.zeros((len(answers), shape.responses), dtype)
-
-  # number of each response's first token, counted in its pack
-  start_B = [sum(pack[:i]) for pack in _in_packs(responses, packs) for i in range(len(pack))]
-  batch = TrainBatch(
-    student=policy.rows(start_B, shape.rows, shape.length, shape.tokens),
-    teacher=teacher.rows(start_B, shape.teacher_rows, shape.teacher_length, shape.tokens),
-    start_B=np.array(start_B, np.int32),
-    response_BR=zeros(np.int32),
-    weight_BR=zeros(),
-    advantage_B=np.zeros(len(answers), np.float32),
-    distill_B=np.ones(len(answers), np.float32),
-    logp_rollout_BR=zeros(),
-    logp_old_BR=zeros(),
-  )
-  for b, answer in enumerate(answers):
-    batch.response_BR[b, : len(answer)] = answer
-    batch.weight_BR[b, : len(answer)] = 1.0
-    batch.logp_rollout_BR[b, : len(answer)] = -1.0
+  policy, teacher = texts([p for p, _, _ in lengths]), texts([q for _, q, _ in lengths])
+  reading = TeacherReading([Context("a solution")] * B, np.ones(B, np.float32), teacher, 0)
+  responses = Responses(rollouts, np.zeros(B, np.float32), policy, [reading])
+  longest = max(n for _, _, n in lengths)
+  shapes = Shapes((max(policy.starts) + longest, max(teacher.starts) + longest, longest))
+  rounding = Rounding(length_multiple, 8)
+  settings = PackSettings(0, rounding, shards=packs, share_prefixes=share)
+  batch, _ = pack_responses(responses, group, settings, shapes, pad_token=0)
   return batch
 
 
-def _in_packs(rows, packs):
-  """Cuts a list with one entry a row into the packs, equally many rows each."""
-  size = len(rows) // packs
-  return [rows[first : first + size] for first in range(0, len(rows), size)]
-
-
-class Half:
-  """The texts of the policy, or of the teacher: random prompts, one a question, then responses."""
-
-  def __init__(self, starts, questions, answers, *, rng, vocab, packs, share):
-    """Draws the prompts; starts: tokens of each row's prompt."""
-    from sdpo_jax.data.packing import Text, begin_alike
-
-    # one prompt a question, as long as the longest: each row's is cut from it
-    prompts = [rng.integers(1, vocab, max(starts)).tolist() for _ in range(max(questions) + 1)]
-    rows = zip(questions, starts, answers, strict=True)
-    texts = [prompts[question][:start] + answer for question, start, answer in rows]
-    self.packs, self.share = packs, share
-    self.texts, self.starts = _in_packs(texts, packs), _in_packs(starts, packs)
-    if share:
-      families = _in_packs(questions, packs)
-      self.known = list(map(begin_alike, self.texts, self.starts, families))
-    else:
-      self.known = [[Text(len(text)) for text in pack] for pack in self.texts]
-
-  def rows(self, start_B, rows, length, tokens):
-    """Lays the packs out, each in `rows` x `length` columns with `tokens` response tokens."""
-    import numpy as np
-
-    from sdpo_jax.data.packing import first_fit, lay_out
-    from sdpo_jax.records import Rows
-
-    packs = zip(self.known, self.texts, self.starts, _in_packs(start_B, self.packs), strict=True)
-    laid = [
-      lay_out(first_fit(known, length), known, texts, starts, at, rows, length, tokens, 0)
-      for known, texts, starts, at in packs
-    ]
-    stacked = Rows(*map(np.stack, zip(*laid, strict=True)))
-    return stacked if self.share else stacked._replace(prefix_CPT=None)
-
-
-def needed_operations(model, objective, tx, state, batch):
+def needed_operations(model, method, tx, state, batch):
   """Counts the operations of one step's matrix products where nothing is computed twice.
 
   It is traced without remat, and with the divergence as defined, which keeps its logits.
@@ -301,8 +235,8 @@ def needed_operations(model, objective, tx, state, batch):
   from sdpo_jax import hlo
   from sdpo_jax.train_step import make_signals, make_train_step
 
-  signals = make_signals(model, objective, remat="none", implementation="reference")
-  step = make_train_step(signals, objective, tx, teacher_move=0.05)
+  signals = make_signals(model, method, remat="none", implementation="reference")
+  step = make_train_step(signals, method, tx)
   return hlo.operations(jax.make_jaxpr(step)(state, batch).jaxpr)
 
 
@@ -313,7 +247,6 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
 
   from sdpo_jax.model.config import ModelConfig
   from sdpo_jax.objectives import build
-  from sdpo_jax.objectives.loss import make_objective
   from sdpo_jax.optimizer import make_optimizer
   from sdpo_jax.train_step import make_signals
 
@@ -321,9 +254,9 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
   on_cpu = device == "cpu"
   dtype = "float32" if on_cpu else "bfloat16"
   model = ModelConfig(family="qwen3", qk_norm="head", tied=True, dtype=dtype, **SHAPES[shape])
-  objective = make_objective(build.method_row("sdpo"))
+  method = build.build_method(build.method_row("sdpo"))
   tx = make_optimizer(**OPTIMIZER)
-  signals = make_signals(model, objective, remat=remat)
+  signals = make_signals(model, method, remat=remat)
   lengths = lengths_of(kind, responses)
   packed = make_batch(
     lengths,
@@ -333,13 +266,13 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
     length_multiple=32 if on_cpu else 128,
   )
   batch = jax.tree.map(jnp.asarray, packed)
-  state, step = _compiled_step(model, objective, tx, signals, batch)
-  operations = needed_operations(model, objective, tx, state, batch)
+  state, step = _compiled_step(model, method, tx, signals, batch)
+  operations = needed_operations(model, method, tx, state, batch)
   wall_s, cpu_s, state = _time_steps(step, state, batch, repeats)
   peak = _peak_bytes()  # before the programs below
   parts = _time_parts(model, signals, state, batch, micro_batches, repeats)
   rate = _matrix_rate(2048 if on_cpu else 8192, dtype, repeats)
-  halves = (batch.student, batch.teacher)
+  halves = (batch.policy, batch.readings[0].rows)
   used = sum((half.segment_CPT > 0).sum() for half in halves)
   return dict(
     case=case,
@@ -362,7 +295,7 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
   )
 
 
-def _compiled_step(model, objective, tx, signals, batch):
+def _compiled_step(model, method, tx, signals, batch):
   """Returns a fresh train state and the compiled step, which takes over its state."""
   import jax
 
@@ -373,7 +306,7 @@ def _compiled_step(model, objective, tx, signals, batch):
   def fresh(key):
     return init_state(decoder.init(model, key), tx, keep_teacher=True)
 
-  step = make_train_step(signals, objective, tx, teacher_move=0.05)
+  step = make_train_step(signals, method, tx)
   with session.released_by_the_compiler():  # as in training
     state = jax.jit(fresh)(jax.random.key(0))
     return state, jax.jit(step, donate_argnums=0).lower(state, batch).compile()
@@ -425,7 +358,7 @@ def _time_parts(model, signals, state, batch, micro_batches, repeats):
         )
       ]
 
-    return run_rows(hidden, batch.student)
+    return run_rows(hidden, batch.policy)
 
   def pair(state, batch):
     return forward_pair(state.params, state.teacher, model, batch)[::2]

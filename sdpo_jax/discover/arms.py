@@ -69,8 +69,7 @@ def solve_by_learning(
 
 def teacher_tokens(batch: TrainBatch) -> int:
   """Counts the tokens that the teacher reads in a batch, in all of its readings."""
-  readings = [batch.teacher, *(c.teacher for c in batch.counterfactuals)]
-  return sum(int((rows.segment_CPT > 0).sum()) for rows in readings)
+  return sum(int((reading.rows.segment_CPT > 0).sum()) for reading in batch.readings)
 
 
 def solve_by_sampling(

@@ -59,9 +59,9 @@ from sdpo_jax.discover.difficulty import choose_hard
 from sdpo_jax.discover.schedule import finish_all
 from sdpo_jax.discover.solver import Solver, method_of
 from sdpo_jax.errors import blame_settings
-from sdpo_jax.objectives.loss import make_objective
+from sdpo_jax.objectives.build import build_method
 from sdpo_jax.records import Task
-from sdpo_jax.session import wired
+from sdpo_jax.session import open_session
 from sdpo_jax.workdir import check_same_run, describe_run, read_lines, write_atomically
 
 
@@ -81,7 +81,7 @@ def discover(c, workdir: str) -> dict[str, Any]:
   if summary_path.exists():  # written last
     return json.loads(summary_path.read_text())
   stop = threading.Event()
-  with wired(c, devices=first_devices) as session:
+  with open_session(c, devices=first_devices) as session:
     mesh_shape = None if session.mesh is None else dict(session.mesh.shape)
     describe_run(workdir, c, {"sandbox_isolation": session.isolation, "mesh": mesh_shape})
     first = Solver(c, session, stop)
@@ -137,7 +137,7 @@ def _check_choices(d) -> None:
 
 
 def _check_learning(c, arm: str) -> None:
-  if not make_objective(c.method.to_dict()).needs_teacher:
+  if not build_method(c.method.to_dict()).needs_teacher:
     raise ValueError(
       f"config.discover.arms holds {arm!r}, but config.method has no teacher to learn from: its "
       "reward is 0 until the first success; choose one that has"

@@ -19,7 +19,7 @@ from sdpo_jax import checkpoint
 from sdpo_jax.discover.arms import LEARNING, ArmRun
 from sdpo_jax.discover.replay import AttemptLog
 from sdpo_jax.discover.solver import Solver, Stopped
-from sdpo_jax.session import Wired, on_other_devices, uncommitted
+from sdpo_jax.session import Session, on_other_devices, uncommitted
 from sdpo_jax.workdir import read_lines
 
 
@@ -27,7 +27,7 @@ def finish_all(
   c,
   workdir: pathlib.Path,
   runs: list[ArmRun],
-  session: Wired,
+  session: Session,
   first: Solver,
   other_devices: list,
   stop: threading.Event,

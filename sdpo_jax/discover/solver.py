@@ -15,8 +15,9 @@ from typing import Any, Callable, NamedTuple
 import jax
 
 from sdpo_jax import sharding
-from sdpo_jax.data.batch import Packed, pack
-from sdpo_jax.data.shapes import Shape, Shapes, bucket, most_tokens
+from sdpo_jax.alternatives import Explorer
+from sdpo_jax.data.batch import Packed, Packer, PackSettings
+from sdpo_jax.data.shapes import Rounding, Shape, Shapes, bucket, most_tokens
 from sdpo_jax.discover.arms import (
   LEARNING,
   ArmRun,
@@ -28,12 +29,12 @@ from sdpo_jax.discover.budget import Budget
 from sdpo_jax.discover.difficulty import calibrate, exact_difficulty, make_logp
 from sdpo_jax.discover.replay import AttemptLog
 from sdpo_jax.errors import RunError, blame_settings
-from sdpo_jax.learner import Learner, learner
+from sdpo_jax.learner import Learner, make_explorer, make_learner
 from sdpo_jax.objectives import build
-from sdpo_jax.objectives.loss import make_objective
+from sdpo_jax.objectives.build import Method
 from sdpo_jax.records import Sampling, Task
 from sdpo_jax.rollout import prompt_seed
-from sdpo_jax.session import Wired
+from sdpo_jax.session import Session
 from sdpo_jax.train_step import TrainState, make_signals
 
 
@@ -49,7 +50,8 @@ class LearningArm(NamedTuple):
 
   learner: Learner
   step: Callable  # compiled
-  shapes: Shapes  # that it is compiled for
+  packer: Packer  # with the shapes that it is compiled for
+  explorer: Explorer | None  # None: the method has no alternatives
 
 
 # Shares of the longest text that there are shapes for.
@@ -119,7 +121,7 @@ class Solver:
   stop: once it is set no batch is begun, and Stopped is raised instead.
   """
 
-  def __init__(self, c, session: Wired, stop: threading.Event):
+  def __init__(self, c, session: Session, stop: threading.Event):
     self.c = c
     self.session = session
     self.stop = stop
@@ -223,16 +225,19 @@ class Solver:
     c = self.c.copy_and_resolve_references()
     with c.unlocked():
       c.method = method_of(self.c, arm)
-    method = learner(c, session.model, session.join)
+    learner = make_learner(c, session.model, session.join)
     state_shardings = None
     if session.mesh is not None:
-      fresh = self._fresh_state(method, self.base)
+      fresh = self._fresh_state(learner, self.base)
       state_shardings = jax.tree.map(lambda x: x.sharding, fresh)
     step = jax.jit(
-      method.step, donate_argnums=0, out_shardings=(state_shardings, session.everywhere)
+      learner.step, donate_argnums=0, out_shardings=(state_shardings, session.everywhere)
     )
-    has_readings = method.counterfactual is not None
-    return LearningArm(method, step, self._fixed_shapes(has_readings=has_readings))
+    shapes = self._fixed_shapes(has_readings=learner.readings > 0)
+    # A run tries a question within its budget, so alternatives are siblings and need no seed.
+    explorer = make_explorer(c, learner.method, session.collector, seed=0)
+    packer = self._make_packer(learner.method, shapes, learner.further_readings)
+    return LearningArm(learner, step, packer, explorer)
 
   def _fixed_shapes(self, *, has_readings: bool = False) -> Shapes:
     c = self.c
@@ -253,10 +258,10 @@ class Solver:
       step=functools.partial(self._update, arm),
     )
 
-  def _fresh_state(self, method: Learner, params) -> TrainState:
+  def _fresh_state(self, learner: Learner, params) -> TrainState:
     """Returns a state with a copy of the weights: the step overwrites those that it is given."""
     copied = jax.tree.map(lambda x: x.copy(), params)
-    return self.session.fresh_state(copied, method.tx, method.teacher)
+    return self.session.fresh_state(copied, learner.tx, learner.method.teacher_weights)
 
   def learning_batch(self, arm: LearningArm, groups) -> Packed:
     """Packs judged attempts for an update.
@@ -264,18 +269,9 @@ class Solver:
     The alternatives that a method may want are siblings, which cost nothing: finding them needs
     no weights and uses no seed.
     """
-    method = arm.learner
-    if method.explore:
-      method.explore(
-        self.session.collector,
-        None,
-        groups,
-        sampling=self.sampling,
-        seed=0,
-        step=0,
-        max_prompt_tokens=self.c.data.max_teacher_tokens,
-      )
-    return self._pack(groups, method.parts, arm.shapes, method.counterfactual)
+    if arm.explorer is not None:
+      arm.explorer.explore(None, groups, sampling=self.sampling, step=0)
+    return arm.packer.pack(groups)
 
   def _update(self, arm: LearningArm, state: TrainState, batch) -> TrainState:
     rows = sharding.put_rows(self.session.mesh, batch)
@@ -291,21 +287,22 @@ class Solver:
       )
     return state
 
-  def _pack(self, groups, parts: dict, shapes: Shapes, counterfactual=None) -> Packed:
+  def _make_packer(self, method: Method, shapes: Shapes, further_readings=None) -> Packer:
     data = self.c.data
-    return pack(
-      groups,
-      chat=self.session.chat,
-      messages=self.env.prompt,
-      teacher_context=parts["teacher_context"],
-      advantage=parts["advantage"],
-      counterfactual=counterfactual,
-      max_teacher_tokens=data.max_teacher_tokens,
-      length_multiple=data.length_multiple,
-      response_multiple=data.response_multiple,
-      shapes=shapes,
+    settings = PackSettings(
+      data.max_teacher_tokens,
+      Rounding(data.length_multiple, data.response_multiple),
       micro_batches=self.c.train.micro_batches,
       shards=self.shards,
+    )
+    return Packer(
+      self.session.chat,
+      self.env.prompt,
+      method.teacher_context,
+      method.advantage,
+      settings,
+      shapes,
+      further_readings,
     )
 
   # Difficulty under the base model.
@@ -342,14 +339,13 @@ class Solver:
     """Returns logp([rollout]) -> nats of each whole response under the base model."""
     session = self.session
     # The plainest method: it has no teacher, so a response is read once.
-    grpo = build.method_row("grpo")
-    signals = make_signals(
-      session.model, make_objective(grpo), temperature=self.c.rollout.temperature
-    )
-    score = jax.jit(
-      lambda batch: signals(session.params, None, batch).logp_BR, out_shardings=session.everywhere
-    )
-    make_batch = functools.partial(
-      self._pack, parts=build.build_method(grpo), shapes=self._fixed_shapes()
-    )
-    return make_logp(score, make_batch, self.c.discover.rollouts)
+    grpo = build.build_method(build.method_row("grpo"))
+    signals = make_signals(session.model, grpo, temperature=self.c.rollout.temperature)
+
+    def logp_BR(batch):
+      (plain,) = signals(session.params, None, batch)
+      return plain.logp_BR
+
+    score = jax.jit(logp_BR, out_shardings=session.everywhere)
+    packer = self._make_packer(grpo, self._fixed_shapes())
+    return make_logp(score, packer.pack, self.c.discover.rollouts)
