@@ -714,15 +714,16 @@ def test_caller_is_never_forked_and_dies_alone():
     assert len(below) >= 4  # the caller, two workers, one test; bubblewrap's own
     process.kill()
   deadline = time.monotonic() + 5
-  alive = lambda: {
-    p
-    for p in below
-    if os.path.exists(f"/proc/{p}")
-    and open(f"/proc/{p}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
-  }
-  while alive() and time.monotonic() < deadline:
+
+  def alive(pid):
+    try:
+      return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:  # it ended
+      return False
+
+  while any(map(alive, below)) and time.monotonic() < deadline:
     time.sleep(0.02)
-  assert not alive()
+  assert not any(map(alive, below))
 
 
 def test_many_threads_share_few_workers(sandbox):

@@ -14,7 +14,7 @@ A response has the wrong form if it ends inside its thinking or its code block, 
 It then gets reward 0 and a feedback that says so.
 
 Several correct answers to one test are not supported: the expected output is the only right one.
-`sandbox/verdict.py` has the rules of comparison.
+`sandbox/compare.py` has the rules of comparison.
 """
 
 import dataclasses
