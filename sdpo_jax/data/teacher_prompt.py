@@ -1,4 +1,8 @@
-"""The teacher's prompt: the question with its context, shortened where there is no room."""
+"""Renders the teacher's prompt: the question with its context, shortened where there is no room.
+
+The feedback gives way before the solution does. The question, the closing instruction and the
+header of the assistant's turn are never touched.
+"""
 
 import dataclasses
 
@@ -7,54 +11,68 @@ from sdpo_jax.errors import TaskError
 from sdpo_jax.objectives.teacher_context import Context
 
 CUT = "\n[...]\n"
+# The fields of a context that may be shortened, in this order.
+SHORTENED_FIRST = ("notes", "attempt", "feedback", "solution")
 
 
 def shorten(text: str, keep: int) -> str:
-  """At most `keep` characters: the head and the tail, which hold the error and its place, with a
-  visible gap; "" where there is no room for more than the gap.
+  """Returns at most `keep` characters of a text: its head and its tail around a visible gap.
+
+  Head and tail hold the error and its place. Where there is no room for more than the gap, the
+  result is "", so that the template around the text goes too.
   """
   if len(text) <= keep:
     return text
-  keep = keep - len(CUT)
-  if keep <= 0:  # so that what holds it, a template, goes too
+  kept = keep - len(CUT)
+  if kept <= 0:
     return ""
-  return text[: (keep + 1) // 2] + CUT + (text[len(text) - keep // 2 :] if keep // 2 else "")
+  head, tail = text[: (kept + 1) // 2], text[len(text) - kept // 2 :]
+  return head + CUT + tail
 
 
 def teacher_prompt(
   chat: Chat, messages: list[dict[str, str]], context: Context, max_tokens: int
 ) -> tuple[list[int], bool]:
-  """Tokens of the teacher's prompt and whether its texts had to be shortened. The user's last
-  message carries the context.
+  """Returns the tokens of the teacher's prompt, and whether a text of it had to be shortened.
+
+  The user's last message carries the context. TaskError if the prompt is too long even without it.
   """
+  *earlier, question = messages
 
   def render(c: Context) -> list[int]:
-    return chat.prompt_tokens(
-      messages[:-1] + [messages[-1] | {"content": c.render(messages[-1]["content"])}], teacher=True
-    )
+    last = question | {"content": c.render(question["content"])}
+    return chat.prompt_tokens([*earlier, last], teacher=True)
 
   tokens = render(context)
   if len(tokens) <= max_tokens:
     return tokens, False
-  for field in ("notes", "attempt", "feedback", "solution"):
-    low, high = 0, len(getattr(context, field))  # the longest text that fits, by bisection
-    if not high:
+  for field in SHORTENED_FIRST:
+    if not getattr(context, field):
       continue
-    while low < high:
-      middle = (low + high + 1) // 2
-      if (
-        len(
-          render(dataclasses.replace(context, **{field: shorten(getattr(context, field), middle)}))
-        )
-        <= max_tokens
-      ):
-        low = middle
-      else:
-        high = middle - 1
-    context = dataclasses.replace(context, **{field: shorten(getattr(context, field), low)})
+    context = _shorten_field(context, field, lambda c: len(render(c)) <= max_tokens)
     tokens = render(context)
     if len(tokens) <= max_tokens:
       return tokens, True
   raise TaskError(
-    f"a question with its closing instruction takes {len(tokens)} tokens, more than config.data.max_teacher_tokens={max_tokens}"
+    f"a question with its closing instruction takes {len(tokens)} tokens, "
+    f"more than config.data.max_teacher_tokens={max_tokens}"
   )
+
+
+def _shorten_field(context: Context, field: str, fits) -> Context:
+  """Returns the context with the longest text of this field that fits, found by bisection.
+
+  The field is "" where no text of it fits.
+  """
+
+  def kept(characters: int) -> Context:
+    return dataclasses.replace(context, **{field: shorten(getattr(context, field), characters)})
+
+  low, high = 0, len(getattr(context, field))
+  while low < high:
+    middle = (low + high + 1) // 2
+    if fits(kept(middle)):
+      low = middle
+    else:
+      high = middle - 1
+  return kept(low)
