@@ -10,7 +10,8 @@ A folder results/NAME/ may hold
 
 Its section begins with what configs/experiments/NAME.py, else configs/NAME.py, states in its
 docstring: what is compared, the command (`Run:`) and the cost (`Cost:`). Every number of a table is
-computed here. Scores are avg@k, in per cent; intervals are those of stats.py.
+computed here. Scores are avg@k, in per cent; intervals are those of stats.py. The section of
+results/bench has the tables of sdpo_jax/bench/results instead.
 
 Errors: FileNotFoundError where there is no folder results/.
 """
@@ -158,7 +159,7 @@ def _curves(entries: dict) -> list[str]:
   times = [run.points[-1]["time_s"] for run in runs]
   parts = [
     f"Recorded: {len(runs)} runs, {sum(times) / 3600:.1f} hours in all, "
-    f"{min(times):.0f} to {max(times):.0f} s a run, evaluations included."
+    f"{min(times):,.0f} to {max(times):,.0f} s a run, evaluations included."
   ]
   for domain in sorted({run.domain for run in runs}):
     members = [run for run in runs if run.domain == domain]
@@ -283,7 +284,7 @@ def _runs(arms: dict[str, list[Run]], splits: list[str]) -> str:
       end = run.points[-1]
       generated = [f"{end['train/generations']:,}", f"{end['train/sampled_tokens']:,}"]
       scores = [_run_score(run, split) for split in splits]
-      rows.append([f"`{arm}`", str(run.seed), *scores, *generated, f"{end['time_s']:.0f}"])
+      rows.append([f"`{arm}`", str(run.seed), *scores, *generated, f"{end['time_s']:,.0f}"])
   return _table(["arm", "seed", *splits, "responses", "generated tokens", "seconds"], rows)
 
 

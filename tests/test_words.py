@@ -1,6 +1,7 @@
 """Words match code.
 
-The commands in the README and in docstrings name modules, files, arguments and settings that exist.
+The commands in the README, in RESULTS.md and in docstrings name modules, files, arguments and
+settings that exist.
 """
 
 import importlib.util
@@ -15,6 +16,7 @@ from sdpo_jax import config, experiment, main
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = [
   ROOT / "README.md",
+  ROOT / "RESULTS.md",
   *sorted((ROOT / "configs").rglob("*.py")),
   *sorted((ROOT / "sdpo_jax").rglob("*.py")),
 ]
