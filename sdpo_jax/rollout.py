@@ -1,11 +1,14 @@
-"""Tasks -> engine -> judge -> groups of Rollout. Host side.
+"""Collects rollouts: tasks go to the engine, responses to the judge, groups of Rollout come back.
 
-Judging runs in threads (each waits for a sandboxed process, none computes) and starts as each response finishes, while others
-are still being sampled. A judge that raises, hangs or returns a reward that is not a number in [0, 1] costs its own response only: the row
-becomes ENV_FAILED, is counted and never trained on. What it says is cleaned and bounded here, once for every environment (`verdict`).
+Judging runs in threads: each waits for a sandboxed process, none computes. It starts as each
+response finishes, while others are still being sampled.
 
-A judge sees text, not why it ended. What it says of a response that ran into `max_new_tokens` is therefore preceded by that fact,
-for every environment alike; where it says nothing, nothing is added.
+A judge that raises, hangs or returns a reward that is not a number in [0, 1] costs its own response
+only. That response becomes ENV_FAILED, is counted and never trained on. The text of a feedback is
+cleaned and bounded here, once for every environment (`text.py`).
+
+A judge sees text, not why it ended. The feedback on a response that ran into `max_new_tokens` is
+therefore preceded by that fact, for every environment alike. An empty feedback stays empty.
 """
 
 import concurrent.futures
@@ -14,6 +17,7 @@ import logging
 import numbers
 import queue
 import threading
+from typing import NamedTuple
 import zlib
 
 import jax
@@ -26,12 +30,20 @@ from sdpo_jax.text import MAX_CHARS, clean, cut
 
 
 def prompt_seed(seed: int, *path) -> int:
-  """A seed per prompt that depends on the run's seed and the path (step, task id) alone; uint32."""
+  """Returns a seed (uint32) that depends on the run's seed and the path (step, task id) alone."""
   return zlib.crc32(repr((seed, *path)).encode())
 
 
+class _Sampled(NamedTuple):
+  """One response while its judgement is awaited."""
+
+  completion: Completion
+  text: str
+  judgement: concurrent.futures.Future | None  # None: another process judges this response
+
+
 class Collector:
-  """Samples and judges. One per run; `close` ends its threads."""
+  """Samples responses and has them judged. A run has one; `close` ends its threads."""
 
   def __init__(
     self,
@@ -44,56 +56,17 @@ class Collector:
     judge_timeout_s: float,
   ):
     self.env, self.chat, self.engine = env, chat, engine
-    self.max_prompt_tokens, self.judge_timeout_s = max_prompt_tokens, judge_timeout_s
-    self._judge_threads, self._waiting, self._alive = judge_threads, queue.SimpleQueue(), 0
+    self.max_prompt_tokens = max_prompt_tokens
+    self.judge_timeout_s = judge_timeout_s
+    self._judge_threads = judge_threads
+    self._waiting = queue.SimpleQueue()  # of (future, arguments of _judge); None ends a thread
+    self._alive = 0  # threads that take from it
 
   def close(self) -> None:
-    """Ends the threads that wait; one that hangs in a judge is a daemon and ends with the process."""
+    """Ends the waiting threads. One that hangs in a judge is a daemon and ends with the process."""
     for _ in range(self._alive):
       self._waiting.put(None)
     self._alive = 0
-
-  def _submit(self, *job) -> concurrent.futures.Future:
-    while self._alive < self._judge_threads:
-      threading.Thread(target=self._work, name="judge", daemon=True).start()
-      self._alive += 1
-    future = concurrent.futures.Future()
-    self._waiting.put((future, job))
-    return future
-
-  def _work(self) -> None:
-    while (item := self._waiting.get()) is not None:
-      future, job = item
-      if future.set_running_or_notify_cancel():
-        future.set_result(self._judge(*job))
-
-  def _judge(self, task: Task, text: str, completion: Completion) -> Feedback:
-    try:
-      feedback = self.env.judge(task, text)
-      if not (
-        isinstance(feedback.reward, numbers.Real)
-        and 0.0 <= feedback.reward <= 1.0
-        and isinstance(feedback.text, str)
-      ):
-        raise ValueError(
-          f"the judge returned reward {feedback.reward!r} and text {type(feedback.text).__name__}, not a number in [0, 1] and a str"
-        )
-    except Exception as error:  # whatever a judge throws, the run goes on without this row
-      logging.exception("judging a response to %s failed", task.id)
-      return Feedback(0.0, f"{type(error).__name__}: {error}", Status.ENV_FAILED)
-    feedback = dataclasses.replace(
-      feedback,
-      reward=float(feedback.reward),
-      text=cut(clean(feedback.text), MAX_CHARS),
-    )
-    if (
-      completion.finish_reason == "length"
-      and feedback.text
-      and feedback.status is not Status.ENV_FAILED
-    ):
-      said = f"The response was too long: it was cut off after {len(completion.tokens)} tokens.\n{feedback.text}"
-      return dataclasses.replace(feedback, text=said)
-    return feedback
 
   def collect(
     self,
@@ -105,59 +78,122 @@ class Collector:
     seeds: list[int],
     begun: list[tuple[list[int], list[float]]] | None = None,
   ) -> list[list[Rollout]]:
-    """n judged rollouts of each task, as groups[q][g]. begun[q]: tokens, and their log-probabilities, with which all responses to task q begin."""
-    prompts = [self.chat.prompt_tokens(self.env.prompt(task)) for task in tasks]
-    for task, prompt in zip(tasks, prompts):
-      if len(prompt) > self.max_prompt_tokens:
-        raise TaskError(
-          f"the prompt of task {task.id} takes {len(prompt)} tokens, more than config.data.max_prompt_tokens={self.max_prompt_tokens}"
-        )
-    pending: dict[tuple[int, int], tuple[Completion, str, concurrent.futures.Future | None]] = {}
+    """Returns n judged rollouts of each task, as groups[q][g].
+
+    begun[q]: tokens, with their log-probabilities, that all responses to task q begin with.
+    Raises TaskError for a prompt that is too long.
+    """
+    prompts = self._prompts(tasks)
     begun = begun or [([], [])] * len(tasks)
-    for c in self.engine.generate(
+    heads = [head for head, _ in begun]
+    completions = self.engine.generate(
       params,
-      [prompt + head for prompt, (head, _) in zip(prompts, begun)],
+      [prompt + head for prompt, head in zip(prompts, heads, strict=True)],
       n=n,
       sampling=sampling,
       seeds=seeds,
-    ):
+    )
+    sampled = {}  # (q, g) -> _Sampled
+    for c in completions:
       head, logp = begun[c.prompt_index]
-      c = c._replace(tokens=head + c.tokens, logp=logp + c.logp)
-      text = self.chat.response_text(c.tokens)
-      # every process samples all, judges its share
-      mine = (c.prompt_index * n + c.sample_index) % jax.process_count() == jax.process_index()
-      future = self._submit(tasks[c.prompt_index], text, c) if mine else None
-      pending[c.prompt_index, c.sample_index] = (c, text, future)
-    said = {}
-    for (q, g), (_, _, future) in pending.items():
-      if future is None:
-        continue
-      try:
-        said[q, g] = future.result(timeout=self.judge_timeout_s)
-      except concurrent.futures.TimeoutError:
-        logging.error(
-          "judging a response to %s took more than %g s", tasks[q].id, self.judge_timeout_s
-        )
-        if not future.cancel():  # a thread hangs in it: another takes its place
-          self._alive -= 1
-        said[q, g] = Feedback(0.0, "the judge did not answer in time", Status.ENV_FAILED)
-    for told in hosts.share(
-      [[q, g, f.reward, f.text, f.status.value] for (q, g), f in said.items()]
-    ):
-      said |= {
-        (q, g): Feedback(reward, text, Status(status)) for q, g, reward, text, status in told
-      }
+      whole = c._replace(tokens=head + c.tokens, logp=logp + c.logp)
+      index = c.prompt_index * n + c.sample_index
+      sampled[c.prompt_index, c.sample_index] = self._begin_judging(
+        tasks[c.prompt_index], whole, index
+      )
+    feedback = self._await_feedback(tasks, sampled)
 
     def rollout(q: int, g: int) -> Rollout:
-      completion, text, _ = pending[q, g]
-      return Rollout(
-        tasks[q],
-        prompts[q],
-        completion.tokens,
-        completion.logp,
-        completion.finish_reason,
-        text,
-        said[q, g],
-      )
+      c = sampled[q, g].completion
+      text = sampled[q, g].text
+      return Rollout(tasks[q], prompts[q], c.tokens, c.logp, c.finish_reason, text, feedback[q, g])
 
     return [[rollout(q, g) for g in range(n)] for q in range(len(tasks))]
+
+  def _prompts(self, tasks: list[Task]) -> list[list[int]]:
+    prompts = [self.chat.prompt_tokens(self.env.prompt(task)) for task in tasks]
+    for task, prompt in zip(tasks, prompts, strict=True):
+      if len(prompt) > self.max_prompt_tokens:
+        raise TaskError(
+          f"the prompt of task {task.id} takes {len(prompt)} tokens, "
+          f"more than config.data.max_prompt_tokens={self.max_prompt_tokens}"
+        )
+    return prompts
+
+  def _begin_judging(self, task: Task, completion: Completion, index: int) -> _Sampled:
+    """Hands a response to a judge's thread, if this process is the one that judges it.
+
+    Every process samples all responses and judges its share. index: the number of the response
+    among all.
+    """
+    text = self.chat.response_text(completion.tokens)
+    judgement = None
+    if index % jax.process_count() == jax.process_index():
+      judgement = self._submit(task, text, completion)
+    return _Sampled(completion, text, judgement)
+
+  def _await_feedback(
+    self, tasks: list[Task], sampled: dict[tuple[int, int], _Sampled]
+  ) -> dict[tuple[int, int], Feedback]:
+    """Returns the feedback on all responses, those that other processes judged included."""
+    own = []
+    for (q, g), response in sampled.items():
+      if response.judgement is not None:
+        f = self._await_one(tasks[q], response.judgement)
+        own.append([q, g, f.reward, f.text, f.status.value])  # JSON-able
+    return {
+      (q, g): Feedback(reward, text, Status(status))
+      for judged in hosts.share(own)
+      for q, g, reward, text, status in judged
+    }
+
+  def _await_one(self, task: Task, judgement: concurrent.futures.Future) -> Feedback:
+    try:
+      return judgement.result(timeout=self.judge_timeout_s)
+    except concurrent.futures.TimeoutError:
+      logging.error("judging a response to %s took more than %g s", task.id, self.judge_timeout_s)
+      if not judgement.cancel():  # a thread hangs in it: another takes its place
+        self._alive -= 1
+      return Feedback(0.0, "the judge did not answer in time", Status.ENV_FAILED)
+
+  def _submit(self, *job) -> concurrent.futures.Future:
+    """Queues a job, the arguments of _judge, and sees that all threads run."""
+    while self._alive < self._judge_threads:
+      threading.Thread(target=self._work, name="judge", daemon=True).start()
+      self._alive += 1
+    future = concurrent.futures.Future()
+    self._waiting.put((future, job))
+    return future
+
+  def _work(self) -> None:
+    """Judges what is queued, until the queue gives None."""
+    while (item := self._waiting.get()) is not None:
+      future, job = item
+      if future.set_running_or_notify_cancel():
+        future.set_result(self._judge(*job))
+
+  def _judge(self, task: Task, text: str, completion: Completion) -> Feedback:
+    """Returns the environment's feedback as the rest of the run may read it."""
+    try:
+      feedback = self.env.judge(task, text)
+      _check(feedback)
+    except Exception as error:  # whatever a judge throws, the run goes on without this row
+      logging.exception("judging a response to %s failed", task.id)
+      return Feedback(0.0, f"{type(error).__name__}: {error}", Status.ENV_FAILED)
+    message = cut(clean(feedback.text), MAX_CHARS)
+    was_cut_off = completion.finish_reason == "length"
+    if was_cut_off and message and feedback.status is not Status.ENV_FAILED:
+      count = len(completion.tokens)
+      message = f"The response was too long: it was cut off after {count} tokens.\n{message}"
+    return dataclasses.replace(feedback, reward=float(feedback.reward), text=message)
+
+
+def _check(feedback: Feedback) -> None:
+  """Raises ValueError for a reward that is no number in [0, 1], or a text that is no str."""
+  is_number = isinstance(feedback.reward, numbers.Real)
+  if is_number and 0.0 <= feedback.reward <= 1.0 and isinstance(feedback.text, str):
+    return
+  raise ValueError(
+    f"the judge returned reward {feedback.reward!r} and text {type(feedback.text).__name__}, "
+    "not a number in [0, 1] and a str"
+  )

@@ -11,7 +11,10 @@ from tests import fakes
 
 CHAT = Chat(fakes.ByteTokenizer())
 SAMPLING = Sampling(8, stop_tokens=(257,))
-say = lambda text: CHAT.text_tokens(text) + [257]
+
+
+def say(text):
+  return CHAT.text_tokens(text) + [257]
 
 
 def collector(answers, engine, **settings):
@@ -47,12 +50,17 @@ def test_a_judge_that_raises_hangs_or_returns_nan_costs_its_own_row():
     Status.SCORED,
   ]
   assert [r.feedback.reward for r in group] == [1.0, 0.0, 0.0, 0.0, 0.0]
-  assert group[4].feedback.text == "wrong: bad" and "boom" in group[1].feedback.text
-  assert group[0].text == "good" and group[0].tokens[-1] == 257
+  assert group[4].feedback.text == "wrong: bad"
+  assert "boom" in group[1].feedback.text
+  assert group[0].text == "good"
+  assert group[0].tokens[-1] == 257
 
 
 def test_a_response_that_was_cut_off_is_told_so():
-  """By the engine's word alone; not where it is right, where the judge is silent, or where the fault is ours."""
+  """The engine's word alone decides it.
+
+  Nothing is added where it is right, where the judge is silent, or where the fault is ours.
+  """
   answers = {
     "right": Feedback(1.0, ""),
     "silent": Feedback(0.0, ""),
