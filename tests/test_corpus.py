@@ -1,4 +1,7 @@
-"""The pre-training corpora: what the shipped models have read stays as it was, and hindsight is told there in the very words of training."""
+"""The pre-training corpora.
+
+What the shipped models have read stays as it was, and hindsight has the very words of training.
+"""
 
 import zlib
 
@@ -42,9 +45,9 @@ def test_the_corpora_of_the_shipped_models_are_what_they_were(domain, checksum):
 class Recorded(Corpus):
   """Remembers the attempts that a row of hindsight tells of."""
 
-  def _distinct(self, *args):
-    self.found = super()._distinct(*args)
-    return self.found
+  def _attempts(self, *args, **kwargs):
+    self.attempts = super()._attempts(*args, **kwargs)
+    return self.attempts
 
 
 def task_of(domain, row, statement):
@@ -57,15 +60,18 @@ def task_of(domain, row, statement):
 
 
 def in_training(env, task, attempt, others, *, imagined=()):
-  """The failed attempt as training has it once the engine has said all this: judged, with its alternatives; and the messages that the engine was asked."""
+  """The failed attempt as training has it after these answers of the engine.
+
+  It is judged and has its alternatives. Returned as well: the messages that the engine was asked.
+  """
   asked = []
 
   class Engine:
     def generate(self, params, prompts, **kwargs):
       asked.append([CHAT.tokenizer.decode(p) for p in prompts])
-      said = [[text] for text in imagined] if len(asked) > 1 else [list(others)]
+      script = [[text] for text in imagined] if len(asked) > 1 else [list(others)]
       return fakes.ScriptedEngine(
-        [[CHAT.text_tokens(text) + [257] for text in row] for row in said]
+        [[CHAT.text_tokens(text) + [257] for text in row] for row in script]
       ).generate(params, prompts, **kwargs)
 
   collector = Collector(
@@ -94,22 +100,24 @@ def in_training(env, task, attempt, others, *, imagined=()):
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_a_row_of_notes_is_what_the_teacher_reads_in_training(domain, envs):
-  """The same attempts, judged by the environment and told of by the trainer's own code; or with their verdicts imagined, all of them rightly."""
+  """The same attempts, judged by the environment, with the notes of the trainer's own code.
+
+  Or with their verdicts imagined, all of them rightly.
+  """
   corpus, kinds = Recorded(DOMAINS[domain][0], only("notes")), set()
   for i in range(ROWS):
     row = corpus.problem(0, i)
-    attempt, *others = corpus.found
+    attempt, *others = corpus.attempts
     statement = Corpus(DOMAINS[domain][0], only("plain")).problem(0, i).message
     task, texts = task_of(domain, row, statement), [r.text for r in others]
-    assert envs[domain].judge(task, row.response).reward == 1.0 and DOMAINS[domain][0].solves(
-      row.response, *row[2:5]
-    )
-    told = []
+    assert envs[domain].judge(task, row.response).reward == 1.0
+    assert DOMAINS[domain][0].solves(row.response, *row[2:5])
+    expected = []
     for imagined in ((), [envs[domain].judge(task, text).text or CORRECT for text in texts]):
       settings, rollout, _ = in_training(envs[domain], task, attempt.text, texts, imagined=imagined)
-      found = further_readings(settings, FeedbackOrSolution(), [rollout], 0)[0]
-      told.append(found[0].render(statement))
-    assert row.message in told
+      context, _ = further_readings(settings, FeedbackOrSolution(), [rollout], 0)[0]
+      expected.append(context.render(statement))
+    assert row.message in expected
     kinds.add((len(others), "Correct solution:" in row.message, CORRECT + "\n" in row.message))
   assert (
     {n for n, _, _ in kinds} == {1, 2}
@@ -123,7 +131,7 @@ def test_a_row_of_imagination_is_what_the_policy_is_asked_in_training(domain, en
   corpus, replies = Recorded(DOMAINS[domain][0], only("imagine")), []
   for i in range(ROWS):
     row = corpus.problem(0, i)
-    attempt, other = (r.text for r in corpus.found)
+    attempt, other = (r.text for r in corpus.attempts)
     task = task_of(domain, row, Corpus(DOMAINS[domain][0], only("plain")).problem(0, i).message)
     _, rollout, asked = in_training(envs[domain], task, attempt, [other], imagined=["?"])
     assert asked[1] == [
@@ -139,7 +147,10 @@ def test_a_row_of_imagination_is_what_the_policy_is_asked_in_training(domain, en
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_the_longest_rows_fit(domain):
-  """The longest rows of notes and of verdicts fit the packs of configs/pretrain_tiny.py, a teacher prompt's bound and the model's positions."""
+  """The longest rows of notes and of verdicts fit.
+
+  They fit the packs of configs/pretrain_tiny.py, a teacher prompt's bound and the model's positions.
+  """
   from sdpo_jax import config
 
   c, chat = (

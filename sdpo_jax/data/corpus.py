@@ -1,17 +1,23 @@
-"""The pre-training corpora of the tiny base models: statements to programs or steps, with and
-without hindsight.
+"""Makes the pre-training corpora of the tiny base models, and their tokenizers.
 
-A row is one user message and one response. The message is the bare statement, or the very prompt
-that the teacher reads in
-SDPO: the statement with the feedback on a failed attempt, or with a correct solution, or both, or
-with notes on what other attempts would have received (`objectives/counterfactual`); or it asks
-which verdict another attempt would receive, and the response is that verdict. Novel words get a
-*new* random meaning in every row, so the model can only learn that such a word means something that
-the feedback shows. Compositions of the
-`unseen` split never occur.
+A row is one user message and one response, a program or steps. The view of a row says what the
+message is:
 
-Also the tokenizers: Unigram models over the natural pieces of these texts, with all bytes as
-fallback, so that any text can be written and a program takes about ten tokens.
+  plain      the bare statement
+  feedback   the statement with the feedback on a failed attempt
+  solution   the statement with a correct solution
+  both       the statement with feedback and solution
+  notes      the statement with feedback, or a solution, and notes on what other attempts would have
+             received (`objectives/notes`)
+  imagine    asks which verdict another attempt would receive; the response is that verdict
+
+From `feedback` on, the message is the very prompt that the teacher, or the policy that imagines,
+reads in SDPO. Novel words get a *new* random meaning in every row. The model can therefore only
+learn that such a word means something that the feedback shows. Compositions of the `unseen` split
+never occur.
+
+The tokenizers are Unigram models over the natural pieces of these texts, with all bytes as
+fallback. Any text can be written, and a program takes about ten tokens.
 """
 
 import dataclasses
@@ -23,34 +29,34 @@ from sdpo_jax.envs import arithmetic, composed, tinycode
 from sdpo_jax.objectives import notes, teacher_context
 from sdpo_jax.records import Alternative, Feedback, Rollout, Task
 
+VIEWS = ("plain", "feedback", "solution", "both", "notes", "imagine")
+# An attempt with a lower reward has failed. Rewards are 0 and 1 here.
+SUCCESS_THRESHOLD = 0.5
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
-  "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+  "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' "
+  "+ message['content'] + '<|im_end|>\n' }}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """Shares of the kinds of rows (they add up to 1) and how the problems in them are drawn."""
+  """Shares of the views, which add up to 1, and how the problems in them are drawn."""
 
   plain: float = 0.2
   feedback: float = 0.6
   solution: float = 0.12
   both: float = 0.08
-  # feedback, or a solution, and notes on other attempts
   notes: float = 0.0
-  imagine: float = 0.0  # which verdict would another attempt receive?
-  lengths: tuple[float, ...] = (0.3, 0.55, 0.15)  # one, two, three operations
-  # chance that an operation is named by a novel word
-  novel: float = 0.5
+  imagine: float = 0.0
+  lengths: tuple[float, ...] = (0.3, 0.55, 0.15)  # shares of one, two, three operations
+  novel: float = 0.5  # chance that an operation is named by a novel word
   twist: float = 0.1  # chance of a misleading paraphrase
-  # chance that the failed attempt gets a known operation wrong too
-  slip: float = 0.15
-  # the most other attempts that a row of notes tells of
-  alternatives: int = 2
+  slip: float = 0.15  # chance that the failed attempt gets a known operation wrong too
+  alternatives: int = 2  # most other attempts in a row of notes
   success: float = 0.1  # chance that another attempt is right
-  # chance that an attempt, where others are told of, gets a novel operation right
+  # Chance that an attempt in a row of notes or imagination gets a novel operation right.
   learnt: float = 0.4
 
   def __post_init__(self):
@@ -61,9 +67,6 @@ class Mixture:
       )
 
 
-VIEWS = ("plain", "feedback", "solution", "both", "notes", "imagine")
-
-
 class Problem(NamedTuple):
   """One row: what the user says, what the assistant answers, and what a judge needs."""
 
@@ -72,264 +75,311 @@ class Problem(NamedTuple):
   ops: tuple[str, ...]
   kind: str  # input type
   details: Any  # the domain's
-  novel: tuple[bool, ...]  # per operation: named by a novel word
+  novel: tuple[bool, ...]  # whether each operation is named by a novel word
 
 
 class Corpus:
-  """`problem(seed, index)` is a pure function: any row can be rebuilt, and reading resumes
-  anywhere.
+  """The rows of one domain.
+
+  `problem(seed, index)` is a pure function: any row can be rebuilt, and reading resumes anywhere.
   """
 
   def __init__(self, domain: composed.Domain, mixture: Mixture = Mixture()):
     self.domain, self.mixture = domain, mixture
-    self.keys = {
-      n: [k for k in domain.compositions(n) if not composed.is_unseen(k[:-1])]
-      for n, weight in enumerate(mixture.lengths, 1)
-      if weight
-    }
+    # Number of operations -> (*ops, kind) of each composition that pre-training may show.
+    self._compositions = {}
+    for length, share in enumerate(mixture.lengths, 1):
+      if share:
+        compositions = domain.compositions(length)
+        self._compositions[length] = [c for c in compositions if not composed.is_unseen(c[:-1])]
 
   def problem(self, seed: int, index: int) -> Problem:
-    m, domain, rng = self.mixture, self.domain, random.Random(f"corpus/{seed}/{index}")
-    n = rng.choices(range(1, len(m.lengths) + 1), m.lengths)[0]
-    *ops, kind = rng.choice(self.keys[n])
+    """Returns a row of the corpus of this seed."""
+    mixture, domain = self.mixture, self.domain
+    # Every draw below is part of the row: another order of draws is another corpus.
+    rng = random.Random(f"corpus/{seed}/{index}")
+    lengths = range(1, len(mixture.lengths) + 1)
+    (length,) = rng.choices(lengths, mixture.lengths)
+    *ops, kind = rng.choice(self._compositions[length])
     ops = tuple(ops)
-    words = dict(zip(domain.phrases, rng.sample(composed.NOVEL_WORDS, len(domain.phrases))))
-    novel = {o: rng.random() < m.novel for o in domain.phrases}
-    phrase = {
-      o: composed.novel_phrase(words[o]) if novel[o] else rng.choice(domain.phrases[o])
-      for o in domain.phrases
+    words = rng.sample(composed.NOVEL_WORDS, len(domain.phrases))
+    word_of = dict(zip(domain.phrases, words, strict=True))
+    novel = {op: rng.random() < mixture.novel for op in domain.phrases}
+    phrases = {
+      op: composed.novel_phrase(word_of[op]) if novel[op] else rng.choice(domain.phrases[op])
+      for op in domain.phrases
     }
-    twist = rng.choice(("not", "order")) if rng.random() < m.twist else None
-    distractor = phrase[rng.choice([o for o in domain.phrases if o not in ops])]
+    sentence = self._sentence(rng, ops, phrases)
     header = rng.randrange(composed.HEADERS)
-    view = rng.choices(VIEWS, [getattr(m, view) for view in VIEWS])[0]
+    (view,) = rng.choices(VIEWS, [getattr(mixture, view) for view in VIEWS])
     details = domain.draw(rng, ops, kind)
-    statement = domain.statement(
-      composed.body([phrase[o] for o in ops], twist=twist, distractor=distractor),
-      kind,
-      details,
-      header,
+    row = Problem(
+      message=domain.statement(sentence, kind, details, header),
+      response=domain.answer(ops, details)[0],
+      ops=ops,
+      kind=kind,
+      details=details,
+      novel=tuple(novel[op] for op in ops),
     )
-    response, _ = domain.answer(ops, details)
-    answer = Problem(statement, response, ops, kind, details, tuple(novel[o] for o in ops))
-    if view == "plain":
-      return answer
-    if view == "notes":
-      return answer._replace(message=self._noted(rng, answer, novel).render(statement))
-    if view == "imagine":
-      attempt, other = self._distinct(rng, answer, novel, 1)
-      return answer._replace(
-        message=notes.imagining(statement, attempt, other),
-        response=notes.true_feedback(other, 0.5),
-      )
-    context = teacher_context.Context(
-      solution=response if view in ("solution", "both") else "",
-      feedback=self._failed(rng, ops, kind, details, novel)[1]
-      if view in ("feedback", "both")
-      else "",
-    )
-    return answer._replace(message=context.render(statement))
+    return self._in_view(view, rng, row, novel)
 
-  def _noted(
-    self, rng: random.Random, answer: Problem, novel: dict[str, bool]
+  def _sentence(self, rng: random.Random, ops: tuple[str, ...], phrases: dict[str, str]) -> str:
+    """Returns the steps as a sentence, sometimes a misleading paraphrase."""
+    twist = None
+    if rng.random() < self.mixture.twist:
+      twist = rng.choice(("not", "order"))
+    distractor = rng.choice([op for op in phrases if op not in ops])
+    return composed.body([phrases[op] for op in ops], twist=twist, distractor=phrases[distractor])
+
+  def _in_view(
+    self, view: str, rng: random.Random, row: Problem, novel: dict[str, bool]
+  ) -> Problem:
+    """Returns a plain row as the view shows it. novel: the operations with a novel word."""
+    if view == "plain":
+      return row
+    if view == "notes":
+      context = self._context_with_notes(rng, row, novel)
+      return row._replace(message=context.render(row.message))
+    if view == "imagine":
+      attempt, other = self._attempts(rng, row, novel, most=1)
+      return row._replace(
+        message=notes.imagining(row.message, attempt, other),
+        response=notes.true_feedback(other, SUCCESS_THRESHOLD),
+      )
+    solution = row.response if view in ("solution", "both") else ""
+    feedback = ""
+    if view in ("feedback", "both"):
+      _, feedback = self._failed(rng, row, novel)
+    context = teacher_context.Context(solution=solution, feedback=feedback)
+    return row._replace(message=context.render(row.message))
+
+  def _context_with_notes(
+    self, rng: random.Random, row: Problem, novel: dict[str, bool]
   ) -> teacher_context.Context:
-    """What training would show of a failed attempt that others are told of: judged, or half of the
-    time imagined, by one who is never wrong.
+    """Returns what the teacher would read in training of a failed attempt with alternatives.
+
+    Their feedback is the judge's, or half of the time imagined by one who is never wrong.
     """
     while True:
-      attempt, *others = self._distinct(
-        rng, answer, novel, rng.randint(1, self.mixture.alternatives)
-      )
+      most = rng.randint(1, self.mixture.alternatives)
+      attempt, *others = self._attempts(rng, row, novel, most)
       imagined = rng.random() < 0.5
-      told = [
-        Alternative(r, "samples", notes.true_feedback(r, 0.5) if imagined else None) for r in others
-      ]
-      attempt = dataclasses.replace(attempt, alternatives=told)
+      alternatives = []
+      for other in others:
+        feedback = notes.true_feedback(other, SUCCESS_THRESHOLD) if imagined else None
+        alternatives.append(Alternative(other, "samples", feedback))
+      attempt = dataclasses.replace(attempt, alternatives=alternatives)
       ((context, _),) = notes.further_readings(
         notes.Notes(), teacher_context.FeedbackOrSolution(), [attempt], 0
       )
-      if context.notes:  # a judged success alone is a solution and leaves none
+      if context.notes:  # a success that was judged is a solution and leaves no note
         return context
 
-  def _distinct(
-    self, rng: random.Random, answer: Problem, novel: dict[str, bool], most: int
+  def _attempts(
+    self, rng: random.Random, row: Problem, novel: dict[str, bool], most: int
   ) -> list[Rollout]:
-    """A failed attempt and one to `most` others, some of them right, that say something else: by a
-    policy that has learnt some of the novel words.
+    """Returns a failed attempt and one to `most` others that differ, some of them right.
+
+    They are those of a policy that has learnt some of the novel words.
     """
-
-    def judged(success: float) -> Rollout:
-      right = rng.random() < success
-      while True:
-        guessed = {o: new and rng.random() >= self.mixture.learnt for o, new in novel.items()}
-        ops, said = (
-          (answer.ops, "")
-          if right
-          else self._failed(rng, answer.ops, answer.kind, answer.details, guessed)
-        )
-        text = self.domain.answer(ops, answer.details)[0]
-        # the right number by other steps is no failure
-        if right or not self.domain.solves(text, answer.ops, answer.kind, answer.details):
-          return Rollout(
-            Task("", answer.message), [], [], [], "stop", text, Feedback(float(right), said)
-          )
-
     while True:
-      attempt, *others = judged(0.0), *(judged(self.mixture.success) for _ in range(most))
-      told = notes.distinct(
-        [Alternative(r, "samples") for r in others],
+      attempt = self._attempt(rng, row, novel, success=0.0)
+      others = [self._attempt(rng, row, novel, self.mixture.success) for _ in range(most)]
+      different = notes.distinct(
+        [Alternative(other, "samples") for other in others],
         attempt,
         most=most,
-        success_threshold=0.5,
-        behaviour=lambda r: (r.feedback.reward, r.feedback.text),
+        success_threshold=SUCCESS_THRESHOLD,
+        behaviour=lambda rollout: (rollout.feedback.reward, rollout.feedback.text),
       )
-      if told:
-        return [attempt, *(a.rollout for a in told)]
+      if different:
+        return [attempt, *(alternative.rollout for alternative in different)]
+
+  def _attempt(
+    self, rng: random.Random, row: Problem, novel: dict[str, bool], success: float
+  ) -> Rollout:
+    """Returns an attempt with its feedback. success: the chance that it is right."""
+    is_right = rng.random() < success
+    while True:
+      learnt = self.mixture.learnt
+      # Drawn for an attempt that is right as well, which keeps the shipped models' corpora.
+      guessed = {op: new and rng.random() >= learnt for op, new in novel.items()}
+      ops, feedback = row.ops, ""
+      if not is_right:
+        ops, feedback = self._failed(rng, row, guessed)
+      text, _ = self.domain.answer(ops, row.details)
+      # The right number by other steps is no failure.
+      if is_right or not self.domain.solves(text, row.ops, row.kind, row.details):
+        return Rollout(
+          task=Task("", row.message),
+          prompt_tokens=[],
+          tokens=[],
+          logp=[],
+          finish_reason="stop",
+          text=text,
+          feedback=Feedback(float(is_right), feedback),
+        )
 
   def _failed(
-    self, rng: random.Random, ops, kind: str, details, novel: dict[str, bool]
+    self, rng: random.Random, row: Problem, unknown: dict[str, bool]
   ) -> tuple[list[str], str]:
-    """A failed attempt, the operations that the model could not know being guessed, and what the
-    judge would say of it.
+    """Returns the operations of a failed attempt, and what the judge says of it.
+
+    unknown: the operations that the model cannot know, which it guesses.
     """
     types = self.domain.types
     while True:
-      attempt, now = [], kind
-      for op in ops:
-        guessed = novel[op] or rng.random() < self.mixture.slip
-        fits = [o for o in types if now in types[o]]
-        if guessed:  # mostly an operation that fits the type, sometimes one that raises
-          op = rng.choice(fits if rng.random() < 0.9 else list(types))
+      attempt, now = [], row.kind
+      for op in row.ops:
+        # Short circuit: a slip is drawn for known operations only.
+        if unknown[op] or rng.random() < self.mixture.slip:
+          # Mostly an operation that fits the type, sometimes one that raises.
+          fitting = [o for o in types if now in types[o]]
+          op = rng.choice(fitting if rng.random() < 0.9 else list(types))
         attempt.append(op)
         now = types[op].get(now, now)
-      said = self.domain.complain(attempt, ops, details)
-      if said:
-        return attempt, said
-      if not any(novel[o] for o in ops):  # every word known: let one operation slip for certain
-        novel = novel | {rng.choice(ops): True}
+      feedback = self.domain.complain(attempt, row.ops, row.details)
+      if feedback:
+        return attempt, feedback
+      if not any(unknown[op] for op in row.ops):
+        # Every word is known: one operation slips for certain.
+        unknown = unknown | {rng.choice(row.ops): True}
+
+
+# The natural pieces of each domain's texts, from which its tokenizer is built.
+_CHAT_PIECES = [
+  "system\n",
+  "user\n",
+  "assistant\n",
+  teacher_context.SOLUTION,
+  teacher_context.FEEDBACK,
+  teacher_context.CLOSING,
+]
+_SENTENCE_PIECES = [", then ", " after you ", " (do not ", ")."]
+_PROGRAM_PIECES = [
+  "def f(x):",
+  "\n    x = ",
+  "\n    return x",
+  "x[",
+  "::-1",
+  "1:",
+  ":-1",
+  "::2",
+  "]",
+  "x + x",
+  "sorted(x",
+  ")",
+  ", reverse=True)",
+  "list(dict.fromkeys(x))",
+  "[v for v in x if ",
+  "v % 2 == 0",
+  "v % 2 == 1",
+  "v > 0",
+  "[",
+  " for v in x]",
+  "v * 2",
+  "v + 1",
+  "-v",
+  "v * v",
+  "sum(x)",
+  "max(x)",
+  "min(x)",
+  "len(x)",
+  "x + 10",
+  "x * 3",
+  "x % 7",
+  "x.upper()",
+  "x.swapcase()",
+]
+_PROGRAM_JUDGE_PIECES = [
+  "Runtime error\n",
+  "Wrong answer\n",
+  "Input: ",
+  "\nOutput: ",
+  "\nExpected: ",
+  "\nInput: ",
+  "\nLine ",
+  ": x = ",
+  ", ",
+  "TypeError: ",
+  "AttributeError: ",
+  "ValueError: ",
+  "IndexError: ",
+  "'int' object ",
+  "'list' object ",
+  "'str' object ",
+  "is not subscriptable",
+  "is not iterable",
+  "has no attribute ",
+  "'upper'",
+  "'swapcase'",
+  "has no len()",
+  "object of type 'int' ",
+  "unsupported operand type(s) for ",
+  "bad operand type for ",
+  "not supported between instances of ",
+  "not all arguments converted during string formatting",
+  'can only concatenate str (not "int") to str',
+  'can only concatenate list (not "int") to list',
+  "can't multiply sequence by non-int of type ",
+  "must be str, not int",
+  "iterable argument is empty",
+  "max() ",
+  "min() ",
+  "'str' and 'int'",
+  "'int' and 'str'",
+  "'list' and 'int'",
+  "+: ",
+  "%: ",
+  "unary -: ",
+]
+_ARITHMETIC_PIECES = [
+  *arithmetic.NAMES,
+  *arithmetic.THINGS,
+  " has ",
+  " ",
+  ". Take their number: ",
+  ". What is the result?",
+  "Start from the number of ",
+  " that ",
+  " has: ",
+  ". What comes out?",
+]
+_STEP_PIECES = [")", " + ", " - ", " * ", " // ", " % ", " = ", "\n", "\\boxed{", "}"]
+_STEP_JUDGE_PIECES = [
+  "Wrong answer\n",
+  "Wrong format\n",
+  "Step ",
+  ": ",
+  " came to ",
+  ".\nExpected: ",
+  " is ",
+  ", not ",
+  ".",
+  " does not go on from ",
+  " divides by zero.",
+  "There are ",
+  " steps",
+  "The box says ",
+  ", the steps come to ",
+  "The last line must be the result in a box: \\boxed{...}",
+  " is not a calculation: ",
+]
 
 
 def _tinycode_pieces() -> list[str]:
   statement = [
-    h.removesuffix("{}.").format(i) for h in tinycode.HEADERS for i in tinycode.INPUTS.values()
+    header.removesuffix("{}.").format(name)
+    for header in tinycode.HEADERS
+    for name in tinycode.INPUTS.values()
   ]
-  code = [
-    "def f(x):",
-    "\n    x = ",
-    "\n    return x",
-    "x[",
-    "::-1",
-    "1:",
-    ":-1",
-    "::2",
-    "]",
-    "x + x",
-    "sorted(x",
-    ")",
-    ", reverse=True)",
-    "list(dict.fromkeys(x))",
-    "[v for v in x if ",
-    "v % 2 == 0",
-    "v % 2 == 1",
-    "v > 0",
-    "[",
-    " for v in x]",
-    "v * 2",
-    "v + 1",
-    "-v",
-    "v * v",
-    "sum(x)",
-    "max(x)",
-    "min(x)",
-    "len(x)",
-    "x + 10",
-    "x * 3",
-    "x % 7",
-    "x.upper()",
-    "x.swapcase()",
-  ]
-  judge = [
-    "Runtime error\n",
-    "Wrong answer\n",
-    "Input: ",
-    "\nOutput: ",
-    "\nExpected: ",
-    "\nInput: ",
-    "\nLine ",
-    ": x = ",
-    ", ",
-    "TypeError: ",
-    "AttributeError: ",
-    "ValueError: ",
-    "IndexError: ",
-    "'int' object ",
-    "'list' object ",
-    "'str' object ",
-    "is not subscriptable",
-    "is not iterable",
-    "has no attribute ",
-    "'upper'",
-    "'swapcase'",
-    "has no len()",
-    "object of type 'int' ",
-    "unsupported operand type(s) for ",
-    "bad operand type for ",
-    "not supported between instances of ",
-    "not all arguments converted during string formatting",
-    'can only concatenate str (not "int") to str',
-    'can only concatenate list (not "int") to list',
-    "can't multiply sequence by non-int of type ",
-    "must be str, not int",
-    "iterable argument is empty",
-    "max() ",
-    "min() ",
-    "'str' and 'int'",
-    "'int' and 'str'",
-    "'list' and 'int'",
-    "+: ",
-    "%: ",
-    "unary -: ",
-  ]
-  return statement + _SENTENCE + code + judge
+  return statement + _SENTENCE_PIECES + _PROGRAM_PIECES + _PROGRAM_JUDGE_PIECES
 
 
 def _arithmetic_pieces() -> list[str]:
-  statement = [
-    *arithmetic.NAMES,
-    *arithmetic.THINGS,
-    " has ",
-    " ",
-    ". Take their number: ",
-    ". What is the result?",
-    "Start from the number of ",
-    " that ",
-    " has: ",
-    ". What comes out?",
-  ]
-  steps = [")", " + ", " - ", " * ", " // ", " % ", " = ", "\n", "\\boxed{", "}"]
-  judge = [
-    "Wrong answer\n",
-    "Wrong format\n",
-    "Step ",
-    ": ",
-    " came to ",
-    ".\nExpected: ",
-    " is ",
-    ", not ",
-    ".",
-    " does not go on from ",
-    " divides by zero.",
-    "There are ",
-    " steps",
-    "The box says ",
-    ", the steps come to ",
-    "The last line must be the result in a box: \\boxed{...}",
-    " is not a calculation: ",
-  ]
-  return statement + _SENTENCE + steps + judge
+  return _ARITHMETIC_PIECES + _SENTENCE_PIECES + _STEP_PIECES + _STEP_JUDGE_PIECES
 
 
-_SENTENCE = [", then ", " after you ", " (do not ", ")."]
 DOMAINS = {
   "tinycode": (tinycode.DOMAIN, _tinycode_pieces),
   "arithmetic": (arithmetic.DOMAIN, _arithmetic_pieces),
@@ -337,33 +387,11 @@ DOMAINS = {
 
 
 def build_tokenizer(name: str):
-  """The tokenizer of a domain's base model, as a transformers fast tokenizer."""
+  """Returns the tokenizer of a domain's base model, as a fast tokenizer of transformers."""
   import tokenizers
   import transformers
 
-  domain, pieces = DOMAINS[name]
-  phrases = [p for known in domain.phrases.values() for p in known] + [
-    composed.novel_phrase(w) for w in composed.NOVEL_WORDS
-  ]
-  chat = [
-    "system\n",
-    "user\n",
-    "assistant\n",
-    teacher_context.SOLUTION,
-    teacher_context.FEEDBACK,
-    teacher_context.CLOSING,
-  ]
-  natural = dict.fromkeys(phrases + pieces() + chat + [str(i) for i in range(-99, 100)])
-  letters = [c for c in string.printable if c not in "\x0b\x0c" and c not in natural]
-  byte_pieces = [f"<0x{b:02X}>" for b in range(256)]
-  # The fewest pieces win, and among equals the longest first piece: a constant price with a small
-  # bonus for length.
-  vocabulary = (
-    [("<unk>", 0.0)]
-    + [(p, -10.0 + 0.01 * min(len(p), 90)) for p in natural]
-    + [(c, -10.5) for c in letters]
-    + [(b, -20.0) for b in byte_pieces]
-  )
+  vocabulary = _vocabulary(*DOMAINS[name])
   tokenizer = tokenizers.Tokenizer(
     tokenizers.models.Unigram(vocabulary, unk_id=0, byte_fallback=True)
   )
@@ -381,3 +409,21 @@ def build_tokenizer(name: str):
   )
   fast.chat_template = CHAT_TEMPLATE
   return fast
+
+
+def _vocabulary(domain: composed.Domain, pieces) -> list[tuple[str, float]]:
+  """Returns (piece, score) for each token of a Unigram model.
+
+  The fewest pieces win, and among equals the longest first piece: all natural pieces have the same
+  score with a small bonus for length. Letters and bytes cost more.
+  """
+  phrases = [phrase for phrases in domain.phrases.values() for phrase in phrases]
+  novel_phrases = [composed.novel_phrase(word) for word in composed.NOVEL_WORDS]
+  numbers = [str(number) for number in range(-99, 100)]
+  natural = dict.fromkeys(phrases + novel_phrases + pieces() + _CHAT_PIECES + numbers)
+  letters = [c for c in string.printable if c not in "\x0b\x0c" and c not in natural]
+  vocabulary = [("<unk>", 0.0)]
+  vocabulary += [(piece, -10.0 + 0.01 * min(len(piece), 90)) for piece in natural]
+  vocabulary += [(letter, -10.5) for letter in letters]
+  vocabulary += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
+  return vocabulary
