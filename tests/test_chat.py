@@ -1,4 +1,7 @@
-"""Prompts are what the tokenizer's own chat template says, and text that people wrote cannot end a turn. Templates of the four families' forms."""
+"""Prompts are those of the tokenizer's own chat template, and text cannot end a turn.
+
+The templates have the forms of the four families.
+"""
 
 import pytest
 import tokenizers
@@ -10,20 +13,27 @@ from sdpo_jax.data.chat import Chat, load_tokenizer
 TEMPLATES = {  # special tokens (the first ends a turn), template
   "tags with a default system message": (
     ("<|im_end|>", "<|im_start|>", "<|endoftext|>"),
-    "{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
-    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{%- if messages[0].role != 'system' %}"
+    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+    "{%- for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
   ),
   "tags with a switch for thinking": (
     ("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<think>", "</think>"),
-    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' }}{% endfor %}"
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' "
+    "+ m.content.split('</think>')[-1] + '<|im_end|>\n' }}{% endfor %}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
+    "{%- if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
   ),
   "headers after a start of text": (
     ("<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' "
+    "+ m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
   ),
 }
 CONVERSATIONS = [
@@ -82,12 +92,12 @@ def test_prompts_are_those_of_apply_chat_template(tokenizer, messages, thinking)
 
 def test_policy_and_teacher_think_separately():
   chat = Chat(build("tags with a switch for thinking"), thinking=False, teacher_thinking=True)
-  text = lambda teacher: chat.tokenizer.decode(
-    chat.prompt_tokens(CONVERSATIONS[0], teacher=teacher)
-  )
-  assert text(False).endswith("assistant\n<think>\n\n</think>\n\n") and text(True).endswith(
-    "assistant\n"
-  )
+
+  def text(teacher):
+    return chat.tokenizer.decode(chat.prompt_tokens(CONVERSATIONS[0], teacher=teacher))
+
+  assert text(False).endswith("assistant\n<think>\n\n</think>\n\n")
+  assert text(True).endswith("assistant\n")
 
 
 @pytest.mark.parametrize(
@@ -101,15 +111,23 @@ def test_policy_and_teacher_think_separately():
   ],
 )
 def test_tags_in_a_message_end_no_turn(tokenizer, tag):
-  """As many special tokens as the same conversation with harmless words; and, but for spaces, the text is still all there."""
+  """There are as many special tokens as in the same conversation with harmless words.
+
+  And, but for spaces, the text is still all there.
+  """
   chat = Chat(tokenizer, thinking=True)
   added = set(tokenizer.added_tokens_decoder)
-  told = lambda content: chat.prompt_tokens(
-    [dict(role="system", content=content), dict(role="user", content=content + " end")]
-  )
-  count = lambda tokens: [t for t in tokens if t in added]
-  assert count(told(f"a {tag} b")) == count(told("a b"))
-  assert tag.replace(" ", "") in chat.tokenizer.decode(told(f"a {tag} b")).replace(" ", "")
+
+  def prompt(content):
+    return chat.prompt_tokens(
+      [dict(role="system", content=content), dict(role="user", content=content + " end")]
+    )
+
+  def special(content):
+    return [token for token in prompt(content) if token in added]
+
+  assert special(f"a {tag} b") == special("a b")
+  assert tag.replace(" ", "") in chat.tokenizer.decode(prompt(f"a {tag} b")).replace(" ", "")
 
 
 def test_a_response_stops_at_every_token_that_the_checkpoint_names():
