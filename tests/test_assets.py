@@ -1,4 +1,7 @@
-"""The tiny base models that come with the package: their tokenizers are the ones that the corpus builds, and hindsight helps them."""
+"""The tiny base models that come with the package.
+
+Their tokenizers are the ones that the corpus builds, and hindsight helps them.
+"""
 
 import dataclasses
 import pathlib
@@ -67,81 +70,95 @@ def test_hindsight_helps(name, path, ranges):
     assert lowest <= solved[f"eval/{view}"] <= highest, solved
 
 
+def failed_twice(session, c, tasks, sampling, **settings):
+  """Failed attempts at the tasks with two failed alternatives, {task's number: group of one}.
+
+  The attempts are the same for all settings of the notes. Returned as well: the metrics.
+  """
+  collector, params = session.collector, session.params
+  groups = collector.collect(params, tasks, n=1, sampling=sampling, seeds=range(len(tasks)))
+  explorer = alternatives.Explorer(
+    Notes(**settings),
+    collector,
+    seed=0,
+    success_threshold=0.5,
+    max_prompt_tokens=c.data.max_teacher_tokens,
+  )
+  metrics = explorer.explore(params, groups, sampling=sampling, step=0)
+  chosen = {}
+  for q, group in enumerate(groups):
+    others = group[0].alternatives
+    if len(others) == 2 and all(failed(other.rollout, 0.5) for other in others):
+      chosen[q] = group
+  return chosen, metrics
+
+
+def context_with_notes(group, templates):
+  shown = FeedbackOrSolution(feedback="always", templates=templates)
+  context, _ = further_readings(Notes(), shown, group, 0)[0]
+  return context
+
+
+def share_solved(session, tasks, contexts, sampling, max_teacher_tokens):
+  """The share of tasks that the teacher solves with these contexts, greedily."""
+  env, chat = session.collector.env, session.chat
+  prompts = []
+  for task, context in zip(tasks, contexts, strict=True):
+    prompt, _ = teacher_prompt(chat, env.prompt(task), context, max_teacher_tokens)
+    prompts.append(prompt)
+  completions = session.collector.engine.generate(
+    session.params,
+    prompts,
+    n=1,
+    sampling=dataclasses.replace(sampling, temperature=0.0),
+    seeds=[0] * len(prompts),
+  )
+  rewards = [
+    env.judge(tasks[c.prompt_index], chat.response_text(c.tokens)).reward for c in completions
+  ]
+  return sum(reward >= 0.5 for reward in rewards) / len(rewards)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("domain, helped", [("arithmetic", True), ("tinycode", False)])
 def test_what_the_untrained_teacher_makes_of_notes(domain, helped):
-  """Share that it solves, greedy, of failed attempts at 200 held-out questions with two failed alternatives; the figures of configs/counterfactual.py (`-s` prints them)."""
-  c = config.load(
-    f"{pathlib.Path(__file__).parent.parent}/configs/counterfactual.py:domain={domain}"
-  )
-  with open_session(c) as w:
-    env, sampling = (
-      w.collector.env,
-      Sampling(c.rollout.max_new_tokens, 1.0, 1.0, w.chat.stop_tokens),
+  """The share that it solves of 200 held-out questions with failed attempts and alternatives.
+
+  These are the figures of configs/counterfactual.py (`-s` prints them).
+  """
+  configs = pathlib.Path(__file__).parent.parent / "configs"
+  c = config.load(f"{configs}/counterfactual.py:domain={domain}")
+  with open_session(c) as session:
+    sampling = Sampling(c.rollout.max_new_tokens, 1.0, 1.0, session.chat.stop_tokens)
+    tasks = [session.collector.env.task("heldout", i) for i in range(200)]
+    verified, _ = failed_twice(session, c, tasks, sampling, feedback="verified")
+    imagined, metrics = failed_twice(
+      session, c, tasks, sampling, feedback="imagined", imagined_tokens=128
     )
-    tasks = [env.task("heldout", i) for i in range(200)]
-    told, shares = {}, {}
-    for how in ("verified", "imagined"):
-      # the same attempts both times
-      groups = w.collector.collect(w.params, tasks, n=1, sampling=sampling, seeds=range(200))
-      settings = dict(feedback=how, imagined_tokens=128) if how == "imagined" else {}
-      explorer = alternatives.Explorer(
-        Notes(**settings),
-        w.collector,
-        seed=0,
-        success_threshold=0.5,
-        max_prompt_tokens=c.data.max_teacher_tokens,
-      )
-      said = explorer.explore(w.params, groups, sampling=sampling, step=0)
-      told[how] = {
-        q: g
-        for q, g in enumerate(groups)
-        if len(g[0].alternatives) == 2 and all(failed(a.rollout, 0.5) for a in g[0].alternatives)
-      }
-    shared = sorted(told["verified"].keys() & told["imagined"].keys())
-    plain = FeedbackOrSolution(feedback="always")
-
-    def read(how, q, templates):
-      shown = FeedbackOrSolution(feedback="always", templates=templates)
-      context, _ = further_readings(Notes(), shown, told[how][q], 0)[0]
-      return context
-
+    shared = sorted(verified.keys() & imagined.keys())
     only_z = {"note": FEEDBACK + "{feedback}"}
+    plain = FeedbackOrSolution(feedback="always")
     views = {
-      "feedback": lambda q: plain(told["verified"][q], 0),
-      "notes": lambda q: read("verified", q, {}),
-      "Z alone": lambda q: read("verified", q, only_z),
-      "imagined": lambda q: read("imagined", q, {}),
+      "feedback": [plain(verified[q], 0) for q in shared],
+      "notes": [context_with_notes(verified[q], {}) for q in shared],
+      "Z alone": [context_with_notes(verified[q], only_z) for q in shared],
+      "imagined": [context_with_notes(imagined[q], {}) for q in shared],
     }
-    for view, context in views.items():
-      prompts = [
-        teacher_prompt(w.chat, env.prompt(tasks[q]), context(q), c.data.max_teacher_tokens)[0]
-        for q in shared
-      ]
-      answers = w.collector.engine.generate(
-        w.params,
-        prompts,
-        n=1,
-        sampling=dataclasses.replace(sampling, temperature=0.0),
-        seeds=[0] * len(prompts),
-      )
-      solved = [
-        env.judge(tasks[shared[a.prompt_index]], w.chat.response_text(a.tokens)).reward
-        for a in answers
-      ]
-      shares[view] = sum(reward >= 0.5 for reward in solved) / len(solved)
+    shared_tasks = [tasks[q] for q in shared]
+    shares = {
+      view: share_solved(session, shared_tasks, contexts, sampling, c.data.max_teacher_tokens)
+      for view, contexts in views.items()
+    }
+  wrong = ("counterfactual/imagined_wrong", "counterfactual/imagined_verdict_wrong")
   print(
     domain,
     len(shared),
     {view: f"{share:.1%}" for view, share in shares.items()},
-    {
-      name: f"{said[name].mean:.1%}"
-      for name in ("counterfactual/imagined_wrong", "counterfactual/imagined_verdict_wrong")
-    },
+    {name: f"{metrics[name].mean:.1%}" for name in wrong},
   )
-  assert len(shared) > 60 and shares["imagined"] < shares["feedback"], shares
-  assert (
-    shares["notes"] >= shares["feedback"]
-    if helped
-    else abs(shares["notes"] - shares["feedback"]) < 0.1
-  ), shares
+  assert len(shared) > 60
+  assert shares["imagined"] < shares["feedback"], shares
+  if helped:
+    assert shares["notes"] >= shares["feedback"], shares
+  else:
+    assert abs(shares["notes"] - shares["feedback"]) < 0.1, shares
