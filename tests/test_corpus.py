@@ -149,7 +149,8 @@ def test_a_row_of_imagination_is_what_the_policy_is_asked_in_training(domain, en
 def test_the_longest_rows_fit(domain):
   """The longest rows of notes and of verdicts fit.
 
-  They fit the packs of configs/pretrain_tiny.py, a teacher prompt's bound and the model's positions.
+  They fit the packs of configs/pretrain_tiny.py, the bound of a teacher's prompt, and the model's
+  positions.
   """
   from sdpo_jax import config
 

@@ -1,4 +1,4 @@
-"""Tasks: sources, malformed rows, mixtures, processes, exact resumption, and an environment of one's own."""
+"""Tasks: sources, malformed rows, mixtures, processes, exact resumption, one's own environment."""
 
 import json
 import os
@@ -206,16 +206,14 @@ def test_patterns_of_files(tmp_path):
 
 
 def test_parquet(tmp_path):
-  pyarrow = pytest.importorskip(
-    "pyarrow", reason="pyarrow is not installed: pip install 'sdpo_jax[hub]'"
-  )
-  import pyarrow.parquet
-
+  missing = "pyarrow is not installed: pip install 'sdpo_jax[hub]'"
+  pyarrow = pytest.importorskip("pyarrow", reason=missing)
+  parquet = pytest.importorskip("pyarrow.parquet", reason=missing)
   row = {"question": "Which?", "options": ["a", "b", "c"], "answer": "C", "answer_index": 2}
-  pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row] * 5), tmp_path / "r.parquet")
+  parquet.write_table(pyarrow.Table.from_pylist([row] * 5), tmp_path / "r.parquet")
   env = with_rows(ENVS["mcq"](), (f"test={tmp_path}/r.parquet",), splits=("test",))
   assert env.size("test") == 5 and env.task("test", 4).data == {"answer": "C", "letters": "ABC"}
-  pyarrow.parquet.write_table(
+  parquet.write_table(
     pyarrow.Table.from_pylist([row, row | {"answer_index": 1}]), tmp_path / "bad.parquet"
   )
   with pytest.raises(ValueError, match="bad.parquet, row 1: field 'answer_index'"):
@@ -296,15 +294,12 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path, module, source):
   monkeypatch.setitem(sys.modules, module, None)
   (tmp_path / "rows.parquet").touch()
   source = source.format(tmp_path)
-  for opened in (
-    lambda: with_rows(MathQA(), (source,), splits=("train",)),
-    lambda: check_sources((source,), {"train": "training"}),
-  ):
-    with pytest.raises(
-      ValueError,
-      match=rf"{source.removeprefix('train=')} needs {module.split('.')[0]}: pip install 'sdpo_jax\[hub\]'",
-    ):
-      opened()
+  location, package = source.removeprefix("train="), module.split(".")[0]
+  message = rf"{location} needs {package}: pip install 'sdpo_jax\[hub\]'"
+  with pytest.raises(ValueError, match=message):
+    with_rows(MathQA(), (source,), splits=("train",))
+  with pytest.raises(ValueError, match=message):
+    check_sources((source,), {"train": "training"})
 
 
 @pytest.mark.parametrize(
