@@ -110,11 +110,13 @@ class Explorer:
     for q, i in candidates:
       first_failed.setdefault(q, i)
     questions = sorted(first_failed)
+    # A second model ends its responses with tokens of its own.
+    sampling = dataclasses.replace(sampling, stop_tokens=collector.chat.stop_tokens)
     drawn = collector.collect(
       params,
       [groups[q][0].task for q in questions],
       n=self.notes.alternatives,
-      sampling=dataclasses.replace(sampling, stop_tokens=collector.chat.stop_tokens),
+      sampling=sampling,
       seeds=[prompt_seed(self.seed, source, step, q) for q in questions],
     )
     for q, rollouts in zip(questions, drawn):
@@ -163,11 +165,12 @@ class Explorer:
       if len(prompt) <= self.max_prompt_tokens
     }
     feedback, keys = {}, list(fitting)
+    sampling = dataclasses.replace(sampling, max_new_tokens=self.notes.imagined_tokens)
     completions = self.collector.engine.generate(
       params,
       [prompt for _, prompt in fitting.values()],
       n=1,
-      sampling=dataclasses.replace(sampling, max_new_tokens=self.notes.imagined_tokens),
+      sampling=sampling,
       seeds=[prompt_seed(self.seed, "imagine", step, n) for n in range(len(keys))],
     )
     for completion in completions:

@@ -111,7 +111,7 @@ class Rows(NamedTuple):
 
 
 class Reading(NamedTuple):
-  """One reading of a batch's responses by the teacher, under prompts that the policy does not see."""
+  """One reading of a batch's responses by the teacher, under prompts that the policy never sees."""
 
   rows: Rows  # prompt with context, then the SAME response at the same x as in the batch
   # float32 >= 0: of the divergence from this reading; 0: the teacher has nothing to show, and no

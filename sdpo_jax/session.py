@@ -79,7 +79,7 @@ class Session(NamedTuple):
 
   @property
   def join(self) -> Callable | None:
-    """For `make_signals`: makes weights of adapters and base; None where all weights are trained."""
+    """For `make_signals`: joins adapters with their base; None where all weights are trained."""
     return None if self.adapters is None else functools.partial(lora.attach, lora=self.adapters)
 
   def weights(self, params, frozen) -> Any:
@@ -137,14 +137,15 @@ def open_session(c, path: str | None = None, *, devices=None, method: Method | N
       second_model = None
       if second is not None:
         second_model = stack.enter_context(_collecting(c, env, second, mesh)), second.params
+    eval_sampling = Sampling(
+      c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, policy.chat.stop_tokens
+    )
     yield Session(
       chat=policy.chat,
       model=policy.model,
       params=policy.params,
       collector=collector,
-      eval_sampling=Sampling(
-        c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, policy.chat.stop_tokens
-      ),
+      eval_sampling=eval_sampling,
       isolation=sandbox.isolation,
       adapters=adapters,
       mesh=mesh,

@@ -86,8 +86,8 @@ class Limits(NamedTuple):
     """Raises RunError where the environment seems to be broken."""
     if failed_batches >= self.env_failures:
       raise RunError(
-        f"no response could be judged in {failed_batches} generation batches in a row (step {step}): "
-        "the environment or its sandbox is broken, "
+        f"no response could be judged in {failed_batches} generation batches in a row "
+        f"(step {step}): the environment or its sandbox is broken, "
         f"see the log above; {_last_checkpoint(saved)}"
       )
 
@@ -120,10 +120,12 @@ def rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
   """Returns means over the responses of a batch; rewards are those of judged ones."""
   rollouts = [r for group in groups for r in group]
   judged = [r for r in rollouts if r.feedback.status is not Status.ENV_FAILED]
+  truncated = [r.finish_reason == "length" for r in rollouts]
+  timeouts = sum(r.feedback.status is Status.TIMEOUT for r in rollouts)
   metrics = {
     "rollout/length": float(np.mean([len(r.tokens) for r in rollouts])),
-    "rollout/truncated": float(np.mean([r.finish_reason == "length" for r in rollouts])),
-    "rollout/timeouts": float(sum(r.feedback.status is Status.TIMEOUT for r in rollouts)),
+    "rollout/truncated": float(np.mean(truncated)),
+    "rollout/timeouts": float(timeouts),
   }
   if judged:
     solved = [any(r.feedback.reward >= 1.0 for r in group) for group in groups]
@@ -357,8 +359,8 @@ class Steps:
     packs = c.train.updates_per_batch * c.train.micro_batches * self.shards
     if responses % packs:
       raise ValueError(
-        f"config.rollout.questions x group = {responses} responses do not divide into {packs} packs: "
-        "train.updates_per_batch x micro_batches x the mesh's data x fsdp"
+        f"config.rollout.questions x group = {responses} responses do not divide into {packs} "
+        "packs: train.updates_per_batch x micro_batches x the mesh's data x fsdp"
       )
 
 

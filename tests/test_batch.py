@@ -97,6 +97,14 @@ def test_the_same_response_stands_under_both_prompts():
   )
 
 
+def test_a_rollout_says_which_of_its_tokens_are_trained_on():
+  """Tool output stands in the text and weighs nothing; its log-probability is never read."""
+  turn = dataclasses.replace(GROUP[1], weight=[1.0, 0.0, 0.5] + [1.0] * (len(GROUP[1].tokens) - 3))
+  weight_R = packed([GROUP[0], turn]).batch.weight_BR[1]
+  assert weight_R[: len(turn.tokens)].tolist() == turn.weight
+  assert not weight_R[len(turn.tokens) :].any()
+
+
 def test_a_response_without_a_verdict_may_be_the_longest():
   p = packed(
     [
@@ -143,8 +151,9 @@ def pack_many(groups, shapes, **settings):
   [(1, 1, False), (4, 1, False), (8, 32, False), (16, 16, False), (1, 32, True), (4, 32, True)],
 )
 def test_heavy_tailed_lengths_waste_little_and_compile_seldom(shards, micro_batches, share):
-  """32 x 8 responses, median 60 and maximum 1000 tokens: the share of columns that hold text, on average over 20 batches. Many micro-batches are for
-  answers of 8,192 tokens, one a pack; of these short ones many lie together."""
+  """32 x 8 responses, median 60 and maximum 1000 tokens: the share of columns that hold text, on
+  average over 20 batches. Many micro-batches are for answers of 8,192 tokens, one a pack; of these
+  short ones many lie together."""
   shapes, useful = Shapes((10_240, 18_432, 8192)), []
   for seed in range(20):
     p = pack_many(
@@ -166,7 +175,9 @@ def test_heavy_tailed_lengths_waste_little_and_compile_seldom(shards, micro_batc
   "longest, packs", [((1100, 1600, 1000), 32), ((2200, 3200, 2000), 4), ((4400, 6400, 4000), 2)]
 )
 def test_no_pack_takes_more_than_one_of_the_longest_texts(longest, packs):
-  """What a plan found to fit stays the bound: the longer answers may be, the more of ordinary ones go into a micro-batch."""
+  """What a plan found to fit stays the bound: the longer answers may be, the more of ordinary ones
+  go into a micro-batch.
+  """
   shapes = Shapes(longest)
   got = pack_many(heavy_tailed(8, 4, 0), shapes, micro_batches=32).batch
   (shape,) = shapes.known
@@ -179,7 +190,7 @@ def test_no_pack_takes_more_than_one_of_the_longest_texts(longest, packs):
 
 
 def test_few_packs_hold_what_many_held():
-  """The same responses with the same numbers, whether each has a pack of its own or all lie in two."""
+  """The same responses with the same numbers, whether each has its own pack or all lie in two."""
   groups, seen = heavy_tailed(8, 4, 0), []
   for longest in ((1100, 1600, 1000), (10_240, 18_432, 8192)):
     p = pack_many(groups, Shapes(longest), micro_batches=16, shards=2)
@@ -242,7 +253,9 @@ def test_a_shape_is_used_again_and_a_length_never_seen_gets_room():
 
 
 def test_shapes_of_another_number_of_devices_are_not_used():
-  """A run that goes on with more or fewer of them packs for those that it has, and stops looking at what was compiled for others."""
+  """A run that goes on with more or fewer of them packs for those that it has, and stops looking at
+  what was compiled for others.
+  """
   shapes, batch = fresh(limit=1), heavy_tailed(8, 4, 0)
   packs = [
     pack_many(batch, shapes, shards=shards).batch.policy.at_CX.shape[0] for shards in (4, 8, 2, 4)
@@ -263,7 +276,9 @@ def test_without_a_teacher_its_half_is_one_small_row():
 
 
 def test_a_question_stands_once_a_row_for_all_its_responses():
-  """What a token sees, its prefix and its own segment up to it, is the prompt and the response as they were; positions count through."""
+  """What a token sees, its prefix and its own segment up to it, is the prompt and the response as
+  they were; positions count through.
+  """
   groups = heavy_tailed(4, 4, 0, longest=120)
   apart, shared = (
     pack_many(groups, fresh(), shards=2, share_prefixes=share) for share in (False, True)

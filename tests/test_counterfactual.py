@@ -1,4 +1,6 @@
-"""Counterfactual self-distillation: which alternatives count, what the teacher is told of them, and what that adds to the loss."""
+"""Counterfactual self-distillation: which alternatives count, what the teacher is told of them, and
+what that adds to the loss.
+"""
 
 import functools
 import pathlib
@@ -103,8 +105,8 @@ def test_a_note_says_what_the_differing_lines_would_have_received():
   ((context, weight),) = read(attempt)
   assert context.feedback == "is 1" and weight == 1.0
   assert (
-    context.notes
-    == f"\nIf you had tried\n  x = 2\n  y = {{x}}\ninstead of\n  x = 1\nyou would have received\nis {fakes.NASTY}"
+    context.notes == "\nIf you had tried\n  x = 2\n  y = {x}\ninstead of\n  x = 1\n"
+    f"you would have received\nis {fakes.NASTY}"
   )
   assert context.render("Q").startswith("Q\nThe following is feedback") and context.render(
     "Q"
@@ -143,7 +145,9 @@ def test_a_verified_success_is_used_as_a_solution():
 
 
 def test_where_the_plain_teacher_reads_nothing_the_settings_of_its_context_hold():
-  """With feedback="never" and no success the notes are all that is shown: in the user's own words, with the attempt if asked for."""
+  """With feedback="never" and no success the notes are all that is shown: in the user's own words,
+  with the attempt if asked for.
+  """
   c = config.load(f"{ROOT}/configs/counterfactual.py:domain=math_qa,note=feedback")
   for show_attempt in (False, True):
     c.method.teacher_context.show_attempt = show_attempt
@@ -342,7 +346,9 @@ def test_a_second_model_answers_in_its_own_tokens_and_is_read_as_text():
 
 
 def test_a_second_model_is_loaded_and_asked_beside_the_policy(monkeypatch, tmp_path):
-  """Packaged models of other vocabularies; the loop is replaced by its first line, so that no train step is compiled."""
+  """Packaged models of other vocabularies; the loop is replaced by its first line, so that no train
+  step is compiled.
+  """
   c = config.base()
   c.method, c.mesh.fsdp, c.sandbox.workers = build.method_row("counterfactual"), 1, 1
   c.method.counterfactual.update(sources=("model",), model="tiny_arithmetic", alternatives=1)
@@ -377,7 +383,8 @@ def test_a_second_model_is_loaded_and_asked_beside_the_policy(monkeypatch, tmp_p
     ("nowhere", "nowhere: no such directory"),
     (
       str(short),
-      "config.data.max_prompt_tokens=256 and config.rollout.max_new_tokens=3 together exceed the 258 ",
+      "config.data.max_prompt_tokens=256 and config.rollout.max_new_tokens=3 "
+      "together exceed the 258 ",
     ),
   ):
     c.method.counterfactual.model = model
@@ -468,7 +475,9 @@ def test_imagined_feedback_is_asked_for_once_and_measured_against_the_judge():
 
 
 def test_notes_tell_no_more_of_the_hidden_tests_than_feedback_does():
-  """TinyCode, its real judge: whatever expected output the teacher reads stands in the feedback that an attempt received."""
+  """TinyCode, its real judge: whatever expected output the teacher reads stands in the feedback
+  that an attempt received.
+  """
   with Sandbox(workers=1) as sandbox:
     env = TinyCode(sandbox=sandbox)
     for task in (env.task("train", i) for i in range(6)):
@@ -502,12 +511,14 @@ def test_notes_tell_no_more_of_the_hidden_tests_than_feedback_does():
     (
       dict(feedback="imagined", imagined_tokens=513),
       24,
-      r"config.data.max_teacher_tokens=512 and config.method.counterfactual.imagined_tokens=513 together exceed the 1024 positions",
+      r"config.data.max_teacher_tokens=512 and config.method.counterfactual.imagined_tokens=513 "
+      "together exceed the 1024 positions",
     ),
     (
       dict(sources=("siblings", "branches")),
       400,
-      r"config.data.max_prompt_tokens=256 and twice config.rollout.max_new_tokens=400, for config.method.counterfactual.sources=",
+      r"config.data.max_prompt_tokens=256 and twice config.rollout.max_new_tokens=400, "
+      "for config.method.counterfactual.sources=",
     ),
   ],
 )
@@ -617,7 +628,9 @@ def test_the_batch_holds_the_same_responses_under_the_notes():
   "form, gate, pieces", [("joint", False, 1), ("each", True, 2), ("mixture", False, 2)]
 )
 def test_the_loss_is_the_specifications(form, gate, pieces):
-  """sdpo_loss + eta w of it under other prompts, over the tokens of one batch, or with a mixture as the teacher; on dense logits, value and gradient."""
+  """sdpo_loss + eta w of it under other prompts, over the tokens of one batch, or with a mixture as
+  the teacher; on dense logits, value and gradient.
+  """
   setup, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
   _, teacher = fakes.toy_model(1, layers=1, width=16, heads=2, kv_heads=1)
   batch = fakes.toy_batch(rows=4, packs=pieces)

@@ -41,7 +41,9 @@ def test_divergence_by_hand(alpha):
 
 
 def test_proposition_2_1_closed_form_and_finite_differences():
-  """The gradient of reverse KL with respect to a logit is p * (ln(p/q) - KL): a policy gradient with advantage ln q - ln p."""
+  """The gradient of reverse KL with respect to a logit is p * (ln(p/q) - KL): a policy gradient
+  with advantage ln q - ln p.
+  """
   with jax.enable_x64(True):
     student, teacher = logits(0).astype(jnp.float64), logits(1).astype(jnp.float64)
     loss = lambda s: reference.sdpo_loss(s, teacher, RESPONSE, WEIGHT, DISTILL, alpha=1.0)
@@ -91,7 +93,9 @@ def test_top_k_bounds():
 
 
 def test_advantage_clip_by_hand():
-  """Where no advantage leaves the bounds nothing changes; else the gradient is -p_v (a_v - sum_u p_u a_u) with a = clip(ln q - ln p)."""
+  """Where no advantage leaves the bounds nothing changes; else the gradient is -p_v (a_v - sum_u
+  p_u a_u) with a = clip(ln q - ln p).
+  """
   student, teacher = logits(2), logits(3)
   value_and_grad = lambda **k: jax.value_and_grad(
     lambda s: reference.sdpo_loss(s, teacher, RESPONSE, WEIGHT, DISTILL, alpha=1.0, **k)
@@ -117,7 +121,9 @@ def test_advantage_clip_by_hand():
 
 
 def test_importance_weights_by_hand():
-  """One token: ratio e^1 is capped at 2, the engine mismatch e^-0.5 is not; both multiply the divergence."""
+  """One token: ratio e^1 is capped at 2, the engine mismatch e^-0.5 is not; both multiply the
+  divergence.
+  """
   student, teacher = logits(4, (1, 1, 7)), logits(5, (1, 1, 7))
   response, one = np.array([[2]]), np.ones((1, 1), np.float32)
   logp = jax.nn.log_softmax(student)[0, 0, 2]
@@ -196,7 +202,9 @@ GRID += [dict(alpha=1.0, top_k=None, add_tail=True, granularity=g) for g in ("to
 @pytest.mark.parametrize("distill", [DISTILL, np.array([0, 1], np.float32)], ids=["all", "one"])
 @pytest.mark.parametrize("kwargs", GRID, ids=lambda k: "-".join(map(str, k.values())))
 def test_specification_and_fast_path_over_the_whole_grid(kwargs, distill):
-  """Every alpha, top-K with and without tail, granularity and pair of clips: plain NumPy, the specification, and row + kernel, loss and gradient."""
+  """Every alpha, top-K with and without tail, granularity and pair of clips: plain NumPy, the
+  specification, and row + kernel, loss and gradient.
+  """
   rng = np.random.default_rng(7)
   student, teacher = rng.normal(size=(2, 2, 3, 7)) * 2
   logp = np.take_along_axis(
@@ -341,7 +349,9 @@ def test_fast_path_agrees_with_the_specification(case):
 
 
 def test_trust_region_mixes_logits():
-  """log q proportional to .7 logits of the anchor + .3 logits of the policy, both on the teacher's prompt, no gradient to either."""
+  """log q proportional to .7 logits of the anchor + .3 logits of the policy, both on the teacher's
+  prompt, no gradient to either.
+  """
   config, params = fakes.toy_model(0)
   _, anchor = fakes.toy_model(1)
   batch = fakes.toy_batch()
@@ -475,7 +485,9 @@ def test_group_mean_within_a_clip():
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_rewards_that_are_not_numbers_change_nothing_else(name):
-  """A row whose judge failed (NaN, weight 0) and the same batch without it: same advantages, loss and gradient for every method."""
+  """A row whose judge failed (NaN, weight 0) and the same batch without it: same advantages, loss
+  and gradient for every method.
+  """
   row = build.method_row(name)
   if row["reduction"]["name"] == "constant":
     row["reduction"]["length"] = 6.0
@@ -515,7 +527,9 @@ def test_rewards_that_are_not_numbers_change_nothing_else(name):
 
 
 def test_srpo_by_hand():
-  """Row 0 has a teacher: its divergence, weighted by the teacher's certainty with mean 1. Row 1 has none: the policy gradient. Both over all 3 tokens."""
+  """Row 0 has a teacher: its divergence, weighted by the teacher's certainty with mean 1. Row 1 has
+  none: the policy gradient. Both over all 3 tokens.
+  """
   batch, old = two_responses()
   batch = batch._replace(weight_BR=np.array([[1, 1, 0], [1, 0, 0]], np.float32))
   batch = with_teacher(batch, np.array([1, 0], np.float32))

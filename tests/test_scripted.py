@@ -1,7 +1,8 @@
-"""Every environment from its questions to a gradient: a scripted sampler gives right and wrong responses, the real judge, teacher context, batch and step do the rest.
+"""Every environment from its questions to a gradient: a scripted sampler gives right and wrong
+responses, the real judge, teacher context, batch and step do the rest.
 
-The tiny model solves none of these tasks, so that without a script nothing would ever be shown, or taught. All environments share one shape, so
-that a step is compiled once a method.
+The tiny model solves none of these tasks, so that without a script nothing would ever be shown, or
+taught. All environments share one shape, so that a step is compiled once a method.
 """
 
 import functools
@@ -124,7 +125,9 @@ def sandbox():
 
 
 def judged(name, sandbox, tmp_path, *, broken=None):
-  """(environment, one group of four judged rollouts: right, wrong, right, malformed). broken: judges instead, by response."""
+  """(environment, one group of four judged rollouts: right, wrong, right, malformed). broken:
+  judges instead, by response.
+  """
   settings, source, again, wrong, _, malformed, _ = CASES[name]
   if name == "ifeval":
     (tmp_path / "ifeval.train.jsonl").write_text(json.dumps(IFEVAL) + "\n")
@@ -165,7 +168,9 @@ def judged(name, sandbox, tmp_path, *, broken=None):
 
 @functools.cache
 def machine(name):
-  """(initial state, step, signals) of a method with a frozen teacher on a toy model; plain descent, so that a direction is one."""
+  """(initial state, step, signals) of a method with a frozen teacher on a toy model; plain descent,
+  so that a direction is one.
+  """
   config, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
   row = build.method_row(name)
   if name == "sdpo":
@@ -298,7 +303,9 @@ def test_a_judge_that_fails_or_returns_nan_for_one_response_costs_that_row_alone
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_runs_two_steps(name, sandbox, tmp_path):
-  """Its own context, advantage, teacher and optimiser; the loss and the update are numbers, and something is learned from the group."""
+  """Its own context, advantage, teacher and optimiser; the loss and the update are numbers, and
+  something is learned from the group.
+  """
   env, group, _ = judged("math_qa", sandbox, tmp_path)
   config, params = fakes.toy_model(0, layers=1, width=16, heads=2, kv_heads=1)
   row = build.method_row(name)

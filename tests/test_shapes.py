@@ -14,7 +14,9 @@ def fresh(known=(), owed=0.0, **kwargs):
 
 
 def test_rows_are_longer_than_a_text_where_the_longest_texts_would_have_as_many_pairs_of_columns():
-  """One text of 1,500 tokens and 63 of 1,000: rows of 3,000 leave no gaps, but attention compares more columns than in 64 rows of 1,500."""
+  """One text of 1,500 tokens and 63 of 1,000: rows of 3,000 leave no gaps, but attention compares
+  more columns than in 64 rows of 1,500.
+  """
   texts = [[Extent(1500)] + [Extent(1000)] * 63]
   chosen = lambda longest: choose_shape(
     lambda packs: Load(64, (texts, texts, []), 6400, 100),
@@ -44,7 +46,9 @@ def test_lengths_that_are_all_equal_get_no_room():
 
 
 def test_a_better_shape_is_compiled_once_its_lack_has_cost_as_much():
-  """Lengths fall to a half: the long shape serves until its waste, in steps, is what a compilation costs, and no longer."""
+  """Lengths fall to a half: the long shape serves until its waste, in steps, is what a compilation
+  costs, and no longer.
+  """
   shapes = fresh()
   long = one_row(800, shapes)
   served = [one_row(400, shapes) for _ in range(30)]
@@ -87,7 +91,7 @@ def test_there_is_no_room_beyond_the_longest_text():
 
 
 def test_a_resumed_run_chooses_the_same_shapes():
-  """Shapes and debt go through a checkpoint's JSON; without the debt the choice would be another."""
+  """Shapes and debt go through a checkpoint's JSON; without the debt the choice would differ."""
   lengths = np.random.default_rng(0).integers(300, 900, 200).tolist()
 
   def chosen(stop=None, forget=False):

@@ -97,7 +97,9 @@ def test_a_run_evaluates_the_base_then_trains_to_the_end():
 
 
 def test_all_that_is_generated_is_counted():
-  """What was generated for alternatives beside the rollouts: of their own two rollouts of three tokens a step, seven and four more tokens, in three responses."""
+  """What was generated for alternatives beside the rollouts: of their own two rollouts of three
+  tokens a step, seven and four more tokens, in three responses.
+  """
   _, log = run(extra=(dict(extra_tokens=7, extra_calls=2), dict(extra_tokens=4, extra_calls=1)))
   assert [log.written[i]["train/sampled_tokens"] for i in (1, 2, 3)] == [17, 34, 51] and [
     log.written[i]["train/generations"] for i in (1, 2, 3)

@@ -1,4 +1,6 @@
-"""The train step: invariances that must not depend on layout, and what it does when a gradient is not finite."""
+"""The train step: invariances that must not depend on layout, and what it does when a gradient is
+not finite.
+"""
 
 import functools
 
@@ -20,7 +22,9 @@ BLEND = build.method_row("sdpo") | dict(
 
 @functools.cache
 def grads_of(sliding=False):
-  """(batch, teacher or None) -> (loss, gradient): read back from one SGD step of rate 1. The blend exercises both terms."""
+  """(batch, teacher or None) -> (loss, gradient): read back from one SGD step of rate 1. The blend
+  exercises both terms.
+  """
   windows = dict(sliding=(True, False), sliding_window=5) if sliding else {}
   config, params = fakes.toy_model(0, **windows)
   method = build.build_method(BLEND)
@@ -68,7 +72,9 @@ def test_packed_rows_equal_rows_of_their_own():
 
 
 def test_what_texts_share_may_stand_once():
-  """Loss and gradient of texts that begin alike, with that beginning repeated and shared; the same with windows, which then span what is between."""
+  """Loss and gradient of texts that begin alike, with that beginning repeated and shared; the same
+  with windows, which then span what is between.
+  """
   batch = functools.partial(
     fakes.toy_batch,
     rows=8,
@@ -205,7 +211,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
 
 
 def test_no_backward_work_and_no_gradient_for_the_teacher():
-  """With a live teacher the gradient is that of a frozen copy: nothing flows through the teacher's half."""
+  """With a live teacher the gradient is that of a frozen copy: nothing flows through the teacher's
+  half.
+  """
   config, params = fakes.toy_model(0)
   batch = fakes.toy_batch()
   results = []

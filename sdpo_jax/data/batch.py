@@ -115,7 +115,10 @@ class Packer:
   def _reading(
     self, rollouts: list[Rollout], shown: list[tuple[Context, float] | None]
   ) -> "TeacherReading":
-    """Renders the teacher's prompts of one reading; shown: the context and weight of each rollout."""
+    """Renders the teacher's prompts of one reading.
+
+    shown: the context and weight of each rollout.
+    """
     tokens, starts, shortened = [], [], 0
     for rollout, context_and_weight in zip(rollouts, shown):
       if context_and_weight is None:
@@ -134,7 +137,10 @@ class Packer:
 
 
 def is_valid(rollout: Rollout) -> bool:
-  """Tells whether a rollout was judged; others lie in no pack, and may be longer than all that do."""
+  """Tells whether a rollout was judged.
+
+  Others lie in no pack, and may be longer than all that do.
+  """
   judged = rollout.feedback.status is not Status.ENV_FAILED
   return judged and bool(np.isfinite(rollout.feedback.reward))
 
@@ -246,7 +252,7 @@ class _Dealing:
     )
 
   def _deal(self, packs: int) -> _Deal:
-    """Deals the responses to packs; with shared prefixes, groups whole if the packs stay as small."""
+    """Deals responses to packs; with shared prefixes, groups whole if packs stay as small."""
     if not self._settings.share_prefixes:
       return self._cut(packs, whole=False)
     ways = [self._cut(packs, whole=True), self._cut(packs, whole=False)]
@@ -331,17 +337,20 @@ def _measure(responses: Responses, batch: TrainBatch) -> dict[str, float]:
   if any(context is not None for context in plain.contexts):
     halves.append(batch.readings[0].rows)
   filled = sum((rows.segment_CPT > 0).sum() for rows in halves)
+  columns = sum(rows.segment_CPT.size for rows in halves)
   has_solution = [c is not None and bool(c.solution) for c in plain.contexts]
   metrics = {
     "data/dropped": float(sum(not is_valid(r) for r in responses.rollouts)),
     "data/teacher_share": float(plain.weight_B.mean()),
     "data/teacher_shortened": float(plain.shortened),
     "data/solution_share": float(np.mean(has_solution)),
-    "data/useful_tokens": float(filled / sum(rows.segment_CPT.size for rows in halves)),
+    "data/useful_tokens": float(filled / columns),
   }
   if further:
-    tokens = sum(len(text) for reading in further for text in reading.texts.tokens)
-    has_notes = [context is not None for reading in further for context in reading.contexts]
+    tokens, has_notes = 0, []
+    for reading in further:
+      tokens += sum(map(len, reading.texts.tokens))
+      has_notes += [context is not None for context in reading.contexts]
     metrics |= {
       "counterfactual/teacher_tokens": float(tokens),
       "counterfactual/shortened": float(sum(reading.shortened for reading in further)),

@@ -64,7 +64,7 @@ class Shape(NamedTuple):
     return all(a <= b for a, b in zip(self._memory(), other._memory()))
 
   def _memory(self) -> list[int]:
-    """What takes memory: response tokens, columns, and the pairs of them that attention compares."""
+    """What takes memory: response tokens, columns, and pairs of these for attention."""
     sizes = [self.tokens]
     for half in self.halves():
       sizes += [math.prod(half), attention_pairs(*half)]
@@ -140,14 +140,16 @@ def full_shape(
   """
   policy_length, teacher_length = (bucket(n, rounding.length) for n in longest[:2])
   response = bucket(longest[2], rounding.response)
-  teacher = texts_per_pack, teacher_length
+  teacher_size = texts_per_pack, teacher_length
+  plain = teacher_size if has_teacher else (1, rounding.length)
+  further = teacher_size if has_further else (0, 0)
   return Shape(
     texts_per_pack,
     policy_length,
-    *(teacher if has_teacher else (1, rounding.length)),
+    *plain,
     texts_per_pack * response,
     response,
-    *(teacher if has_further else (0, 0)),
+    *further,
     packs,
   )
 
@@ -222,14 +224,17 @@ def _fitting_shape(
       length = bucket(_with_room(length, math.prod(full)), rounding.length)
     return _with_room(rows, load.texts_per_pack), length
 
-  policy, teacher, further = load.halves
-  full_policy, full_teacher, full_further = worst.halves()
+  policy, plain, further = load.halves
+  full_policy, full_plain, full_further = worst.halves()
+  further_size = sizes(further, full_further) if further else full_further
+  tokens = bucket(_with_room(load.tokens, worst.tokens), rounding.response)
+  responses = bucket(load.responses, rounding.response)
   return Shape(
     *sizes(policy, full_policy),
-    *sizes(teacher, full_teacher),
-    bucket(_with_room(load.tokens, worst.tokens), rounding.response),
-    bucket(load.responses, rounding.response),
-    *(sizes(further, full_further) if further else full_further),
+    *sizes(plain, full_plain),
+    tokens,
+    responses,
+    *further_size,
     packs,
   )
 
