@@ -53,6 +53,7 @@ setup(
       "pyarrow>=26.0.1",
       "torch==2.13.0",
       "ruff==0.17.6",
+      "mypy==2.4.1",
     ],
     "hub": ["datasets", "huggingface_hub"],
   },

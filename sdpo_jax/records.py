@@ -24,7 +24,8 @@ import dataclasses
 import enum
 from typing import Any, NamedTuple
 
-import numpy as np
+# numpy on the host, jax on the device. This file imports neither's arrays by name.
+Array = Any
 
 
 class Status(enum.Enum):
@@ -99,15 +100,15 @@ class Rows(NamedTuple):
   before it, and counts its positions on from it.
   """
 
-  token_CPT: np.ndarray  # int32
-  segment_CPT: np.ndarray  # int32
-  position_CPT: np.ndarray  # int32
+  token_CPT: Array  # int32
+  segment_CPT: Array  # int32
+  position_CPT: Array  # int32
   # int32: the segment that this one continues, 0 for none. None: no text of the batch shares
   # anything.
-  prefix_CPT: np.ndarray | None
+  prefix_CPT: Array | None
   # int32: index into the flattened P x T columns; its logits predict response token x, which stands
   # in the next column
-  at_CX: np.ndarray
+  at_CX: Array
 
 
 class Reading(NamedTuple):
@@ -116,7 +117,7 @@ class Reading(NamedTuple):
   rows: Rows  # prompt with context, then the SAME response at the same x as in the batch
   # float32 >= 0: of the divergence from this reading; 0: the teacher has nothing to show, and no
   # row holds this response
-  weight_B: np.ndarray
+  weight_B: Array
 
 
 class TrainBatch(NamedTuple):
@@ -130,12 +131,12 @@ class TrainBatch(NamedTuple):
 
   policy: Rows  # prompt then response
   readings: tuple[Reading, ...]  # the plain one first, then those that the method adds
-  start_B: np.ndarray  # int32: response token r of row b is token start_B[b] + r of its pack
-  response_BR: np.ndarray  # int32: the tokens being scored
-  weight_BR: np.ndarray  # float32 >= 0: 0 marks padding, tool output and dropped rows
-  advantage_B: np.ndarray  # float32
-  logp_rollout_BR: np.ndarray  # float32, nats: as the engine reported it
-  logp_old_BR: np.ndarray  # float32, nats: the trainer's, before this batch's updates
+  start_B: Array  # int32: response token r of row b is token start_B[b] + r of its pack
+  response_BR: Array  # int32: the tokens being scored
+  weight_BR: Array  # float32 >= 0: 0 marks padding, tool output and dropped rows
+  advantage_B: Array  # float32
+  logp_rollout_BR: Array  # float32, nats: as the engine reported it
+  logp_old_BR: Array  # float32, nats: the trainer's, before this batch's updates
 
 
 class Completion(NamedTuple):

@@ -12,7 +12,7 @@ import functools
 import inspect
 import types
 import typing
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 from sdpo_jax.objectives.advantage import ADVANTAGES
 from sdpo_jax.objectives.methods import METHODS
@@ -23,7 +23,7 @@ from sdpo_jax.objectives.teacher_context import TEACHER_CONTEXTS, TEMPLATES
 from sdpo_jax.objectives.teacher_weights import TEACHER_WEIGHTS, TeacherWeights
 from sdpo_jax.objectives.token_weight import TOKEN_WEIGHTS
 
-AXES = {
+AXES: dict[str, dict[str, Any]] = {
   "teacher_context": TEACHER_CONTEXTS,
   "teacher_weights": TEACHER_WEIGHTS,
   "token_signal": TOKEN_SIGNALS,

@@ -24,7 +24,7 @@ micro-batches, so that the cut changes neither loss nor gradient.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,8 @@ def token_loss(
   signals: of the plain reading, then of each further one. normalisers: of the whole batch.
   """
   signals, batch = zero_where_unweighted(signals, batch)
-  loss, sums = 0.0, {}
+  loss: Any = 0.0
+  sums: dict[str, list] = {}
   for term in [*plain_terms(method, signals[0], batch), *further_terms(method, signals, batch)]:
     total = jnp.sum(term.loss_BR * term.weight_BR)
     loss += term.share * total / normalisers[term.name]

@@ -43,7 +43,7 @@ _GRPO_TERM = dict(advantage=_GRPO["advantage"], surrogate=_GRPO["surrogate"])
 _NORMALIZED = dict(name="group_mean", normalize_std=True)
 _SYMMETRIC_CLIP = dict(name="clipped", low=0.2, high=0.2)
 
-METHODS = {
+METHODS: dict[str, dict] = {
   # SDPO, arXiv 2601.20802.
   "sdpo": _SDPO,
   # Its blend with GRPO; policy_share is the paper's lambda.
