@@ -143,7 +143,7 @@ def events(workdir):
 
   They stand in the order of the event files' names.
   """
-  found = []
+  scalars = []
   for path in sorted(glob.glob(str(workdir / "events*"))):
     data, at = open(path, "rb").read(), 0
     while at < len(data):  # a record: length 8, checksum 4, data, checksum 4
@@ -151,9 +151,9 @@ def events(workdir):
       event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
       at += size + 16
       if event.session_log.status == event_pb2.SessionLog.START:
-        found.append(("purge", event.step, None))
-      found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
-  return found
+        scalars.append(("purge", event.step, None))
+      scalars += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+  return scalars
 
 
 def test_tensorboard_gets_the_same_values_and_the_cut(tmp_path):

@@ -47,14 +47,14 @@ def history(steps=30, **last):
   ],
 )
 def test_each_sign_is_seen_and_says_what_to_change(last, sign, says):
-  found = monitors.warnings(history(**last))
-  assert list(found) == [sign] and says in found[sign]
+  signs = monitors.warnings(history(**last))
+  assert list(signs) == [sign] and says in signs[sign]
   # too early to tell
   assert not monitors.warnings(history(steps=2 * monitors.WINDOW - 1, **last))
-  named = re.findall(r"(config(?:\.\w+)+)(?:=(\w+))?", found[sign])
-  rows = re.findall(r"(?<!\.)\bmethod=(\w+)", found[sign])
+  named = re.findall(r"(config(?:\.\w+)+)(?:=(\w+))?", signs[sign])
+  rows = re.findall(r"(?<!\.)\bmethod=(\w+)", signs[sign])
   assert named or rows
-  # each can be typed as it stands there; where no value is told, the one that it has
+  # each can be typed as it stands there; without a value, with the one that it has
   for row in rows or ["sdpo"]:
     for path, value in named:
       _, c = main.parse(["main", f"{TINYCODE}:method={row}"])

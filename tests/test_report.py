@@ -116,9 +116,9 @@ def workdir(
   (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   if rollouts:
     (path / "rollouts").mkdir()
-    for step, found in rollouts:
+    for step, lines_of_step in rollouts:
       (path / "rollouts" / f"step_{step:06d}.jsonl").write_text(
-        "".join(json.dumps(one) + "\n" for one in found)
+        "".join(json.dumps(one) + "\n" for one in lines_of_step)
       )
   return path
 
@@ -233,9 +233,9 @@ def test_seeds_make_a_group_and_other_settings_another(tmp_path):
     for seed in range(3)
   ]
   runs += [workdir(tmp_path / "wide", config={"rollout": {"group": 16}, "seed": 9})]
-  found = [report.read_run(run) for run in runs]
-  report._label(found)
-  assert {label: len(members) for label, members in report._groups(found).items()} == {
+  loaded = [report.read_run(run) for run in runs]
+  report._label(loaded)
+  assert {label: len(members) for label, members in report._groups(loaded).items()} == {
     "sdpo, rollout.group=None": 3,
     "grpo": 3,
     "sdpo, rollout.group=16": 1,
@@ -321,9 +321,9 @@ def test_runs_of_one_label_are_seeds_only_where_all_else_is_equal(tmp_path):
     labelled("b", 0, 8),
     labelled("b", 1, 8),
   ]
-  found = [report.read_run(run) for run in runs]
-  report._label(found)
-  assert [run.label for run in found] == ["mine, rollout.group=4"] * 2 + [
+  loaded = [report.read_run(run) for run in runs]
+  report._label(loaded)
+  assert [run.label for run in loaded] == ["mine, rollout.group=4"] * 2 + [
     "mine, rollout.group=16"
   ] + ["mine"] * 2
   page = Page(report.write_report(runs, tmp_path / "out"))
