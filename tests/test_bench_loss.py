@@ -1,4 +1,4 @@
-"""The loss benchmark: it measures, it prints both implementations, and it refuses nonsense."""
+"""Tests the loss benchmark: it measures, prints both implementations, and refuses nonsense."""
 
 import importlib.util
 import json
@@ -68,9 +68,11 @@ def test_malformed_shape(capsys):
 
 
 def test_speedup_is_the_peers_cost_over_ours():
-  row = lambda implementation, **more: (
-    dict(shape=[1, 2, 3], alpha=1, dtype="float32", implementation=implementation) | more
-  )
+
+  def row(implementation, **figures):
+    request = dict(shape=[1, 2, 3], alpha=1, dtype="float32", implementation=implementation)
+    return request | figures
+
   cpu = loss.with_speedups(
     [
       row("xla", device="cpu", cpu_s=2.0, time_s=1.0),

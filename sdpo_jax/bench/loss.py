@@ -1,33 +1,46 @@
-"""Time and memory of the distillation divergence, forward and backward, beside others' and the operations' floor.
+"""This file measures time and memory of the distillation divergence, forward and backward.
 
-  python -m sdpo_jax.bench loss [--device=cpu|gpu|tpu] [--shapes=1024x256x151936,...] [--alpha=0.5] [--dtype=float32]
+It puts them beside other implementations' figures and beside the floor that the operations set.
+
+  python -m sdpo_jax.bench loss [--device=cpu|gpu|tpu] [--shapes=1024x256x151936,...]
+                                [--alpha=0.5] [--dtype=float32]
                                 [--implementations=reference,xla,...] [--json=FILE]
 
-Every figure is taken in a child process of its own, so that no measurement sees another's memory or compilation.
-One JSON object a line as they come in, then a table. Units and definitions:
+Every figure is taken in a child process of its own, so that no measurement sees another's memory or
+compilation. One JSON object a line comes first, as they arrive, then a table.
 
-  time_s            shortest of --repeats runs after one warm-up, wall clock; cpu_s: processor seconds of that run, all threads
-  us_per_token      time_s / X; on CPU cpu_s / X, which other work on the machine disturbs less
-  floor_us_per_token  4 products of 2 X D V operations at `matrix_tflops`, the rate of a large product in the same process (on CPU: of
-                    one core)
-  temporaries_mb    what the compiled program allocates beside arguments and results (the compiler's own figure)
-  peak_mb           on CPU: highest resident memory of the whole process, runtime and compiler included, less the inputs;
-                    on GPU and TPU: highest device memory in use during the runs, less the inputs. Gradients count:
-                    gradients_mb in float32
-  value_error, gradient_error   against the float32 reference at 64x128x70001: largest difference of a divergence, and
-                    of a gradient relative to its largest entry. More than rounding explains fails the row
-  peer_speedup      the peer's time over this one's, processor time on CPU and wall clock elsewhere: torch on CPU, liger
-                    on GPU, where the same run measured it
-  cores             processor cores that the run was allowed (one: `taskset -c 1 python -m sdpo_jax.bench loss`)
+Units and definitions; MB = 10^6 bytes:
 
-Implementations are those of kernels/distill_kl.py, where `reference` is the dense one in jax; `xla:weights` promises the
-cotangents (weights_X); `torch` is the dense one in PyTorch (CPU), `liger` the fused linear JSD of liger-kernel in Triton
-(GPU), each only where it is installed. A peer returns a mean alone: its value_error is that of the mean.
-Shapes on GPU and TPU are the heads of Qwen3-0.6B, 1.7B and 8B.
-The gradient is taken of the mean divergence. Heads repeat after 4096 random columns. MB = 10^6 bytes.
+  time_s              shortest of --repeats runs after one warm-up, wall clock
+  cpu_s               processor seconds of that run, all threads
+  us_per_token        time_s / X; on CPU cpu_s / X, which other work on the machine disturbs less
+  floor_us_per_token  4 products of 2 X D V operations at `matrix_tflops`, the rate of a large
+                      product in the same process (on CPU: of one core)
+  temporaries_mb      what the compiled program allocates beside arguments and results (the
+                      compiler's own figure)
+  peak_mb             on CPU: highest resident memory of the whole process, runtime and compiler
+                      included, less the inputs; on GPU and TPU: highest device memory in use
+                      during the runs, less the inputs. Gradients count: gradients_mb in float32
+  value_error         largest difference of a divergence from the float32 reference's, at
+                      64x128x70001
+  gradient_error      likewise of a gradient, relative to its largest entry. A row whose errors
+                      exceed what rounding explains fails
+  peer_speedup        the peer's time over this one's, processor time on CPU and wall clock
+                      elsewhere: torch on CPU, liger on GPU, where the same run measured it
+  cores               processor cores that the run was allowed
+                      (one: `taskset -c 1 python -m sdpo_jax.bench loss`)
 
-results/loss_cpu.json: `taskset -c 1 python -m sdpo_jax.bench loss --shapes=1024x256x151936 --repeats=1 --json=FILE`, jax 0.10.2
-and torch 2.13.0 on one core of an Intel(R) Xeon(R) Processor shared with other work: its processor seconds count, not its wall clock.
+Implementations are those of kernels/distill_kl.py, where `reference` is the dense one in jax.
+`xla:weights` promises the cotangents (weights_X). `torch` is the dense one in PyTorch (CPU), and
+`liger` the fused linear JSD of liger-kernel in Triton (GPU), each only where it is installed. A
+peer returns a mean alone: its value_error is that of the mean.
+Shapes on GPU and TPU are the heads of Qwen3-0.6B, 1.7B and 8B. The gradient is taken of the mean
+divergence. Heads repeat after 4096 random columns.
+
+results/loss_cpu.json was written by
+  taskset -c 1 python -m sdpo_jax.bench loss --shapes=1024x256x151936 --repeats=1 --json=FILE
+with jax 0.10.2 and torch 2.13.0, on one core of an Intel(R) Xeon(R) Processor that was shared with
+other work: its processor seconds count, not its wall clock.
 """
 
 import argparse
@@ -39,6 +52,9 @@ import subprocess
 import sys
 
 from sdpo_jax.bench.timing import best
+
+# jax, torch and NumPy are imported where they are used: the parent process measures nothing, and a
+# child's memory must not hold the other framework.
 
 SHAPES = {
   "cpu": "1024x256x151936,1024x128x704",
@@ -70,6 +86,40 @@ COLUMNS = (
 
 
 def main(argv):
+  """Measures every shape by every implementation. Returns 1 if a measurement failed, else 0."""
+  parser = _parser()
+  args = parser.parse_args(argv)
+  if args.child:
+    print(json.dumps(_measure(**json.loads(args.child))))
+    return 0
+  try:
+    shapes = _parse_shapes(args.shapes or SHAPES[args.device])
+  except ValueError:
+    parser.error(f"--shapes={args.shapes} must look like 1024x256x151936,8192x1024x151936")
+  implementations = (args.implementations or IMPLEMENTATIONS[args.device]).split(",")
+  rows, has_failed = [], False
+  for shape in shapes:
+    for implementation in implementations:
+      request = dict(
+        device=args.device,
+        shape=shape,
+        alpha=args.alpha,
+        dtype=args.dtype or ("float32" if args.device == "cpu" else "bfloat16"),
+        implementation=implementation,
+        repeats=args.repeats,
+      )
+      row = _measure_in_child(request)
+      has_failed |= "error" in row and not _is_missing_peer(row)
+      print(json.dumps(row), flush=True)
+      rows.append(row)
+      if args.json:  # at once: a long table may be cut short
+        with open(args.json, "w") as f:
+          json.dump(with_speedups(rows), f, indent=1)
+  print(table(with_speedups(rows)))
+  return int(has_failed)
+
+
+def _parser():
   parser = argparse.ArgumentParser(
     prog="python -m sdpo_jax.bench loss",
     description=__doc__,
@@ -88,71 +138,61 @@ def main(argv):
   )
   # one measurement, as JSON: what the parent starts
   parser.add_argument("--child", help=argparse.SUPPRESS)
-  args = parser.parse_args(argv)
-  if args.child:
-    print(json.dumps(_measure(**json.loads(args.child))))
-    return 0
-  try:
-    shapes = [
-      tuple(map(int, shape.split("x"))) for shape in (args.shapes or SHAPES[args.device]).split(",")
-    ]
-    if any(len(shape) != 3 or min(shape) < 1 for shape in shapes):
-      raise ValueError
-  except ValueError:
-    parser.error(f"--shapes={args.shapes} must look like 1024x256x151936,8192x1024x151936")
-  dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-  rows, failed = [], 0
-  for shape in shapes:
-    for implementation in (args.implementations or IMPLEMENTATIONS[args.device]).split(","):
-      request = dict(
-        device=args.device,
-        shape=shape,
-        alpha=args.alpha,
-        dtype=dtype,
-        implementation=implementation,
-        repeats=args.repeats,
-      )
-      child = subprocess.run(
-        [sys.executable, "-m", "sdpo_jax.bench", "loss", "--child", json.dumps(request)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-        env=os.environ
-        | {
-          "JAX_PLATFORMS": {"gpu": "cuda"}.get(args.device, args.device),
-          # the last line is then the error
-          "JAX_TRACEBACK_FILTERING": "off",
-        },
-      )
-      if child.returncode:
-        why = (child.stderr.strip().splitlines() or ["no output"])[-1]
-        result = request | {"error": f"exit {child.returncode}: {why}"}
-        failed += not (implementation in PEERS and "ModuleNotFoundError: No module named" in why)
-      else:
-        result = json.loads(child.stdout.splitlines()[-1])
-      print(json.dumps(result), flush=True)
-      rows.append(result)
-      if args.json:  # at once: a long table may be cut short
-        with open(args.json, "w") as f:
-          json.dump(with_speedups(rows), f, indent=1)
-  print(table(with_speedups(rows)))
-  return 1 if failed else 0
+  return parser
+
+
+def _parse_shapes(text):
+  """Returns [(X, D, V)] from "XxDxV,..."; ValueError for anything else."""
+  shapes = [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
+  if any(len(shape) != 3 or min(shape) < 1 for shape in shapes):
+    raise ValueError(text)
+  return shapes
+
+
+# ---- rows of the table
+
+
+def _measure_in_child(request):
+  """Returns the row that a process of its own measures, or the request with its `error`."""
+  platform = {"gpu": "cuda"}.get(request["device"], request["device"])
+  child = subprocess.run(
+    [sys.executable, "-m", "sdpo_jax.bench", "loss", "--child", json.dumps(request)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    check=False,
+    # without jax's filtering the last line is the error
+    env=os.environ | {"JAX_PLATFORMS": platform, "JAX_TRACEBACK_FILTERING": "off"},
+  )
+  if child.returncode == 0:
+    return json.loads(child.stdout.splitlines()[-1])
+  lines = child.stderr.strip().splitlines() or ["no output"]
+  return request | {"error": f"exit {child.returncode}: {lines[-1]}"}
+
+
+def _is_missing_peer(row):
+  """Tells whether a row failed only because a peer is not installed."""
+  is_peer = row["implementation"] in PEERS
+  return is_peer and "ModuleNotFoundError: No module named" in row["error"]
 
 
 def with_speedups(rows):
-  """rows, with peer_speedup where the same shape's peer was measured."""
-  key = lambda row: (tuple(row["shape"]), row["alpha"], row["dtype"])
-  cost = lambda row: _cost(row["device"], row)
-  peers = {
-    key(row): cost(row) for row in rows if row["implementation"] in PEERS and "error" not in row
-  }
-  return [
-    row | {"peer_speedup": peers[key(row)] / cost(row)}
-    if key(row) in peers and "error" not in row
-    else row
-    for row in rows
-  ]
+  """Returns the rows, with peer_speedup where the same shape's peer was measured."""
+  peer_costs = {}
+  for row in rows:
+    if row["implementation"] in PEERS and "error" not in row:
+      peer_costs[_problem_key(row)] = _cost(row["device"], row)
+  result = []
+  for row in rows:
+    peer_cost = peer_costs.get(_problem_key(row))
+    if peer_cost is not None and "error" not in row:
+      row = row | {"peer_speedup": peer_cost / _cost(row["device"], row)}
+    result.append(row)
+  return result
+
+
+def _problem_key(row):
+  return tuple(row["shape"]), row["alpha"], row["dtype"]
 
 
 def _cost(device, row):
@@ -160,58 +200,70 @@ def _cost(device, row):
 
 
 def table(rows):
-  """Markdown; a missing figure is left empty, a failed measurement says so."""
-
-  def cell(row, column):
-    value = row.get(column, row.get("error", "") if column == "time_s" else "")
-    if column == "shape":
-      return "x".join(map(str, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-  lines = [list(COLUMNS), ["---"] * len(COLUMNS)] + [
-    [cell(row, c) for c in COLUMNS] for row in rows
-  ]
+  """Returns a Markdown table; a missing figure is left empty, a failed measurement says so."""
+  lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
+  lines += [[_cell(row, column) for column in COLUMNS] for row in rows]
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _cell(row, column):
+  if column == "shape":
+    return "x".join(map(str, row["shape"]))
+  missing = row.get("error", "") if column == "time_s" else ""
+  value = row.get(column, missing)
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# ---- one measurement, in a child process
+
+
 def _measure(*, device, shape, alpha, dtype, implementation, repeats):
+  """Returns a row. ArithmeticError if an implementation of ours is off the reference."""
   X, D, V = shape
-  run = _peer if implementation in PEERS else _jax
-  result = run(
-    _problem(shape, dtype), alpha, implementation, device, repeats, _problem(CHECKED, dtype)
+  run = _measure_peer if implementation in PEERS else _measure_jax
+  problem, checked = _problem(shape, dtype), _problem(CHECKED, dtype)
+  result = run(problem, alpha, implementation, device, repeats, checked)
+  if implementation not in PEERS:
+    _check_errors(result, dtype)
+  request = dict(
+    device=device, shape=shape, alpha=alpha, dtype=dtype, implementation=implementation
   )
-  floor = 4 * 2 * D * V / (result["matrix_tflops"] * 1e12) * 1e6
+  floor_s = 4 * 2 * D * V / (result["matrix_tflops"] * 1e12)  # a token
+  derived = {
+    "us_per_token": _cost(device, result) / X * 1e6,
+    "floor_us_per_token": floor_s * 1e6,
+    "gradients_mb": 4 * D * (X + V) / 1e6,
+    "cores": len(os.sched_getaffinity(0)),
+  }
+  return request | result | derived
+
+
+def _check_errors(result, dtype):
   # Values: float32 sums. Gradients: dlogits and results are rounded to dtype; tensor cores and
   # torch reorder sums.
-  value, gradient = (1e-3, 0.03) if dtype == "bfloat16" else (1e-4, 1e-3)
-  if implementation not in PEERS and not (
-    result["value_error"] <= value and result["gradient_error"] <= gradient
-  ):
+  max_value, max_gradient = (1e-3, 0.03) if dtype == "bfloat16" else (1e-4, 1e-3)
+  value, gradient = result["value_error"], result["gradient_error"]
+  if not (value <= max_value and gradient <= max_gradient):  # so written for NaN
     raise ArithmeticError(
-      f"off the reference at {CHECKED}: values by {result['value_error']}, gradients by {result['gradient_error']}"
+      f"off the reference at {CHECKED}: values by {value}, gradients by {gradient}"
     )
-  return (
-    dict(device=device, shape=shape, alpha=alpha, dtype=dtype, implementation=implementation)
-    | result
-    | {
-      "us_per_token": _cost(device, result) / X * 1e6,
-      "floor_us_per_token": floor,
-      "gradients_mb": 4 * D * (X + V) / 1e6,
-      "cores": len(os.sched_getaffinity(0)),
-    }
-  )
 
 
 def _problem(shape, dtype):
-  """[h, w, g, u, target] in NumPy."""
+  """Returns [policy hidden, policy head, teacher hidden, teacher head, target] in NumPy."""
   import ml_dtypes
   import numpy as np
 
   X, D, V = shape
   rng = np.random.default_rng(0)
-  cast = lambda x: x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
-  normal = lambda *s, scale=1.0: cast(rng.standard_normal(s, np.float32) * np.float32(scale))
-  head = lambda: np.tile(normal(D, min(V, 4096), scale=D**-0.5), -(-V // 4096))[:, :V]
+
+  def normal(*size, scale=1.0):
+    x = rng.standard_normal(size, np.float32) * np.float32(scale)
+    return x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+
+  def head():
+    return np.tile(normal(D, min(V, 4096), scale=D**-0.5), -(-V // 4096))[:, :V]
+
   return [normal(X, D), head(), normal(X, D), head(), rng.integers(0, V, X).astype(np.int32)]
 
 
@@ -221,157 +273,233 @@ def _resident_peak():
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def _jax(problem, alpha, implementation, device, repeats, checked):
-  import jax
-  import jax.numpy as jnp
+def _errors(values, gradients, exact_values, exact_gradients):
   import numpy as np
 
-  from sdpo_jax.kernels.distill_kl import distill_kl
+  def float32(x):
+    return np.asarray(x).astype(np.float32)
 
+  def off_by(x, exact):
+    return np.abs(float32(x) - float32(exact)).max()
+
+  gradient_errors = [
+    off_by(x, exact) / np.abs(float32(exact)).max()
+    for x, exact in zip(gradients, exact_gradients, strict=True)
+  ]
+  return dict(
+    value_error=float(off_by(values, exact_values)), gradient_error=float(max(gradient_errors))
+  )
+
+
+# ---- jax
+
+
+def _measure_jax(problem, alpha, implementation, device, repeats, checked):
+  """Returns the measured part of a row. `problem` is emptied, so that it does not count."""
+  import jax
+  import numpy as np
+
+  del device  # JAX_PLATFORMS names it
   name, _, option = implementation.partition(":")
   if option not in ("", "weights"):
     raise ValueError(f"implementation {implementation!r}: the only option is ':weights'")
+  promises_weights = option == "weights" and name == "xla"
+  loss = functools.partial(
+    _mean_divergence, alpha=alpha, name=name, promises_weights=promises_weights
+  )
+  exact_loss = functools.partial(_mean_divergence, alpha=alpha, name="reference")
+  timed = _time_jax(problem, loss, repeats)
+  rate = _jax_matrix_tflops(checked[0].dtype, repeats)
+
+  def value_and_gradients(loss, arrays):
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    (_, divergence_X), gradients = run(*arrays)
+    return divergence_X, gradients
+
+  in_float32 = [x.astype(np.float32) for x in checked[:4]]
+  result = value_and_gradients(loss, checked)
+  exact = value_and_gradients(exact_loss, [*in_float32, checked[4]])
+  return timed | dict(
+    matrix_tflops=rate,
+    device_kind=jax.devices()[0].device_kind,
+    jax=jax.__version__,
+    **_errors(*result, *exact),
+  )
+
+
+def _mean_divergence(*arrays, alpha, name, promises_weights=False):
+  """Returns (mean divergence, divergence_X)."""
+  import jax.numpy as jnp
+
+  from sdpo_jax.kernels.distill_kl import distill_kl
+
+  X = arrays[-1].shape[0]
+  weights_X = jnp.full(X, 1 / X, jnp.float32) if promises_weights else None
+  result = distill_kl(*arrays, alpha=alpha, implementation=name, weights_X=weights_X)
+  return jnp.sum(result.divergence_X) / X, result.divergence_X
+
+
+def _time_jax(problem, loss, repeats):
+  """Returns time and memory of the gradient of `loss`. The inputs are gone when it returns."""
+  import jax
+  import jax.numpy as jnp
+
   inputs = []
   while problem:  # one at a time, so that host and device copies do not pile up
     inputs.append(jnp.asarray(problem.pop(0)))
-
-  def loss(h, w, g, u, y, name=name):
-    X = y.shape[0]
-    weights = jnp.full(X, 1 / X, jnp.float32) if option and name == "xla" else None
-    divergence_X = distill_kl(
-      h, w, g, u, y, alpha=alpha, implementation=name, weights_X=weights
-    ).divergence_X
-    return jnp.sum(divergence_X) / X, divergence_X
-
-  gradients = jax.grad(lambda *args: loss(*args)[0], argnums=(0, 1))
+  gradients = jax.grad(lambda *arrays: loss(*arrays)[0], argnums=(0, 1))
   step = jax.jit(gradients).lower(*inputs).compile()
   jax.block_until_ready(inputs)
-  wall, cpu = best(lambda: jax.block_until_ready(step(*inputs)), repeats)
-  input_bytes = sum(x.nbytes for x in inputs)
-  here = jax.devices()[0]
-  peak = _resident_peak() if here.platform == "cpu" else here.memory_stats()["peak_bytes_in_use"]
-  del inputs
-  n = 2048 if here.platform == "cpu" else 8192
-  a = jax.random.normal(jax.random.key(0), (n, n)).astype(checked[0].dtype)
-  product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-  rate = (
-    2 * n**3 / best(lambda: product(a).block_until_ready(), repeats)[here.platform == "cpu"] / 1e12
-  )
-
-  both = lambda name: jax.jit(
-    jax.value_and_grad(functools.partial(loss, name=name), argnums=(0, 1), has_aux=True)
-  )
-  (_, got), got_grads = both(name)(*checked)
-  (_, want), want_grads = both("reference")(
-    *[x.astype(np.float32) for x in checked[:4]], checked[4]
-  )
+  wall_s, cpu_s = best(lambda: jax.block_until_ready(step(*inputs)), repeats)
+  device = jax.devices()[0]
+  if device.platform == "cpu":
+    peak_bytes = _resident_peak()
+  else:
+    peak_bytes = device.memory_stats()["peak_bytes_in_use"]
   return dict(
-    time_s=wall,
-    cpu_s=cpu,
+    time_s=wall_s,
+    cpu_s=cpu_s,
     temporaries_mb=step.memory_analysis().temp_size_in_bytes / 1e6,
-    peak_mb=(peak - input_bytes) / 1e6,
-    matrix_tflops=rate,
-    device_kind=here.device_kind,
-    jax=jax.__version__,
-    **_errors(got, got_grads, want, want_grads),
+    peak_mb=(peak_bytes - sum(x.nbytes for x in inputs)) / 1e6,
   )
 
 
-def _errors(got, got_grads, want, want_grads):
-  import numpy as np
+def _jax_matrix_tflops(dtype, repeats):
+  """Returns the rate of a large square product, in 10^12 operations a second."""
+  import jax
+  import jax.numpy as jnp
 
-  f32 = lambda x: np.asarray(x).astype(np.float32)
-  off = [
-    np.abs(f32(a) - f32(b)).max() / np.abs(f32(b)).max() for a, b in zip(got_grads, want_grads)
-  ]
-  return dict(value_error=float(np.abs(f32(got) - f32(want)).max()), gradient_error=float(max(off)))
+  on_cpu = jax.devices()[0].platform == "cpu"
+  n = 2048 if on_cpu else 8192
+  matrix = jax.random.normal(jax.random.key(0), (n, n)).astype(dtype)
+  product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
+  wall_s, cpu_s = best(lambda: product(matrix).block_until_ready(), repeats)
+  return 2 * n**3 / (cpu_s if on_cpu else wall_s) / 1e12
 
 
-def _peer(problem, alpha, implementation, device, repeats, checked):
+# ---- peers
+
+
+def _measure_peer(problem, alpha, implementation, device, repeats, checked):
+  """Returns the measured part of a row. Both problems are emptied, so that they do not count."""
   import numpy as np
   import torch
 
   where = "cuda" if device == "gpu" else device
-  wait = torch.cuda.synchronize if where == "cuda" else lambda: None
   step = _liger if implementation == "liger" else _torch
   dtype = torch.bfloat16 if checked[0].dtype.itemsize == 2 else torch.float32
+  to_torch = functools.partial(_to_torch, implementation=implementation, where=where, dtype=dtype)
+  timed = _time_peer(to_torch(problem), step, alpha, where, repeats)
+  rate = _torch_matrix_tflops(dtype, where, repeats)
 
-  def tensors(problem):
-    out = []
-    while problem:
-      x = torch.from_numpy(
-        np.ascontiguousarray(
-          problem[0].T if implementation == "liger" and len(out) in (1, 3) else problem[0],
-          # liger's heads are [V, D]
-          np.float32 if len(out) < 4 else np.int64,
-        )
-      )
-      out.append(x.to(where, dtype) if len(out) < 4 else x.to(where))
-      problem.pop(0)
-    for x in out[:2]:
-      x.requires_grad_()
-    return out
+  def to_numpy(x):
+    return x.detach().float().cpu().numpy()
 
-  def run(h, w, *others):
-    h.grad = w.grad = None
-    loss = step(h, w, *others, alpha)
-    loss.backward()
-    wait()
-    return loss
-
-  inputs = tensors(problem)
-  input_bytes = sum(x.nbytes for x in inputs)
-  wall, cpu = best(lambda: run(*inputs), repeats)
-  peak = _resident_peak() if where == "cpu" else torch.cuda.max_memory_allocated()
-  del inputs
-  n = 2048 if where == "cpu" else 8192
-  a = torch.randn(n, n, dtype=dtype, device=where)
-  rate = 2 * n**3 / best(lambda: (a @ a, wait()), repeats)[where == "cpu"] / 1e12
-
-  numpy = lambda x: x.detach().float().cpu().numpy()
-  # on the CPU: no shortened products
+  # The definition runs on the CPU, where no product is shortened.
   exact = [torch.from_numpy(x.astype(np.float32)) for x in checked[:4]]
-  exact[0].requires_grad_(), exact[1].requires_grad_()
-  want = _torch(*exact, None, alpha)
-  want.backward()
-  small = tensors(checked)
-  got = run(*small)
-  got_head = small[1].grad.T if implementation == "liger" else small[1].grad
-  return dict(
-    time_s=wall,
-    cpu_s=cpu,
-    peak_mb=(peak - input_bytes) / 1e6,
+  exact[0].requires_grad_()
+  exact[1].requires_grad_()
+  exact_loss = _torch(*exact, None, alpha)
+  exact_loss.backward()
+  inputs = to_torch(checked)
+  loss = step(*inputs, alpha)
+  loss.backward()
+  _synchronise(where)
+  head_gradient = inputs[1].grad.T if implementation == "liger" else inputs[1].grad
+  gradients = [to_numpy(inputs[0].grad), to_numpy(head_gradient)]
+  exact_gradients = [to_numpy(exact[0].grad), to_numpy(exact[1].grad)]
+  errors = _errors(to_numpy(loss), gradients, to_numpy(exact_loss), exact_gradients)
+  return timed | dict(
     matrix_tflops=rate,
     torch=torch.__version__,
     device_kind=torch.cuda.get_device_name() if where == "cuda" else "cpu",
-    **_errors(
-      numpy(got),
-      map(numpy, (small[0].grad, got_head)),
-      numpy(want),
-      map(numpy, (exact[0].grad, exact[1].grad)),
-    ),
+    **errors,
   )
 
 
-def _torch(h, w, g, u, target, alpha):
-  """The mean divergence, dense."""
+def _to_torch(problem, *, implementation, where, dtype):
+  """Returns the problem as tensors, and empties it on the way; liger's heads are [V, D]."""
+  import numpy as np
+  import torch
+
+  tensors = []
+  while problem:
+    is_target = len(tensors) == 4
+    is_head = len(tensors) in (1, 3)
+    array = problem.pop(0)
+    if is_head and implementation == "liger":
+      array = array.T
+    array = np.ascontiguousarray(array, np.int64 if is_target else np.float32)
+    tensor = torch.from_numpy(array)
+    tensors.append(tensor.to(where) if is_target else tensor.to(where, dtype))
+  tensors[0].requires_grad_()
+  tensors[1].requires_grad_()
+  return tensors
+
+
+def _time_peer(inputs, step, alpha, where, repeats):
+  """Returns time and memory of a peer's loss and gradients."""
+  import torch
+
+  def run():
+    inputs[0].grad = inputs[1].grad = None
+    step(*inputs, alpha).backward()
+    _synchronise(where)
+
+  input_bytes = sum(x.nbytes for x in inputs)
+  wall_s, cpu_s = best(run, repeats)
+  peak_bytes = _resident_peak() if where == "cpu" else torch.cuda.max_memory_allocated()
+  return dict(time_s=wall_s, cpu_s=cpu_s, peak_mb=(peak_bytes - input_bytes) / 1e6)
+
+
+def _torch_matrix_tflops(dtype, where, repeats):
+  """Returns the rate of a large square product, in 10^12 operations a second."""
+  import torch
+
+  n = 2048 if where == "cpu" else 8192
+  matrix = torch.randn(n, n, dtype=dtype, device=where)
+
+  def run():
+    product = matrix @ matrix
+    _synchronise(where)
+    return product
+
+  wall_s, cpu_s = best(run, repeats)
+  return 2 * n**3 / (cpu_s if where == "cpu" else wall_s) / 1e12
+
+
+def _synchronise(where):
+  if where == "cuda":
+    import torch
+
+    torch.cuda.synchronize()
+
+
+def _torch(hidden, head, teacher_hidden, teacher_head, target, alpha):
+  """Returns the mean divergence from whole logits."""
   import torch
 
   del target
-  s = torch.log_softmax((h @ w).float(), -1)
+  policy = torch.log_softmax((hidden @ head).float(), -1)
   with torch.no_grad():
-    t = torch.log_softmax((g @ u).float(), -1)
-  # KL(a || b)
-  kl = lambda a, b: torch.nn.functional.kl_div(b, a, reduction="none", log_target=True).sum(-1)
+    teacher = torch.log_softmax((teacher_hidden @ teacher_head).float(), -1)
+
+  def kl(a, b):
+    """Returns KL(a || b) of two arrays of log-probabilities."""
+    return torch.nn.functional.kl_div(b, a, reduction="none", log_target=True).sum(-1)
+
   if alpha == 0:
-    return kl(t, s).mean()
+    return kl(teacher, policy).mean()
   if alpha == 1:
-    return kl(s, t).mean()
-  m = torch.logsumexp(torch.stack([s + math.log1p(-alpha), t + math.log(alpha)]), 0)
-  return ((1 - alpha) * kl(s, m) + alpha * kl(t, m)).mean()
+    return kl(policy, teacher).mean()
+  terms = torch.stack([policy + math.log1p(-alpha), teacher + math.log(alpha)])
+  mixture = torch.logsumexp(terms, 0)
+  return ((1 - alpha) * kl(policy, mixture) + alpha * kl(teacher, mixture)).mean()
 
 
-def _liger(h, w_VD, g, u_VE, target, alpha):
+def _liger(hidden, head_VD, teacher_hidden, teacher_head_VE, target, alpha):
   from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
 
-  return LigerFusedLinearJSDFunction.apply(h, w_VD, g, u_VE, target, alpha)
+  return LigerFusedLinearJSDFunction.apply(
+    hidden, head_VD, teacher_hidden, teacher_head_VE, target, alpha
+  )

@@ -1,15 +1,18 @@
-"""How the benchmarks time a call."""
+"""This file holds the stopwatch that all benchmarks share."""
 
 import time
 from typing import Callable
 
 
 def best(run: Callable[[], object], repeats: int) -> tuple[float, float]:
-  """(wall seconds, processor seconds of all threads) of the fastest of several runs after a warm-up. run: returns when its work is done."""
+  """Returns (wall seconds, processor seconds of all threads) of the fastest of several runs.
+
+  One more run comes first, to warm up. `run` must return only when its work is done.
+  """
   run()
   times = []
   for _ in range(repeats):
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall_start, cpu_start = time.perf_counter(), time.process_time()
     run()
-    times.append((time.perf_counter() - wall, time.process_time() - cpu))
+    times.append((time.perf_counter() - wall_start, time.process_time() - cpu_start))
   return min(times)
