@@ -1,4 +1,7 @@
-"""Attention over packed rows: the TPU kernel, interpreted, against the reference; segments never see each other."""
+"""Tests attention over packed rows: every implementation against the reference.
+
+The TPU kernel is interpreted. Segments never see each other.
+"""
 
 import functools
 
@@ -11,20 +14,18 @@ from sdpo_jax.kernels import attention
 
 
 def problem(T=256, B=2, N=2, K=1, H=32):
-  q, k, v, g = (
-    jax.random.normal(key, (B, T, heads, H))
-    for key, heads in zip(jax.random.split(jax.random.key(0), 4), (N, K, K, N))
-  )
+  keys = jax.random.split(jax.random.key(0), 4)
+  q, k, v, g = (jax.random.normal(key, (B, T, heads, H)) for key, heads in zip(keys, (N, K, K, N)))
   segment = np.zeros((B, T), np.int32)
   segment[0, :100], segment[0, 100:230], segment[1] = 1, 2, 1
   return q, k, v, g, segment
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def with_gradients(attend, segment, q, k, v, g, *more):
-  """(output, dq, dk, dv) of attend(q, k, v, *more), with nothing at padding."""
+def with_gradients(attend, segment, q, k, v, g, *others):
+  """(output, dq, dk, dv) of attend(q, k, v, *others), with nothing at padding."""
   out, back = jax.vjp(
-    lambda *qkv: jnp.where((segment > 0)[..., None, None], attend(*qkv, *more), 0.0), q, k, v
+    lambda *qkv: jnp.where((segment > 0)[..., None, None], attend(*qkv, *others), 0.0), q, k, v
   )
   return out, *back(g.astype(out.dtype))
 
@@ -41,18 +42,20 @@ def test_splash_gives_the_reference_and_its_gradients(window):
 
 
 def shared_prefixes(T, B, K):
-  """Row 0: a prefix of 50 and three answers that continue it, then one text of its own; row 1: one text; both end in padding."""
+  """Draws two rows that end in padding.
+
+  Row 0 has a prefix of 50 and three answers that continue it, then a text of its own; row 1 has one
+  text.
+  """
   q, k, v, g, segment = problem(T, B, K=K, N=4)
   prefix, position, length = np.zeros_like(segment), np.zeros_like(segment), T - 5
   segment[:] = 0
   for number, (start, end, before) in enumerate(
     [(0, 50, 0), (50, 120, 1), (120, 140, 1), (140, 200, 1), (200, length, 0)], 1
   ):
-    segment[0, start:end], prefix[0, start:end], position[0, start:end] = (
-      number,
-      before,
-      50 * (before > 0) + np.arange(end - start),
-    )
+    segment[0, start:end] = number
+    prefix[0, start:end] = before
+    position[0, start:end] = 50 * (before > 0) + np.arange(end - start)
   segment[1, :length], position[1, :length] = 1, np.arange(length)
   return q, k, v, g, segment, prefix, position
 
@@ -60,7 +63,7 @@ def shared_prefixes(T, B, K):
 @pytest.mark.parametrize("window", [None, 60])
 @pytest.mark.parametrize("T,K", [(256, 4), (333, 2), (700, 1)])
 def test_skipped_blocks_hide_nothing(T, K, window):
-  """Also with blocks that end beyond the row, in both modes of differentiation that training uses, and with bfloat16 inputs."""
+  """Blocks may end beyond the row; both modes of differentiation that training uses; bfloat16."""
   q, k, v, g, segment, prefix, position = shared_prefixes(T, 2, K)
   visible = attention.packed_mask(
     segment, segment.shape, window, prefix_BT=prefix, position_BT=position
@@ -75,9 +78,9 @@ def test_skipped_blocks_hide_nothing(T, K, window):
   short = with_gradients(
     attention.blocked, segment, *(x.astype(jnp.bfloat16) for x in (q, k, v, g)), who
   )
-  for want, got, too, rough in zip(exact, blocked, again, short):
+  for want, got, remade, rough in zip(exact, blocked, again, short):
     np.testing.assert_allclose(got, want, atol=1e-5)
-    np.testing.assert_allclose(too, want, atol=1e-5)
+    np.testing.assert_allclose(remade, want, atol=1e-5)
     assert rough.dtype == jnp.bfloat16
     np.testing.assert_allclose(
       np.asarray(rough, np.float32), want, atol=0.03 * np.max(np.abs(want))
@@ -108,7 +111,10 @@ def test_blocks_of_queries_give_the_reference_and_its_gradients(T):
 
 @pytest.mark.parametrize("trouble", ["none", "refuses", "ungrouped", "no gradient"])
 def test_cudnn_is_used_where_it_gives_the_reference(trouble, monkeypatch, caplog):
-  """On a GPU each shape is tried first, in the middle of tracing: a library that is missing, refuses, or forgets to group queries costs a warning."""
+  """On a GPU each shape is tried first, in the middle of tracing.
+
+  A library that is missing, refuses, or forgets to group queries costs a warning.
+  """
   used = []
 
   def cudnn(q, k, v, mask):
@@ -140,8 +146,8 @@ def test_cudnn_is_used_where_it_gives_the_reference(trouble, monkeypatch, caplog
   tried = [shape for shape in used if shape[0] == 2]
   # two blocks of queries, each tried once
   assert len(tried) == 2 and (len(used) > 2) == (trouble == "none")
-  said = [r.getMessage() for r in caplog.records if "without cuDNN" in r.getMessage()]
-  assert len(said) == (0 if trouble == "none" else 2), said
+  warnings = [r.getMessage() for r in caplog.records if "without cuDNN" in r.getMessage()]
+  assert len(warnings) == (0 if trouble == "none" else 2), warnings
   used.clear()
   # float32: cuDNN has none
   with_gradients(lambda *given: attend(*given), segment, q, k, v, g, visible)
