@@ -1,4 +1,4 @@
-"""Top K with a bucket for the rest: against the plain formula on whole logits, and against the full divergence."""
+"""Tests the top M with a bucket for the rest, against whole logits and the full divergence."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from sdpo_jax.kernels.distill_topk import distill_topk, top_log_probs
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-  """Blocks of 128 entries, so that the best K come from several blocks, the last one ragged."""
+  """Sets blocks of 128 entries: the best M come from several blocks, the last one ragged."""
   monkeypatch.setattr(distill_kl_xla, "CPU_BLOCK_ENTRIES", 1)
 
 
@@ -21,10 +21,12 @@ def problem(X=9, D=16, E=24, V=300, seed=0):
   return (normal(X, D), normal(D, V) * 0.6, normal(X, E), normal(E, V) * 0.6), rng.integers(0, V, X)
 
 
-def plain(h, w, g, u, target, *, alpha, top_k, add_tail, temperature):
+def plain(*arrays, alpha, top_k, add_tail, temperature):
   """Whole logits, the definition word for word; differentiated by jax."""
   log_softmax = lambda x: x - jax.scipy.special.logsumexp(x, axis=1, keepdims=True)
-  s, t = log_softmax(h @ w / temperature), jax.lax.stop_gradient(log_softmax(g @ u / temperature))
+  hidden, head, teacher_hidden, teacher_head, target = arrays
+  s = log_softmax(hidden @ head / temperature)
+  t = jax.lax.stop_gradient(log_softmax(teacher_hidden @ teacher_head / temperature))
   _, index = jax.lax.top_k(s, top_k)
   a, b = (jnp.take_along_axis(x, index, axis=1) for x in (s, t))
   if add_tail:
@@ -34,20 +36,19 @@ def plain(h, w, g, u, target, *, alpha, top_k, add_tail, temperature):
     a, b = log_softmax(a), log_softmax(b)
   kl = lambda x, y: jnp.sum(jnp.exp(x) * (x - y), axis=1)
   m = jnp.log((1 - alpha) * jnp.exp(a) + alpha * jnp.exp(b))
-  divergence = (
-    kl(b, a)
-    if alpha == 0
-    else kl(a, b)
-    if alpha == 1
-    else (1 - alpha) * kl(a, m) + alpha * kl(b, m)
-  )
+  if alpha == 0:
+    divergence = kl(b, a)
+  elif alpha == 1:
+    divergence = kl(a, b)
+  else:
+    divergence = (1 - alpha) * kl(a, m) + alpha * kl(b, m)
   at = lambda x: jnp.take_along_axis(x, target[:, None], axis=1)[:, 0]
   return distill_kl_ref.DistillKL(divergence, at(s), at(t), -jnp.sum(jnp.exp(s) * s, axis=1))
 
 
 def value_and_gradients(fn, arrays, target, cotangents, **static):
-  def loss(h, w):
-    out = fn(h, w, *arrays[2:], target, **static)
+  def loss(hidden, head):
+    out = fn(hidden, head, *arrays[2:], target, **static)
     return sum(jnp.sum(c * o) for c, o in zip(cotangents, out)), out
 
   (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*arrays[:2])
@@ -79,7 +80,7 @@ def test_equals_the_plain_formula(alpha, add_tail):
   ),
 )
 def test_sharded_equals_unsharded(mesh_shape):
-  """9 tokens divide by no mesh; more entries are wanted (41) than a device of the last mesh has (38)."""
+  """9 tokens divide by no mesh; 41 entries are more than a device of the last mesh has (38)."""
   mesh = jax.make_mesh(
     mesh_shape,
     ("data", "fsdp", "tensor"),
@@ -94,7 +95,7 @@ def test_sharded_equals_unsharded(mesh_shape):
     value_and_gradients(distill_topk, arrays, target, cotangents, mesh=mesh, **static), whole
   ):
     np.testing.assert_allclose(a, b, rtol=3e-6, atol=3e-6 * np.abs(b).max())
-  at = lambda **mesh: np.asarray(top_log_probs(*arrays, target, top_k=41, **mesh).index_XK)
+  at = lambda **mesh: np.asarray(top_log_probs(*arrays, target, top_k=41, **mesh).index_XM)
   np.testing.assert_array_equal(at(mesh=mesh), at())
 
 
@@ -102,10 +103,10 @@ def test_entries_are_the_policys_best():
   arrays, target = problem()
   top = top_log_probs(*arrays, target, top_k=5)
   s = arrays[0] @ arrays[1]
-  np.testing.assert_array_equal(top.index_XK, np.argsort(-s, axis=1)[:, :5])
+  np.testing.assert_array_equal(top.index_XM, np.argsort(-s, axis=1)[:, :5])
   t = jax.nn.log_softmax(arrays[2] @ arrays[3])
   np.testing.assert_allclose(
-    top.logp_teacher_XK, np.take_along_axis(np.asarray(t), np.asarray(top.index_XK), 1), atol=1e-5
+    top.logp_teacher_XM, np.take_along_axis(np.asarray(t), np.asarray(top.index_XM), 1), atol=1e-5
   )
 
 
@@ -129,9 +130,12 @@ def test_bucketed_never_exceeds_the_full_divergence_and_reaches_it(alpha):
 
 
 def test_same_weights_and_prompt_give_zero():
-  (h, w, _, _), target = problem()
-  loss = lambda h1, w1: jnp.sum(distill_topk(h1, w1, h, w, target, alpha=1, top_k=6).divergence_X)
-  value, grads = jax.value_and_grad(loss, argnums=(0, 1))(h, w)
+  (hidden, head, _, _), target = problem()
+
+  def loss(*policy):
+    return jnp.sum(distill_topk(*policy, hidden, head, target, alpha=1, top_k=6).divergence_X)
+
+  value, grads = jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
   assert value == 0 and max(np.abs(g).max() for g in grads) <= 1e-6
 
 

@@ -1,1 +1,1 @@
-"""Fused kernels, each with a plain reference and a function that chooses."""
+"""Fused kernels: each has a plain reference, fast versions, and a function that chooses."""

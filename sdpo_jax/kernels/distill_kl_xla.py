@@ -1,26 +1,30 @@
-"""Divergence between teacher and policy without X x V logits, in plain XLA operations with an own gradient.
+"""Computes the divergence in plain XLA operations, without X x V logits.
 
-Same contract as distill_kl_ref.py. Three plans, chosen from the sizes:
+The contract is that of distill_kl_ref.py; the gradient is written by hand. There are three plans,
+chosen from the sizes. One product is 2 X D V operations.
 
-  one         X * V small; on CPU also where the logits of one are at most 256 MB, or those of both no larger than four output matrices (X <= 2 D):
-              all at once, kept for the gradient.
-              4 matrix products, as few as there can be.
-  tokens      blocks of tokens over the whole vocabulary: 2 products forward, 4 backward; or, with weights_X,
-              gradients in the forward pass: 4 in all. Memory: logits of one block, float32 gradient of the head.
-  vocabulary  blocks of the vocabulary over all tokens: least memory. 2 products forward (4 for the mixture form,
-              which must know both normalisers first), 4 backward.
+  one         All logits at once, kept for the gradient. 4 products, as few as there can be.
+              Used where X * V is small. On CPU it is also used where the logits of one side are at
+              most 256 MB, or those of both no larger than four heads (X <= 2 D).
+  tokens      Blocks of tokens over the whole vocabulary. 2 products forward and 4 backward; with
+              weights_X the gradient is made in the forward pass: 4 in all.
+              Memory: logits of one block and a float32 gradient of the head.
+  vocabulary  Blocks of the vocabulary over all tokens: least memory. 2 products forward (4 for the
+              mixture form, which must know both normalisers first) and 4 backward.
 
-One product is 2 X D V operations. weights_X promises that the cotangent of divergence_X will be c * weights_X
-for some scalar c. The plan `tokens` then uses the gradient that it made in the forward pass, unless log-probability
-or entropy are differentiated too; a broken promise makes every gradient NaN rather than wrong.
+weights_X promises that the cotangent of divergence_X will be c * weights_X for some scalar c. Plan
+`tokens` then only scales the gradient that its forward pass made. It falls back on the backward
+pass where log-probability or entropy are differentiated too. A broken promise makes every gradient
+NaN rather than wrong.
 
-Numerics: logits, sums and the head's gradient are float32 whatever the input dtype (float64 for float64); only
-dlogits is cast to the inputs' dtype, just before the two gradient products. float32 inputs multiply at the highest
-precision. With bfloat16 logits the gradient would be off by 30 to 250 % where teacher and policy are close, which
-is where training spends its time; bfloat16 inputs with float32 logits stay within 5e-3.
+Numerics. Logits, sums and the head's gradient are float32 whatever the inputs' dtype (float64 for
+float64). Only dlogits, the gradient with respect to the policy's logits, takes the inputs' dtype,
+just before the two products that need it. float32 inputs multiply at the highest precision.
+Where teacher and policy are close, as they mostly are in training, bfloat16 logits would put the
+gradient off by 30 to 250 %. bfloat16 inputs with float32 logits stay within 5e-3.
 
-A head that is a transposed view of a [V, D] embedding costs nothing on TPU and GPU, where the loop takes either
-layout, and in plan `one`; on CPU the other plans make one copy of it.
+A head may be a transposed view of a [V, D] embedding. That costs nothing on TPU and GPU, where the
+loop takes either layout, nor in plan `one`; on CPU the other plans make one copy of it.
 Targets must lie in [0, V).
 """
 
@@ -34,24 +38,22 @@ import jax.numpy as jnp
 
 from sdpo_jax.kernels import distill_kl_math as dm
 from sdpo_jax.kernels.distill_kl_ref import DistillKL
-from sdpo_jax.kernels.distill_kl_sweeps import distill
+from sdpo_jax.kernels.distill_kl_sweeps import Inputs, Layout, as_result, distill, input_gradients
 from sdpo_jax.kernels.target import target_platform
 
-# X * V up to here: plan `one`, 16 MB for each of the two logit arrays kept
+# Plan `one` takes X * V up to here: 16 MB for each of the two logit arrays that it keeps. On CPU
+# the limit is higher, because two to four more products cost more than 256 MB are worth.
 ONE_BLOCK_ENTRIES = 2**22
-
-
-# the same on CPU, where two to four more products cost more than 256 MB are worth
 CPU_ONE_BLOCK_ENTRIES = 2**26
-
-
-BLOCK_ENTRIES = 2**27  # logits in any other block: 512 MB for each of the two arrays
-
-
-CPU_BLOCK_ENTRIES = 2**21  # logits in a block of the vocabulary on CPU: 8 MB, near the caches
+# Logits in a block of the other plans: 512 MB for each of the two arrays; in a block of the
+# vocabulary on CPU 8 MB, near the caches.
+BLOCK_ENTRIES = 2**27
+CPU_BLOCK_ENTRIES = 2**21
 
 
 class Plan(NamedTuple):
+  """Holds what is fixed while tracing."""
+
   alpha: float
   temperature: float
   size: int  # tokens, or entries of the vocabulary, in a block
@@ -68,225 +70,291 @@ def distill_kl(
   temperature,
   weights_X=None,
   blocks=None,
-):
-  """blocks: force a plan; None chooses."""
-  X, V = target_X.shape[0], student_head_DV.shape[1]
-  on_cpu = target_platform() == "cpu"
+) -> DistillKL:
+  """Computes the divergence. blocks: "one", "tokens", "vocabulary", or None to choose."""
+  inputs = Inputs(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X)
+  X = target_X.shape[0]
+  D, V = student_head_DV.shape
   if blocks is None:
-    few = X * V <= (CPU_ONE_BLOCK_ENTRIES if on_cpu else ONE_BLOCK_ENTRIES) or (
-      on_cpu and X <= 2 * student_head_DV.shape[0]
-    )
-    blocks = "one" if few else "vocabulary" if on_cpu else "tokens"
-  arrays = student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X
+    blocks = _choose_blocks(X, D, V)
   if blocks == "vocabulary":
-    return distill(sys.modules[__name__], vocabulary_plan(X, alpha, temperature), None, *arrays)
+    plan = vocabulary_plan(X, alpha, temperature)
+    return distill(sys.modules[__name__], plan, Layout(), inputs)
   size = X if blocks == "one" else max(BLOCK_ENTRIES // V // 8 * 8, 8)
-  return _distill(Plan(alpha, temperature, size), blocks == "one", *arrays, weights_X)
+  return _distill_tokens(Plan(alpha, temperature, size), blocks == "one", inputs, weights_X)
 
 
-def vocabulary_plan(X, alpha, temperature):
+def _choose_blocks(X, D, V) -> str:
+  on_cpu = target_platform() == "cpu"
+  if X * V <= (CPU_ONE_BLOCK_ENTRIES if on_cpu else ONE_BLOCK_ENTRIES):
+    return "one"
+  if not on_cpu:
+    return "tokens"
+  return "one" if X <= 2 * D else "vocabulary"
+
+
+def vocabulary_plan(X, alpha, temperature) -> Plan:
+  """Returns the plan `vocabulary` for X tokens on one device."""
   entries = CPU_BLOCK_ENTRIES if target_platform() == "cpu" else BLOCK_ENTRIES
   return Plan(alpha, temperature, max(entries // max(X, 1) // 128 * 128, 128))
 
 
-# ---- all logits at once, and blocks of tokens
-# -----------------------------------------------------------------------
+# ---- plans `one` and `tokens`
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _distill(plan, keep_logits, h, w, g, u, target, weights):
+def _distill_tokens(plan, keep_logits, inputs: Inputs, weights_X):
   del keep_logits
-  return _forward_tokens(plan, False, h, w, g, u, target, weights)[0]
+  result, _ = _forward_blocks(plan, inputs)
+  return result
 
 
-def _forward_rule(plan, keep_logits, *args):
-  h, w, g, u, target, weights = args = [None if a is None else a.value for a in args]
+def _forward_rule(plan, keep_logits, inputs, weights_X):
+  # With symbolic zeros each array arrives in a wrapper that says whether it is differentiated.
+  inputs, weights_X = jax.tree.map(lambda wrapped: wrapped.value, (inputs, weights_X))
   if keep_logits:
-    out, *residuals = _whole_vocabulary(plan, h, w, g, u, target)
+    result, *residuals = _whole_vocabulary(plan, inputs)
   else:
-    out, residuals = _forward_tokens(plan, weights is not None, *args)
-  return out, (args, residuals)
+    result, residuals = _forward_blocks(plan, inputs, weights_X)
+  return result, (inputs, weights_X, residuals)
 
 
-def _backward_rule(plan, keep_logits, saved, cotangents):
-  (h, w, g, u, target, weights), residuals = saved
-  dtype = logit_dtype(h, w, g, u)
-  is_zero = lambda c: isinstance(c, jax.custom_derivatives.SymbolicZero)
-  used = cotangents.divergence_X, cotangents.logp_X, cotangents.entropy_X
-  columns = tuple(
-    jnp.zeros((target.shape[0], 1), dtype) if is_zero(c) else c.astype(dtype)[:, None] for c in used
-  )
+def _backward_rule(plan, keep_logits, saved, result_cotangents: DistillKL):
+  inputs, weights_X, residuals = saved
+  dtype = logit_dtype(*inputs.matrices)
+  X, V = inputs.target_X.shape[0], inputs.policy_head_DV.shape[1]
+
+  def is_zero(cotangent_X):
+    return isinstance(cotangent_X, jax.custom_derivatives.SymbolicZero)
+
+  def as_column(cotangent_X):
+    if is_zero(cotangent_X):
+      return jnp.zeros((X, 1), dtype)
+    return cotangent_X.astype(dtype)[:, None]
+
+  divergence_X, logp_X, _, entropy_X = result_cotangents
+  cotangents = dm.Cotangents(as_column(divergence_X), as_column(logp_X), as_column(entropy_X))
   if keep_logits:
     scalars, s, t = residuals
-    d = dm.dlogits(s, t, hit(target, 0, s.shape[1]), scalars, columns, plan.alpha)
-    dh, dw = gradient_products(plan, d, h, w, dtype)
-  elif weights is not None and is_zero(cotangents.logp_X) and is_zero(cotangents.entropy_X):
-    scale = _promised_scale(columns[0][:, 0], weights.astype(dtype))
-    dh, dw = (x * scale for x in residuals)
-  else:
-    dh, dw = _backward_tokens(plan, h, w, g, u, target, columns)
-  return dh.astype(h.dtype), dw.astype(w.dtype), None, None, None, None
-
-
-_distill.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
-
-
-def _promised_scale(cotangent, weights):
-  """The scalar c of cotangent = c * weights; NaN where there is none."""
-  scale = jnp.sum(weights * cotangent) / jnp.maximum(
-    jnp.sum(weights * weights), jnp.finfo(weights.dtype).tiny
-  )
-  kept = jnp.all(jnp.abs(cotangent - scale * weights) <= 1e-3 * jnp.max(jnp.abs(cotangent)))
-  return jnp.where(kept, scale, jnp.nan)
-
-
-def _forward_tokens(plan, make_gradients, h, w, g, u, target, weights):
-  """(DistillKL, (dh, dw) for cotangent weights_X if make_gradients, else ())."""
-  dtype = logit_dtype(h, w, g, u)
-  X = target.shape[0]
-
-  def body(start, size, carry):
-    out, grads = carry
-    cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
-    put = lambda x, part: lax.dynamic_update_slice_in_dim(x, part, start, 0)
-    part, scalars, s, t = _whole_vocabulary(plan, cut(h), w, cut(g), u, cut(target))
-    if make_gradients:
-      zero = jnp.zeros((size, 1), dtype)
-      columns = cut(weights).astype(dtype)[:, None], zero, zero
-      d = dm.dlogits(s, t, hit(cut(target), 0, w.shape[1]), scalars, columns, plan.alpha)
-      dh, dw = gradient_products(plan, d, cut(h), w, dtype)
-      grads = put(grads[0], dh), grads[1] + dw
-    return DistillKL(*map(put, out, part)), grads
-
-  grads = (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dtype)) if make_gradients else ()
-  return over_blocks(X, plan.size, body, (DistillKL(*[jnp.zeros(X, dtype)] * 4), grads))
-
-
-def _backward_tokens(plan, h, w, g, u, target, columns):
-  dtype = columns[0].dtype
-
-  def body(start, size, carry):
-    cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
-    _, scalars, s, t = _whole_vocabulary(plan, cut(h), w, cut(g), u, cut(target))
-    d = dm.dlogits(
-      s, t, hit(cut(target), 0, w.shape[1]), scalars, tuple(map(cut, columns)), plan.alpha
+    d = dm.dlogits(s, t, is_target(inputs.target_X, 0, V), scalars, cotangents, plan.alpha)
+    policy_gradients = gradient_products(
+      plan, d, inputs.policy_hidden_XD, inputs.policy_head_DV, dtype
     )
-    dh, dw = gradient_products(plan, d, cut(h), w, dtype)
-    return lax.dynamic_update_slice_in_dim(carry[0], dh, start, 0), carry[1] + dw
+  elif weights_X is not None and is_zero(logp_X) and is_zero(entropy_X):
+    scale = _promised_scale(cotangents.divergence[:, 0], weights_X.astype(dtype))
+    policy_gradients = [gradient * scale for gradient in residuals]
+  else:
+    policy_gradients = _backward_blocks(plan, inputs, cotangents)
+  return input_gradients(inputs, *policy_gradients), None
 
-  return over_blocks(
-    target.shape[0], plan.size, body, (jnp.zeros(h.shape, dtype), jnp.zeros(w.shape, dtype))
+
+_distill_tokens.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+
+
+def _promised_scale(cotangent_X, weights_X):
+  """Returns the scalar c of cotangent = c * weights; NaN where there is none."""
+  tiny = jnp.finfo(weights_X.dtype).tiny
+  scale = jnp.sum(weights_X * cotangent_X) / jnp.maximum(jnp.sum(weights_X * weights_X), tiny)
+  error_X = jnp.abs(cotangent_X - scale * weights_X)
+  is_kept = jnp.all(error_X <= 1e-3 * jnp.max(jnp.abs(cotangent_X)))
+  return jnp.where(is_kept, scale, jnp.nan)
+
+
+def _forward_blocks(plan, inputs: Inputs, weights_X=None):
+  """Returns (DistillKL, gradients of the policy's two arrays for cotangent weights_X, if given)."""
+  dtype = logit_dtype(*inputs.matrices)
+  X, V = inputs.target_X.shape[0], inputs.policy_head_DV.shape[1]
+
+  def body(start, size, carry):
+    result, gradients = carry
+
+    def cut(x):
+      return lax.dynamic_slice_in_dim(x, start, size)
+
+    def put(x, part):
+      return lax.dynamic_update_slice_in_dim(x, part, start, 0)
+
+    part, scalars, s, t = _whole_vocabulary(plan, _cut_tokens(inputs, start, size))
+    if weights_X is not None:
+      zero = jnp.zeros((size, 1), dtype)
+      cotangents = dm.Cotangents(cut(weights_X).astype(dtype)[:, None], zero, zero)
+      at_target = is_target(cut(inputs.target_X), 0, V)
+      d = dm.dlogits(s, t, at_target, scalars, cotangents, plan.alpha)
+      d_hidden_XD, d_head_DV = gradient_products(
+        plan, d, cut(inputs.policy_hidden_XD), inputs.policy_head_DV, dtype
+      )
+      gradients = put(gradients[0], d_hidden_XD), gradients[1] + d_head_DV
+    return DistillKL(*map(put, result, part)), gradients
+
+  gradients = () if weights_X is None else _zero_gradients(inputs, dtype, dtype)
+  return over_blocks(X, plan.size, body, (DistillKL(*[jnp.zeros(X, dtype)] * 4), gradients))
+
+
+def _backward_blocks(plan, inputs: Inputs, cotangents: dm.Cotangents):
+  """Returns the gradients of the policy's two arrays; the logits are computed again."""
+  dtype = cotangents.divergence.dtype
+  X, V = inputs.target_X.shape[0], inputs.policy_head_DV.shape[1]
+
+  def body(start, size, carry):
+    d_hidden_XD, d_head_DV = carry
+
+    def cut(x):
+      return lax.dynamic_slice_in_dim(x, start, size)
+
+    _, scalars, s, t = _whole_vocabulary(plan, _cut_tokens(inputs, start, size))
+    at_target = is_target(cut(inputs.target_X), 0, V)
+    block_cotangents = dm.Cotangents(*map(cut, cotangents))
+    d = dm.dlogits(s, t, at_target, scalars, block_cotangents, plan.alpha)
+    hidden_part, head_part = gradient_products(
+      plan, d, cut(inputs.policy_hidden_XD), inputs.policy_head_DV, dtype
+    )
+    d_hidden_XD = lax.dynamic_update_slice_in_dim(d_hidden_XD, hidden_part, start, 0)
+    return d_hidden_XD, d_head_DV + head_part
+
+  return over_blocks(X, plan.size, body, _zero_gradients(inputs, dtype, dtype))
+
+
+def _cut_tokens(inputs: Inputs, start, size) -> Inputs:
+  return inputs._replace(
+    policy_hidden_XD=lax.dynamic_slice_in_dim(inputs.policy_hidden_XD, start, size),
+    teacher_hidden_XE=lax.dynamic_slice_in_dim(inputs.teacher_hidden_XE, start, size),
+    target_X=lax.dynamic_slice_in_dim(inputs.target_X, start, size),
   )
 
 
-# ---- pieces --------------------------------------------------------------------------------------
-# -----------------
+def _whole_vocabulary(plan, inputs: Inputs):
+  """Returns (DistillKL, Scalars, s, t) of some tokens, with their logits over all entries."""
+  policy_hidden_XD, policy_head_DV, teacher_hidden_XE, teacher_head_EV, target_X = inputs
+  dtype = logit_dtype(*inputs.matrices)
+  s = logits(plan, policy_hidden_XD, policy_head_DV, dtype)
+  t = logits(plan, teacher_hidden_XE, teacher_head_EV, dtype)
+  nothing = dm.empty_stats(target_X.shape[0], dtype)
+  stats = dm.add_block(nothing, s, t, is_target(target_X, 0, s.shape[1]), plan.alpha)
+  divergence, logp, logp_teacher, scalars = dm.finish(stats, plan.alpha)
+  if dm.is_mixture(plan.alpha):
+    sums = dm.mixture_sums(s, t, scalars, plan.alpha)
+    divergence, scalars = dm.finish_mixture(sums, scalars, plan.alpha)
+  return as_result(divergence, logp, logp_teacher, scalars.entropy), scalars, s, t
+
+
+# ---- plan `vocabulary`: the three functions that distill_kl_sweeps.py asks of an implementation
+
+
+def statistics(plan, inputs: Inputs) -> dm.Stats:
+  """Returns the Stats of every token over this vocabulary."""
+  X, V = inputs.target_X.shape[0], inputs.policy_head_DV.shape[1]
+
+  def body(start, size, stats):
+    s, t = block_logits(plan, inputs, start, size)
+    return dm.add_block(stats, s, t, is_target(inputs.target_X, start, size), plan.alpha)
+
+  return over_blocks(V, plan.size, body, dm.empty_stats(X, logit_dtype(*inputs.matrices)))
+
+
+def mixture_sums(plan, inputs: Inputs, scalars: dm.Scalars):
+  """Returns this vocabulary's part of KL(pi || m) and of KL(q || m)."""
+
+  def body(start, size, sums):
+    s, t = block_logits(plan, inputs, start, size)
+    return jax.tree.map(jnp.add, sums, dm.mixture_sums(s, t, scalars, plan.alpha))
+
+  zero = jnp.zeros_like(scalars.entropy)
+  return over_blocks(inputs.policy_head_DV.shape[1], plan.size, body, (zero, zero))
+
+
+def gradients(plan, inputs: Inputs, scalars: dm.Scalars, cotangents: dm.Cotangents, head_dtype):
+  """Returns the gradients of the policy's hidden states, in float32, and head, in head_dtype."""
+  dtype = scalars.entropy.dtype
+
+  def body(start, size, carry):
+    s, t = block_logits(plan, inputs, start, size)
+    at_target = is_target(inputs.target_X, start, size)
+    d = dm.dlogits(s, t, at_target, scalars, cotangents, plan.alpha)
+    head_DV = lax.dynamic_slice_in_dim(inputs.policy_head_DV, start, size, axis=1)
+    parts = gradient_products(plan, d, inputs.policy_hidden_XD, head_DV, dtype)
+    return add_gradients(carry, parts, start)
+
+  zero = _zero_gradients(inputs, dtype, head_dtype)
+  return over_blocks(inputs.policy_head_DV.shape[1], plan.size, body, zero)
+
+
+def block_logits(plan, inputs: Inputs, start, size):
+  """Returns the logits (s, t) of all tokens over `size` entries from `start` on."""
+  dtype = logit_dtype(*inputs.matrices)
+  policy_head_DV = lax.dynamic_slice_in_dim(inputs.policy_head_DV, start, size, axis=1)
+  s = logits(plan, inputs.policy_hidden_XD, policy_head_DV, dtype)
+  teacher_head_EV = lax.dynamic_slice_in_dim(inputs.teacher_head_EV, start, size, axis=1)
+  return s, logits(plan, inputs.teacher_hidden_XE, teacher_head_EV, dtype)
+
+
+# ---- pieces that other files use too
 
 
 def logit_dtype(*arrays):
+  """Returns the dtype of logits and sums: float32, or float64 if an array has it."""
   return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
 def product(a, b, contract, dtype):
-  """a . b over axes `contract`, accumulated in dtype; float32 operands are not rounded to anything shorter."""
+  """Contracts axes (of a, of b) with sums in dtype; float32 operands are not shortened."""
   operand = jnp.promote_types(a.dtype, b.dtype)
-  precision = lax.Precision.HIGHEST if operand == jnp.float32 else None
+  axis_of_a, axis_of_b = contract
   return lax.dot_general(
     a.astype(operand),
     b.astype(operand),
-    ((contract[:1], contract[1:]), ((), ())),
-    precision=precision,
+    (((axis_of_a,), (axis_of_b,)), ((), ())),
+    precision=lax.Precision.HIGHEST if operand == jnp.float32 else None,
     preferred_element_type=dtype,
   )
 
 
-def logits(plan, hidden, head, dtype):
-  logits = product(hidden, head, (1, 0), dtype)
-  return logits if plan.temperature == 1 else logits / plan.temperature
+def logits(plan, hidden_XD, head_DV, dtype):
+  """Returns the logits [X, V] at the plan's temperature."""
+  logits_XV = product(hidden_XD, head_DV, (1, 0), dtype)
+  return logits_XV if plan.temperature == 1 else logits_XV / plan.temperature
 
 
-def gradient_products(plan, d, h, w, dtype):
-  """(dh, dw), accumulated in dtype, of dlogits d. Only here does dlogits take the inputs' dtype."""
-  d = (d if plan.temperature == 1 else d / plan.temperature).astype(
-    jnp.promote_types(h.dtype, w.dtype)
-  )
-  return product(d, w, (1, 1), dtype), product(h, d, (0, 0), dtype)
+def gradient_products(plan, dlogits_XV, hidden_XD, head_DV, dtype):
+  """Returns the gradients of hidden states and head, summed in dtype.
+
+  This is the only place where dlogits takes the inputs' dtype.
+  """
+  if plan.temperature != 1:
+    dlogits_XV = dlogits_XV / plan.temperature
+  dlogits_XV = dlogits_XV.astype(jnp.promote_types(hidden_XD.dtype, head_DV.dtype))
+  d_hidden_XD = product(dlogits_XV, head_DV, (1, 1), dtype)
+  return d_hidden_XD, product(hidden_XD, dlogits_XV, (0, 0), dtype)
 
 
-def hit(target, start, size):
-  return target[:, None] == start + lax.broadcasted_iota(target.dtype, (1, size), 1)
+def add_gradients(gradients, parts, start):
+  """Returns the gradients with one block's: entries from `start` on, whole columns of the head.
+
+  Each column of the head's gradient is complete at once, so it can be stored in the head's dtype;
+  only that of the hidden states is a running sum.
+  """
+  d_hidden_XD, d_head_DV = gradients
+  hidden_part, head_part = parts
+  d_hidden_XD = d_hidden_XD + hidden_part
+  head_part = head_part.astype(d_head_DV.dtype)
+  return d_hidden_XD, lax.dynamic_update_slice_in_dim(d_head_DV, head_part, start, 1)
+
+
+def is_target(target_X, start, size):
+  """Returns bool [X, size]: True at a token's target, for entries from `start` on."""
+  return target_X[:, None] == start + lax.broadcasted_iota(target_X.dtype, (1, size), 1)
 
 
 def over_blocks(total, size, body, carry):
-  """carry = body(start, size, carry) for consecutive blocks; the last one may be shorter, so nothing is masked."""
+  """Folds body(start, size, carry) -> carry over blocks of `total`.
+
+  The last block may be shorter, a call of its own; so nothing has to be masked.
+  """
   whole, rest = divmod(total, size)
   if whole:
     carry = lax.fori_loop(0, whole, lambda i, c: body(i * size, size, c), carry)
   return body(whole * size, rest, carry) if rest else carry
 
 
-def _whole_vocabulary(plan, h, w, g, u, target):
-  """(DistillKL, Scalars, s, t) of some tokens, with their logits over the whole vocabulary."""
-  dtype = logit_dtype(h, w, g, u)
-  s, t = logits(plan, h, w, dtype), logits(plan, g, u, dtype)
-  stats = dm.add_block(
-    dm.empty_stats(target.shape[0], dtype), s, t, hit(target, 0, s.shape[1]), plan.alpha
-  )
-  divergence, logp, logp_teacher, scalars = dm.finish(stats, plan.alpha)
-  if dm.is_mixture(plan.alpha):
-    divergence, scalars = dm.with_mixture(
-      dm.mixture_sums(s, t, scalars, plan.alpha), scalars, plan.alpha
-    )
-  return (
-    DistillKL(divergence[:, 0], logp[:, 0], logp_teacher[:, 0], scalars.entropy[:, 0]),
-    scalars,
-    s,
-    t,
-  )
-
-
-# ---- blocks of the vocabulary: the three parts that distill_kl_sweeps.py asks for
-# -----------------------------------
-
-
-def block_logits(plan, h, w, g, u, start, size):
-  dtype = logit_dtype(h, w, g, u)
-  cut = lambda head: lax.dynamic_slice_in_dim(head, start, size, axis=1)
-  return logits(plan, h, cut(w), dtype), logits(plan, g, cut(u), dtype)
-
-
-def statistics(plan, h, w, g, u, target):
-  def body(start, size, stats):
-    s, t = block_logits(plan, h, w, g, u, start, size)
-    return dm.add_block(stats, s, t, hit(target, start, size), plan.alpha)
-
-  return over_blocks(
-    w.shape[1], plan.size, body, dm.empty_stats(h.shape[0], logit_dtype(h, w, g, u))
-  )
-
-
-def mixture_sums(plan, h, w, g, u, scalars):
-  def body(start, size, sums):
-    s, t = block_logits(plan, h, w, g, u, start, size)
-    return jax.tree.map(jnp.add, sums, dm.mixture_sums(s, t, scalars, plan.alpha))
-
-  zero = jnp.zeros_like(scalars.entropy)
-  return over_blocks(w.shape[1], plan.size, body, (zero, zero))
-
-
-def gradients(plan, h, w, g, u, target, scalars, cotangents, dtype):
-  logit = scalars.entropy.dtype
-
-  def body(start, size, carry):
-    dh, dw = carry
-    s, t = block_logits(plan, h, w, g, u, start, size)
-    d = dm.dlogits(s, t, hit(target, start, size), scalars, cotangents, plan.alpha)
-    dh_part, dw_part = gradient_products(
-      plan, d, h, lax.dynamic_slice_in_dim(w, start, size, axis=1), logit
-    )
-    # Each column of dw is complete at once, so it can be stored in the head's own dtype.
-    return dh + dh_part, lax.dynamic_update_slice_in_dim(dw, dw_part.astype(dtype), start, 1)
-
-  return over_blocks(
-    w.shape[1], plan.size, body, (jnp.zeros(h.shape, logit), jnp.zeros(w.shape, dtype))
-  )
+def _zero_gradients(inputs: Inputs, hidden_dtype, head_dtype):
+  d_hidden_XD = jnp.zeros(inputs.policy_hidden_XD.shape, hidden_dtype)
+  return d_hidden_XD, jnp.zeros(inputs.policy_head_DV.shape, head_dtype)

@@ -1,9 +1,13 @@
-"""Which platform a program is traced for."""
+"""Names the platform that a program is traced for."""
 
 import jax
 
 
-def target_platform():
-  """What is being compiled for: the abstract mesh's device where one is set, else the default backend."""
+def target_platform() -> str:
+  """Returns the platform of the abstract mesh's device if one is set, else the default backend.
+
+  A plan compiles for devices that are not attached: it sets an abstract mesh that describes them.
+  """
   device = jax.sharding.get_abstract_mesh().abstract_device
-  return device.platform if device is not None and device.platform else jax.default_backend()
+  is_described = device is not None and device.platform
+  return device.platform if is_described else jax.default_backend()
