@@ -1,6 +1,6 @@
-"""This file measures time and memory of the distillation divergence, forward and backward.
+"""Measures time and memory of the distillation divergence, forward and backward.
 
-It puts them beside other implementations' figures and beside the floor that the operations set.
+Other implementations' figures stand beside ours, and the floor that the operations set.
 
   python -m sdpo_jax.bench loss [--device=cpu|gpu|tpu] [--shapes=1024x256x151936,...]
                                 [--alpha=0.5] [--dtype=float32]

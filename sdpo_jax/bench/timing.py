@@ -1,4 +1,4 @@
-"""This file holds the stopwatch that all benchmarks share."""
+"""Holds the stopwatch that all benchmarks share."""
 
 import time
 from typing import Callable
