@@ -1,4 +1,7 @@
-"""The distillation divergence against its float64 definition: values, every gradient, extremes, both dtypes."""
+"""Tests the distillation divergence against its float64 definition.
+
+That is values, every gradient, extreme logits, and both dtypes.
+"""
 
 import functools
 
@@ -29,8 +32,8 @@ def problem(X, D, E, V, seed=0, scale=1.0, dtype=np.float32):
 
 @functools.cache
 def compiled(fn, **static):
-  def loss(h, w, g, u, target, cotangents):
-    out = fn(h, w, g, u, target, **static)
+  def loss(hidden, head, teacher_hidden, teacher_head, target, cotangents):
+    out = fn(hidden, head, teacher_hidden, teacher_head, target, **static)
     return sum(jnp.sum(c.astype(o.dtype) * o) for c, o in zip(cotangents, out)), out
 
   return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
@@ -69,7 +72,7 @@ def check(got, want, value_tolerance=2e-5, gradient_tolerance=1e-4):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-  """Blocks of 128 entries or 8 tokens, so that small problems have several and a ragged last one."""
+  """Sets blocks of 128 entries or 8 tokens: small problems have several, the last one ragged."""
   monkeypatch.setattr(distill_kl_xla, "CPU_BLOCK_ENTRIES", 1)
   monkeypatch.setattr(distill_kl_xla, "BLOCK_ENTRIES", 1)
 
@@ -136,20 +139,22 @@ def test_odd_sizes(name, X, D, E, V):
 
 def extreme(kind):
   """Logits that are the head's own entries: every token reads one row of it."""
-  (_, w, _, u), target, cotangents = problem(12, 128, 128, 391)
+  (_, head, _, teacher_head), target, cotangents = problem(12, 128, 128, 391)
   rng = np.random.default_rng(3)
   hidden = np.eye(128, dtype=np.float32)[rng.integers(0, 128, 12)]
   if kind == "eighty":
-    w, u = (rng.choice([-80.0, 0.0, 80.0], w.shape).astype(np.float32) for _ in range(2))
+    head, teacher_head = (
+      rng.choice([-80.0, 0.0, 80.0], head.shape).astype(np.float32) for _ in range(2)
+    )
   # each side sure of one entry, the policy of another one than the teacher
   elif kind == "one_hot":
-    w, u = (
+    head, teacher_head = (
       np.where(np.arange(391) == rng.integers(0, 391, (128, 1)), 80, -80).astype(np.float32)
       for _ in range(2)
     )
   elif kind == "teacher_sure":
-    u = np.where(np.arange(391) == 5, 80, -80) * np.ones_like(u)
-  return (hidden, w, hidden, u), target, cotangents
+    teacher_head = np.where(np.arange(391) == 5, 80, -80) * np.ones_like(teacher_head)
+  return (hidden, head, hidden, teacher_head), target, cotangents
 
 
 @pytest.mark.parametrize("blocks", ("one", "vocabulary"))
@@ -165,12 +170,12 @@ def test_extreme_logits(kind, blocks, small_blocks):
 
 @pytest.mark.parametrize("blocks", ("one", "tokens", "vocabulary"))
 def test_teacher_equal_to_policy_gives_exactly_nothing(blocks, small_blocks):
-  (h, w, _, _), target, (weight, *_) = problem(21, 128, 128, 391, scale=5.0)
+  (hidden, head, _, _), target, (weight, *_) = problem(21, 128, 128, 391, scale=5.0)
   for alpha in ALPHAS:
     cotangents = [weight] + [np.zeros_like(weight)] * 3
     (value, *_), grads = run(
       distill_kl_xla.distill_kl,
-      (h, w, h, w),
+      (hidden, head, hidden, head),
       target,
       cotangents,
       alpha=alpha,
@@ -182,7 +187,10 @@ def test_teacher_equal_to_policy_gives_exactly_nothing(blocks, small_blocks):
 
 @pytest.mark.parametrize("blocks", ("one", "tokens", "vocabulary"))
 def test_bfloat16_inputs(blocks, small_blocks):
-  """Values as exact as for float32 inputs; gradients within the rounding of bfloat16 dlogits and results."""
+  """Values are as exact as for float32 inputs.
+
+  Gradients are within the rounding of bfloat16 dlogits and results.
+  """
   args = problem(21, 256, 128, 391, scale=3.0, dtype=jnp.bfloat16)
   for alpha in (0, 0.5, 1):
     check(
@@ -197,13 +205,15 @@ def test_bfloat16_inputs(blocks, small_blocks):
 )
 @pytest.mark.parametrize("epsilon", (0.016, 0.15, 1.5))
 def test_gradient_survives_a_close_teacher_in_bfloat16(epsilon, implementation):
-  """KL of about 1e-4, 1e-2 and 1. bfloat16 logits would be off by more than 30 % at the small end."""
-  (h, w, _, _), target, (weight, *_) = problem(16, 256, 256, 2000, scale=3.0, dtype=jnp.bfloat16)
-  noise = np.random.default_rng(9).normal(size=w.shape).astype(np.float32) * epsilon / 16
-  teacher = np.asarray(jnp.asarray(w.astype(np.float32) + noise, jnp.bfloat16))
+  """KLs are about 1e-4, 1e-2 and 1; bfloat16 logits would be off by over 30 % at the small end."""
+  (hidden, head, _, _), target, (weight, *_) = problem(
+    16, 256, 256, 2000, scale=3.0, dtype=jnp.bfloat16
+  )
+  noise = np.random.default_rng(9).normal(size=head.shape).astype(np.float32) * epsilon / 16
+  teacher_head = np.asarray(jnp.asarray(head.astype(np.float32) + noise, jnp.bfloat16))
   cotangents = [np.abs(weight)] + [np.zeros_like(weight)] * 3
   for alpha in (0, 0.5, 1):
-    args = (h, w, h, teacher), target, cotangents
+    args = (hidden, head, hidden, teacher_head), target, cotangents
     got, want = (
       run(distill_kl, *args, alpha=alpha, implementation=implementation),
       exact(*args, alpha=alpha, temperature=1.0),
@@ -221,9 +231,16 @@ def test_weights_let_the_forward_pass_make_the_gradient(alpha, small_blocks):
   weight[3:5] = 0
 
   def grads(scale, logp_weight, promised):
-    def loss(h, w):
+    def loss(hidden, head):
       out = distill_kl_xla.distill_kl(
-        h, w, *arrays[2:], target, alpha=alpha, temperature=0.7, weights_X=promised, blocks="tokens"
+        hidden,
+        head,
+        *arrays[2:],
+        target,
+        alpha=alpha,
+        temperature=0.7,
+        weights_X=promised,
+        blocks="tokens",
       )
       loss = scale * jnp.sum(weight * out.divergence_X)
       return loss if logp_weight is None else loss + jnp.sum(logp_weight * out.logp_X)
@@ -239,7 +256,7 @@ def test_weights_let_the_forward_pass_make_the_gradient(alpha, small_blocks):
 
 
 def test_compiled_memory_at_a_real_vocabulary():
-  """X = 1024, D = 256, V = 151,936, float32, mixture form: at most 250 MB beside arguments and gradients."""
+  """The mixture form in float32 takes at most 250 MB beside arguments and gradients."""
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   args = array(1024, 256), array(256, 151936), array(1024, 256), array(256, 151936)
   loss = lambda *a: jnp.mean(distill_kl(*a[:4], a[4], alpha=0.5, implementation="xla").divergence_X)
@@ -253,7 +270,11 @@ def test_compiled_memory_at_a_real_vocabulary():
 
 def test_tied_embedding_is_not_copied_for_small_problems():
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-  loss = lambda h, e, g, y: jnp.mean(distill_kl(h, e.T, g, e.T, y, alpha=0.5).divergence_X)
+
+  def loss(hidden, embedding, teacher_hidden, target):
+    head = embedding.T
+    return jnp.mean(distill_kl(hidden, head, teacher_hidden, head, target, alpha=0.5).divergence_X)
+
   lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(
     array(64, 128), array(700, 128), array(64, 128), jax.ShapeDtypeStruct((64,), jnp.int32)
   )
@@ -290,7 +311,7 @@ def test_name_is_logged_once(caplog):
 
 
 def test_choice_on_a_tpu():
-  """Big enough and alone on its device: the kernel. Shared by several devices, or small: plain XLA."""
+  """A big problem alone on its device gets the kernel; a shared or small one plain XLA."""
   from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
   from sdpo_jax.kernels import distill_kl as module

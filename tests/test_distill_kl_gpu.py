@@ -1,7 +1,9 @@
-"""The Mosaic GPU kernels without a GPU: GPU interpret mode with race detection, lowering for CUDA, and the real compiler.
+"""Tests the Mosaic GPU kernels without a GPU.
 
-The compiler test needs jax's CUDA plugin and ptxas (`pip install "jax[cuda13]"`, Python 3.12); it compiles for a
-described H200 (plan.HOPPER), no device involved.
+That is GPU interpret mode with race detection, lowering for CUDA, and the real compiler.
+
+The compiler test needs jax's CUDA plugin and ptxas (`pip install "jax[cuda13]"`, Python 3.12). It
+compiles for a described H200 (plan.HOPPER), no device involved.
 """
 
 import functools
@@ -29,8 +31,10 @@ gpu = functools.partial(distill_kl, implementation="pallas_gpu")
 
 @pytest.fixture
 def one_part(monkeypatch):
-  """Each block of tokens walks the whole vocabulary, and the workspace holds one tile: the interpreter compiles each
-  block anew, so fewer blocks are faster."""
+  """Lets each block of tokens walk the whole vocabulary.
+
+  The interpreter compiles each block anew, so fewer blocks are faster.
+  """
   monkeypatch.setattr(distill_kl_gpu, "PARTS", 1)
   monkeypatch.setattr(distill_kl_gpu, "GROUP", 1)
 
@@ -57,7 +61,7 @@ def test_interpret_mode(alpha, one_part):
 @pytest.mark.slow
 @pytest.mark.parametrize("alpha", (0, 0.5, 1))
 def test_several_blocks_and_parts(alpha, monkeypatch):
-  """Two blocks of tokens in groups of one, three parts of the vocabulary, of which the last one is empty; float32."""
+  """Two blocks of tokens go in groups of one; the last of three vocabulary parts is empty."""
   monkeypatch.setattr(distill_kl_gpu, "PARTS", 3)
   monkeypatch.setattr(distill_kl_gpu, "GROUP", 1)
   monkeypatch.setattr(distill_kl_gpu, "WORKSPACE_BYTES", 1)
@@ -83,17 +87,21 @@ def test_odd_sizes(X, D, E, V, one_part):
 
 @pytest.mark.slow
 def test_teacher_equal_to_policy_gives_exactly_nothing(one_part):
-  (h, w, _, _), target, (weight, *_) = problem(21, 128, 128, 257, scale=5.0, dtype=jnp.bfloat16)
+  (hidden, head, _, _), target, (weight, *_) = problem(
+    21, 128, 128, 257, scale=5.0, dtype=jnp.bfloat16
+  )
   cotangents = [weight] + [np.zeros_like(weight)] * 3
   for alpha in (0, 0.5, 1):
-    (value, *_), grads = run(gpu, (h, w, h, w), target, cotangents, alpha=alpha)
+    (value, *_), grads = run(gpu, (hidden, head, hidden, head), target, cotangents, alpha=alpha)
     assert np.abs(value).max() <= 1e-6 and not grads[0].any() and not grads[1].any()
 
 
 @pytest.mark.slow
 def test_sharded_form_on_a_mesh_of_one(one_part):
-  """The GPU interpreter simulates one device at a time, so several virtual ones cannot share it: what is common to all
-  implementations is held on eight in test_distill_kl.py."""
+  """One device is enough here: the GPU interpreter simulates one at a time.
+
+  What is common to all implementations is held on eight in test_distill_kl.py.
+  """
   mesh = jax.make_mesh(
     (1, 1, 1),
     ("data", "fsdp", "tensor"),
@@ -114,7 +122,7 @@ def test_sharded_form_on_a_mesh_of_one(one_part):
 
 @pytest.mark.slow
 def test_no_races(one_part):
-  """The interpreter watches every access to shared memory; jax 0.10 does not do that for wgmma and TMA."""
+  """The interpreter watches each access to shared memory; jax 0.10 leaves out wgmma and TMA."""
   if jax.__version_info__ < (0, 11):
     pytest.skip("jax 0.11's GPU interpreter is the first that watches wgmma and the copies")
   from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
@@ -138,8 +146,8 @@ def lower_for_h200(lower, alpha, X, D, E, V, dtype, sharding=None):
   array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
   args = [array(s, dtype) for s in ((X, D), (D, V), (X, E), (E, V))] + [array((X,), jnp.int32)]
 
-  def loss(h, w, g, u, y):
-    out = gpu(h, w, g, u, y, alpha=alpha, temperature=0.7)
+  def loss(*arrays):
+    out = gpu(*arrays, alpha=alpha, temperature=0.7)
     return jnp.mean(out.divergence_X), out
 
   device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
@@ -172,7 +180,7 @@ def test_lowers_for_cuda(alpha, D, E, V, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("D,alpha", [(1024, 0.5), (2048, 0), (4096, 0.5), (4096, 1)])
 def test_compiles_for_an_h200_without_serialised_products(D, alpha):
-  """ptxas reports registers, spills and products that it had to serialise; memory beside arguments and gradients."""
+  """ptxas reports no spills and no products that it had to serialise; memory is bounded."""
   if importlib.util.find_spec("jax_cuda13_plugin") is None or _ptxas() is None:
     pytest.skip("no CUDA compiler: jax's CUDA plugin and ptxas are not installed")
   env = os.environ | {

@@ -1,6 +1,7 @@
-"""The TPU kernels without a TPU: interpret modes with race detection, and the real TPU compiler.
+"""Tests the TPU kernels without a TPU: interpret modes with race detection, and the real compiler.
 
-The compiler tests need libtpu (`pip install "jax[tpu]"`); they compile for a described topology, no device involved.
+The compiler tests need libtpu (`pip install "jax[tpu]"`). They compile for a described topology, no
+device involved.
 """
 
 import functools
@@ -29,7 +30,10 @@ needs_libtpu = pytest.mark.skipif(
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-  """16 tokens x 256 entries in two sub-tiles, and a workspace of one tile: several of each in a small problem."""
+  """Sets tiles of 16 tokens x 256 entries in two sub-tiles, and a workspace of one tile.
+
+  So a small problem has several of each.
+  """
   monkeypatch.setattr(distill_kl_tpu, "TILES", ((16, 256, 128),))
   monkeypatch.setattr(distill_kl_tpu, "WORKSPACE_BYTES", 1)
 
@@ -87,9 +91,9 @@ def test_odd_sizes_with_the_real_tiles(X, D, E, V):
 
 @pytest.mark.slow
 def test_bfloat16_and_teacher_equal_to_policy(small_tiles):
-  (h, w, g, u), target, cotangents = problem(21, 128, 256, 391, scale=3.0, dtype=jnp.bfloat16)
+  arrays, target, cotangents = problem(21, 128, 256, 391, scale=3.0, dtype=jnp.bfloat16)
   for alpha in (0, 0.5, 1):
-    args = (h, w, g, u), target, cotangents
+    args = arrays, target, cotangents
     check(
       run(distill_kl_tpu.distill_kl, *args, alpha=alpha, temperature=1.0),
       exact(*args, alpha=alpha, temperature=1.0),
@@ -97,7 +101,12 @@ def test_bfloat16_and_teacher_equal_to_policy(small_tiles):
     )
     only_divergence = cotangents[:1] + [np.zeros_like(c) for c in cotangents[1:]]
     (value, *_), grads = run(
-      distill_kl_tpu.distill_kl, (h, w, h, w), target, only_divergence, alpha=alpha, temperature=1.0
+      distill_kl_tpu.distill_kl,
+      arrays[:2] * 2,
+      target,
+      only_divergence,
+      alpha=alpha,
+      temperature=1.0,
     )
     assert np.abs(value).max() <= 1e-6 and not grads[0].any() and not grads[1].any()
 
@@ -124,7 +133,10 @@ def test_sharded(small_tiles):
 
 
 def compile_for(topology, D, alpha, tmp_path, X=4096, V=151936):
-  """{"temporaries": bytes, "gradients": float32 bytes, "busy": {kernel: share of matrix-unit slots in use}}."""
+  """Returns {"temporaries": bytes, "gradients": float32 bytes, "busy": {kernel: share}}.
+
+  The share is that of the matrix unit's slots in use.
+  """
   env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -161,8 +173,8 @@ def _compile_in_child(topology, D, alpha, X, V):
     array((X,), jnp.int32)
   ]
 
-  def loss(h, w, g, u, y):
-    out = distill_kl(h, w, g, u, y, alpha=alpha, implementation="pallas_tpu")
+  def loss(*arrays):
+    out = distill_kl(*arrays, alpha=alpha, implementation="pallas_tpu")
     return jnp.mean(out.divergence_X), out
 
   compiled = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(*args).compile()
@@ -186,7 +198,7 @@ def test_small_problem_compiles_for_a_real_tpu(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", sorted(json.loads(BASELINE.read_text())))
 def test_real_heads_compile_within_memory_and_keep_the_matrix_unit_busy(case, tmp_path):
-  """Forward and backward at X = 4096, V = 151,936 in bfloat16; utilisation against what was recorded (2 % slack)."""
+  """Forward and backward keep the recorded utilisation, with 2 % slack, in bfloat16."""
   topology, D, alpha = case.split()
   result = compile_for(topology, int(D), alpha, tmp_path)
   assert result["temporaries"] <= distill_kl_tpu.WORKSPACE_BYTES + result["gradients"]
@@ -197,9 +209,6 @@ def test_real_heads_compile_within_memory_and_keep_the_matrix_unit_busy(case, tm
 
 
 if __name__ == "__main__":
-  _compile_in_child(
-    sys.argv[1],
-    int(sys.argv[2]),
-    float(sys.argv[3]) if "." in sys.argv[3] else int(sys.argv[3]),
-    *map(int, sys.argv[4:]),
-  )
+  topology_name, width, alpha_text, *sizes = sys.argv[1:]
+  as_number = float if "." in alpha_text else int
+  _compile_in_child(topology_name, int(width), as_number(alpha_text), *map(int, sizes))

@@ -1,4 +1,7 @@
-"""Log-probability and entropy of the policy alone against their float64 definition: values, gradients, blocks, meshes, both dtypes."""
+"""Tests log-probability and entropy of the policy alone against their float64 definition.
+
+That is values and gradients, in blocks, over meshes, in both dtypes.
+"""
 
 import functools
 
@@ -29,16 +32,16 @@ def problem(X, D, V, dtype=np.float32):
 def run(fn, arrays, target, cotangents):
   """(logp, entropy, gradient of the hidden states, of the head) as float64 NumPy."""
 
-  def loss(h, w):
-    out = fn(h, w, target)
+  def loss(hidden, head):
+    out = fn(hidden, head, target)
     return sum(jnp.sum(c * o) for c, o in zip(cotangents, out)), out
 
   (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*arrays)
   return [np.asarray(x, np.float64) for x in (*out, *grads)]
 
 
-def definition(h, w, target, temperature):
-  logp_XV = jax.nn.log_softmax(h @ w / temperature)
+def definition(hidden, head, target, temperature):
+  logp_XV = jax.nn.log_softmax(hidden @ head / temperature)
   return logp_XV[jnp.arange(len(target)), target], -jnp.sum(jnp.exp(logp_XV) * logp_XV, 1)
 
 
@@ -105,7 +108,7 @@ def test_a_head_that_does_not_divide_is_named():
 
 
 def test_the_train_step_multiplies_in_the_dtype_of_the_model(monkeypatch):
-  """Float32 weights of a bfloat16 model: hidden states and head come as bfloat16, as the divergence gets them."""
+  """Hidden states and head come as bfloat16, as the divergence gets them, from float32 weights."""
   config, seen = fakes.toy_config(dtype="bfloat16"), []
   monkeypatch.setattr(
     train_step,
