@@ -175,7 +175,7 @@ def batch_shapes(mesh, shape: Shape, responses: int, further_readings: int = 0) 
     columns = ints(shape.packs, rows, length)
     return Rows(columns, columns, columns, None, ints(shape.packs, shape.tokens))
 
-  policy, teacher, further = (texts(*half) for half in shape.halves())
+  policy, teacher, further = (texts(*size) for size in shape.row_sizes())
   B, R = responses, shape.responses
   batch = TrainBatch(
     policy=policy,

@@ -183,7 +183,7 @@ def test_no_pack_takes_more_than_one_of_the_longest_texts(longest, packs):
   (shape,) = shapes.known
   assert shape.packs == got.policy.at_CX.shape[0] == packs
   for half, (rows, length), most in zip(
-    (got.policy, got.readings[0].rows), shape.halves(), longest
+    (got.policy, got.readings[0].rows), shape.row_sizes(), longest
   ):
     assert half.token_CPT.shape == (packs, rows, length) and rows * length <= -(-most // 32) * 32
   assert shape.tokens <= longest[2]

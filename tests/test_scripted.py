@@ -38,8 +38,8 @@ SHAPE = Shape(
   teacher_length=1280,
   tokens=640,
   responses=256,
-  more_rows=0,
-  more_length=0,
+  further_rows=0,
+  further_length=0,
   packs=1,
 )
 IFEVAL = {

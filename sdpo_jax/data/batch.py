@@ -4,6 +4,13 @@ The policy's rows and the teacher's are packed apart and linked by the columns o
 tokens. The batch is cut into packs (see `TrainBatch`), each for one micro-batch on one device.
 Within an optimizer update whole questions are dealt to its packs so that all hold about as many
 tokens.
+
+`Packer.pack` goes through these steps:
+
+  read      what policy and teacher read of each response, as tokens         -> Responses
+  deal      responses to packs, for each number of packs that is allowed     -> _Deal
+  choose    the shape that all packs take (`data/shapes.py`)                 -> Shape
+  lay out   the texts in rows, the responses in *_BR arrays                  -> TrainBatch
 """
 
 import dataclasses
@@ -14,21 +21,21 @@ import numpy as np
 
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.packing import (
-  Extent,
   PackSize,
   PackTexts,
+  Texts,
   balanced_order,
+  cut_into_packs,
   first_fit,
+  first_tokens,
   in_packs,
   lay_out,
-  shared_beginnings,
-  stack_packs,
   tokens_together,
 )
 from sdpo_jax.data.shapes import Load, Rounding, Shape, Shapes, choose_shape
 from sdpo_jax.data.teacher_prompt import teacher_prompt
 from sdpo_jax.objectives.teacher_context import Context
-from sdpo_jax.records import Reading, Rollout, Rows, Status, TrainBatch
+from sdpo_jax.records import Reading, Rollout, Status, TrainBatch
 
 
 class Packed(NamedTuple):
@@ -43,14 +50,14 @@ class Packed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PackSettings:
-  """How batches of a run are cut and padded.
+  """How the batches of a run are cut and padded.
 
   Each of the `updates` gets a pack on each of the `shards` for each of at most `micro_batches`, or
   of a divisor of it where texts are short.
   share_prefixes: what the responses to one question read in common stands once a row.
   """
 
-  max_teacher_tokens: int
+  max_teacher_tokens: int  # of a teacher's prompt
   rounding: Rounding
   updates: int = 1
   micro_batches: int = 1
@@ -61,102 +68,6 @@ class PackSettings:
     """Returns the numbers of packs that a batch may have, ascending."""
     divisors = [m for m in range(1, self.micro_batches + 1) if self.micro_batches % m == 0]
     return [self.updates * self.shards * m for m in divisors]
-
-
-@dataclasses.dataclass(frozen=True)
-class Packer:
-  """Packs the generation batches of a run. `shapes` may grow by one with each batch.
-
-  messages(task): the chat messages that ask the question.
-  teacher_context(group, i): the teacher's context for rollout i of a group, or None.
-  advantage(reward_QG): advantage_QG; a reward that is missing is NaN.
-  further_readings(group, i): (context, weight) or None for each further reading by the teacher,
-    equally many for all rollouts; None: the method has none.
-  """
-
-  chat: Chat
-  messages: Callable
-  teacher_context: Callable
-  advantage: Callable
-  settings: PackSettings
-  shapes: Shapes
-  further_readings: Callable | None = None
-
-  def pack(self, groups: list[list[Rollout]]) -> Packed:
-    """Returns the batch of groups[q][g]; all groups have equally many rollouts."""
-    batch, responses = pack_responses(
-      self._read(groups), len(groups[0]), self.settings, self.shapes, self.chat.pad_token
-    )
-    metrics = _measure(responses, batch)
-    metrics["perf/compiles"] = float(len(self.shapes.known))  # earlier sessions included
-    contexts = tuple(reading.contexts for reading in responses.readings)
-    return Packed(batch, responses.rollouts, contexts, metrics)
-
-  def _read(self, groups: list[list[Rollout]]) -> "Responses":
-    """Renders the texts that policy and teacher read."""
-    reward_QG = np.array([[_reward(r) for r in group] for group in groups], np.float32)
-    advantage_B = self.advantage(reward_QG).reshape(-1).astype(np.float32)
-    rollouts = [r for group in groups for r in group]
-    policy = Texts(
-      [r.prompt_tokens + r.tokens if is_valid(r) else [] for r in rollouts],
-      [len(r.prompt_tokens) for r in rollouts],
-    )
-    places = [(group, i) for group in groups for i in range(len(group))]
-    plain = []
-    for group, i in places:
-      context = self.teacher_context(group, i) if is_valid(group[i]) else None
-      plain.append(None if context is None else (context, 1.0))
-    readings = [plain]
-    if self.further_readings is not None:
-      readings += zip(*(self.further_readings(group, i) for group, i in places))
-    readings = [self._reading(rollouts, shown) for shown in readings]
-    return Responses(rollouts, advantage_B, policy, readings)
-
-  def _reading(
-    self, rollouts: list[Rollout], shown: list[tuple[Context, float] | None]
-  ) -> "TeacherReading":
-    """Renders the teacher's prompts of one reading.
-
-    shown: the context and weight of each rollout.
-    """
-    tokens, starts, shortened = [], [], 0
-    for rollout, context_and_weight in zip(rollouts, shown):
-      if context_and_weight is None:
-        tokens.append([])
-        starts.append(0)
-        continue
-      context, _ = context_and_weight
-      messages, limit = self.messages(rollout.task), self.settings.max_teacher_tokens
-      prompt, was_shortened = teacher_prompt(self.chat, messages, context, limit)
-      tokens.append(prompt + rollout.tokens)
-      starts.append(len(prompt))
-      shortened += was_shortened
-    weight_B = np.array([0.0 if x is None else x[1] for x in shown], np.float32)
-    contexts = [None if x is None else x[0] for x in shown]
-    return TeacherReading(contexts, weight_B, Texts(tokens, starts), shortened)
-
-
-def is_valid(rollout: Rollout) -> bool:
-  """Tells whether a rollout was judged.
-
-  Others lie in no pack, and may be longer than all that do.
-  """
-  judged = rollout.feedback.status is not Status.ENV_FAILED
-  return judged and bool(np.isfinite(rollout.feedback.reward))
-
-
-def _reward(rollout: Rollout) -> float:
-  return np.nan if rollout.feedback.status is Status.ENV_FAILED else rollout.feedback.reward
-
-
-class Texts(NamedTuple):
-  """One text for each response: the tokens of a prompt and the response; [] where there is none."""
-
-  tokens: list[list[int]]
-  starts: list[int]  # where the response begins
-
-  def in_order(self, order: list[int]) -> "Texts":
-    return Texts([self.tokens[b] for b in order], [self.starts[b] for b in order])
 
 
 class TeacherReading(NamedTuple):
@@ -191,13 +102,100 @@ class Responses(NamedTuple):
       [reading.in_order(order) for reading in self.readings],
     )
 
-  def halves(self) -> list[Texts]:
-    """The policy's texts, then those of each reading by the teacher."""
+  def texts(self) -> list[Texts]:
+    """Returns the policy's texts, then those of each reading by the teacher."""
     return [self.policy, *(reading.texts for reading in self.readings)]
 
   def lengths(self) -> list[int]:
-    """Response tokens of each row; 0 for one that was not judged."""
+    """Returns the response tokens of each row; 0 for a response that was not judged."""
     return [len(r.tokens) if is_valid(r) else 0 for r in self.rollouts]
+
+
+def is_valid(rollout: Rollout) -> bool:
+  """Tells whether a rollout was judged.
+
+  Others lie in no pack, and may be longer than all that do.
+  """
+  judged = rollout.feedback.status is not Status.ENV_FAILED
+  return judged and bool(np.isfinite(rollout.feedback.reward))
+
+
+@dataclasses.dataclass(frozen=True)
+class Packer:
+  """Packs the generation batches of a run. `shapes` may grow by one with each batch.
+
+  messages(task): the chat messages that ask the question.
+  teacher_context(group, i): the teacher's context for rollout i of a group, or None.
+  advantage(reward_QG): advantage_QG; a reward that is missing is NaN.
+  further_readings(group, i): (context, weight) or None for each further reading by the teacher,
+    equally many for all rollouts; None: the method has none.
+  """
+
+  chat: Chat
+  messages: Callable
+  teacher_context: Callable
+  advantage: Callable
+  settings: PackSettings
+  shapes: Shapes
+  further_readings: Callable | None = None
+
+  def pack(self, groups: list[list[Rollout]]) -> Packed:
+    """Returns the batch of groups[q][g]; all groups have equally many rollouts."""
+    responses = self._read(groups)
+    batch, responses = pack_responses(
+      responses, len(groups[0]), self.settings, self.shapes, self.chat.pad_token
+    )
+    metrics = _measure(responses, batch)
+    metrics["perf/compiles"] = float(len(self.shapes.known))  # earlier sessions included
+    contexts = tuple(reading.contexts for reading in responses.readings)
+    return Packed(batch, responses.rollouts, contexts, metrics)
+
+  def _read(self, groups: list[list[Rollout]]) -> Responses:
+    """Renders the texts that policy and teacher read."""
+    reward_QG = np.array([[_reward(r) for r in group] for group in groups], np.float32)
+    advantage_B = self.advantage(reward_QG).reshape(-1).astype(np.float32)
+    rollouts = [r for group in groups for r in group]
+    policy = Texts(
+      [r.prompt_tokens + r.tokens if is_valid(r) else [] for r in rollouts],
+      [len(r.prompt_tokens) for r in rollouts],
+    )
+    places = [(group, i) for group in groups for i in range(len(group))]
+    plain = []
+    for group, i in places:
+      context = self.teacher_context(group, i) if is_valid(group[i]) else None
+      plain.append(None if context is None else (context, 1.0))
+    readings = [plain]
+    if self.further_readings is not None:
+      readings += zip(*(self.further_readings(group, i) for group, i in places), strict=True)
+    readings = [self._render_reading(rollouts, shown) for shown in readings]
+    return Responses(rollouts, advantage_B, policy, readings)
+
+  def _render_reading(
+    self, rollouts: list[Rollout], shown: list[tuple[Context, float] | None]
+  ) -> TeacherReading:
+    """Renders the teacher's prompts of one reading.
+
+    shown: context and weight of each rollout; None: the teacher reads nothing.
+    """
+    tokens, starts, shortened = [], [], 0
+    for rollout, context_and_weight in zip(rollouts, shown, strict=True):
+      if context_and_weight is None:
+        tokens.append([])
+        starts.append(0)
+        continue
+      context, _ = context_and_weight
+      messages, limit = self.messages(rollout.task), self.settings.max_teacher_tokens
+      prompt, was_shortened = teacher_prompt(self.chat, messages, context, limit)
+      tokens.append(prompt + rollout.tokens)
+      starts.append(len(prompt))
+      shortened += was_shortened
+    weight_B = np.array([0.0 if x is None else x[1] for x in shown], np.float32)
+    contexts = [None if x is None else x[0] for x in shown]
+    return TeacherReading(contexts, weight_B, Texts(tokens, starts), shortened)
+
+
+def _reward(rollout: Rollout) -> float:
+  return np.nan if rollout.feedback.status is Status.ENV_FAILED else rollout.feedback.reward
 
 
 def pack_responses(
@@ -211,22 +209,23 @@ def pack_responses(
   dealing = _Dealing(responses, group, settings)
   shape = choose_shape(dealing.load, settings.pack_counts(), shapes, settings.rounding)
   deal = dealing.deal(shape.packs)
-  responses = responses.in_order(deal.order)
-  return _lay_out_batch(responses, deal, shape, pad_token, settings), responses
+  batch = _lay_out_batch(deal, shape, pad_token, share_prefixes=settings.share_prefixes)
+  return batch, deal.responses
 
 
 class _Deal(NamedTuple):
   """One way to cut a batch into packs."""
 
-  order: list[int]  # the response at each row of the batch
-  halves: list[list[list[Extent]]]  # of each half, of each pack, of each text
-  lengths: list[list[int]]  # of each pack, of each response
+  responses: Responses  # in the order of the batch's rows
+  lengths: list[list[int]]  # of the responses of each pack
+  packs: list[list[PackTexts]]  # of the policy, then of each reading
 
-  def largest_pack(self) -> int:
-    """The work of the largest pack. The policy's half goes backward too."""
+  def largest_work(self) -> int:
+    """Returns the work of the largest pack. The policy's texts go backward too."""
     work = []
-    for policy, *readings in zip(*self.halves):
-      work.append(3 * tokens_together(policy) + sum(map(tokens_together, readings)))
+    for policy, *readings in zip(*self.packs, strict=True):
+      teacher = sum(tokens_together(texts.extents) for texts in readings)
+      work.append(3 * tokens_together(policy.extents) + teacher)
     return max(work)
 
 
@@ -235,109 +234,96 @@ class _Dealing:
 
   def __init__(self, responses: Responses, group: int, settings: PackSettings):
     self._responses, self._group, self._settings = responses, group, settings
-    self._lengths = responses.lengths()
-    tokens = [texts.tokens for texts in responses.halves()]
-    self._work = [3 * len(p) + sum(map(len, teacher)) for p, *teacher in zip(*tokens)]
+    tokens = [texts.tokens for texts in responses.texts()]
+    self._work = [
+      3 * len(policy) + sum(map(len, teacher)) for policy, *teacher in zip(*tokens, strict=True)
+    ]
     self.deal = functools.cache(self._deal)
 
   def load(self, packs: int) -> Load:
     """Returns what the batch asks of a shape with so many packs."""
     deal = self.deal(packs)
-    policy, teacher, *further = deal.halves
+    policy, teacher, *further = [[texts.extents for texts in packs] for packs in deal.packs]
     return Load(
-      texts_per_pack=len(policy[0]),
-      halves=(policy, teacher, sum(further, [])),
+      texts_per_pack=len(deal.lengths[0]),
+      extents=(policy, teacher, sum(further, [])),
       tokens=max(map(sum, deal.lengths)),
       responses=max(map(max, deal.lengths)),
     )
 
   def _deal(self, packs: int) -> _Deal:
-    """Deals responses to packs; with shared prefixes, groups whole if packs stay as small."""
+    """Deals the responses to packs.
+
+    With shared prefixes, groups stay whole if the largest pack gets no larger by it.
+    """
     if not self._settings.share_prefixes:
       return self._cut(packs, whole=False)
     ways = [self._cut(packs, whole=True), self._cut(packs, whole=False)]
-    return min(ways, key=_Deal.largest_pack)
+    return min(ways, key=_Deal.largest_work)
 
   def _cut(self, packs: int, *, whole: bool) -> _Deal:
     updates = self._settings.updates
     order = balanced_order(self._work, self._group, updates, packs // updates, whole=whole)
-    questions = [b // self._group for b in range(len(order))]
-    halves = [self._extents(texts, questions, order, packs) for texts in self._responses.halves()]
-    return _Deal(order, halves, in_packs(self._lengths, order, packs))
-
-  def _extents(
-    self, texts: Texts, questions: list[int], order: list[int], packs: int
-  ) -> list[list[Extent]]:
-    if not self._settings.share_prefixes:
-      return in_packs([Extent(len(tokens)) for tokens in texts.tokens], order, packs)
-    parts = (in_packs(x, order, packs) for x in (texts.tokens, texts.starts, questions))
-    return [shared_beginnings(*pack) for pack in zip(*parts)]
+    responses = self._responses.in_order(order)
+    questions = [b // self._group for b in order] if self._settings.share_prefixes else None
+    lengths = responses.lengths()
+    first = first_tokens(lengths, packs)
+    return _Deal(
+      responses,
+      in_packs(lengths, packs),
+      [cut_into_packs(texts, first, questions) for texts in responses.texts()],
+    )
 
 
 def _lay_out_batch(
-  responses: Responses, deal: _Deal, shape: Shape, pad_token: int, settings: PackSettings
+  deal: _Deal, shape: Shape, pad_token: int, *, share_prefixes: bool
 ) -> TrainBatch:
-  """Fills the arrays. responses: in the order of the deal."""
-  first = [[sum(pack[:i]) for i in range(len(pack))] for pack in deal.lengths]
-  rows_of = functools.partial(
-    _half_rows, first=first, tokens=shape.tokens, pad_token=pad_token, settings=settings
+  """Fills the arrays of a batch."""
+  policy_size, plain_size, further_size = shape.row_sizes()
+  sizes = [policy_size, plain_size] + [further_size] * (len(deal.packs) - 2)
+  rows_of_readers = []
+  for packs, (rows, length) in zip(deal.packs, sizes, strict=True):
+    placed = [first_fit(texts.extents, length) for texts in packs]
+    size = PackSize(rows, length, shape.tokens)
+    rows_of_readers.append(lay_out(packs, placed, size, pad_token, share_prefixes=share_prefixes))
+  policy, *teacher = rows_of_readers
+  weights = [reading.weight_B for reading in deal.responses.readings]
+  start_B = [x for texts in deal.packs[0] for x in texts.first]
+  response_BR, weight_BR, logp_BR = _response_arrays(deal.responses.rollouts, shape.responses)
+  return TrainBatch(
+    policy=policy,
+    readings=tuple(map(Reading, teacher, weights)),
+    start_B=np.array(start_B, np.int32),
+    response_BR=response_BR,
+    weight_BR=weight_BR,
+    advantage_B=deal.responses.advantage_B,
+    logp_rollout_BR=logp_BR,
+    logp_old_BR=np.zeros_like(logp_BR),
   )
-  policy_size, plain_size, further_size = shape.halves()
-  sizes = [plain_size] + [further_size] * (len(responses.readings) - 1)
-  policy_extents, *teacher_extents = deal.halves
-  readings = []
-  for reading, extents, size in zip(responses.readings, teacher_extents, sizes):
-    readings.append(Reading(rows_of(reading.texts, extents, size), reading.weight_B))
-  zeros_BR = np.zeros((len(responses.rollouts), shape.responses), np.float32)
-  batch = TrainBatch(
-    policy=rows_of(responses.policy, policy_extents, policy_size),
-    readings=tuple(readings),
-    start_B=np.array(sum(first, []), np.int32),
-    response_BR=zeros_BR.astype(np.int32),
-    weight_BR=zeros_BR.copy(),
-    advantage_B=responses.advantage_B,
-    logp_rollout_BR=zeros_BR.copy(),
-    logp_old_BR=zeros_BR.copy(),
-  )
-  for b, r in enumerate(responses.rollouts):
+
+
+def _response_arrays(rollouts: list[Rollout], responses: int) -> tuple[np.ndarray, ...]:
+  """Returns the tokens, weights and log-probabilities of responses in R = `responses` columns."""
+  response_BR = np.zeros((len(rollouts), responses), np.int32)
+  weight_BR = np.zeros(response_BR.shape, np.float32)
+  logp_BR = np.zeros(response_BR.shape, np.float32)
+  for b, r in enumerate(rollouts):
     if is_valid(r):
       n = len(r.tokens)
-      batch.response_BR[b, :n] = r.tokens
-      batch.logp_rollout_BR[b, :n] = r.logp
-      batch.weight_BR[b, :n] = 1.0 if r.weight is None else r.weight
-  return batch
-
-
-def _half_rows(
-  texts: Texts,
-  extents: list[list[Extent]],
-  size: tuple[int, int],
-  *,
-  first: list[list[int]],
-  tokens: int,
-  pad_token: int,
-  settings: PackSettings,
-) -> Rows:
-  """Lays out one half of the batch: the policy's texts, or those of one reading."""
-  rows, length = size
-  order = list(range(len(texts.tokens)))
-  parts = [in_packs(x, order, len(extents)) for x in texts]
-  packs = []
-  for pack in zip(*parts, first, extents):
-    pack = PackTexts(*pack)
-    placed = first_fit(pack.extents, length)
-    packs.append(lay_out(placed, pack, PackSize(rows, length, tokens), pad_token))
-  return stack_packs(packs, share_prefixes=settings.share_prefixes)
+      response_BR[b, :n] = r.tokens
+      logp_BR[b, :n] = r.logp
+      weight_BR[b, :n] = 1.0 if r.weight is None else r.weight
+  return response_BR, weight_BR, logp_BR
 
 
 def _measure(responses: Responses, batch: TrainBatch) -> dict[str, float]:
   """Counts what was dropped, shortened and shown."""
   plain, *further = responses.readings
-  halves = [batch.policy]
+  read_rows = [batch.policy]
   if any(context is not None for context in plain.contexts):
-    halves.append(batch.readings[0].rows)
-  filled = sum((rows.segment_CPT > 0).sum() for rows in halves)
-  columns = sum(rows.segment_CPT.size for rows in halves)
+    read_rows.append(batch.readings[0].rows)
+  filled = sum((rows.segment_CPT > 0).sum() for rows in read_rows)
+  columns = sum(rows.segment_CPT.size for rows in read_rows)
   has_solution = [c is not None and bool(c.solution) for c in plain.contexts]
   metrics = {
     "data/dropped": float(sum(not is_valid(r) for r in responses.rollouts)),

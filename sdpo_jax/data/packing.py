@@ -2,9 +2,16 @@
 
 A text is a prompt with a response. Several texts share a row, told apart by segment ids, so that
 short responses do not pay for long ones. Responses to one question begin alike; what they share may
-stand once a row (`records.Rows`).
+stand once a row (`records.Rows`). A pack is what one micro-batch holds on one device.
+
+From token lists to rows, as `data/batch.py` and `tests/fakes.py` do it:
+
+  packs = cut_into_packs(texts, first_tokens(lengths, count), families)
+  placed = [first_fit(pack.extents, length) for pack in packs]
+  rows = lay_out(packs, placed, PackSize(rows, length, tokens), pad_token, share_prefixes=...)
 """
 
+import itertools
 import os
 from typing import NamedTuple
 
@@ -21,6 +28,17 @@ class Extent(NamedTuple):
   family: int = -1
 
 
+class Texts(NamedTuple):
+  """One text for each response: the tokens of its prompt and of the response; [] for no text."""
+
+  tokens: list[list[int]]
+  starts: list[int]  # where the response begins
+
+  def in_order(self, order: list[int]) -> "Texts":
+    """Returns the texts with text order[b] at place b."""
+    return Texts([self.tokens[b] for b in order], [self.starts[b] for b in order])
+
+
 class PackTexts(NamedTuple):
   """The texts of one pack, a list entry for each of its responses; an empty text takes no room."""
 
@@ -31,18 +49,116 @@ class PackTexts(NamedTuple):
 
 
 class PackSize(NamedTuple):
-  """The sizes of a pack's arrays: P rows, T columns, X response tokens."""
+  """The sizes of a pack's arrays."""
 
-  rows: int
-  length: int
-  tokens: int
+  rows: int  # P
+  length: int  # T
+  tokens: int  # X, response tokens
+
+
+def deal(sizes: list[int], hands: int) -> list[list[int]]:
+  """Deals indices to `hands` lists of equal length and about equal sum of sizes.
+
+  The largest goes first, to the smallest sum that still takes one.
+  """
+  dealt, total, limit = [[] for _ in range(hands)], [0] * hands, len(sizes) // hands
+  for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+    open_hands = [hand for hand in range(hands) if len(dealt[hand]) < limit]
+    hand = min(open_hands, key=lambda hand: total[hand])
+    dealt[hand].append(i)
+    total[hand] += sizes[i]
+  return [sorted(hand) for hand in dealt]
+
+
+def balanced_order(
+  work: list[int], group: int, updates: int, packs: int, *, whole: bool
+) -> list[int]:
+  """Returns which response stands at each row of the batch.
+
+  Within each of the `updates`, rows are dealt to its `packs` so that all have about as much work.
+  work: of each response; `group` consecutive ones answer one question.
+  whole: deals groups as they are, or each group's rows to packs of its own, where either divides.
+    What a group shares then need not stand in many packs, but larger pieces come out less even.
+  """
+  if packs == 1:
+    return list(range(len(work)))
+  rows = len(work) // updates
+  groups, rest = divmod(rows, group)
+  keeps_groups = whole and not rest and groups % packs == 0
+  splits_groups = whole and not rest and packs % groups == 0 and group % (packs // groups) == 0
+  unit = group if keeps_groups else 1  # responses that are dealt as one
+  hands = packs // groups if splits_groups else packs  # packs of one deal
+  responses_of_deal = rows * hands // packs
+  order = []
+  for begin in range(0, len(work), responses_of_deal):
+    units = range(begin, begin + responses_of_deal, unit)
+    for hand in deal([sum(work[i : i + unit]) for i in units], hands):
+      for u in hand:
+        order += range(units[u], units[u] + unit)
+  return order
+
+
+def in_packs(items: list, packs: int) -> list[list]:
+  """Cuts a list with one item for each row of the batch into packs of equal size."""
+  size = len(items) // packs
+  return [items[k * size : (k + 1) * size] for k in range(packs)]
+
+
+def first_tokens(lengths: list[int], packs: int) -> list[list[int]]:
+  """Returns, by pack, the number of each response's first token among those of its pack.
+
+  lengths: response tokens of each row of the batch.
+  """
+  return [[0, *itertools.accumulate(pack)][:-1] for pack in in_packs(lengths, packs)]
+
+
+def cut_into_packs(
+  texts: Texts, first: list[list[int]], families: list[int] | None
+) -> list[PackTexts]:
+  """Cuts the texts of a batch into packs.
+
+  first: see `first_tokens`. families: texts of one family share what they begin with in each pack;
+  None: nothing is shared.
+  """
+  count = len(first)
+  tokens, starts = in_packs(texts.tokens, count), in_packs(texts.starts, count)
+  if families is None:
+    extents = [[Extent(len(text)) for text in pack] for pack in tokens]
+  else:
+    extents = list(map(shared_beginnings, tokens, starts, in_packs(families, count)))
+  return list(map(PackTexts, tokens, starts, first, extents))
+
+
+def shared_beginnings(
+  tokens: list[list[int]], starts: list[int], families: list[int]
+) -> list[Extent]:
+  """Finds what the texts of each family share within one pack.
+
+  At least the last token before any response, which predicts it, is left to each text.
+  """
+  extents = [Extent(len(text)) for text in tokens]
+  for family in set(families):
+    members = [i for i, f in enumerate(families) if f == family and tokens[i]]
+    if len(members) < 2:
+      continue
+    alike = len(os.path.commonprefix([tokens[i] for i in members]))
+    shared = min(alike, min(starts[i] for i in members) - 1)
+    for i in members:
+      extents[i] = Extent(len(tokens[i]), shared, family)
+  return extents
+
+
+def tokens_together(extents: list[Extent]) -> int:
+  """Returns the tokens of texts that stand in one row."""
+  shared_of_family = {text.family: text.shared for text in extents}
+  return sum(text.length - text.shared for text in extents) + sum(shared_of_family.values())
 
 
 def first_fit(extents: list[Extent], length: int) -> list[list[int]]:
   """Places texts in rows of at most `length` tokens; returns the indices of the texts of each row.
 
   The longest text comes first. Each goes into the first row with room that holds its family, else
-  into the first with room, else into a new one.
+  into the first with room, else into a new one. Empty texts are left out.
   """
   rows, room, families = [], [], []
   for i in sorted(range(len(extents)), key=lambda i: -extents[i].length):
@@ -65,95 +181,27 @@ def first_fit(extents: list[Extent], length: int) -> list[list[int]]:
   return rows
 
 
-def tokens_together(extents: list[Extent]) -> int:
-  """Returns the tokens of texts that stand in one row."""
-  shared_of_family = {text.family: text.shared for text in extents}
-  return sum(text.length - text.shared for text in extents) + sum(shared_of_family.values())
+def lay_out(
+  packs: list[PackTexts],
+  placed: list[list[list[int]]],
+  size: PackSize,
+  pad_token: int,
+  *,
+  share_prefixes: bool,
+) -> Rows:
+  """Writes the texts of packs into arrays.
 
-
-def shared_beginnings(
-  tokens: list[list[int]], starts: list[int], families: list[int]
-) -> list[Extent]:
-  """Finds what the texts of each family share.
-
-  At least the last token before any response, which predicts it, is left to each text.
+  placed: of each pack, the indices of the texts of each row.
   """
-  extents = [Extent(len(text)) for text in tokens]
-  for family in set(families):
-    members = [i for i, f in enumerate(families) if f == family and tokens[i]]
-    if len(members) < 2:
-      continue
-    alike = len(os.path.commonprefix([tokens[i] for i in members]))
-    shared = min(alike, min(starts[i] for i in members) - 1)
-    for i in members:
-      extents[i] = Extent(len(tokens[i]), shared, family)
-  return extents
-
-
-def deal(sizes: list[int], hands: int) -> list[list[int]]:
-  """Deals indices to `hands` lists of equal length and about equal sum of sizes.
-
-  The largest goes first, to the smallest sum that still takes one.
-  """
-  dealt, total, limit = [[] for _ in range(hands)], [0] * hands, len(sizes) // hands
-  for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-    open_hands = [hand for hand in range(hands) if len(dealt[hand]) < limit]
-    hand = min(open_hands, key=lambda hand: total[hand])
-    dealt[hand].append(i)
-    total[hand] += sizes[i]
-  return [sorted(hand) for hand in dealt]
-
-
-def balanced_order(
-  work: list[int], group: int, updates: int, packs: int, *, whole: bool
-) -> list[int]:
-  """Returns which response stands at each row of the batch.
-
-  work: of each response; `group` consecutive ones answer one question. Within each of the
-  `updates`, rows are dealt to its `packs` so that all have about as much work.
-  whole: deals groups as they are, or each group's rows to packs of its own, where either divides.
-    What a group shares then need not stand in many packs, but larger pieces come out less even.
-  """
-  if packs == 1:
-    return list(range(len(work)))
-  rows = len(work) // updates
-  groups, rest = divmod(rows, group)
-  keeps_groups = whole and not rest and groups % packs == 0
-  splits_groups = whole and not rest and packs % groups == 0 and group % (packs // groups) == 0
-  unit = group if keeps_groups else 1  # responses that are dealt as one
-  hands = packs // groups if splits_groups else packs  # packs of one deal
-  responses_of_deal = rows * hands // packs
-  order = []
-  for first in range(0, len(work), responses_of_deal):
-    units = range(first, first + responses_of_deal, unit)
-    for hand in deal([sum(work[i : i + unit]) for i in units], hands):
-      for u in hand:
-        order += range(units[u], units[u] + unit)
-  return order
-
-
-def in_packs(items: list, order: list[int], packs: int) -> list[list]:
-  """Puts items in the order of the batch and cuts them into packs."""
-  size = len(order) // packs
-  return [[items[b] for b in order[k * size : (k + 1) * size]] for k in range(packs)]
-
-
-def lay_out(placed: list[list[int]], texts: PackTexts, size: PackSize, pad_token: int) -> Rows:
-  """Writes the texts of one pack into its arrays, without the axis C.
-
-  placed: the indices of the texts of each row.
-  """
-  writer = _PackWriter(size, pad_token)
-  for p, row in enumerate(placed):
-    writer.begin_row(p)
-    for i in row:
-      writer.write(texts.tokens[i], texts.starts[i], texts.first[i], texts.extents[i])
-  return writer.rows
-
-
-def stack_packs(packs: list[Rows], *, share_prefixes: bool) -> Rows:
-  """Stacks the arrays of packs along a new first axis C."""
-  stacked = Rows(*map(np.stack, zip(*packs)))
+  arrays = []
+  for texts, rows in zip(packs, placed, strict=True):
+    writer = _PackWriter(size, pad_token)
+    for p, row in enumerate(rows):
+      writer.begin_row(p)
+      for i in row:
+        writer.write(texts.tokens[i], texts.starts[i], texts.first[i], texts.extents[i])
+    arrays.append(writer.arrays)
+  stacked = Rows(*map(np.stack, zip(*arrays, strict=True)))
   return stacked if share_prefixes else stacked._replace(prefix_CPT=None)
 
 
@@ -164,13 +212,18 @@ class _PackWriter:
     self._length = size.length
     token_PT = np.full((size.rows, size.length), pad_token, np.int32)
     segment_PT, position_PT, prefix_PT = (np.zeros_like(token_PT) for _ in range(3))
-    self.rows = Rows(token_PT, segment_PT, position_PT, prefix_PT, np.zeros(size.tokens, np.int32))
+    at_X = np.zeros(size.tokens, np.int32)
+    self.arrays = Rows(token_PT, segment_PT, position_PT, prefix_PT, at_X)  # without the axis C
 
   def begin_row(self, row: int) -> None:
     self._row, self._column, self._segment = row, 0, 0
     self._prefix_of_family = {}  # the segment that holds what a family shares
 
   def write(self, tokens: list[int], start: int, first: int, extent: Extent) -> None:
+    """Appends a text to the row, after what its family shares if that is not there yet.
+
+    start, first: as in PackTexts.
+    """
     shared, prefix = extent.shared, 0
     if shared:
       if extent.family not in self._prefix_of_family:
@@ -180,15 +233,15 @@ class _PackWriter:
     count = len(tokens) - start
     # The column before a token predicts it.
     column = self._row * self._length + self._column + start - shared - 1
-    self.rows.at_CX[first : first + count] = column + np.arange(count)
+    self.arrays.at_CX[first : first + count] = column + np.arange(count)
     self._put(tokens[shared:], position=shared, prefix=prefix)
 
   def _put(self, tokens: list[int], *, position: int, prefix: int) -> None:
-    """Appends one segment to the row."""
+    """Appends one segment to the row. position: of its first token."""
     self._segment += 1
     place = self._row, slice(self._column, self._column + len(tokens))
-    self.rows.token_CPT[place] = tokens
-    self.rows.segment_CPT[place] = self._segment
-    self.rows.position_CPT[place] = position + np.arange(len(tokens))
-    self.rows.prefix_CPT[place] = prefix
+    self.arrays.token_CPT[place] = tokens
+    self.arrays.segment_CPT[place] = self._segment
+    self.arrays.position_CPT[place] = position + np.arange(len(tokens))
+    self.arrays.prefix_CPT[place] = prefix
     self._column += len(tokens)

@@ -1,14 +1,14 @@
 """Chooses which array shapes a run compiles its train step for.
 
 Every new shape is a compilation. A shape used before is used again wherever it fits, until the
-padding that this wasted would have paid for a compilation: the ski-rental rule, by which one who
+padding that this wasted would have paid for a compilation. This is the ski-rental rule: one who
 does not know how often he will ski rents until the rent would have bought the skis. Lengths drift
 as a policy learns.
 """
 
 import dataclasses
 import math
-from typing import Callable, Iterable, NamedTuple
+from typing import Callable, NamedTuple
 
 from sdpo_jax.data.packing import Extent, first_fit, tokens_together
 
@@ -30,44 +30,44 @@ ATTENTION_TOKENS = 8192
 class Shape(NamedTuple):
   """The sizes of a batch, all that the compiled step depends on.
 
-  The fields up to more_length are sizes of one pack; checkpoints store them in this order.
+  All fields but the last are sizes of one pack. Checkpoints store them in this order.
   """
 
   rows: int
   length: int
-  teacher_rows: int
+  teacher_rows: int  # of the plain reading
   teacher_length: int
-  tokens: int  # X
-  responses: int  # R
-  more_rows: int  # of each further reading by the teacher; 0: the method has none
-  more_length: int
+  tokens: int  # X, response tokens
+  responses: int  # R, positions of the longest response
+  further_rows: int  # of each further reading by the teacher; 0: the method has none
+  further_length: int
   packs: int  # C
 
-  def halves(self) -> tuple[tuple[int, int], ...]:
+  def row_sizes(self) -> tuple[tuple[int, int], ...]:
     """Returns (rows, length) of the policy, the plain reading, and each further reading."""
     return (
       (self.rows, self.length),
       (self.teacher_rows, self.teacher_length),
-      (self.more_rows, self.more_length),
+      (self.further_rows, self.further_length),
     )
 
   def cost(self) -> float:
     """Returns the cost of a step, in passes of a token forward.
 
-    The policy's half goes forward and backward, and response tokens meet the vocabulary.
+    The policy's rows go forward and backward, and response tokens meet the vocabulary.
     """
-    policy, teacher, further = (_row_cost(*half) for half in self.halves())
+    policy, teacher, further = (_row_cost(*size) for size in self.row_sizes())
     return self.packs * (3.0 * policy + teacher + further + 3.0 * self.tokens)
 
   def within(self, other: "Shape") -> bool:
     """Tells whether a pack takes no more memory than one of `other`."""
-    return all(a <= b for a, b in zip(self._memory(), other._memory()))
+    return all(a <= b for a, b in zip(self._memory(), other._memory(), strict=True))
 
   def _memory(self) -> list[int]:
-    """What takes memory: response tokens, columns, and pairs of these for attention."""
+    """What takes memory: response tokens, columns, and the pairs that attention compares."""
     sizes = [self.tokens]
-    for half in self.halves():
-      sizes += [math.prod(half), attention_pairs(*half)]
+    for rows, length in self.row_sizes():
+      sizes += [rows * length, attention_pairs(rows, length)]
     return sizes
 
 
@@ -75,8 +75,9 @@ class Load(NamedTuple):
   """What one way to cut a batch into packs asks of a shape."""
 
   texts_per_pack: int
-  # The texts of each pack: of the policy, of the plain reading, and of all further readings.
-  halves: tuple[list[list[Extent]], ...]
+  # The texts of each pack: the policy's, those of the plain reading, and those of all further
+  # readings, whose packs follow each other.
+  extents: tuple[list[list[Extent]], list[list[Extent]], list[list[Extent]]]
   tokens: int  # the most response tokens of a pack
   responses: int  # the length of the longest response
 
@@ -140,16 +141,15 @@ def full_shape(
   """
   policy_length, teacher_length = (bucket(n, rounding.length) for n in longest[:2])
   response = bucket(longest[2], rounding.response)
-  teacher_size = texts_per_pack, teacher_length
-  plain = teacher_size if has_teacher else (1, rounding.length)
-  further = teacher_size if has_further else (0, 0)
+  plain_size = (texts_per_pack, teacher_length) if has_teacher else (1, rounding.length)
+  further_size = (texts_per_pack, teacher_length) if has_further else (0, 0)
   return Shape(
     texts_per_pack,
     policy_length,
-    *plain,
+    *plain_size,
     texts_per_pack * response,
     response,
-    *further,
+    *further_size,
     packs,
   )
 
@@ -164,10 +164,11 @@ def choose_shape(
     may need, when texts are as long as can be. Long answers need many packs; short ones lie
     together.
   """
-  best = _best_shape(load_of, counts, shapes, rounding)
+  full = _full_shape_of(load_of(counts[-1]), counts[-1], shapes.longest, rounding)
+  best = _best_shape(load_of, counts, full, rounding, has_history=bool(shapes.known))
   # A run may go on with another number of devices.
   usable = [shape for shape in shapes.known if shape.packs in counts]
-  full = len(usable) >= shapes.limit
+  no_more = len(usable) >= shapes.limit
   fitting = [shape for shape in usable if _holds(shape, load_of(shape.packs))]
   if fitting:
     cheapest = min(fitting, key=Shape.cost)
@@ -175,59 +176,64 @@ def choose_shape(
     if waste <= WASTE:
       return cheapest
     shapes.owed += waste
-    if shapes.owed < COMPILATION or full:
+    if shapes.owed < COMPILATION or no_more:
       return cheapest
     shapes.owed = 0.0
-  chosen = _full_shape_of(load_of, counts, shapes, rounding) if full else best
+  chosen = full if no_more else best
   shapes.known.append(chosen)
   return chosen
 
 
-def _full_shape_of(load_of, counts: list[int], shapes: Shapes, rounding: Rounding) -> Shape:
-  """The shape that holds whatever can come, of the largest number of packs."""
-  load = load_of(counts[-1])
-  _, teacher, further = load.halves
+def _full_shape_of(
+  load: Load, packs: int, longest: tuple[int, int, int], rounding: Rounding
+) -> Shape:
+  """The shape that holds whatever can come of batches with these kinds of texts."""
+  _, teacher, further = load.extents
   return full_shape(
     load.texts_per_pack,
-    counts[-1],
-    shapes.longest,
+    packs,
+    longest,
     rounding,
     has_teacher=_longest(teacher) > 0,
     has_further=bool(further),
   )
 
 
-def _best_shape(load_of, counts: list[int], shapes: Shapes, rounding: Rounding) -> Shape:
-  """A shape made for this batch.
-
-  It has the fewest packs that take no more memory than those of the largest count with texts as
-  long as can be.
-  """
-  worst = _full_shape_of(load_of, counts, shapes, rounding)
-  has_history = bool(shapes.known)
-  for packs in counts[:-1]:
-    shape = _fitting_shape(load_of(packs), packs, worst, rounding, has_history)
-    if shape.within(worst):
+def _best_shape(
+  load_of: Callable[[int], Load],
+  counts: list[int],
+  full: Shape,
+  rounding: Rounding,
+  *,
+  has_history: bool,
+) -> Shape:
+  """A shape made for this batch, with the fewest packs that take no more memory than `full` has."""
+  for packs in counts:
+    shape = _fitting_shape(load_of(packs), packs, full, rounding, has_history)
+    if shape.within(full):
       return shape
-  return _fitting_shape(load_of(counts[-1]), counts[-1], worst, rounding, has_history)
+  return shape  # of the largest count
 
 
 def _fitting_shape(
-  load: Load, packs: int, worst: Shape, rounding: Rounding, has_history: bool
+  load: Load, packs: int, full: Shape, rounding: Rounding, has_history: bool
 ) -> Shape:
-  """The cheapest shape for a load, with room for the next batch, which may be a little larger."""
+  """The cheapest shape for a load, with room for the next batch, which may be a little larger.
 
-  def sizes(texts: list[list[Extent]], full: tuple[int, int]) -> tuple[int, int]:
-    rows, length = _cheapest_rows(texts, full, rounding)
+  has_history: the run has used shapes before.
+  """
+
+  def sizes(texts: list[list[Extent]], full_size: tuple[int, int]) -> tuple[int, int]:
+    rows, length = _cheapest_rows(texts, full_size, rounding)
     # Lengths drift. The first shape of a run gets no room: they may all be equal.
     if rows == 1 and has_history:
-      length = bucket(_with_room(length, math.prod(full)), rounding.length)
+      length = bucket(_with_room(length, math.prod(full_size)), rounding.length)
     return _with_room(rows, load.texts_per_pack), length
 
-  policy, plain, further = load.halves
-  full_policy, full_plain, full_further = worst.halves()
+  policy, plain, further = load.extents
+  full_policy, full_plain, full_further = full.row_sizes()
   further_size = sizes(further, full_further) if further else full_further
-  tokens = bucket(_with_room(load.tokens, worst.tokens), rounding.response)
+  tokens = bucket(_with_room(load.tokens, full.tokens), rounding.response)
   responses = bucket(load.responses, rounding.response)
   return Shape(
     *sizes(policy, full_policy),
@@ -240,11 +246,12 @@ def _fitting_shape(
 
 
 def _cheapest_rows(
-  texts: list[list[Extent]], full: tuple[int, int], rounding: Rounding
+  texts: list[list[Extent]], full_size: tuple[int, int], rounding: Rounding
 ) -> tuple[int, int]:
-  """(rows, length) of the cheapest packing, without more pairs for attention than `full` has.
+  """(rows, length) of the cheapest packing.
 
-  Rows are as long as the longest text, or longer with less left over, up to a whole pack.
+  Rows are as long as the longest text, or longer with less left over, up to a whole pack. A packing
+  with more pairs for attention than the full size has is only taken if all have more.
   """
   longest, whole = _longest(texts), max(map(tokens_together, texts))
   lengths = [int(longest * stretch) for stretch in (1.0, 1.5, 2.0, 3.0)]
@@ -252,7 +259,7 @@ def _cheapest_rows(
   packings = []
   for length in {bucket(length, rounding.length) for length in lengths}:
     rows = _rows_needed(texts, length)
-    too_many_pairs = attention_pairs(rows, length) > attention_pairs(*full)
+    too_many_pairs = attention_pairs(rows, length) > attention_pairs(*full_size)
     packings.append((too_many_pairs, _row_cost(rows, length), rows, length))
   _, _, rows, length = min(packings)
   return rows, length
@@ -261,13 +268,14 @@ def _cheapest_rows(
 def _holds(shape: Shape, load: Load) -> bool:
   if shape.tokens < load.tokens or shape.responses < load.responses:
     return False
-  for texts, (rows, length) in zip(load.halves, shape.halves()):
+  for texts, (rows, length) in zip(load.extents, shape.row_sizes(), strict=True):
     if texts and (_longest(texts) > length or _rows_needed(texts, length) > rows):
       return False
   return True
 
 
 def _row_cost(rows: int, length: int) -> float:
+  """The cost of rows, in passes of a token forward: longer rows have more to attend to."""
   return rows * length * (1.0 + length / ATTENTION_TOKENS)
 
 
@@ -276,9 +284,10 @@ def _with_room(size: int, most: int) -> int:
   return max(size, min(size + size // 16, most))
 
 
-def _longest(packs: Iterable[list[Extent]]) -> int:
+def _longest(packs: list[list[Extent]]) -> int:
   return max((text.length for texts in packs for text in texts), default=0)
 
 
 def _rows_needed(packs: list[list[Extent]], length: int) -> int:
+  """The rows of this length that the fullest pack needs."""
   return max(1, max(len(first_fit(texts, length)) for texts in packs))
