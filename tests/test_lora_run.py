@@ -6,6 +6,7 @@ Export writes them merged or alone.
 import json
 
 from absl.testing import flagsaver
+import grain  # noqa: F401 - defines flags: imported first inside flagsaver, it would lose them
 import jax
 import numpy as np
 import pytest
