@@ -198,10 +198,9 @@ def test_few_packs_hold_what_many_held():
     ids = [id(r) for g in groups for r in g]
     rows = {}
     for b, r in enumerate(p.rollouts):
-      columns = p.batch.policy.at_CX[
-        b // (B // C), p.batch.start_B[b] : p.batch.start_B[b] + len(r.tokens)
-      ]
-      tokens = p.batch.policy.token_CPT[b // (B // C)].reshape(-1)[columns + 1].tolist()
+      pack, first = b // (B // C), p.batch.start_B[b]
+      columns = p.batch.policy.at_CX[pack, first : first + len(r.tokens)]
+      tokens = p.batch.policy.token_CPT[pack].reshape(-1)[columns + 1].tolist()
       rows[ids.index(id(r))] = (
         tokens,
         float(p.batch.advantage_B[b]),
@@ -209,7 +208,9 @@ def test_few_packs_hold_what_many_held():
         p.batch.weight_BR[b].sum(),
       )
     seen.append((C, rows))
-  assert [C for C, _ in seen] == [32, 2] and seen[0][1] == seen[1][1] and len(seen[0][1]) == 32
+  assert [C for C, _ in seen] == [32, 2]
+  assert seen[0][1] == seen[1][1]
+  assert len(seen[0][1]) == 32
 
 
 def test_packs_hold_whole_questions_and_about_as_much():
@@ -225,9 +226,9 @@ def test_packs_hold_whole_questions_and_about_as_much():
       str(q) for q in range(4 * u, 4 * (u + 1))
     }
   for c in range(4):
-    mine = p.rollouts[8 * c : 8 * (c + 1)]
-    assert len({r.task.id for r in mine}) == 2
-    for r, start in zip(mine, p.batch.start_B[8 * c : 8 * (c + 1)]):
+    pack = p.rollouts[8 * c : 8 * (c + 1)]
+    assert len({r.task.id for r in pack}) == 2
+    for r, start in zip(pack, p.batch.start_B[8 * c : 8 * (c + 1)]):
       columns = p.batch.policy.at_CX[c, start : start + len(r.tokens)]
       assert (p.batch.policy.token_CPT[c].reshape(-1)[columns + 1] == r.tokens).all()
   one = pack_many(groups, fresh())

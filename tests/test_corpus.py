@@ -69,19 +69,19 @@ def in_training(env, task, attempt, others, *, imagined=()):
   class Engine:
     def generate(self, params, prompts, **kwargs):
       asked.append([CHAT.tokenizer.decode(p) for p in prompts])
-      script = [[text] for text in imagined] if len(asked) > 1 else [list(others)]
-      return fakes.ScriptedEngine(
-        [[CHAT.text_tokens(text) + [257] for text in row] for row in script]
-      ).generate(params, prompts, **kwargs)
+      texts = [[text] for text in imagined] if len(asked) > 1 else [list(others)]
+      script = [[CHAT.text_tokens(text) + [257] for text in row] for row in texts]
+      return fakes.ScriptedEngine(script).generate(params, prompts, **kwargs)
 
   collector = Collector(
     env, CHAT, Engine(), max_prompt_tokens=10_000, judge_threads=1, judge_timeout_s=60.0
   )
+  tokens = CHAT.text_tokens(attempt) + [257]
   rollout = Rollout(
     task,
     CHAT.prompt_tokens(env.prompt(task)),
-    CHAT.text_tokens(attempt) + [257],
-    [-1.0] * (len(CHAT.text_tokens(attempt)) + 1),
+    tokens,
+    [-1.0] * len(tokens),
     "stop",
     attempt,
     env.judge(task, attempt),

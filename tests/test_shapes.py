@@ -18,12 +18,12 @@ def test_rows_are_longer_than_a_text_where_the_longest_texts_would_have_as_many_
   more columns than in 64 rows of 1,500.
   """
   texts = [[Extent(1500)] + [Extent(1000)] * 63]
-  chosen = lambda longest: choose_shape(
-    lambda packs: Load(64, (texts, texts, []), 6400, 100),
-    [1],
-    Shapes((longest, longest, 100)),
-    Rounding(100, 8),
-  )
+  load = Load(64, (texts, texts, []), 6400, 100)
+
+  def chosen(longest):
+    shapes = Shapes((longest, longest, 100))
+    return choose_shape(lambda packs: load, [1], shapes, Rounding(100, 8))
+
   few, many = chosen(1500), chosen(3000)
   assert few.rows * few.length**2 <= 64 * 1500**2 < many.rows * many.length**2
   assert many.rows * many.length < few.rows * few.length

@@ -235,7 +235,8 @@ def test_hub_names(monkeypatch):
     ("me/own", None, "validation"),
   ]
   assert env.size("train") == 3 and env.size("test") == 6
-  hub.load_dataset = lambda name, config, split: [{"question": "Q", "answer": None}]
+  malformed = {"question": "Q", "answer": None}
+  monkeypatch.setattr(hub, "load_dataset", lambda name, config, split: [malformed])
   with pytest.raises(ValueError, match="hub:openai/gsm8k:main, row 0: field 'answer' is missing"):
     with_rows(MathQA(), ("hub:openai/gsm8k:main",), splits=("train",))
 
