@@ -17,7 +17,8 @@ first while the last are still being sampled. Every engine guarantees:
   stop tokens        A completion ends with its first stop token, which is part of it (`stop`), or
                      has `sampling.max_new_tokens` tokens (`length`).
 
-A new engine is a file of this folder, a row of `ENGINES`, and a choice in `config.py`.
+A new engine is a file of this folder and a row of `ENGINES`; `session.py` makes the one that a run
+uses.
 """
 
 from sdpo_jax.engine.local import LocalEngine
