@@ -6,7 +6,7 @@ Axis letters are name suffixes wherever the order of axes matters:
   Q, G  questions, responses per question (B = Q x G, question first); also readings of a response
   T     tokens of a padded row
   R     response positions
-  S     key positions of a cache
+  S     key positions of a cache; seeds
   C     packs of a batch
   P     rows of packed texts in a pack; tokens of a padded prompt
   X     any leading axes, flattened; response tokens of a pack
