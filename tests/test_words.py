@@ -1,9 +1,10 @@
 """Words match code.
 
 The commands in the README, in RESULTS.md and in docstrings name modules, files, arguments and
-settings that exist.
+settings that exist. Axis suffixes of names use the letters that records.py lists.
 """
 
+import ast
 import importlib.util
 import pathlib
 import re
@@ -11,7 +12,7 @@ import shlex
 
 import pytest
 
-from sdpo_jax import config, experiment, main
+from sdpo_jax import config, experiment, main, records
 
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = [
@@ -80,3 +81,44 @@ def test_the_ci_script_runs_the_readmes_test_command():
   assert 'pip install -q -e ".[test]" && pytest' in (ROOT / ".ci" / "run").read_text(
     encoding="utf-8"
   )
+
+
+# "_" and the axes' letters at the end of a name; a digit is the size of an axis
+SUFFIX = re.compile(r"[a-z].*_([0-9]*[A-Z][A-Z0-9]*)$")
+
+
+def alphabet() -> set[str]:
+  """Returns the letters of the table in the docstring of records.py."""
+  table = records.__doc__.partition("Axis letters")[2].partition("\nLog-probabilities")[0]
+  return set(re.findall(r"\b[A-Z]\b", table))
+
+
+def suffixes(path):
+  """Yields (name, axes) of the names that a file binds or takes; constants have no suffix."""
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+      name = node.name
+    elif isinstance(node, ast.arg):
+      name = node.arg
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+      name = node.id
+    elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+      name = node.attr
+    else:
+      continue
+    match = SUFFIX.search(name)
+    if match:
+      yield name, match[1]
+
+
+def test_axis_suffixes_use_the_letters_that_records_lists():
+  letters = alphabet()
+  assert {"B", "R", "V", "X", "E", "H"} <= letters
+  unlisted = {
+    f"{path.relative_to(ROOT)}: {name}: {axis}"
+    for path in sorted((ROOT / "sdpo_jax").rglob("*.py"))
+    for name, axes in suffixes(path)
+    for axis in axes
+    if axis.isalpha() and axis not in letters
+  }
+  assert not unlisted, "list these letters in records.py:\n" + "\n".join(sorted(unlisted))
