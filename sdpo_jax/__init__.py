@@ -1,1 +1,1 @@
-"""SDPO in JAX: language models that learn from rich feedback on their own attempts (arXiv 2601.20802)."""
+"""SDPO in JAX: language models learn from rich feedback on their attempts (arXiv 2601.20802)."""

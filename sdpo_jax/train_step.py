@@ -21,6 +21,7 @@ import optax
 
 from sdpo_jax import sharding
 from sdpo_jax.kernels.distill_kl import distill_kl, distill_kl_sharded
+from sdpo_jax.kernels.distill_kl_sweeps import Inputs
 from sdpo_jax.kernels.distill_topk import distill_mixture, distill_topk
 from sdpo_jax.kernels.token_logp import token_logp
 from sdpo_jax.model import decoder
@@ -255,15 +256,15 @@ def make_signals(
     policy_XD, head_DV, teacher_XE, teacher_head_EV = forward_pair(
       params, teacher, config, batch, mix=mix, remat=remat
     )
-    teachers_XE = [teacher_XE]
+    target_X = targets(batch.policy)
+    inputs = Inputs(policy_XD, head_DV, teacher_XE, teacher_head_EV, target_X)
+    readings = [inputs]
     for reading in batch.readings[1:]:
-      teachers_XE.append(read_again(params, teacher, config, reading.rows, mix=mix))
-    if method.mixes_readings and len(teachers_XE) > 1:
-      return (compare(policy_XD, head_DV, teachers_XE, teacher_head_EV, batch),)
-    return tuple(
-      compare(policy_XD, head_DV, [reading_XE], teacher_head_EV, batch)
-      for reading_XE in teachers_XE
-    )
+      again_XE = read_again(params, teacher, config, reading.rows, mix=mix)
+      readings.append(inputs._replace(teacher_hidden_XE=again_XE))
+    if method.mixes_readings:
+      return (compare(readings, batch),)
+    return tuple(compare([reading], batch) for reading in readings)
 
   return signals
 
@@ -285,10 +286,7 @@ def _policy_signals(
 
 def compare_heads(
   method: Method,
-  policy_XD,
-  head_DV,
-  teachers_XE: list[jax.Array],
-  teacher_head_EV,
+  readings: list[Inputs],
   batch: TrainBatch,
   *,
   temperature: float,
@@ -296,41 +294,30 @@ def compare_heads(
 ) -> Signals:
   """Compares policy and teacher on every response token, through the kernel that the method needs.
 
-  teachers_XE: one reading, or those that are mixed into one teacher.
+  readings: one reading by the teacher, or those that are mixed into one teacher.
   """
   mesh = sharding.current_mesh()
+  plain = readings[0]
   # Sampled-token signals name no divergence and use the other outputs of the kernel.
   settings = method.divergence or {"alpha": 0.5, "top_k": None}
-  target_X = targets(batch.policy)
   shared = dict(temperature=temperature, mesh=mesh)
-  if len(teachers_XE) > 1:
-    weight_GX = mixture_weights(batch)
-    out = distill_mixture(
-      policy_XD, head_DV, teachers_XE, teacher_head_EV, target_X, weight_GX, **shared, **settings
-    )
+  if len(readings) > 1:
+    out = distill_mixture(readings, mixture_weights(batch), **shared, **settings)
   elif settings["top_k"] is not None:
-    out = distill_topk(
-      policy_XD, head_DV, teachers_XE[0], teacher_head_EV, target_X, **shared, **settings
+    out = distill_topk(plain, **shared, **settings)
+  elif mesh is not None:
+    out = distill_kl_sharded(
+      plain, alpha=settings["alpha"], implementation=implementation, **shared
     )
   else:
-    kernel = distill_kl
-    if mesh is not None:
-      kernel = functools.partial(distill_kl_sharded, mesh=mesh)
-    out = kernel(
-      policy_XD,
-      head_DV,
-      teachers_XE[0],
-      teacher_head_EV,
-      target_X,
-      alpha=settings["alpha"],
-      temperature=temperature,
-      implementation=implementation,
+    out = distill_kl(
+      *plain, alpha=settings["alpha"], temperature=temperature, implementation=implementation
     )
   per_token = [out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X]
   if TEACHER_ENTROPY in method.reads:
     # The plain reading's, also in a mixture.
-    teacher_XE, head_EV = jax.lax.stop_gradient((teachers_XE[0], teacher_head_EV))
-    per_token.append(token_logp(teacher_XE, head_EV, target_X, **shared)[1])
+    teacher_XE, head_EV = jax.lax.stop_gradient((plain.teacher_hidden_XE, plain.teacher_head_EV))
+    per_token.append(token_logp(teacher_XE, head_EV, plain.target_X, **shared)[1])
   return Signals(*(by_response(x_X, batch) for x_X in per_token))
 
 

@@ -1,9 +1,11 @@
-"""Figures of how the code reads: `python tests/code_figures.py [FILE or FOLDER ...]` prints a table, then every place over a limit.
+"""Measures how the code reads.
 
-Widths count characters of lines that are not blank. A statement's size is its number of syntax nodes;
-only simple statements count, imports and docstrings left out. A function's length is from `def` to
-its last line, docstring included. A docstring's sentence ends at a full stop or a blank line; tables
-and indented blocks are left out.
+`python tests/code_figures.py [FILE or FOLDER ...]` prints a table, then every place over a limit.
+
+Widths count characters of lines that are not blank. A statement's size is its number of syntax
+nodes; only simple statements count, imports and docstrings left out. A function's length is from
+`def` to its last line, docstring included. A docstring's sentence ends at a full stop or a blank
+line; tables and indented blocks are left out.
 """
 
 import ast

@@ -12,6 +12,7 @@ import pytest
 
 from sdpo_jax.kernels import distill_kl_ref, distill_kl_xla
 from sdpo_jax.kernels.distill_kl import distill_kl, distill_kl_sharded
+from sdpo_jax.kernels.distill_kl_sweeps import Inputs
 
 ALPHAS = (0, 0.2, 0.5, 1)
 
@@ -111,6 +112,15 @@ def test_values_and_gradients(alpha, blocks, small_blocks):
   )
 
 
+def sharded(mesh, **settings):
+  """Returns distill_kl_sharded with the arguments of distill_kl."""
+
+  def run_sharded(*arrays, **more):
+    return distill_kl_sharded(Inputs(*arrays), mesh=mesh, **settings, **more)
+
+  return run_sharded
+
+
 @pytest.mark.parametrize("alpha", (0, 0.5, 1))
 @pytest.mark.parametrize("mesh_shape", ((2, 2, 2), (1, 1, 8), (1, 2, 4)))
 def test_sharded_equals_unsharded(alpha, mesh_shape, small_blocks):
@@ -120,7 +130,7 @@ def test_sharded_equals_unsharded(alpha, mesh_shape, small_blocks):
   )
   args = problem(21, 64, 32, 8 * 131, scale=3.0)
   check(
-    run(functools.partial(distill_kl_sharded, mesh=mesh), *args, alpha=alpha, temperature=0.7),
+    run(sharded(mesh), *args, alpha=alpha, temperature=0.7),
     run(distill_kl_ref.distill_kl, *args, alpha=alpha, temperature=0.7),
     3e-6,
     3e-6,

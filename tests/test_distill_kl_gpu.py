@@ -23,8 +23,8 @@ import pytest
 
 from sdpo_jax import plan
 from sdpo_jax.kernels import distill_kl_gpu
-from sdpo_jax.kernels.distill_kl import distill_kl, distill_kl_sharded
-from tests.test_distill_kl import check, exact, extreme, problem, run
+from sdpo_jax.kernels.distill_kl import distill_kl
+from tests.test_distill_kl import check, exact, extreme, problem, run, sharded
 
 gpu = functools.partial(distill_kl, implementation="pallas_gpu")
 
@@ -111,7 +111,7 @@ def test_sharded_form_on_a_mesh_of_one(one_part):
   args = problem(21, 64, 64, 300, scale=3.0, dtype=jnp.bfloat16)
   check(
     run(
-      functools.partial(distill_kl_sharded, mesh=mesh, implementation="pallas_gpu"),
+      sharded(mesh, implementation="pallas_gpu"),
       *args,
       alpha=0.5,
     ),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sdpo_jax.kernels import distill_kl_ref, distill_kl_xla
+from sdpo_jax.kernels.distill_kl_sweeps import Inputs
 from sdpo_jax.kernels.distill_topk import distill_topk, top_log_probs
 
 
@@ -55,13 +56,17 @@ def value_and_gradients(fn, arrays, target, cotangents, **static):
   return [np.asarray(x) for x in (*out, *grads)]
 
 
+def topk(*arrays, **settings):
+  return distill_topk(Inputs(*arrays), **settings)
+
+
 @pytest.mark.parametrize("add_tail", (True, False))
 @pytest.mark.parametrize("alpha", (0, 0.5, 1))
 def test_equals_the_plain_formula(alpha, add_tail):
   arrays, target = problem()
   cotangents = np.random.default_rng(1).normal(size=(4, 9)).astype(np.float32)
   static = dict(alpha=alpha, top_k=7, add_tail=add_tail, temperature=0.8)
-  got = value_and_gradients(distill_topk, arrays, target, cotangents, **static)
+  got = value_and_gradients(topk, arrays, target, cotangents, **static)
   with jax.enable_x64(True):
     to64 = lambda x: np.asarray(x, np.float64)
     want = value_and_gradients(plain, tuple(map(to64, arrays)), target, to64(cotangents), **static)
@@ -90,18 +95,18 @@ def test_sharded_equals_unsharded(mesh_shape):
   arrays, target = problem(V=304)
   cotangents = np.random.default_rng(1).normal(size=(4, 9)).astype(np.float32)
   static = dict(alpha=0.5, top_k=41, temperature=0.8)
-  whole = value_and_gradients(distill_topk, arrays, target, cotangents, **static)
+  whole = value_and_gradients(topk, arrays, target, cotangents, **static)
   for a, b in zip(
-    value_and_gradients(distill_topk, arrays, target, cotangents, mesh=mesh, **static), whole
+    value_and_gradients(topk, arrays, target, cotangents, mesh=mesh, **static), whole
   ):
     np.testing.assert_allclose(a, b, rtol=3e-6, atol=3e-6 * np.abs(b).max())
-  at = lambda **mesh: np.asarray(top_log_probs(*arrays, target, top_k=41, **mesh).index_XM)
+  at = lambda **mesh: np.asarray(top_log_probs(Inputs(*arrays, target), top_k=41, **mesh).index_XM)
   np.testing.assert_array_equal(at(mesh=mesh), at())
 
 
 def test_entries_are_the_policys_best():
   arrays, target = problem()
-  top = top_log_probs(*arrays, target, top_k=5)
+  top = top_log_probs(Inputs(*arrays, target), top_k=5)
   s = arrays[0] @ arrays[1]
   np.testing.assert_array_equal(top.index_XM, np.argsort(-s, axis=1)[:, :5])
   t = jax.nn.log_softmax(arrays[2] @ arrays[3])
@@ -118,14 +123,14 @@ def test_bucketed_never_exceeds_the_full_divergence_and_reaches_it(alpha):
     arrays = [np.asarray(a, np.float64) for a in arrays]
     full = distill_kl_ref.distill_kl(*arrays, target, alpha=alpha, temperature=1.0).divergence_X
     bucketed = [
-      np.asarray(distill_topk(*arrays, target, alpha=alpha, top_k=k).divergence_X)
+      np.asarray(distill_topk(Inputs(*arrays, target), alpha=alpha, top_k=k).divergence_X)
       for k in (1, 5, 39)
     ]
     for smaller, larger in zip(bucketed, bucketed[1:] + [full]):
       assert (smaller <= larger + 1e-9).all()
     np.testing.assert_allclose(bucketed[2], full, rtol=1e-6)
     np.testing.assert_allclose(
-      distill_topk(*arrays, target, alpha=alpha, top_k=100).divergence_X, full, atol=1e-5
+      distill_topk(Inputs(*arrays, target), alpha=alpha, top_k=100).divergence_X, full, atol=1e-5
     )
 
 
@@ -133,7 +138,9 @@ def test_same_weights_and_prompt_give_zero():
   (hidden, head, _, _), target = problem()
 
   def loss(*policy):
-    return jnp.sum(distill_topk(*policy, hidden, head, target, alpha=1, top_k=6).divergence_X)
+    return jnp.sum(
+      distill_topk(Inputs(*policy, hidden, head, target), alpha=1, top_k=6).divergence_X
+    )
 
   value, grads = jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
   assert value == 0 and max(np.abs(g).max() for g in grads) <= 1e-6
@@ -142,4 +149,4 @@ def test_same_weights_and_prompt_give_zero():
 def test_top_k_must_be_positive():
   arrays, target = problem()
   with pytest.raises(ValueError, match="top_k=0"):
-    distill_topk(*arrays, target, alpha=1, top_k=0)
+    distill_topk(Inputs(*arrays, target), alpha=1, top_k=0)

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from sdpo_jax.kernels import distill_kl_tpu
-from sdpo_jax.kernels.distill_kl import distill_kl, distill_kl_sharded
-from tests.test_distill_kl import check, exact, extreme, problem, run
+from sdpo_jax.kernels.distill_kl import distill_kl
+from tests.test_distill_kl import check, exact, extreme, problem, run, sharded
 
 BASELINE = pathlib.Path(__file__).parent / "distill_kl_tpu_baseline.json"
 needs_libtpu = pytest.mark.skipif(
@@ -119,7 +119,7 @@ def test_sharded(small_tiles):
   args = problem(21, 128, 128, 600, scale=3.0)
   check(
     run(
-      functools.partial(distill_kl_sharded, mesh=mesh, implementation="pallas_tpu"),
+      sharded(mesh, implementation="pallas_tpu"),
       *args,
       alpha=0.5,
       temperature=0.7,

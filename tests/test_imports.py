@@ -1,4 +1,6 @@
-"""Imports point one way: a file may import files of lower levels, and of its own level only inside its own folder."""
+"""Imports point one way: a file may import files of lower levels, and of its own level only inside
+its own folder.
+"""
 
 import ast
 import pathlib
@@ -82,7 +84,9 @@ def lookup(table, name, default=None):
 
 
 def imports(name):
-  """Dotted names of all that a file imports, inside functions too; `from a import b` counts as a.b if that is a file of ours."""
+  """Dotted names of all that a file imports, inside functions too; `from a import b` counts as a.b
+  if that is a file of ours.
+  """
   found = set()
   for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))):
     if isinstance(node, ast.Import):

@@ -23,6 +23,7 @@ import pytest
 from sdpo_jax import hlo, hosts, metrics, sharding
 from sdpo_jax.kernels import token_logp
 from sdpo_jax.kernels.distill_kl import distill_kl_sharded
+from sdpo_jax.kernels.distill_kl_sweeps import Inputs
 from sdpo_jax.model import decoder
 from sdpo_jax.objectives import build
 from sdpo_jax.train_step import (
@@ -154,7 +155,7 @@ def compiled_passes(mesh, config, batch, remat):
     half,
   )[0]
   divergence = lambda halves, batch: jnp.sum(
-    distill_kl_sharded(*halves, targets(batch.policy), mesh=mesh, alpha=0.5).divergence_X
+    distill_kl_sharded(Inputs(*halves, targets(batch.policy)), mesh=mesh, alpha=0.5).divergence_X
   )
   pair = lambda p, batch: divergence(forward_pair(p, None, config, batch, remat=remat), batch)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sdpo_jax.kernels.distill_kl import distill_kl
+from sdpo_jax.kernels.distill_kl_sweeps import Inputs
 from sdpo_jax.kernels.distill_topk import distill_topk
 from sdpo_jax.objectives import advantage, build, methods, reference, surrogate, token_weight
 from sdpo_jax.objectives.loss import normalisers, token_loss
@@ -262,7 +263,7 @@ def test_specification_and_fast_path_over_the_whole_grid(kwargs, distill):
         out = (
           distill_kl(*halves, alpha=wanted["alpha"])
           if wanted["top_k"] is None
-          else distill_topk(*halves, **wanted)
+          else distill_topk(Inputs(*halves), **wanted)
         )
         said = Signals(
           *(

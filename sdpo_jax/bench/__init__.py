@@ -1,1 +1,4 @@
-"""Measurements: `python -m sdpo_jax.bench loss | step | rollout | sandbox`. Results worth keeping: results/*.json."""
+"""Measures what is worth keeping: `python -m sdpo_jax.bench loss | step | sandbox`.
+
+Results that the project keeps are in results/*.json.
+"""

@@ -78,30 +78,17 @@ def distill_kl(
 
 
 def distill_kl_sharded(
-  student_hidden_XD,
-  student_head_DV,
-  teacher_hidden_XE,
-  teacher_head_EV,
-  target_X,
-  *,
-  mesh,
-  alpha,
-  temperature=1.0,
-  implementation=None,
-  token_axes=("data", "fsdp"),
-  vocabulary_axis="tensor",
-  head_axis="fsdp",
+  inputs: Inputs, *, mesh, alpha, temperature=1.0, implementation=None
 ) -> DistillKL:
   """Computes what distill_kl does, with the same values and gradients, over a mesh.
 
-  Tokens are split over token_axes and heads over (head_axis, vocabulary_axis). ValueError for heads
-  that do not divide, and for "reference".
+  `Layout` says over which axes tokens and heads are split. ValueError for heads that do not divide,
+  and for "reference".
   """
-  inputs = Inputs(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X)
   _check(inputs, None, alpha, temperature)
-  layout = Layout(mesh, tuple(token_axes), vocabulary_axis, head_axis)
-  X, D = student_hidden_XD.shape
-  rows, entries = layout.sizes(X, D, student_head_DV.shape[1])
+  layout = Layout(mesh)
+  X, D = inputs.policy_hidden_XD.shape
+  rows, entries = layout.sizes(X, D, inputs.policy_head_DV.shape[1])
   name = _choose(implementation, inputs.matrices, rows, entries, alone=True)
   if name == "reference":
     raise ValueError("implementation='reference' has no sharded form of its own: call distill_kl")

@@ -46,11 +46,7 @@ class TopLogProbs(NamedTuple):
 
 
 def distill_topk(
-  student_hidden_XD,
-  student_head_DV,
-  teacher_hidden_XE,
-  teacher_head_EV,
-  target_X,
+  inputs: Inputs,
   *,
   alpha,
   top_k,
@@ -69,26 +65,13 @@ def distill_topk(
       paper's test-time runs. Where no bucket leaves these bounds, neither value nor gradient
       changes.
   """
-  top = top_log_probs(
-    student_hidden_XD,
-    student_head_DV,
-    teacher_hidden_XE,
-    teacher_head_EV,
-    target_X,
-    top_k=top_k,
-    temperature=temperature,
-    mesh=mesh,
-  )
+  top = top_log_probs(inputs, top_k=top_k, temperature=temperature, mesh=mesh)
   return in_buckets(top, alpha=alpha, add_tail=add_tail, advantage_clip=advantage_clip)
 
 
 def distill_mixture(
-  student_hidden_XD,
-  student_head_DV,
-  teachers,
-  teacher_head_EV,
-  target_X,
-  reading_weights,
+  readings: list[Inputs],
+  weight_GX,
   *,
   alpha,
   top_k,
@@ -103,26 +86,16 @@ def distill_mixture(
   the teacher, so each reading costs one more sweep, and mixing is arithmetic on [X, M].
 
   Args:
-    teachers: one array [X, E] of hidden states per reading.
-    reading_weights: [readings, X]; each token's add up to 1.
+    readings: they differ in the teacher's hidden states alone.
+    weight_GX: of each reading; those of a token add up to 1.
   """
   tops = [
-    top_log_probs(
-      student_hidden_XD,
-      student_head_DV,
-      teacher_hidden_XE,
-      teacher_head_EV,
-      target_X,
-      top_k=top_k,
-      temperature=temperature,
-      mesh=mesh,
-    )
-    for teacher_hidden_XE in teachers
+    top_log_probs(inputs, top_k=top_k, temperature=temperature, mesh=mesh) for inputs in readings
   ]
   mixed_XM = logsumexp(
-    jnp.stack([top.logp_teacher_XM for top in tops]), axis=0, b=reading_weights[..., None]
+    jnp.stack([top.logp_teacher_XM for top in tops]), axis=0, b=weight_GX[..., None]
   )
-  mixed_X = logsumexp(jnp.stack([top.logp_teacher_X for top in tops]), axis=0, b=reading_weights)
+  mixed_X = logsumexp(jnp.stack([top.logp_teacher_X for top in tops]), axis=0, b=weight_GX)
   top = tops[0]._replace(logp_teacher_XM=mixed_XM, logp_teacher_X=mixed_X)
   return in_buckets(top, alpha=alpha, add_tail=add_tail, advantage_clip=advantage_clip)
 
@@ -155,30 +128,16 @@ def _renormalise(logp_XM):
   return logp_XM - logsumexp(logp_XM, axis=1, keepdims=True)
 
 
-def top_log_probs(
-  student_hidden_XD,
-  student_head_DV,
-  teacher_hidden_XE,
-  teacher_head_EV,
-  target_X,
-  *,
-  top_k,
-  temperature=1.0,
-  mesh=None,
-  token_axes=("data", "fsdp"),
-  vocabulary_axis="tensor",
-  head_axis="fsdp",
-) -> TopLogProbs:
+def top_log_probs(inputs: Inputs, *, top_k, temperature=1.0, mesh=None) -> TopLogProbs:
   """Returns log-probabilities at the policy's top_k entries, or at all of a smaller vocabulary.
 
   ValueError for top_k < 1, and for heads that do not divide over the mesh.
   """
   if top_k < 1:
     raise ValueError(f"top_k={top_k!r} must be at least 1")
-  inputs = Inputs(student_hidden_XD, student_head_DV, teacher_hidden_XE, teacher_head_EV, target_X)
-  layout = Layout(mesh, tuple(token_axes), vocabulary_axis, head_axis)
-  X, D = student_hidden_XD.shape
-  V = student_head_DV.shape[1]
+  layout = Layout(mesh)
+  X, D = inputs.policy_hidden_XD.shape
+  V = inputs.policy_head_DV.shape[1]
   rows, _ = layout.sizes(X, D, V)
   plan = blocked.vocabulary_plan(rows, dm.NO_DIVERGENCE, temperature)
   padded = _top(plan, min(top_k, V), layout, layout.pad_tokens(inputs))
