@@ -182,8 +182,8 @@ def _blocked_forward(q_BTNH, k_BTKH, v_BTKH, visible: Visibility):
       share = jnp.where(mask, jnp.exp(scores - new_top[..., None]), 0.0)
       shrink = jnp.exp(top - new_top)
       flat_share = share.astype(v.dtype).reshape(K, -1, BLOCK)
-      part = _product(flat_share, v[row * blocks + key_block], (2, 1)).reshape(out.shape)
-      out = out * shrink[..., None] + part
+      block_out = _product(flat_share, v[row * blocks + key_block], (2, 1)).reshape(out.shape)
+      out = out * shrink[..., None] + block_out
       return out, new_top, total * shrink + jnp.sum(share, axis=-1)
 
     count = visible.key_block_counts[row, query_block]

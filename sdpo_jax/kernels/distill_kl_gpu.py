@@ -115,9 +115,9 @@ def statistics(plan, inputs: Inputs) -> dm.Stats:
   """Returns the Stats of every token over this vocabulary."""
   X = inputs.target_X.shape[0]
   sums = _call(plan, "statistics", inputs, (inputs.target_X,), 8)
-  parts = dm.Stats(*jnp.moveaxis(sums, 1, 0))  # each [parts, padded X]
-  max_s, max_t = (jnp.max(x, axis=0, keepdims=True) for x in parts[:2])
-  sums = dm.rescale(parts, max_s, max_t, plan.alpha)[2:]
+  part_stats = dm.Stats(*jnp.moveaxis(sums, 1, 0))  # each [parts, padded X]
+  max_s, max_t = (jnp.max(x, axis=0, keepdims=True) for x in part_stats[:2])
+  sums = dm.rescale(part_stats, max_s, max_t, plan.alpha)[2:]
 
   def as_column(x):
     return x[:X, None]
@@ -130,8 +130,8 @@ def mixture_sums(plan, inputs: Inputs, scalars: dm.Scalars):
   """Returns this vocabulary's part of KL(pi || m) and of KL(q || m)."""
   X = inputs.target_X.shape[0]
   nowhere = jnp.full(X, -1)  # this kernel needs no target
-  parts = _call(plan, "mixture", inputs, (nowhere, *_vectors(scalars)), 2)
-  return tuple(x[:X, None] for x in jnp.sum(parts, axis=0))
+  part_sums = _call(plan, "mixture", inputs, (nowhere, *_vectors(scalars)), 2)
+  return tuple(x[:X, None] for x in jnp.sum(part_sums, axis=0))
 
 
 def gradients(plan, inputs: Inputs, scalars: dm.Scalars, cotangents: dm.Cotangents, head_dtype):
@@ -153,8 +153,8 @@ def gradients(plan, inputs: Inputs, scalars: dm.Scalars, cotangents: dm.Cotangen
     )
     per_token = (inputs.target_X - start, *_vectors(scalars), *_vectors(cotangents))
     dlogits = _call(plan, "dlogits", stretch_inputs, per_token, dlogits_dtype)
-    parts = gradient_products(plan, dlogits[:X, :size], hidden_XD, head, jnp.float32)
-    return add_gradients((d_hidden_XD, d_head_DV), parts, start)
+    stretch_gradients = gradient_products(plan, dlogits[:X, :size], hidden_XD, head, jnp.float32)
+    return add_gradients((d_hidden_XD, d_head_DV), stretch_gradients, start)
 
   zero = jnp.zeros(hidden_XD.shape, jnp.float32), jnp.zeros(head_DV.shape, head_dtype)
   return over_blocks(V, stretch, body, zero)

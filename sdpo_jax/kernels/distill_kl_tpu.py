@@ -17,10 +17,11 @@ Hence many rows come first when make_plan chooses a tile; long tiles come second
 waits at its ends. Tiles of tokens are independent, and a chip with two cores splits them.
 
 Inside a tile. The matrix unit makes logits and the vector unit consumes them. A tile is therefore
-cut into sub-tiles, and the products of one are issued before the work on the one before. The
-compiler's static schedule overlaps the two only within one basic block. So the loop over sub-tiles
-is unrolled, without conditions. The vocabulary's ragged tail is masked in a second copy of that
-code, which only the last tile runs. Rows past the last token compute garbage that is never written.
+cut into sub-tiles, and the code orders the products of one before the vector work on its
+predecessor. The compiler's static schedule overlaps the two units only within one basic block. So
+the loop over sub-tiles is unrolled, without conditions. The vocabulary's ragged tail is masked in a
+second copy of that code, which only the last tile runs. Rows past the last token compute garbage
+that is never written.
 
 Running sums keep the 128 lanes apart, as [rows, 128]. Adding a sub-tile is then elementwise work;
 the reduction across lanes, which is slow, is done once at the very end by XLA.
@@ -164,8 +165,8 @@ def gradients(plan, inputs: Inputs, scalars: dm.Scalars, cotangents: dm.Cotangen
     stretch_inputs = inputs._replace(policy_hidden_XD=hidden)
     dlogits = _dlogits(plan, stretch_inputs, columns_X8, start, size, dlogits_dtype)
     head = lax.dynamic_slice_in_dim(head_DV, start, size, axis=1)
-    parts = gradient_products(plan, dlogits, hidden_XD, head, jnp.float32)
-    return add_gradients((d_hidden_XD, d_head_DV), parts, start)
+    stretch_gradients = gradient_products(plan, dlogits, hidden_XD, head, jnp.float32)
+    return add_gradients((d_hidden_XD, d_head_DV), stretch_gradients, start)
 
   zero = jnp.zeros(hidden_XD.shape, jnp.float32), jnp.zeros(head_DV.shape, head_dtype)
   return over_blocks(V, stretch, body, zero)
@@ -229,9 +230,9 @@ def _mixture_kernel(plan, V, first_ref, *refs):
     if is_ragged:  # equal, hopeless logits on both sides add exactly nothing
       exists = lax.broadcasted_iota(jnp.int32, s.shape, 1) < V - tile * plan.columns - column
       s, t = jnp.where(exists, s, dm.NEG), jnp.where(exists, t, dm.NEG)
-    parts = dm.mixture_sums(s, t, _scalars(scalars_ref), plan.alpha, dm.LANES)
-    for ref, part in zip(sum_refs, parts, strict=True):
-      ref[...] += part
+    sums = dm.mixture_sums(s, t, _scalars(scalars_ref), plan.alpha, dm.LANES)
+    for ref, value in zip(sum_refs, sums, strict=True):
+      ref[...] += value
 
   _for_sub_tiles(plan, V, tile == last, matrix_refs, consume)
 

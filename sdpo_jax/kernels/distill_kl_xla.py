@@ -171,10 +171,10 @@ def _forward_blocks(plan, inputs: Inputs, weights_X=None):
     def cut(x):
       return lax.dynamic_slice_in_dim(x, start, size)
 
-    def put(x, part):
-      return lax.dynamic_update_slice_in_dim(x, part, start, 0)
+    def put(x, block):
+      return lax.dynamic_update_slice_in_dim(x, block, start, 0)
 
-    part, scalars, s, t = _whole_vocabulary(plan, _cut_tokens(inputs, start, size))
+    block_result, scalars, s, t = _whole_vocabulary(plan, _cut_tokens(inputs, start, size))
     if weights_X is not None:
       zero = jnp.zeros((size, 1), dtype)
       cotangents = dm.Cotangents(cut(weights_X).astype(dtype)[:, None], zero, zero)
@@ -184,7 +184,7 @@ def _forward_blocks(plan, inputs: Inputs, weights_X=None):
         plan, d, cut(inputs.policy_hidden_XD), inputs.policy_head_DV, dtype
       )
       gradients = put(gradients[0], d_hidden_XD), gradients[1] + d_head_DV
-    return DistillKL(*map(put, result, part)), gradients
+    return DistillKL(*map(put, result, block_result)), gradients
 
   gradients = () if weights_X is None else _zero_gradients(inputs, dtype, dtype)
   return over_blocks(X, plan.size, body, (DistillKL(*[jnp.zeros(X, dtype)] * 4), gradients))
@@ -205,11 +205,11 @@ def _backward_blocks(plan, inputs: Inputs, cotangents: dm.Cotangents):
     at_target = is_target(cut(inputs.target_X), 0, V)
     block_cotangents = dm.Cotangents(*map(cut, cotangents))
     d = dm.dlogits(s, t, at_target, scalars, block_cotangents, plan.alpha)
-    hidden_part, head_part = gradient_products(
+    block_hidden, block_head = gradient_products(
       plan, d, cut(inputs.policy_hidden_XD), inputs.policy_head_DV, dtype
     )
-    d_hidden_XD = lax.dynamic_update_slice_in_dim(d_hidden_XD, hidden_part, start, 0)
-    return d_hidden_XD, d_head_DV + head_part
+    d_hidden_XD = lax.dynamic_update_slice_in_dim(d_hidden_XD, block_hidden, start, 0)
+    return d_hidden_XD, d_head_DV + block_head
 
   return over_blocks(X, plan.size, body, _zero_gradients(inputs, dtype, dtype))
 
@@ -271,8 +271,8 @@ def gradients(plan, inputs: Inputs, scalars: dm.Scalars, cotangents: dm.Cotangen
     at_target = is_target(inputs.target_X, start, size)
     d = dm.dlogits(s, t, at_target, scalars, cotangents, plan.alpha)
     head_DV = lax.dynamic_slice_in_dim(inputs.policy_head_DV, start, size, axis=1)
-    parts = gradient_products(plan, d, inputs.policy_hidden_XD, head_DV, dtype)
-    return add_gradients(carry, parts, start)
+    block_gradients = gradient_products(plan, d, inputs.policy_hidden_XD, head_DV, dtype)
+    return add_gradients(carry, block_gradients, start)
 
   zero = _zero_gradients(inputs, dtype, head_dtype)
   return over_blocks(inputs.policy_head_DV.shape[1], plan.size, body, zero)
@@ -326,17 +326,17 @@ def gradient_products(plan, dlogits_XV, hidden_XD, head_DV, dtype):
   return d_hidden_XD, product(hidden_XD, dlogits_XV, (0, 0), dtype)
 
 
-def add_gradients(gradients, parts, start):
-  """Returns the gradients with one block's: entries from `start` on, whole columns of the head.
+def add_gradients(gradients, block_gradients, start):
+  """Returns the gradients with those of a block of the vocabulary, from entry `start` on.
 
   Each column of the head's gradient is complete at once, so it can be stored in the head's dtype;
   only that of the hidden states is a running sum.
   """
   d_hidden_XD, d_head_DV = gradients
-  hidden_part, head_part = parts
-  d_hidden_XD = d_hidden_XD + hidden_part
-  head_part = head_part.astype(d_head_DV.dtype)
-  return d_hidden_XD, lax.dynamic_update_slice_in_dim(d_head_DV, head_part, start, 1)
+  block_hidden, block_head = block_gradients
+  d_hidden_XD = d_hidden_XD + block_hidden
+  block_head = block_head.astype(d_head_DV.dtype)
+  return d_hidden_XD, lax.dynamic_update_slice_in_dim(d_head_DV, block_head, start, 1)
 
 
 def is_target(target_X, start, size):

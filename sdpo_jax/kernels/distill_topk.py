@@ -239,8 +239,8 @@ def _backward(plan, layout, policy, index_XM, scalars, cotangents: TopLogProbs):
     is_here = (index_XM >= start) & (index_XM < start + size)
     column = jnp.where(is_here, index_XM - start, size)
     d = d.at[jnp.arange(X)[:, None], column].add(cotangents.logp_XM, mode="drop")
-    parts = blocked.gradient_products(plan, d, hidden_XD, head, dtype)
-    return blocked.add_gradients(carry, parts, start)
+    block_gradients = blocked.gradient_products(plan, d, hidden_XD, head, dtype)
+    return blocked.add_gradients(carry, block_gradients, start)
 
   zero = jnp.zeros(hidden_XD.shape, dtype), jnp.zeros(head_DV.shape, head_dtype)
   return layout.reduce_gradients(*blocked.over_blocks(V, plan.size, body, zero))

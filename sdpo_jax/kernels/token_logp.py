@@ -121,8 +121,8 @@ def _backward(plan, layout, hidden_XD, head_DV, target_X, *per_token):
     log_pi = blocked.logits(plan, hidden_XD, head, dtype) - log_z
     d = jnp.where(blocked.is_target(target_X, start, size), g_logp, 0)
     d = d - jnp.exp(log_pi) * (g_entropy * (log_pi + entropy) + g_logp)
-    parts = blocked.gradient_products(plan, d, hidden_XD, head, dtype)
-    return blocked.add_gradients(carry, parts, start)
+    block_gradients = blocked.gradient_products(plan, d, hidden_XD, head, dtype)
+    return blocked.add_gradients(carry, block_gradients, start)
 
   zero = jnp.zeros(hidden_XD.shape, dtype), jnp.zeros(head_DV.shape, head_dtype)
   return layout.reduce_gradients(*blocked.over_blocks(V, plan.size, body, zero))
