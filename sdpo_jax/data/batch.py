@@ -218,13 +218,14 @@ class _Deal(NamedTuple):
 
   responses: Responses  # in the order of the batch's rows
   lengths: list[list[int]]  # of the responses of each pack
-  packs: list[list[PackTexts]]  # of the policy, then of each reading
+  packs: list[list[PackTexts]]  # of the policy, then of each reading; a list of packs each
 
   def largest_work(self) -> int:
-    """Returns the work of the largest pack. The policy's texts go backward too."""
+    """Returns the work of the largest pack, in passes of a token."""
     work = []
     for policy, *readings in zip(*self.packs, strict=True):
       teacher = sum(tokens_together(texts.extents) for texts in readings)
+      # The policy's texts go backward too.
       work.append(3 * tokens_together(policy.extents) + teacher)
     return max(work)
 
@@ -235,18 +236,21 @@ class _Dealing:
   def __init__(self, responses: Responses, group: int, settings: PackSettings):
     self._responses, self._group, self._settings = responses, group, settings
     tokens = [texts.tokens for texts in responses.texts()]
-    self._work = [
-      3 * len(policy) + sum(map(len, teacher)) for policy, *teacher in zip(*tokens, strict=True)
-    ]
+    self._work = []  # of each response, as in largest_work but with nothing shared
+    for policy, *teacher in zip(*tokens, strict=True):
+      self._work.append(3 * len(policy) + sum(map(len, teacher)))
     self.deal = functools.cache(self._deal)
 
   def load(self, packs: int) -> Load:
     """Returns what the batch asks of a shape with so many packs."""
     deal = self.deal(packs)
-    policy, teacher, *further = [[texts.extents for texts in packs] for packs in deal.packs]
+    extents = []
+    for texts_of_packs in deal.packs:
+      extents.append([texts.extents for texts in texts_of_packs])
+    policy, plain, *further = extents
     return Load(
       texts_per_pack=len(deal.lengths[0]),
-      extents=(policy, teacher, sum(further, [])),
+      extents=(policy, plain, sum(further, [])),
       tokens=max(map(sum, deal.lengths)),
       responses=max(map(max, deal.lengths)),
     )
