@@ -1,4 +1,4 @@
-"""Lines of a run's rollout files: one JSON object per response.
+"""Makes the lines of a run's rollout files: one JSON object per response.
 
 `report.py` reads these names from the files:
 

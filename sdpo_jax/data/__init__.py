@@ -1,1 +1,1 @@
-"""From task files to packed batches."""
+"""Brings task files to packed batches."""
