@@ -16,8 +16,8 @@ Alike means: the same answer of the environment's `behaviour(task, response)` if
 the same reward and feedback. Of imagined alternatives the text alone is compared. One that could
 not be judged is shown to nobody, and counted.
 
-Imagined feedback is sampled from the policy itself, under the prompt of `notes.imagining`: the
-question, the attempt with its real verdict as an example of the environment's format, and the
+Imagined feedback is sampled from the policy itself, under the prompt of `notes.imagining`. This
+holds the question, the attempt with its real verdict as an example of the format, and the
 alternative. The alternative is judged all the same, to measure how often the imagination is wrong;
 nothing that the judge says of it reaches a teacher. Where that prompt is too long the alternative
 is dropped, and counted.
@@ -68,7 +68,8 @@ class Explorer:
     candidates = {place: [] for place in places}
     if places:
       self._draw_per_question("samples", self.collector, params, groups, candidates, sampling, step)
-      if self.second_model is not None:
+      if "model" in self.notes.sources:
+        assert self.second_model is not None, "the source 'model' needs a second model"
         self._draw_per_question("model", *self.second_model, groups, candidates, sampling, step)
       self._draw_branches(params, groups, candidates, sampling, step)
     dropped = 0
@@ -101,9 +102,7 @@ class Explorer:
   def _draw_per_question(
     self, source: str, collector: Collector, params, groups, candidates, sampling: Sampling, step
   ) -> None:
-    """Draws M responses to each question with a failed attempt; its first failed one bears the
-    cost.
-    """
+    """Draws M responses to each question with a failed attempt; the first failed one pays."""
     if source not in self.notes.sources:
       return
     first_failed = {}

@@ -1,8 +1,8 @@
 """Saves and restores everything a run needs to go on: device state and host state, as one.
 
 A checkpoint is WORKDIR/checkpoints/STEP, written by Orbax:
-  state   a pytree of arrays: a TrainState (parameters, optimizer, teacher, controller)
-  host    JSON: what the caller passed (data position, counters, random states; bytes allowed),
+  state   a pytree of arrays: a TrainState (parameters, optimizer, teacher, counts of skips)
+  host    JSON: what the caller passed (data position, counters, shapes; bytes allowed),
           and `leaves`, the path, type and shape of every array, for a person to read
 
 It has its name only while complete. A save or a deletion that was killed leaves a directory of

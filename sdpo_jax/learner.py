@@ -30,9 +30,9 @@ class Learner(NamedTuple):
     return functools.partial(further_readings, self.method.notes, self.method.teacher_context)
 
   @property
-  def readings(self) -> int:
+  def further_count(self) -> int:
     """Further readings by the teacher of each batch."""
-    return 0 if self.method.notes is None else self.method.notes.readings
+    return 0 if self.method.notes is None else self.method.notes.further_count
 
 
 def make_learner(c, model: ModelConfig, join: Callable | None = None) -> Learner:

@@ -294,13 +294,13 @@ class Workload:
       most_tokens(data, self.c.rollout.max_new_tokens),
       Rounding(data.length_multiple, data.response_multiple),
       has_teacher=self.learn.method.needs_teacher,
-      has_further=self.learn.readings > 0,
+      has_further=self.learn.further_count > 0,
     )
 
   def batch(self, rows: int) -> TrainBatch:
     """Returns the shapes of a generation batch of `rows` responses a pack."""
     responses = rows * self.micro_batches * self.shards
-    return batch_shapes(self.mesh, self.full_shape(rows), responses, self.learn.readings)
+    return batch_shapes(self.mesh, self.full_shape(rows), responses, self.learn.further_count)
 
   def state(self) -> TrainState:
     return state_shapes(

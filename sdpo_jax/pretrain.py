@@ -205,7 +205,6 @@ def batches(c, tokenizer) -> PackedRows:
 
 def accuracy(
   params,
-  model: ModelConfig,
   chat: Chat,
   domain,
   corpus_settings: dict,
@@ -323,7 +322,6 @@ def run(
   def evaluate(params) -> dict[str, float]:
     return accuracy(
       params,
-      model,
       chat,
       data.corpus.domain,
       dict(c.corpus),

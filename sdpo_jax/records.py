@@ -95,9 +95,9 @@ class Rows(NamedTuple):
   """Texts packed into rows, several a row.
 
   They are told apart by segment (1, 2, ...; 0 is padding), with positions counted from each start.
-  Texts that begin alike may share their beginning. It then stands once in the row, as a segment of
-  its own. The rest of each text, a segment too, names it as its prefix, sees it as if it stood
-  before it, and counts its positions on from it.
+  Texts that begin alike may share their beginning, which then stands once in the row, as a segment
+  of its own. The rest of each text is a segment that names the shared one as its prefix: it attends
+  to it and continues its positions.
   """
 
   token_CPT: Array  # int32

@@ -100,8 +100,7 @@ class Loaded(NamedTuple):
 
 @contextlib.contextmanager
 def open_session(c, path: str | None = None, *, devices=None, method: Method | None = None):
-  """Loads the model, starts sandbox, environment and judges, yields a Session; ends them on
-  leaving.
+  """Yields a Session: loaded model, sandbox, environment and judges, which end with it.
 
   path: a Hugging Face directory instead of config.model.path.
   devices: those that config.mesh is laid over; None: all.
@@ -126,13 +125,13 @@ def open_session(c, path: str | None = None, *, devices=None, method: Method | N
         Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation)
       )
       env = _start_env(c, sandbox, stack)
-      room = _Room(c, env, policy.chat, second and second.chat, method)
+      lengths = _LengthCheck(c, env, policy.chat, second and second.chat, method)
       env = with_rows(
-        env, c.data.sources, splits=splits, on_bad_row=c.data.on_bad_row, check=room.check
+        env, c.data.sources, splits=splits, on_bad_row=c.data.on_bad_row, check=lengths.check
       )
       # A split that is not there, a question too long: now, not at the first evaluation.
       for split in splits:
-        room.check(env.task(split, 0))
+        lengths.check(env.task(split, 0))
       collector = stack.enter_context(_collecting(c, env, policy, mesh))
       second_model = None
       if second is not None:
@@ -184,15 +183,15 @@ def _start_env(c, sandbox: Sandbox, stack: contextlib.ExitStack):
   return env
 
 
-class _Room:
-  """Checks that those who will read a question have room for it."""
+class _LengthCheck:
+  """Checks that a question fits every model that will read it."""
 
   def __init__(self, c, env, policy: Chat, second: Chat | None, method: Method | None):
     self._settings, self._env, self._policy, self._second = c, env, policy, second
     # The shortest prompt that the teacher can have: all that may be shortened is left out.
     self._empty_context = None
     if method is not None and c.method.teacher_context.name != "none":
-      self._empty_context = Context(templates=method.teacher_context.templates)
+      self._empty_context = Context(templates=getattr(method.teacher_context, "templates", ()))
 
   def check(self, task: Task) -> None:
     """Raises ValueError for a question that is too long for one of its readers."""
@@ -207,11 +206,12 @@ class _Room:
       teacher_prompt(self._policy, messages, self._empty_context, limit)
 
   def _check_prompt(self, task: Task, chat: Chat, whose: str) -> None:
-    length, limit = len(chat.prompt_tokens(self._env.prompt(task))), self._settings.data
-    if length > limit.max_prompt_tokens:
+    length = len(chat.prompt_tokens(self._env.prompt(task)))
+    limit = self._settings.data.max_prompt_tokens
+    if length > limit:
       raise ValueError(
         f"the question takes {length} tokens{whose}, "
-        f"more than config.data.max_prompt_tokens={limit.max_prompt_tokens}"
+        f"more than config.data.max_prompt_tokens={limit}"
       )
 
 
@@ -282,10 +282,9 @@ def model_shape(path: str) -> ModelConfig:
 
 
 def longest_texts(c, notes: Notes | None) -> list[tuple[int, str]]:
-  """Returns (tokens, the settings that make them) of what a model has to read and write in one
-  piece.
+  """Returns (tokens, the settings that make them) of the longest texts of a model.
 
-  Rollouts come first.
+  Each is read and written in one piece. Rollouts come first.
   """
   prompt_tokens, new_tokens = c.data.max_prompt_tokens, c.rollout.max_new_tokens
   teacher_tokens = c.data.max_teacher_tokens

@@ -27,7 +27,7 @@ from sdpo_jax.errors import RunError, blame_settings
 from sdpo_jax.evaluate import evaluate
 from sdpo_jax.learner import make_explorer, make_learner
 from sdpo_jax.metrics import Writer, read, reduce
-from sdpo_jax.objectives.build import Method, build_method
+from sdpo_jax.objectives.build import build_method
 from sdpo_jax.records import Rollout, Sampling, Status
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.rollout_log import rollout_lines
@@ -163,6 +163,7 @@ def train(c, workdir: str) -> None:
         steps, state = Steps.begin(c, workdir, session, latest)
       limits = Limits(c.train.max_skipped_in_a_row, c.train.max_env_failures_in_a_row)
       try:
+        steps.open(state, latest)
         run(state, steps.host, steps, total_steps=c.total_steps, limits=limits)
       finally:
         steps.close()
@@ -195,12 +196,11 @@ class Steps:
     )
     self.exploration = {}  # metrics of the last batch's alternatives
     self._step = self._score = self.packer = self._writer = None
-    # Lines as they stand in the file, so that a resumed run sees the same ones.
-    self._history, self._signs = read(workdir), set()
+    self._history, self._signs = [], set()
 
   @classmethod
   def begin(cls, c, workdir: pathlib.Path, session: Session, latest: int | None):
-    """Returns (steps, state) at the start of a run, or at its latest checkpoint.
+    """Returns (steps, state) at the start of a run, or at its latest checkpoint; see `open`.
 
     Raises ValueError for settings that do not fit together and for a checkpoint of another version.
     """
@@ -214,17 +214,26 @@ class Steps:
       _check_version(workdir, stored, host)
       steps.host = stored
       steps.stream.restore(stored["data"])
-    steps.compile(state)
-    steps.packer = steps.make_packer(method)
-    if hosts.leads():
-      mesh = None if session.mesh is None else dict(session.mesh.shape)
-      describe_run(workdir, c, {"sandbox_isolation": session.isolation, "mesh": mesh})
-      steps._writer = Writer(workdir, total_steps=c.total_steps)
-      steps._writer.truncate(0 if latest is None else latest + 1)
     return steps, state
 
-  def compile(self, state) -> None:
-    """Jits step and score, with every array of the state staying where it is."""
+  def open(self, state, latest: int | None) -> None:
+    """Jits step and score, and opens the run's files, cut back to the step that it goes on from."""
+    self._jit(state)
+    self.packer = self._make_packer()
+    if hosts.leads():
+      mesh = self.session.mesh
+      facts = {
+        "sandbox_isolation": self.session.isolation,
+        "mesh": None if mesh is None else dict(mesh.shape),
+      }
+      describe_run(self.workdir, self.c, facts)
+      self._writer = Writer(self.workdir, total_steps=self.c.total_steps)
+      self._writer.truncate(0 if latest is None else latest + 1)
+    # Lines as they stand in the file, so that a resumed run sees the same ones.
+    self._history = read(self.workdir)
+
+  def _jit(self, state) -> None:
+    """Every array of the state stays where it is."""
     places = None
     if self.session.mesh is not None:
       places = jax.tree.map(lambda x: x.sharding, state)
@@ -232,9 +241,9 @@ class Steps:
     self._step = jax.jit(self.learner.step, donate_argnums=0, out_shardings=(places, everywhere))
     self._score = jax.jit(self.learner.score, out_shardings=everywhere)
 
-  def make_packer(self, method: Method) -> Packer:
-    """Returns the packer, which goes on with the shapes that the run has used."""
-    data, train = self.c.data, self.c.train
+  def _make_packer(self) -> Packer:
+    """The packer, which goes on with the shapes that the run has used."""
+    method, data, train = self.learner.method, self.c.data, self.c.train
     settings = PackSettings(
       data.max_teacher_tokens,
       Rounding(data.length_multiple, data.response_multiple),

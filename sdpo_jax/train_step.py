@@ -1,7 +1,7 @@
 """The train step: one jitted program from a TrainBatch to new weights.
 
-It is pure: it reads no config, clock, file or global. Of a generation batch it makes `updates`
-mini-batches, and of each of these micro-batches whose gradients add up in a scan. There is one
+It is pure: it reads no config, clock, file or global. It cuts a generation batch into `updates`
+mini-batches. Each of these is cut into micro-batches, whose gradients a scan adds up. There is one
 optimizer update per mini-batch; then the teacher moves once (arXiv 2601.20802: once per generation
 batch, and only on a finite gradient).
 
@@ -161,8 +161,8 @@ def forward_pair(
   stop_gradient from its input on, so that no backward work is spent on it.
 
   mix: a trust region (arXiv 2601.20802) has the logits (1 - mix) of `teacher` + mix of the live
-    policy, both on the teacher's prompt. A sum of two products is the product of two hidden states
-    side by side with two matrices one above the other, so E = 2 D.
+    policy, both on the teacher's prompt. Since [a, b] @ [[A], [B]] = a A + b B, two hidden states
+    side by side and two output matrices one above the other give this sum; so E = 2 D.
   """
 
   def hidden_pair(policy_inputs, teacher_inputs):
@@ -264,7 +264,8 @@ def make_signals(
       readings.append(inputs._replace(teacher_hidden_XE=again_XE))
     if method.mixes_readings:
       return (compare(readings, batch),)
-    return tuple(compare([reading], batch) for reading in readings)
+    further = [compare([reading], batch) for reading in readings[1:]]
+    return compare([inputs], batch), *further
 
   return signals
 
@@ -376,10 +377,10 @@ def make_train_step(
   """
 
   def loss_fn(params, teacher, batch: TrainBatch, normalisers, frozen):
-    readings = signals(params, teacher, batch, frozen)
+    per_reading = signals(params, teacher, batch, frozen)
     if not recompute_old:
-      batch = batch._replace(logp_old_BR=jax.lax.stop_gradient(readings[0].logp_BR))
-    total, metrics = loss.token_loss(method, readings, batch, normalisers)
+      batch = batch._replace(logp_old_BR=jax.lax.stop_gradient(per_reading[0].logp_BR))
+    total, metrics = loss.token_loss(method, per_reading, batch, normalisers)
     return total, {"train/loss": Ratio(total, 1.0), **metrics}
 
   gradients_of = functools.partial(accumulated_gradients, loss_fn, method)
@@ -425,7 +426,7 @@ def accumulated_gradients(
   zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
   gradients, metrics = jax.lax.scan(accumulate, zeros, cut(batch, pieces))
   metrics = jax.tree.map(lambda x: jnp.sum(x, 0), metrics)
-  # The pieces hold shares of one loss, so their sum is the loss and not a sum of losses.
+  # Each piece is divided by the whole batch's normaliser already, so the sum is the loss.
   metrics["train/loss"] = Ratio(metrics["train/loss"].total, 1.0)
   return gradients, metrics
 

@@ -58,7 +58,6 @@ def test_hindsight_helps(name, path, ranges):
   chat, reads = Chat(tokenizer), 1.0 if "notes" in ranges else 0.0
   solved = accuracy(
     params,
-    model,
     chat,
     domain,
     dataclasses.asdict(Mixture(notes=reads, imagine=reads)),

@@ -644,6 +644,4 @@ def test_a_row_that_cannot_be_built_says_why(change, named):
 def test_every_row_builds(name):
   method = build.build_method(build.method_row(name))
   assert {*method._fields, "counterfactual"} >= set(build.AXES)
-  assert method.needs_teacher == (
-    name not in ("grpo", "grpo_std", "dapo", "dr_grpo", "gspo", "cispo")
-  )
+  assert method.needs_teacher == (methods.METHODS[name]["token_signal"]["name"] != "none")

@@ -143,6 +143,21 @@ def test_gradients_that_are_never_finite_stop_the_run():
     run(total_steps=9, skipped=1, start=7, due=never)
 
 
+def test_a_resumed_run_sees_the_lines_up_to_its_checkpoint_alone(tmp_path, monkeypatch):
+  """Killed two steps after its checkpoint: the lines of these steps are written again."""
+  lines = [json.dumps({"step": i, "time_s": float(i), "train/loss": 1.0}) for i in range(5)]
+  (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+  for name in ("_jit", "_make_packer"):
+    monkeypatch.setattr(train.Steps, name, lambda *_: None)
+  monkeypatch.setattr(train, "describe_run", lambda *_: None)
+  steps = train.Steps.__new__(train.Steps)
+  steps.c, steps.workdir = types.SimpleNamespace(total_steps=6), tmp_path
+  steps.session = types.SimpleNamespace(mesh=None, isolation="none")
+  steps.open(None, latest=2)
+  steps.close()
+  assert [line["step"] for line in steps._history] == [0, 1, 2]
+
+
 def test_rollout_files_hold_what_was_said_and_read():
   said = types.SimpleNamespace(
     logp_BR=np.array([[-1.0, -2.0, -3.0, 0.0]] * 2),

@@ -52,8 +52,8 @@ class Packed(NamedTuple):
 class PackSettings:
   """How the batches of a run are cut and padded.
 
-  Each of the `updates` gets a pack on each of the `shards` for each of at most `micro_batches`, or
-  of a divisor of it where texts are short.
+  A batch has updates x shards x m packs. m divides `micro_batches`; it is the smallest one whose
+  packs take no more memory than those of full-length texts.
   share_prefixes: what the responses to one question read in common stands once a row.
   """
 

@@ -233,7 +233,7 @@ class Solver:
     step = jax.jit(
       learner.step, donate_argnums=0, out_shardings=(state_shardings, session.everywhere)
     )
-    shapes = self._fixed_shapes(has_readings=learner.readings > 0)
+    shapes = self._fixed_shapes(has_readings=learner.further_count > 0)
     # A run tries a question within its budget, so alternatives are siblings and need no seed.
     explorer = make_explorer(c, learner.method, session.collector, seed=0)
     packer = self._make_packer(learner.method, shapes, learner.further_readings)

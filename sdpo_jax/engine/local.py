@@ -4,10 +4,10 @@ A jitted prefill reads the prompts into a key-value cache, and a jitted loop dec
 Prompts are padded on the LEFT, so that all rows write the same cache column and a write is
 one dynamic_update_slice.
 
-Shapes are bucketed, which bounds the number of compilations: the prompts' length to a
-multiple, rows to a power of two or the most allowed. Decoding runs in chunks of tokens. Rows
-that have finished are handed out after each chunk, so that judging starts while others are
-still being sampled.
+Shapes are bucketed, which bounds the number of compilations. The prompts' length is rounded up
+to a multiple, the number of rows to a power of two, or to the most allowed. Decoding runs in chunks
+of tokens. Rows that have finished are handed out after each chunk, so that judging starts while
+others are still being sampled.
 
 Randomness: there is one seed a prompt, folded with the sample's index and then with the
 token's index. A response thus depends on its own seed alone, not on what shares the batch.

@@ -290,6 +290,9 @@ def _sliding_from_hf(hf: dict, name: str) -> tuple[bool, ...]:
   if windows == "never":
     if any(t != "full_attention" for t in types or ()):
       raise ValueError(f"layer_types={types} asks for windows, but model_type={name!r} has none")
+    if hf.get("sliding_window") is not None:
+      window = hf["sliding_window"]
+      raise ValueError(f"sliding_window={window} is set, but model_type={name!r} has no windows")
     return ()
   if types is None and windows == "always":
     types = ["full_attention" if i % 4 == 3 else "sliding_attention" for i in range(layers)]

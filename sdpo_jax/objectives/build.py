@@ -252,10 +252,8 @@ def _check_unread(row: dict) -> None:
   """Refuses a part that no other part would read."""
   names = {axis: row[axis]["name"] for axis in AXES}
   has_signal, has_surrogate = names["token_signal"] != "none", names["surrogate"] != "none"
-  spreads, by_question = (
-    names["advantage"] == "question_spread",
-    row["token_weight"].get("by_question"),
-  )
+  spreads = names["advantage"] == "question_spread"
+  by_question = row["token_weight"].get("by_question")
   if has_surrogate and names["advantage"] != "group_mean":
     raise ValueError(
       f"method.surrogate.name={names['surrogate']!r} needs the advantage 'group_mean', "
@@ -273,7 +271,8 @@ def _check_unread(row: dict) -> None:
     unread.append(("reduction", "surrogate"))
   if not has_surrogate and names["advantage"] == "group_mean":
     unread.append(("advantage", "surrogate"))
-  for axis, reader in unread:
+  if unread:
+    axis, reader = unread[0]
     raise ValueError(
       f"method.{axis}.name={names[axis]!r} would not be read: method.{reader}.name is 'none'"
     )

@@ -1,5 +1,4 @@
-"""Joins the parts of a method into one loss over response tokens. `reference.py` is the
-specification.
+"""Joins the parts of a method into one loss; `reference.py` is the specification.
 
 A loss is a sum of terms. Each term is a mean over its own tokens:
 
@@ -12,12 +11,12 @@ A loss is a sum of terms. Each term is a mean over its own tokens:
 With policy_share "untaught" every response belongs to one term alone: to `distill` if its teacher
 has a context, else to `policy`. Both sums are then divided by the tokens of the whole batch.
 
-The normaliser of the further readings is the tokens of all responses that any reading weighs. A
-failed response thus adds D(plain) + the sum over readings of weight * D(reading). With `gate` only
-those tokens count on which sign(log q - log pi) of the plain and the further reading agree. The
-metric
-`counterfactual/agreement` is the share of those, gate or not. In a mixture the further readings are
-part of the teacher, and there is neither this term nor the metric.
+All further readings are divided by the same number, the tokens of responses that any reading
+weighs. A failed response adds D(plain) + sum over readings of weight * D(reading), all over it.
+With `gate` a token counts only where sign(log q - log pi) is the same in the plain and the further
+reading. The metric `counterfactual/agreement` is the share of such tokens among those with both
+readings, gate or not. In a mixture the further readings are part of the teacher, and there is
+neither this term nor the metric.
 
 The normalisers depend on the batch alone. They are taken over the whole batch before it is cut into
 micro-batches, so that the cut changes neither loss nor gradient.
@@ -151,7 +150,7 @@ def share_of(method: Method, term: str) -> float:
 def agreement(
   plain: Signals, further: Signals, weight_BR: jax.Array, batch: TrainBatch
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns where both readings like the token better, or both less; and where there are two."""
+  """Returns (agree_BR, both_BR): the gaps have one sign; both readings weigh the token."""
   both_BR = (weight_BR > 0) & (batch.readings[0].weight_B > 0)[:, None]
   agree_BR = jnp.sign(further.gap_BR) == jnp.sign(plain.gap_BR)
   return agree_BR, both_BR

@@ -92,4 +92,5 @@ METHODS: dict[str, dict] = {
   # CISPO, arXiv 2506.13585.
   "cispo": _GRPO | dict(advantage=_NORMALIZED, surrogate=dict(name="cispo")),
 }
+# A row carries its name, so that config.json and reports show it.
 METHODS = {name: dict(row, name=name) for name, row in METHODS.items()}

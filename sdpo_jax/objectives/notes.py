@@ -2,9 +2,10 @@ r"""Counterfactual notes: failed responses also learn from what other responses 
 
   L = L_SDPO(y; f) + eta * 1/M * sum over m of w_m * L_SDPO(y; f + note_m)
 
-Both losses are on the policy's own tokens y. f is what plain SDPO shows. note_m says of alternative
-m "If you had tried X instead of Y, you would have received Z": X and Y are the lines in which
-alternative and attempt differ, Z is the alternative's feedback, word for word. w is 1 where the
+Both losses are on the policy's own tokens y. f is what plain SDPO shows. note_m is about
+alternative
+m: "If you had tried X instead of Y, you would have received Z". X and Y are the lines in which
+alternative and attempt differ; Z is the alternative's feedback, word for word. w is 1 where the
 environment ran the alternative and kappa where the policy imagined the feedback. M is the number of
 alternatives that are left once duplicates and those like the attempt are dropped.
 
@@ -92,7 +93,7 @@ class Notes:
     return bool(self.eta and self.alternatives and self.sources)
 
   @property
-  def readings(self) -> int:
+  def further_count(self) -> int:
     """The further readings by the teacher that a batch has."""
     return 1 if self.form == "joint" else self.alternatives
 
@@ -253,7 +254,7 @@ def further_readings(
   """
   attempt, plain = group[i], teacher_context(group, i)
   if notes.form == "mixture" and plain is None:
-    return [None] * notes.readings
+    return [None] * notes.further_count
   per_reading = [[alternative] for alternative in attempt.alternatives]
   if notes.form == "joint":
     per_reading = [attempt.alternatives] if attempt.alternatives else []
@@ -264,7 +265,7 @@ def further_readings(
   for number, (context, weight) in enumerate(readings):
     if context in unchanged or not weight:
       readings[number] = None
-  return readings + [None] * (notes.readings - len(readings))
+  return readings + [None] * (notes.further_count - len(readings))
 
 
 def _further_reading(

@@ -45,9 +45,7 @@ class Signals(NamedTuple):
 
   @property
   def gap_BR(self) -> jax.Array:
-    """The detached log q(y_t) - log pi(y_t): where it is positive the teacher likes the token
-    better.
-    """
+    """Detached log q(y_t) - log pi(y_t); positive where the teacher likes the token better."""
     return jax.lax.stop_gradient(self.logp_teacher_BR - self.logp_BR)
 
 
@@ -67,8 +65,7 @@ def divergence(
   clip: float | None = None,
   advantage_clip: float | None = None,
 ) -> jax.Array:
-  """Returns D(policy, teacher), which the kernel has computed with all of these settings but
-  `clip`.
+  """Returns D(policy, teacher). The kernel has applied all of these settings but `clip`.
 
   alpha: 0 is KL(q || pi), 1 is KL(pi || q), between them lies the generalised JSD.
   top_k, add_tail: over the policy's K likeliest entries, with one entry for the rest of the mass.

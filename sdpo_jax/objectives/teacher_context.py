@@ -16,7 +16,7 @@ Source: templates and rules of SDPO, arXiv 2601.20802 (section 3 and its release
 
 Templates are settings, in which a name in braces stands for a text. They are split, never
 formatted, and what is put in is not looked at again: braces, backslashes and chat tags in a program
-  survive.
+survive.
 """
 
 import dataclasses
