@@ -182,8 +182,8 @@ def run(mode: str, c, workdir: str, checkpoint_to_score: str | None) -> None:
   absl_logging.use_absl_handler()
   absl_logging.set_verbosity(absl_logging.WARNING)
   with blame_disk(workdir, checkpoint.latest_step):
-    print(f"work directory: {workdir}", file=sys.stderr)
     if mode == "train":
+      print(f"work directory: {workdir}", file=sys.stderr)
       train.train(c, workdir)
       steps = metrics.read(workdir)
       lines = evaluate.summary_lines(steps[-1], steps[0])  # step 0 is the base model
@@ -194,6 +194,8 @@ def run(mode: str, c, workdir: str, checkpoint_to_score: str | None) -> None:
       lines = discover_results.summary_lines(discover_mode.discover(c, workdir))
     for line in lines:
       print(line)
+  if mode != "train":
+    print(f"work directory: {workdir}", file=sys.stderr)
   if mode == "train":
     print(f"      report  {os.path.join(workdir, 'report', 'index.html')}")
 
