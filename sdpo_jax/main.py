@@ -194,10 +194,10 @@ def run(mode: str, c, workdir: str, checkpoint_to_score: str | None) -> None:
       lines = discover_results.summary_lines(discover_mode.discover(c, workdir))
     for line in lines:
       print(line)
-  if mode != "train":
-    print(f"work directory: {workdir}", file=sys.stderr)
   if mode == "train":
     print(f"      report  {os.path.join(workdir, 'report', 'index.html')}")
+  else:  # only now: a mode that is refused prints one line
+    print(f"work directory: {workdir}", file=sys.stderr)
 
 
 def complain(error: Exception, status: int) -> int:
