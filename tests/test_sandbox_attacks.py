@@ -496,7 +496,7 @@ RETURNED = {
     "def secret(n):\n  a = [0]\n  for _ in range(60): a = [a, a]\n  return a",
   ),
   "huge_integer": ({"format"}, "def secret(n): return 10 ** 1_000_000"),
-  "huge_list": ({"output_limit", "wrong_answer"}, "def secret(n): return list(range(10 ** 6))"),
+  "huge_list": ({"output_limit", "wrong_answer"}, "def secret(n): return list(range(400_000))"),
   "forged_value": (
     {"wrong_answer"},
     "import os\n"
