@@ -23,7 +23,8 @@ from absl import flags
 import ml_collections
 from ml_collections import config_flags
 
-from sdpo_jax.envs.base import env_settings
+from sdpo_jax import ranges
+from sdpo_jax.envs.base import check_env_numbers, env_settings
 from sdpo_jax.kernels.distill_kl import IMPLEMENTATIONS
 from sdpo_jax.objectives import build
 
@@ -389,6 +390,10 @@ def complete_parts(c: ml_collections.ConfigDict, arguments: list[str]) -> None:
   for axis in build.AXES:
     if axis in c.method:  # `validate` refuses a method that lacks one
       _complete_axis(c, axis, part_names.get(f"config.method.{axis}"))
+  if "policy_share" in c.method:  # a number or a word, whichever the row has now
+    share = c.method.policy_share
+    del c.method.policy_share
+    c.method.policy_share = ml_collections.FieldReference(share, field_type=object)
   _complete_environment(c, part_names.get("config.env", c.env.name))
 
 
@@ -466,10 +471,22 @@ def with_overrides(c: ml_collections.ConfigDict, arguments: list[str]) -> ml_col
   try:
     left = f(arguments)
   except flags.Error as error:
-    raise ValueError(str(error)) from error
+    raise ValueError(f"{error}{_range_of_flag(c, str(error))}") from error
   if len(left) > 1:
     raise ValueError(f"unknown argument {left[1]!r}")
   return f.config
+
+
+def _range_of_flag(c: ml_collections.ConfigDict, message: str) -> str:
+  """Returns what the number must be that absl could not read; "" for any other message."""
+  match = re.match(r"flag --config\.([\w.]+)=(.*?): ", message)
+  if not match:
+    return ""
+  key, value = match.groups()
+  if key.startswith("env."):
+    key = f"env.{c.env.name}.{key.removeprefix('env.')}"
+  allowed = ranges.RANGES.get(key)
+  return f"; it must be {allowed.describe(value)}" if allowed else ""
 
 
 def _check_path(c: ml_collections.ConfigDict, path: str) -> None:
@@ -492,32 +509,6 @@ def _not_a_setting(path: str, key: str, choices) -> str:
 
 # ---- checks --------------------------------------------------------------------------------------
 
-_AT_LEAST_1 = (
-  "total_steps",
-  "rollout.questions",
-  "rollout.group",
-  "rollout.max_new_tokens",
-  "rollout.rows",
-  "rollout.chunk",
-  "rollout.judge_threads",
-  "train.updates_per_batch",
-  "train.micro_batches",
-  "eval.every_steps",
-  "eval.questions",
-  "eval.samples",
-  "checkpoint.every_steps",
-  "checkpoint.keep",
-  "data.length_multiple",
-  "data.response_multiple",
-  "log.rollouts_every_steps",
-  "sandbox.workers",
-  "discover.questions",
-  "discover.seeds",
-  "discover.attempts",
-  "discover.rollouts",
-  "train.max_skipped_in_a_row",
-  "train.max_env_failures_in_a_row",
-)
 _DTYPES = ("float32", "bfloat16")
 _CHOICES = {
   "model.remat": ("none", "dots", "block"),
@@ -534,22 +525,15 @@ def validate(c: ml_collections.ConfigDict) -> None:
   """Raises ValueError for a setting that is unknown, out of range or at odds with another one."""
   _check_keys(c, base(), "config")
   _check_method(c)
-  for path in _AT_LEAST_1:
-    if _setting(c, path) < 1:
-      raise ValueError(f"config.{path}={_setting(c, path)} must be at least 1")
+  _check_ranges(c)
   for path, choices in _CHOICES.items():
     if _setting(c, path) not in choices:
       raise ValueError(
         f"config.{path}={_setting(c, path)!r} is unknown; choose from {list(choices)}"
       )
   _check_loss_implementation(c)
-  if c.model.lora.rank < 0:
-    raise ValueError(
-      f"config.model.lora.rank={c.model.lora.rank} must be at least 0; 0 trains all weights"
-    )
   _check_batch(c)
   check_optimizer(c.optimizer)
-  _check_rollout(c)
 
 
 def _check_keys(
@@ -565,6 +549,15 @@ def _check_keys(
   for key in complete:
     if key not in given:
       raise ValueError(f"{path}.{key} is missing; start from sdpo_jax.config.base()")
+
+
+def _check_ranges(c: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for a number outside its range; `build` checks those of the method."""
+  for key in ranges.RANGES:
+    if not key.startswith(("method.", "env.")):
+      ranges.check(key, _setting(c, key), setting=f"config.{key}")
+  settings = c.env.to_dict()
+  check_env_numbers(settings.pop("name"), settings)
 
 
 def _setting(c: ml_collections.ConfigDict, path: str):
@@ -625,34 +618,12 @@ def _check_batch(c: ml_collections.ConfigDict) -> None:
 
 def check_optimizer(o: ml_collections.ConfigDict) -> None:
   """Raises ValueError for settings that train nothing, or away from the gradient."""
-  for name in ("lr", "warmup_steps", "decay_steps"):
-    if not o[name] >= 0:
-      raise ValueError(f"config.optimizer.{name}={o[name]} must be at least 0")
+  for key in ranges.RANGES:
+    section, _, name = key.partition(".")
+    if section == "optimizer":
+      ranges.check(key, o[name], setting=f"config.{key}")
   if 0 < o.decay_steps <= o.warmup_steps:
     raise ValueError(
       f"config.optimizer.decay_steps={o.decay_steps} must be more than "
       f"config.optimizer.warmup_steps={o.warmup_steps}, or 0 for a constant rate"
-    )
-  for name in ("b1", "b2"):
-    if not 0 <= o[name] < 1:
-      raise ValueError(f"config.optimizer.{name}={o[name]} must be at least 0 and below 1")
-  if o.clip_norm is not None and not (isinstance(o.clip_norm, (int, float)) and o.clip_norm > 0):
-    raise ValueError(
-      f"config.optimizer.clip_norm={o.clip_norm!r} must be above 0, or None: no clipping"
-    )
-
-
-def _check_rollout(c: ml_collections.ConfigDict) -> None:
-  """Raises ValueError for sampling, or a time limit, that cannot work."""
-  if not c.rollout.judge_timeout_s > 0:
-    raise ValueError(f"config.rollout.judge_timeout_s={c.rollout.judge_timeout_s} must be above 0")
-  if c.rollout.temperature <= 0:
-    raise ValueError(
-      f"config.rollout.temperature={c.rollout.temperature} must be above 0: "
-      "the loss is taken at the rollout's temperature"
-    )
-  if c.eval.temperature < 0 or not 0 < c.eval.top_p <= 1 or not 0 < c.rollout.top_p <= 1:
-    raise ValueError(
-      f"config.eval.temperature={c.eval.temperature} must be at least 0; "
-      f"top_p in (0, 1], not {c.eval.top_p} / {c.rollout.top_p}"
     )

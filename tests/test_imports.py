@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "sdpo_jax"
 LEVELS = {  # a folder's level holds for its files unless they have their own
   "records": 0,
   "errors": 0,
+  "ranges": 0,
   "stats": 0,
   "text": 0,
   "workdir": 0,
@@ -55,6 +56,7 @@ FORBIDDEN = {  # on top of the levels; a folder's rule holds for its files
   "stats": {"jax", "sdpo_jax"},
   "kernels": {"sdpo_jax.model", "sdpo_jax.objectives"},
   "errors": {"jax", "sdpo_jax"},
+  "ranges": {"jax", "sdpo_jax"},
   "text": {"jax", "sdpo_jax"},
   "sandbox": {"jax", "sdpo_jax.envs"},
   "envs": {"jax", "flax", "sdpo_jax.model", "sdpo_jax.objectives"},
@@ -63,6 +65,7 @@ FORBIDDEN = {  # on top of the levels; a folder's rule holds for its files
 # nor may anything that they import
 WITHOUT_JAX = (
   "records",
+  "ranges",
   "stats",
   "envs",
   "report",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdpo_jax import config, experiment, main
+from sdpo_jax import config, experiment, main, ranges
 from sdpo_jax.envs.base import ENVS, env_settings, make_env
 from sdpo_jax.objectives import build, methods
 from sdpo_jax.objectives.loss import normalisers, token_loss
@@ -234,6 +234,148 @@ def test_a_wrong_setting_is_named(arguments, message):
     except main.UsageError as usage:
       raise ValueError(str(usage)) from usage
   assert message in str(error.value) and "\n" not in str(error.value)
+
+
+NO_NUMBERS = (float("nan"), float("inf"), -float("inf"), True, "many")
+BASE_RANGES = [key for key in ranges.RANGES if not key.startswith(("method.", "env."))]
+
+
+def numeric_leaves(node, path=""):
+  """Yields the path of every number among settings, and of tuples of numbers."""
+  for key, value in node.items():
+    if isinstance(value, dict):
+      yield from numeric_leaves(value, f"{path}{key}.")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+      yield path + key
+
+
+def senseless(allowed: ranges.Range):
+  """Yields values that no setting of this range may have."""
+  yield from NO_NUMBERS
+  if None not in allowed.also:
+    yield None
+  yield allowed.least if allowed.above else allowed.least - 1
+  yield -1e30
+  if allowed.whole:
+    yield allowed.least + 0.5
+  if allowed.most < float("inf"):
+    yield allowed.most if allowed.below else allowed.most + 1
+    yield 10**30
+
+
+def assert_refused(check, setting, value, allowed):
+  """Asserts that one line names the setting, its value and its range."""
+  with pytest.raises(ValueError) as error:
+    check()
+  message = str(error.value)
+  assert f"{setting}={value!r}" in message and "\n" not in message, (setting, value, message)
+  assert str(allowed.least) in message and allowed.remark in message, message
+  assert allowed.most == float("inf") or str(allowed.most) in message, message
+
+
+def test_every_numeric_setting_has_its_range():
+  c = config.base().to_dict()
+  del c["method"], c["env"]
+  of_base = {*numeric_leaves(c), "discover.indices"}
+  assert of_base == set(BASE_RANGES)
+  of_parts = {"method.policy_share"} | {
+    f"method.{axis}.{key}"
+    for axis, name in PARTS
+    for key, parameter in build.settings_of(axis, name).items()
+    if {int, float} & set(build._kinds(parameter.annotation))
+  }
+  of_environments = {
+    f"env.{name}.{key}"
+    for name in ENVS
+    for key, parameter in env_settings(name).items()
+    if type(parameter.default) in (int, float)
+  }
+  assert of_parts | of_environments == set(ranges.RANGES) - set(BASE_RANGES)
+
+
+@pytest.mark.parametrize("key", BASE_RANGES)
+def test_a_number_outside_the_range_of_a_setting_is_refused(key):
+  allowed = ranges.RANGES[key]
+  for value in senseless(allowed):
+    c = config.base()
+    *sections, name = key.split(".")
+    section = c
+    for part in sections:
+      section = section[part]
+    given = (value,) if allowed.each else value
+    with c.ignore_type():
+      section[name] = given
+    if value is True and section[name] is not True:
+      continue  # a ConfigDict makes 1.0 of it where a number with a fraction belongs
+    assert_refused(lambda: config.validate(c), f"config.{key}", section[name], allowed)
+
+
+@pytest.mark.parametrize("axis, name", PARTS)
+def test_a_number_outside_the_range_of_a_part_is_refused(axis, name):
+  for key in build.settings_of(axis, name):
+    allowed = ranges.RANGES.get(f"method.{axis}.{key}")
+    for value in senseless(allowed) if allowed else ():
+      row = build.method_row("sdpo") | {axis: {"name": name, key: value}}
+      setting = f"method.{axis}.{key}"
+      assert_refused(lambda: build.build_method(row), setting, value, allowed)
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_a_number_outside_the_range_of_an_environment_is_refused(name):
+  for key in env_settings(name):
+    allowed = ranges.RANGES.get(f"env.{name}.{key}")
+    for value in senseless(allowed) if allowed else ():
+      c = config.base()
+      c.env = {"name": name, key: value}
+      setting = f"config.env.{key}"
+      assert_refused(lambda: config.validate(c), setting, value, allowed)
+      assert_refused(lambda: make_env(sandbox=None, **c.env), setting, value, allowed)
+
+
+@pytest.mark.parametrize("share", [*NO_NUMBERS, None, -0.1, 1.1])
+def test_a_share_is_a_number_or_its_one_word(share):
+  row = build.method_row("sdpo_blend") | {"policy_share": share}
+  with pytest.raises(ValueError, match=r"policy_share=.* must lie in \[0, 1\], or be 'untaught'"):
+    build.build_method(row)
+  # a row whose share is the word can be given a number, and the reverse
+  srpo = f"{TINYCODE}:method=srpo"
+  assert checked(srpo, "--config.method.policy_share=0.25").method.policy_share == 0.25
+  blend = f"{TINYCODE}:method=sdpo_blend"
+  assert checked(blend, "--config.method.policy_share=untaught").method.policy_share == "untaught"
+
+
+@pytest.mark.parametrize(
+  "setting, value, allowed",
+  [
+    ("total_steps", "nan", "at least 1"),
+    ("rollout.group", "1e3", "at least 1 and at most 2147483647 (a whole number)"),
+    ("rollout.temperature", "warm", "at least 0.001 and at most 100"),
+    ("rollout.temperature", "nan", "at least 0.001 and at most 100"),
+    ("eval.temperature", "-inf", "at least 0.001 and at most 100, or 0"),
+    ("optimizer.lr", "inf", "at least 0 and at most 1"),
+    ("optimizer.weight_decay", "-1", "at least 0 and at most 100"),
+    ("optimizer.clip_norm", "True", "above 0, or None: no clipping"),
+    ("model.lora.alpha", "nan", "above 0 and at most 1000000"),
+    ("discover.below_pass_at_64", "nan", "above 0 and at most 1"),
+    ("seed", "4294967296", "at least 0 and at most 4294967295"),
+    ("method.token_signal.clip", "nan", "above 0, or None: no clipping"),
+    ("method.teacher_context.success_threshold", "nan", "above 0 and at most 1"),
+    ("env.words_seed", "1.5", "at least 0"),
+  ],
+)
+def test_a_number_on_the_command_line_is_answered_with_its_range(setting, value, allowed, capsys):
+  assert main.main(["main", TINYCODE, f"--config.{setting}={value}"]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert f"config.{setting}=" in line and value.lower() in line.lower() and allowed in line
+
+
+def test_numbers_of_an_environment_of_ones_own_are_finite():
+  own = "--config.env.name=tests.my_env:ReverseWord"
+  c = parse(TINYCODE, own)
+  with c.ignore_type():
+    c.env.length = float("nan")
+  with pytest.raises(ValueError, match="config.env.length=nan must be a finite number"):
+    config.validate(c)
 
 
 def test_the_implementation_of_the_loss_is_for_methods_that_read_it():

@@ -52,6 +52,7 @@ from typing import Any
 import jax
 
 from sdpo_jax import sharding
+from sdpo_jax.config import validate
 from sdpo_jax.data.tasks import RowEnv, first_tasks
 from sdpo_jax.discover import results
 from sdpo_jax.discover.arms import ARMS, HISTORIES, LEARNING, ArmRun
@@ -92,6 +93,7 @@ def discover(c, workdir: str) -> dict[str, Any]:
 
 def check(c) -> None:
   """Raises ValueError for settings that this mode cannot run with."""
+  validate(c)
   d = c.discover
   _check_choices(d)
   for arm in LEARNING:
@@ -102,8 +104,6 @@ def check(c) -> None:
       f"config.train.updates_per_batch={c.train.updates_per_batch} must be 1: --mode=discover "
       "makes one update a batch"
     )
-  if any(i < 0 for i in d.indices):
-    raise ValueError(f"config.discover.indices={tuple(d.indices)} must not be negative")
   if d.rollouts % c.train.micro_batches:
     raise ValueError(
       f"config.discover.rollouts={d.rollouts} rows do not divide into "
@@ -123,8 +123,6 @@ def _check_choices(d) -> None:
       f"config.discover.arms={arms} must name at least one, and neither arms nor "
       f"config.discover.indices={indices} one twice"
     )
-  if d.tokens < 0:
-    raise ValueError(f"config.discover.tokens={d.tokens} must be at least 0 (0: no limit)")
   for arm in arms:
     if arm not in ARMS:
       raise ValueError(f"config.discover.arms={arm!r} is unknown; choose from {list(ARMS)}")

@@ -55,6 +55,7 @@ one line in ENVS, and its test.
 import importlib
 import inspect
 
+from sdpo_jax import ranges
 from sdpo_jax.envs.arithmetic import Arithmetic
 from sdpo_jax.envs.coding import Coding
 from sdpo_jax.envs.ifeval import IFEval
@@ -92,9 +93,24 @@ def make_env(name: str, *, sandbox, **settings):
   for key, parameter in parameters.items():
     if parameter.default is parameter.empty and settings.get(key) is None:
       raise ValueError(f"config.env.{key} is not set, and {name} has no default for it")
+  check_env_numbers(name, settings)
   if "sandbox" in inspect.signature(env_class).parameters:
     return env_class(**settings, sandbox=sandbox)
   return env_class(**settings)
+
+
+def check_env_numbers(name: str, settings: dict) -> None:
+  """Raises ValueError for a number that the environment cannot work with.
+
+  What the numbers of a class of one's own mean is its own affair, but they have to be finite.
+  """
+  env_class = find_env(name)
+  known = next((key for key, entry in ENVS.items() if entry is env_class), None)
+  for key, value in settings.items():
+    if f"env.{known}.{key}" in ranges.RANGES:
+      ranges.check(f"env.{known}.{key}", value, setting=f"config.env.{key}")
+    else:
+      ranges.check_finite(f"config.env.{key}", value)
 
 
 def find_env(name: str):

@@ -14,6 +14,7 @@ import types
 import typing
 from typing import Any, Callable, NamedTuple
 
+from sdpo_jax import ranges
 from sdpo_jax.objectives.advantage import ADVANTAGES
 from sdpo_jax.objectives.methods import METHODS
 from sdpo_jax.objectives.notes import COUNTERFACTUALS, Notes
@@ -110,7 +111,7 @@ def build_method(row: dict) -> Method:
       raise ValueError(f"method.{axis} is missing; choose from {sorted(table)}")
     settings = dict(row[axis])
     name = settings.pop("name")
-    _check_types(axis, name, settings)
+    _check_settings(axis, name, settings)
     bound[axis] = _bind(axis, name, settings)
     if isinstance(table[name], Part):
       reads |= set(table[name].reads)
@@ -145,7 +146,7 @@ def _bind(axis: str, name: str, settings: dict):
   return function(**settings) if axis in MADE_ONCE else functools.partial(function, **settings)
 
 
-def _check_types(axis: str, name: str, settings: dict) -> None:
+def _check_settings(axis: str, name: str, settings: dict) -> None:
   accepted = settings_of(axis, name)
   for key, value in settings.items():
     if key not in accepted:
@@ -156,9 +157,13 @@ def _check_types(axis: str, name: str, settings: dict) -> None:
     is_misplaced_bool = isinstance(value, bool) and bool not in kinds
     if not isinstance(value, kinds) or is_misplaced_bool:
       names = ["None" if kind is types.NoneType else kind.__name__ for kind in kinds]
+      allowed = ranges.RANGES.get(f"method.{axis}.{key}")
+      numbers = f", and {allowed.describe(value)}" if allowed else ""
       raise ValueError(
-        f"method.{axis}.{key}={value!r} of {name!r} must be of type {' or '.join(names)}"
+        f"method.{axis}.{key}={value!r} of {name!r} must be of type {' or '.join(names)}{numbers}"
       )
+    if f"method.{axis}.{key}" in ranges.RANGES:
+      ranges.check(f"method.{axis}.{key}", value)
 
 
 def _kinds(annotation) -> tuple[type, ...]:
@@ -181,16 +186,7 @@ def check(row: dict, notes: Notes | None) -> None:
 
 def _check_divergence(part: dict) -> None:
   alpha, top_k, clip = (part.get(key) for key in ("alpha", "top_k", "advantage_clip"))
-  if alpha is not None and not 0.0 <= alpha <= 1.0:
-    raise ValueError(
-      f"method.token_signal.alpha={alpha!r} must lie in [0, 1]: "
-      "0 is KL(teacher || policy), 1 is KL(policy || teacher)"
-    )
-  if top_k is not None and top_k < 1:
-    raise ValueError(
-      f"method.token_signal.top_k={top_k!r} must be at least 1, or None for the whole vocabulary"
-    )
-  if clip is not None and (clip <= 0 or top_k is None or alpha != 1.0):
+  if clip is not None and (top_k is None or alpha != 1.0):
     raise ValueError(
       f"method.token_signal.advantage_clip={clip!r} must be above 0 and needs alpha=1 (reverse KL) "
       f"and a top_k, not alpha={alpha!r}, top_k={top_k!r}"
@@ -205,7 +201,7 @@ def _check_shares(row: dict) -> None:
   has_signal, has_surrogate = signal != "none", surrogate != "none"
   if share == "untaught":
     share = 0.5  # what follows is the same for every share between 0 and 1
-  if isinstance(share, str) or not 0.0 <= share <= 1.0:
+  if not ranges.RANGES["method.policy_share"].holds(share):
     raise ValueError(f"method.policy_share={share!r} must lie in [0, 1], or be 'untaught'")
   if has_signal and "none" in (context, weights):
     raise ValueError(

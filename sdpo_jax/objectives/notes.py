@@ -31,6 +31,7 @@ Derived here; there is no paper. Host code: text in, text out.
 
 import dataclasses
 
+from sdpo_jax import ranges
 from sdpo_jax.objectives.teacher_context import (
   TEMPLATES,
   Context,
@@ -111,18 +112,8 @@ class Notes:
         )
 
   def _check_ranges(self) -> None:
-    for name in ("eta", "alternatives"):
-      value = getattr(self, name)
-      if not 0 <= value <= float("inf"):
-        raise ValueError(f"method.counterfactual.{name}={value!r} must be at least 0")
-    if not 0 <= self.kappa <= 1.0:
-      raise ValueError(
-        f"method.counterfactual.kappa={self.kappa!r} must be at least 0 and at most 1"
-      )
-    if self.imagined_tokens < 1:
-      raise ValueError(
-        f"method.counterfactual.imagined_tokens={self.imagined_tokens!r} must be at least 1"
-      )
+    for name in ("eta", "alternatives", "kappa", "imagined_tokens"):
+      ranges.check(f"method.counterfactual.{name}", getattr(self, name))
 
   def _check_combinations(self) -> None:
     where = "method.counterfactual"

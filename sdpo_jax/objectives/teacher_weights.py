@@ -6,6 +6,8 @@ Source: arXiv 2601.20802, section 3 (moving average, trust region); OPSD, arXiv 
 
 from typing import NamedTuple
 
+from sdpo_jax import ranges
+
 
 class TeacherWeights(NamedTuple):
   """How the teacher's weights follow the policy's."""
@@ -41,8 +43,7 @@ def frozen() -> TeacherWeights:
 
 
 def _checked(rate: float) -> float:
-  if not 0.0 <= rate <= 1.0:
-    raise ValueError(f"method.teacher_weights.rate={rate!r} must lie in [0, 1]")
+  ranges.check("method.teacher_weights.rate", rate)
   return rate
 
 

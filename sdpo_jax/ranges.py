@@ -1,0 +1,177 @@
+"""The range of every numeric setting, in one table, and the check of a value against it.
+
+A comparison such as `x <= 0` lets NaN through, so every check of a single number goes through
+`check`. What two settings mean together is checked where they are read.
+
+Keys of RANGES: "rollout.group" of `config.base()`; "method.AXIS.SETTING" of a method's parts, which
+mean the same in every part of an axis; "env.NAME.SETTING" of an environment of the package.
+"""
+
+import dataclasses
+import math
+import numbers
+
+# Counters and sizes on a device are 32-bit numbers.
+LARGEST_WHOLE = 2**31 - 1
+LARGEST_SEED = 2**32 - 1  # larger ones give the random numbers of smaller ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+  """The numbers from `least` to `most` that a setting may have; NaN and infinities never."""
+
+  least: float
+  most: float = math.inf
+  above: bool = False  # `least` itself is outside
+  below: bool = False  # `most` itself is outside
+  whole: bool = False
+  each: bool = False  # the setting is a tuple of such numbers
+  also: tuple = ()  # values outside the range that may stand too
+  remark: str = ""  # ends the message
+
+  def holds(self, value) -> bool:
+    """Tells whether a setting may have this value, of whatever type it is."""
+    if isinstance(value, bool):  # True is no number here, though Python takes it for 1
+      return False
+    if any(value is other or value == other for other in self.also):
+      return True
+    kind = numbers.Integral if self.whole else numbers.Real
+    if not isinstance(value, kind) or not -math.inf < value < math.inf:
+      return False
+    is_low_enough = value < self.most or (value == self.most and not self.below)
+    return is_low_enough and (value > self.least or (value == self.least and not self.above))
+
+  def describe(self, value) -> str:
+    """Returns what a value outside the range must be, as the end of a sentence."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    is_kind = is_number and math.isfinite(value)
+    kind = " (a finite number)"
+    if self.whole:
+      is_kind = is_kind and isinstance(value, numbers.Integral)
+      kind = " (a whole number)"
+    bounds = [f"{'above' if self.above else 'at least'} {self.least}"]
+    if self.most < math.inf:
+      bounds.append(f"{'below' if self.below else 'at most'} {self.most}")
+    return " and ".join(bounds) + self.remark + ("" if is_kind else kind)
+
+
+def _whole(least: int, most: int = LARGEST_WHOLE, remark: str = "", also: tuple = ()) -> Range:
+  return Range(least, most, whole=True, remark=remark, also=also)
+
+
+def _above(least: float, most: float = math.inf, remark: str = "", also: tuple = ()) -> Range:
+  return Range(least, most, above=True, remark=remark, also=also)
+
+
+_COUNT = _whole(1)
+_CLIP = _above(0, remark=", or None: no clipping", also=(None,))
+_MESH_AXIS = _whole(1, remark=", or -1: what the devices leave", also=(-1,))
+_SEED = _whole(0, LARGEST_SEED)
+_THREADS = _whole(1, 4096)
+_TIMEOUT_S = _above(0, 1_000_000)
+_LIMIT_SIZE = _whole(1, 2**20)
+
+RANGES = {
+  "seed": _SEED,
+  "total_steps": _COUNT,
+  "model.lora.rank": _whole(0, remark="; 0 trains all weights"),
+  "model.lora.alpha": _above(0, 1_000_000),
+  "mesh.data": _MESH_AXIS,
+  "mesh.fsdp": _MESH_AXIS,
+  "mesh.tensor": _MESH_AXIS,
+  "sandbox.workers": _THREADS,
+  "data.max_prompt_tokens": _COUNT,
+  "data.max_teacher_tokens": _COUNT,
+  "data.length_multiple": _COUNT,
+  "data.response_multiple": _COUNT,
+  "rollout.questions": _COUNT,
+  "rollout.group": _COUNT,
+  "rollout.max_new_tokens": _COUNT,
+  # below, logits divided by it leave float32's range
+  "rollout.temperature": Range(
+    0.001, 100, remark=": the loss is taken at the rollout's temperature"
+  ),
+  "rollout.top_p": _above(0, 1),
+  "rollout.rows": _COUNT,
+  "rollout.chunk": _COUNT,
+  "rollout.judge_threads": _THREADS,
+  "rollout.judge_timeout_s": _TIMEOUT_S,
+  "optimizer.lr": Range(0, 1),
+  "optimizer.warmup_steps": _whole(0),
+  "optimizer.decay_steps": _whole(0, remark="; 0 keeps the rate constant"),
+  "optimizer.weight_decay": Range(0, 100),
+  "optimizer.b1": Range(0, 1, below=True),
+  "optimizer.b2": Range(0, 1, below=True),
+  "optimizer.clip_norm": _CLIP,
+  "train.updates_per_batch": _COUNT,
+  "train.micro_batches": _COUNT,
+  "train.max_skipped_in_a_row": _COUNT,
+  "train.max_env_failures_in_a_row": _COUNT,
+  "eval.every_steps": _COUNT,
+  "eval.questions": _COUNT,
+  "eval.samples": _COUNT,
+  "eval.temperature": Range(0.001, 100, remark=", or 0: the likeliest token", also=(0,)),
+  "eval.top_p": _above(0, 1),
+  "discover.questions": _COUNT,
+  "discover.seeds": _COUNT,
+  "discover.indices": Range(0, LARGEST_WHOLE, whole=True, each=True),
+  "discover.below_pass_at_64": _above(0, 1, remark="; 1 takes every question"),
+  "discover.candidates": _COUNT,
+  "discover.calibration": _COUNT,
+  "discover.attempts": _COUNT,
+  "discover.tokens": _whole(0, remark=" (0: no limit)"),
+  "discover.rollouts": _COUNT,
+  "discover.parallel": _COUNT,
+  "checkpoint.every_steps": _COUNT,
+  "checkpoint.keep": _COUNT,
+  "log.rollouts_every_steps": _COUNT,
+  "log.rollouts_kept": _whole(0),
+  # at 0 a response without any reward would be a success
+  "method.teacher_context.success_threshold": _above(0, 1),
+  "method.teacher_weights.rate": Range(0, 1),
+  "method.token_signal.alpha": Range(
+    0, 1, remark=": 0 is KL(teacher || policy), 1 is KL(policy || teacher)"
+  ),
+  "method.token_signal.top_k": _whole(1, remark=", or None for the whole vocabulary", also=(None,)),
+  "method.token_signal.clip": _CLIP,
+  "method.token_signal.advantage_clip": _CLIP,
+  "method.token_weight.is_clip": _CLIP,
+  "method.token_weight.rollout_is_clip": _CLIP,
+  "method.advantage.epsilon": _above(0, 1),  # at 0 a group of equal rewards would divide by 0
+  "method.advantage.clip": _CLIP,
+  "method.surrogate.low": Range(0, 1),  # ratios are held above 1 - low
+  "method.surrogate.high": Range(0),
+  "method.surrogate.rollout_is_clip": _CLIP,
+  "method.reduction.length": _above(0, 1_000_000_000),
+  "method.counterfactual.eta": Range(0, 1000),
+  "method.counterfactual.alternatives": _whole(0, 1000),
+  "method.counterfactual.kappa": Range(0, 1),
+  "method.counterfactual.imagined_tokens": _COUNT,
+  "method.policy_share": Range(0, 1, remark=", or 'untaught'", also=("untaught",)),
+  "env.tinycode.words_seed": _SEED,
+  "env.arithmetic.words_seed": _SEED,
+  "env.coding.time_s": _TIMEOUT_S,
+  "env.coding.memory_mb": _LIMIT_SIZE,
+  "env.coding.output_kb": _LIMIT_SIZE,
+  "env.coding.max_failures": _COUNT,
+  "env.math_qa.time_s": _TIMEOUT_S,
+  "env.math_qa.memory_mb": _LIMIT_SIZE,
+  "env.math_qa.workers": _THREADS,
+}
+
+
+def check(key: str, value, *, setting: str | None = None) -> None:
+  """Raises ValueError unless RANGES[key] holds the value, or each number of a tuple.
+
+  setting: the name that the message gives it; without one it is the key.
+  """
+  allowed = RANGES[key]
+  for number in value if allowed.each else (value,):
+    if not allowed.holds(number):
+      raise ValueError(f"{setting or key}={value!r} must be {allowed.describe(number)}")
+
+
+def check_finite(setting: str, value) -> None:
+  """Raises ValueError for NaN and infinities, in settings whose range nobody has stated."""
+  if isinstance(value, float) and not math.isfinite(value):
+    raise ValueError(f"{setting}={value!r} must be a finite number")
