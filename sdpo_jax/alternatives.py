@@ -174,7 +174,7 @@ class Explorer:
     )
     for completion in completions:
       key = keys[completion.prompt_index]
-      text = self.collector.chat.response_text(completion.tokens)
+      text = self.collector.chat.response_text(completion.tokens, teacher=True)
       feedback[key] = without_thinking(text).strip()
       charge(fitting[key][0], tokens=len(completion.tokens))
     for (q, i), alternatives in candidates.items():

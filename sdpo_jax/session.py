@@ -188,13 +188,23 @@ class _LengthCheck:
 
   def __init__(self, c, env, policy: Chat, second: Chat | None, method: Method | None):
     self._settings, self._env, self._policy, self._second = c, env, policy, second
+    self._rendered_roles: set[tuple[str, ...]] = set()
     # The shortest prompt that the teacher can have: all that may be shortened is left out.
     self._empty_context = None
     if method is not None and c.method.teacher_context.name != "none":
       self._empty_context = Context(templates=getattr(method.teacher_context, "templates", ()))
 
   def check(self, task: Task) -> None:
-    """Raises ValueError for a question that is too long for one of its readers."""
+    """Raises ValueError for a question that is too long for one of its readers.
+
+    SettingError where a chat template does not render conversations of this form.
+    """
+    messages = self._env.prompt(task)
+    roles = tuple(message["role"] for message in messages)
+    if roles not in self._rendered_roles:
+      for chat in filter(None, (self._policy, self._second)):
+        chat.check(messages)
+      self._rendered_roles.add(roles)
     self._check_prompt(task, self._policy, "")
     if task.split != "train":
       return
@@ -202,7 +212,7 @@ class _LengthCheck:
       name = self._settings.method.counterfactual.model
       self._check_prompt(task, self._second, f" of config.method.counterfactual.model={name}")
     if self._empty_context is not None:
-      messages, limit = self._env.prompt(task), self._settings.data.max_teacher_tokens
+      limit = self._settings.data.max_teacher_tokens
       teacher_prompt(self._policy, messages, self._empty_context, limit)
 
   def _check_prompt(self, task: Task, chat: Chat, whose: str) -> None:
@@ -252,7 +262,28 @@ def load(c, path: str, mesh) -> Loaded:
     teacher_thinking=c.model.teacher_thinking,
     eos_ids=model.eos_ids,
   )
+  check_tokens(chat, model, path)
   return Loaded(dataclasses.replace(model, dtype=c.model.dtype), params, chat)
+
+
+def check_tokens(chat: Chat, model: ModelConfig, path: str) -> None:
+  """Raises ValueError for a tokenizer that does not belong to the model's embedding.
+
+  Checkpoints pad the embedding, so that it has a few rows more than there are tokens. A token
+  without a row would silently read that of another one.
+  """
+  tokens, rows = chat.tokenizer.get_vocab(), model.vocab
+  if not chat.stop_tokens:
+    raise ValueError(
+      f"neither the tokenizer of {path} (eos_token) nor its generation_config.json (eos_token_id) "
+      "names a token that ends a response"
+    )
+  highest = max(*tokens.values(), *chat.stop_tokens)
+  if highest >= rows or len(tokens) < rows * 3 / 4:
+    raise ValueError(
+      f"the tokenizer of {path} has {len(tokens)} tokens, numbered up to {highest}, and the "
+      f"model's embedding {rows} rows: they belong to different models"
+    )
 
 
 def load_second(c, path: str, mesh) -> Loaded:

@@ -7,8 +7,13 @@ import pytest
 import tokenizers
 import transformers
 
+from sdpo_jax import errors
 from sdpo_jax.config import MODELS
 from sdpo_jax.data.chat import Chat, load_tokenizer
+from sdpo_jax.envs.base import ENVS, make_env
+from sdpo_jax.objectives.teacher_context import ReferenceSolution, without_thinking
+from sdpo_jax.records import Feedback, Rollout, Status, Task
+from sdpo_jax.sandbox.verdict import Verdict
 
 TEMPLATES = {  # special tokens (the first ends a turn), template
   "tags with a default system message": (
@@ -137,3 +142,154 @@ def test_a_response_stops_at_every_token_that_the_checkpoint_names():
   assert chat.stop_tokens == (end, text_end)
   words = chat.text_tokens("well")
   assert chat.response_text(words + [text_end]) == chat.response_text(words + [end]) == "well"
+
+
+def with_template(text: str, like: str = "tags with a switch for thinking"):
+  """A tokenizer of the wild's form with a template of its own."""
+  tokenizer = build(like)
+  tokenizer.chat_template = text
+  return tokenizer
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+HEADERS = {  # what a template writes before an answer, and what opens the response's text
+  "the model writes the tag": ("<|im_start|>assistant\n", ""),
+  "the template opens the block": ("<|im_start|>assistant\n<think>\n", "<think>\n"),
+  "without a line break": ("<|im_start|>assistant\n<think>", "<think>"),
+  "an empty block": ("<|im_start|>assistant\n<think>\n\n</think>\n\n", ""),
+  "a line before the tag": ("<|im_start|>assistant\n\n<think>\n", "<think>\n"),
+}
+
+
+@pytest.mark.parametrize("header, opened", HEADERS.values(), ids=HEADERS)
+@pytest.mark.parametrize("turns", [TURNS, "{{ '<|endoftext|>' }}" + TURNS])
+def test_a_response_shows_the_thought_that_its_template_opened(turns, header, opened):
+  chat = Chat(with_template(turns + "{% if add_generation_prompt %}" + header + "{% endif %}"))
+  thought = chat.text_tokens("2 + 2 is 4, or ")
+  assert chat.response_text(thought) == opened + "2 + 2 is 4, or "
+  finished = chat.tokenizer("so.</think>\n4<|im_end|>", add_special_tokens=False)["input_ids"]
+  assert chat.response_text(finished) == opened + "so.</think>\n4"
+
+
+def test_the_switch_decides_who_opens_the_block():
+  """Qwen's form of a switch, turned round: only with thinking does the template open a block."""
+  chat = Chat(
+    with_template(
+      TURNS + "{% if add_generation_prompt %}<|im_start|>assistant\n"
+      "{% if enable_thinking %}<think>\n{% endif %}{% endif %}"
+    ),
+    thinking=False,
+    teacher_thinking=True,
+  )
+  tokens = chat.text_tokens("x")
+  assert chat.response_text(tokens) == "x"
+  assert chat.response_text(tokens, teacher=True) == "<think>\nx"
+
+
+def test_a_template_that_demands_a_system_message_opens_its_block_too():
+  demands = "{% if messages[0].role != 'system' %}{{ raise_exception('who am I?') }}{% endif %}"
+  chat = Chat(with_template(demands + TURNS + "{% if add_generation_prompt %}<think>{% endif %}"))
+  assert chat.response_text(chat.text_tokens("x")) == "<think>x"
+
+
+SYSTEM_AND_USER = [dict(role="system", content="Be brief."), dict(role="user", content="Why?")]
+
+
+@pytest.mark.parametrize(
+  "template, reason",
+  [
+    ("{{ raise_exception('roles must alternate') }}" + TURNS, "roles must alternate"),
+    (TURNS + "{{ nothing.at_all }}", "'nothing' is undefined"),
+    (TURNS + "{% if %}", "Expected an expression"),
+    (
+      "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}",
+      "leaves out the text of the system message",
+    ),
+    ("{{ messages[0].content }}", "leaves out the text of the user message"),
+  ],
+)
+def test_a_template_that_does_not_take_a_conversation_is_a_wrong_setting(template, reason):
+  chat = Chat(with_template(template))
+  with pytest.raises(errors.SettingError) as error:
+    chat.check(SYSTEM_AND_USER)
+  assert reason in str(error.value) and "chat template of config.model.path=" in str(error.value)
+
+
+def test_what_templates_may_do_to_a_text_is_no_fault(tokenizer):
+  for messages in CONVERSATIONS:
+    Chat(tokenizer).check(messages)
+  Chat(tokenizer).check(
+    [
+      dict(role="user", content="\n What </think> is <|im_end|>? \n"),
+      dict(role="assistant", content="<think>hm</think>That."),
+      dict(role="user", content="Why?"),
+    ]
+  )
+
+
+ROWS = {  # a row of each environment over a data set, and a right answer to it
+  "mcq": (dict(question="2 + 2?", options=["3", "4"], answer="B"), "<answer>B</answer>"),
+  "math_qa": (dict(question="2 + 2?", answer="4"), r"\boxed{4}"),
+  "tool_use": (
+    dict(
+      prompt="Weather in Rome?",
+      answer=[dict(Action="weather", Action_Input='{"city": "Rome"}')],
+    ),
+    'Action: weather\nAction Input: {"city": "Rome"}',
+  ),
+  "ifeval": (
+    dict(prompt="Shout.", instruction_id_list=["change_case:english_capital"], kwargs=[{}]),
+    "I SHOUT IN ENGLISH.",
+  ),
+  "coding": (
+    dict(
+      question="Print 4.", tests=[dict(input="", output="4\n", hidden=False)], solution="print(4)"
+    ),
+    "```python\nprint(4)\n```",
+  ),
+}
+
+
+class AcceptingSandbox:
+  """A sandbox in which every program passes; it keeps what it was given."""
+
+  def __init__(self):
+    self.programs = []
+
+  def run(self, program, tests, *_, **__):
+    self.programs.append(program)
+    return Verdict(kind="passed", feedback="", tests=(), number=len(tests))
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_an_unfinished_thought_is_no_answer_in_any_environment(name):
+  sandbox = AcceptingSandbox()
+  env = make_env(name, sandbox=sandbox)
+  if name in ROWS:
+    row, answer = ROWS[name]
+    task = env.task_from_row({"idx": 0} | row, "train")
+  else:
+    task = env.task("train", 0)
+    answer = task.solution
+  try:
+    for thought in (f"<think>{answer}", f"<think>\nwell</think>no <think>\n{answer}\n"):
+      feedback = env.judge(task, thought)
+      assert (feedback.reward, feedback.status) == (0.0, Status.SCORED)
+      assert feedback.text.startswith("The response ends inside its thinking block.")
+    assert env.judge(task, f"<think>{answer}</think>").reward == 0.0
+    assert not sandbox.programs
+    for response in (answer, f"<think>hm</think>\n\n{answer}", f"hm</think>{answer}"):
+      assert env.judge(task, response).reward == 1.0, (response, env.judge(task, response))
+    assert (
+      len({program.strip() for program in sandbox.programs}) <= 1
+    )  # the thought is no part of the program
+  finally:
+    getattr(env, "close", lambda: None)()
+
+
+def test_an_unfinished_thought_teaches_nobody():
+  assert without_thinking("<think>half a") == without_thinking("<think>a</think>b<think>c") == ""
+  assert without_thinking("a</think>\nb") == without_thinking("<think>a</think>b") == "b"
+  task = Task(id="t", prompt="q", solution="<think>half a", data={})
+  group = [Rollout(task, [1], [2], [0.0], "length", "", Feedback(0.0, ""))]
+  assert ReferenceSolution()(group, 0) is None

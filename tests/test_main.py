@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from sdpo_jax import checkpoint, config, errors, evaluate, export, main, metrics, plan, pretrain
+from sdpo_jax.data.chat import load_tokenizer
 from tests.fakes import no_file_beyond
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -197,6 +198,65 @@ def test_eval_scores_a_checkpoint_and_a_hugging_face_directory(whole, tmp_path):
   assert {k: v for k, v in again.items() if k.startswith("eval/")} == {
     k: v for k, v in scored.items() if k.startswith("eval/")
   }
+
+
+def changed_model(tmp_path, change) -> str:
+  """A copy of the tiny model, changed by change(directory)."""
+  directory = tmp_path / "model"
+  shutil.copytree(config.MODELS["tiny"], directory)
+  change(directory)
+  return str(directory)
+
+
+def refuse_system_messages(directory):
+  template = directory / "chat_template.jinja"
+  refusal = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+  )
+  template.write_text(refusal + template.read_text())
+
+
+def forget_system_messages(directory):
+  template = directory / "chat_template.jinja"
+  rest = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
+  template.write_text(rest + template.read_text())
+
+
+def add_a_token_without_a_row(directory):
+  tokenizer = load_tokenizer(str(directory))
+  tokenizer.add_tokens(["<|tool|>"])
+  tokenizer.save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (refuse_system_messages, "refuses a conversation of system, user: no system here"),
+    (forget_system_messages, "leaves out the text of the system message"),
+    (add_a_token_without_a_row, "they belong to different models"),
+  ],
+)
+def test_a_model_that_cannot_read_the_questions_is_refused_at_the_start(
+  change, message, tmp_path, capsys
+):
+  """Science questions begin with a system message, which a row that may be skipped has too."""
+  path = changed_model(tmp_path, change)
+  science = f"--config={ROOT}/configs/science_mcq.py:local"
+  assert (
+    main.main(
+      [
+        "main",
+        science,
+        f"--config.model.path={path}",
+        "--config.data.on_bad_row=skip",
+        f"--workdir={tmp_path / 'run'}",
+      ]
+    )
+    == 2
+  )
+  *_, line = capsys.readouterr().err.splitlines()
+  assert message in line and path in line
+  assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_another_configuration_does_not_continue_a_run(whole):

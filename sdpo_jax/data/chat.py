@@ -4,11 +4,22 @@ Text that people, programs or models wrote (a problem, a feedback, a demonstrati
 `<|im_end|>` or `</think>`. Wherever a special or added token of the tokenizer occurs in such text,
 a space is put after its first character. It is then tokenised as ordinary characters and cannot
 end a turn. Text without them goes through the template untouched.
+
+Models that think do so between <think> and </think>. Who writes the opening tag differs: the model
+itself, or the template at the end of the prompt (which may also close the block, so that there is
+no thought). Where it is the template, `response_text` puts the tag in front of the response:
+whoever reads the text then sees whether the thought has ended.
 """
 
+import os
 import re
 
+import jinja2
 import transformers
+
+from sdpo_jax.errors import SettingError
+
+THINK, END_OF_THOUGHT = "<think>", "</think>"
 
 
 def load_tokenizer(path: str):
@@ -49,6 +60,8 @@ class Chat:
     self.tokenizer = tokenizer
     self.thinking = thinking
     self.teacher_thinking = teacher_thinking
+    # By reader: rendering a prompt takes as long as decoding a response.
+    self._opened: dict[bool, str] = {}
     ends = [token for token in (tokenizer.eos_token_id, *eos_ids) if token is not None]
     self.stop_tokens = tuple(dict.fromkeys(ends))  # each once, in this order
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
@@ -59,7 +72,7 @@ class Chat:
   @property
   def pad_token(self) -> int:
     pad = self.tokenizer.pad_token_id
-    return self.tokenizer.eos_token_id if pad is None else pad
+    return self.stop_tokens[0] if pad is None else pad
 
   def neutral(self, text: str) -> str:
     """Returns the text with its special tokens made ordinary by a space."""
@@ -70,27 +83,87 @@ class Chat:
 
     teacher: the prompt is read by the teacher, not by the policy.
     """
-    safe = [message | {"content": self.neutral(message["content"])} for message in messages]
-    text = self.tokenizer.apply_chat_template(
-      safe,
-      tokenize=False,
-      add_generation_prompt=True,
-      enable_thinking=self.teacher_thinking if teacher else self.thinking,
-    )
+    text = self._render(messages, teacher=teacher)
     return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+  def _render(self, messages: list[dict[str, str]], *, teacher: bool, header: bool = True) -> str:
+    """Fills in the template; `header` is that of the assistant's turn.
+
+    SettingError where the template refuses the conversation.
+    """
+    safe = [message | {"content": self.neutral(message["content"])} for message in messages]
+    try:
+      return self.tokenizer.apply_chat_template(
+        safe,
+        tokenize=False,
+        add_generation_prompt=header,
+        enable_thinking=self.teacher_thinking if teacher else self.thinking,
+      )
+    except jinja2.TemplateError as error:
+      roles = ", ".join(message["role"] for message in messages)
+      raise SettingError(
+        f"the chat template of config.model.path={self.tokenizer.name_or_path!r} refuses a "
+        f"conversation of {roles}: {error}"
+      ) from error
+
+  def check(self, messages: list[dict[str, str]]) -> None:
+    """Raises SettingError unless policy and teacher can read every message of a conversation.
+
+    A template may refuse a role, or leave its text out without a word.
+    """
+    for teacher in (False, True):
+      rendered = _without_space(self._render(messages, teacher=teacher))
+      for message in messages:
+        # templates cut thoughts out of the assistant's earlier turns, which is right
+        is_kept = _without_space(self.neutral(message["content"])) in rendered
+        if not is_kept and message["role"] != "assistant":
+          raise SettingError(
+            f"the chat template of config.model.path={self.tokenizer.name_or_path!r} leaves out "
+            f"the text of the {message['role']} message: nobody would read it"
+          )
 
   def text_tokens(self, text: str) -> list[int]:
     """Returns the tokens of a text that stands in no template."""
     return self.tokenizer(self.neutral(text), add_special_tokens=False)["input_ids"]
 
-  def response_text(self, tokens: list[int]) -> str:
-    """Returns a response as the environment reads it: without its stop token."""
+  def response_text(self, tokens: list[int], *, teacher: bool = False) -> str:
+    """Returns a response as the environment reads it: without its stop token.
+
+    It begins with the tag of a thought that the template has opened. teacher: the prompt was read
+    as the teacher reads it.
+    """
     if tokens and tokens[-1] in self.stop_tokens:
       tokens = tokens[:-1]
-    return self.tokenizer.decode(
+    text = self.tokenizer.decode(
       tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
+    return self._opened_thought(teacher) + text
+
+  def _opened_thought(self, teacher: bool) -> str:
+    """Returns the end of every prompt from an opening tag on; "" where none is left open."""
+    if teacher not in self._opened:
+      header = self._header(teacher)
+      at = header.rfind(THINK)
+      self._opened[teacher] = header[at:] if at > header.rfind(END_OF_THOUGHT) else ""
+    return self._opened[teacher]
+
+  def _header(self, teacher: bool) -> str:
+    """Returns what the template writes before the assistant's answer to a question."""
+    question = {"role": "user", "content": "?"}
+    try:
+      text = self._render([question], teacher=teacher)
+      before = self._render([question], teacher=teacher, header=False)
+    except SettingError:  # a template may demand a system message
+      conversation = [{"role": "system", "content": "?"}, question]
+      text = self._render(conversation, teacher=teacher)
+      before = self._render(conversation, teacher=teacher, header=False)
+    return text[len(os.path.commonprefix([text, before])) :]
 
   def token_strings(self, tokens: list[int]) -> list[str]:
     """Returns the text of each token by itself."""
     return [self.tokenizer.decode([token]) for token in tokens]
+
+
+def _without_space(text: str) -> str:
+  """Returns the text without any white space, of which templates take some away."""
+  return "".join(text.split())

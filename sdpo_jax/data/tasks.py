@@ -35,6 +35,7 @@ import zlib
 
 import grain
 
+from sdpo_jax.errors import SettingError
 from sdpo_jax.records import Task
 
 _SOURCE = re.compile(r"(?:(?P<split>\w+)=)?(?P<location>.+?)(?:\s+x(?P<weight>\d+(?:\.\d+)?))?")
@@ -215,6 +216,8 @@ def _tasks(
   for index, (place, row) in enumerate(read_rows(location, split)):
     try:
       task = task_from_row({"idx": index} | _checked(row), split)
+    except SettingError:  # the same for every row
+      raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
       kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
       message = f"{place}: {kind}{error}"

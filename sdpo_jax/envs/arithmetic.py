@@ -27,6 +27,7 @@ import re
 from typing import Callable, NamedTuple
 
 from sdpo_jax.envs import composed
+from sdpo_jax.envs.rows import final_text
 from sdpo_jax.records import Feedback, Status, Task
 
 
@@ -237,6 +238,9 @@ class Arithmetic:
   def judge(self, task: Task, response: str) -> Feedback:
     """Gives 1 for the right number in the last box, by whatever steps."""
     numbers = task.data["numbers"]
-    if boxed(response) == numbers[-1]:
+    text, fault = final_text(response)
+    if fault and response.strip():  # nothing follows the thought
+      return Feedback(0.0, fault)
+    if boxed(text) == numbers[-1]:
       return Feedback(1.0, "")
-    return Feedback(0.0, mistake(response, numbers) or "Wrong answer", Status.SCORED)
+    return Feedback(0.0, mistake(text, numbers) or "Wrong answer", Status.SCORED)

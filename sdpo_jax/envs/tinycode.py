@@ -17,6 +17,7 @@ import random
 from typing import NamedTuple
 
 from sdpo_jax.envs import coding, composed
+from sdpo_jax.envs.rows import final_text
 from sdpo_jax.records import Feedback, Status, Task
 from sdpo_jax.sandbox import Limits, Sandbox, TestCase, TestResult
 
@@ -293,6 +294,9 @@ class TinyCode:
 
   def judge(self, task: Task, response: str) -> Feedback:
     """Runs the response's program on the hidden tests."""
+    _, fault = final_text(response)
+    if fault and response.strip():  # nothing follows the thought
+      return Feedback(0.0, fault)
     tests = [TestCase(input=json.dumps(x), output=json.dumps(y)) for x, y in task.data["tests"]]
     verdict = self.sandbox.run(
       extract(response), tests, fn_name="f", limits=self.LIMITS, max_failures=SHOWN
@@ -311,9 +315,9 @@ class TinyCode:
 
 
 def extract(response: str) -> str:
-  """Returns the program: the last fenced block if there is one, else the whole response."""
+  """Returns the program: the last fenced block if there is one, else all after the thought."""
   block, fault = coding.extract(response)
-  return response if fault else block
+  return final_text(response)[0] if fault else block
 
 
 def _error_text(result: TestResult) -> str | None:

@@ -43,7 +43,7 @@ TEXTS = {
   "reprompt": ("prompt", "attempt", "solution", "feedback", "notes"),
   "note": ("alternative", "attempt", "feedback"),
 }
-# The chat template may have opened the block, so the text need not begin with <think>.
+# A data set's solution may begin within the block, so the text need not begin with <think>.
 _THINKING = re.compile(r"\A.*</think>\s*", re.DOTALL)
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -78,8 +78,12 @@ def fill(template: str, texts: dict[str, str]) -> str:
 
 
 def without_thinking(text: str) -> str:
-  """Returns the text after the last thinking block, which is what the environments judge."""
-  return _THINKING.sub("", text)
+  """Returns the text after the last thinking block, which is what the environments judge.
+
+  It is "" where a block is open at the end: an unfinished thought is no answer.
+  """
+  answer = _THINKING.sub("", text)
+  return "" if "<think>" in answer else answer
 
 
 def changed_templates(templates: dict[str, str]) -> tuple[tuple[str, str], ...]:
@@ -179,10 +183,10 @@ class ReferenceSolution:
     self.templates = changed_templates(templates)
 
   def __call__(self, group: list[Rollout], i: int) -> Context | None:
-    solution = group[i].task.solution
+    solution = without_thinking(group[i].task.solution or "")
     if group[i].feedback.status is Status.ENV_FAILED or not solution:
       return None
-    return Context(without_thinking(solution), templates=self.templates)
+    return Context(solution, templates=self.templates)
 
 
 def _choose(setting: str, value: str, choices: tuple[str, ...]) -> None:
