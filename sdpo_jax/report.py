@@ -34,7 +34,7 @@ import math
 import pathlib
 import sys
 import textwrap
-from typing import Any, NamedTuple
+from typing import Any, Iterable, NamedTuple
 
 import jinja2
 from matplotlib.figure import Figure
@@ -57,6 +57,7 @@ TRAINING = {  # metric -> title, unit
 }
 # Okabe and Ito's colours: readers with any colour vision can tell them apart
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+LINE_STYLES = ("-", "--", ":", "-.")
 FULL_COLOUR_NATS = 2.0  # a gap this large is painted at full strength
 LEGEND_GAPS = (-2, -1, -0.5, 0, 0.5, 1, 2)  # nats
 ROLLOUT_FILES_SHOWN = 4  # of each run
@@ -78,6 +79,7 @@ class Run:
   lines: list[dict]  # metrics.jsonl
   rollouts: list[dict]  # a sample, oldest first
   skipped: int  # lines that could not be read
+  not_numbers: int = 0  # values of metrics that are not finite numbers
   label: str = ""  # name in comparisons; runs of one label differ in the seed only
 
   def setting(self, path: str, default=None):
@@ -116,15 +118,27 @@ def read_run(workdir) -> Run:
   if not workdir.is_dir():
     raise FileNotFoundError(f"no work directory {workdir}")
   lines, bad_lines = _json_lines(workdir / "metrics.jsonl")
+  lines = [line for line in lines if isinstance(line.get("step"), int)]
+  finite_lines = [_finite(line) for line in lines]
   rollouts, bad_rollouts = _rollout_sample(workdir / "rollouts")
   return Run(
     workdir=workdir,
     config=_json_file(workdir / "config.json"),
     about=_json_file(workdir / "run.json"),
-    lines=[line for line in lines if isinstance(line.get("step"), int)],
+    lines=finite_lines,
     rollouts=rollouts,
     skipped=bad_lines + bad_rollouts,
+    not_numbers=sum(map(len, lines)) - sum(map(len, finite_lines)),
   )
+
+
+def _finite(line: dict) -> dict:
+  """Returns the metrics of a line that are finite numbers: no other value can be drawn."""
+  return {
+    name: value
+    for name, value in line.items()
+    if isinstance(value, (int, float)) and math.isfinite(value)
+  }
 
 
 def _rollout_sample(folder: pathlib.Path) -> tuple[list[dict], int]:
@@ -245,7 +259,7 @@ def _label(runs: list[Run]) -> None:
     for run in runs
   ]
   names = [
-    str(flat.get("label") or flat.get("method.name", run.workdir.name))
+    str(flat.get("label") or "").strip() or str(flat.get("method.name", run.workdir.name))
     for run, flat in zip(runs, settings)
   ]
   kinds = [(name, flat.get("env.name")) for name, flat in zip(names, settings)]
@@ -307,6 +321,7 @@ def _results(runs: list[Run]) -> dict:
     "rows": [_result_row(run, splits, several_tasks) for run in runs],
     "has_metrics": any(run.lines for run in runs),
     "skipped": sum(run.skipped for run in runs),
+    "not_numbers": sum(run.not_numbers for run in runs),
   }
 
 
@@ -499,26 +514,58 @@ def _curves(runs: list[Run], out: pathlib.Path, prefix: str = "") -> list[dict]:
 def _picture(runs: list[Run], name: str, title: str, unit: str, x_axis: str) -> bytes:
   """Draws one metric of all groups; returns a PNG file."""
   figure = Figure(figsize=(5.4, 3.5), dpi=110, layout="constrained")
-  plot = figure.add_subplot(title=title, xlabel=X_AXES[x_axis], ylabel=unit)
+  plot = figure.add_subplot(xlabel=X_AXES[x_axis], ylabel=unit)
+  plot.set_title(title, parse_math=False)
   groups = _groups(runs)
+  legend = {}  # line -> what it stands for
   for i, (label, members) in enumerate(groups.items()):
-    _draw_group(plot, label, members, name, x_axis, COLOURS[i % len(COLOURS)])
+    again, colour = divmod(i, len(COLOURS))
+    dashes = LINE_STYLES[again % len(LINE_STYLES)]  # colours that come again are told apart
+    line, seeds = _draw_group(plot, members, name, x_axis, COLOURS[colour], dashes)
+    if line is not None:
+      legend[line] = _legend_text(label, groups) + (f" ({seeds} seeds)" if seeds > 1 else "")
   if name.startswith("eval/") or name == "train/reward":
     plot.set_ylim(-0.02, 1.02)
   plot.grid(alpha=0.25)
   plot.spines[["top", "right"]].set_visible(False)
   if len(groups) > 1:
-    plot.legend(fontsize=8, frameon=False)
+    _write_legend(plot, legend)
   picture = io.BytesIO()
   figure.savefig(picture, format="png")
   return picture.getvalue()
 
 
-def _draw_group(plot, label: str, members: list[Run], name: str, x_axis: str, colour: str) -> None:
-  """Draws a group's mean, and a band: over its seeds, or over questions for a single run."""
+def _legend_text(label: str, labels: Iterable[str]) -> str:
+  """Returns a label with its middle left out where it is long, unless another one would be equal."""
+
+  def shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:36]} ... {text[-19:]}"
+
+  is_unique = sum(shortened(other) == shortened(label) for other in labels) == 1
+  return shortened(label) if is_unique else textwrap.fill(label, 60)
+
+
+def _write_legend(plot, legend: dict) -> None:
+  """Writes the legend of {line: text}, every text as it stands.
+
+  matplotlib leaves out labels that begin with an underscore, so the texts are put in afterwards.
+  What stands between dollar signs is no mathematics here.
+  """
+  written = plot.legend(list(legend), ["."] * len(legend), fontsize=8, frameon=False)
+  for entry, text in zip(written.get_texts(), legend.values(), strict=True):
+    entry.set_parse_math(False)
+    entry.set_text(text)
+
+
+def _draw_group(plot, members: list[Run], name: str, x_axis: str, colour: str, dashes: str):
+  """Draws a group's mean, and a band: over its seeds, or over questions for a single run.
+
+  Returns the line of the mean, None where there is nothing to draw, and the number of seeds.
+  """
   curves = [dict(points) for points in (run.series(name, x_axis) for run in members) if points]
   if not curves:
-    return
+    return None, 0
   evaluation = name.startswith("eval/")
   x_X, value_SX = _shared(members, name, x_axis)
   mean_X = value_SX.mean(axis=0)
@@ -527,12 +574,10 @@ def _draw_group(plot, label: str, members: list[Run], name: str, x_axis: str, co
       plot.plot(list(curve), list(curve.values()), color=colour, alpha=0.2, linewidth=0.8)
     mean_X = _smooth(mean_X)
     value_SX = np.array([_smooth(value_X) for value_X in value_SX])
-  # matplotlib reads text between dollar signs as mathematics
-  title = textwrap.shorten(label, 60, placeholder=" ...").replace("$", r"\$")
-  if len(curves) > 1:
-    title += f" ({len(curves)} seeds)"
-  marker = "o" if evaluation else None
-  plot.plot(x_X, mean_X, color=colour, linewidth=1.8, label=title, marker=marker, markersize=3.5)
+  # a line of one point shows nothing without a marker
+  marker = "o" if evaluation or len(x_X) == 1 else None
+  style = {"linewidth": 1.8, "linestyle": dashes, "marker": marker, "markersize": 3.5}
+  (line,) = plot.plot(x_X, mean_X, color=colour, **style)
   band = {"color": colour, "alpha": 0.18, "linewidth": 0}
   if len(curves) > 1:
     plot.fill_between(x_X, value_SX.min(axis=0), value_SX.max(axis=0), **band)
@@ -541,6 +586,7 @@ def _draw_group(plot, label: str, members: list[Run], name: str, x_axis: str, co
     high = dict(members[0].series(f"{name}_high", x_axis))
     bounded = [x for x in x_X if x in low and x in high]
     plot.fill_between(bounded, [low[x] for x in bounded], [high[x] for x in bounded], **band)
+  return line, len(curves)
 
 
 def _smooth(value_X: np.ndarray) -> np.ndarray:

@@ -434,3 +434,99 @@ def test_needs_no_jax():
     ).stdout.strip()
     == "[]"
   )
+
+
+@pytest.fixture
+def plots(monkeypatch):
+  """The axes of every picture, as they are saved."""
+  saved = []
+  save = report.Figure.savefig
+
+  def keep(figure, *args, **kwargs):
+    saved.append(figure.axes[0])
+    return save(figure, *args, **kwargs)
+
+  monkeypatch.setattr(report.Figure, "savefig", keep)
+  return saved
+
+
+def write_run(directory, label, lines, **settings):
+  directory.mkdir()
+  config = {"seed": 0, "label": label, "env": {"name": "math_qa"}, "method": {"name": "sdpo"}}
+  (directory / "config.json").write_text(json.dumps(config | settings))
+  (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return directory
+
+
+def points(*rewards):
+  return [
+    {"step": i, "time_s": i, "train/reward": reward} for i, reward in enumerate(rewards, start=1)
+  ]
+
+
+def legend_of(plot):
+  return [text.get_text() for text in plot.get_legend().get_texts()]
+
+
+def mean_lines(plot):
+  return [line for line in plot.get_lines() if line.get_linewidth() == 1.8]
+
+
+@pytest.mark.parametrize(
+  "labels",
+  [
+    ("_baseline", "new"),
+    ("__", "_nolegend_"),
+    ("costs $5", "$x_1$ and $y$"),
+    (r"\frac{1}", r"a\$b"),
+    ("%s {x}", "e_1^2"),
+    ("begins alike " * 6 + "A", "begins alike " * 6 + "B"),
+    ("x" * 80 + "1", "x" * 80 + "2"),
+  ],
+)
+def test_every_label_stands_in_the_legend(labels, tmp_path, plots):
+  directories = [
+    write_run(tmp_path / str(i), label, points(0.5, 0.6)) for i, label in enumerate(labels)
+  ]
+  report.write_report(directories, tmp_path / "out")
+  written = legend_of(plots[0])
+  assert len(set(written)) == 2
+  for label, text in zip(labels, written, strict=True):
+    if len(label) <= 60:
+      assert text == label
+    else:
+      assert text.split()[0].startswith(label.split()[0][:10]) and text.endswith(label[-1])
+  assert not any(text.get_parse_math() for text in plots[0].get_legend().get_texts())
+
+
+def test_a_long_label_keeps_both_ends():
+  label = "counterfactual, " + "data.max_prompt_tokens=2048, " * 3 + "rollout.group=8"
+  text = report._legend_text(label, [label, "sdpo"])
+  assert text.startswith("counterfactual, ") and text.endswith("rollout.group=8")
+  assert " ... " in text and len(text) <= 60
+
+
+def test_more_runs_than_colours_are_told_apart(tmp_path, plots):
+  count = len(report.COLOURS) + 2
+  directories = [
+    write_run(tmp_path / str(i), f"run {i}", points(i / 10, 0.5)) for i in range(count)
+  ]
+  report.write_report(directories, tmp_path / "out")
+  styles = [(line.get_color(), line.get_linestyle()) for line in mean_lines(plots[0])]
+  assert len(set(styles)) == len(legend_of(plots[0])) == count
+
+
+def test_the_first_step_of_a_run_can_be_seen(tmp_path, plots):
+  """A line between fewer than two points has no length."""
+  report.write_report([write_run(tmp_path / "a", "new", points(0.5))], tmp_path / "out")
+  assert mean_lines(plots[0])[0].get_marker() == "o"
+
+
+def test_values_that_are_no_numbers_are_left_out_and_counted(tmp_path, plots):
+  values = [0.5, float("nan"), 0.7, float("inf"), -float("inf"), "much", 0.9]
+  directory = write_run(tmp_path / "a", "new", points(*values))
+  page = Page(report.write_report([directory], tmp_path / "out"))
+  (line,) = mean_lines(plots[0])
+  assert line.get_xdata().tolist() == [1, 3, 7]
+  assert line.get_ydata().tolist() == pytest.approx([0.5, 0.7, 0.9])
+  assert page.has("4 values of metrics left out: not a finite number.")

@@ -387,7 +387,8 @@ def _plot_discovery(axes, arm: str, groups: list[list[dict]], budget: int, level
   for k in ks:
     discovery_Q = [discovery(arm, runs, k) for runs in groups]
     points.append(stats.mean_interval(discovery_Q, level=level))
-  axes.plot(ks, [point.mean for point in points], color=COLOURS[arm], label=arm)
+  marker = "o" if len(ks) == 1 else None  # a line of one point shows nothing
+  axes.plot(ks, [point.mean for point in points], color=COLOURS[arm], label=arm, marker=marker)
   if points[0].low is not None:  # None: one question gives no interval
     lows = [point.low for point in points]
     highs = [point.high for point in points]
