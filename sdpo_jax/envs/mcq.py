@@ -15,7 +15,16 @@ is set: the paper trains these tasks without feedback.
 import random
 import re
 
-from sdpo_jax.envs.rows import field, final_text, messages, task_id
+from sdpo_jax.envs.rows import (
+  field,
+  final_text,
+  given,
+  messages,
+  optional_text,
+  row_name,
+  task_id,
+  whole_number,
+)
 from sdpo_jax.records import Feedback, Task
 
 LETTERS = "ABCDEFGHIJ"
@@ -65,9 +74,10 @@ class MCQ:
 
   def task_from_row(self, row: dict, split: str) -> Task:
     """Reads a row of any of the three kinds. ValueError that names the field."""
-    if "options" in row:
+    # A table that mixes the kinds has the fields of all of them, empty where they do not apply.
+    if given(row, "options") is not None:
       return _mmlu_pro_task(row, split)
-    if "Correct Answer" in row:
+    if given(row, "Correct Answer") is not None:
       return _gpqa_task(row, split)
     return _paper_task(row, split)
 
@@ -107,13 +117,13 @@ def extract(response: str, letters: str) -> tuple[str, str]:
 def _paper_task(row: dict, split: str) -> Task:
   prompt = field(row, "prompt")
   answer = field(row, "answer").strip()
-  if row.get("kind", "mcq") != "mcq":
+  if given(row, "kind") not in (None, "mcq"):
     raise ValueError(f"field 'kind' is {row['kind']!r}, not 'mcq'")
   return _task(
     task_id(row, split, "mcq"),
     split,
     prompt=prompt,
-    system=row.get("system"),
+    system=optional_text(row, "system"),
     answer=answer,
     letters=_option_letters(prompt),
   )
@@ -135,14 +145,14 @@ def _option_letters(prompt: str) -> str:
 def _mmlu_pro_task(row: dict, split: str) -> Task:
   options = list(field(row, "options", (list, tuple)))
   answer = field(row, "answer").strip()
-  are_texts = all(isinstance(option, str) for option in options)
+  are_texts = all(isinstance(option, str) and option.strip() for option in options)
   if not 2 <= len(options) <= len(LETTERS) or not are_texts:
     raise ValueError(f"field 'options' must hold 2 to {len(LETTERS)} texts, not {len(options)}")
-  index = row.get("answer_index")
-  if index is not None and LETTERS[index : index + 1] != answer:
-    raise ValueError(f"field 'answer_index' is {index}, but field 'answer' is {answer!r}")
+  index = given(row, "answer_index")
+  if index is not None and whole_number(index) != LETTERS.find(answer):
+    raise ValueError(f"field 'answer_index' is {index!r}, but field 'answer' is {answer!r}")
   return _task_in_paper_form(
-    f"mmlu_pro/{split}/{row.get('question_id', row['idx'])}",
+    f"mmlu_pro/{split}/{row_name(row, 'question_id')}",
     split,
     question=field(row, "question"),
     options=options,
@@ -153,7 +163,7 @@ def _mmlu_pro_task(row: dict, split: str) -> Task:
 def _gpqa_task(row: dict, split: str) -> Task:
   options = [field(row, "Correct Answer").strip()]
   options += [field(row, f"Incorrect Answer {i}").strip() for i in (1, 2, 3)]
-  name = row.get("Record ID", row["idx"])
+  name = row_name(row, "Record ID")
   # Two options may have the same text, so their places are shuffled.
   order = list(range(4))
   random.Random(f"gpqa/{name}").shuffle(order)

@@ -7,7 +7,23 @@ Such an environment has, beside `prompt` and `judge`,
 `row` is one row as it stands in a file or on the hub. It always has `idx`: the row's number
 where the set has none of its own. A row that cannot be used is a ValueError that names the
 field; whoever reads the file adds where the row stands.
+
+A field that is null or NaN counts as missing: tables write one or the other where a row has
+nothing. Likewise a whole number may come as a float, into which a column with gaps turns it.
 """
+
+import math
+
+
+def given(row: dict, name: str):
+  """Returns row[name], or None if the field is missing, null or NaN."""
+  value = row.get(name)
+  return None if is_missing(value) else value
+
+
+def is_missing(value) -> bool:
+  """Tells whether a value stands for none: null or NaN."""
+  return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def field(row: dict, name: str, kind=str):
@@ -15,9 +31,9 @@ def field(row: dict, name: str, kind=str):
 
   ValueError that names the field.
   """
-  if row.get(name) is None:
-    raise ValueError(f"field {name!r} is missing; the row has {sorted(row)}")
-  value = row[name]
+  value = given(row, name)
+  if value is None:
+    raise ValueError(f"field {name!r} is missing; the row has {sorted(map(str, row))}")
   # Python's booleans are integers, but no number of a data set is one.
   if not isinstance(value, kind) or isinstance(value, bool):
     raise ValueError(f"field {name!r} is of type {type(value).__name__}: {str(value)[:100]!r}")
@@ -26,9 +42,38 @@ def field(row: dict, name: str, kind=str):
   return value
 
 
+def optional_text(row: dict, name: str) -> str | None:
+  """Returns a text that a row need not have: None if it is missing or blank.
+
+  ValueError that names the field if it is no text.
+  """
+  value = given(row, name)
+  if value is None or (isinstance(value, str) and not value.strip()):
+    return None
+  return field(row, name)
+
+
+def whole_number(value) -> int | None:
+  """Returns an integer, or a float without a fraction, as an integer; None for all else."""
+  if isinstance(value, bool) or not isinstance(value, (int, float)):
+    return None
+  if isinstance(value, float) and not value.is_integer():  # Neither inf nor NaN is an integer.
+    return None
+  return int(value)
+
+
 def task_id(row: dict, split: str, default: str) -> str:
   """Returns the id of a row's task; `default` stands for the data set if the row names none."""
-  return f"{row.get('dataset') or default}/{split}/{row['idx']}"
+  return f"{given(row, 'dataset') or default}/{split}/{row['idx']}"
+
+
+def row_name(row: dict, name: str):
+  """Returns the row's own name or number in that field, or its `idx` where it has none."""
+  value = given(row, name)
+  if value is None or value == "":
+    return row["idx"]
+  number = whole_number(value)
+  return value if number is None else number
 
 
 def messages(task) -> list[dict[str, str]]:

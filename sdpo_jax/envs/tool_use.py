@@ -21,7 +21,7 @@ import itertools
 import json
 import re
 
-from sdpo_jax.envs.rows import field, final_text, messages, task_id
+from sdpo_jax.envs.rows import field, final_text, given, messages, optional_text, task_id
 from sdpo_jax.records import Feedback, Task
 
 FORM = (
@@ -48,14 +48,14 @@ class ToolUse:
 
   def task_from_row(self, row: dict, split: str) -> Task:
     """Reads a row. ValueError that names the field."""
-    if row.get("kind", "tooluse") != "tooluse":
+    if given(row, "kind") not in (None, "tooluse"):
       raise ValueError(f"field 'kind' is {row['kind']!r}, not 'tooluse'")
     prompt = field(row, "prompt")
     calls = _reference_calls(field(row, "answer", (str, list)))
     return Task(
       id=task_id(row, split, "tooluse"),
       prompt=prompt,
-      system=row.get("system"),
+      system=optional_text(row, "system"),
       solution=render(calls),
       split=split,
       data={"calls": calls, "tools": _TOOL.findall(prompt)},

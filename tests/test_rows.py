@@ -1,0 +1,73 @@
+"""Fields of rows: missing ones in all their forms, numbers as tables write them."""
+
+import math
+
+import pytest
+
+from sdpo_jax.envs.mcq import MCQ
+from sdpo_jax.envs.rows import field, given, optional_text, row_name, task_id, whole_number
+from sdpo_jax.envs.tool_use import ToolUse
+
+NAN = float("nan")
+CHOICE = {"idx": 4, "prompt": "Which?\nA: 1\nB: 2", "answer": "A"}
+CALL = {"idx": 4, "prompt": "go", "answer": '[{"Action": "a", "Action_Input": "{}"}]'}
+
+
+@pytest.mark.parametrize("nothing", [None, NAN, math.nan])
+def test_null_and_nan_are_missing(nothing):
+  row = {"idx": 3, "text": nothing, 5: "a key that is no text"}
+  with pytest.raises(ValueError, match="'text' is missing"):
+    field(row, "text")
+  with pytest.raises(ValueError, match="'text' is missing"):
+    field(row, "text", (str, float))
+  assert given(row, "text") is None and given(row, "no such field") is None
+  assert optional_text(row, "text") is None
+  assert row_name(row, "text") == 3
+
+
+def test_the_text_nan_is_a_text():
+  assert field({"idx": 0, "text": "nan"}, "text") == "nan"
+
+
+@pytest.mark.parametrize("value", [3, 0.5, True, ["a"], {"a": 1}])
+def test_what_should_be_a_text_is_refused_if_it_is_none(value):
+  with pytest.raises(ValueError, match="'system' is of type"):
+    optional_text({"system": value}, "system")
+
+
+@pytest.mark.parametrize(
+  "value, number",
+  [(3, 3), (3.0, 3), (-2.0, -2), (10**20, 10**20)]
+  + [(value, None) for value in (3.5, NAN, math.inf, -math.inf, True, False, "3", None, [3])],
+)
+def test_whole_numbers(value, number):
+  result = whole_number(value)
+  assert result == number and not isinstance(result, (bool, float))
+
+
+def test_a_name_that_a_gap_made_a_float_is_a_number():
+  assert row_name({"idx": 0, "key": 70.0}, "key") == 70
+  assert row_name({"idx": 0, "key": ""}, "key") == 0
+  assert row_name({"idx": 0, "key": "rec1"}, "key") == "rec1"
+  assert task_id({"idx": 0, "dataset": NAN}, "train", "mcq") == "mcq/train/0"
+
+
+@pytest.mark.parametrize("env, row", [(MCQ(), CHOICE), (ToolUse(), CALL)])
+@pytest.mark.parametrize("nothing", [None, NAN])
+def test_optional_fields_may_hold_nothing(env, row, nothing):
+  empty = dict.fromkeys(
+    ("kind", "dataset", "system", "options", "Correct Answer", "answer_index"), nothing
+  )
+  task = env.task_from_row(row | empty, "train")
+  assert task == env.task_from_row(row, "train")
+  assert task.system is None and [m["role"] for m in env.prompt(task)] == ["user"]
+
+
+@pytest.mark.parametrize("env, row", [(MCQ(), CHOICE), (ToolUse(), CALL)])
+def test_fields_that_are_needed_must_hold_something(env, row):
+  for name in ("prompt", "answer"):
+    for nothing, says in ((None, "missing"), (NAN, "missing"), (" ", "is empty")):
+      with pytest.raises(ValueError, match=f"'{name}' {says}|'{name}' is {says}"):
+        env.task_from_row(row | {name: nothing}, "train")
+  with pytest.raises(ValueError, match="'system' is of type int"):
+    env.task_from_row(row | {"system": 3}, "train")
