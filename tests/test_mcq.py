@@ -3,11 +3,14 @@
 import glob
 import json
 import os
+import re
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import pytest
 
 from sdpo_jax.envs.mcq import MCQ, extract
-from sdpo_jax.records import Status
+from sdpo_jax.records import Feedback, Status
 
 _DATA = os.environ.get("SDPO_JAX_DATA")
 needs_data = pytest.mark.skipif(_DATA is None, reason="SDPO_JAX_DATA is unset: no SciKnowEval rows")
@@ -158,6 +161,116 @@ def test_extract_says_what_is_wrong():
     and "'Z' is not the letter" in faults["no_option"]
     and "thinking" in faults["inside_thinking"]
   )
+
+
+LOOSE = "B b (B) [b] {B} B. b. (b). B: B) **B** **(B).** Ｂ".split() + ["\n b \n", "** B **"]
+
+
+@pytest.mark.parametrize("answer", LOOSE)
+def test_the_loose_rule_takes_a_letter_in_its_usual_dress(answer):
+  exact, loose = MCQ(), MCQ(letters="loose")
+  task = loose.task_from_row(PAPER, "test")
+  assert loose.judge(task, f"<answer>{answer}</answer>").reward == 1
+  assert exact.judge(task, f"<answer>{answer}</answer>").reward == (answer.strip() == "B")
+  wrong = answer.replace("B", "A").replace("b", "a").replace("Ｂ", "Ａ")
+  assert loose.judge(task, f"<answer>{wrong}</answer>") == Feedback(0.0, "")
+
+
+@pytest.mark.parametrize(
+  "answer", ["BB", "B b", "B or A", "(B", "(B]", "((B))", "B..", "Z", "z.", "c", "()", "**", "B!"]
+)
+@pytest.mark.parametrize("rule", ["exact", "loose"])
+def test_no_rule_takes_more_than_a_letter(answer, rule):
+  env = MCQ(letters=rule)
+  feedback = env.judge(env.task_from_row(PAPER, "test"), f"<answer>{answer}</answer>")
+  assert feedback.reward == 0 and "is not the letter of an option" in feedback.text
+
+
+@pytest.mark.parametrize("answer", ["b", "(B)", "B.", "[b]"])
+@pytest.mark.parametrize("row", [PAPER, MMLU_PRO | {"answer_index": 1}])
+def test_rows_are_read_by_the_same_rule(row, answer):
+  assert MCQ(letters="loose").task_from_row(row | {"answer": answer}, "test").data["answer"] == "B"
+  with pytest.raises(ValueError, match="'answer"):
+    MCQ().task_from_row(row | {"answer": answer}, "test")
+
+
+@pytest.mark.parametrize("lines", ["A. 1\nB. 2", "(a) 1\n(b) 2", "[A] 1\n[B] 2", "a) 1\nb) 2"])
+def test_options_in_other_forms(lines):
+  row = PAPER | {"prompt": f"A good question. Which?\n{lines}\nA word at the end."}
+  assert MCQ(letters="loose").task_from_row(row, "test").data["letters"] == "AB"
+  with pytest.raises(ValueError, match="'prompt' has no options"):
+    MCQ().task_from_row(row, "test")
+
+
+def test_a_rule_that_does_not_exist():
+  with pytest.raises(ValueError, match="config.env.letters='any' is unknown; choose from"):
+    MCQ(letters="any")
+
+
+@pytest.mark.parametrize(
+  "change, says",
+  [
+    ({"answer_index": 9.0}, None),
+    ({"answer_index": float("nan")}, None),
+    ({"answer_index": 9.5}, "'answer_index' is 9.5"),
+    ({"answer_index": True}, "'answer_index' is True"),
+    ({"answer_index": "9"}, "'answer_index' is '9'"),
+    ({"answer_index": -1}, "'answer_index' is -1"),
+    ({"options": ["a", None] + ["b"] * 8}, "'options' must hold"),
+    ({"options": ["a", float("nan")] + ["b"] * 8}, "'options' must hold"),
+    ({"options": ["a", " "] + ["b"] * 8}, "'options' must hold"),
+  ],
+)
+def test_numbers_and_options_of_mmlu_pro(change, says):
+  if says is None:
+    assert MCQ().task_from_row(MMLU_PRO | change, "test").data["answer"] == "J"
+  else:
+    with pytest.raises(ValueError, match=says):
+      MCQ().task_from_row(MMLU_PRO | change, "test")
+
+
+def responses():
+  """Random texts, and answers with random changes."""
+  pieces = st.sampled_from(
+    [
+      "<answer>",
+      "</answer>",
+      "<think>",
+      "</think>",
+      "A",
+      "b",
+      "(",
+      ")",
+      "**",
+      ".",
+      "\n",
+      "\0",
+      "Ｂ",
+    ]
+  )
+  return st.lists(st.one_of(pieces, st.text(max_size=8)), max_size=20).map("".join)
+
+
+def judges_anything(examples):
+  @settings(max_examples=examples, deadline=None, database=None)
+  @given(responses(), st.sampled_from(["exact", "loose"]), st.booleans())
+  def check(response, rule, tell):
+    env = MCQ(letters=rule, tell_correctness=tell)
+    feedback = env.judge(env.task_from_row(PAPER, "test"), response)
+    assert feedback.reward in (0.0, 1.0) and feedback.status is Status.SCORED
+    if feedback.reward:
+      assert re.search(r"[bBＢ]", response) and feedback.text == ""
+
+  check()
+
+
+def test_any_response_ends_in_feedback():
+  judges_anything(200)
+
+
+@pytest.mark.slow
+def test_ten_thousand_responses_end_in_feedback():
+  judges_anything(10_000)
 
 
 @needs_data

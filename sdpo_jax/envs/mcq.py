@@ -7,13 +7,21 @@ Three kinds of rows become tasks:
   MMLU-Pro's                       `question`, `options`, `answer`
 The last two are asked in the same form as the first.
 
-Reward is 1 for the right letter and nothing else in the last answer, else 0. Feedback on a
-response of the wrong form says so. Feedback on a wrong letter is empty unless `tell_correctness`
-is set: the paper trains these tasks without feedback.
+Reward is 1 for the right letter and nothing else in the last answer, else 0. What counts as the
+letter B is the setting `letters`:
+  exact   B alone: the paper's rule, and what the system message asks for
+  loose   B or b; also in a pair of round, square or curly brackets, or before a closing one; also
+          with a full stop or a colon behind it; also in Markdown's stars; also in full width
+The same rule reads the answer and the lines of options of the paper's rows: with `exact`, a row
+whose answer is "(b)" or whose options begin with "B." is refused.
+
+Feedback on a response of the wrong form says so. Feedback on a wrong letter is empty unless
+`tell_correctness` is set: the paper trains these tasks without feedback.
 """
 
 import random
 import re
+import unicodedata
 
 from sdpo_jax.envs.rows import (
   field,
@@ -59,7 +67,16 @@ A
 FORM = "Give the letter of one option ({letters}) and nothing else between <answer> and </answer>."
 # An answer holds no other opening tag.
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
-_OPTION = re.compile(r"^([A-J]):", re.MULTILINE)
+# Rule: (how an answer writes a letter, how a line of options begins).
+_LOOSE = r"\(([A-Ja-j])\)|\[([A-Ja-j])\]|\{([A-Ja-j])\}"
+LETTER_RULES = {
+  "exact": (re.compile(r"([A-J])"), re.compile(r"^([A-J]):", re.MULTILINE)),
+  "loose": (
+    re.compile(rf"(?:{_LOOSE}|([A-Ja-j])\)?)[.:]?"),
+    # A letter alone begins a sentence, so a line needs a mark behind it.
+    re.compile(rf"^(?:{_LOOSE}|([A-Ja-j])[.:)])", re.MULTILINE),
+  ),
+}
 
 
 class MCQ:
@@ -67,19 +84,26 @@ class MCQ:
 
   tell_correctness
       says that a wrong letter is wrong, but never which one is right
+  letters
+      exact | loose: what counts as a letter
   """
 
-  def __init__(self, *, tell_correctness: bool = False):
+  def __init__(self, *, tell_correctness: bool = False, letters: str = "exact"):
+    if letters not in LETTER_RULES:
+      raise ValueError(
+        f"config.env.letters={letters!r} is unknown; choose from {sorted(LETTER_RULES)}"
+      )
     self.tell_correctness = tell_correctness
+    self.letters = letters
 
   def task_from_row(self, row: dict, split: str) -> Task:
     """Reads a row of any of the three kinds. ValueError that names the field."""
     # A table that mixes the kinds has the fields of all of them, empty where they do not apply.
     if given(row, "options") is not None:
-      return _mmlu_pro_task(row, split)
+      return _mmlu_pro_task(row, split, self.letters)
     if given(row, "Correct Answer") is not None:
       return _gpqa_task(row, split)
-    return _paper_task(row, split)
+    return _paper_task(row, split, self.letters)
 
   def prompt(self, task: Task) -> list[dict[str, str]]:
     """Asks the question; its form is already in the task."""
@@ -88,7 +112,7 @@ class MCQ:
   def judge(self, task: Task, response: str) -> Feedback:
     """Compares the letter of the last answer with the right one."""
     letters = task.data["letters"]
-    letter, fault = extract(response, letters)
+    letter, fault = extract(response, letters, self.letters)
     if fault:
       return Feedback(0.0, f"{fault} {FORM.format(letters=', '.join(letters))}")
     if letter == task.data["answer"]:
@@ -96,7 +120,7 @@ class MCQ:
     return Feedback(0.0, f"The answer {letter} is not correct." if self.tell_correctness else "")
 
 
-def extract(response: str, letters: str) -> tuple[str, str]:
+def extract(response: str, letters: str, rule: str = "exact") -> tuple[str, str]:
   """Returns the last answer's letter and what is wrong with the form; one of the two is ""."""
   text, fault = final_text(response)
   if fault:
@@ -109,12 +133,22 @@ def extract(response: str, letters: str) -> tuple[str, str]:
   answer = answers[-1].strip()
   if not answer:
     return "", "The answer is empty."
-  if len(answer) != 1 or answer not in letters:
+  letter = read_letter(answer, rule)
+  if not letter or letter not in letters:
     return "", f"The answer {answer[:40]!r} is not the letter of an option."
-  return answer, ""
+  return letter, ""
 
 
-def _paper_task(row: dict, split: str) -> Task:
+def read_letter(text: str, rule: str) -> str:
+  """Returns the letter that a text consists of, as a capital; "" if it is no letter of LETTERS."""
+  text = text.strip()
+  if rule == "loose":
+    text = unicodedata.normalize("NFKC", text).strip("*").strip()
+  match = LETTER_RULES[rule][0].fullmatch(text)
+  return match[match.lastindex].upper() if match else ""
+
+
+def _paper_task(row: dict, split: str, rule: str) -> Task:
   prompt = field(row, "prompt")
   answer = field(row, "answer").strip()
   if given(row, "kind") not in (None, "mcq"):
@@ -124,15 +158,16 @@ def _paper_task(row: dict, split: str) -> Task:
     split,
     prompt=prompt,
     system=optional_text(row, "system"),
-    answer=answer,
-    letters=_option_letters(prompt),
+    answer=read_letter(answer, rule) or answer,
+    letters=_option_letters(prompt, rule),
   )
 
 
-def _option_letters(prompt: str) -> str:
+def _option_letters(prompt: str, rule: str) -> str:
   """Returns the options' letters: the last list of lines that begin with A:, B: and so on."""
   letters = ""
-  for letter in _OPTION.findall(prompt):
+  for match in LETTER_RULES[rule][1].finditer(prompt):
+    letter = match[match.lastindex].upper()
     if letter == "A":
       letters = "A"
     elif letters and letter == LETTERS[len(letters) % len(LETTERS)]:
@@ -142,9 +177,10 @@ def _option_letters(prompt: str) -> str:
   return letters
 
 
-def _mmlu_pro_task(row: dict, split: str) -> Task:
+def _mmlu_pro_task(row: dict, split: str, rule: str) -> Task:
   options = list(field(row, "options", (list, tuple)))
   answer = field(row, "answer").strip()
+  answer = read_letter(answer, rule) or answer
   are_texts = all(isinstance(option, str) and option.strip() for option in options)
   if not 2 <= len(options) <= len(LETTERS) or not are_texts:
     raise ValueError(f"field 'options' must hold 2 to {len(LETTERS)} texts, not {len(options)}")
