@@ -1,8 +1,12 @@
 """Tool calls: form, equality, what feedback says and never says, and every ToolAlpaca row."""
 
+import itertools
 import json
 import os
+import time
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import pytest
 
 from sdpo_jax.envs.tool_use import ToolUse, parse, render
@@ -47,14 +51,75 @@ RIGHT = TASK.solution
     "Thought: hm\n" + RIGHT.replace("Action Input: {", "Action Input:\n{") + "\nObservation: ok",
     RIGHT.replace("{", "{\n  ").replace("\n", "\r\n"),
     "<think>Action: no</think>" + RIGHT,
-    "Action: book\nAction Input: {}\n"
-    "Action: find\n"
-    'Action Input: {"n": 1.0, "deep": {"flag": true, "list": [1, {"x": null}]}}\n'
-    'Action: find\nAction Input: ```json\n{"city": "Bern"}\n```',
+    "Action: book\n"  # a tool without arguments needs no input
+    'Action: find\nAction Input: ```json\n{"city": "Bern"}\n```\n'
+    'Action: find\nAction Input: {"n": 1.0, "city": "Rome", '
+    '"deep": {"flag": true, "list": [1, {"x": null}]}}',
   ],
 )
 def test_right_responses(response):
   assert ToolUse().judge(TASK, response).reward == 1.0
+
+
+# What only the merged rule takes for right: (reference, response, what the other rule says).
+MERGED = {
+  "overridden": (
+    [("find", {"city": "Rome", "n": 1}), ("find", {"city": "Bern"}), ("book", {})],
+    'Action: book\nAction Input: {}\nAction: find\nAction Input: {"n": 1.0}\n'
+    'Action: find\nAction Input: ```json\n{"city": "Bern"}\n```',
+    "Call 1 of 'find': 1 expected argument is missing.",
+  ),
+  "one_call_twice": (
+    [("find", {"city": "Rome"}), ("find", {"city": "Bern"})],
+    'Action: find\nAction Input: {"city": "Oslo"}\nAction: find\nAction Input: {"city": "Bern"}',
+    "Call 1 of 'find': The argument 'city' has a wrong value: \"Oslo\".",
+  ),
+  "in_the_wrong_call": (
+    [("find", {"a": 1}), ("book", {"b": 2})],
+    'Action: find\nAction Input: {"b": 2}\nAction: book\nAction Input: {"a": 1}',
+    "The argument 'b' should not be given.",
+  ),
+  "all_in_one": (
+    [("find", {"a": 1}), ("book", {"b": 2})],
+    'Action: find\nAction Input: {"a": 1, "b": 2}\nAction: book',
+    "The argument 'b' should not be given.",
+  ),
+  "before_the_action": (
+    [("find", {"a": 1})],
+    'Action Input: {"a": 1}\nAction: find',
+    "An Action Input stands before the first Action.",
+  ),
+  "two_inputs": (
+    [("find", {"a": 1, "b": 2})],
+    'Action: find\nAction Input: {"a": 1}\nAction Input: {"b": 2}',
+    "1 Action has several inputs.",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_calls_keep_their_own_arguments_unless_they_are_merged(name):
+  reference, response, says = MERGED[name]
+  task = ToolUse().task_from_row(row(*reference), "test")
+  assert ToolUse(arguments="merged").judge(task, response).reward == 1.0
+  feedback = ToolUse().judge(task, response)
+  assert feedback.reward == 0.0 and says in feedback.text
+
+
+def test_calls_are_paired_in_any_order_and_repeated_calls_are_counted():
+  cities = [("find", {"city": city}) for city in ("Rome", "Bern", "Rome")]
+  task = ToolUse().task_from_row(row(*cities), "test")
+  for order in itertools.permutations(cities):
+    response = ToolUse().task_from_row(row(*order), "test").solution
+    assert ToolUse().judge(task, response).reward == 1.0
+    feedback = ToolUse().judge(task, response.replace("Bern", "Rome"))
+    assert feedback.reward == 0.0 and "has a wrong value" in feedback.text
+    assert ToolUse().judge(task, response.replace("Rome", "Bern", 1)).reward == 0.0
+
+
+def test_a_rule_that_does_not_exist():
+  with pytest.raises(ValueError, match="config.env.arguments='any' is unknown; choose from"):
+    ToolUse(arguments="any")
 
 
 WRONG = {
@@ -63,6 +128,7 @@ WRONG = {
   "thinking": ("<think>" + RIGHT, "thinking"),
   "no_name": ("Action: \nAction Input: {}", "names no tool"),
   "broken_json": (RIGHT.replace("true", "True"), "Action Input 1 is not valid JSON"),
+  "nan": (RIGHT.replace('"n": 1', '"n": NaN'), "Action Input 1 is not valid JSON: NaN"),
   "cut": (RIGHT[:-1], "Action Input 3 is not valid JSON"),
   "list": (RIGHT.replace("Input: {}", "Input: []"), "Action Input 3 is not a JSON object"),
   "deep": ("Action: find\nAction Input: " + "[" * 100000, "not valid JSON"),
@@ -156,6 +222,19 @@ def test_the_answer_is_revealed_only_when_asked():
     ({"answer": '[{"Action": "a"}]'}, "'answer'.*Action_Input"),
     ({"answer": '[{"Action": "a", "Action_Input": "[]"}]'}, "'answer'"),
     ({"answer": '[{"Action": "a", "Action_Input": "{"}]'}, "'answer'"),
+    ({"answer": '[{"Action": "[Optional]", "Action_Input": "{}"}]'}, "'answer'.*of one line"),
+    ({"answer": [{"Action": "a\nb", "Action_Input": {}}]}, "'answer'.*of one line"),
+    ({"answer": [{"Action": ["a"], "Action_Input": {}}]}, "'answer'.*needs a name"),
+    ({"answer": ["a"]}, "'answer'"),
+    ({"answer": float("nan")}, "'answer' is missing"),
+    ({"answer": [{"Action": "a", "Action_Input": {"n": float("nan")}}]}, "'answer'.*not JSON"),
+    ({"answer": [{"Action": "a", "Action_Input": '{"n": [NaN]}'}]}, "'answer'.*not JSON"),
+    ({"answer": [{"Action": "a", "Action_Input": {"n": {1, 2}}}]}, "'answer'.*not JSON"),
+    ({"answer": "[" * 100_000}, "'answer'"),
+    (
+      {"answer": [{"Action": f"{'[Optional]' * (i > 0)}a", "Action_Input": {}} for i in range(9)]},
+      "'answer' holds 8 optional calls",
+    ),
     ({"prompt": 3}, "'prompt' is of type int"),
     ({"kind": "mcq"}, "'kind'"),
   ],
@@ -163,6 +242,50 @@ def test_the_answer_is_revealed_only_when_asked():
 def test_a_malformed_row_names_its_field(change, says):
   with pytest.raises(ValueError, match=says):
     ToolUse().task_from_row(row(("a", {})) | change, "train")
+
+
+def responses():
+  """Random texts, and right responses with random changes."""
+  pieces = st.sampled_from(
+    ["Action: find\n", "Action Input: ", "{", "}", '{"city": "Bern"}', "[", "</think>", "Action:"]
+    + [RIGHT, "\n", "1e999", "NaN", "9" * 5000, "\ud800", '"\\ud800"', "```json", "\0"]
+  )
+  mixed = st.lists(st.one_of(pieces, st.text(max_size=8)), max_size=20).map("".join)
+  cuts = st.tuples(st.integers(0, len(RIGHT)), st.integers(0, 3), st.text(max_size=3))
+  changed = cuts.map(lambda cut: RIGHT[: cut[0]] + cut[2] + RIGHT[cut[0] + cut[1] :])
+  return st.one_of(mixed, changed)
+
+
+def judges_anything(examples):
+  @settings(max_examples=examples, deadline=None, database=None)
+  @given(responses(), st.sampled_from(["per_call", "merged"]), st.booleans())
+  def check(response, rule, reveal):
+    feedback = ToolUse(arguments=rule, reveal_answer=reveal).judge(TASK, response)
+    assert feedback.reward in (0.0, 1.0) and feedback.status is Status.SCORED
+    assert (feedback.text == "") == (feedback.reward == 1.0)
+
+  check()
+
+
+def test_any_response_ends_in_feedback():
+  judges_anything(200)
+
+
+@pytest.mark.slow
+def test_ten_thousand_responses_end_in_feedback():
+  judges_anything(10_000)
+
+
+@pytest.mark.parametrize(
+  "piece", ["Action: find\n", "Action Input: {}\n", "Action: a\nAction Input: {\n", "Action", "{"]
+)
+@pytest.mark.parametrize("rule", ["per_call", "merged"])
+def test_no_response_takes_quadratic_time(piece, rule):
+  begun = time.monotonic()
+  ToolUse(arguments=rule).judge(
+    TASK, "Action: find\nAction Input: " + piece * (60_000 // len(piece))
+  )
+  assert time.monotonic() - begun < 1.0
 
 
 def broken(calls):
@@ -213,6 +336,7 @@ def test_every_row_right_and_wrong():
           task.id,
           kind,
         )
+        assert ToolUse(arguments="merged").judge(task, response).reward == 0.0, (task.id, kind)
         # no value of the reference is said unless the response said it
         for call in task.data["calls"]:
           for value in call["arguments"].values():

@@ -3,12 +3,20 @@
 Rows are the SDPO paper's (ToolAlpaca style): `prompt` documents the tools, `answer` is a list of
 {"Action", "Action_Input"}.
 
-Source of the rule: arXiv 2601.20802 and its release. A response is right if two things hold:
+A response is right if two things hold:
   * The multiset of its actions is the reference's.
-  * All its arguments, merged into one object in the order of the calls (a later call overrides),
-    equal the reference's, nested values included.
-Two departures: a reference call marked "[Optional]" may be left out, and 1 is not true.
-An input that is not a JSON object makes the response wrong.
+  * The arguments of its calls equal the reference's, nested values included. 1 is not true.
+The order of the calls is free. A reference call marked "[Optional]" may be left out. An input that
+is not a JSON object makes the response wrong.
+
+How arguments are compared is the setting `arguments`:
+  per_call  Each call keeps its own: the response is right if its calls can be paired with the
+            reference's so that name and arguments are equal in each pair. An Action without an
+            Action Input has no arguments; an input that belongs to no action, or a second one of
+            the same action, makes the response wrong.
+  merged    All arguments are merged into one object in the order of the calls, and a later call
+            overrides an earlier one. This is the rule of the release of arXiv 2601.20802, but for
+            optional calls and true. It takes two calls for right that have each other's arguments.
 
 Feedback speaks of what the response did. It names unknown tools, actions and arguments that should
 not be there, and arguments with a wrong value; it counts what is missing. Names and values that
@@ -33,7 +41,17 @@ _FENCE = re.compile(r"\s*(?:```(?:json)?\s*)?")
 # A tool of a prompt's documentation: its name, its description, its parameters.
 _TOOL = re.compile(r"^(\w+):.*\n(?:(?!\w+:).*\n)*?Parameters:", re.MULTILINE)
 _OPTIONAL = "[Optional]"
-_JSON = json.JSONDecoder()
+# Each of a reference's optional calls doubles the answers that a response is compared with.
+_MAX_OPTIONAL = 6
+ARGUMENT_RULES = ("per_call", "merged")
+
+
+def _refuse_constant(name: str):
+  raise ValueError(f"{name} is not JSON")
+
+
+# Python's own decoder takes NaN and Infinity.
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 class ToolUse:
@@ -41,10 +59,17 @@ class ToolUse:
 
   reveal_answer
       ends the feedback on a wrong response with the reference calls
+  arguments
+      per_call | merged: how the arguments of several calls are compared
   """
 
-  def __init__(self, *, reveal_answer: bool = False):
+  def __init__(self, *, reveal_answer: bool = False, arguments: str = "per_call"):
+    if arguments not in ARGUMENT_RULES:
+      raise ValueError(
+        f"config.env.arguments={arguments!r} is unknown; choose from {sorted(ARGUMENT_RULES)}"
+      )
     self.reveal_answer = reveal_answer
+    self.arguments = arguments
 
   def task_from_row(self, row: dict, split: str) -> Task:
     """Reads a row. ValueError that names the field."""
@@ -78,29 +103,39 @@ class ToolUse:
     text, fault = final_text(response)
     if fault:
       return [fault, FORM]
-    names, arguments, faults = parse(text)
+    names, inputs, faults = parse(text)
+    if self.arguments == "per_call":
+      faults += _unpaired_inputs(inputs)
     if faults:
       return [*faults, FORM]
+    compare = _call_mismatches if self.arguments == "per_call" else _merged_mismatches
     candidates = []
-    for calls in _variants(task.data["calls"]):
+    for reference in _variants(task.data["calls"]):
       try:
-        candidates.append(mismatches(names, arguments, calls, task.data["tools"]))
+        candidates.append(
+          _action_mismatches(names, [call["name"] for call in reference], task.data["tools"])
+          + compare(names, inputs, reference)
+        )
       except RecursionError:  # It was read, but is too deep to be compared or written.
         return ["The arguments are nested too deeply.", FORM]
     # Optional calls allow several answers: this one is what the response comes closest to.
     return min(candidates, key=len)
 
 
-def parse(text: str) -> tuple[list[str], dict, list[str]]:
-  """Returns actions in order, merged arguments, and what is wrong with the form, if anything."""
-  names, arguments, faults = [], {}, []
+def parse(text: str) -> tuple[list[str], list[tuple[int, dict]], list[str]]:
+  """Reads a response's calls.
+
+  Returns the actions in order; the inputs, each with the index of the action that it follows, -1
+  before the first; and what is wrong with the form, if anything.
+  """
+  names, inputs, faults = [], [], []
   position = 0
   input_count = 0
   while keyword := _KEYWORD.search(text, position):
     position = keyword.end()
     if keyword[1] == "Action":
-      name, _, _ = text[position:].partition("\n")
-      names.append(name.strip())
+      end = text.find("\n", position)
+      names.append(text[position : end if end >= 0 else None].strip())
       continue
     input_count += 1
     begin = _FENCE.match(text, position).end()
@@ -113,14 +148,26 @@ def parse(text: str) -> tuple[list[str], dict, list[str]]:
       faults.append(f"Action Input {input_count} is not valid JSON: {reason}.")
       continue
     if isinstance(value, dict):
-      arguments |= value
+      inputs.append((len(names) - 1, value))
     else:
       faults.append(f"Action Input {input_count} is not a JSON object.")
   if "" in names:
     faults.append("An Action names no tool.")
   if not names:
     faults.insert(0, "The response calls no tool.")
-  return names, arguments, faults
+  return names, inputs, faults
+
+
+def _unpaired_inputs(inputs: list[tuple[int, dict]]) -> list[str]:
+  """Complains of inputs that are not the only one of an action."""
+  faults = []
+  count = collections.Counter(index for index, _ in inputs)
+  if count[-1]:
+    faults.append("An Action Input stands before the first Action.")
+  repeated = sum(number > 1 for index, number in count.items() if index >= 0)
+  if repeated:
+    faults.append(f"{repeated} {'Action has' if repeated == 1 else 'Actions have'} several inputs.")
+  return faults
 
 
 def same(a, b) -> bool:
@@ -132,19 +179,39 @@ def same(a, b) -> bool:
   return isinstance(a, bool) == isinstance(b, bool) and a == b
 
 
-def mismatches(names: list[str], arguments: dict, calls: list[dict], tools: list[str]) -> list[str]:
-  """Says what differs from the reference calls; the list is empty where nothing does.
+# What differs from the reference calls, as lines; there are none where nothing does. The words name
+# only what the response holds.
 
-  The words name only what the response holds.
-  """
-  reference_names = [call["name"] for call in calls]
-  reference_arguments = {}
-  for call in calls:
-    reference_arguments |= call["arguments"]
-  return [
-    *_action_mismatches(names, reference_names, tools),
-    *_argument_mismatches(arguments, reference_arguments),
-  ]
+
+def _call_mismatches(names, inputs, reference: list[dict]) -> list[str]:
+  """Compares calls one by one: those that are equal are paired first, the rest in their order."""
+  arguments = dict(inputs)
+  lines = []
+  for name in dict.fromkeys(names):
+    given = [arguments.get(i, {}) for i in range(len(names)) if names[i] == name]
+    rest = [call["arguments"] for call in reference if call["name"] == name]
+    unequal = []
+    for number, call in enumerate(given, 1):
+      equal = next((i for i, expected in enumerate(rest) if same(call, expected)), None)
+      if equal is None:
+        unequal.append((number, call))
+      else:
+        del rest[equal]
+    # Calls without a partner are in excess, or missing: the comparison of actions says so.
+    for (number, call), expected in zip(unequal, rest, strict=False):
+      place = f"Call {number} of {name!r}: " if len(given) > 1 else ""
+      lines += [place + line for line in _argument_mismatches(call, expected)]
+  return lines
+
+
+def _merged_mismatches(names, inputs, reference: list[dict]) -> list[str]:
+  """Compares all arguments as one object, whichever calls they belong to."""
+  given, expected = {}, {}
+  for _, arguments in inputs:
+    given |= arguments
+  for call in reference:
+    expected |= call["arguments"]
+  return _argument_mismatches(given, expected)
 
 
 def _action_mismatches(names: list[str], reference: list[str], tools: list[str]) -> list[str]:
@@ -199,31 +266,32 @@ def _reference_calls(answer: str | list) -> list[dict]:
   """Reads the reference calls. ValueError that names the field."""
   try:
     calls = [_reference_call(call) for call in _decoded(answer)]
-  except (KeyError, TypeError, ValueError) as error:
+  except (KeyError, TypeError, ValueError, RecursionError) as error:
     raise ValueError(
       f"field 'answer' is not a list of Action and Action_Input: {type(error).__name__} {error}"
     ) from error
-  if all(call["optional"] for call in calls):
+  optional = sum(call["optional"] for call in calls)
+  if optional == len(calls):
     raise ValueError("field 'answer' holds no call that must be made")
+  if optional > _MAX_OPTIONAL:
+    raise ValueError(f"field 'answer' holds {optional} optional calls, more than {_MAX_OPTIONAL}")
   return calls
 
 
 def _reference_call(call: dict) -> dict:
+  """Reads one call. TypeError, KeyError or ValueError if no response could make it."""
   arguments = _decoded(call["Action_Input"])
-  if not isinstance(arguments, dict) or not _is_name(call["Action"]):
+  if not isinstance(arguments, dict) or not isinstance(call["Action"], str):
     raise ValueError(f"a call needs a name and a JSON object: {call}")
+  json.dumps(arguments, allow_nan=False)  # Tables may hold NaN and dates, which no response can.
   name = call["Action"].strip()
-  return {
-    "name": name.removeprefix(_OPTIONAL).strip(),
-    "optional": name.startswith(_OPTIONAL),
-    "arguments": arguments,
-  }
+  is_optional = name.startswith(_OPTIONAL)
+  name = name.removeprefix(_OPTIONAL).strip()
+  if not name or "\n" in name:
+    raise ValueError(f"a call needs a name of one line: {call}")
+  return {"name": name, "optional": is_optional, "arguments": arguments}
 
 
 def _decoded(value):
   """Returns the value of JSON text; other values as they are: sets have both."""
-  return json.loads(value) if isinstance(value, str) else value
-
-
-def _is_name(value) -> bool:
-  return isinstance(value, str) and bool(value.strip())
+  return json.loads(value, parse_constant=_refuse_constant) if isinstance(value, str) else value
