@@ -40,7 +40,8 @@ def export(
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise ValueError(f"--out={out} exists and is not an empty directory")
   settings = model_of_run(workdir)
-  source = hf_weights.local_directory(MODELS.get(settings["path"], settings["path"]))
+  model = os.path.expanduser(settings["path"])
+  source = hf_weights.local_directory(MODELS.get(settings["path"], model))
   trained_adapters = lora.from_settings(settings)
   if adapters and (trained_adapters is None or step == 0):
     reason = " at step 0" if trained_adapters else "; its run trained all weights"
@@ -103,6 +104,8 @@ def main(argv: list[str]) -> int:
   f = define_flags()
   try:
     rest = f(argv)
+    for name in ("workdir", "out"):  # a shell leaves `~` alone after `--flag=`
+      f[name].value = f[name].value and os.path.expanduser(f[name].value)
     if f.help:
       print(__doc__, f.get_help(), sep="\n")
       return 0

@@ -77,6 +77,7 @@ def parse(argv: list[str]):
   f = define_flags()
   try:
     rest = f(argv, known_only=True)
+    expand_home(f, "config", "workdir", "checkpoint")
     if f.mode not in MODES:
       raise UsageError(f"--mode={f.mode!r} is unknown; choose from {list(MODES)}")
     if f.help:
@@ -95,6 +96,13 @@ def parse(argv: list[str]):
     return f, config.with_overrides(c, rest)
   except (flags.Error, ValueError) as error:
     raise UsageError(str(error)) from error
+
+
+def expand_home(f: flags.FlagValues, *names: str) -> None:
+  """Puts the home directory in the place of `~`, which a shell leaves alone after `--flag=`."""
+  for name in names:
+    if f[name].value is not None:
+      f[name].value = os.path.expanduser(f[name].value)
 
 
 def main(argv: list[str]) -> int:
@@ -154,7 +162,7 @@ def fresh_workdir() -> str:
 
 def check_writable(workdir: str) -> None:
   """Makes the work directory; UsageError if nothing can be written there."""
-  path = pathlib.Path(workdir)
+  path = pathlib.Path(workdir).expanduser()
   try:
     path.mkdir(parents=True, exist_ok=True)
     probe = path / ".writable"

@@ -280,7 +280,7 @@ def beginning(c, tokenizer) -> tuple[ModelConfig, dict]:
   ValueError for a `start` that reads other tokens.
   """
   if c.start:
-    path = MODELS.get(c.start, c.start)
+    path = MODELS.get(c.start, os.path.expanduser(c.start))
     if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
       raise ValueError(
         f"start={c.start!r} has another vocabulary than the base models of domain={c.domain!r}"
@@ -419,6 +419,8 @@ def main(argv: list[str]) -> int:
   f = define_flags()
   try:
     rest = f(argv, known_only=True)
+    for name in ("config", "workdir", "out"):  # a shell leaves `~` alone after `--flag=`
+      f[name].value = f[name].value and os.path.expanduser(f[name].value)
     if f.help:
       print(__doc__, f.get_help(), sep="\n")
       return 0

@@ -31,6 +31,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import pathlib
 import sys
 import textwrap
@@ -686,9 +687,11 @@ def main(argv=None) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m sdpo_jax.report", description="Work directories -> one HTML page."
   )
-  parser.add_argument("workdir", nargs="+")
+  parser.add_argument("workdir", nargs="+", type=os.path.expanduser)
   parser.add_argument(
-    "--out", help="directory of the page; default WORKDIR/report, or report/ for several"
+    "--out",
+    type=os.path.expanduser,
+    help="directory of the page; default WORKDIR/report, or report/ for several",
   )
   flags = parser.parse_args(argv)
   default = pathlib.Path(flags.workdir[0]) / "report" if len(flags.workdir) == 1 else "report"

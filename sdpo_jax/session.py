@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import os
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -108,7 +109,7 @@ def open_session(c, path: str | None = None, *, devices=None, method: Method | N
     and their second model is loaded beside. Questions of the split train have to fit into the
     teacher's prompt too, if the method has a teacher.
   """
-  path = path or MODELS.get(c.model.path, c.model.path)
+  path = path or MODELS.get(c.model.path, os.path.expanduser(c.model.path))
   notes = None if method is None else method.notes
   with contextlib.ExitStack() as stack:
     stack.enter_context(released_by_the_compiler())
@@ -292,7 +293,7 @@ def load_second(c, path: str, mesh) -> Loaded:
   It reads questions and answers them, and never sees a teacher's prompt.
   """
   try:
-    loaded = load(c, MODELS.get(path, path), mesh)
+    loaded = load(c, MODELS.get(path, os.path.expanduser(path)), mesh)
     check_positions(longest_texts(c, None)[:1], loaded.model, path)
   except (ValueError, OSError) as error:
     raise ValueError(f"config.method.counterfactual.model={path!r}: {error}") from error
@@ -306,7 +307,7 @@ def model_shape(path: str) -> ModelConfig:
   """
   if path in PRESETS:
     return PRESETS[path]
-  return read_config(local_directory(MODELS.get(path, path)))
+  return read_config(local_directory(MODELS.get(path, os.path.expanduser(path))))
 
 
 # ---- checks of lengths --------------------------------------------------------------------------

@@ -15,7 +15,20 @@ import jax
 import numpy as np
 import pytest
 
-from sdpo_jax import checkpoint, config, errors, evaluate, export, main, metrics, plan, pretrain
+from sdpo_jax import (
+  checkpoint,
+  config,
+  errors,
+  evaluate,
+  experiment,
+  export,
+  main,
+  metrics,
+  plan,
+  pretrain,
+  report,
+  session,
+)
 from sdpo_jax.data.chat import load_tokenizer
 from tests.fakes import no_file_beyond
 
@@ -450,3 +463,37 @@ def test_summary_lines_show_both_models_with_intervals():
     "15.0%]",
   ]
   assert main.MODES == ("train", "eval", "discover", "plan")
+
+
+def test_a_tilde_in_a_path_is_the_home_directory(tmp_path, monkeypatch, capsys):
+  home, here = tmp_path / "home", tmp_path / "here"
+  home.mkdir()
+  here.mkdir()
+  monkeypatch.setenv("HOME", str(home))
+  monkeypatch.chdir(here)
+  main.check_writable("~/runs/A")
+  assert (home / "runs" / "A").is_dir()
+  shutil.copy(ROOT / "configs" / "tinycode.py", home)
+  flags = ["--config=~/tinycode.py:local", "--workdir=~/runs/B", "--checkpoint=~/runs/A:2"]
+  f, c = main.parse(["main", *flags])
+  assert c.total_steps == 2
+  assert (f.workdir, f.checkpoint) == (f"{home}/runs/B", f"{home}/runs/A:2")
+  # what the other commands say of a path that is not there
+  commands = [
+    (export.main, ["export", "--workdir=~/runs/A", "--out=~/out"]),
+    (pretrain.main, ["pretrain", "--config=~/own.py", "--workdir=~/runs/A"]),
+    (experiment.main, ["--config=~/own.py", "--workdir=~/runs/A"]),
+    (report.main, ["~/runs/none", "--out=~/out"]),
+  ]
+  for command, arguments in commands:
+    assert command(arguments) == 2
+    err = capsys.readouterr().err
+    assert str(home) in err and "~" not in err
+  report.write_report([home / "runs" / "A"], home / "out")
+  assert report.main(["~/runs/A", "--out=~/page"]) == 0
+  assert (home / "page" / "index.html").exists()
+  c.model.path = "~/model"
+  with pytest.raises(errors.SettingError, match=f"{home}/model: no such directory"):
+    with session.open_session(c):
+      pass
+  assert not list(here.iterdir())

@@ -134,7 +134,10 @@ def _parser():
   parser.add_argument("--implementations", help="comma-separated")
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument(
-    "--json", metavar="FILE", help="also write all results there, as one JSON list"
+    "--json",
+    metavar="FILE",
+    type=os.path.expanduser,
+    help="also write all results there, as one JSON list",
   )
   # one measurement, as JSON: what the parent starts
   parser.add_argument("--child", help=argparse.SUPPRESS)

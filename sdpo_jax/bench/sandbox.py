@@ -84,7 +84,10 @@ def _arguments(argv):
   parser.add_argument("--isolation", choices=("auto",) + ISOLATIONS, default="auto")
   parser.add_argument("--repeats", type=int, default=1)
   parser.add_argument(
-    "--json", metavar="FILE", help="also write all results there, as one JSON list"
+    "--json",
+    metavar="FILE",
+    type=os.path.expanduser,
+    help="also write all results there, as one JSON list",
   )
   args = parser.parse_args(argv)
   for name, least in (("workers", 1), ("programs", 2), ("repeats", 1)):

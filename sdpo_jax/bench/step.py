@@ -109,7 +109,10 @@ def main(argv):
   parser.add_argument("--remat", choices=("none", "dots", "block"), default="dots")
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument(
-    "--json", metavar="FILE", help="also write all results there, as one JSON list"
+    "--json",
+    metavar="FILE",
+    type=os.path.expanduser,
+    help="also write all results there, as one JSON list",
   )
   # one measurement, as JSON: what the parent starts
   parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -257,6 +257,7 @@ def read_rows(location: str, split: str) -> Iterator[tuple[str, dict | None]]:
   if location.startswith("hub:"):
     yield from _read_hub(location, split)
     return
+  location = os.path.expanduser(location)
   for path in sorted(glob.glob(location)) or [location]:
     if not path.endswith((".jsonl", ".parquet")):
       raise ValueError(
