@@ -537,7 +537,7 @@ def _picture(runs: list[Run], name: str, title: str, unit: str, x_axis: str) -> 
 
 
 def _legend_text(label: str, labels: Iterable[str]) -> str:
-  """Returns a label with its middle left out where it is long, unless another one would be equal."""
+  """Returns a label with its middle left out where it is long, unless another would be equal."""
 
   def shortened(text: str) -> str:
     text = " ".join(text.split())
