@@ -40,6 +40,7 @@ setup(
     "numpy>=2.4.6",
     "scipy>=1.17.1",
     "math-verify>=0.9.0",
+    "langdetect>=1.0.9",
     "rich>=15.0.0",
     "tensorboardX>=2.6.5",
     "matplotlib>=3.11.2",

@@ -1,13 +1,16 @@
 """Instructions: every constraint followed and broken, the languages, and every IFEval row."""
 
+import concurrent.futures
 import json
 import os
 import time
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import pytest
 
 from sdpo_jax.envs import language
-from sdpo_jax.envs.ifeval import CONSTRAINTS, IFEval, sentences
+from sdpo_jax.envs.ifeval import CONSTRAINTS, OPTIONS, IFEval, sentences
 from sdpo_jax.records import Status
 
 _DATA = os.environ.get("SDPO_JAX_DATA")
@@ -141,6 +144,250 @@ CASES = {  # constraint: (arguments, texts that follow it, texts that break it w
     [('"part" of it', "not wrapped"), ('"', "not wrapped")],
   ),
 }
+FLIPS = {  # constraint: a text that follows it, and one that differs in one character and does not
+  "change_case:capital_word_frequency": ("NASA's plan, FBI's plan", "NASa's plan, FBI's plan"),
+  "change_case:english_capital": ("THIS IS THE ANSWER.", "THIS IS ThE ANSWER."),
+  "change_case:english_lowercase": ("this is the answer.", "this is thE answer."),
+  "combination:repeat_prompt": ("Say (it). Yes.", "Say [it). Yes."),
+  "combination:two_responses": ("a******b", "a******a"),
+  "detectable_content:number_placeholders": ("[a] and [b]", "[a] and [ ]"),
+  "detectable_content:postscript": ("Bye. P.P.S. x", "Bye. P.R.S. x"),
+  "detectable_format:constrained_response": ("My answer is no.", "My answer is no!"),
+  "detectable_format:json_format": ('{"a": 1}', '{"a": a}'),
+  "detectable_format:multiple_sections": ("SECTION 1 a SECTION 2 b", "SECTION 1 a SECTION 1 b"),
+  "detectable_format:number_bullet_lists": ("- a\n- b", "- a\n--b"),
+  "detectable_format:number_highlighted_sections": ("*a* and **b**", "*a* and ** **"),
+  "detectable_format:title": ("<<a>>", "<< >>"),
+  "keywords:existence": ("mom writes C++", "mom writes C+-"),
+  "keywords:forbidden_words": ("the rocks", "the rock."),
+  "keywords:frequency": ("war and warm", "war and worm"),
+  "keywords:letter_frequency": ("the sea", "the set"),
+  # Most of the letters decide: three Latin ones of five, or two.
+  "language:response_language": ("Jaa де", "Jaг де"),
+  "length_constraints:nth_paragraph_first_word": ("\n\nOne.\n\nIt is.", "\n\nOne.\n\nIs is."),
+  "length_constraints:number_paragraphs": ("a\n***\nb", "a\n**_\nb"),
+  "length_constraints:number_sentences": ("It is. So be it.", "It is, So be it."),
+  "length_constraints:number_words": ("two-words", "two-w rds"),
+  "punctuation:no_comma": ("here; there", "here, there"),
+  "startend:end_checker": ("So. Any questions?", "So. Any questions!"),
+  "startend:quotation": ('"all of it"', '"all of it.'),
+}
+# Hostile texts: (constraint, arguments, text, is it followed?).
+HOSTILE = [
+  (name, arguments, text, followed)
+  for name, arguments, texts in [
+    (
+      "length_constraints:nth_paragraph_first_word",
+      {"num_paragraphs": 2, "nth_paragraph": 1, "first_word": "hi"},
+      {
+        "\n\nHi there.\n\nBye.": True,
+        "Hi there.\n\n\n\n\nBye.": True,
+        "Hi there.\n \t\nBye.": True,
+        "Hi there.\r\n\r\nBye.": True,
+        "**Hi** there.\n\nBye.": True,
+        "# Hi\n\nBye.": True,
+        "“Hi”\n\nBye.": True,
+        "High.\n\nBye.": False,
+        "Hi there.\nBye.": False,
+        "\n\nBye.\n\nHi there.": False,
+        "***\n\nHi.": False,
+      },
+    ),
+    (
+      "length_constraints:nth_paragraph_first_word",
+      {"num_paragraphs": 1, "nth_paragraph": 1, "first_word": "don't"},
+      {"Don't go.": True, "Don’t go.": True, "Don Quixote": False},
+    ),
+    (
+      "length_constraints:number_paragraphs",
+      {"num_paragraphs": 2},
+      {"***Title***\na\n***\nb": True, "***Title***\nb": False, "a\n****\nb": False},
+    ),
+    (
+      "length_constraints:number_words",
+      {"num_words": 2, "relation": "less than"},
+      {"नमस्ते": True, "می\u200cدود": True, "e\u0301te\u0301": True, "a b": False, "": True},
+    ),
+    (
+      "length_constraints:number_sentences",
+      {"num_sentences": 2, "relation": "at least"},
+      {
+        "你好。再见。": True,
+        "यह है।वह है।": True,
+        "هل أنت هنا؟ نعم.": True,
+        "ہاں۔ نہیں۔": True,
+        "Version 1.2.3 is out.": False,
+        "Items:\n1. a": False,
+        "?!?! ... !!!": False,
+      },
+    ),
+    (
+      "keywords:forbidden_words",
+      {"forbidden_words": ["C++", "rock", "New York", "नम"]},
+      {
+        "C is old": True,
+        "C++ is old": False,
+        "(C++)": False,
+        "ro\u200bck": False,
+        "ro\u00adck": False,
+        "ROCK": False,
+        "bedrock": True,
+        "rock_band": True,
+        "New\nYork": False,
+        "नमस्ते": True,
+      },
+    ),
+    (
+      "keywords:existence",
+      {"keywords": ["café"]},
+      {"A CAFÉ": True, "a cafe\u0301": True, "ca\u2060fé": True, "a cafe": False},
+    ),
+    (
+      "keywords:frequency",
+      {"keyword": ".", "frequency": 2, "relation": "at least"},
+      {"a.b.": True, "abcd": False},
+    ),
+    (
+      "change_case:capital_word_frequency",
+      {"capital_frequency": 2, "capital_relation": "at least"},
+      {
+        "NASA's plan and the FBI's": True,
+        "NASA’s and I’m": True,
+        "DON'T": False,
+        "O'Brien and McDONALD": False,
+        "A B": True,
+      },
+    ),
+    (
+      "change_case:capital_word_frequency",
+      {"capital_frequency": 1, "capital_relation": "less than"},
+      {"NASA's plan": False, "nasa's plan": True, "12 34": True},
+    ),
+    (
+      "change_case:english_capital",
+      {},
+      {"NO, ME FIRST!": True, "123": False, "ВСЕ НА МЕСТЕ": False},
+    ),
+    (
+      "change_case:english_lowercase",
+      {},
+      {"come on, no drama: pizza, pasta, tea.": True, "!?": False, "όλα καλά": False},
+    ),
+    (
+      "detectable_content:number_placeholders",
+      {"num_placeholders": 1},
+      {"[]": False, "[ ]": False, "[a\nb]": False, "[[a]]": True},
+    ),
+    (
+      "detectable_content:postscript",
+      {"postscript_marker": "P.S."},
+      {
+        "Bye.\nP.S. More": True,
+        "bye p. s. more": True,
+        "Bye.\nP.P.S. More": False,
+        "Give me the map. S. waits.": False,
+        "ps more": False,
+      },
+    ),
+    (
+      "detectable_content:postscript",
+      {"postscript_marker": "PS:"},
+      {"Bye. PS: x": True, "Tips: x": False},
+    ),
+    (
+      "detectable_format:constrained_response",
+      {},
+      {" ".join(OPTIONS): False, OPTIONS[1] * 2: True},
+    ),
+    (
+      "detectable_format:json_format",
+      {},
+      {
+        "NaN": False,
+        "[Infinity]": False,
+        "1" * 5000: True,
+        "```": False,
+        "\ufeff[1]": True,
+        '"\\ud800"': True,
+      },
+    ),
+    (
+      "detectable_format:multiple_sections",
+      {"section_spliter": "Section", "num_sections": 2},
+      {
+        "Section 1 as Section 1 said": False,
+        "Section 1 Section 2": True,
+        "SubSection 1 Section 2": False,
+        "Section1 Section2": True,
+      },
+    ),
+    (
+      "detectable_format:number_bullet_lists",
+      {"num_bullets": 2},
+      {
+        "* a\n* b\n---\nend": True,
+        "*Note* this:\n- a\n- b": True,
+        "* *a*\n* **b**": True,
+        "*a\n*b": True,
+        "* \n* ": False,
+        "-\n-": False,
+        "*\n* a\n* b": True,
+        "**a**\n**b**": False,
+        "- - -\n* * *": False,
+      },
+    ),
+    (
+      "detectable_format:number_highlighted_sections",
+      {"num_highlights": 2},
+      {
+        "* an item **a**": False,
+        "***a***": False,
+        "2 * 3 * 4 * 5": False,
+        "* *a*\n* *b*": True,
+        "**** ****": False,
+        "*a\nb* *c*": False,
+        "**a**b*c*": True,
+      },
+    ),
+    (
+      "detectable_format:title",
+      {},
+      {"<<>>": False, "<<a\nb>>": False, "<<<a>>>": True, ">>a<<": False},
+    ),
+    (
+      "combination:two_responses",
+      {},
+      {"a******b******": True, "a *** b": False, "a******\u200b": False, "a****** a": False},
+    ),
+    (
+      "combination:repeat_prompt",
+      {"prompt_to_repeat": "Say\ncafé"},
+      {"say\r\ncafe\u0301 yes": True, "say café": False},
+    ),
+    (
+      "startend:end_checker",
+      {"end_phrase": "all."},
+      {"That is all.": True, "It is small.": False, '"That is all. "': True, "all": False},
+    ),
+    ("startend:end_checker", {"end_phrase": 'He said "no"'}, {'So he said "no"': True}),
+    (
+      "startend:quotation",
+      {},
+      {"“a”": True, "„a“": True, "“a“": False, '""': False, '" "': False, "'a'": False},
+    ),
+    (
+      "punctuation:no_comma",
+      {},
+      {"a，b": False, "أ، ب": False, "一、二": False, "a; b's „c“": True},
+    ),
+    (
+      "language:response_language",
+      {"language": "hi"},
+      {"Zyx qwv": False, "Γειά σου": False, "123": True, "Yes, of course I do.": False},
+    ),
+  ]
+  for text, followed in texts.items()
+]
 SAYINGS = {
   "en": "The weather is nice and we are going to the park with our friends.",
   "es": "El tiempo es bueno y vamos al parque con los amigos para jugar.",
@@ -215,6 +462,27 @@ def test_followed_and_broken(name):
     assert feedback.reward == 0.0 and says in feedback.text
 
 
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_one_character_decides(name):
+  follows, breaks = FLIPS[name]
+  assert IFEval().judge(task(name), follows).reward == 1.0
+  assert sum(a != b for a, b in zip(follows, breaks, strict=True)) == 1
+  assert IFEval().judge(task(name), breaks).reward == 0.0
+
+
+@pytest.mark.parametrize("name, arguments, text, followed", HOSTILE)
+def test_hostile_texts(name, arguments, text, followed):
+  row = {"idx": 0, "prompt": "p", "instruction_id_list": [name], "kwargs": [arguments]}
+  feedback = IFEval().judge(IFEval().task_from_row(row, "test"), text or "?")
+  assert (feedback.reward == 1.0) == followed, feedback
+
+
+@pytest.mark.parametrize("text", ["\u200b", " \ufeff\u2060\n", "</think>\u00ad"])
+def test_a_response_that_prints_nothing_is_empty(text):
+  feedback = IFEval().judge(task("punctuation:no_comma"), text)
+  assert feedback.reward == 0.0 and feedback.text == "The response is empty."
+
+
 def test_all_constraints_must_be_followed_and_the_broken_ones_are_named():
   three = task("punctuation:no_comma", "detectable_format:title", "startend:quotation")
   feedback = IFEval().judge(three, "<<t>> a, b")
@@ -253,6 +521,125 @@ def test_a_malformed_row_names_its_field(change, says):
   assert IFEval().task_from_row(row, "test").id == "ifeval/test/0"
   with pytest.raises(ValueError, match=says):
     IFEval().task_from_row(row | change, "test")
+
+
+# Arguments that are refused: (constraint, change of CASES' arguments, what is said).
+NAN = float("nan")
+WRONG_ARGUMENTS = [
+  *[
+    ("length_constraints:number_words", {"num_words": value}, "num_words is .* whole number")
+    for value in ("3", 0, -1, 2.5, True, float("inf"), [3], {}, "three")
+  ],
+  ("detectable_format:number_bullet_lists", {"num_bullets": -1}, "at least 0"),
+  ("keywords:frequency", {"frequency": 0}, "frequency is 0"),
+  ("length_constraints:number_words", {"num_words": NAN}, "missing .*'num_words'"),
+  *[
+    ("keywords:existence", {"keywords": value}, "keywords is .* a list|keywords is or holds")
+    for value in ("abc", [], {"abc": 1}, [""], ["a", None], [" "], ["a", 3], 3, ["\u200b"])
+  ],
+  ("keywords:forbidden_words", {"forbidden_words": "abc"}, "not a list"),
+  ("keywords:frequency", {"keyword": ""}, "keyword is or holds"),
+  ("keywords:frequency", {"keyword": ["war"]}, "keyword is or holds"),
+  ("keywords:frequency", {"relation": ["at least"]}, "relation is or holds"),
+  ("keywords:letter_frequency", {"letter": "th"}, "not one character"),
+  ("keywords:letter_frequency", {"letter": " "}, "letter is or holds"),
+  ("keywords:letter_frequency", {"letter": 7}, "letter is or holds"),
+  ("keywords:letter_frequency", {"let_relation": "more than"}, "let_relation is 'more than'"),
+  ("language:response_language", {"language": "xx"}, "language is 'xx'; choose from .*'de'"),
+  ("language:response_language", {"language": "German"}, "language is 'German'"),
+  ("combination:repeat_prompt", {"prompt_to_repeat": " "}, "prompt_to_repeat is or holds"),
+  ("startend:end_checker", {"end_phrase": ""}, "end_phrase is or holds"),
+  ("detectable_content:postscript", {"postscript_marker": 1}, "postscript_marker is or holds"),
+  ("length_constraints:nth_paragraph_first_word", {"nth_paragraph": 3}, "are to be 2 paragraphs"),
+  ("length_constraints:nth_paragraph_first_word", {"nth_paragraph": 0}, "nth_paragraph is 0"),
+  ("length_constraints:nth_paragraph_first_word", {"first_word": "in it"}, "not one word"),
+  ("length_constraints:nth_paragraph_first_word", {"first_word": "***"}, "not one word"),
+]
+
+
+@pytest.mark.parametrize("name, change, says", WRONG_ARGUMENTS)
+def test_arguments_of_wrong_type_or_sense_are_refused(name, change, says):
+  row = {
+    "idx": 0,
+    "prompt": "p",
+    "instruction_id_list": [name],
+    "kwargs": [CASES[name][0] | change],
+  }
+  with pytest.raises(ValueError, match=f"'kwargs' of {name}: .*({says})"):
+    IFEval().task_from_row(row, "test")
+
+
+@pytest.mark.parametrize("kwargs", [["a"], [3], [["num_words"]], ["{}"]])
+def test_arguments_that_are_no_object_are_refused(kwargs):
+  row = {"idx": 0, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"]}
+  with pytest.raises(ValueError, match="'kwargs' of punctuation:no_comma is no object"):
+    IFEval().task_from_row(row | {"kwargs": kwargs}, "test")
+  with pytest.raises(ValueError, match="'instruction_id_list': .* is unknown"):
+    IFEval().task_from_row(row | {"instruction_id_list": [["a"]], "kwargs": [{}]}, "test")
+
+
+def test_what_a_table_makes_of_arguments_is_read():
+  arguments = {"num_words": 3.0, "relation": "at least", "keywords": NAN, "first_word": None}
+  row = {"idx": 5, "key": NAN, "prompt": "p", "kwargs": [arguments, NAN]}
+  row |= {"instruction_id_list": ["length_constraints:number_words", "punctuation:no_comma"]}
+  result = IFEval().task_from_row(row, "test")
+  assert result.id == "ifeval/test/5"
+  assert result.data["constraints"] == [
+    ("length_constraints:number_words", {"num_words": 3, "relation": "at least"}),
+    ("punctuation:no_comma", {}),
+  ]
+
+
+UNCLEAR = [  # a few words, and words of several languages, tell no language
+  ("NO, ME FIRST!", "en"),
+  ("Come on, no drama: pizza, pasta, tea.", "en"),
+  ("STOP! DO NOT ENTER.", "en"),
+  ("Roses are red, violets are blue.", "en"),
+  ("Hello, world!", "en"),
+  ("Никой не знае отговора.", "bg"),
+  ("Никто не знает ответа.", "ru"),
+  ("Nessuno conosce la risposta.", "it"),
+  ("Bonjour, madame !", "fr"),
+  ("Usisahau kufunga mlango unapoondoka.", "sw"),
+]
+LONGER = [  # few or no function words of the table stand in these
+  ("Кучето тича бързо през гората и вижда малка котка там.", "bg"),
+  ("Эта книга понравилась мне гораздо больше фильма.", "ru"),
+  ("Минулого тижня я купив собі нову червону машину.", "uk"),
+  ("MY DOG ATE MY HOMEWORK AGAIN, SO I AM IN TROUBLE.", "en"),
+  ("Wakulima walipanda mahindi na maharage shambani.", "sw"),
+  ("Voitko auttaa minua näiden laukkujen kanssa?", "fi"),
+  ("Mi puoi aiutare a portare queste valigie pesanti?", "it"),
+  ("我们昨天在京都吃了优の良品的点心，味道很好。", "zh"),
+  ("이 프로그램은 SET TRANSACTION을 먼저 호출해야 합니다", "ko"),
+  ("𝐓𝐡𝐞 𝐰𝐞𝐚𝐭𝐡𝐞𝐫 𝐢𝐬 𝐧𝐢𝐜𝐞 𝐚𝐧𝐝 𝐰𝐞 𝐚𝐫𝐞 𝐠𝐨𝐢𝐧𝐠 𝐨𝐮𝐭.", "en"),
+]
+
+
+@pytest.mark.parametrize("text, code", UNCLEAR)
+def test_short_texts_have_their_own_language_or_none(text, code):
+  assert language.detect(text) in (code, None) and language.mismatch(text, code) == ""
+  other_script = "hi" if code != "hi" else "en"
+  assert language.mismatch(text, other_script)  # the script is clear, however short the text
+
+
+@pytest.mark.parametrize("text, code", LONGER)
+def test_languages_of_texts_without_common_words(text, code):
+  assert language.detect(text) == code
+  assert language.mismatch(text, "en" if code != "en" else "fr") == language.NAMES[code]
+
+
+def test_scripts_of_no_known_language():
+  for text in ("Καλημέρα σε όλους τους φίλους μου", "გამარჯობა მეგობრებო"):
+    assert language.detect(text) is None and language.mismatch(text, "en") == "another script"
+  assert language.mismatch("E = mc² and π", "en") == ""
+  assert language.mismatch("π ≈ 3.14", "de") == ""  # a single letter tells nothing
+
+
+def test_languages_are_told_the_same_in_every_thread():
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    texts = [text for text, _ in LONGER] * 4
+    assert list(pool.map(language.detect, texts)) == [code for _, code in LONGER] * 4
 
 
 def test_languages():
@@ -296,6 +683,44 @@ def test_no_check_takes_quadratic_time(piece):
     begun = time.monotonic()
     CONSTRAINTS[name](text, **arguments)
     assert time.monotonic() - begun < 1.0, name
+
+
+def responses():
+  """Random texts, and texts that follow or break a constraint with random changes."""
+  known = [text for pair in FLIPS.values() for text in pair] + list(SAYINGS.values())
+  known += [case[2] for case in HOSTILE] + ["<think>", "</think>", "\ud800", "\0", "*" * 40]
+  mixed = st.lists(st.one_of(st.sampled_from(known), st.text(max_size=8)), max_size=6)
+  changed = st.builds(
+    lambda text, at, cut, new: text[:at] + new + text[at + cut :],
+    st.sampled_from(known),
+    st.integers(0, 40),
+    st.integers(0, 3),
+    st.text(max_size=3),
+  )
+  return st.one_of(mixed.map(" ".join), changed)
+
+
+def judges_anything(examples):
+  everything = task(*CASES)
+
+  @settings(max_examples=examples, deadline=None, database=None)
+  @given(responses(), st.sampled_from(sorted(CASES)))
+  def check(response, name):
+    for judged in (task(name), everything):
+      feedback = IFEval().judge(judged, response)
+      assert feedback.reward in (0.0, 1.0) and feedback.status is Status.SCORED
+      assert (feedback.text == "") == (feedback.reward == 1.0)
+
+  check()
+
+
+def test_any_response_ends_in_feedback():
+  judges_anything(100)
+
+
+@pytest.mark.slow
+def test_ten_thousand_responses_end_in_feedback():
+  judges_anything(10_000)
 
 
 @needs_data
