@@ -10,6 +10,8 @@ Data:   data=DIR holds {train,test}.jsonl in the row format of the paper's repos
         lasgroup/SDPO; by default $SDPO_JAX_DATA/tooluse, or data/tooluse.
         The environment always says what does not match; the second command also shows that to the
         teacher.
+        Each call keeps its own arguments; the paper's release merges those of all calls:
+        --config.env.arguments=merged.
 Cost:   the full run has not been measured.
 Result: the full run has not been measured.
 """
