@@ -8,15 +8,17 @@ Three kinds of rows become tasks:
   others    `prompt`, `question` or `problem`, and an `answer`
 The instruction to box the answer is added unless the question speaks of boxes.
 
-Plain numbers are compared exactly, here. math-verify compares everything else in a worker
-process, which is killed when it takes longer than `time_s` or more than `memory_mb`. The answer
-then counts as wrong, with Status.TIMEOUT: a right answer is not that hard to compare.
+A box is \boxed{5}, \boxed {5}, \boxed 5, \fbox{5} or \framebox{5}.
+
+Numbers, quantities and words are compared here, as `quantities.py` says. math-verify compares
+everything else, in a worker process, which is killed when it takes longer than `time_s` or more
+than `memory_mb`. The answer then counts as wrong, with Status.TIMEOUT: a right answer is not that
+hard to compare.
 
 Reward is 1 for an equal answer, else 0. Feedback speaks of the form. It says that an answer is
 wrong with `tell_correctness` alone, and never which one is right.
 """
 
-import fractions
 import json
 import os
 import queue
@@ -26,7 +28,9 @@ import subprocess
 import sys
 import time
 
-from sdpo_jax.envs import math_worker
+from sdpo_jax.envs import math_worker, quantities
+from sdpo_jax.envs.math_text import has_box, last_boxed
+from sdpo_jax.envs.numerals import number
 from sdpo_jax.envs.rows import field, final_text, messages, task_id
 from sdpo_jax.records import Feedback, Status, Task
 
@@ -38,7 +42,6 @@ START_S = 120.0
 # The same while a judge waits for it. With the comparison it must stay below
 # config.rollout.judge_timeout_s.
 RESTART_S = 40.0
-_NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d*)?")
 _CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator annotations
 
 
@@ -59,9 +62,10 @@ class MathQA:
     memory_mb: int = 2048,
     workers: int = 2,
   ):
-    if workers < 1 or time_s <= 0:
+    if workers < 1 or not 0 < time_s < float("inf") or memory_mb < 1:
       raise ValueError(
-        f"config.env.workers={workers} must be at least 1 and config.env.time_s={time_s} above 0"
+        f"config.env.workers={workers} and config.env.memory_mb={memory_mb} must be at least 1 "
+        f"and config.env.time_s={time_s} must be finite and above 0"
       )
     self.tell_correctness = tell_correctness
     self.time_s = time_s
@@ -139,6 +143,17 @@ class MathQA:
     numbers = (number(reference), number(answer))
     if None not in numbers:
       return numbers[0] == numbers[1]
+    pairs = quantities.compare(reference, answer)
+    if isinstance(pairs, bool):
+      return pairs
+    for pair in pairs:
+      are_equal = self._ask(*pair)
+      if not are_equal:
+        return are_equal
+    return True
+
+  def _ask(self, reference: str, answer: str) -> bool | None:
+    """Has a worker compare mathematics; None if it exceeded its limits."""
     worker = self._idle_workers.get()
     try:
       if worker is None:
@@ -167,7 +182,7 @@ def _reference(row: dict) -> tuple[str, str | None]:
     derivation, _, answer = answer.rpartition("####")
     derivation = _CALCULATION.sub("", derivation).strip()
     solution = f"{derivation}\nThe answer is \\boxed{{{answer.strip()}}}."
-  elif "\\boxed" in answer:
+  elif has_box(answer):
     answer, fault = last_boxed(answer)
     if fault:
       raise ValueError(f"field {name!r}: {fault}")
@@ -240,45 +255,12 @@ class Worker:
     self._process.stdout.close()
 
 
-def number(text: str) -> fractions.Fraction | None:
-  """Returns the value of a plain number; None for everything else.
-
-  It may have a dollar sign, and commas between thousands.
-  """
-  text = text.strip().strip("$")
-  for latex, plain in (("\\$", ""), ("\\,", ""), ("{,}", ","), ("\\!", "")):
-    text = text.replace(latex, plain)
-  text = text.strip().removeprefix("$").strip()
-  has_digit = any(c.isdecimal() for c in text)
-  # Python converts no text of thousands of digits; \d matches the digits of other scripts too.
-  if len(text) > 60 or not has_digit or not text.isascii() or not _NUMBER.fullmatch(text):
-    return None
-  return fractions.Fraction(text.replace(",", "").rstrip("."))
-
-
-def last_boxed(text: str) -> tuple[str, str]:
-  r"""Returns what the last \boxed{...} holds, and what is wrong with it ("" if nothing)."""
-  opening = "\\boxed{"
-  start = text.rfind(opening)
-  if start < 0:
-    return "", "The response has no \\boxed{}."
-  begin = start + len(opening)
-  depth = 1
-  for end in range(begin, len(text)):
-    if text[end] in "{}" and text[end - 1] != "\\":
-      depth += 1 if text[end] == "{" else -1
-    if depth == 0:
-      content = text[begin:end].strip()
-      return content, "" if content else "The last \\boxed{} is empty."
-  return "", "The response ends inside \\boxed{: a brace is not closed."
-
-
 def extract(response: str) -> tuple[str, str]:
   """Returns the final answer, and what is wrong with the response's form ("" if nothing)."""
   text, fault = final_text(response)
   if fault:
     return "", fault
-  if "\\boxed{" not in text and "####" in text:
+  if not has_box(text) and "####" in text:
     first_line = text.rpartition("####")[2].strip().split("\n")[0]
     answer = first_line.strip()
     fault = "" if answer else "Nothing stands after ####."
