@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import math
 import os
 import time
 
@@ -80,7 +81,17 @@ def test_instruction_and_solution():
     ({"idx": 0, "answer": "1"}, "'prompt' is missing"),
     ({"idx": 0, "question": "Q", "answer": "so\n####"}, "'answer'"),
     ({"idx": 0, "question": "Q", "answer": True}, "'answer' is of type bool"),
-    ({"idx": 0, "problem": "P", "solution": "\\boxed{"}, "'solution'"),
+    ({"idx": 0, "problem": "P", "solution": "\\boxed{"}, "'solution': It ends inside"),
+    ({"idx": 0, "problem": "P", "solution": "Hence the result is 12."}, "'solution' has no"),
+    ({"idx": 0, "problem": "P", "solution": ""}, "'solution' is"),
+    ({"idx": 0, "problem": "P", "solution": "So \\boxed{ }."}, "'solution'.* is empty"),
+    ({"idx": 0, "question": "Q", "answer": math.nan}, "'answer' is missing"),
+    ({"idx": 0, "question": "Q", "answer": math.inf}, "'answer' is inf"),
+    ({"idx": 0, "question": "Q", "answer": "NaN"}, "'answer' is 'NaN'"),
+    ({"idx": 0, "question": "Q", "answer": None}, "'answer' is missing"),
+    ({"idx": 0, "question": "Q", "answer": 10**5000}, "'answer' has more than 1000 digits"),
+    ({"idx": 0, "question": "Q", "answer": ["5"]}, "'answer' is of type list"),
+    ({"idx": 0, "question": "Q", "answer": "5", "system": 3}, "'system' is of type int"),
   ],
 )
 def test_a_malformed_row_names_its_field(row, says):
@@ -98,10 +109,54 @@ def test_a_malformed_row_names_its_field(row, says):
     ("so\n#### 18\n", "18"),
     ("#### 1\nthen \\boxed{2}", "2"),
     ("<think>\\boxed{1}</think>\\boxed{2}", "2"),
+    ("$\\boxed {7}$", "7"),
+    ("so $\\boxed 7$.", "7"),
+    ("\\(\\boxed 42\\)", "42"),
+    ("\\boxed 7.", "7"),
+    ("$\\boxed\\frac12$", "\\frac12"),
+    ("\\fbox{7}", "7"),
+    ("\\framebox {7}", "7"),
+    ("\\boxed{3} and then \\fbox{7}", "7"),
+    ("\\boxed{x = \\boxed{7}}", "x = \\boxed{7}"),
+    ("\\boxed{ oh \\boxed{7}", "7"),
+    ("\\boxed{a\\\\}", "a\\\\"),
+    ("\\boxed{\\}7\\{}", "\\}7\\{"),
+    ("#### 1\nthen \\boxed 2", "2"),
   ],
 )
 def test_extract(response, answer):
   assert extract(response) == (answer, "")
+
+
+@pytest.mark.parametrize(
+  "row, answer",
+  [
+    ({"answer": 1e21}, "1000000000000000000000"),
+    ({"answer": 4e-07}, "0.0000004"),
+    ({"answer": 4e-07}, "4\\times 10^{-7}"),
+    ({"answer": "2400"}, "2.4e3"),
+    ({"answer": 0.1 + 0.2}, "0.3"),
+    ({"answer": 2 / 3}, "\\frac{2}{3}"),
+    ({"answer": 12.0}, "12"),
+    ({"answer": "$\\boxed 7$"}, "7"),
+    ({"answer": None, "solution": "So \\fbox{7}."}, "7"),
+    ({"answer": math.nan, "solution": "So $\\boxed 7$."}, "7"),
+    ({"solution": "Seven.\n#### 7"}, "7"),
+  ],
+)
+def test_an_answer_of_a_row_can_be_given(row, answer):
+  env = MathQA()
+  task = env.task_from_row({"idx": 0, "problem": "P"} | row, "train")
+  assert env.judge(task, f"\\boxed{{{answer}}}").reward == 1.0
+  assert env.judge(task, task.solution).reward == 1.0
+  assert env.judge(task, "\\boxed{8}").reward == 0.0
+
+
+@pytest.mark.parametrize(
+  "text", ["\\boxed", "\\boxed ", "\\fbox{}", "\\boxed{7} \\boxed", "\\boxed{{7}"]
+)
+def test_a_box_without_content_is_no_answer(text):
+  assert extract(text)[0] == "" and "\\boxed{" in extract(text)[1]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +263,12 @@ def test_a_slow_start_is_no_failed_judgement(monkeypatch):
   finally:
     env.close()
   assert RESTART_S + MathQA().time_s < config.base().rollout.judge_timeout_s
+
+
+@pytest.mark.parametrize("setting", [{"time_s": math.nan}, {"time_s": math.inf}, {"memory_mb": 0}])
+def test_limits_are_finite(setting):
+  with pytest.raises(ValueError, match=next(iter(setting))):
+    MathQA(**setting)
 
 
 def test_that_an_answer_is_wrong_is_said_only_when_asked():

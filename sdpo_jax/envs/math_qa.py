@@ -8,7 +8,8 @@ Three kinds of rows become tasks:
   others    `prompt`, `question` or `problem`, and an `answer`
 The instruction to box the answer is added unless the question speaks of boxes.
 
-A box is \boxed{5}, \boxed {5}, \boxed 5, \fbox{5} or \framebox{5}.
+A box is \boxed{5}, \boxed {5}, \boxed 5, \fbox{5} or \framebox{5}. A row whose answer is missing,
+NaN or infinite, or whose solution has neither a box nor ####, is a bad row.
 
 Numbers, quantities and words are compared here, as `quantities.py` says. math-verify compares
 everything else, in a worker process, which is killed when it takes longer than `time_s` or more
@@ -20,6 +21,7 @@ wrong with `tell_correctness` alone, and never which one is right.
 """
 
 import json
+import math
 import os
 import queue
 import re
@@ -31,7 +33,7 @@ import time
 from sdpo_jax.envs import math_worker, quantities
 from sdpo_jax.envs.math_text import has_box, last_boxed
 from sdpo_jax.envs.numerals import number
-from sdpo_jax.envs.rows import field, final_text, messages, task_id
+from sdpo_jax.envs.rows import field, final_text, given, messages, optional_text, task_id
 from sdpo_jax.records import Feedback, Status, Task
 
 INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -42,6 +44,8 @@ START_S = 120.0
 # The same while a judge waits for it. With the comparison it must stay below
 # config.rollout.judge_timeout_s.
 RESTART_S = 40.0
+# How tables write that a value is missing.
+_MISSING = ("nan", "null", "<na>", "n/a")
 _CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator annotations
 
 
@@ -62,7 +66,7 @@ class MathQA:
     memory_mb: int = 2048,
     workers: int = 2,
   ):
-    if workers < 1 or not 0 < time_s < float("inf") or memory_mb < 1:
+    if workers < 1 or not 0 < time_s < math.inf or memory_mb < 1:
       raise ValueError(
         f"config.env.workers={workers} and config.env.memory_mb={memory_mb} must be at least 1 "
         f"and config.env.time_s={time_s} must be finite and above 0"
@@ -106,7 +110,7 @@ class MathQA:
     return Task(
       id=task_id(row, split, "math"),
       prompt=question if "boxed" in question else question + INSTRUCTION,
-      system=row.get("system"),
+      system=optional_text(row, "system"),
       split=split,
       solution=solution or f"\\boxed{{{answer}}}",
       data={"answer": answer},
@@ -170,14 +174,17 @@ class MathQA:
 
 
 def _reference(row: dict) -> tuple[str, str | None]:
-  """Returns the final answer of a row, and its solution if it has one."""
-  solution = row.get("solution")
-  if "answer" in row:
-    name = "answer"
-    answer = str(field(row, name, (str, int, float)))
+  """Returns the final answer of a row, and its solution if it has one.
+
+  ValueError for a row without an answer: one that is empty or no number, or a solution that says
+  nowhere which answer is the final one.
+  """
+  solution = optional_text(row, "solution")
+  # Tables that are read together have a column for every field, empty where a row lacks it.
+  if given(row, "answer") is None and ("answer" not in row or solution is not None):
+    name, answer = "solution", field(row, "solution")
   else:
-    name = "solution"
-    answer = field(row, name)
+    name, answer = "answer", _text(field(row, "answer", (str, int, float)), "answer")
   if "####" in answer:
     derivation, _, answer = answer.rpartition("####")
     derivation = _CALCULATION.sub("", derivation).strip()
@@ -185,13 +192,31 @@ def _reference(row: dict) -> tuple[str, str | None]:
   elif has_box(answer):
     answer, fault = last_boxed(answer)
     if fault:
-      raise ValueError(f"field {name!r}: {fault}")
+      raise ValueError(f"field {name!r}: {fault.replace('The response', 'It')}")
+  elif name == "solution":
+    raise ValueError("field 'solution' has no \\boxed{} and no ####: its final answer is unknown")
   answer = answer.strip()
   if not answer or len(answer) > MAX_ANSWER:
     raise ValueError(
-      f"field 'answer' holds {len(answer)} characters; it must hold 1 to {MAX_ANSWER}"
+      f"field {name!r} holds {len(answer)} characters; it must hold 1 to {MAX_ANSWER}"
     )
+  if answer.strip("$ ").lower() in _MISSING:
+    raise ValueError(f"field {name!r} is {answer!r}, which is no answer")
   return answer, solution
+
+
+def _text(answer: str | int | float, name: str) -> str:
+  """Returns an answer as text: a float in full, without the noise in its last digits."""
+  if isinstance(answer, str):
+    return answer
+  if isinstance(answer, float) and not math.isfinite(answer):
+    raise ValueError(f"field {name!r} is {answer}, which is no answer")
+  if isinstance(answer, float) and not answer.is_integer():
+    # 0.1 + 0.2 is stored as 0.30000000000000004; 15 digits are what a float holds for certain.
+    return format(answer, ".15g")
+  if abs(answer) >= 10**MAX_ANSWER:  # Python writes no number of thousands of digits.
+    raise ValueError(f"field {name!r} has more than {MAX_ANSWER} digits")
+  return str(int(answer))
 
 
 class Worker:
