@@ -58,7 +58,28 @@ def test_the_number_in_the_last_box_is_what_counts():
     == ENV.judge(TASK, "It is \\boxed{3}, no, \\boxed{9}.").reward
     == 1.0
   )
-  assert ENV.judge(TASK, "\\boxed{9} or \\boxed{3}").reward == 0.0
+  for wrong in (
+    "\\boxed{9} or \\boxed{3}",
+    "\\boxed{9}, no, \\boxed{x}",
+    "\\boxed{9}, or \\boxed{9.5}",
+    "\\boxed{9} \\boxed{",
+    "\\boxed{90}",
+    "\\boxed{9",
+    "9",
+  ):
+    assert ENV.judge(TASK, wrong).reward == 0.0
+  for right in (
+    "\\boxed{ 9 }",
+    "\\boxed 9",
+    "\\fbox{9}",
+    "\\boxed{9.0}",
+    "\\boxed{+9}",
+    "\\boxed{\\text{9}}",
+  ):
+    assert ENV.judge(TASK, right).reward == 1.0
+  negative = Task("t", "", data={"numbers": [1, -9]})
+  assert ENV.judge(negative, "\\boxed{−9}").reward == 1.0  # U+2212
+  assert ENV.judge(negative, "\\boxed{9}").reward == 0.0
 
 
 def test_pre_training_shows_what_the_judge_says():

@@ -26,7 +26,8 @@ import random
 import re
 from typing import Callable, NamedTuple
 
-from sdpo_jax.envs import composed
+from sdpo_jax.envs import composed, numerals
+from sdpo_jax.envs.math_text import last_boxed, latex
 from sdpo_jax.envs.rows import final_text
 from sdpo_jax.records import Feedback, Status, Task
 
@@ -72,9 +73,10 @@ HEADERS = (
 NAMES = ("Ann", "Ben", "Eva", "Tom")
 THINGS = ("apples", "coins", "stamps", "shells")
 STARTS = range(2, 21)  # numbers that a problem starts from
+MAX_BOX = 100  # characters of a result
 LARGEST = 99  # size of a number on the way
-_STEP = re.compile(r"(-?\d{1,4}) (\+|-|\*|//|%) (-?\d{1,4}) = (-?\d{1,9})")
-_BOX = re.compile(r"\\boxed\{(-?\d{1,9})\}")
+_STEP = re.compile(r"(-?[0-9]{1,4}) (\+|-|\*|//|%) (-?[0-9]{1,4}) = (-?[0-9]{1,9})")
+_BOX = re.compile(r"\\boxed\{(-?[0-9]{1,9})\}")
 _SIGNS = {
   "+": operator.add,
   "-": operator.sub,
@@ -190,9 +192,12 @@ def _step_mistake(step: re.Match, i: int, *, before: int, expected: int | None) 
 
 
 def boxed(response: str) -> int | None:
-  """Returns the last boxed number; None if there is none."""
-  boxes = _BOX.findall(response)
-  return int(boxes[-1]) if boxes else None
+  """Returns the whole number in the last box, in any notation; None if it holds none."""
+  content, _ = last_boxed(response)
+  value = numerals.value(latex(content)) if len(content) <= MAX_BOX else None
+  if value is None or value.exact.denominator != 1:
+    return None
+  return int(value.exact)
 
 
 def _answer(ops, details: dict) -> tuple[str, dict]:
