@@ -54,6 +54,10 @@ DECIDED = [
   ("110_2", [r"110_{2}", "110", r"6_{10}", r"110_{\text{two}}"], ["110_3", "6", "111_2"]),
   ("3–7", ["3-7", r"3\text{ to }7"], ["-4", "3–8"]),
   ("3–7 days", [r"3\text{ to }7\text{ days}", "3-7 days"], ["3–8 days", "3–7 weeks"]),
+  ("6", ["6 dogs"], ["minus 6", "6 squared", "6 tenths", "6 hundred", "twice 6", "not 6"]),
+  ("-6", ["minus 6", "negative six", "−6"], ["6", "minus 7"]),
+  ("0.6", ["6 tenths", "600 thousandths"], ["6 hundredths", "6"]),
+  (r"\frac{1}{2}", ["one half", "half", r"\text{one half}"], ["one", "two halves"]),
   ("July 9", ["9 July"], ["July 8", "June 9"]),
 ]  # fmt: skip
 
@@ -146,6 +150,7 @@ ASKED = [
     [r"\begin{pmatrix}1/2\\1\end{pmatrix}"],
   ),
   (r"\text{(B)}", ["B", "(B)", "Option B", "b"], ["C"]),
+  ("6", ["5 + 1", "x = 6"], ["6 or 7", "6, maybe 7", "7 - 6"]),
   ("5!", ["120"], ["5"]),
   ("3e+2", ["2 + 3e"], ["302"]),
   ("e^{-100}", [r"\frac{1}{e^{100}}"], ["e^{-101}", "0"]),

@@ -155,10 +155,10 @@ def spoken(words: list[str]) -> fractions.Fraction | None:
   words = [part for word in words for part in word.split("-")]
   sign = -1 if words[:1] in (["minus"], ["negative"]) else 1
   words = words[1:] if sign < 0 else words
-  if not words or (words[0] not in _COUNTS and words != ["half"]):
-    return None
-  if words == ["half"]:
+  if words in (["half"], ["one", "half"]):
     return fractions.Fraction(sign, 2)
+  if not words or words[0] not in _COUNTS:
+    return None
   total = group = 0
   last = 0  # the count before, to which only a smaller one is added
   for position, word in enumerate(words):

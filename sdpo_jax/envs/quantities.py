@@ -84,8 +84,9 @@ _QUALIFIERS = frozenset(
 # What makes another statement of a number; it may be missing in neither.
 _TURNS = frozenset(
   "not no or than least most over under above below between except minus plus negative without "
-  "to from".split()
+  "to from squared cubed twice thrice half wrong incorrect".split()
 )
+_SHARES = {"tenth": 10, "hundredth": 10**2, "thousandth": 10**3, "millionth": 10**6}
 _RELATION = r"\\(?:times|cdot|div|leq?|geq?|neq?|approx|pm|to|cup|cap|in|equiv)(?![A-Za-z])"
 _OPEN_START = re.compile(rf"[+*/^=<>_!|]|{_RELATION}")
 _OPEN_END = re.compile(rf"(?:[-+*/^=<>_|]|{_RELATION}|\\(?:frac|sqrt|sin|cos|tan|log|ln))\s*$")
@@ -299,6 +300,8 @@ def _parts(tokens: list[Token]) -> list[Quantity] | None:
     text = token.text
     if leading and text.startswith(("=", ":")):
       leading, text = [], text[1:].strip()
+    if leading and leading[-1].text in ("minus", "negative"):
+      leading, text = leading[:-1], f"-{text}"
     if parts and len(parts[-1][1]) > 1 and parts[-1][1][-1].text in MONEY_SIGNS:
       leading = [parts[-1][1].pop()]  # 5 red and $6: a sign stands before its amount
     is_first_number = not parts and numerals.value(text) is not None
@@ -314,30 +317,32 @@ def _parts(tokens: list[Token]) -> list[Quantity] | None:
 
 def _quantity(text: str, words: list[Token]) -> Quantity:
   """Reads the scale and the unit of a number."""
-  scale = 1
+  scale = fractions.Fraction(1)
   rest = []
   has_money = any(_UNITS.get(_singular(word.text), ("",))[0] in _MONEY for word in words)
   suffix = re.fullmatch(r"(.*\d)\s*([kKmMbB])", text)
   if has_money and suffix:
-    text, scale = suffix[1], _MONEY_SCALES[suffix[2].lower()]
+    text, scale = suffix[1], scale * _MONEY_SCALES[suffix[2].lower()]
   for word in words:
     name = word.text if word.text in numerals.SCALES else word.text.removesuffix("s")
     if name in numerals.SCALES:
       scale *= numerals.SCALES[name]
+    elif name in _SHARES:
+      scale /= _SHARES[name]
     elif has_money and word.text in _MONEY_SCALES:
       scale *= _MONEY_SCALES[word.text]
     else:
       rest.append(word)
   value = numerals.value(text)
   if scale != 1:
-    text = f"({text})\\cdot {scale}"
+    text = f"({text})\\cdot\\frac{{{scale.numerator}}}{{{scale.denominator}}}"
     value = None if value is None else Value(value.exact * scale, value.decimals)
   return Quantity(text, value, _unit(rest))
 
 
 def _singular(name: str) -> str:
   """Returns the singular of a noun, roughly: only equality of two of them matters."""
-  if name in _SYNONYMS or name in _UNITS:
+  if name in _SYNONYMS or name in _UNITS or name in _QUALIFIERS or name in _TURNS:
     return _SYNONYMS.get(name, name)
   if name.endswith("ies") and len(name) > 4:
     name = name.removesuffix("ies") + "y"
