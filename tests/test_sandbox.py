@@ -18,7 +18,7 @@ import pytest
 
 from sdpo_jax.sandbox import KINDS, Limits, Sandbox, TestCase, jail_worker, verdict, wording
 from sdpo_jax.sandbox import pool as sandbox_module
-from sdpo_jax.sandbox.compare import same_text, same_value
+from sdpo_jax.sandbox.compare import same_output, same_value
 from sdpo_jax.text import clean, cut
 from tests.sandbox_host import check_text, descendants
 
@@ -62,9 +62,9 @@ def kind(sandbox, program, given="", output="", **kw):
     ("1e999999999", "5", False),
   ],
 )
-def test_same_text(output, expected, same):
+def test_same_lines(output, expected, same):
   start = time.monotonic()
-  assert same_text(output, expected) is same
+  assert same_output(output, TestCase(output=expected)) is same
   assert time.monotonic() - start < 1.0
 
 
@@ -285,6 +285,55 @@ def test_cut():
 
 # Programs.
 
+GIVEN_VALUES = {  # of one name each from what LiveCodeBench's grader imports
+  "log2(8)": "3",
+  "factorial(3)": "6",
+  "list(islice([1, 2], 1))": "[1]",
+  "deepcopy([1])": "[1]",
+  "ascii_lowercase[0]": '"a"',
+  "hypot(3, 4)": "5",
+  "itemgetter(0)([1])": "1",
+  "mean([1, 3])": "2",
+  "timedelta(days=1).days": "1",
+  "datetime.date(2020, 1, 2).day": "2",
+  "findall('a', 'aa')": '["a", "a"]',
+  "loads('[1]')": "[1]",
+  "pow(2, 3, 5)": "3",
+  "StringIO('a').read()": '"a"',
+  "getrecursionlimit()": "50000",
+  "repr(copy.copy([1]))": '"[1]"',
+}
+
+
+def test_graders_names_are_given(sandbox):
+  values = ", ".join(GIVEN_VALUES)
+  expected = "[" + ", ".join(GIVEN_VALUES.values()) + "]"
+  method = f"class Solution:\n  def f(self):\n    return [{values}]"
+  verdict = sandbox.run(method, [TestCase("", expected)], fn_name="f")
+  assert verdict.passed, verdict.feedback
+  test = TestCase(output=expected.replace("[3,", "[3.0,").replace(" 5,", " 5.0,"))
+  whole = f"print(json.dumps([{values}]))"
+  assert sandbox.run(whole, [test]).passed
+  assert "name 'json' is not defined" in sandbox.run(whole, [test], gives_names=False).feedback
+  own = "e = 5\nif 'pi' in globals() and 'tau' not in globals(): print(e, count, pi > 3)"
+  assert kind(sandbox, "count = 1\n" + own, output="5 1 True") == "passed"
+
+
+def test_numbers_and_calls_may_be_as_long_as_graders_allow(sandbox):
+  digits = "1" + "0" * 5000
+  assert kind(sandbox, "print(10 ** 5000)", output=digits) == "passed"
+  assert sandbox.run("print(int(input()) % 9)", [TestCase("7" * 5000, str(7 * 5000 % 9))]).passed
+  power = "def f(x): return 10 ** x"
+  assert sandbox.run(power, [TestCase("5000", digits)], fn_name="f").passed
+  wrong = sandbox.run(power, [TestCase("5000", digits[:-1] + "1")], fn_name="f")
+  assert wrong.kind == "wrong_answer" and "Output: 1000" in wrong.feedback
+  assert sandbox.run(power, [TestCase("5000", f'"{digits}"')], "f").kind == "wrong_answer"
+  assert sandbox.run(power, [TestCase("50000", "1")], fn_name="f").kind == "format"
+  deep = "class Solution:\n  def f(self, x): return 0 if x == 0 else 1 + self.f(x - 1)"
+  assert sandbox.run(deep, [TestCase("40000", "40000")], fn_name="f").passed
+  assert kind(sandbox, "def f(): return f()\nf()") == "runtime_error"
+
+
 COUNTING_METHOD = (
   "class Solution:\n"
   "  seen = []\n"
@@ -487,9 +536,9 @@ class _Dies:
   def __getattr__(self, name):
     return getattr(self._worker, name)
 
-  def run(self, program_fd, *rest):
-    if self._trivial and os.pread(program_fd, 100, 0) == b"print(input())":
-      return self._worker.run(program_fd, *rest)
+  def run(self, job):
+    if self._trivial and os.pread(job.program_fd, 100, 0) == b"print(input())":
+      return self._worker.run(job)
     raise jail_worker.WorkerLost("gone")
 
 

@@ -22,7 +22,7 @@ def test_both_ends_of_the_socket_agree():
   repeated = json.loads(
     import_jail(
       "import jail, json; print(json.dumps([jail.JOB.format, jail.DONE.format, jail.STDIN, "
-      "jail.FUNCTION, jail.EXPRESSION, jail.SELF]))"
+      "jail.FUNCTION, jail.EXPRESSION, jail.CALLS, jail.CHECK, jail.STOP.decode(), jail.SELF]))"
     )
   )
   assert repeated == [
@@ -31,6 +31,9 @@ def test_both_ends_of_the_socket_agree():
     jail_worker.STDIN,
     jail_worker.FUNCTION,
     jail_worker.EXPRESSION,
+    jail_worker.CALLS,
+    jail_worker.CHECK,
+    jail_worker.STOP.decode(),
     jail_filter.SELF,
   ]
 

@@ -299,7 +299,12 @@ class TinyCode:
       return Feedback(0.0, fault)
     tests = [TestCase(input=json.dumps(x), output=json.dumps(y)) for x, y in task.data["tests"]]
     verdict = self.sandbox.run(
-      extract(response), tests, fn_name="f", limits=self.LIMITS, max_failures=SHOWN
+      extract(response),
+      tests,
+      fn_name="f",
+      limits=self.LIMITS,
+      max_failures=SHOWN,
+      gives_names=False,
     )
     if verdict.kind == "sandbox_failed":
       return Feedback(0.0, verdict.feedback, Status.ENV_FAILED)

@@ -19,7 +19,7 @@ The lower two must be asked for by name.
 None of them is a barrier against a hole in the kernel. Started by root, each worker runs under a
 uid of its own (61000 to 64999); started by an ordinary user, under the user's. Nothing can be
 written anywhere: /tmp is there, and empty. Expected outputs, other tests and reference solutions
-never enter the jail.
+never enter the jail of a judged program; nor does a check, which has a jail of its own.
 
   pool.py         `Sandbox`: a pool of warm workers, and what happens when one is lost
   jail_worker.py  the host's side of one worker: start, ask, end
@@ -28,6 +28,9 @@ never enter the jail.
   verdict.py      the records: `TestCase`, `Limits`, `TestResult`, `Verdict`
   classify.py     what a child left behind -> a test's result
   compare.py      whether a program's answer is the expected one
+  check_source.py what a check is: an author's program that judges another one
+  checks.py       what crosses between a check and the judged program, each in its own jail
+  json_values.py  JSON with integers longer than Python reads
   wording.py      the feedback text of a verdict
 
 Nothing here imports jax or knows an environment.

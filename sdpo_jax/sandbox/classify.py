@@ -4,13 +4,15 @@ An `Outcome` is untrusted: bytes with a cap on their number, an exit status and 
 Whatever a program wrote there by itself must end as a kind of failure, never as an exception.
 """
 
-import json
+import dataclasses
 import signal
 from typing import NamedTuple
 
-from sdpo_jax.sandbox.compare import same_literal, same_text, same_value
+from sdpo_jax.sandbox.checks import Conversation
+from sdpo_jax.sandbox.compare import same_answer, same_literal, same_output
+from sdpo_jax.sandbox.json_values import parse_json, write_json
 from sdpo_jax.sandbox.verdict import Limits, Outcome, ProgramError, TestCase, TestResult
-from sdpo_jax.sandbox.wording import MAX_ERROR_CHARS, literal_text
+from sdpo_jax.sandbox.wording import MAX_ERROR_CHARS, call_text, literal_text
 
 
 class _Judgement(NamedTuple):
@@ -20,6 +22,8 @@ class _Judgement(NamedTuple):
   output: str
   error: ProgramError | None = None
   detail: str = ""
+  expected: str | None = None  # what a check waited for
+  call: str = ""  # a check's last one
 
 
 def judge_test(
@@ -32,7 +36,7 @@ def judge_test(
   record = _record(outcome.result)
   judgement = _judge_end(outcome, output, record, program, limits)
   if judgement is None and reads_stdin:
-    kind = "passed" if same_text(stdout, test.output) else "wrong_answer"
+    kind = "passed" if same_output(stdout, test) else "wrong_answer"
     judgement = _Judgement(kind, output)
   elif judgement is None:
     judgement = _judge_value(record, test)
@@ -48,6 +52,113 @@ def judge_test(
     wall_s=outcome.wall_s,
     max_rss_mb=outcome.max_rss_kb / 1024,
   )
+
+
+def answer_to_check(
+  outcome: Outcome, test: TestCase, program: str, fn_name: str | None, limits: Limits
+) -> list | TestResult:
+  """Returns [input, output, expected] for the check of a test, or the result if there is none.
+
+  They are texts for a program that reads standard input, else JSON values.
+  """
+  stdout = outcome.stdout.decode("utf-8", "replace")
+  record = _record(outcome.result)
+  output = stdout if fn_name is None else ""
+  judgement = _judge_end(outcome, output, record, program, limits)
+  if judgement is None and fn_name is None:
+    return [test.input, stdout, test.output]
+  if judgement is None:
+    judgement = _judge_form(record)
+  if judgement is None:
+    arguments = [parse_json(line) for line in test.input.split("\n") if line.strip()]
+    return [arguments, record["value"], parse_json(test.output) if test.output else None]
+  return _result(test, judgement, outcome)
+
+
+def judge_check(
+  said: Conversation, test: TestCase, program: str, fn_name: str, limits: Limits
+) -> TestResult:
+  """Judges a program by what a check that called it found."""
+  judgement = _judge_conversation(said, program, limits)
+  call = "" if said.call is None else call_text(fn_name, said.call)
+  return _result(test, judgement._replace(call=call), said.program or said.check)
+
+
+def judge_answer_check(
+  outcome: Outcome, test: TestCase, answer: list, fn_name: str | None, limits: Limits
+) -> TestResult:
+  """Judges an answer by how its check ended. `answer` is as `answer_to_check` returns it."""
+  judgement = _judge_verdict(outcome, limits, was_called=True)
+  output = answer[1] if fn_name is None else write_json(answer[1])
+  judgement = judgement._replace(output=output, expected=test.output or None, call=test.input)
+  return _result(test, judgement, outcome)
+
+
+def _result(test: TestCase, judgement: _Judgement, outcome: Outcome | None) -> TestResult:
+  """Returns the result of a test that has a check; None: no process ended by itself."""
+  result = TestResult(
+    input=judgement.call,
+    output=judgement.output,
+    expected=judgement.expected,
+    kind=judgement.kind,
+    error=judgement.error,
+    detail=judgement.detail,
+    hidden=test.hidden,
+  )
+  if outcome is None:
+    return result
+  return dataclasses.replace(
+    result, cpu_s=outcome.cpu_s, wall_s=outcome.wall_s, max_rss_mb=outcome.max_rss_kb / 1024
+  )
+
+
+def _judge_conversation(said: Conversation, program: str, limits: Limits) -> _Judgement:
+  """Judges a program by its conversation with a check."""
+  if said.fault:
+    return _Judgement("sandbox_failed", "", detail=f"the check's call {said.fault}")
+  if said.program is not None:
+    record = _record(said.program.result)
+    ended = _judge_end(said.program, "", record, program, limits)
+    return ended or _judge_form(record) or _ended_early()
+  answer = said.answer or {}
+  if "format" in answer:
+    return _Judgement("format", "", detail=answer["format"][:MAX_ERROR_CHARS])
+  judgement = _judge_verdict(said.check, limits, was_called=said.call is not None)
+  if judgement.kind == "runtime_error":  # the program raised it, and the check let it pass
+    return judgement._replace(error=_program_error(answer.get("error"), program))
+  return judgement._replace(output=literal_text(answer["value"]) if "value" in answer else "")
+
+
+def _judge_verdict(outcome: Outcome, limits: Limits, *, was_called: bool) -> _Judgement:
+  """Judges by how a check ended.
+
+  A check that fails before it has called the program is wrong itself; afterwards the answers are,
+  though what it stumbles over need not be an assertion. The judgement "runtime_error" stands for
+  an exception of the program.
+  """
+  blamed = "wrong_answer" if was_called else "sandbox_failed"
+  record = _record(outcome.result)
+  if outcome.killed or outcome.cpu_s > limits.time_s or outcome.status & 0x7F:
+    kind = "time_limit" if was_called else "sandbox_failed"
+    return _Judgement(kind, "", detail="the check did not come to an end on this answer")
+  if record.get("passed") is True:
+    return _Judgement("passed", "")
+  failed = record.get("failed")
+  if not isinstance(failed, dict):
+    return _Judgement("sandbox_failed", "", detail="the check ended without a verdict")
+  message = str(failed.get("message", ""))
+  match failed.get("how"):
+    case "program":
+      return _Judgement("runtime_error", "")
+    case "broken":
+      return _Judgement("sandbox_failed", "", detail=f"the check is wrong: {message}")
+    case "assertion":
+      told = [f"assert {failed['condition']}"] if "condition" in failed else []
+      told = ": ".join(filter(None, [*told, message])) or "an assertion of the check fails"
+      return _Judgement(blamed, "", detail=told, expected=_text(failed.get("wanted")))
+    case "raised":
+      return _Judgement(blamed, "", detail=f"the check raises {failed.get('type')}: {message}")
+  return _Judgement(blamed, "", detail=message)
 
 
 def _judge_end(
@@ -75,15 +186,13 @@ def _judge_end(
 
 def _judge_value(record: dict, test: TestCase) -> _Judgement:
   """Judges the value that a function or an expression returned."""
-  if isinstance(record.get("format"), str):
-    return _Judgement("format", "", detail=record["format"][:MAX_ERROR_CHARS])
-  if "value" not in record:
-    error = ProgramError("", "the program ended before it returned a value", None, "")
-    return _Judgement("runtime_error", "", error)
+  ended = _judge_form(record)
+  if ended is not None:
+    return ended
   value = record["value"]
   try:
     if test.expression is None:
-      same, text = same_value(value, json.loads(test.output)), json.dumps(value)
+      same, text = same_answer(value, test), write_json(value)
     else:
       same, text = same_literal(value, test), literal_text(value)
   # mostly what a program wrote into the result by itself; whatever it is, it is the program's fault
@@ -92,10 +201,26 @@ def _judge_value(record: dict, test: TestCase) -> _Judgement:
   return _Judgement("passed" if same else "wrong_answer", text)
 
 
+def _text(value) -> str | None:
+  return value if isinstance(value, str) else None
+
+
+def _judge_form(record: dict) -> _Judgement | None:
+  """Judges a process that ended well and left no value; None if it left one."""
+  if isinstance(record.get("format"), str):
+    return _Judgement("format", "", detail=record["format"][:MAX_ERROR_CHARS])
+  return None if "value" in record else _ended_early()
+
+
+def _ended_early() -> _Judgement:
+  error = ProgramError("", "the program ended before it returned a value", None, "")
+  return _Judgement("runtime_error", "", error)
+
+
 def _record(result: bytes) -> dict:
   """Parses what the jail, or the program in its name, wrote; {} if it is no JSON object."""
   try:
-    record = json.loads(result) if result else {}
+    record = parse_json(result.decode("utf-8")) if result else {}
   except (ValueError, RecursionError):
     return {}
   return record if isinstance(record, dict) else {}

@@ -10,17 +10,57 @@ Rules, by the test's mode:
   function        JSON values: numbers by value (1.0 == 1), `true` is not 1, tuples count as lists.
   expression      Python's `==` on literals, or the test's `compare`.
 
-Several correct answers to one test are not supported: the expected output is the only right one.
+A test may state another rule for the first two:
+
+  tokens  the same words in the same order, however they are spaced; for standard output
+  float   words or values as above, but two numbers are equal within the tolerance: they differ by
+          at most `abs_tol`, or by `rel_tol` times the larger one
+
+Several right answers to one test take a check: see check_source.py.
 """
 
 import ast
 import decimal
 import math
 
+from sdpo_jax.sandbox.json_values import parse_json
 from sdpo_jax.sandbox.verdict import TestCase
 
+_MAX_NUMBER_CHARS = 1000  # by which a number may be longer than the expected one
 
-def same_text(output: str, expected: str) -> bool:
+
+def same_output(output: str, test: TestCase) -> bool:
+  """Tells whether a standard output is what the test expects, by the rule that it states."""
+  if test.compare == "tokens":
+    return output.split() == test.output.split()
+  if test.compare == "float":
+    words, expected = output.split(), test.output.split()
+    return len(words) == len(expected) and all(
+      word == wanted or _close_words(word, wanted, test)
+      for word, wanted in zip(words, expected, strict=True)
+    )
+  return _same_lines(output, test.output)
+
+
+def _close_words(word: str, wanted: str, test: TestCase) -> bool:
+  """Tells whether two words are numbers within the test's tolerance."""
+  # Python reads an underscore between digits, which is no way to print a number
+  if "_" in word or len(word) > len(wanted) + _MAX_NUMBER_CHARS:
+    return False
+  try:
+    return _close(float(word), float(wanted), test)
+  except ValueError:
+    return False
+
+
+def _close(number: float, wanted: float, test: TestCase) -> bool:
+  try:
+    return math.isclose(number, wanted, rel_tol=test.rel_tol, abs_tol=test.abs_tol)
+  except OverflowError:  # an integer beyond every float
+    return number == wanted
+
+
+def _same_lines(output: str, expected: str) -> bool:
   """Tells whether a standard output is the expected one, by LiveCodeBench's rule."""
   output_lines = [line.strip() for line in output.strip().split("\n")]
   expected_lines = [line.strip() for line in expected.strip().split("\n")]
@@ -32,7 +72,9 @@ def same_text(output: str, expected: str) -> bool:
 
 def _same_decimals(line: str, expected: str) -> bool:
   """Tells whether two lines hold the same decimal numbers."""
-  if len(line) > 10 * len(expected) + 1000:  # a number of a million digits only costs time
+  if (
+    len(line) > 10 * len(expected) + _MAX_NUMBER_CHARS
+  ):  # a number of a million digits only costs time
     return False
   words, expected_words = line.split(), expected.split()
   if len(words) != len(expected_words):
@@ -46,8 +88,17 @@ def _same_decimals(line: str, expected: str) -> bool:
     return False
 
 
-def same_value(value, expected) -> bool:
-  """Tells whether two JSON values are equal: numbers by value, booleans apart from numbers."""
+def same_answer(value, test: TestCase) -> bool:
+  """Tells whether a function's value is what the test expects, by the rule that it states."""
+  expected = parse_json(test.output)
+  return same_value(value, expected, test if test.compare == "float" else None)
+
+
+def same_value(value, expected, close: TestCase | None = None) -> bool:
+  """Tells whether two JSON values are equal: numbers by value, booleans apart from numbers.
+
+  `close` has the tolerance within which two numbers count as equal; None: there is none.
+  """
   waiting = [(value, expected)]
   while waiting:
     a, b = waiting.pop()
@@ -62,6 +113,9 @@ def same_value(value, expected) -> bool:
       if a.keys() != b.keys():
         return False
       waiting.extend((a[key], b[key]) for key in a)
+    elif close and isinstance(a, (int, float)) and isinstance(b, (int, float)):
+      if not _close(a, b, close):
+        return False
     elif isinstance(a, (list, dict)) or isinstance(b, (list, dict)) or a != b:
       return False
   return True
@@ -78,12 +132,7 @@ def same_literal(tagged, test: TestCase) -> bool:
     return False
   value = untagged(tagged)
   if test.compare == "isclose":
-    try:
-      return type(value) in (int, float) and math.isclose(
-        value, expected, rel_tol=test.rel_tol, abs_tol=test.abs_tol
-      )
-    except OverflowError:  # an integer beyond every float
-      return False
+    return type(value) in (int, float) and _close(value, expected, test)
   if test.compare == "set":
     return set(value) == set(expected)
   if test.compare == "in":

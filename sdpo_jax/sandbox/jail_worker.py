@@ -17,6 +17,7 @@ import math
 import os
 import pathlib
 import re
+import select
 import shutil
 import signal
 import socket
@@ -31,11 +32,14 @@ from sdpo_jax.sandbox import jail_filter
 from sdpo_jax.sandbox.verdict import Limits, Outcome
 
 # jail.py holds these too, for it runs alone in the jail.
-STDIN, FUNCTION, EXPRESSION = 0, 1, 2  # modes
-JOB = struct.Struct("=ddQQB")  # CPU seconds, wall seconds, memory bytes, output bytes, mode
+STDIN, FUNCTION, EXPRESSION, CALLS, CHECK = 0, 1, 2, 3, 4  # modes
+STOP = b"stop"
+# CPU seconds, wall seconds, memory bytes, output bytes, mode, whether names are given
+JOB = struct.Struct("=ddQQB?")
 DONE = struct.Struct("=iBddQ")  # wait status, killed, CPU seconds, wall seconds, resident KiB
 
 STACK_KB = 256 << 10  # C stack of a program: recursion through C functions is common in contests
+MAX_LINE_BYTES = 1 << 20  # of one call of a check, or one answer to it
 START_S = 20.0  # for a worker to come up
 GRACE_S = 1.0  # for a worker to answer after the test's own deadline
 FIRST_UID, UIDS = 61000, 4000
@@ -59,7 +63,11 @@ _UNNEEDED = (
 
 
 class WorkerLost(Exception):
-  """The worker died, fell silent or answered nonsense."""
+  """The worker died, fell silent or answered nonsense. `worker` is it, once it has started."""
+
+  def __init__(self, reason: str, worker=None):
+    super().__init__(reason)
+    self.worker = worker
 
 
 # What a worker needs of the host's files.
@@ -416,7 +424,7 @@ class Worker:
     try:
       message, ancillary, _, _ = self._sock.recvmsg(1 << 16, socket.CMSG_SPACE(12))
     except OSError as e:
-      raise WorkerLost(f"did not start: {e} {self._stderr()}") from e
+      raise WorkerLost(f"did not start: {e} {self._stderr()}", self) from e
     for _, kind, data in ancillary:
       if kind == socket.SCM_CREDENTIALS and message:
         self.pid, _, _ = struct.unpack("=iII", data)
@@ -426,61 +434,40 @@ class Worker:
     except ValueError:
       state = {"failed": self._stderr() or "the worker ended"}
     if "failed" in state:
-      raise WorkerLost(state["failed"])
+      raise WorkerLost(state["failed"], self)
     self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
     return state
 
-  def run(
-    self, program_fd: int, input_text: str, mode: int, fn_name: str, limits: Limits
-  ) -> Outcome:
-    """Runs the program once, in a fresh process, and returns what that left behind.
+  def run(self, job: "Job") -> Outcome:
+    """Runs a program once, in a fresh process, and returns what that left behind.
 
-    `input_text` is its standard input, the JSON arguments or the expression, as `mode` says.
     Raises WorkerLost if there is no answer by the test's deadline or no sensible one.
     """
-    cap = limits.output_kb << 10
-    fds = []  # input, stdout, stderr, result
-    try:
-      fds.append(memory_file(input_text))
-      for name in ("stdout", "stderr", "result"):
-        fds.append(os.memfd_create(name))
-      numbers = JOB.pack(limits.time_s, limits.wall_s, limits.memory_mb << 20, cap, mode)
-      self._sock.settimeout(limits.wall_s + GRACE_S)
-      answer = self._ask(numbers + fn_name.encode(), [program_fd, *fds])
-      status, killed, cpu_s, wall_s, max_rss_kb = DONE.unpack(answer)
-      if not (math.isfinite(cpu_s) and math.isfinite(wall_s)):
-        raise WorkerLost("an answer that is not a number")
-      stdout = os.pread(fds[1], cap, 0)
-      result = os.pread(fds[3], cap, 0)
-      return Outcome(
-        status=status,
-        killed=bool(killed),
-        cpu_s=cpu_s,
-        wall_s=wall_s,
-        max_rss_kb=max_rss_kb,
-        stdout=stdout,
-        result=result,
-        capped=any(os.fstat(fd).st_size >= cap for fd in fds[1:]),
-      )
-    finally:
-      for fd in fds:
-        os.close(fd)
+    with self.begin(job) as run:
+      return run.finish()
 
-  def _ask(self, job: bytes, fds: list[int]) -> bytes:
-    """Sends a job with its descriptors and returns the answer, which has the size of DONE."""
+  def begin(self, job: "Job") -> "Run":
+    """Starts a program in a fresh process; nothing else can run here until its `Run` has ended."""
+    return Run(self, job)
+
+  def send(self, message: bytes, fds: list[int]) -> None:
+    """Sends a message with descriptors. Raises WorkerLost if the worker has ended."""
     try:
-      socket.send_fds(self._sock, [job], fds)
+      socket.send_fds(self._sock, [message], fds)
+    except OSError as e:
+      raise WorkerLost(str(e), self) from e
+
+  def answer(self, deadline: float) -> bytes:
+    """Returns the answer to the job, which has the size of DONE. Raises WorkerLost."""
+    self._sock.settimeout(max(0.01, deadline - time.monotonic()))
+    try:
       answer = self._sock.recv(DONE.size + 1)
     except TimeoutError as e:
-      raise WorkerLost("silent") from e
+      raise WorkerLost("silent", self) from e
     except OSError as e:
-      raise WorkerLost(str(e)) from e
-    # interrupted: the answer to this test must not be taken for the next one's
-    except BaseException:
-      self.kill()
-      raise
+      raise WorkerLost(str(e), self) from e
     if len(answer) != DONE.size:
-      raise WorkerLost(f"an answer of {len(answer)} bytes")
+      raise WorkerLost(f"an answer of {len(answer)} bytes", self)
     return answer
 
   def kill(self):
@@ -510,6 +497,146 @@ class Worker:
 
   def _stderr(self) -> str:
     return os.pread(self._errors, 2000, 0).decode("utf-8", "replace").strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """Says what a worker is to run."""
+
+  program_fd: int
+  input_text: str  # standard input, JSON arguments, the expression or a check's job
+  mode: int
+  limits: Limits
+  fn_name: str = ""
+  gives_names: bool = False  # those that graders import before a program starts
+
+
+class Run:
+  """Is one program at work in a worker: a context that ends with it.
+
+  A check and what it calls also exchange lines with the host, by `send` and `receive`.
+  """
+
+  def __init__(self, worker: Worker, job: Job):
+    self._worker = worker
+    self._cap = job.limits.output_kb << 10
+    self._deadline = time.monotonic() + job.limits.wall_s + GRACE_S
+    self._fds = []  # input, stdout, stderr, result
+    self._pipes = []  # to read from, to write to
+    self._lines = b""  # what came after the last whole line
+    self._is_at_work = False
+    try:
+      self._open(job)
+    except BaseException:
+      self.close()
+      raise
+
+  def _open(self, job: Job) -> None:
+    self._fds.append(memory_file(job.input_text))
+    for name in ("stdout", "stderr", "result"):
+      self._fds.append(os.memfd_create(name))
+    theirs = []  # pipes to write to and to read from
+    try:
+      if job.mode in (CALLS, CHECK):
+        for ours, pipe in (os.pipe(), os.pipe()[::-1]):
+          os.set_blocking(ours, False)
+          self._pipes.append(ours)
+          theirs.append(pipe)
+      limits = job.limits
+      times = limits.time_s, limits.wall_s
+      numbers = JOB.pack(*times, limits.memory_mb << 20, self._cap, job.mode, job.gives_names)
+      self._worker.send(numbers + job.fn_name.encode(), [job.program_fd, *self._fds, *theirs])
+      self._is_at_work = True
+    finally:
+      for pipe in theirs:
+        os.close(pipe)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, *_):
+    """Ends the program if it is still at work, and closes the files."""
+    if kind is None and self._is_at_work:
+      self._worker.send(STOP, [])
+      self.finish()
+    self.close()
+
+  def send(self, line: bytes) -> bool:
+    """Sends a line. Returns False if the program has ended. Raises WorkerLost at the deadline."""
+    data = memoryview(line + b"\n")
+    while data:
+      self._wait(self._pipes[1], select.POLLOUT)
+      try:
+        data = data[os.write(self._pipes[1], data) :]
+      except BlockingIOError:
+        continue
+      except BrokenPipeError:
+        return False
+    return True
+
+  def receive(self) -> bytes | None:
+    """Returns the next line, without its end; None if there will be none.
+
+    A line that is too long raises ValueError. Raises WorkerLost at the deadline.
+    """
+    while b"\n" not in self._lines:
+      self._wait(self._pipes[0], select.POLLIN)
+      try:
+        part = os.read(self._pipes[0], 1 << 16)
+      except BlockingIOError:
+        continue
+      if not part:
+        return None
+      self._lines += part
+      if len(self._lines) > MAX_LINE_BYTES:
+        raise ValueError(f"more than {MAX_LINE_BYTES} bytes at once")
+    line, _, self._lines = self._lines.partition(b"\n")
+    return line
+
+  def _wait(self, fd: int, event: int) -> None:
+    """Waits until the pipe is ready or closed. Raises WorkerLost at the deadline."""
+    poll = select.poll()
+    poll.register(fd, event)
+    if not poll.poll(max(0, self._deadline - time.monotonic()) * 1000):
+      raise WorkerLost("silent", self._worker)
+
+  def finish(self) -> Outcome:
+    """Waits until the program ends and returns what it left behind."""
+    self._close_pipes()
+    answer = self._worker.answer(self._deadline)
+    self._is_at_work = False
+    status, killed, cpu_s, wall_s, max_rss_kb = DONE.unpack(answer)
+    if not (math.isfinite(cpu_s) and math.isfinite(wall_s)):
+      raise WorkerLost("an answer that is not a number", self._worker)
+    stdout = os.pread(self._fds[1], self._cap, 0)
+    result = os.pread(self._fds[3], self._cap, 0)
+    return Outcome(
+      status=status,
+      killed=bool(killed),
+      cpu_s=cpu_s,
+      wall_s=wall_s,
+      max_rss_kb=max_rss_kb,
+      stdout=stdout,
+      result=result,
+      capped=any(os.fstat(fd).st_size >= self._cap for fd in self._fds[1:]),
+    )
+
+  def close(self) -> None:
+    """Closes the files, and ends a worker whose program is still at work.
+
+    It would take the answer to this test for the next one's.
+    """
+    self._close_pipes()
+    for fd in self._fds:
+      os.close(fd)
+    self._fds.clear()
+    if self._is_at_work:
+      self._worker.kill()
+
+  def _close_pipes(self) -> None:
+    for fd in self._pipes:
+      os.close(fd)
+    self._pipes.clear()
 
 
 def _start(view: _View, environment: dict[str, str], errors: int):

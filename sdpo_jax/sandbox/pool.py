@@ -18,12 +18,22 @@ import functools
 import logging
 import os
 import queue
+from typing import NamedTuple
 
-from sdpo_jax.sandbox.classify import judge_test
+from sdpo_jax.sandbox.check_source import read_check
+from sdpo_jax.sandbox.checks import check_job, converse
+from sdpo_jax.sandbox.classify import (
+  answer_to_check,
+  judge_answer_check,
+  judge_check,
+  judge_test,
+)
 from sdpo_jax.sandbox.jail_worker import (
+  CALLS,
   EXPRESSION,
   FUNCTION,
   STDIN,
+  Job,
   PythonLayout,
   StageDirectory,
   Worker,
@@ -139,12 +149,14 @@ class Sandbox:
     limits: Limits = _DEFAULT_LIMITS,
     *,
     max_failures: int = 2,
+    gives_names: bool = True,
   ) -> Verdict:
     """Runs the tests in order until one ends in an error or `max_failures` gave a wrong answer.
 
     `fn_name` is None for a program that reads standard input, else the function, or the method of
-    class Solution, to call. Raises ValueError for a test whose input or expected output is not of
-    its form: JSON for a function, a literal for an expression.
+    class Solution, to call. `gives_names` lets a program use without an import what LiveCodeBench's
+    grader imports before it. Raises ValueError for a test whose input or expected output is not of
+    its form: JSON for a function, a literal for an expression, a check as `check_source.py` says.
     """
     if self._closed:
       raise RuntimeError("the sandbox is closed")
@@ -152,7 +164,9 @@ class Sandbox:
     check_tests(tests, fn_name)
     slot = self._idle.get()
     try:
-      return slot.judge(program, tests, fn_name, limits, max_failures)
+      return slot.judge(
+        program, tests, fn_name, limits, max_failures=max_failures, gives_names=gives_names
+      )
     finally:
       self._idle.put(slot)
 
@@ -224,7 +238,7 @@ def _run_own(worker: Worker, program: str, input_text: str) -> Outcome:
   """Runs a program of ours that reads standard input."""
   program_fd = memory_file(program)
   try:
-    return worker.run(program_fd, input_text, STDIN, "", _TRIVIAL_LIMITS)
+    return worker.run(Job(program_fd, input_text, STDIN, _TRIVIAL_LIMITS))
   finally:
     os.close(program_fd)
 
@@ -237,19 +251,35 @@ def _warn(isolation: str, reasons: str) -> None:
   )
 
 
+class _Program(NamedTuple):
+  """Holds a program that is being judged."""
+
+  text: str
+  fd: int  # a memory file of it
+  packages: tuple[str, ...]  # that it mentions
+  fn_name: str | None
+  limits: Limits
+  gives_names: bool
+
+  def job(self, mode: int, input_text: str) -> Job:
+    """Returns the job of running it once."""
+    return Job(self.fd, input_text, mode, self.limits, self.fn_name or "", self.gives_names)
+
+
 class _Slot:
   """Judges programs at one place of the pool.
 
-  It has at most one lean worker and one with third-party packages, never both at work.
+  It has at most one lean worker and one with third-party packages, never both at work; and another
+  two for checks, which never run what is judged.
   """
 
   def __init__(self, start: Callable[[tuple[str, ...]], Worker]):
     self._start = start
-    self.workers = {}  # packages -> Worker
+    self.workers = {}  # (packages, whether it is for checks) -> Worker
 
-  def begin(self, packages: tuple[str, ...] = ()) -> Worker:
+  def begin(self, packages: tuple[str, ...] = (), *, for_checks: bool = False) -> Worker:
     """Starts a worker with these packages, without waiting for it."""
-    self.workers[packages] = worker = self._start(packages)
+    self.workers[packages, for_checks] = worker = self._start(packages)
     return worker
 
   def discard(self) -> None:
@@ -264,20 +294,21 @@ class _Slot:
     tests: list[TestCase],
     fn_name: str | None,
     limits: Limits,
+    *,
     max_failures: int,
+    gives_names: bool,
   ) -> Verdict:
     """Runs the tests in order, as `Sandbox.run` says, and makes the verdict."""
-    # Whoever mentions a package pays for a worker that has it; the others are smaller and faster.
-    packages = tuple(p for p in PACKAGES if p in program and installed(p))
     try:
       program_fd = memory_file(program)
     except OSError as e:
       first = tests[0] if tests else TestCase()
       return make_verdict([_failed(first, "sandbox_failed", str(e))], len(tests), limits)
+    judged = _Program(program, program_fd, _packages(program), fn_name, limits, gives_names)
     results, wrong_answers = [], 0
     try:
       for test in tests:
-        result = self._judge_test(packages, program, program_fd, test, fn_name, limits)
+        result = self._judge_test(judged, test)
         results.append(result)
         wrong_answers += result.kind == "wrong_answer"
         if result.kind not in ("passed", "wrong_answer") or wrong_answers >= max_failures:
@@ -286,51 +317,93 @@ class _Slot:
       os.close(program_fd)
     return make_verdict(results, len(tests), limits)
 
-  def _judge_test(
-    self,
-    packages: tuple[str, ...],
-    program: str,
-    program_fd: int,
-    test: TestCase,
-    fn_name: str | None,
-    limits: Limits,
-  ) -> TestResult:
+  def _judge_test(self, program: _Program, test: TestCase) -> TestResult:
     """Judges the program on one test, and says whose fault it is if the worker is lost."""
-    if test.expression is not None:
-      mode = EXPRESSION
-    else:
-      mode = STDIN if fn_name is None else FUNCTION
     try:
       for _ in range(2):
-        worker = self._worker(packages)
+        worker = self._worker(program.packages)
         try:
-          outcome = worker.run(program_fd, test.given, mode, fn_name or "", limits)
-          return judge_test(outcome, test, program, fn_name, limits)
+          if test.check is not None:
+            return self._run_with_check(worker, program, test)
+          return _run_test(worker, program, test)
         # Once may be bad luck (killed from outside, a machine that stood still): the program gets
         # another worker.
-        except WorkerLost:
+        except WorkerLost as e:
+          if e.worker not in (None, worker):  # the check's: no program can be blamed for that
+            raise
           worker.kill()
       # Twice is the program's doing if a trivial program passes on a fresh worker, else ours.
-      kind = "contained" if self._passes_trivial(packages) else "sandbox_failed"
+      kind = "contained" if self._passes_trivial(program.packages) else "sandbox_failed"
     except (WorkerLost, OSError) as e:
       self.discard()
       return _failed(test, "sandbox_failed", str(e))
     return _failed(test, kind, "")
 
-  def _worker(self, packages: tuple[str, ...]) -> Worker:
+  def _run_with_check(self, worker: Worker, program: _Program, test: TestCase) -> TestResult:
+    """Runs the program and its check, each in a worker of its own."""
+    check = read_check(test.check, program.fn_name)
+    checker = self._worker(_packages(check.source), for_checks=True)
+    check_fd = memory_file(check.source)
+    try:
+      run = _judge_answer if check.judges_answers else _run_called
+      return run(worker, checker, check_fd, program, test)
+    finally:
+      os.close(check_fd)
+
+  def _worker(self, packages: tuple[str, ...], *, for_checks: bool = False) -> Worker:
     """Returns the worker with these packages, a new one if it has ended."""
-    worker = self.workers.get(packages)
+    worker = self.workers.get((packages, for_checks))
     if worker is not None and worker.alive:
       return worker
     if worker is not None:
       worker.kill()
-    worker = self.begin(packages)
+    worker = self.begin(packages, for_checks=for_checks)
     worker.hello()
     return worker
 
   def _passes_trivial(self, packages: tuple[str, ...]) -> bool:
     outcome = _run_own(self._worker(packages), "print(input())", "1")
     return outcome.status == 0 and outcome.stdout == b"1\n"
+
+
+def _packages(source: str) -> tuple[str, ...]:
+  """Returns the packages that a program mentions.
+
+  Who mentions one pays for a worker that has it; the others are smaller and faster.
+  """
+  return tuple(p for p in PACKAGES if p in source and installed(p))
+
+
+def _run_test(worker: Worker, program: _Program, test: TestCase) -> TestResult:
+  """Runs the program on a test whose expected output is known."""
+  if test.expression is not None:
+    mode = EXPRESSION
+  else:
+    mode = STDIN if program.fn_name is None else FUNCTION
+  outcome = worker.run(program.job(mode, test.given))
+  return judge_test(outcome, test, program.text, program.fn_name, program.limits)
+
+
+def _run_called(
+  worker: Worker, checker: Worker, check_fd: int, program: _Program, test: TestCase
+) -> TestResult:
+  """Lets a check call the program's function."""
+  check = check_job(check_fd, program.text, program.fn_name, program.limits)
+  said = converse(checker, worker, check, program.job(CALLS, ""))
+  return judge_check(said, test, program.text, program.fn_name, program.limits)
+
+
+def _judge_answer(
+  worker: Worker, checker: Worker, check_fd: int, program: _Program, test: TestCase
+) -> TestResult:
+  """Runs the program on the test's input, and then the check on what it answered."""
+  mode = STDIN if program.fn_name is None else FUNCTION
+  outcome = worker.run(program.job(mode, test.input))
+  answer = answer_to_check(outcome, test, program.text, program.fn_name, program.limits)
+  if isinstance(answer, TestResult):  # there is no answer
+    return answer
+  job = check_job(check_fd, program.text, program.fn_name, program.limits, answer)
+  return judge_answer_check(checker.run(job), test, answer, program.fn_name, program.limits)
 
 
 def _failed(test: TestCase, kind: str, reason: str) -> TestResult:

@@ -7,8 +7,9 @@ turns it into a `TestResult`, and wording.py turns results into a `Verdict`.
 import ast
 from collections.abc import Callable
 import dataclasses
-import json
 
+from sdpo_jax.sandbox.check_source import Check, read_check
+from sdpo_jax.sandbox.json_values import parse_json
 from sdpo_jax.text import cut
 
 # How a test, and so a program, can end.
@@ -23,7 +24,7 @@ KINDS = (
   "contained",  # the program made its worker misbehave, and the worker was replaced
   "sandbox_failed",  # we could not judge: our fault, never a reward
 )
-COMPARISONS = ("equal", "in", "isclose", "set")
+COMPARISONS = ("equal", "tokens", "float", "in", "isclose", "set")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,8 @@ class TestCase:
   """Holds one test of a program.
 
   With an `expression`, the jail evaluates it after the program and returns its value. A number is
-  close to another within `rel_tol` or `abs_tol`.
+  close to another within `rel_tol` or `abs_tol`. With a `check`, that program judges the answer, or
+  calls the judged function itself; then there is no input.
 
   The feedback on a hidden test shows neither its input nor what was expected, nor a word that the
   program chose. A program can still tell something of the input: by the kind of failure, the
@@ -42,20 +44,28 @@ class TestCase:
   input: str = ""  # standard input, or one JSON argument a line for a function
   output: str = ""  # what is expected: text, JSON for a function, a literal for an expression
   expression: str | None = None
-  # "equal": by the rule of the test's mode, see compare.py; for an expression also
-  # "set": equal as sets, "in": one of the expected elements, "isclose": close to the number
+  # "equal": by the rule of the test's mode, see compare.py
+  # for an expression also "set": equal as sets, "in": one of the expected elements,
+  # "isclose": close to the number
+  # for an answer also "float": numbers within a tolerance, and of a program that writes to
+  # standard output "tokens": the same words, however they are spaced
   compare: str = "equal"
   rel_tol: float = 1e-9
   abs_tol: float = 0.0
   hidden: bool = False
+  check: str | None = None  # the source of a program that judges, see check_source.py
 
   def __post_init__(self):
     if self.compare not in COMPARISONS:
       raise ValueError(
         f"TestCase.compare={self.compare!r} is unknown; choose from {', '.join(COMPARISONS)}"
       )
-    if self.compare != "equal" and self.expression is None:
+    if self.compare in ("in", "isclose", "set") and self.expression is None:
       raise ValueError(f"TestCase.compare={self.compare!r} needs an expression")
+    if self.compare in ("tokens", "float") and self.expression is not None:
+      raise ValueError(f"TestCase.compare={self.compare!r} is not for an expression")
+    if self.check is not None and (self.expression is not None or self.compare != "equal"):
+      raise ValueError("TestCase.check takes no expression and no compare: it judges by itself")
 
   @property
   def given(self) -> str:
@@ -98,7 +108,7 @@ class TestResult:
   __test__ = False  # as for TestCase
   input: str  # what the program was given (the expression, for an expression test)
   output: str  # standard output, or the returned value as text; "" where there is none
-  expected: str
+  expected: str | None  # None: only a check knows
   kind: str  # one of KINDS
   error: ProgramError | None = None
   detail: str = ""  # why the form is wrong, or why the sandbox failed
@@ -146,24 +156,52 @@ def check_tests(tests: list[TestCase], fn_name: str | None) -> None:
   """Raises ValueError for a test that no program could pass, because its form is wrong.
 
   Its fields must be text. The expected output of an expression must be a literal; that of a
-  function, and each line of its input, must be JSON.
+  function, and each line of its input, must be JSON. A check must define what `check_source.py`
+  says.
   """
   for number, test in enumerate(tests, 1):
     for name, text in (
       ("input", test.input),
       ("expected output", test.output),
       ("expression", test.expression or ""),
+      ("check", test.check or ""),
     ):
       if not isinstance(text, str):
         raise ValueError(f"test {number}: the {name} is {cut(repr(text), 80)}, not text")
-    expected = f"test {number}: the expected output {cut(test.output, 80)!r}"
+    if test.compare == "tokens" and fn_name is not None:
+      raise ValueError(f"test {number}: compare='tokens' is for what a program prints")
+    check = None if test.check is None else _read_check(test, fn_name, number)
     if test.expression is not None:
-      _require(ast.literal_eval, test.output.strip(), f"{expected} is not a literal")
-    elif fn_name is not None:
-      _require(json.loads, test.output, f"{expected} is not JSON")
-      message = f"test {number}: a line of the input {cut(test.input, 80)!r} is not JSON"
-      for line in filter(str.strip, test.input.split("\n")):
-        _require(json.loads, line, message)
+      _require(ast.literal_eval, test.output.strip(), f"{_expected(test, number)} is not a literal")
+    elif fn_name is not None and (check is None or check.judges_answers):
+      _check_json(test, number)
+
+
+def _read_check(test: TestCase, fn_name: str | None, number: int) -> Check:
+  """Reads a test's check. Raises ValueError if it or the fields beside it are of no use."""
+  try:
+    check = read_check(test.check, fn_name)
+  except ValueError as e:
+    raise ValueError(f"test {number}: {e}") from e
+  if not check.judges_answers and (test.input or test.output):
+    raise ValueError(f"test {number}: check(candidate) calls by itself, without input and output")
+  return check
+
+
+def _check_json(test: TestCase, number: int) -> None:
+  """Raises ValueError if a function's expected output or a line of its input is no JSON.
+
+  A check may do without an expected output.
+  """
+  if test.output or test.check is None:
+    _require(parse_json, test.output, f"{_expected(test, number)} is not JSON")
+  message = f"test {number}: a line of the input {cut(test.input, 80)!r} is not JSON"
+  for line in filter(str.strip, test.input.split("\n")):
+    _require(parse_json, line, message)
+
+
+def _expected(test: TestCase, number: int) -> str:
+  return f"test {number}: the expected output {cut(test.output, 80)!r}"
 
 
 def _require(parse: Callable, text: str, message: str) -> None:

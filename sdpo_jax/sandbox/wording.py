@@ -34,6 +34,7 @@ _BRACKETS = {
   "tuple": ("(", ")"),
   "set": ("{", "}"),
   "frozenset": ("frozenset({", "})"),
+  "iterator": ("iter([", "])"),
 }
 
 
@@ -50,10 +51,14 @@ def make_verdict(results: list[TestResult], number: int, limits: Limits) -> Verd
   described = failing[:1]
   if kind == "wrong_answer":
     wrong = [(i, result) for i, result in failing if result.kind == kind]
-    shortest = sorted(wrong, key=lambda pair: len(pair[1].input) + len(pair[1].expected))[:2]
+    shortest = sorted(wrong, key=lambda pair: _shown_length(pair[1]))[:2]
     described = sorted(shortest, key=lambda pair: pair[0])
   text = "\n\n".join(describe(result, i, limits) for i, result in described)
   return Verdict(kind, cut(text, MAX_CHARS), tuple(results), number)
+
+
+def _shown_length(result: TestResult) -> int:
+  return len(result.input) + len(result.expected or "")
 
 
 def describe(result: TestResult, number: int, limits: Limits) -> str:
@@ -78,7 +83,9 @@ def _shown_values(result: TestResult) -> list[str]:
     lines.append(_field("Reason", result.detail, MAX_ERROR_CHARS))
   lines.append(_field("Input", result.input))
   if result.kind == "wrong_answer":
-    lines += [_field("Output", result.output), _field("Expected", result.expected)]
+    lines.append(_field("Output", result.output))
+    if result.expected is not None:
+      lines.append(_field("Expected", result.expected))
   return lines
 
 
@@ -112,6 +119,14 @@ def _field(header: str, text: str, limit: int = MAX_VALUE_CHARS) -> str:
   if "\n" not in text:
     return f"{header}: {text}"
   return f"{header}:\n" + "\n".join("  " + line for line in text.split("\n"))
+
+
+def call_text(name: str, call: list) -> str:
+  """Writes a call, as the jail tagged it, as Python would."""
+  arguments, keywords = call
+  words = [literal_text(x) for x in arguments]
+  words += [f"{key}={literal_text(x)}" for key, x in keywords.items()]
+  return f"{name}({', '.join(words)})"
 
 
 def literal_text(tagged) -> str:
