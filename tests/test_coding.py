@@ -221,13 +221,19 @@ def test_mbpp_rows_of_the_hub(sandbox):
     assert env.judge(task, f"```python\n{task.solution}\n```").reward == 1.0
     assert env.judge(task, "```python\ndef add(a, b): return 0\n```").reward == 0.0
   for change, says in (
-    ({"test_setup_code": "root = Node(1)"}, "test_setup_code"),
-    ({"test_list": ["assert add(math.pi, 0) == 3"]}, r"the tests use \['math'\]"),
+    ({"test_list": ["assert add(math.pi, 0) == 3"]}, "its own solution does not pass its check"),
     ({"test_list": ["assert ("]}, "not Python"),
     ({"test_list": ["assert other(1) == 1"]}, "call none of the functions"),
   ):
     with pytest.raises(ValueError, match=says):
       env.task_from_row(sanitized | change, "train")
+  for change in (  # what the asserts need before them
+    {"test_list": ["assert add(math.pi, 0) == math.pi"]},
+    {"test_setup_code": "three = 3\r\n", "test_list": ["assert add(1, 2) == three"]},
+  ):
+    task = env.task_from_row(sanitized | change, "train")
+    assert env.judge(task, "```python\ndef add(a, b): return a + b\n```").reward == 1.0
+    assert env.judge(task, "```python\ndef add(a, b): return three\n```").reward == 0.0
 
 
 def test_private_tests_are_never_unpickled(tmp_path):
@@ -268,12 +274,108 @@ def test_humaneval_rows(sandbox):
   assert env.judge(task, "```python\ndef mean(x): return 1.5\n```").text.startswith(
     "Test 2: wrong answer\nInput: mean([0.1, 0.2])\nOutput: 1.5\nExpected: 0.15\n"
   )
-  with pytest.raises(ValueError, match="not an assert"):
-    humaneval_task(
-      row
-      | {"test": "def check(candidate):\n  for i in range(3):\n    assert candidate([i]) == i\n"},
-      "test",
-    )
+
+
+# In the form of HumanEval's rows whose checks are programs.
+PROGRAM_ROWS = {
+  "loop": "def check(candidate):\n  for i in range(3):\n    assert candidate([i, 2]) == i + 2\n",
+  "random_inputs_and_a_helper": (
+    "def check(candidate):\n  import random\n  for _ in range(20):\n"
+    "    x = [random.random() for _ in range(9)]\n"
+    "    assert abs(twice(x) / 2 - candidate(x)) < 1e-9\n"
+  ),
+  "variables": "def check(candidate):\n  x = [1, 2]\n  y = sum(x)\n"
+  "  assert candidate(x) == y, 'sum'\n",
+  "a_constant_itself": "def check(candidate):\n  assert (candidate([4]) == 4) is True\n",
+  "two_calls": "def check(candidate):\n  assert candidate([1, 2]) == candidate([2, 1])\n"
+  "  assert candidate([5]) > 4\n",
+}
+
+
+@pytest.mark.parametrize("name", PROGRAM_ROWS)
+def test_a_check_that_is_no_list_of_asserts_runs_as_a_program(sandbox, name):
+  beginning = (
+    "from typing import List\n\ndef twice(x):\n    return 2 * sum(x)\n\n"
+    'def total(x: List[float]) -> float:\n    """ Sum. """\n'
+  )
+  row = {
+    "task_id": "HumanEval/0",
+    "entry_point": "total",
+    "prompt": beginning,
+    "canonical_solution": "    return sum(x)\n",
+    "test": PROGRAM_ROWS[name],
+  }
+  env = Coding(sandbox=sandbox)
+  task = env.task_from_row(row, "test")
+  (test,) = task.data["tests"]
+  assert "check" in test and "def total" not in test["check"]
+  for body, reward in (("return twice(x) / 2", 1.0), ("return len(x) / 5", 0.0), ("return x", 0.0)):
+    program = beginning + f"    {body}\n"
+    assert env.judge(task, f"```python\n{program}```").reward == reward, body
+  wrong = row | {"canonical_solution": "    return len(x) / 5\n"}
+  with pytest.raises(ValueError, match="HumanEval/0: its own solution does not pass its check"):
+    env.task_from_row(wrong, "test")
+
+
+def test_a_row_states_which_answers_are_right(sandbox):
+  env = Coding(sandbox=sandbox)
+
+  def reward(program, **row):
+    plain = {"idx": 1, "question": "q", "tests": [{"input": "1", "output": "0.5 yes\nno"}]} | row
+    return env.judge(env.task_from_row(plain, "test"), f"```python\n{program}\n```").reward
+
+  spaced, near = "print('0.5  yes'); print('no')", "print('0.5000004 yes\\nno')"
+  joined = "print('0.5 yes no')"
+  assert [reward(p) for p in (spaced, near, joined)] == [0, 0, 0]
+  assert [reward(p, compare="exact") for p in (spaced, near, joined)] == [0, 0, 0]
+  assert [reward(p, compare="tokens") for p in (spaced, near, joined)] == [1, 0, 1]
+  assert [reward(p, compare="float:1e-6") for p in (spaced, near, joined)] == [1, 1, 1]
+  assert reward("print('0.5_0 yes no')", compare="float:1e-6") == 0
+  assert reward("print('nan yes no')", compare="float:.9") == 0
+  function = {"fn_name": "f", "tests": [{"input": "1", "output": '[1e300, {"a": 2}, true, "x"]'}]}
+  for value, exact, close in (
+    ('[1e300, {"a": 2}, True, "x"]', 1, 1),
+    ('[1e300 * 1.0000001, {"a": 2.0000001}, True, "x"]', 0, 1),
+    ('[1e300, {"a": 2}, 1, "x"]', 0, 0),
+    ('[1e300, {"a": 3}, True, "x"]', 0, 0),
+    ('[10 ** 400, {"a": 2}, True, "x"]', 0, 0),
+  ):
+    program = f"def f(x): return {value}"
+    assert reward(program, **function) == exact
+    assert reward(program, **function, compare="float:1e-6") == close
+  check = "def check(input, output, expected): return int(output) ** 2 == 49"
+  tests = [{"input": "1", "output": ""}]
+  for row in (
+    {"check": check, "tests": tests},
+    {"check": check, "compare": "program", "tests": tests},
+  ):
+    assert [reward(f"print({x})", **row) for x in (7, -7, 8)] == [1, 1, 0]
+  calls = {"check": "def check(candidate): assert candidate(3) == 9", "tests": [], "fn_name": "f"}
+  assert [reward(f"def f(x): return {x}", **calls) for x in ("x * 3", "x")] == [1, 0]
+
+
+@pytest.mark.parametrize(
+  "row, says",
+  [
+    ({"compare": "loose"}, "compare='loose' is unknown; choose exact, tokens, float:1e-6 or"),
+    ({"compare": "float"}, "needs a number from 0 to 1"),
+    ({"compare": "float:nan"}, "needs a number from 0 to 1"),
+    ({"compare": "float:-1e-6"}, "needs a number from 0 to 1"),
+    ({"compare": 1e-6}, "compare=1e-06 is unknown"),
+    ({"compare": "tokens", "fn_name": "f"}, "is for what a program prints"),
+    ({"compare": "program"}, "needs the field 'check'"),
+    ({"compare": "tokens", "check": "def check(candidate): 0"}, "'check' is not used where"),
+    ({"check": "def check(candidate): 0"}, r"check\(candidate\) needs fn_name"),
+    ({"check": "def check(candidate): 0", "fn_name": "f"}, "without input and output"),
+    ({"check": 5}, "the check is 5, not text"),
+    ({"question": ["q"]}, "field 'question' is no text but list"),
+    ({"question": None}, "field 'question' is no text but NoneType"),
+  ],
+)
+def test_rows_that_state_no_rule_are_refused(row, says):
+  plain = {"id": 1, "question": "q", "tests": [{"input": "1", "output": "1"}]}
+  with pytest.raises(ValueError, match=says):
+    plain_task(plain | row, "test")
 
 
 @pytest.mark.parametrize(
@@ -285,6 +387,7 @@ def test_humaneval_rows(sandbox):
     ("candidate(1) is None", {"expression": "f(1)", "output": "None"}),
     ("candidate(1) in [1, 2]", {"expression": "f(1)", "output": "[1, 2]", "compare": "in"}),
     ("candidate(1) == 6.0 / 5", {"expression": "f(1)", "output": "1.2"}),
+    ("candidate(1) == (1 + 2, [3 * 4])", {"expression": "f(1)", "output": "(3, [12])"}),
     ("tuple(candidate(1)) == tuple([1])", {"expression": "tuple(f(1))", "output": "(1,)"}),
     ("candidate(1) == sys.getsizeof(())", {"expression": "f(1)", "output": str(sys.getsizeof(()))}),
   ],
@@ -302,9 +405,10 @@ def test_an_asserts_answer_stays_on_the_host(condition, test):
     "candidate(1) > 2",
     "candidate(1) == 2 and candidate(2) == 3",
     "candidate(1) == 1 / 0",
+    "candidate(1) is True",
   ],
 )
-def test_an_assert_that_the_program_could_decide_makes_a_bad_row(condition):
+def test_an_assert_that_the_program_could_decide_is_no_expression(condition):
   with pytest.raises(ValueError, match="no literal answer"):
     tests_from_asserts(f"def check(candidate):\n  assert {condition}", "f")
 

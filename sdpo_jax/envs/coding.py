@@ -13,8 +13,13 @@ The program of a response is its last fenced Python block, else its last unlabel
 A response has the wrong form if it ends inside its thinking or its code block, or has no block.
 It then gets reward 0 and a feedback that says so.
 
-Several correct answers to one test are not supported: the expected output is the only right one.
-`sandbox/compare.py` has the rules of comparison.
+`sandbox/compare.py` has the rules of comparison. Where several answers are right, a test has a
+tolerance or a check, a program that judges: `coding_rows.py` says how a row states that. The
+solution of a row with a check must pass it, or the row is refused.
+
+Before a program starts it gets what LiveCodeBench's grader gives: the names of its imports, 50,000
+for the recursion limit and for the digits of an integer. The graders of HumanEval and MBPP give
+none of this, so a solution that forgot an import passes here and fails there.
 """
 
 import dataclasses
@@ -24,7 +29,8 @@ import re
 from sdpo_jax.envs import coding_rows
 from sdpo_jax.envs.rows import final_text
 from sdpo_jax.records import Feedback, Status, Task
-from sdpo_jax.sandbox import Limits, Sandbox, TestCase
+from sdpo_jax.sandbox import Limits, Sandbox, TestCase, Verdict
+from sdpo_jax.text import cut
 
 STDIN_FORM = (
   "Write a Python program that reads the input from standard input and writes the answer to "
@@ -76,7 +82,21 @@ class Coding:
       date = datetime.date.fromisoformat(str(row["contest_date"])[:10])
       if not self.first_date <= date <= self.last_date:
         return None
-    return coding_rows.task_from_row(row, split)
+    task = coding_rows.task_from_row(row, split)
+    if task.solution and any(test.get("check") for test in task.data["tests"]):
+      self._require_solved(task)
+    return task
+
+  def _require_solved(self, task: Task) -> None:
+    """Raises ValueError if the task's own solution does not pass its check.
+
+    A check may be wrong in ways that only a run shows.
+    """
+    verdict = self._run(task, task.solution)
+    if not verdict.passed:
+      raise ValueError(
+        f"{task.id}: its own solution does not pass its check: {cut(verdict.feedback, 500)}"
+      )
 
   def prompt(self, task: Task) -> list[dict[str, str]]:
     """Asks the question, says which form the answer must have, and gives the starting code."""
@@ -92,14 +112,17 @@ class Coding:
     program, fault = extract(response)
     if fault:
       return Feedback(0.0, f"{fault} {form(task)}")
+    verdict = self._run(task, program)
+    status = _STATUS.get(verdict.kind, Status.SCORED)
+    return Feedback(float(verdict.passed), verdict.feedback, status)
+
+  def _run(self, task: Task, program: str) -> Verdict:
     tests = [TestCase(**test) for test in task.data["tests"]]
     if self.reveal_hidden:
       tests = [dataclasses.replace(test, hidden=False) for test in tests]
-    verdict = self.sandbox.run(
+    return self.sandbox.run(
       program, tests, task.data.get("fn_name"), self.limits, max_failures=self.max_failures
     )
-    status = _STATUS.get(verdict.kind, Status.SCORED)
-    return Feedback(float(verdict.passed), verdict.feedback, status)
 
 
 def form(task: Task) -> str:

@@ -6,8 +6,19 @@ Nothing here runs anything of a row.
   executed.
 * An assert becomes an expression, which the jail evaluates, and a literal, which stays on the
   host.
-* An assert that cannot be split so makes its row a bad one; a comparison of two calls is an
-  example. In the jail the program could decide it, by an `__eq__` or a `bool` of its own.
+* Where an assert cannot be split so, the whole check becomes a program that runs in a jail of its
+  own and calls the judged function (sandbox/check_source.py). So it is with loops, random inputs,
+  and a comparison of two calls: beside the program, that could decide them by an `__eq__` of its
+  own.
+
+A row of the plain form states with `compare` which answers are right:
+
+  exact       the expected output alone, by the rule of the test's mode (sandbox/compare.py): the
+              default
+  tokens      the same words, however they are spaced; for programs that write to standard output
+  float:1e-6  numbers may differ by that much, or by that part of the larger one
+  program     what the row's field `check` accepts: the source of check(candidate) for a function,
+              without tests, or of check(input, output, expected) about each test's answer
 
 Errors: a row that cannot be used is a ValueError, or what reading a missing field raises.
 """
@@ -39,7 +50,7 @@ _STRING_PICKLE = {
   "BINPUT",
   "STOP",
 }
-# Syntax that `_literal_value` computes on the host, over numbers alone.
+# Syntax that `_literal_value` computes on the host, over numbers and lists of them alone.
 _ARITHMETIC = (
   ast.Constant,
   ast.BinOp,
@@ -50,6 +61,9 @@ _ARITHMETIC = (
   ast.Div,
   ast.UAdd,
   ast.USub,
+  ast.Tuple,
+  ast.List,
+  ast.Load,
 )
 # Functions of one literal that `_literal_value` computes on the host.
 _OF_LITERAL = {"set": set, "tuple": tuple, "sys.getsizeof": sys.getsizeof}
@@ -73,11 +87,16 @@ def task_from_row(row: dict, split: str) -> Task:
 
 
 def plain_task(row: dict, split: str) -> Task:
-  """Reads a row {id, question, tests: [{input, output}], fn_name?, starter?, solution?}."""
+  """Reads a row {id, question, tests: [{input, output}], fn_name?, starter?, solution?}.
+
+  `compare` and `check` are optional too; the module says what they mean.
+  """
   try:
-    tests = [dict(test) for test in row["tests"]]
+    tests = _compared([dict(test) for test in row.get("tests") or []], row)
     if not tests:
       raise ValueError("no tests")
+    if not isinstance(row["question"], str):
+      raise ValueError(f"field 'question' is no text but {type(row['question']).__name__}")
     check_tests([TestCase(**test) for test in tests], row.get("fn_name"))
     return Task(
       id=str(row["id"]),
@@ -90,6 +109,33 @@ def plain_task(row: dict, split: str) -> Task:
     raise ValueError(
       f"code tasks, split {split}, row {row.get('id')}: {type(e).__name__} {e}"
     ) from e
+
+
+def _compared(tests: list[dict], row: dict) -> list[dict]:
+  """Returns the tests with the comparison that the row states. Raises ValueError for another."""
+  rule = row.get("compare") or ("program" if row.get("check") else "exact")
+  kind, _, tolerance = str(rule).partition(":")
+  check = row.get("check")
+  if kind == "program" and check is not None:
+    return [test | {"check": check} for test in tests or [{}]]
+  if check is not None:
+    raise ValueError(f"field 'check' is not used where compare={rule!r}; it is for 'program'")
+  match kind, tolerance:
+    case "exact", "":
+      return tests
+    case "tokens", "":
+      return [{"compare": "tokens"} | test for test in tests]
+    case "float", _:
+      try:
+        allowed = float(tolerance)
+      except ValueError:
+        allowed = -1.0
+      if not 0 <= allowed < 1:
+        raise ValueError(f"compare={rule!r} needs a number from 0 to 1, as in 'float:1e-6'")
+      return [{"compare": "float", "rel_tol": allowed, "abs_tol": allowed} | test for test in tests]
+    case "program", "":
+      raise ValueError("compare='program' needs the field 'check'")
+  raise ValueError(f"compare={rule!r} is unknown; choose exact, tokens, float:1e-6 or program")
 
 
 # LiveCodeBench.
@@ -152,15 +198,29 @@ def _private_tests(field: str) -> list[dict]:
 
 
 def humaneval_task(row: dict, split: str) -> Task:
-  """Reads a row of HumanEval: a program's beginning, and the asserts of `check(candidate)`."""
+  """Reads a row of HumanEval: a program's beginning, and the asserts of `check(candidate)`.
+
+  A check may use functions that the beginning defines beside the one to complete.
+  """
   return _assert_task(
     row,
     split,
+    setup=_helpers(row["prompt"], row["entry_point"]),
     fn_name=row["entry_point"],
     question="Complete this function.",
     starter=row["prompt"],
     solution=row["prompt"] + row["canonical_solution"],
   )
+
+
+def _helpers(beginning: str, entry_point: str) -> str:
+  """Returns a program's beginning without the function to complete."""
+  try:
+    tree = ast.parse(beginning)
+  except SyntaxError:  # the function to complete has no body yet, not even a docstring
+    return ""
+  tree.body = [node for node in tree.body if getattr(node, "name", None) != entry_point]
+  return ast.unparse(tree)
 
 
 def mbpp_task(row: dict, split: str) -> Task:
@@ -185,31 +245,21 @@ def mbpp_hub_task(row: dict, split: str) -> Task:
 
   The question is `prompt` in the sanitized set and `text` in the full one.
   """
-  if (row.get("test_setup_code") or "").strip():
-    raise ValueError("field 'test_setup_code' is not empty: tests that need it are not supported")
   asserts = textwrap.indent("\n".join(row["test_list"]), "  ")
-  task = _mbpp_task(
+  imports = "\n".join(row.get("test_imports") or [])
+  setup = (row.get("test_setup_code") or "").replace("\r\n", "\n")
+  return _mbpp_task(
     row | {"task_id": f"MBPP/{row['task_id']}"},
     split,
+    setup=f"{imports}\n{setup}",
     description=row.get("prompt") or row["text"],
     solution=row["code"].replace("\r\n", "\n"),
     check=f"def check(candidate):\n{asserts}",
     entry_point=None,
   )
-  imported = _words(row.get("test_imports") or []) - {"import", "from", "as"}
-  # Most rows import math for `isclose`, which the host compares: it stands in no expression.
-  used = imported & _words(test["expression"] for test in task.data["tests"])
-  if used:
-    raise ValueError(f"field 'test_imports': the tests use {sorted(used)}, which is not supported")
-  return task
 
 
-def _words(texts) -> set[str]:
-  """Returns the words of Python source, names and numbers alike."""
-  return {word for text in texts for word in re.findall(r"\w+", text)}
-
-
-def _mbpp_task(row, split, *, description, solution, check, entry_point) -> Task:
+def _mbpp_task(row, split, *, description, solution, check, entry_point, setup="") -> Task:
   """Makes a task whose question names the function that the asserts of `check` call.
 
   The question also shows the first assert: it says which arguments the function takes.
@@ -229,6 +279,7 @@ def _mbpp_task(row, split, *, description, solution, check, entry_point) -> Task
   return _assert_task(
     row | {"test": check},
     split,
+    setup=setup,
     fn_name=fn_name,
     question=f"{description.strip()}\n\nFor example:\n{example}",
     starter=None,
@@ -236,12 +287,12 @@ def _mbpp_task(row, split, *, description, solution, check, entry_point) -> Task
   )
 
 
-def _assert_task(row, split, *, fn_name, question, starter, solution) -> Task:
+def _assert_task(row, split, *, setup, fn_name, question, starter, solution) -> Task:
   try:
     plain = {
       "id": row["task_id"],
       "question": question,
-      "tests": tests_from_asserts(row["test"], fn_name),
+      "tests": _tests_of_check(row["test"], setup, fn_name),
       "fn_name": fn_name,
       "starter": starter,
       "solution": solution,
@@ -253,7 +304,44 @@ def _assert_task(row, split, *, fn_name, question, starter, solution) -> Task:
     ) from e
 
 
+def _tests_of_check(source: str, setup: str, fn_name: str) -> list[dict]:
+  """Returns a test for each assert of a check, or one that runs the check as a program.
+
+  `setup` is what the check needs before it: imports, functions. An expression of an assert is
+  evaluated beside the judged program, so it must not need any of that.
+  """
+  try:
+    tests = tests_from_asserts(source, fn_name)
+  except _NotSplit:
+    tests = None
+  if tests is not None and not _needed(setup, tests):
+    return tests
+  return [{"check": f"{setup}\n{source}"}]
+
+
+def _needed(setup: str, tests: list[dict]) -> set[str]:
+  """Returns the names that a check's setup makes and the tests' expressions use.
+
+  Most rows import math for `isclose`, which the host compares: it stands in no expression.
+  """
+  made = set()
+  for node in ast.walk(ast.parse(setup)):
+    match node:
+      case ast.alias(name=name, asname=asname):
+        made.add((asname or name).split(".")[0])
+      case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+        made.add(name)
+      case ast.Name(id=name, ctx=ast.Store()):
+        made.add(name)
+  words = {word for test in tests for word in re.findall(r"\w+", test["expression"])}
+  return made & words
+
+
 # Asserts as tests of expressions.
+
+
+class _NotSplit(ValueError):
+  """A check cannot be split into expressions and literals."""
 
 
 def tests_from_asserts(source: str, fn_name: str) -> list[dict]:
@@ -272,8 +360,8 @@ def tests_from_asserts(source: str, fn_name: str) -> list[dict]:
 
   A LITERAL may be arithmetic on numbers, a set or a tuple of a literal, or the size of one,
   which the host computes.
-  ValueError for anything else: such a test has no literal answer. So it is if `check` holds
-  other statements, such as loops and assignments.
+  ValueError for anything else: such a test has no literal answer, and the check must run as a
+  program. So it is if `check` holds other statements, such as loops and assignments.
 
   What remains to the program: names of an expression other than the function's (`set`,
   `sorted`, `math`) are looked up beside it, so it may redefine them. It gains nothing that it
@@ -289,7 +377,7 @@ def tests_from_asserts(source: str, fn_name: str) -> list[dict]:
     if _says_nothing(statement):
       continue
     if not isinstance(statement, ast.Assert):
-      raise ValueError(
+      raise _NotSplit(
         f"check holds a statement that is not an assert: {ast.unparse(statement)[:100]}"
       )
     for node in ast.walk(statement):
@@ -305,9 +393,9 @@ def tests_from_asserts(source: str, fn_name: str) -> list[dict]:
 
 
 def _says_nothing(statement: ast.stmt) -> bool:
-  """Tells whether a statement is `pass`, a docstring or another constant."""
+  """Tells whether a statement is `pass`, a docstring or another constant, or a mere name."""
   if isinstance(statement, ast.Expr):
-    return isinstance(statement.value, ast.Constant)
+    return isinstance(statement.value, (ast.Constant, ast.Name))
   return isinstance(statement, ast.Pass)
 
 
@@ -330,12 +418,12 @@ def _expression_test(condition: ast.expr, fn_name: str) -> dict:
     or _isclose_test(condition)
   )
   if test is None:
-    raise ValueError(f"an assert has no literal answer: {ast.unparse(condition)[:100]}")
+    raise _NotSplit(f"an assert has no literal answer: {ast.unparse(condition)[:100]}")
   return test
 
 
 def _comparison_test(condition: ast.expr) -> dict | None:
-  """Splits `f(x) == LITERAL`, `LITERAL == f(x)`, `f(x) is None` and `f(x) in LITERAL`."""
+  """Splits `f(x) == LITERAL`, `LITERAL == f(x)`, `f(x) in LITERAL` and `f(x) is None`."""
   match condition:
     case ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]):
       for expression, literal in ((left, right), (right, left)):
@@ -407,7 +495,7 @@ def _literal_value(node: ast.expr) -> str | None:
       case ast.Call(func=ast.Name() | ast.Attribute() as function, args=[argument], keywords=[]):
         apply = _OF_LITERAL.get(ast.unparse(function))
         return repr(apply(ast.literal_eval(argument))) if apply else None
-    if isinstance(node, ast.BinOp) and _is_arithmetic(node):
+    if isinstance(node, (ast.BinOp, ast.Tuple, ast.List)) and _is_arithmetic(node):
       return repr(eval(compile(ast.Expression(node), "<literal>", "eval"), {}))
     return repr(ast.literal_eval(node))
   except (ValueError, TypeError, ArithmeticError):
@@ -415,7 +503,7 @@ def _literal_value(node: ast.expr) -> str | None:
 
 
 def _is_arithmetic(node: ast.expr) -> bool:
-  """Tells whether an expression holds numbers and + - * / alone, so that it may be evaluated."""
+  """Tells whether an expression holds numbers, + - * / and lists alone: it may be evaluated."""
   for part in ast.walk(node):
     if not isinstance(part, _ARITHMETIC):
       return False
