@@ -1,10 +1,11 @@
-"""Measures rate, latency, memory and start of the sandbox, with lean workers and with numpy.
+"""Measures rate, latency, memory and start of the sandbox: lean, with numpy, and with checks.
 
   python -m sdpo_jax.bench sandbox [--workers=N] [--programs=2000] [--isolation=auto]
                                    [--repeats=1] [--json=FILE]
 
-A program is trivial and has one test; a fresh process runs it. There is one row for each kind of
-worker, with medians over the repeats:
+A program is trivial and has one test; a fresh process runs it. That of "checked" is judged by a
+check, which calls it three times from a process of its own. There is one row for each kind, with
+medians over the repeats:
 
   per_s             programs a second from 2 callers for each worker, all workers busy
   p50_ms, p99_ms    time of one verdict with one caller, everything else idle
@@ -33,7 +34,12 @@ import time
 
 from sdpo_jax.sandbox import ISOLATIONS, Limits, Sandbox, TestCase, installed
 
-PROGRAMS = {"lean": "print(int(input()) + 1)", "numpy": "import numpy\nprint(int(input()) + 1)"}
+PROGRAMS = {
+  "lean": "print(int(input()) + 1)",
+  "numpy": "import numpy\nprint(int(input()) + 1)",
+  "checked": "def f(x): return x + 1",
+}
+CHECK = "def check(candidate):\n  for x in range(3):\n    assert candidate(x) == x + 1"
 FIGURES = (
   "load",
   "per_s",
@@ -138,7 +144,8 @@ def _measure(kind, workers, programs, isolation) -> dict:
 
     def verdict_s(_):
       begin = time.perf_counter()
-      if not pool.run(PROGRAMS[kind], [TestCase("1", "2")]).passed:
+      test = TestCase(check=CHECK) if kind == "checked" else TestCase("1", "2")
+      if not pool.run(PROGRAMS[kind], [test], "f" if kind == "checked" else None).passed:
         raise RuntimeError("the trivial program failed")
       return time.perf_counter() - begin
 
@@ -152,9 +159,9 @@ def _measure(kind, workers, programs, isolation) -> dict:
     alone = sorted(map(verdict_s, range(programs // 2)))
     with concurrent.futures.ThreadPoolExecutor(workers) as callers:
       busy = sorted(callers.map(verdict_s, range(programs // 2)))
-    # those with numpy come on top of the lean ones
+    # those with numpy and those for checks come on top of the lean ones
     pids = set(pool.worker_pids()) - lean_pids or lean_pids
-    imports = PROGRAMS[kind].split("print")[0]
+    imports = "import numpy\n" if kind == "numpy" else ""
     late_ms = _late_ms(pool, imports + "while True: pass")
     late_600mb_ms = _late_ms(pool, imports + "b = b'x' * 600_000_000\nwhile True: pass")
     rss_mb = max(_kib(pid, "status", "VmRSS") for pid in pids) * 1024 / 1e6
