@@ -165,6 +165,16 @@ def base() -> ml_collections.ConfigDict:
   return c
 
 
+def defaults_of(c: ml_collections.ConfigDict) -> dict:
+  """Returns every setting with its default, for the method's parts and the environment of `c`."""
+  defaults = base().to_dict()
+  for axis, part in defaults["method"].items():
+    if axis in build.AXES:
+      part |= build.complete_part(axis, c.method[axis].name) | {"name": part["name"]}
+  defaults["env"] = _env_defaults(c.env.name) | {"name": defaults["env"]["name"]}
+  return defaults
+
+
 def tiny(a: types.SimpleNamespace) -> ml_collections.ConfigDict:
   """Returns the settings for the tiny models of the package. `a`: method, model, seed, local."""
   c = base()
@@ -423,12 +433,16 @@ def _complete_environment(c: ml_collections.ConfigDict, name: str) -> None:
           f"choose from {sorted(parameters)}, or begin with another config file"
         )
     given = {key: value for key, value in given.items() if key in parameters}
-  settings = {
-    key: None if parameter.default is parameter.empty else parameter.default
-    for key, parameter in parameters.items()
-  }
-  settings |= given | {"name": name}
+  settings = _env_defaults(name) | given | {"name": name}
   c.env = {key: _as_field(value, parameters.get(key)) for key, value in settings.items()}
+
+
+def _env_defaults(name: str) -> dict:
+  """Returns the settings of an environment; None stands for one that a user must give."""
+  return {
+    key: None if parameter.default is parameter.empty else parameter.default
+    for key, parameter in env_settings(name).items()
+  }
 
 
 def _as_field(value, parameter: inspect.Parameter | None):
@@ -607,12 +621,17 @@ def _check_batch(c: ml_collections.ConfigDict) -> None:
       f"config.rollout.questions x group = {rows} rows do not divide into "
       f"train.updates_per_batch x micro_batches = {micro_batches}"
     )
-  updates = c.total_steps * c.train.updates_per_batch
-  if 0 < c.optimizer.decay_steps < updates:
+  check_schedule(c.optimizer.decay_steps, c.total_steps, c.train.updates_per_batch)
+
+
+def check_schedule(decay_steps: int, total_steps: int, updates_per_step: int = 1) -> None:
+  """Raises ValueError for a run that goes on after its learning rate has fallen to 0."""
+  updates = total_steps * updates_per_step
+  if 0 < decay_steps < updates:
     raise ValueError(
-      f"config.total_steps={c.total_steps} means {updates} updates, but the learning rate is 0 "
-      f"after config.optimizer.decay_steps={c.optimizer.decay_steps}: "
-      "set both, or decay_steps=0 for a constant rate"
+      f"config.total_steps={total_steps} means {updates} updates, but the learning rate is 0 after "
+      f"config.optimizer.decay_steps={decay_steps}: a new run may set both, or decay_steps=0 for a "
+      f"constant rate; one that was begun so ends by step {decay_steps // updates_per_step}"
     )
 
 

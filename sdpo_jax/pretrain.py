@@ -12,9 +12,12 @@ At the end it prints the accuracy on problems with novel words (greedy, exact be
 given feedback, a solution or notes. Where the corpus has verdicts, it also prints the share that
 the model imagines rightly. It writes a Hugging Face directory.
 
+config.total_steps of a resumed run may be another, as far as config.optimizer.decay_steps allows.
+
 Exit status: 0 success, 2 a wrong setting or a work directory begun with other ones, 1 a full disk.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -26,7 +29,7 @@ import jax
 import numpy as np
 
 from sdpo_jax import checkpoint, metrics
-from sdpo_jax.config import MODELS, check_optimizer, load, with_overrides
+from sdpo_jax.config import MODELS, check_optimizer, check_schedule, load, with_overrides
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.corpus import DOMAINS, VIEWS, Corpus, Mixture, Problem, build_tokenizer
 from sdpo_jax.engine.local import LocalEngine
@@ -43,7 +46,7 @@ from sdpo_jax.objectives.token_weight import uniform
 from sdpo_jax.optimizer import make_optimizer
 from sdpo_jax.records import Rows, Sampling, TrainBatch
 from sdpo_jax.train_step import init_state, make_signals, make_train_step
-from sdpo_jax.workdir import check_same_run, write_atomically
+from sdpo_jax.workdir import check_same_run, finished, write_atomically
 
 # What metrics.jsonl holds of the step: its name there -> the step's.
 LOGGED = {
@@ -333,6 +336,8 @@ def run(
   if checkpoint.latest_step(workdir) is not None:
     state, _ = checkpoint.restore(workdir, state)
   first = int(state.step)
+  if first >= c.total_steps:
+    print(finished(workdir, first, c.total_steps))
   log = Log(c, workdir, first)
   accuracies = {}
   for i in range(first, c.total_steps):
@@ -411,7 +416,14 @@ def configuration(file_and_argument: str, arguments: list[str]):
   if c.domain not in DOMAINS:
     raise ValueError(f"domain={c.domain!r} is unknown; choose from {sorted(DOMAINS)}")
   check_optimizer(c.optimizer)
+  check_schedule(c.optimizer.decay_steps, c.total_steps)
   return c
+
+
+def default_settings(file_and_argument: str) -> dict:
+  """Returns the settings of a file without overrides; those of the corpus are Mixture's own."""
+  settings = load(file_and_argument).to_dict()
+  return settings | {"corpus": dataclasses.asdict(Mixture())}
 
 
 def main(argv: list[str]) -> int:
@@ -426,7 +438,8 @@ def main(argv: list[str]) -> int:
       return 0
     c = configuration(f.config, rest)
     begun = checkpoint.latest_step(f.workdir) is not None
-    check_same_run(pathlib.Path(f.workdir), c, begun=begun)
+    defaults = default_settings(f.config)
+    check_same_run(pathlib.Path(f.workdir), c, begun=begun, defaults=defaults)
     tokenizer = build_tokenizer(c.domain)
     data = batches(c, tokenizer)
     tx = make_optimizer(**c.optimizer)

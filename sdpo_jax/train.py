@@ -12,6 +12,7 @@ after it. Step 0 is the evaluation of the base model.
 import json
 import logging
 import pathlib
+import sys
 import time
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 
 from sdpo_jax import checkpoint, hosts, monitors, report, sharding
-from sdpo_jax.config import validate
+from sdpo_jax.config import defaults_of, validate
 from sdpo_jax.data.batch import Packed, Packer, PackSettings
 from sdpo_jax.data.shapes import Rounding, Shape, Shapes, most_tokens
 from sdpo_jax.data.tasks import RowEnv, TaskStream
@@ -32,7 +33,7 @@ from sdpo_jax.records import Rollout, Sampling, Status
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.rollout_log import rollout_lines
 from sdpo_jax.session import Session, open_session
-from sdpo_jax.workdir import check_same_run, describe_run, write_atomically
+from sdpo_jax.workdir import check_same_run, describe_run, finished, write_atomically
 
 
 def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
@@ -154,8 +155,8 @@ def train(c, workdir: str) -> None:
   with blame_settings():
     validate(c)
     method = build_method(c.method.to_dict())
-    check_same_run(workdir, c, begun=checkpoint.latest_step(workdir) is not None)
     latest = checkpoint.latest_step(workdir)
+    check_same_run(workdir, c, begun=latest is not None, defaults=defaults_of(c))
   is_finished = latest is not None and latest >= c.total_steps
   if not is_finished:
     with open_session(c, method=method) as session:
@@ -169,6 +170,8 @@ def train(c, workdir: str) -> None:
         steps.close()
   if not hosts.leads():
     return
+  if is_finished:
+    print(finished(workdir, latest, c.total_steps), file=sys.stderr)
   # A finished run lacks its report where it was killed between the last step and the report.
   if not is_finished or not (workdir / "report" / "index.html").exists():
     report.write_report([workdir], workdir / "report")

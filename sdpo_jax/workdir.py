@@ -30,24 +30,38 @@ _PACKAGES = (
 )
 
 
-def check_same_run(workdir: pathlib.Path, c, *, begun: bool) -> None:
+def check_same_run(workdir: pathlib.Path, c, *, begun: bool, defaults: dict) -> None:
   """Raises ValueError, naming the first difference, if `workdir` was begun with other settings.
 
   A work directory belongs to one configuration. Only the number of steps and that of questions at
-  a time may change.
+  a time may change. A setting that is younger than the work directory has to be at its default.
   """
   path = workdir / "config.json"
   if not begun or not path.exists():
     return
-  before = _flat(json.loads(path.read_text()), "config")
-  # through JSON, as the stored ones went: tuples are lists then
-  now = _flat(json.loads(json.dumps(c.to_dict())), "config")
+  before, now = _flat(json.loads(path.read_text()), "config"), _stored(c.to_dict())
+  before = {key: value for key, value in _stored(defaults).items() if key in now} | before
   for key in sorted(before.keys() | now.keys()):
     if key not in _MAY_CHANGE and before.get(key) != now.get(key):
       raise ValueError(
         f"{key}={now.get(key)!r} but {workdir} was begun with {before.get(key)!r}: "
-        "choose another --workdir, or the same settings"
+        f"choose another --workdir, or the same settings{_why_not(key, before.get(key))}"
       )
+
+
+def _stored(settings: dict) -> dict:
+  """Returns flat settings as config.json would hold them: tuples are lists there."""
+  return _flat(json.loads(json.dumps(settings, default=repr)), "config")
+
+
+def _why_not(key: str, before) -> str:
+  """Returns what a user has to know who wants a longer run, and changes the schedule for it."""
+  if key != "config.optimizer.decay_steps" or not before:
+    return ""
+  return (
+    f"; its learning rate is on the way to 0 at update {before}, "
+    "so config.total_steps may grow up to there and no further"
+  )
 
 
 def _flat(settings: dict, path: str) -> dict:
@@ -57,6 +71,14 @@ def _flat(settings: dict, path: str) -> dict:
     name = f"{path}.{key}"
     flat |= _flat(value, name) if isinstance(value, dict) else {name: value}
   return flat
+
+
+def finished(workdir, latest: int, total_steps: int) -> str:
+  """Says why nothing is trained: the run has come as far as it is asked to, or further."""
+  return (
+    f"finished: {workdir} holds the checkpoint of step {latest} and config.total_steps is "
+    f"{total_steps}: nothing is trained"
+  )
 
 
 def describe_run(workdir: pathlib.Path, c, extra: dict) -> None:

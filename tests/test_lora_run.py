@@ -26,6 +26,7 @@ ARGS = [
   "--config.eval.samples=1",
   "--config.checkpoint.every_steps=1",
   "--config.optimizer.warmup_steps=0",
+  "--config.optimizer.decay_steps=0",  # a constant rate, so that a run may become longer
 ]
 
 

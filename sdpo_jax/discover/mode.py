@@ -52,7 +52,7 @@ from typing import Any
 import jax
 
 from sdpo_jax import sharding
-from sdpo_jax.config import validate
+from sdpo_jax.config import defaults_of, validate
 from sdpo_jax.data.tasks import RowEnv, first_tasks
 from sdpo_jax.discover import results
 from sdpo_jax.discover.arms import ARMS, HISTORIES, LEARNING, ArmRun
@@ -77,7 +77,7 @@ def discover(c, workdir: str) -> dict[str, Any]:
     first_devices, *other_devices = sharding.split_devices(jax.devices(), c.discover.parallel)
     written_first = ("attempts", "discover.jsonl", "difficulty.jsonl")
     begun = any((workdir / name).exists() for name in written_first)
-    check_same_run(workdir, c, begun=begun)
+    check_same_run(workdir, c, begun=begun, defaults=defaults_of(c))
   summary_path = workdir / "discover.json"
   if summary_path.exists():  # written last
     return json.loads(summary_path.read_text())
