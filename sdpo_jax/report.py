@@ -67,7 +67,7 @@ NONE = "–"
 # Settings in which runs may differ and still have learned in the same way
 NOT_OF_LEARNING = ("seed", "checkpoint.", "log.", "sandbox.")
 # Entries of run.json that stand first, in this order; the others follow
-FACTS = ("command", "commit", "started", "python", "versions", "devices")
+FACTS = ("command", "commit", "started", "python", "versions", "devices", "rows")
 
 
 @dataclasses.dataclass
@@ -663,6 +663,7 @@ def _settings(run: Run) -> dict:
   about = run.about
   versions = _flat(about.get("versions") or {}).items()
   devices = map(str, about.get("devices") or [])
+  rows = (about.get("rows") or {}).items()
   facts = {
     "command": about.get("command"),
     "commit": about.get("commit"),
@@ -670,6 +671,7 @@ def _settings(run: Run) -> dict:
     "python": about.get("python"),
     "versions": ", ".join(f"{name} {version}" for name, version in versions),
     "devices": ", ".join(devices),
+    "rows": ", ".join(f"{split} {fingerprint['rows']}" for split, fingerprint in rows),
     "work directory": run.workdir,
   }
   pairs = [*facts.items(), *((name, about[name]) for name in about if name not in FACTS)]

@@ -9,16 +9,17 @@ import ctypes
 import dataclasses
 import functools
 import os
-from typing import Any, Callable, NamedTuple
+import pathlib
+from typing import Any, Callable, Iterable, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax import sharding
+from sdpo_jax import hosts, sharding
 from sdpo_jax.config import MODELS
 from sdpo_jax.data.chat import Chat, load_tokenizer
-from sdpo_jax.data.tasks import check_sources, with_rows
+from sdpo_jax.data.tasks import RowEnv, check_sources, with_rows
 from sdpo_jax.data.teacher_prompt import teacher_prompt
 from sdpo_jax.engine import ENGINES
 from sdpo_jax.envs.base import make_env
@@ -34,6 +35,7 @@ from sdpo_jax.records import Sampling, Task
 from sdpo_jax.rollout import Collector
 from sdpo_jax.sandbox import Sandbox
 from sdpo_jax.train_step import TrainState, init_state
+from sdpo_jax.workdir import change_of_rows, rows_of_run
 
 
 class Session(NamedTuple):
@@ -116,7 +118,7 @@ def open_session(c, path: str | None = None, *, devices=None, method: Method | N
     with blame_settings():
       mesh = _enter_mesh(c, devices, stack)
       adapters = lora.from_settings(c.model)
-      splits = _splits(c)
+      splits = splits_of(c)
       if c.data.sources:
         check_sources(c.data.sources, splits)
       policy = load(c, path, mesh)
@@ -168,7 +170,7 @@ def _enter_mesh(c, devices, stack: contextlib.ExitStack) -> jax.sharding.Mesh | 
   return mesh
 
 
-def _splits(c) -> dict[str, str]:
+def splits_of(c) -> dict[str, str]:
   """{split: the setting that names it} of every split that the run reads."""
   splits = {"train": "training"}
   for setting in ("splits", "final_splits"):
@@ -308,6 +310,24 @@ def model_shape(path: str) -> ModelConfig:
   if path in PRESETS:
     return PRESETS[path]
   return read_config(local_directory(MODELS.get(path, os.path.expanduser(path))))
+
+
+# ---- checks of rows ------------------------------------------------------------------------------
+
+
+def same_rows(workdir: pathlib.Path, env, splits: Iterable[str], *, begun: bool) -> dict[str, dict]:
+  """Returns the fingerprints of all rows that the work directory has met, for its run.json.
+
+  An environment that makes its questions has none. Raises ValueError, in every process of the run,
+  where one of them would go on with other rows than the run was begun with.
+  """
+  now = {split: env.fingerprint(split) for split in splits} if isinstance(env, RowEnv) else {}
+  change = change_of_rows(workdir, now) if begun else None
+  # process 0 changes run.json later: after all have read it
+  changes = [change for change in hosts.share(change) if change]
+  if changes:
+    raise ValueError(changes[0])
+  return rows_of_run(workdir) | now
 
 
 # ---- checks of lengths --------------------------------------------------------------------------

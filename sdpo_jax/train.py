@@ -32,7 +32,7 @@ from sdpo_jax.objectives.build import build_method
 from sdpo_jax.records import Rollout, Sampling, Status
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.rollout_log import rollout_lines
-from sdpo_jax.session import Session, open_session
+from sdpo_jax.session import Session, open_session, same_rows, splits_of
 from sdpo_jax.workdir import check_same_run, describe_run, finished, write_atomically
 
 
@@ -200,16 +200,19 @@ class Steps:
     self.exploration = {}  # metrics of the last batch's alternatives
     self._step = self._score = self.packer = self._writer = None
     self._history, self._signs = [], set()
+    self.rows = {}  # fingerprints for run.json
 
   @classmethod
   def begin(cls, c, workdir: pathlib.Path, session: Session, latest: int | None):
     """Returns (steps, state) at the start of a run, or at its latest checkpoint; see `open`.
 
-    Raises ValueError for settings that do not fit together and for a checkpoint of another version.
+    Raises ValueError for settings that do not fit together, and for a checkpoint of another version
+    or over other rows.
     """
     host = {"tokens": 0, "alternatives": 0, "failed_batches": 0}
     host |= {"data": None, "shapes": [], "owed": 0.0}
     steps = cls(c, workdir, session, host)
+    steps.rows = same_rows(workdir, session.collector.env, splits_of(c), begun=latest is not None)
     method = steps.learner.method
     state = session.fresh_state(steps.trainable, steps.learner.tx, method.teacher_weights)
     if latest is not None:
@@ -228,6 +231,7 @@ class Steps:
       facts = {
         "sandbox_isolation": self.session.isolation,
         "mesh": None if mesh is None else dict(mesh.shape),
+        "rows": self.rows,
       }
       describe_run(self.workdir, self.c, facts)
       self._writer = Writer(self.workdir, total_steps=self.c.total_steps)

@@ -1,12 +1,14 @@
 """The files that describe a run in its work directory, and how such files are written and read.
 
 config.json  every setting, resolved
-run.json     command, commit, package versions, devices, seed, and when each start was
+run.json     command, commit, package versions, devices, seed, when each start was, and `rows`:
+             a fingerprint of the rows of each split (data/fingerprint.py)
 """
 
 import datetime
 import importlib.metadata
 import json
+import logging
 import os
 import pathlib
 import shlex
@@ -79,6 +81,38 @@ def finished(workdir, latest: int, total_steps: int) -> str:
     f"finished: {workdir} holds the checkpoint of step {latest} and config.total_steps is "
     f"{total_steps}: nothing is trained"
   )
+
+
+def rows_of_run(workdir: pathlib.Path) -> dict[str, dict]:
+  """Returns {split: fingerprint of its rows} as run.json tells; {} where it does not."""
+  path = workdir / "run.json"
+  return json.loads(path.read_text()).get("rows", {}) if path.exists() else {}
+
+
+def change_of_rows(workdir: pathlib.Path, now: dict[str, dict]) -> str | None:
+  """Returns a line on the first split whose rows are not those of run.json; None: all are.
+
+  Rows that differ but are read as the same tasks (a column more that nothing reads) are no change.
+  Neither are the same rows read otherwise by another version, which is only logged.
+  """
+  before = rows_of_run(workdir)
+  for split in sorted(before.keys() & now.keys()):
+    then, here = before[split], now[split]
+    if then["tasks_sha256"] == here["tasks_sha256"]:
+      continue
+    if then["rows_sha256"] != here["rows_sha256"]:
+      return (
+        f"config.data.sources: the rows of split {split!r} are not those that {workdir} was begun "
+        f"with ({then['rows']} rows then, {here['rows']} now): restore them, "
+        "or choose another --workdir"
+      )
+    logging.warning(
+      "the rows of split %r are those that %s was begun with, but their environment or tokenizer "
+      "now reads them otherwise: rewards before and after may differ",
+      split,
+      workdir,
+    )
+  return None
 
 
 def describe_run(workdir: pathlib.Path, c, extra: dict) -> None:

@@ -88,6 +88,7 @@ def workdir(
         "command": "python -m sdpo_jax.main --config=x",
         "versions": {"jax": "0.10.2"},
         "devices": ["cpu:0"],
+        "rows": {"train": {"rows": 9, "rows_sha256": "f"}, "test": {"rows": 4}},
         "commit": None,
       }
     )
@@ -142,6 +143,7 @@ def test_a_run(tmp_path):
     "10.0% at step 0",
     "128",
     "jax 0.10.2",
+    "train 9, test 4",
     "What the teacher read",
     "What it read of alternatives",
     "If you had tried",

@@ -1,11 +1,13 @@
 """Tasks: sources, malformed rows, mixtures, processes, exact resumption, one's own environment."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from sdpo_jax import main
@@ -117,6 +119,67 @@ def test_a_position_over_other_data_is_refused(two, tmp_path):
   write(tmp_path / "b.jsonl", numbers(100, 5))
   with pytest.raises(ValueError, match="not what the checkpoint was written with"):
     TaskStream(with_rows(MathQA(), two, splits=("train",)), "train").restore(state)
+
+
+class Own(MathQA):
+  """Its tasks hold what JSON lacks."""
+
+  def __init__(self, kind):
+    self.kind = kind
+
+  def task_from_row(self, row, split):
+    task = super().task_from_row(row, split)
+    data = {
+      "address": object(),
+      "array": np.full(2000, 0) if self.kind == "array" else np.arange(2000),
+      "set": {"a", "b", "c", self.kind},
+      "keys": {("a", self.kind): 1},
+      "data class": Feedback(1.0, self.kind),
+    }
+    picked = {key: value for key, value in data.items() if self.kind in ("all", key)}
+    return dataclasses.replace(task, data=task.data | (picked or data))
+
+
+def printed(tmp_path, lines, env=None):
+  path = tmp_path / "rows.jsonl"
+  path.write_text("\n".join(lines), encoding="utf-8")
+  rows = with_rows(env or MathQA(), (f"train={path}",), splits=("train",), on_bad_row="skip")
+  fingerprint = rows.fingerprint("train")
+  return fingerprint["rows"], fingerprint["rows_sha256"], fingerprint["tasks_sha256"]
+
+
+def test_a_fingerprint_tells_rows_and_tasks_from_others(tmp_path, two):
+  lines = [json.dumps(row) for row in numbers(0, 3)]
+  rows, rows_digest, tasks_digest = printed(tmp_path, lines)
+  assert rows == 3 and (rows, rows_digest, tasks_digest) == printed(tmp_path, [*lines, "", ""])
+  for other in (
+    [*lines[:2], lines[2].replace("What", "what")],  # a question
+    [*lines[:2], lines[2].replace('"answer": 2', '"answer": 3')],  # an answer
+    lines[::-1],
+    lines[:2],
+    [*lines, lines[0]],
+  ):
+    found, *digests = printed(tmp_path, other)
+    assert found == len(other) and not {rows_digest, tasks_digest} & set(digests)
+  # a bad row is a row, though no task
+  found, *digests = printed(tmp_path, [*lines, "{not json"])
+  assert found == 4 and digests[0] != rows_digest and digests[1] == tasks_digest
+  unread = [line.replace("{", '{"source": "a \\ud800", ') for line in lines]
+  found, *digests = printed(tmp_path, unread)
+  assert digests[0] != rows_digest and digests[1] == tasks_digest
+  both = with_rows(MathQA(), two, splits=("train", "test"))
+  swapped = with_rows(MathQA(), two[::-1], splits=("train",))
+  assert both.fingerprint("train")["rows"] == 10 and both.fingerprint("test")["rows"] == 5
+  assert both.fingerprint("train") != swapped.fingerprint("train")
+
+
+def test_a_fingerprint_of_tasks_that_json_cannot_hold(tmp_path):
+  """It is the same each time, and sees each part."""
+  lines = [json.dumps(row) for row in numbers(0, 2)]
+  of_all = printed(tmp_path, lines, Own("all"))
+  assert of_all == printed(tmp_path, lines, Own("all"))
+  parts = [printed(tmp_path, lines, Own(kind)) for kind in ("array", "set", "keys", "data class")]
+  assert len({of_all, *parts}) == 5
 
 
 @pytest.mark.parametrize(

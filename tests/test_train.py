@@ -153,6 +153,7 @@ def test_a_resumed_run_sees_the_lines_up_to_its_checkpoint_alone(tmp_path, monke
   steps = train.Steps.__new__(train.Steps)
   steps.c, steps.workdir = types.SimpleNamespace(total_steps=6), tmp_path
   steps.session = types.SimpleNamespace(mesh=None, isolation="none")
+  steps.rows = {}
   steps.open(None, latest=2)
   steps.close()
   assert [line["step"] for line in steps._history] == [0, 1, 2]

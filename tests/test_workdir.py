@@ -6,12 +6,17 @@ import pathlib
 import numpy as np
 import pytest
 
-from sdpo_jax import checkpoint, config, main, pretrain, train
+from sdpo_jax import checkpoint, config, hosts, main, pretrain, train
 from sdpo_jax.data.corpus import Mixture
-from sdpo_jax.workdir import check_same_run
+from sdpo_jax.data.tasks import RowEnv
+from sdpo_jax.envs.math_qa import MathQA
+from sdpo_jax.envs.tinycode import TinyCode
+from sdpo_jax.session import same_rows
+from sdpo_jax.workdir import change_of_rows, check_same_run
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINYCODE = f"--config={ROOT}/configs/tinycode.py:local"
+MATHS = f"--config={ROOT}/configs/math_qa.py:local"
 
 
 def parsed(*arguments):
@@ -149,3 +154,113 @@ def test_fewer_steps_than_are_done_train_nothing(tmp_path, capsys):
     "nothing is trained\n"
   )
   assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def fingerprint(rows=4, rows_sha256="r", tasks_sha256="t"):
+  return {"rows": rows, "rows_sha256": rows_sha256, "tasks_sha256": tasks_sha256}
+
+
+BEFORE = {"test": fingerprint(), "train": fingerprint(9)}
+
+
+@pytest.mark.parametrize(
+  "now, says",
+  [
+    (BEFORE, None),
+    ({"dev": fingerprint(1, "x", "x")}, None),  # a split that was not read
+    (BEFORE | {"test": fingerprint(4, rows_sha256="x")}, None),  # a column that nothing reads
+    (
+      BEFORE | {"train": fingerprint(8, "x", "x")},
+      "the rows of split 'train' are not those that {} was begun with (9 rows then, 8 now): "
+      "restore them, or choose another --workdir",
+    ),
+  ],
+)
+def test_other_rows_are_told_with_their_split_and_number(now, says, tmp_path, caplog):
+  assert change_of_rows(tmp_path, now) is None  # no run.json
+  (tmp_path / "run.json").write_text('{"seed": 0}')
+  assert change_of_rows(tmp_path, now) is None  # of a version without fingerprints
+  (tmp_path / "run.json").write_text(json.dumps({"rows": BEFORE}))
+  said = change_of_rows(tmp_path, now)
+  assert said == (says and f"config.data.sources: {says.format(tmp_path)}")
+  assert not caplog.messages
+
+
+def test_the_same_rows_read_otherwise_are_no_other_data(tmp_path, caplog):
+  (tmp_path / "run.json").write_text(json.dumps({"rows": BEFORE}))
+  assert change_of_rows(tmp_path, {"test": fingerprint(tasks_sha256="x")}) is None
+  (message,) = caplog.messages
+  assert "the rows of split 'test' are those that" in message and "reads them otherwise" in message
+
+
+def test_every_process_hears_that_the_rows_of_one_differ(tmp_path, monkeypatch):
+  env = RowEnv(MathQA(), (f"{config.ROWS}/math_qa.{{split}}.jsonl",), splits=("train",))
+  monkeypatch.setattr(hosts, "share", lambda value: [value, "the rows of process 1"])
+  with pytest.raises(ValueError, match="^the rows of process 1$"):
+    same_rows(tmp_path, env, ("train",), begun=True)
+  monkeypatch.setattr(hosts, "share", lambda value: [value, None])
+  (tmp_path / "run.json").write_text(json.dumps({"rows": BEFORE}))
+  rows = same_rows(tmp_path, env, ("train",), begun=False)
+  assert rows == BEFORE | {"train": env.fingerprint("train")}
+  assert same_rows(tmp_path, TinyCode(sandbox=None), ("train",), begun=True) == BEFORE
+
+
+@pytest.fixture
+def maths(tmp_path, monkeypatch):
+  """(settings, work directory, file of rows, steps trained): a run whose loop only saves."""
+  path = tmp_path / "rows.train.jsonl"
+  lines = [json.dumps({"question": f"What is {i}?", "answer": i}) for i in range(6)]
+  for name in ("train", "test"):
+    path.with_name(f"rows.{name}.jsonl").write_text("\n".join(lines))
+  trained = []
+  (tmp_path / "run").mkdir()
+
+  def loop(state, host, steps, *, total_steps, limits):
+    trained.append(total_steps)
+    steps.save(total_steps, state, host)
+
+  monkeypatch.setattr(train, "run", loop)
+  monkeypatch.setattr(train.report, "write_report", lambda *_: None)
+  source = f"--config.data.sources=('{tmp_path}/rows.{{split}}.jsonl',)"
+  return [MATHS, source, CONSTANT], tmp_path / "run", path, trained
+
+
+def test_a_resumed_run_whose_rows_changed_says_so(maths, capsys):
+  """One that was begun before there were fingerprints goes on, and has them from then on."""
+  settings, workdir, path, trained = maths
+  about = workdir / "run.json"
+  train.train(parsed(*settings), str(workdir))
+  stored = json.loads(about.read_text())
+  assert stored["rows"]["train"]["rows"] == 6 and stored["rows"].keys() == {"train", "test"}
+  before, longer = path.read_text(), [*settings, "--config.total_steps=3"]
+  # a reward alone: ids and number stay as they are
+  path.write_text(before.replace('"answer": 5', '"answer": 4'))
+  assert refused(capsys, workdir, *longer) == (
+    f"sdpo_jax: config.data.sources: the rows of split 'train' are not those that {workdir} was "
+    "begun with (6 rows then, 6 now): restore them, or choose another --workdir"
+  )
+  assert trained == [2] and json.loads(about.read_text()) == stored
+  about.write_text(json.dumps({key: value for key, value in stored.items() if key != "rows"}))
+  train.train(parsed(*longer), str(workdir))
+  assert trained == [2, 3]
+  path.write_text(before)
+  line = refused(capsys, workdir, *settings, "--config.total_steps=4")
+  assert "the rows of split 'train'" in line and trained == [2, 3]
+
+
+def test_questions_of_discovery_may_not_change_either(maths, capsys):
+  settings, workdir, path, _ = maths
+  arguments = ["--mode=discover", *settings, "--config.train.updates_per_batch=1"]
+  c = parsed(*arguments)
+  env = RowEnv(MathQA(), c.data.sources, splits=("test",))
+  begun(workdir, c)
+  (workdir / "discover.jsonl").touch()
+  rows = {"rows": {"test": env.fingerprint("test")}}
+  (workdir / "run.json").write_text(json.dumps(rows))
+  test = path.with_name("rows.test.jsonl")
+  test.write_text(test.read_text().replace("What is 0", "what is 0"))
+  assert "the rows of split 'test'" in refused(capsys, workdir, *arguments)
+  assert json.loads((workdir / "run.json").read_text()) == rows

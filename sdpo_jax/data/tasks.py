@@ -35,6 +35,7 @@ import zlib
 
 import grain
 
+from sdpo_jax.data.fingerprint import RowDigest, fingerprint
 from sdpo_jax.errors import SettingError
 from sdpo_jax.records import Task
 
@@ -48,6 +49,7 @@ class Source(NamedTuple):
   weight: float
   tasks: list[Task]
   skipped: int  # rows left out as malformed
+  digest: RowDigest  # of its rows and of its tasks, before their ids are numbered by source
 
 
 class RowEnv:
@@ -102,6 +104,10 @@ class RowEnv:
     if split not in self._opened:
       self._opened[split] = self._open(split)
     return self._opened[split]
+
+  def fingerprint(self, split: str) -> dict:
+    """Returns what tells the rows of the split from others; see data/fingerprint.py."""
+    return fingerprint([source.digest for source in self.sources(split)])
 
   @property
   def skipped(self) -> int:
@@ -210,10 +216,11 @@ def _locations(sources, split: str, reason: str = "") -> list[tuple[str, float]]
 
 def _tasks(
   location: str, split: str, task_from_row: Callable, on_bad_row: str
-) -> tuple[list[Task], int]:
-  """Returns the tasks of one source, and how many of its rows were skipped as malformed."""
-  tasks, skipped, first_error = [], 0, ""
+) -> tuple[list[Task], int, RowDigest]:
+  """Returns the tasks of one source, how many of its rows were malformed, and their digest."""
+  tasks, skipped, first_error, digest = [], 0, "", RowDigest()
   for index, (place, row) in enumerate(read_rows(location, split)):
+    digest.add_row(row)
     try:
       task = task_from_row({"idx": index} | _checked(row), split)
     except SettingError:  # the same for every row
@@ -230,6 +237,7 @@ def _tasks(
       continue
     if task is not None:
       tasks.append(task)
+      digest.add_task(task)
   if skipped:
     logging.warning(
       "%d rows of %s are left out, the first of them %s", skipped, location, first_error
@@ -237,7 +245,7 @@ def _tasks(
   if not tasks:
     malformed = f"; {skipped} are malformed" if skipped else ""
     raise ValueError(f"{location} holds no usable row{malformed}")
-  return tasks, skipped
+  return tasks, skipped, digest
 
 
 def _checked(row) -> dict:

@@ -62,7 +62,7 @@ from sdpo_jax.discover.solver import Solver, method_of
 from sdpo_jax.errors import blame_settings
 from sdpo_jax.objectives.build import build_method
 from sdpo_jax.records import Task
-from sdpo_jax.session import open_session
+from sdpo_jax.session import open_session, same_rows
 from sdpo_jax.workdir import check_same_run, describe_run, read_lines, write_atomically
 
 
@@ -84,7 +84,10 @@ def discover(c, workdir: str) -> dict[str, Any]:
   stop = threading.Event()
   with open_session(c, devices=first_devices) as session:
     mesh_shape = None if session.mesh is None else dict(session.mesh.shape)
-    describe_run(workdir, c, {"sandbox_isolation": session.isolation, "mesh": mesh_shape})
+    with blame_settings():
+      rows = same_rows(workdir, session.collector.env, (c.discover.split,), begun=begun)
+    facts = {"sandbox_isolation": session.isolation, "mesh": mesh_shape, "rows": rows}
+    describe_run(workdir, c, facts)
     first = Solver(c, session, stop)
     runs = list_runs(c.discover, choose_tasks(c, first, workdir))
     finish_all(c, workdir, runs, session, first, other_devices, stop)
