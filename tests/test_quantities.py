@@ -58,7 +58,19 @@ DECIDED = [
   ("-6", ["minus 6", "negative six", "−6"], ["6", "minus 7"]),
   ("0.6", ["6 tenths", "600 thousandths"], ["6 hundredths", "6"]),
   (r"\frac{1}{2}", ["one half", "half", r"\text{one half}"], ["one", "two halves"]),
-  ("July 9", ["9 July"], ["July 8", "June 9"]),
+  ("July 9", ["9 July", "9 Jul", "Jul. 9"], ["July 8", "June 9", "Jun 9"]),
+  ("Friday", ["Fri", "Fri.", r"\text{Fri}", "friday"], ["Fried", "Thursday", "fr"]),
+  ("Sept", ["September", "Sep", "Sep."], ["Aug", "seven"]),
+  ("Tues", ["Tue", "Tuesday"], ["Thu", "Wed"]),
+  ("Mon, Wed and Sat", ["Monday, Wednesday and Saturday"], ["Monday, Wednesday and Sunday"]),
+  ("sun", ["Sun", "SUN"], ["Sunday", "son"]),
+  ("True", ["T", "true", r"\text{T}"], ["F", "False", "yes"]),
+  ("F", ["False", r"\text{false}", "FALSE."], ["True"]),
+  (r"\text{No}", ["no"], ["F", "False"]),
+  ("silent", ["Silent"], ["listen"]),
+  ("5:1", ["10:2", "5 : 1", r"5\colon 1", "5∶1", "5:1 odds"], ["5", "5.0", "1:5", "5 to 1 odds"]),
+  ("5", [], ["5:1", "5∶1", "10:2", "5:1 odds"]),
+  ("2:3:4", ["4:6:8", "2 : 3 : 4"], ["1:2:3", "2:3", "4:3:2"]),
 ]  # fmt: skip
 
 
@@ -150,6 +162,25 @@ ASKED = [
     [r"\begin{pmatrix}1/2\\1\end{pmatrix}"],
   ),
   (r"\text{(B)}", ["B", "(B)", "Option B", "b"], ["C"]),
+  (
+    "D",
+    [r"\text{(D)}\ 5", r"\textbf{(D) } 5", r"\mathrm{(D)}\ \frac{1}{2}", "(D) 5", "[D] 5",
+     "D. 5", r"\text{D. }5", r"\text{(D) red and blue}", r"\textbf{(D)}\ -5", "D. cats, dogs"],
+    [r"\text{(A)}\ 5", "5D", "D 5", "D5", "D.5", "(D)^2", "(D) + 5", "(D) -5", r"(D)\cdot 5",
+     "(D), 5", "(D)(5)", "(D) or (A)", "(A) or (D)", "(D), (A)", "D. or A.", "(D) not D",
+     r"\text{(D) or (A)}", r"\text{(D)}\ 5\text{ or (A)}\ 6", r"\text{(D)} = 5",
+     r"\text{(D)} - 5", "(D) / 2", "(D)/(2)"],
+  ),
+  (r"\text{(D)}\ 5", [r"\textbf{(D)}\ 5"], [r"\text{(D)}\ 6", r"\text{(A)}\ 5", "5"]),
+  ("x", [], [r"\text{(x)}\ 5", "(x) 5", "x. 5"]),
+  ("T", ["t", "x = T"], ["F", "2T"]),
+  (r"\text{(F)}", ["F"], ["False", "T"]),
+  (r"\frac{2}{3}", ["2:3", "4:6"], ["3:2", "2:3:1"]),
+  (r"\sqrt{3}:1", [r"3:\sqrt{3}", r"\frac{\sqrt{3}}{1}"], [r"\sqrt{3}", r"1:\sqrt{3}"]),
+  (r"90^\circ", ["90", "90°", "90 degrees"], [r"\frac{\pi}{2}", "91°"]),
+  (r"\frac{\pi}{2}", ["π/2"], [r"90^\circ", "90"]),
+  ("60", ["60°", "€60", "$60"], ["61°"]),
+  (r"\{x : x > 2\}", [r"\{x: x>2\}"], [r"\{x : x > 3\}"]),
   ("6", ["5 + 1", "x = 6"], ["6 or 7", "6, maybe 7", "7 - 6"]),
   ("5!", ["120"], ["5"]),
   ("3e+2", ["2 + 3e"], ["302"]),
@@ -374,9 +405,24 @@ PIECES = [
   *r"% \% , ; {,} \, \! . ... : / + - − – \times e E 10^ 1e5 1e999999 0. 12 x \pi and".split(),
   *"million feet inches PM per a to five hundred minus square cm € ∞ & = < ! | ' \" é 中 ٣".split(),
   *r"\circ \overline{ \begin{cases} \end{cases} \le </think> <think> \left \right ** ~".split(),
-  *("\\fbox {", "#### ", "\n", " ", " or ", "9" * 400, "\x00", "\ud800", "\u200b"),
+  *(
+    "\\fbox {",
+    "#### ",
+    "(D) ",
+    "D. ",
+    "Fri",
+    "T",
+    "\n",
+    " ",
+    " or ",
+    "9" * 400,
+    "\x00",
+    "\ud800",
+    "\u200b",
+  ),
 ]
 GOLDS = ["5", r"\frac{1}{2}", r"5\text{ feet }6\text{ inches}", "Alice", "x^2+1", "8 PM", "(1, 2)"]
+GOLDS += ["True", "D", r"\text{(D)}\ 5", "Friday", "5:1"]
 
 
 def _responses():

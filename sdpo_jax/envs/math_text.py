@@ -16,7 +16,7 @@ _SYMBOLS = {
   "≧": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv ", "∞": r"\infty ",
   "∅": r"\emptyset ", "⌀": r"\emptyset ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
   "∉": r"\notin ", "⊂": r"\subset ", "⊆": r"\subseteq ", "∖": r"\setminus ", "∠": r"\angle ",
-  "△": r"\triangle ", "→": r"\to ", "∣": "|", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
+  "△": r"\triangle ", "→": r"\to ", "∣": "|", "∶": ":", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
   "⌈": r"\lceil ", "⌉": r"\rceil ", "⟨": r"\langle ", "⟩": r"\rangle ", "ℝ": r"\mathbb{R}",
   "ℕ": r"\mathbb{N}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "…": r"\ldots ",
   "⋯": r"\cdots ", "°": r"^{\circ}", "º": r"^{\circ}", "℃": r"^{\circ}\text{C}",
@@ -88,6 +88,7 @@ def latex(text: str) -> str:
   # In braces it is a comma between thousands, or the decimal comma.
   text = re.sub(r"\{,\}(?=\d{3}(?!\d))", ",", text).replace("{,}", ".")
   text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
+  text = re.sub(r"\\(?:colon|ratio)(?![A-Za-z])", ":", text)
   text = re.sub(r"\\math(?:rm|it|sf|bf)\s*\{\s*([ei])\s*\}", r"\1 ", text)
   text = _ROMAN.sub(r"\\text{\1}", text)
   text = _BOLD.sub("", _TEXT.sub(r"\\text", _unwrapped(text)))

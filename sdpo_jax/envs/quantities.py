@@ -13,6 +13,9 @@ mathematics, for math-verify. Two answers with words are equal if their numbers 
   directions  and what else decides (5 miles north) may be missing in the reference alone
   words       are equal letter by letter, whatever their case; `red and blue` has no order
   bases       101_2 is 5_{10}; the base may be missing where the digits are the same
+  angles      degrees are a unit, so 90^\circ is 90. It is not \frac{\pi}{2}, as for math-verify:
+              the question asks for one of the two, and a multiple of pi need not be an angle
+Truth values, letters of choices, dates and ratios have rules of their own in `math_names.py`.
 """
 
 import collections
@@ -20,7 +23,7 @@ import fractions
 import re
 from typing import NamedTuple
 
-from sdpo_jax.envs import numerals
+from sdpo_jax.envs import math_names, numerals
 from sdpo_jax.envs.math_text import latex
 from sdpo_jax.envs.math_words import MONEY_SIGNS, Token, mark, tokenize
 from sdpo_jax.envs.numerals import Value
@@ -124,13 +127,17 @@ def compare(reference: str, answer: str) -> bool | list[tuple[str, str]]:
   The pairs are mathematics without words, for math-verify.
   """
   reference, answer = (_plain_signs(latex(text)) for text in (reference, answer))
+  reference, answer = (
+    math_names.full_names(reference, answer),
+    math_names.full_names(answer, reference),
+  )
   if "\\text{ to }" in reference + answer:
     reference, answer = (
       re.sub(r"(?<=\d)-(?=\d)", r"\\text{ to }", text) for text in (reference, answer)
     )
   if reference == answer:
     return True
-  for decide in (_compare_numbers, _compare_bases):
+  for decide in (_compare_numbers, _compare_bases, math_names.are_same):
     are_equal = decide(reference, answer)
     if are_equal is not None:
       return are_equal
@@ -151,11 +158,21 @@ def compare(reference: str, answer: str) -> bool | list[tuple[str, str]]:
     return _letters(sides[0]) == _letters(sides[1])
   lists = [_quantities(side) for side in sides]
   if None in lists:
-    return [(_exact(texts[0]), _exact(texts[1]))]
+    return _pairs([texts])
   are_equal = _compare_quantities(*lists)
-  if isinstance(are_equal, bool):
-    return are_equal
-  return [(_exact(expected), _exact(given)) for expected, given in are_equal]
+  return are_equal if isinstance(are_equal, bool) else _pairs(are_equal)
+
+
+def _pairs(pairs) -> bool | list[tuple[str, str]]:
+  """Returns the pairs of mathematics that are to be asked; False where ratios tell them apart."""
+  asked = []
+  for reference, answer in pairs:
+    are_equal = math_names.compare_ratios(reference, answer)
+    if are_equal is False:
+      return False
+    if are_equal is None:
+      asked.append((_exact(reference), _exact(answer)))
+  return asked or True
 
 
 def _exact(text: str) -> str:
@@ -222,7 +239,7 @@ def _compare_mathematics(sides: list[list[Token]]) -> bool | list[tuple[str, str
   values = [numerals.value(text) for text in texts]
   if None not in values:
     return numerals.equal(*values)
-  return [(_exact(texts[0]), _exact(texts[1]))]
+  return _pairs([texts])
 
 
 def _minutes(tokens: list[Token]) -> tuple[int, bool] | None:
