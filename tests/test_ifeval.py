@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 import pytest
 
 from sdpo_jax.envs import language
-from sdpo_jax.envs.ifeval import CONSTRAINTS, OPTIONS, IFEval, sentences
-from sdpo_jax.records import Status
+from sdpo_jax.envs.ifeval import IFEval
+from sdpo_jax.envs.ifeval_checks import CONSTRAINTS, OPTIONS, sentences
+from sdpo_jax.records import Status, Task
 
 _DATA = os.environ.get("SDPO_JAX_DATA")
 needs_data = pytest.mark.skipif(_DATA is None, reason="SDPO_JAX_DATA is unset: no IFEval rows")
@@ -578,6 +579,132 @@ def test_arguments_that_are_no_object_are_refused(kwargs):
     IFEval().task_from_row(row | {"instruction_id_list": [["a"]], "kwargs": [{}]}, "test")
 
 
+WORDS, SENTENCES = "length_constraints:number_words", "length_constraints:number_sentences"
+PARAGRAPHS = "length_constraints:number_paragraphs"
+FIRST_WORD = "length_constraints:nth_paragraph_first_word"
+CAPITAL, SMALL = "change_case:english_capital", "change_case:english_lowercase"
+CAPITAL_WORDS = "change_case:capital_word_frequency"
+NO_COMMA, FORBIDDEN = "punctuation:no_comma", "keywords:forbidden_words"
+EXISTENCE, FREQUENCY = "keywords:existence", "keywords:frequency"
+LETTERS, LANGUAGE = "keywords:letter_frequency", "language:response_language"
+REPEAT, END, QUOTATION = "combination:repeat_prompt", "startend:end_checker", "startend:quotation"
+OPTION, JSON = "detectable_format:constrained_response", "detectable_format:json_format"
+SECTIONS, BULLETS = "detectable_format:multiple_sections", "detectable_format:number_bullet_lists"
+
+
+def amount(name, relation, count):
+  prefix = name.partition("_")[0] + "_" if name.endswith("_frequency") else ""
+  return {name: count, f"{prefix}relation": relation}
+
+
+def most(name, count):
+  return amount(name, "less than", count)
+
+
+def least(name, count):
+  return amount(name, "at least", count)
+
+
+# Two constraints with arguments, and arguments of the second with which both can be followed.
+EXCLUDING = [
+  (WORDS, least("num_words", 500), WORDS, most("num_words", 100), most("num_words", 501)),
+  (WORDS, least("num_words", 9), WORDS, most("num_words", 9), most("num_words", 10)),
+  (SENTENCES, least("num_sentences", 5), SENTENCES, most("num_sentences", 3),
+   least("num_sentences", 3)),
+  (SENTENCES, least("num_sentences", 9), WORDS, most("num_words", 9), most("num_words", 10)),
+  (PARAGRAPHS, {"num_paragraphs": 3}, PARAGRAPHS, {"num_paragraphs": 4}, {"num_paragraphs": 3}),
+  (BULLETS, {"num_bullets": 3}, BULLETS, {"num_bullets": 2}, {"num_bullets": 3}),
+  (NO_COMMA, {}, EXISTENCE, {"keywords": ["a", "salt, pepper"]}, {"keywords": ["salt"]}),
+  (NO_COMMA, {}, END, {"end_phrase": "Well, bye."}, {"end_phrase": "Bye."}),
+  (NO_COMMA, {}, LETTERS, {"letter": ","} | least("let_frequency", 1),
+   {"letter": ","} | most("let_frequency", 1)),
+  (FORBIDDEN, {"forbidden_words": ["war", "end"]}, END, {"end_phrase": "The END"},
+   {"end_phrase": "The ending"}),
+  (FORBIDDEN, {"forbidden_words": ["war"]}, EXISTENCE, {"keywords": ["no war now"]},
+   {"keywords": ["war"]}),
+  (FORBIDDEN, {"forbidden_words": ["hi"]}, FIRST_WORD,
+   {"num_paragraphs": 2, "nth_paragraph": 1, "first_word": "Hi"},
+   {"num_paragraphs": 2, "nth_paragraph": 1, "first_word": "High"}),
+  (FORBIDDEN, {"forbidden_words": ["answer"]}, OPTION, {}, None),
+  (EXISTENCE, {"keywords": ["aha"]}, FREQUENCY, {"keyword": "Aha"} | most("frequency", 1),
+   {"keyword": "Aha"} | most("frequency", 2)),
+  (EXISTENCE, {"keywords": ["banana"]}, LETTERS, {"letter": "a"} | most("let_frequency", 3),
+   {"letter": "a"} | most("let_frequency", 4)),
+  (FREQUENCY, {"keyword": "oo"} | least("frequency", 3), LETTERS,
+   {"letter": "O"} | most("let_frequency", 6), {"letter": "O"} | most("let_frequency", 7)),
+  (LETTERS, {"letter": "q"} | least("let_frequency", 4), LETTERS,
+   {"letter": "q"} | most("let_frequency", 4), {"letter": "k"} | most("let_frequency", 4)),
+  (END, {"end_phrase": "one two three"}, WORDS, most("num_words", 3), most("num_words", 4)),
+  (CAPITAL, {}, SMALL, {}, None),
+  (CAPITAL, {}, OPTION, {}, None),
+  (SMALL, {}, OPTION, {}, None),
+  (CAPITAL, {}, SECTIONS, {"section_spliter": "Section", "num_sections": 2},
+   {"section_spliter": "SECTION", "num_sections": 2}),
+  (SMALL, {}, SECTIONS, {"section_spliter": "Section", "num_sections": 2},
+   {"section_spliter": "section", "num_sections": 2}),
+  (SMALL, {}, CAPITAL_WORDS, least("capital_frequency", 1), most("capital_frequency", 1)),
+  (CAPITAL, {}, CAPITAL_WORDS, most("capital_frequency", 1), least("capital_frequency", 1)),
+  (CAPITAL_WORDS, least("capital_frequency", 8), WORDS, most("num_words", 8),
+   most("num_words", 9)),
+  (LANGUAGE, {"language": "de"}, LANGUAGE, {"language": "fr"}, {"language": "de"}),
+  (LANGUAGE, {"language": "de"}, CAPITAL, {}, None),
+  (SMALL, {}, LANGUAGE, {"language": "hi"}, {"language": "en"}),
+  (END, {"end_phrase": "Bye."}, END, {"end_phrase": "Good day."}, {"end_phrase": "Good bye."}),
+  (REPEAT, {"prompt_to_repeat": "Do it."}, REPEAT, {"prompt_to_repeat": "Do that."},
+   {"prompt_to_repeat": "do it. Now."}),
+  (REPEAT, {"prompt_to_repeat": "Write it."}, QUOTATION, {}, None),
+  (REPEAT, {"prompt_to_repeat": "Write it."}, JSON, {}, None),
+  (REPEAT, {"prompt_to_repeat": "Write it."}, FIRST_WORD,
+   {"num_paragraphs": 2, "nth_paragraph": 1, "first_word": "it"},
+   {"num_paragraphs": 2, "nth_paragraph": 1, "first_word": "write"}),
+  (FIRST_WORD, {"num_paragraphs": 2, "nth_paragraph": 1, "first_word": "it"}, FIRST_WORD,
+   {"num_paragraphs": 2, "nth_paragraph": 1, "first_word": "we"},
+   {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "we"}),
+  (FIRST_WORD, {"num_paragraphs": 2, "nth_paragraph": 1, "first_word": "it"}, FIRST_WORD,
+   {"num_paragraphs": 3, "nth_paragraph": 1, "first_word": "it"},
+   {"num_paragraphs": 2, "nth_paragraph": 1, "first_word": "it's"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("first, arguments, second, excluded, possible", EXCLUDING)
+def test_constraints_that_exclude_each_other_are_refused(
+  first, arguments, second, excluded, possible
+):
+  for turn in (1, -1):
+    names = [first, second][::turn] + ["detectable_format:title"]
+    row = {"idx": 0, "prompt": "p", "instruction_id_list": names}
+    with pytest.raises(ValueError, match="no response can follow both") as error:
+      IFEval().task_from_row(row | {"kwargs": [arguments, excluded][::turn] + [{}]}, "test")
+    assert "'instruction_id_list'" in str(error.value) and "\n" not in str(error.value)
+    assert first in str(error.value) and second in str(error.value)
+    if possible is not None:
+      IFEval().task_from_row(row | {"kwargs": [arguments, possible][::turn] + [{}]}, "test")
+
+
+@pytest.mark.parametrize(
+  "name, arguments, rest, breaks",
+  [
+    (NO_COMMA, {}, "Salt and rice.", "Salt, rice."),
+    (FORBIDDEN, {"forbidden_words": ["sugar"]}, "Salt.", "Sugar."),
+    (FREQUENCY, {"keyword": "salt"} | most("frequency", 1), "Rice.", "Salt."),
+    (WORDS, most("num_words", 6), "Three short words.", "More than six words are too many."),
+  ],
+)
+def test_what_a_repeated_request_breaks_holds_for_the_rest(name, arguments, rest, breaks):
+  request = "Name food without commas, salt or sugar."
+  row = {"idx": 0, "prompt": "p", "instruction_id_list": [name, "combination:repeat_prompt"]}
+  row["kwargs"] = [arguments, {"prompt_to_repeat": request}]
+  task_of_row = IFEval().task_from_row(row, "test")
+  assert IFEval().judge(task_of_row, f"{request}\n{rest}").reward == 1.0
+  assert f"- {name}" in IFEval().judge(task_of_row, f"{request}\n{breaks}").text
+  assert IFEval().judge(task_of_row, rest).reward == 0.0
+  # a request that breaks nothing leaves the constraint as it is
+  row["kwargs"][1] = {"prompt_to_repeat": "Name it."}
+  other_task = IFEval().task_from_row(row, "test")
+  assert "of_the_rest" not in other_task.data
+  assert IFEval().judge(other_task, f"Name it.\n{breaks}").reward == 0.0
+
+
 def test_what_a_table_makes_of_arguments_is_read():
   arguments = {"num_words": 3.0, "relation": "at least", "keywords": NAN, "first_word": None}
   row = {"idx": 5, "key": NAN, "prompt": "p", "kwargs": [arguments, NAN]}
@@ -668,6 +795,17 @@ def test_languages():
     ("It costs 3.50. Buy!", 2),
     ("So do I. You too.", 2),
     ("यह है। वह है।", 2),
+    ("I live in the U.S. It rains.", 2),
+    ("The U.S. Army left. It had won.", 2),
+    ("We woke at 5 a.m. The sun rose.", 2),
+    ("John F. Kennedy spoke of plan B. It failed.", 2),
+    ("A. The cat sleeps.\nB. The dog barks.", 2),
+    ("I said no. See No. 5 for more.", 2),
+    ("Nuts, figs, etc. are sold by Acme Inc. Everyone likes them.", 1),
+    ("one fish. two fish. red fish.", 3),
+    ("we live in the u.s. it rains. mr. brown left.", 3),
+    ("WE LIVE IN THE U.S. IT RAINS. MR. BROWN LEFT.", 3),
+    ("It was approx. five. Good.", 2),
   ],
 )
 def test_sentences(text, count):
@@ -701,7 +839,8 @@ def responses():
 
 
 def judges_anything(examples):
-  everything = task(*CASES)
+  constraints = [constraint for name in CASES for constraint in task(name).data["constraints"]]
+  everything = Task("all", "Do it.", data={"constraints": constraints})
 
   @settings(max_examples=examples, deadline=None, database=None)
   @given(responses(), st.sampled_from(sorted(CASES)))
