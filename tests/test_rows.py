@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from sdpo_jax.envs.ifeval import IFEval
+from sdpo_jax.envs.math_qa import MathQA
 from sdpo_jax.envs.mcq import MCQ
 from sdpo_jax.envs.rows import field, given, optional_text, row_name, task_id, whole_number
 from sdpo_jax.envs.tool_use import ToolUse
@@ -71,3 +73,34 @@ def test_fields_that_are_needed_must_hold_something(env, row):
         env.task_from_row(row | {name: nothing}, "train")
   with pytest.raises(ValueError, match="'system' is of type int"):
     env.task_from_row(row | {"system": 3}, "train")
+
+
+ODD = [3, 2.5, True, ["a"], {"a": 1}, b"x", " ", "x" * 10, None, NAN]
+# A row of each form that an environment reads, with the fields that tell it apart.
+FORMS = [
+  (MCQ(), CHOICE | {"system": "s", "kind": "mcq", "dataset": "d"}),
+  (MCQ(), {"question": "2 + 2?", "options": ["3", "4"], "answer": "B", "question_id": 3}),
+  (MCQ(), {"Question": "q", "Correct Answer": "a", "Record ID": "r"}
+   | {f"Incorrect Answer {i}": f"{i}" for i in (1, 2, 3)}),
+  (ToolUse(), CALL | {"system": "s", "kind": "tooluse", "dataset": "d"}),
+  (MathQA(), {"question": "2 + 2?", "answer": "4", "system": "s", "dataset": "d"}),
+  (MathQA(), {"problem": "2 + 2?", "solution": "\\boxed{4}"}),
+  (IFEval(), {"prompt": "Shout.", "key": 3, "kwargs": [{}],
+              "instruction_id_list": ["change_case:english_capital"]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("env, row", FORMS)
+def test_a_field_of_any_type_makes_a_task_or_is_named(env, row):
+  row = {"idx": 0} | row
+  env.task_from_row(row, "train")
+  for name in row.keys() - {"idx"}:
+    for odd in ODD:
+      try:
+        task = env.task_from_row(row | {name: odd}, "train")
+      except ValueError as error:
+        # without a field that tells its form apart, a row is read in another form
+        assert "field '" in str(error) and (f"'{name}'" in str(error) or odd in (None, NAN))
+      else:
+        assert isinstance(task.prompt, str) and isinstance(task.system, str | None)
+        assert not isinstance(odd, (bool, list, dict, bytes)), (name, odd)

@@ -16,7 +16,7 @@ from sdpo_jax.envs.base import ENVS, make_env
 from sdpo_jax.envs.coding_rows import mbpp_task
 from sdpo_jax.envs.math_qa import MathQA
 from sdpo_jax.envs.tinycode import TinyCode
-from sdpo_jax.records import Feedback
+from sdpo_jax.records import Feedback, Task
 
 _DATA = os.environ.get("SDPO_JAX_DATA")
 needs_data = pytest.mark.skipif(
@@ -192,10 +192,11 @@ def test_a_fingerprint_of_tasks_that_json_cannot_hold(tmp_path):
     ('{"question": "", "answer": 1}', "field 'question' is empty"),
     ('{"question": "Q", "answer": [1]}', "field 'answer' is of type list"),
     ("null", "the row is not"),
+    (r'{"question": "\ud800", "answer": 1}', "the prompt holds half of a surrogate pair"),
     ('{"question": "\udcff"}', "the row is not JSON"),
     ("[" * 100000, "the row is not JSON"),
   ],
-  ids=range(9),
+  ids=range(10),
 )
 def test_a_malformed_row_is_an_error_with_file_line_and_field_or_skipped(tmp_path, line, says):
   path = tmp_path / "rows.jsonl"
@@ -211,6 +212,29 @@ def test_a_malformed_row_is_an_error_with_file_line_and_field_or_skipped(tmp_pat
   path.write_bytes(line.encode(errors="surrogateescape"))
   with pytest.raises(ValueError, match="holds no usable row; 1 are malformed"):
     with_rows(MathQA(), (f"train={path}",), splits=("train",), on_bad_row="skip")
+
+
+@pytest.mark.parametrize(
+  "change, says",
+  [
+    ({"prompt": 3}, "the prompt is of type int: '3'"),
+    ({"prompt": ["a"]}, "the prompt is of type list"),
+    ({"prompt": None}, "the prompt is of type NoneType"),
+    ({"prompt": " "}, "the prompt is empty"),
+    ({"system": {"a": 1}}, "the system is of type dict"),
+    ({"solution": 0.5}, "the solution is of type float"),
+    ({"solution": "\udfff"}, "the solution holds half"),
+  ],
+)
+def test_what_is_no_text_in_a_task_makes_a_bad_row_of_any_environment(tmp_path, change, says):
+  path = write(tmp_path / "r.jsonl", numbers(0, 1))
+  careless = types.SimpleNamespace(
+    prompt=None,
+    judge=None,
+    task_from_row=lambda row, split: Task(**({"id": "0", "prompt": "Q", "split": split} | change)),
+  )
+  with pytest.raises(ValueError, match=rf"r\.jsonl, line 1: {says}"):
+    with_rows(careless, (f"train={path}",), splits=("train",))
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,10 @@ class RowEnv:
 
   def _task_from_row(self, row: dict, split: str) -> Task | None:
     task = self.env.task_from_row(row, split)
-    if task is not None and self._check is not None:
-      self._check(task)
+    if task is not None:
+      _check_texts(task)
+      if self._check is not None:
+        self._check(task)
     return task
 
   def size(self, split: str) -> int:
@@ -246,6 +248,22 @@ def _tasks(
     malformed = f"; {skipped} are malformed" if skipped else ""
     raise ValueError(f"{location} holds no usable row{malformed}")
   return tasks, skipped, digest
+
+
+def _check_texts(task: Task) -> None:
+  """Raises ValueError for a task without a question, or with what no tokenizer can read."""
+  for name in ("prompt", "system", "solution"):
+    text = getattr(task, name)
+    if text is None and name != "prompt":
+      continue
+    if not isinstance(text, str):
+      raise ValueError(f"the {name} is of type {type(text).__name__}: {str(text)[:100]!r}")
+    if name == "prompt" and not text.strip():
+      raise ValueError("the prompt is empty")
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      raise ValueError(f"the {name} holds half of a surrogate pair: {error}") from error
 
 
 def _checked(row) -> dict:

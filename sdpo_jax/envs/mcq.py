@@ -151,7 +151,7 @@ def read_letter(text: str, rule: str) -> str:
 def _paper_task(row: dict, split: str, rule: str) -> Task:
   prompt = field(row, "prompt")
   answer = field(row, "answer").strip()
-  if given(row, "kind") not in (None, "mcq"):
+  if optional_text(row, "kind") not in (None, "mcq"):
     raise ValueError(f"field 'kind' is {row['kind']!r}, not 'mcq'")
   return _task(
     task_id(row, split, "mcq"),

@@ -64,16 +64,19 @@ def whole_number(value) -> int | None:
 
 def task_id(row: dict, split: str, default: str) -> str:
   """Returns the id of a row's task; `default` stands for the data set if the row names none."""
-  return f"{given(row, 'dataset') or default}/{split}/{row['idx']}"
+  return f"{optional_text(row, 'dataset') or default}/{split}/{row['idx']}"
 
 
 def row_name(row: dict, name: str):
-  """Returns the row's own name or number in that field, or its `idx` where it has none."""
+  """Returns the row's own name or number in that field, or its `idx` where it has none.
+
+  ValueError that names the field if it is neither text nor number.
+  """
   value = given(row, name)
-  if value is None or value == "":
+  if value is None or (isinstance(value, str) and not value.strip()):
     return row["idx"]
   number = whole_number(value)
-  return value if number is None else number
+  return field(row, name, (str, int, float)) if number is None else number
 
 
 def messages(task) -> list[dict[str, str]]:

@@ -29,7 +29,7 @@ import itertools
 import json
 import re
 
-from sdpo_jax.envs.rows import field, final_text, given, messages, optional_text, task_id
+from sdpo_jax.envs.rows import field, final_text, messages, optional_text, task_id
 from sdpo_jax.records import Feedback, Task
 
 FORM = (
@@ -73,7 +73,7 @@ class ToolUse:
 
   def task_from_row(self, row: dict, split: str) -> Task:
     """Reads a row. ValueError that names the field."""
-    if given(row, "kind") not in (None, "tooluse"):
+    if optional_text(row, "kind") not in (None, "tooluse"):
       raise ValueError(f"field 'kind' is {row['kind']!r}, not 'tooluse'")
     prompt = field(row, "prompt")
     calls = _reference_calls(field(row, "answer", (str, list)))
