@@ -9,7 +9,6 @@ told, `with_overrides` applies the command line and locks, `validate` checks the
 """
 
 import contextlib
-import difflib
 import inspect
 import json
 import os
@@ -25,6 +24,7 @@ from ml_collections import config_flags
 
 from sdpo_jax import ranges
 from sdpo_jax.envs.base import check_env_numbers, env_settings
+from sdpo_jax.errors import did_you_mean, unknown
 from sdpo_jax.kernels.distill_kl import IMPLEMENTATIONS
 from sdpo_jax.objectives import build
 
@@ -39,6 +39,7 @@ MODELS = {  # name: Hugging Face hub id; the tiny ones ship with the package
   "qwen3-8b": "Qwen/Qwen3-8B",
   "olmo3-7b-instruct": "allenai/Olmo-3-7B-Instruct",
 }
+
 # a handful of our own questions a task, for `:local` without data=
 ROWS = os.path.join(ASSETS, "rows")
 EXAMPLES = "`local` reads the examples that come with the package, unless data= names others"
@@ -289,7 +290,8 @@ def parse_arg(arg: str, **defaults) -> types.SimpleNamespace:
     key, equals, text = item.partition("=")
     if key not in defaults:
       raise ValueError(
-        f"argument {key!r} of the config file is unknown; choose from {sorted(defaults)}"
+        f"argument {key!r} of the config file is unknown{did_you_mean(key, defaults)}; "
+        f"choose from {sorted(defaults)}"
       )
     values[key] = _parse_value(key, text if equals else None, type(defaults[key]))
     given.add(key)
@@ -350,6 +352,20 @@ def load(file_and_argument: str) -> ml_collections.ConfigDict:
   return c
 
 
+def model_location(name: str, names=MODELS) -> str:
+  """Returns the directory or hub id of a model: of one of the names, or what stands there itself.
+
+  ValueError for what can be none of them.
+  """
+  location = MODELS.get(name, os.path.expanduser(name))
+  if "/" not in location and not os.path.exists(location):
+    raise ValueError(
+      f"{name}: no such directory, and not a hub id of the form owner/name"
+      f"{did_you_mean(name, names)}; the models with a short name are {sorted(names)}"
+    )
+  return location
+
+
 def model_of_run(workdir) -> dict:
   """Returns the settings of the model from a work directory's config.json.
 
@@ -391,6 +407,8 @@ def complete_parts(c: ml_collections.ConfigDict, arguments: list[str]) -> None:
   part_names = {}
   for path, value in _overrides(arguments):
     if path == "config.method" or path == "config.method.name" and value != c.method.name:
+      if value not in build.METHODS:
+        raise ValueError(unknown(path, value, sorted(build.METHODS)))
       raise ValueError(
         f"{path} cannot be set alone: choose another row by the config file's argument, "
         f"--config=FILE:method={value}"
@@ -516,8 +534,7 @@ def _check_path(c: ml_collections.ConfigDict, path: str) -> None:
 
 
 def _not_a_setting(path: str, key: str, choices) -> str:
-  close = difflib.get_close_matches(key, list(choices), n=1)
-  advice = f"; did you mean {path}.{close[0]}" if close else ""
+  advice = did_you_mean(key, choices, prefix=f"{path}.")
   return f"{path}.{key} is not a setting{advice}; choose from {sorted(choices)}"
 
 
@@ -542,9 +559,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
   _check_ranges(c)
   for path, choices in _CHOICES.items():
     if _setting(c, path) not in choices:
-      raise ValueError(
-        f"config.{path}={_setting(c, path)!r} is unknown; choose from {list(choices)}"
-      )
+      raise ValueError(unknown(f"config.{path}", _setting(c, path), choices))
   _check_loss_implementation(c)
   _check_batch(c)
   check_optimizer(c.optimizer)
@@ -586,7 +601,10 @@ def _check_method(c: ml_collections.ConfigDict) -> None:
   keys = {*build.AXES, "name", "policy_share"}
   for key in c.method:
     if key not in keys:
-      raise ValueError(f"config.method.{key} is not a part of a method; choose from {sorted(keys)}")
+      advice = did_you_mean(key, keys, prefix="config.method.")
+      raise ValueError(
+        f"config.method.{key} is not a part of a method{advice}; choose from {sorted(keys)}"
+      )
   with _with_full_path():
     build.build_method(c.method.to_dict())
 

@@ -14,6 +14,7 @@ is no error at all: see `records.Status`.
 """
 
 import contextlib
+import difflib
 import errno
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, limit of a file's size
@@ -33,6 +34,23 @@ class TaskError(ValueError):
 
 class RunError(Exception):
   """The run cannot go on; the message says what happened and what is intact."""
+
+
+def unknown(setting: str, value, choices) -> str:
+  """Returns the message on a value that is none of the choices: it names the closest one."""
+  advice = did_you_mean(value, choices)
+  return f"{setting}={value!r} is unknown{advice}; choose from {list(choices)}"
+
+
+def did_you_mean(value, choices, prefix: str | None = None) -> str:
+  """Returns "; did you mean ..." with the closest choice, "" where none is close.
+
+  The choice stands in quotation marks, or behind the prefix that names its section.
+  """
+  close = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+  if not close:
+    return ""
+  return f"; did you mean {repr(close[0]) if prefix is None else prefix + close[0]}"
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def export(
   """
   # here: a wrong argument answers at once, jax takes seconds to import
   from sdpo_jax import checkpoint
-  from sdpo_jax.config import MODELS, model_of_run
+  from sdpo_jax.config import model_location, model_of_run
   from sdpo_jax.data.chat import load_tokenizer
   from sdpo_jax.model import decoder, hf_weights, lora
 
@@ -40,8 +40,7 @@ def export(
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise ValueError(f"--out={out} exists and is not an empty directory")
   settings = model_of_run(workdir)
-  model = os.path.expanduser(settings["path"])
-  source = hf_weights.local_directory(MODELS.get(settings["path"], model))
+  source = hf_weights.local_directory(model_location(settings["path"]))
   trained_adapters = lora.from_settings(settings)
   if adapters and (trained_adapters is None or step == 0):
     reason = " at step 0" if trained_adapters else "; its run trained all weights"

@@ -23,7 +23,7 @@ import sys
 from absl import flags
 from absl import logging as absl_logging
 
-from sdpo_jax.errors import RunError, SettingError, TaskError, UsageError, blame_disk
+from sdpo_jax.errors import RunError, SettingError, TaskError, UsageError, blame_disk, unknown
 
 # jax takes seconds to import: whatever needs it is imported after the checks that do not
 
@@ -79,7 +79,7 @@ def parse(argv: list[str]):
     rest = f(argv, known_only=True)
     expand_home(f, "config", "workdir", "checkpoint")
     if f.mode not in MODES:
-      raise UsageError(f"--mode={f.mode!r} is unknown; choose from {list(MODES)}")
+      raise UsageError(unknown("--mode", f.mode, MODES))
     if f.help:
       return f, None
     for argument in rest[1:]:

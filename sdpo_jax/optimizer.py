@@ -3,6 +3,8 @@
 import jax
 import optax
 
+from sdpo_jax.errors import unknown
+
 
 def make_optimizer(
   *, name: str, clip_norm: float | None, state_dtype: str | None, **settings
@@ -13,7 +15,7 @@ def make_optimizer(
   `state_dtype`: see `in_dtype`. A `clip_norm` of None means no clipping.
   """
   if name not in OPTIMIZERS:
-    raise ValueError(f"optimizer.name={name!r} is unknown; choose from {list(OPTIMIZERS)}")
+    raise ValueError(unknown("optimizer.name", name, OPTIMIZERS))
   tx = in_dtype(OPTIMIZERS[name](**settings), state_dtype)
   return tx if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), tx)
 

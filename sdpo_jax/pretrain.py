@@ -29,11 +29,11 @@ import jax
 import numpy as np
 
 from sdpo_jax import checkpoint, metrics
-from sdpo_jax.config import MODELS, check_optimizer, check_schedule, load, with_overrides
+from sdpo_jax.config import check_optimizer, check_schedule, load, model_location, with_overrides
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.corpus import DOMAINS, VIEWS, Corpus, Mixture, Problem, build_tokenizer
 from sdpo_jax.engine.local import LocalEngine
-from sdpo_jax.errors import RunError, blame_disk
+from sdpo_jax.errors import RunError, blame_disk, unknown
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig, Rope
 from sdpo_jax.model.hf_weights import load_pretrained, save_pretrained
@@ -283,7 +283,7 @@ def beginning(c, tokenizer) -> tuple[ModelConfig, dict]:
   ValueError for a `start` that reads other tokens.
   """
   if c.start:
-    path = MODELS.get(c.start, os.path.expanduser(c.start))
+    path = model_location(c.start)
     if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
       raise ValueError(
         f"start={c.start!r} has another vocabulary than the base models of domain={c.domain!r}"
@@ -414,7 +414,7 @@ def configuration(file_and_argument: str, arguments: list[str]):
       f"--config={file_and_argument} names no domain: it is a file for python -m sdpo_jax.main"
     )
   if c.domain not in DOMAINS:
-    raise ValueError(f"domain={c.domain!r} is unknown; choose from {sorted(DOMAINS)}")
+    raise ValueError(unknown("domain", c.domain, sorted(DOMAINS)))
   check_optimizer(c.optimizer)
   check_schedule(c.optimizer.decay_steps, c.total_steps)
   return c

@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import os
 import pathlib
 from typing import Any, Callable, Iterable, NamedTuple
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpo_jax import hosts, sharding
-from sdpo_jax.config import MODELS
+from sdpo_jax.config import MODELS, model_location
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.tasks import RowEnv, check_sources, with_rows
 from sdpo_jax.data.teacher_prompt import teacher_prompt
@@ -111,11 +110,11 @@ def open_session(c, path: str | None = None, *, devices=None, method: Method | N
     and their second model is loaded beside. Questions of the split train have to fit into the
     teacher's prompt too, if the method has a teacher.
   """
-  path = path or MODELS.get(c.model.path, os.path.expanduser(c.model.path))
   notes = None if method is None else method.notes
   with contextlib.ExitStack() as stack:
     stack.enter_context(released_by_the_compiler())
     with blame_settings():
+      path = path or model_location(c.model.path)
       mesh = _enter_mesh(c, devices, stack)
       adapters = lora.from_settings(c.model)
       splits = splits_of(c)
@@ -295,7 +294,7 @@ def load_second(c, path: str, mesh) -> Loaded:
   It reads questions and answers them, and never sees a teacher's prompt.
   """
   try:
-    loaded = load(c, MODELS.get(path, os.path.expanduser(path)), mesh)
+    loaded = load(c, model_location(path), mesh)
     check_positions(longest_texts(c, None)[:1], loaded.model, path)
   except (ValueError, OSError) as error:
     raise ValueError(f"config.method.counterfactual.model={path!r}: {error}") from error
@@ -309,7 +308,7 @@ def model_shape(path: str) -> ModelConfig:
   """
   if path in PRESETS:
     return PRESETS[path]
-  return read_config(local_directory(MODELS.get(path, os.path.expanduser(path))))
+  return read_config(local_directory(model_location(path, {**PRESETS, **MODELS})))
 
 
 # ---- checks of rows ------------------------------------------------------------------------------

@@ -196,7 +196,19 @@ def test_a_setting_without_a_default_must_be_given():
     ),
     (
       ["--config.method.teacher_context.feedback=alway"],
-      "config.method.teacher_context.feedback='alway' is unknown; choose from ['always'",
+      "config.method.teacher_context.feedback='alway' is unknown; did you mean 'always'; choose",
+    ),
+    (
+      ["--config.method.name=sdop"],
+      "config.method.name='sdop' is unknown; did you mean 'sdpo'; choose from ['cispo'",
+    ),
+    (
+      ["--config.method.reducton.name=constant"],
+      "config.method.reducton is not a setting; did you mean config.method.reduction",
+    ),
+    (
+      ["--config.env.name=tinycod"],
+      "config.env.name='tinycod' is unknown; did you mean 'tinycode'; choose from ['arithmetic'",
     ),
     (
       ["--config.method.teacher_context.templates.solution={answer}"],
@@ -234,6 +246,33 @@ def test_a_wrong_setting_is_named(arguments, message):
     except main.UsageError as usage:
       raise ValueError(str(usage)) from usage
   assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "argument, message",
+  [
+    ("method=sdop", "method='sdop' is unknown; did you mean 'sdpo'; choose from ['cispo'"),
+    ("method=xyz", "method='xyz' is unknown; choose from"),
+    ("mehtod=sdpo", "argument 'mehtod' of the config file is unknown; did you mean 'method'; "),
+    ("level=hrd", "level='hrd' is unknown; did you mean 'hard'; choose from ['default'"),
+    (
+      "model=tinny",
+      "no such directory, and not a hub id of the form owner/name; did you mean 'tiny'",
+    ),
+  ],
+)
+def test_the_closest_choice_is_named(argument, message):
+  with pytest.raises((ValueError, main.UsageError)) as error:
+    c = checked(f"{TINYCODE}:{argument}")
+    make_env(sandbox=None, **c.env)
+    config.model_location(c.model.path)
+  assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_may_be_a_model_is_left_as_it_is(tmp_path):
+  assert config.model_location("tiny") == config.MODELS["tiny"]
+  assert config.model_location(str(tmp_path)) == str(tmp_path)
+  assert config.model_location("owner/name") == "owner/name"
 
 
 NO_NUMBERS = (float("nan"), float("inf"), -float("inf"), True, "many")

@@ -36,7 +36,7 @@ import zlib
 import grain
 
 from sdpo_jax.data.fingerprint import RowDigest, fingerprint
-from sdpo_jax.errors import SettingError
+from sdpo_jax.errors import SettingError, unknown
 from sdpo_jax.records import Task
 
 _SOURCE = re.compile(r"(?:(?P<split>\w+)=)?(?P<location>.+?)(?:\s+x(?P<weight>\d+(?:\.\d+)?))?")
@@ -66,9 +66,7 @@ class RowEnv:
     Raises ValueError for a source or a row that cannot be used, FileNotFoundError for a file.
     """
     if on_bad_row not in ("error", "skip"):
-      raise ValueError(
-        f"config.data.on_bad_row={on_bad_row!r} is unknown; choose from ['error', 'skip']"
-      )
+      raise ValueError(unknown("config.data.on_bad_row", on_bad_row, ["error", "skip"]))
     self.env, self.prompt, self.judge = env, env.prompt, env.judge
     if hasattr(env, "behaviour"):
       self.behaviour = env.behaviour

@@ -59,7 +59,7 @@ from sdpo_jax.discover.arms import ARMS, HISTORIES, LEARNING, ArmRun
 from sdpo_jax.discover.difficulty import choose_hard
 from sdpo_jax.discover.schedule import finish_all
 from sdpo_jax.discover.solver import Solver, method_of
-from sdpo_jax.errors import blame_settings
+from sdpo_jax.errors import blame_settings, unknown
 from sdpo_jax.objectives.build import build_method
 from sdpo_jax.records import Task
 from sdpo_jax.session import open_session, same_rows
@@ -128,13 +128,11 @@ def _check_choices(d) -> None:
     )
   for arm in arms:
     if arm not in ARMS:
-      raise ValueError(f"config.discover.arms={arm!r} is unknown; choose from {list(ARMS)}")
+      raise ValueError(unknown("config.discover.arms", arm, ARMS))
   if jax.process_count() > 1:
     raise ValueError("--mode=discover runs in one process; it uses all of its devices")
   if d.history not in HISTORIES:
-    raise ValueError(
-      f"config.discover.history={d.history!r} is unknown; choose from {list(HISTORIES)}"
-    )
+    raise ValueError(unknown("config.discover.history", d.history, HISTORIES))
 
 
 def _check_learning(c, arm: str) -> None:

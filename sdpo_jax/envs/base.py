@@ -63,6 +63,7 @@ from sdpo_jax.envs.math_qa import MathQA
 from sdpo_jax.envs.mcq import MCQ
 from sdpo_jax.envs.tinycode import TinyCode
 from sdpo_jax.envs.tool_use import ToolUse
+from sdpo_jax.errors import did_you_mean, unknown
 
 # What `config.env.name` can be, besides "module.path:ClassName".
 ENVS = {
@@ -88,7 +89,8 @@ def make_env(name: str, *, sandbox, **settings):
   for key in settings:
     if key not in parameters:
       raise ValueError(
-        f"config.env.{key} is not a setting of {name}; choose from {sorted(parameters)}"
+        f"config.env.{key} is not a setting of {name}"
+        f"{did_you_mean(key, parameters, prefix='config.env.')}; choose from {sorted(parameters)}"
       )
   for key, parameter in parameters.items():
     if parameter.default is parameter.empty and settings.get(key) is None:
@@ -122,7 +124,7 @@ def find_env(name: str):
     return ENVS[name]
   if ":" not in name:
     raise ValueError(
-      f"config.env.name={name!r} is unknown; choose from {sorted(ENVS)} or name your own as "
+      f"{unknown('config.env.name', name, sorted(ENVS))} or name your own as "
       "'module.path:ClassName'"
     )
   module, _, attribute = name.partition(":")

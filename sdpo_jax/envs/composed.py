@@ -25,6 +25,7 @@ import random
 from typing import Callable, NamedTuple
 import zlib
 
+from sdpo_jax.errors import unknown
 from sdpo_jax.records import Task
 
 # More words than any domain has operations, so that pre-training sees more words than meanings and
@@ -154,7 +155,7 @@ class Problems:
 
   def __init__(self, domain: Domain, level: str = "default", words_seed: int = 0):
     if level not in LEVELS:
-      raise ValueError(f"config.env.level={level!r} is unknown; choose from {sorted(LEVELS)}")
+      raise ValueError(unknown("config.env.level", level, sorted(LEVELS)))
     self.domain = domain
     self.level = level
     self.words_seed = words_seed

@@ -33,6 +33,7 @@ from sdpo_jax.envs.rows import (
   task_id,
   whole_number,
 )
+from sdpo_jax.errors import unknown
 from sdpo_jax.records import Feedback, Task
 
 LETTERS = "ABCDEFGHIJ"
@@ -90,9 +91,7 @@ class MCQ:
 
   def __init__(self, *, tell_correctness: bool = False, letters: str = "exact"):
     if letters not in LETTER_RULES:
-      raise ValueError(
-        f"config.env.letters={letters!r} is unknown; choose from {sorted(LETTER_RULES)}"
-      )
+      raise ValueError(unknown("config.env.letters", letters, sorted(LETTER_RULES)))
     self.tell_correctness = tell_correctness
     self.letters = letters
 

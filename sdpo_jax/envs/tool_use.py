@@ -30,6 +30,7 @@ import json
 import re
 
 from sdpo_jax.envs.rows import field, final_text, messages, optional_text, task_id
+from sdpo_jax.errors import unknown
 from sdpo_jax.records import Feedback, Task
 
 FORM = (
@@ -65,9 +66,7 @@ class ToolUse:
 
   def __init__(self, *, reveal_answer: bool = False, arguments: str = "per_call"):
     if arguments not in ARGUMENT_RULES:
-      raise ValueError(
-        f"config.env.arguments={arguments!r} is unknown; choose from {sorted(ARGUMENT_RULES)}"
-      )
+      raise ValueError(unknown("config.env.arguments", arguments, sorted(ARGUMENT_RULES)))
     self.reveal_answer = reveal_answer
     self.arguments = arguments
 

@@ -15,6 +15,7 @@ import typing
 from typing import Any, Callable, NamedTuple
 
 from sdpo_jax import ranges
+from sdpo_jax.errors import unknown
 from sdpo_jax.objectives.advantage import ADVANTAGES
 from sdpo_jax.objectives.methods import METHODS
 from sdpo_jax.objectives.notes import COUNTERFACTUALS, Notes
@@ -71,7 +72,7 @@ class Method(NamedTuple):
 def method_row(name: str) -> dict:
   """Returns a private copy of a named row with every setting of its parts."""
   if name not in METHODS:
-    raise ValueError(f"method={name!r} is unknown; choose from {sorted(METHODS)}")
+    raise ValueError(unknown("method", name, sorted(METHODS)))
   row = METHODS[name]
   return row | {axis: complete_part(axis, **row[axis]) for axis in AXES}
 
@@ -134,7 +135,7 @@ def build_method(row: dict) -> Method:
 
 def _function(axis: str, name: str) -> Callable | None:
   if name not in AXES[axis]:
-    raise ValueError(f"method.{axis}.name={name!r} is unknown; choose from {sorted(AXES[axis])}")
+    raise ValueError(unknown(f"method.{axis}.name", name, sorted(AXES[axis])))
   entry = AXES[axis][name]
   return entry.function if isinstance(entry, Part) else entry
 

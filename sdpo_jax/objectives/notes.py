@@ -32,6 +32,7 @@ Derived here; there is no paper. Host code: text in, text out.
 import dataclasses
 
 from sdpo_jax import ranges
+from sdpo_jax.errors import did_you_mean, unknown
 from sdpo_jax.objectives.teacher_context import (
   TEMPLATES,
   Context,
@@ -99,17 +100,15 @@ class Notes:
     return 1 if self.form == "joint" else self.alternatives
 
   def _check_choices(self) -> None:
-    if unknown := sorted(set(self.sources) - set(SOURCES)):
+    for source in sorted(set(self.sources) - set(SOURCES)):
       raise ValueError(
-        f"method.counterfactual.sources={self.sources!r}: {unknown[0]!r} is unknown; "
-        f"choose from {list(SOURCES)}"
+        f"method.counterfactual.sources={self.sources!r}: {source!r} is unknown"
+        f"{did_you_mean(source, SOURCES)}; choose from {list(SOURCES)}"
       )
     for name, choices in (("feedback", ("imagined", "verified")), ("form", FORMS)):
       value = getattr(self, name)
       if value not in choices:
-        raise ValueError(
-          f"method.counterfactual.{name}={value!r} is unknown; choose from {list(choices)}"
-        )
+        raise ValueError(unknown(f"method.counterfactual.{name}", value, choices))
 
   def _check_ranges(self) -> None:
     for name in ("eta", "alternatives", "kappa", "imagined_tokens"):

@@ -23,6 +23,7 @@ import dataclasses
 import re
 import zlib
 
+from sdpo_jax.errors import unknown
 from sdpo_jax.records import Rollout, Status
 
 SOLUTION = "\nCorrect solution:\n\n"
@@ -191,9 +192,7 @@ class ReferenceSolution:
 
 def _choose(setting: str, value: str, choices: tuple[str, ...]) -> None:
   if value not in choices:
-    raise ValueError(
-      f"method.teacher_context.{setting}={value!r} is unknown; choose from {list(choices)}"
-    )
+    raise ValueError(unknown(f"method.teacher_context.{setting}", value, choices))
 
 
 TEACHER_CONTEXTS = {
