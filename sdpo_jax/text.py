@@ -8,7 +8,9 @@ MAX_CHARS = 2000  # of one feedback
 _ADDRESS = re.compile(r"(?<= at )0x[0-9a-fA-F]+")
 _MARKERS = re.compile(
   r"<[|\uff5c]|[|\uff5c]>|\[/?INST\]|<</?SYS>>|"
-  r"</?(s|start_of_turn|end_of_turn|think|tool_call|tool_response|bos|eos|pad|unk)>",
+  r"\[/?THINK\]|◁/?think▷|"
+  r"</?(s|start_of_turn|end_of_turn|(seed:|mm:)?think|thinking|thought|tool_call|tool_response|bos|"
+  r"eos|pad|unk)>",
   re.IGNORECASE,
 )
 # Unicode categories: control, format, surrogate, private use, unassigned, line and paragraph ends

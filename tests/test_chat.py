@@ -7,13 +7,14 @@ import pytest
 import tokenizers
 import transformers
 
-from sdpo_jax import errors
+from sdpo_jax import errors, thought
 from sdpo_jax.config import MODELS
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.envs.base import ENVS, make_env
 from sdpo_jax.objectives.teacher_context import ReferenceSolution, without_thinking
 from sdpo_jax.records import Feedback, Rollout, Status, Task
 from sdpo_jax.sandbox.verdict import Verdict
+from sdpo_jax.text import clean
 
 TEMPLATES = {  # special tokens (the first ends a turn), template
   "tags with a default system message": (
@@ -159,6 +160,11 @@ HEADERS = {  # what a template writes before an answer, and what opens the respo
   "an empty block": ("<|im_start|>assistant\n<think>\n\n</think>\n\n", ""),
   "a line before the tag": ("<|im_start|>assistant\n\n<think>\n", "<think>\n"),
 }
+for form in thought.FORMS[1:]:
+  begun, ended = f"{form.opening}\n", f"{form.opening}\n\n{form.closing}\n\n"
+  HEADERS[f"{form.opening} opened"] = (f"<|im_start|>assistant\n{begun}", begun)
+  HEADERS[f"{form.opening} closed"] = (f"<|im_start|>assistant\n{ended}", "")
+  HEADERS[f"{form.opening} left to the model"] = ("<|im_start|>assistant\n", "")
 
 
 @pytest.mark.parametrize("header, opened", HEADERS.values(), ids=HEADERS)
@@ -272,13 +278,19 @@ def test_an_unfinished_thought_is_no_answer_in_any_environment(name):
     task = env.task("train", 0)
     answer = task.solution
   try:
-    for thought in (f"<think>{answer}", f"<think>\nwell</think>no <think>\n{answer}\n"):
-      feedback = env.judge(task, thought)
-      assert (feedback.reward, feedback.status) == (0.0, Status.SCORED)
-      assert feedback.text.startswith("The response ends inside its thinking block.")
-    assert env.judge(task, f"<think>{answer}</think>").reward == 0.0
+    for opening, closing, _ in thought.FORMS:
+      for text in (f"{opening}{answer}", f"\n{opening}\nwell{closing}no {opening}\n{answer}\n"):
+        feedback = env.judge(task, text)
+        assert (feedback.reward, feedback.status) == (0.0, Status.SCORED)
+        assert feedback.text.startswith("The response ends inside its thinking block.")
+      assert env.judge(task, f"{opening}{answer}{closing}").reward == 0.0
     assert not sandbox.programs
-    for response in (answer, f"<think>hm</think>\n\n{answer}", f"hm</think>{answer}"):
+    rights = [answer, f"hm</think>{answer}"]
+    for opening, closing, wrapping in thought.FORMS:
+      rights.append(f"{opening}hm{closing}\n\n{answer}")
+      if wrapping:
+        rights.append(f"{opening}hm{closing}\n\n{wrapping[0]}{answer}{wrapping[1]}")
+    for response in rights:
       assert env.judge(task, response).reward == 1.0, (response, env.judge(task, response))
     assert (
       len({program.strip() for program in sandbox.programs}) <= 1
@@ -287,8 +299,33 @@ def test_an_unfinished_thought_is_no_answer_in_any_environment(name):
     getattr(env, "close", lambda: None)()
 
 
+def test_forms_of_thoughts():
+  """Tags of other forms than the first count in a response that begins with one."""
+  say = "<|start|>assistant<|channel|>"
+  cases = {
+    "4": ("4", False),
+    "a [THINK] b": ("a [THINK] b", False),
+    "<reasoning>x</reasoning>4": ("<reasoning>x</reasoning>4", False),
+    "<think>x</think>use <thinking>": ("use <thinking>", False),
+    "[THINK]x</think>y[/THINK]4": ("4", False),
+    "[THINK]x</think>4": ("[THINK]x</think>4", True),
+    f"<|channel|>analysis<|message|>x<|end|>{say}final<|message|>4": ("4", False),
+    f"<|channel|>commentary<|message|>x<|end|>{say}analysis<|message|>y": (None, True),
+    "<|channel|>final<|message|>4": ("4", False),
+    "<|channel>thought\nx<channel|>4": ("4", False),
+    "<|end_of_thought|>\n<|begin_of_solution|>4<|end_of_solution|>\n": ("4", False),
+  }
+  for response, (answer, is_open) in cases.items():
+    text, has_open = thought.split(response)
+    assert has_open == is_open and answer in (None, text), response
+  for form in thought.FORMS:
+    assert form.opening not in clean(f"a {form.opening} b")
+
+
 def test_an_unfinished_thought_teaches_nobody():
   assert without_thinking("<think>half a") == without_thinking("<think>a</think>b<think>c") == ""
+  assert without_thinking("[THINK]half a") == without_thinking("<thought>a") == ""
+  assert without_thinking("[THINK]a[/THINK]\n b") == "b" and without_thinking(" b") == " b"
   assert without_thinking("a</think>\nb") == without_thinking("<think>a</think>b") == "b"
   task = Task(id="t", prompt="q", solution="<think>half a", data={})
   group = [Rollout(task, [1], [2], [0.0], "length", "", Feedback(0.0, ""))]

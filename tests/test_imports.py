@@ -15,6 +15,7 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "ranges": 0,
   "stats": 0,
   "text": 0,
+  "thought": 0,
   "workdir": 0,
   "sharding": 0,
   "hosts": 0,
@@ -58,6 +59,7 @@ FORBIDDEN = {  # on top of the levels; a folder's rule holds for its files
   "errors": {"jax", "sdpo_jax"},
   "ranges": {"jax", "sdpo_jax"},
   "text": {"jax", "sdpo_jax"},
+  "thought": {"jax", "sdpo_jax"},
   "sandbox": {"jax", "sdpo_jax.envs"},
   "envs": {"jax", "flax", "sdpo_jax.model", "sdpo_jax.objectives"},
   "objectives": {"sdpo_jax.envs", "sdpo_jax.data", "transformers"},
@@ -65,6 +67,7 @@ FORBIDDEN = {  # on top of the levels; a folder's rule holds for its files
 # nor may anything that they import
 WITHOUT_JAX = (
   "records",
+  "thought",
   "ranges",
   "stats",
   "envs",

@@ -5,7 +5,7 @@ Text that people, programs or models wrote (a problem, a feedback, a demonstrati
 a space is put after its first character. It is then tokenised as ordinary characters and cannot
 end a turn. Text without them goes through the template untouched.
 
-Models that think do so between <think> and </think>. Who writes the opening tag differs: the model
+Models that think do so between tags (`thought.py`). Who writes the opening tag differs: the model
 itself, or the template at the end of the prompt (which may also close the block, so that there is
 no thought). Where it is the template, `response_text` puts the tag in front of the response:
 whoever reads the text then sees whether the thought has ended.
@@ -17,9 +17,8 @@ import re
 import jinja2
 import transformers
 
+from sdpo_jax import thought
 from sdpo_jax.errors import SettingError
-
-THINK, END_OF_THOUGHT = "<think>", "</think>"
 
 
 def load_tokenizer(path: str):
@@ -142,9 +141,7 @@ class Chat:
   def _opened_thought(self, teacher: bool) -> str:
     """Returns the end of every prompt from an opening tag on; "" where none is left open."""
     if teacher not in self._opened:
-      header = self._header(teacher)
-      at = header.rfind(THINK)
-      self._opened[teacher] = header[at:] if at > header.rfind(END_OF_THOUGHT) else ""
+      self._opened[teacher] = thought.opened(self._header(teacher))
     return self._opened[teacher]
 
   def _header(self, teacher: bool) -> str:

@@ -14,6 +14,8 @@ nothing. Likewise a whole number may come as a float, into which a column with g
 
 import math
 
+from sdpo_jax import thought
+
 
 def given(row: dict, name: str):
   """Returns row[name], or None if the field is missing, null or NaN."""
@@ -89,8 +91,8 @@ def messages(task) -> list[dict[str, str]]:
 
 def final_text(response: str) -> tuple[str, str]:
   """Returns the text after the thinking block and what is wrong; one of the two is ""."""
-  text = response.rpartition("</think>")[2]
-  if "<think>" in text:
+  text, is_open = thought.split(response)
+  if is_open:
     return "", "The response ends inside its thinking block."
   if not text.strip():
     return "", "The response is empty."

@@ -23,6 +23,7 @@ import dataclasses
 import re
 import zlib
 
+from sdpo_jax import thought
 from sdpo_jax.errors import unknown
 from sdpo_jax.records import Rollout, Status
 
@@ -44,8 +45,6 @@ TEXTS = {
   "reprompt": ("prompt", "attempt", "solution", "feedback", "notes"),
   "note": ("alternative", "attempt", "feedback"),
 }
-# A data set's solution may begin within the block, so the text need not begin with <think>.
-_THINKING = re.compile(r"\A.*</think>\s*", re.DOTALL)
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -83,8 +82,10 @@ def without_thinking(text: str) -> str:
 
   It is "" where a block is open at the end: an unfinished thought is no answer.
   """
-  answer = _THINKING.sub("", text)
-  return "" if "<think>" in answer else answer
+  answer, is_open = thought.split(text)
+  if is_open:
+    return ""
+  return text if answer == text else answer.lstrip()
 
 
 def changed_templates(templates: dict[str, str]) -> tuple[tuple[str, str], ...]:
