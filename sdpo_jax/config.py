@@ -583,7 +583,7 @@ def _check_keys(
 def _check_ranges(c: ml_collections.ConfigDict) -> None:
   """Raises ValueError for a number outside its range; `build` checks those of the method."""
   for key in ranges.RANGES:
-    if not key.startswith(("method.", "env.")):
+    if not key.startswith(("method.", "env.", "pretrain.")):
       ranges.check(key, _setting(c, key), setting=f"config.{key}")
   settings = c.env.to_dict()
   check_env_numbers(settings.pop("name"), settings)

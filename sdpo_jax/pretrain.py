@@ -28,7 +28,7 @@ from absl import flags
 import jax
 import numpy as np
 
-from sdpo_jax import checkpoint, metrics
+from sdpo_jax import checkpoint, metrics, ranges
 from sdpo_jax.config import check_optimizer, check_schedule, load, model_location, with_overrides
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.corpus import DOMAINS, VIEWS, Corpus, Mixture, Problem, build_tokenizer
@@ -189,9 +189,6 @@ class PackedRows:
 
 def batches(c, tokenizer) -> PackedRows:
   """Returns the batches of a configuration; ValueError for sizes that nothing fits into."""
-  for name, value in c.batch.items():
-    if value < 1:
-      raise ValueError(f"config.batch.{name}={value} must be at least 1")
   corpus = Corpus(DOMAINS[c.domain][0], Mixture(**c.corpus))
   data = PackedRows(corpus, Chat(tokenizer), seed=c.seed, **c.batch)
   _, counts = data[0]
@@ -415,6 +412,7 @@ def configuration(file_and_argument: str, arguments: list[str]):
     )
   if c.domain not in DOMAINS:
     raise ValueError(unknown("domain", c.domain, sorted(DOMAINS)))
+  check_ranges(c)
   check_optimizer(c.optimizer)
   check_schedule(c.optimizer.decay_steps, c.total_steps)
   return c
@@ -424,6 +422,19 @@ def default_settings(file_and_argument: str) -> dict:
   """Returns the settings of a file without overrides; those of the corpus are Mixture's own."""
   settings = load(file_and_argument).to_dict()
   return settings | {"corpus": dataclasses.asdict(Mixture())}
+
+
+def check_ranges(c) -> None:
+  """Raises ValueError for a number outside its range; a model to start from has its own shape."""
+  settings = c.to_dict()
+  for key in ranges.RANGES:
+    prefix, _, path = key.partition(".")
+    *sections, name = path.split(".")
+    node = settings
+    for section in sections:
+      node = node.get(section, {})
+    if prefix == "pretrain" and name in node:
+      ranges.check(key, node[name], setting=f"config.{path}")
 
 
 def main(argv: list[str]) -> int:

@@ -4,7 +4,8 @@ A comparison such as `x <= 0` lets NaN through, so every check of a single numbe
 `check`. What two settings mean together is checked where they are read.
 
 Keys of RANGES: "rollout.group" of `config.base()`; "method.AXIS.SETTING" of a method's parts, which
-mean the same in every part of an axis; "env.NAME.SETTING" of an environment of the package.
+mean the same in every part of an axis; "env.NAME.SETTING" of an environment of the package;
+"pretrain.SETTING" of what pre-training alone is told, which shares the optimizer's settings.
 """
 
 import dataclasses
@@ -148,6 +149,38 @@ RANGES = {
   "method.counterfactual.kappa": Range(0, 1),
   "method.counterfactual.imagined_tokens": _COUNT,
   "method.policy_share": Range(0, 1, remark=", or 'untaught'", also=("untaught",)),
+  "pretrain.seed": _SEED,
+  "pretrain.total_steps": _COUNT,
+  "pretrain.log_every_steps": _COUNT,
+  "pretrain.checkpoint_every_steps": _COUNT,
+  "pretrain.model.width": _COUNT,
+  "pretrain.model.layers": _COUNT,
+  "pretrain.model.heads": _COUNT,
+  "pretrain.model.kv_heads": _COUNT,
+  "pretrain.model.head_dim": _COUNT,
+  "pretrain.model.ff_width": _COUNT,
+  "pretrain.model.rope_theta": _above(0, 1_000_000_000_000),
+  "pretrain.model.max_positions": _COUNT,
+  "pretrain.corpus.plain": Range(0, 1_000_000),
+  "pretrain.corpus.feedback": Range(0, 1_000_000),
+  "pretrain.corpus.solution": Range(0, 1_000_000),
+  "pretrain.corpus.both": Range(0, 1_000_000),
+  "pretrain.corpus.notes": Range(0, 1_000_000),
+  "pretrain.corpus.imagine": Range(0, 1_000_000),
+  "pretrain.corpus.lengths": Range(0, 1_000_000, each=True),
+  "pretrain.corpus.novel": Range(0, 1),
+  "pretrain.corpus.twist": Range(0, 1),
+  "pretrain.corpus.slip": Range(0, 1),
+  "pretrain.corpus.alternatives": _whole(1, 1000),
+  "pretrain.corpus.success": Range(0, 1),
+  "pretrain.corpus.learnt": Range(0, 1),
+  "pretrain.batch.rows": _COUNT,
+  "pretrain.batch.length": _COUNT,
+  "pretrain.batch.responses": _COUNT,
+  "pretrain.batch.texts": _COUNT,
+  "pretrain.eval.every_steps": _COUNT,
+  "pretrain.eval.questions": _COUNT,
+  "pretrain.eval.max_new_tokens": _COUNT,
   "env.tinycode.words_seed": _SEED,
   "env.arithmetic.words_seed": _SEED,
   "env.coding.time_s": _TIMEOUT_S,

@@ -94,7 +94,14 @@ def test_it_goes_on_from_a_model_of_the_same_vocabulary(tmp_path, capsys):
       ["--config.optimizer.clip_norm=0"],
       "config.optimizer.clip_norm=0 must be above 0",
     ),
-    ("arithmetic", ["--config.corpus.plain=-5"], "config.corpus: the shares {'plain': -5.0"),
+    ("arithmetic", ["--config.corpus.plain=-5"], "config.corpus.plain=-5.0 must be at least 0"),
+    (
+      "arithmetic",
+      ["--config.corpus.plain=0", "--config.corpus.feedback=0", "--config.corpus.solution=0"]
+      + ["--config.corpus.both=0"],
+      "config.corpus: the shares {'plain': 0.0",
+    ),
+    ("arithmetic", ["--config.corpus.lengths=(0.0,0.0,0.0)"], "config.corpus.lengths=(0.0, 0.0"),
     (
       "arithmetic",
       ["--config.batch.length=8"],

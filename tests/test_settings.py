@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdpo_jax import config, experiment, main, ranges
+from sdpo_jax import config, experiment, main, pretrain, ranges
 from sdpo_jax.envs.base import ENVS, env_settings, make_env
 from sdpo_jax.objectives import build, methods
 from sdpo_jax.objectives.loss import normalisers, token_loss
@@ -19,6 +19,7 @@ from tests import fakes
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINYCODE = f"--config={ROOT}/configs/tinycode.py"
+PRETRAIN = f"{ROOT}/configs/pretrain_tiny.py"
 SAMPLES = {bool: True, int: 3, float: 0.25, str: "text", tuple: ("text",)}
 PARTS = [(axis, name) for axis, table in build.AXES.items() for name in table]
 
@@ -276,7 +277,8 @@ def test_what_may_be_a_model_is_left_as_it_is(tmp_path):
 
 
 NO_NUMBERS = (float("nan"), float("inf"), -float("inf"), True, "many")
-BASE_RANGES = [key for key in ranges.RANGES if not key.startswith(("method.", "env."))]
+PRETRAIN_RANGES = [key for key in ranges.RANGES if key.startswith("pretrain.")]
+BASE_RANGES = [key for key in ranges.RANGES if not key.startswith(("method.", "env.", "pretrain."))]
 
 
 def numeric_leaves(node, path=""):
@@ -329,7 +331,33 @@ def test_every_numeric_setting_has_its_range():
     for key, parameter in env_settings(name).items()
     if type(parameter.default) in (int, float)
   }
-  assert of_parts | of_environments == set(ranges.RANGES) - set(BASE_RANGES)
+  c = config.load(PRETRAIN).to_dict()
+  of_pretraining = {*numeric_leaves(c, "pretrain."), "pretrain.corpus.lengths"}
+  of_pretraining -= {f"pretrain.{key}" for key in BASE_RANGES if key.startswith("optimizer.")}
+  assert of_pretraining == set(PRETRAIN_RANGES)
+  others = set(ranges.RANGES) - set(BASE_RANGES) - set(PRETRAIN_RANGES)
+  assert of_parts | of_environments == others
+
+
+@pytest.mark.parametrize("key", PRETRAIN_RANGES)
+def test_a_number_outside_the_range_of_pre_training_is_refused(key):
+  allowed, path = ranges.RANGES[key], key.removeprefix("pretrain.")
+  *sections, name = path.split(".")
+  for value in senseless(allowed):
+    c = config.load(PRETRAIN)
+    section = c[sections[0]] if sections else c
+    with c.ignore_type():
+      section[name] = (value,) if allowed.each else value
+    if value is True and section[name] is not True:
+      continue  # a ConfigDict makes 1.0 of it where a number with a fraction belongs
+    assert_refused(lambda: pretrain.check_ranges(c), f"config.{path}", section[name], allowed)
+
+
+def test_a_wrong_number_for_pre_training_is_told_before_it_begins():
+  for setting in ("model.rope_theta=nan", "corpus.novel=inf", "batch.rows=0", "optimizer.lr=nan"):
+    with pytest.raises(ValueError, match=f"config.{setting} must be"):
+      pretrain.configuration(PRETRAIN, ["pretrain", f"--config.{setting}"])
+  assert pretrain.configuration(f"{PRETRAIN}:local,start=tiny", ["pretrain"]).start == "tiny"
 
 
 @pytest.mark.parametrize("key", BASE_RANGES)

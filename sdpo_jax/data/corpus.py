@@ -61,6 +61,11 @@ class Mixture:
 
   def __post_init__(self):
     shares = {view: getattr(self, view) for view in VIEWS}
+    if not 1 <= len(self.lengths) <= 3 or min(self.lengths) < 0 or not any(self.lengths):
+      raise ValueError(
+        f"config.corpus.lengths={self.lengths} must be one to three shares of at least 0, "
+        "and not all of them 0"
+      )
     if min(shares.values()) < 0 or not any(shares.values()):
       raise ValueError(
         f"config.corpus: the shares {shares} must be at least 0, and not all of them 0"
