@@ -290,11 +290,11 @@ def test_another_configuration_does_not_continue_a_run(whole):
     (["--config=configs/nowhere.py"], "configs/nowhere.py"),
     (
       ["--config=configs/tinycode.py:metod=grpo"],
-      "'metod' of the config file is unknown; choose from",
+      "'metod' of the config file is unknown; did you mean 'method'; choose",
     ),
     (
       ["--config=configs/tinycode.py:method=gspoo"],
-      "method='gspoo' is unknown; choose from ['cispo', 'counterfactual'",
+      "method='gspoo' is unknown; did you mean 'gspo'; choose from ['cispo', 'counterfactual'",
     ),
     (["--config=configs/tinycode.py:local", "--config.rollout.grup=4"], "grup"),
     (["--config=configs/tinycode.py:local", "--config.rollout.group=four"], "four"),
