@@ -223,6 +223,9 @@ def test_mbpp_rows_of_the_hub(sandbox):
   for change, says in (
     ({"test_list": ["assert add(math.pi, 0) == 3"]}, "its own solution does not pass its check"),
     ({"test_list": ["assert ("]}, "not Python"),
+    ({"test_list": "assert add(1, 2) == 3"}, "field 'test_list' is no list"),
+    ({"code": ["x"]}, "field 'code' is of type list"),
+    ({"prompt": None}, "field 'text' is missing"),
     ({"test_list": ["assert other(1) == 1"]}, "call none of the functions"),
   ):
     with pytest.raises(ValueError, match=says):
@@ -368,8 +371,13 @@ def test_a_row_states_which_answers_are_right(sandbox):
     ({"check": "def check(candidate): 0"}, r"check\(candidate\) needs fn_name"),
     ({"check": "def check(candidate): 0", "fn_name": "f"}, "without input and output"),
     ({"check": 5}, "the check is 5, not text"),
-    ({"question": ["q"]}, "field 'question' is no text but list"),
-    ({"question": None}, "field 'question' is no text but NoneType"),
+    ({"question": ["q"]}, "field 'question' is of type list"),
+    ({"question": None}, "field 'question' is missing"),
+    ({"question": " "}, "field 'question' is empty"),
+    ({"starter": 3}, "field 'starter' is of type int"),
+    ({"fn_name": 3}, "field 'fn_name' is of type int"),
+    ({"tests": "1"}, "field 'tests' is no list but of type str"),
+    ({"tests": 5}, "field 'tests' is no list but of type int"),
   ],
 )
 def test_rows_that_state_no_rule_are_refused(row, says):

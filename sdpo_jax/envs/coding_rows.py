@@ -33,6 +33,7 @@ import sys
 import textwrap
 import zlib
 
+from sdpo_jax.envs.rows import field, given, is_missing, optional_text
 from sdpo_jax.records import Task
 from sdpo_jax.sandbox import TestCase, check_tests
 
@@ -92,18 +93,17 @@ def plain_task(row: dict, split: str) -> Task:
   `compare` and `check` are optional too; the module says what they mean.
   """
   try:
-    tests = _compared([dict(test) for test in row.get("tests") or []], row)
+    tests = _compared([dict(test) for test in _list(row, "tests")], row)
     if not tests:
       raise ValueError("no tests")
-    if not isinstance(row["question"], str):
-      raise ValueError(f"field 'question' is no text but {type(row['question']).__name__}")
-    check_tests([TestCase(**test) for test in tests], row.get("fn_name"))
+    fn_name = optional_text(row, "fn_name")
+    check_tests([TestCase(**test) for test in tests], fn_name)
     return Task(
       id=str(row["id"]),
-      prompt=row["question"],
+      prompt=field(row, "question"),
       split=split,
-      solution=row.get("solution"),
-      data={"tests": tests, "fn_name": row.get("fn_name"), "starter": row.get("starter")},
+      solution=optional_text(row, "solution"),
+      data={"tests": tests, "fn_name": fn_name, "starter": optional_text(row, "starter")},
     )
   except (KeyError, TypeError, ValueError) as e:
     raise ValueError(
@@ -111,11 +111,21 @@ def plain_task(row: dict, split: str) -> Task:
     ) from e
 
 
+def _list(row: dict, name: str) -> list:
+  """Returns a list that a row need not have, as a list. ValueError if the field is none."""
+  value = row.get(name)
+  if is_missing(value):
+    return []
+  if isinstance(value, (str, bytes, dict)) or not hasattr(value, "__iter__"):
+    raise ValueError(f"field {name!r} is no list but of type {type(value).__name__}")
+  return list(value)
+
+
 def _compared(tests: list[dict], row: dict) -> list[dict]:
   """Returns the tests with the comparison that the row states. Raises ValueError for another."""
-  rule = row.get("compare") or ("program" if row.get("check") else "exact")
+  check = given(row, "check")
+  rule = given(row, "compare") or ("program" if check else "exact")
   kind, _, tolerance = str(rule).partition(":")
-  check = row.get("check")
   if kind == "program" and check is not None:
     return [test | {"check": check} for test in tests or [{}]]
   if check is not None:
@@ -202,14 +212,15 @@ def humaneval_task(row: dict, split: str) -> Task:
 
   A check may use functions that the beginning defines beside the one to complete.
   """
+  beginning, entry_point = field(row, "prompt"), field(row, "entry_point")
   return _assert_task(
     row,
     split,
-    setup=_helpers(row["prompt"], row["entry_point"]),
-    fn_name=row["entry_point"],
+    setup=_helpers(beginning, entry_point),
+    fn_name=entry_point,
     question="Complete this function.",
-    starter=row["prompt"],
-    solution=row["prompt"] + row["canonical_solution"],
+    starter=beginning,
+    solution=beginning + field(row, "canonical_solution"),
   )
 
 
@@ -229,14 +240,17 @@ def mbpp_task(row: dict, split: str) -> Task:
   Bodies indent by two or four, so the docstring is left out of the solution.
   `entry_point` is the first function, which need not be the one that the asserts call.
   """
-  head, description, _ = row["prompt"].split("'''")
+  parts = field(row, "prompt").split("'''")
+  if len(parts) != 3:
+    raise ValueError("field 'prompt' holds no docstring between '''")
+  head, description, _ = parts
   return _mbpp_task(
     row,
     split,
     description=description,
-    solution=head.rstrip() + "\n" + row["canonical_solution"],
-    check=row["test"],
-    entry_point=row["entry_point"],
+    solution=head.rstrip() + "\n" + field(row, "canonical_solution"),
+    check=field(row, "test"),
+    entry_point=field(row, "entry_point"),
   )
 
 
@@ -245,15 +259,15 @@ def mbpp_hub_task(row: dict, split: str) -> Task:
 
   The question is `prompt` in the sanitized set and `text` in the full one.
   """
-  asserts = textwrap.indent("\n".join(row["test_list"]), "  ")
-  imports = "\n".join(row.get("test_imports") or [])
-  setup = (row.get("test_setup_code") or "").replace("\r\n", "\n")
+  asserts = textwrap.indent("\n".join(map(str, _list(row, "test_list"))), "  ")
+  imports = "\n".join(map(str, _list(row, "test_imports")))
+  setup = (optional_text(row, "test_setup_code") or "").replace("\r\n", "\n")
   return _mbpp_task(
     row | {"task_id": f"MBPP/{row['task_id']}"},
     split,
     setup=f"{imports}\n{setup}",
-    description=row.get("prompt") or row["text"],
-    solution=row["code"].replace("\r\n", "\n"),
+    description=optional_text(row, "prompt") or field(row, "text"),
+    solution=field(row, "code").replace("\r\n", "\n"),
     check=f"def check(candidate):\n{asserts}",
     entry_point=None,
   )
