@@ -1,0 +1,142 @@
+# What the launch scripts share; it is sourced. Messages, printing or running a command, and the
+# rule of which exit statuses of the trainer are started again:
+#
+#     0  done                             never
+#     1  failed                           never
+#     2  a wrong setting                  never
+#   143  preempted, and saved             yes
+#   134  jax aborted: a peer was lost     yes
+#   137  killed                           only with several processes: it was the peer
+#
+# shellcheck shell=bash
+# shellcheck disable=SC2034  # the scripts that source this read its variables
+
+MAX_RESTARTS=20  # default; a run that is preempted more often needs a person
+DRY_RUN=         # not empty: commands are printed, and nothing is run
+HEARD=0          # signals that a trap has counted, for await
+
+# Prints one line on stderr, with the script's name.
+say() { printf '%s: %s\n' "${SCRIPT:-${0##*/}}" "$*" >&2; }
+
+# Refuses a command line: one line, status 2.
+refuse() {
+  say "$*"
+  exit 2
+}
+
+# Prints the comment at the head of a script.
+usage() { awk 'NR == 1 || /^#SBATCH/ {next} !/^#/ {exit} {sub(/^# ?/, ""); print}' "$1"; }
+
+# Refuses a flag whose value is no whole number.
+whole_number() { [[ $2 =~ ^[0-9]+$ ]] || refuse "$1=$2: not a whole number"; }
+
+# Refuses arguments of the trainer that a restart could not go on from. None at all are a dry run's:
+# MAIN is then an example.
+take_main_arguments() {
+  MAIN=("$@")
+  if [[ $DRY_RUN ]] && (($# == 0)); then
+    MAIN=(--config=configs/tinycode.py --workdir=runs/example)
+  fi
+  [[ " ${MAIN[*]-}" == *" --workdir"[=\ ]* ]] ||
+    refuse "give the trainer's arguments after --, with a --workdir: a restart goes on from there"
+}
+
+# Prints a command such that a shell reads it back as it is.
+show() {
+  local words
+  printf -v words '%q ' "$@"
+  printf '%s\n' "${words% }"
+}
+
+# Runs a command, or prints it.
+run() {
+  if [[ $DRY_RUN ]]; then show "$@"; else "$@"; fi
+}
+
+# may_restart STATUS PROCESSES: tells whether a run that ended so is started again.
+may_restart() {
+  case $1 in
+    143 | 134) return 0 ;;
+    137) (($2 > 1)) ;;
+    *) return 1 ;;
+  esac
+}
+
+# Waits for a child and returns its status. `wait` alone comes back when a trap has run, and says
+# nothing about the child then: traps count HEARD.
+await() {
+  local before status
+  while true; do
+    before=$HEARD
+    status=0
+    wait "$1" || status=$?
+    if ((HEARD == before)); then return "$status"; fi
+  done
+}
+
+# Ends a process group: TERM, and KILL for what is still there after some seconds.
+end_group() {
+  local group=$1 seconds=$2 deadline=$((SECONDS + $2))
+  kill -TERM -- "-$group" 2>/dev/null || return 0
+  while kill -0 -- "-$group" 2>/dev/null; do
+    if ((SECONDS >= deadline)); then
+      say "group $group still runs after $seconds s: killed"
+      kill -KILL -- "-$group" 2>/dev/null || true
+      return 0
+    fi
+    sleep 0.2
+  done
+}
+
+# Asks the command that `supervise` runs to stop. Only itself: it ends its own children when it has
+# saved.
+stop_child() {
+  STOPPING=1
+  if [[ $CHILD ]]; then kill -TERM "$CHILD" 2>/dev/null || true; fi
+}
+
+# supervise MAX_RESTARTS PROCESSES COMMAND...: runs a command in its own process group, starts it
+# again where the rule says so, and returns its last status. TERM or INT to this shell is passed on
+# as TERM, and then nothing is started again. A function `check_peer`, if there is one, is asked
+# every second; once it fails, the command is asked to stop as well.
+supervise() {
+  local most=$1 processes=$2 restarts=0 status=143
+  shift 2
+  STOPPING='' CHILD=''
+  trap 'HEARD=$((HEARD + 1)); stop_child' TERM INT
+  while [[ ! $STOPPING ]]; do
+    setsid "$@" &
+    CHILD=$!
+    if [[ $STOPPING ]]; then stop_child; fi # the signal came before there was anybody to tell
+    watch_child
+    status=0
+    await "$CHILD" || status=$?
+    kill -KILL -- "-$CHILD" 2>/dev/null || true # what it left behind
+    CHILD=''
+    if [[ $STOPPING ]] || ! may_restart "$status" "$processes"; then break; fi
+    if ((restarts >= most)); then
+      say "status $status, and it was started again $restarts times already"
+      break
+    fi
+    restarts=$((restarts + 1))
+    say "status $status: started again ($restarts of at most $most)"
+    pause "${RESTART_PAUSE_S:-5}"
+  done
+  trap - TERM INT
+  return "$status"
+}
+
+# Looks after the peer of a command while it runs.
+watch_child() {
+  if [[ $(type -t check_peer) != function ]]; then return 0; fi
+  while [[ ! $STOPPING ]] && kill -0 "$CHILD" 2>/dev/null; do
+    check_peer || stop_child
+    pause 1
+  done
+}
+
+# Sleeps, but not past a signal.
+pause() {
+  sleep "$1" &
+  wait $! || true
+}
