@@ -14,6 +14,9 @@
 MAX_RESTARTS=20  # default; a run that is preempted more often needs a person
 DRY_RUN=         # not empty: commands are printed, and nothing is run
 HEARD=0          # signals that a trap has counted, for await
+EXAMPLE_WORKDIR=runs/example # of a dry run without arguments
+CHILD=           # the process that `supervise` runs
+STOPPING=        # not empty: it was asked to stop, and nothing is started again
 
 # Prints one line on stderr, with the script's name.
 say() { printf '%s: %s\n' "${SCRIPT:-${0##*/}}" "$*" >&2; }
@@ -35,7 +38,7 @@ whole_number() { [[ $2 =~ ^[0-9]+$ ]] || refuse "$1=$2: not a whole number"; }
 take_main_arguments() {
   MAIN=("$@")
   if [[ $DRY_RUN ]] && (($# == 0)); then
-    MAIN=(--config=configs/tinycode.py --workdir=runs/example)
+    MAIN=(--config=configs/tinycode.py --workdir="$EXAMPLE_WORKDIR")
   fi
   [[ " ${MAIN[*]-}" == *" --workdir"[=\ ]* ]] ||
     refuse "give the trainer's arguments after --, with a --workdir: a restart goes on from there"
@@ -43,9 +46,15 @@ take_main_arguments() {
 
 # Prints a command such that a shell reads it back as it is.
 show() {
-  local words
-  printf -v words '%q ' "$@"
-  printf '%s\n' "${words% }"
+  local word line='' quote="'\\''"
+  for word; do
+    if [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then
+      line+=" $word"
+    else
+      line+=" '${word//\'/"$quote"}'"
+    fi
+  done
+  printf '%s\n' "${line# }"
 }
 
 # Runs a command, or prints it.
@@ -96,14 +105,13 @@ stop_child() {
 }
 
 # supervise MAX_RESTARTS PROCESSES COMMAND...: runs a command in its own process group, starts it
-# again where the rule says so, and returns its last status. TERM or INT to this shell is passed on
-# as TERM, and then nothing is started again. A function `check_peer`, if there is one, is asked
+# again where the rule says so, and returns its last status. TERM, INT or HUP to this shell is
+# passed on as TERM, and then nothing is started again. A function `check_peer`, if there is one, is asked
 # every second; once it fails, the command is asked to stop as well.
 supervise() {
   local most=$1 processes=$2 restarts=0 status=143
   shift 2
-  STOPPING='' CHILD=''
-  trap 'HEARD=$((HEARD + 1)); stop_child' TERM INT
+  trap 'HEARD=$((HEARD + 1)); stop_child' TERM INT HUP
   while [[ ! $STOPPING ]]; do
     setsid "$@" &
     CHILD=$!
@@ -122,7 +130,7 @@ supervise() {
     say "status $status: started again ($restarts of at most $most)"
     pause "${RESTART_PAUSE_S:-5}"
   done
-  trap - TERM INT
+  trap - TERM INT HUP
   return "$status"
 }
 
