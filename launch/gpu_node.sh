@@ -133,7 +133,7 @@ start_server() {
       say "the server was not ready after $ready_timeout s (--ready-timeout)"
       return 1
     fi
-    pause 1
+    pause "$POLL_S"
   done
   if ! "${names[@]}" | grep -qF "\"$model\""; then
     say "the server answers, but does not serve $model"

@@ -15,6 +15,8 @@ MAX_RESTARTS=20  # default; a run that is preempted more often needs a person
 DRY_RUN=         # not empty: commands are printed, and nothing is run
 HEARD=0          # signals that a trap has counted, for await
 EXAMPLE_WORKDIR=runs/example # of a dry run without arguments
+POLL_S=${POLL_S:-1}                   # between two looks at a server or its trainer
+RESTART_PAUSE_S=${RESTART_PAUSE_S:-5} # before the trainer is started again
 CHILD=           # the process that `supervise` runs
 STOPPING=        # not empty: it was asked to stop, and nothing is started again
 
@@ -107,7 +109,7 @@ stop_child() {
 # supervise MAX_RESTARTS PROCESSES COMMAND...: runs a command in its own process group, starts it
 # again where the rule says so, and returns its last status. TERM, INT or HUP to this shell is
 # passed on as TERM, and then nothing is started again. A function `check_peer`, if there is one, is asked
-# every second; once it fails, the command is asked to stop as well.
+# from time to time; once it fails, the command is asked to stop as well.
 supervise() {
   local most=$1 processes=$2 restarts=0 status=143
   shift 2
@@ -128,7 +130,7 @@ supervise() {
     fi
     restarts=$((restarts + 1))
     say "status $status: started again ($restarts of at most $most)"
-    pause "${RESTART_PAUSE_S:-5}"
+    pause "$RESTART_PAUSE_S"
   done
   trap - TERM INT HUP
   return "$status"
@@ -139,7 +141,7 @@ watch_child() {
   if [[ $(type -t check_peer) != function ]]; then return 0; fi
   while [[ ! $STOPPING ]] && kill -0 "$CHILD" 2>/dev/null; do
     check_peer || stop_child
-    pause 1
+    pause "$POLL_S"
   done
 }
 
@@ -147,4 +149,5 @@ watch_child() {
 pause() {
   sleep "$1" &
   wait $! || true
+  kill $! 2>/dev/null || true
 }

@@ -43,10 +43,10 @@ look_after() {
 
 # Prints the trainer's exit status, or "running", or "none" where no run was started or it vanished.
 tell_status() {
-  if runs; then
-    echo running
-  elif [[ -e ~/run.status ]]; then
+  if [[ -e ~/run.status ]]; then
     cat ~/run.status
+  elif runs; then
+    echo running
   else
     echo none
   fi
