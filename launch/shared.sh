@@ -145,9 +145,15 @@ watch_child() {
   done
 }
 
-# Sleeps, but not past a signal.
+# Sleeps, but not long past a signal: bash runs a trap when the command in front of it ends.
 pause() {
-  sleep "$1" &
-  wait $! || true
-  kill $! 2>/dev/null || true
+  local seconds
+  if [[ $1 == *.* ]]; then
+    sleep "$1"
+  else
+    for ((seconds = 0; seconds < $1; seconds++)); do
+      if [[ $STOPPING ]]; then break; fi
+      sleep 1
+    done
+  fi
 }

@@ -337,11 +337,17 @@ def test_a_signal_during_the_pause_prevents_the_next_start(bench):
 
 # answers like vLLM after a while, with a worker in its process group; or fails as it is told
 SERVER = """
-import os, pathlib, socket, sys, time
+import os, pathlib, signal, socket, sys, time
 arguments, bench = sys.argv[1:], pathlib.Path(os.environ["BENCH"])
 worker = os.fork()
 if worker == 0:
   os.execvp("sleep", ["sleep", "300"])
+
+def stop(*_):
+  os.waitpid(worker, 0)  # the group is asked to stop, and the worker is in it
+  os._exit(0)
+
+signal.signal(signal.SIGTERM, stop)
 (bench / "server").write_text(f"{os.getpid()} {worker} {os.environ['CUDA_VISIBLE_DEVICES']}\\n")
 if "--fail" in arguments:
   sys.exit(3)
