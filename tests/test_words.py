@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = [
   ROOT / "README.md",
   ROOT / "RESULTS.md",
+  ROOT / "launch" / "README.md",
   *sorted((ROOT / "configs").rglob("*.py")),
   *sorted((ROOT / "sdpo_jax").rglob("*.py")),
 ]
