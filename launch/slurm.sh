@@ -149,7 +149,7 @@ if [[ $DRY_RUN ]]; then
   echo "# in the job; CPUS is SLURM_CPUS_ON_NODE divided by the tasks of a node:"
   show "${preflight[@]}"
   show "${trainer[@]}"
-  echo "# after status 143 or 134, at most $max_restarts times:"
+  echo "# after 143, 134 or, of several processes, 137, at most $max_restarts times:"
   # shellcheck disable=SC2016
   echo 'scontrol requeue "$SLURM_JOB_ID"'
 fi
