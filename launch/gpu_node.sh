@@ -164,6 +164,7 @@ fi
 
 SERVER='' server_lost='' status=0
 if [[ $server != none ]]; then
+  command -v curl >/dev/null || refuse "curl is not installed, which asks the server"
   [[ $model ]] || refuse "--server=$server needs --server-model=DIR"
   trap stop_server EXIT
   trap 'HEARD=$((HEARD + 1)); stop_child' TERM INT HUP
