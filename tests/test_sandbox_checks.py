@@ -1,11 +1,13 @@
 """Checks: an author's program judges another program, and only data crosses between the two."""
 
+import os
 import time
 
 import pytest
 
 from sdpo_jax.sandbox import Limits, Sandbox, TestCase
 from sdpo_jax.sandbox.check_source import read_check
+from sdpo_jax.sandbox.jail_worker import CALLS, Job, WorkerLost, memory_file
 from tests.sandbox_host import check_text
 
 LIMITS = Limits(time_s=1.0, memory_mb=256, output_kb=1024)
@@ -121,6 +123,35 @@ def test_a_check_that_is_wrong_is_nobodys_reward(sandbox, name):
   verdict = judge(sandbox, body, "def f(x): return x", limits=Limits(time_s=0.3))
   assert verdict.kind == "sandbox_failed" and says in verdict.tests[0].detail
   assert judge(sandbox, "assert candidate(1) == 1", "def f(x): return x").passed
+
+
+def test_a_worker_that_dies_during_a_check_leaves_no_descriptor():
+  with Sandbox(workers=1) as pool:
+    before = len(os.listdir("/proc/self/fd"))
+    slot = pool._slots[0]
+    for _ in range(3):
+      worker = slot._worker(())
+      program = memory_file("def f(): pass")
+      with pytest.raises(WorkerLost), worker.begin(Job(program, "", CALLS, LIMITS, "f")):
+        worker.kill()
+      os.close(program)
+    slot._worker(())
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_worker_that_is_started_while_the_pool_closes_is_ended(monkeypatch):
+  pool = Sandbox(workers=1)
+  start = pool._slots[0]._start
+
+  def close_and_start(packages):
+    worker = start(packages)
+    pool.close()
+    return worker
+
+  pool._slots[0].discard()
+  monkeypatch.setattr(pool._slots[0], "_start", close_and_start)
+  pool.run("print(1)", [TestCase("", "1")])
+  assert not pool._slots[0].workers
 
 
 @pytest.mark.parametrize(

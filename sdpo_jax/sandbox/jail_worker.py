@@ -26,6 +26,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 from sdpo_jax.sandbox import jail_filter
@@ -403,6 +404,7 @@ class Worker:
     config = _lock_down_config(isolation, view, layout, packages, uid)
     self.pid = None
     self._pidfd = None
+    self._kill_lock = threading.Lock()  # `Sandbox.close` may kill what a caller's thread kills
     self._errors = os.memfd_create("errors")
     try:
       self._sock, self._process = _start(view, _environment(home), self._errors)
@@ -475,19 +477,20 @@ class Worker:
 
     Its process namespace, or the parent-death signal, takes the test along.
     """
-    if self._sock.fileno() < 0:
-      return
-    if self._pidfd is not None:
-      try:
-        signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-      except ProcessLookupError:
-        pass
-      os.close(self._pidfd)
-      self._pidfd = None
-    else:  # `hello` never learned its process number
-      self._process.kill()
-    self._sock.close()
-    os.close(self._errors)
+    with self._kill_lock:
+      if self._sock.fileno() < 0:
+        return
+      if self._pidfd is not None:
+        try:
+          signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+          pass
+        os.close(self._pidfd)
+        self._pidfd = None
+      else:  # `hello` never learned its process number
+        self._process.kill()
+      self._sock.close()
+      os.close(self._errors)
     self._process.wait(timeout=START_S)
 
   @property
@@ -556,10 +559,12 @@ class Run:
 
   def __exit__(self, kind, *_):
     """Ends the program if it is still at work, and closes the files."""
-    if kind is None and self._is_at_work:
-      self._worker.send(STOP, [])
-      self.finish()
-    self.close()
+    try:
+      if kind is None and self._is_at_work:
+        self._worker.send(STOP, [])
+        self.finish()
+    finally:
+      self.close()
 
   def send(self, line: bytes) -> bool:
     """Sends a line. Returns False if the program has ended. Raises WorkerLost at the deadline."""

@@ -169,6 +169,8 @@ class Sandbox:
       )
     finally:
       self._idle.put(slot)
+      if self._closed:  # `close` may have come before a worker that this call started
+        slot.discard()
 
   def worker_pids(self) -> list[int]:
     """Returns the process numbers of the warm workers, for looking at their memory."""
@@ -284,9 +286,10 @@ class _Slot:
 
   def discard(self) -> None:
     """Ends the workers. The next program gets new ones."""
-    for worker in list(self.workers.values()):
-      worker.kill()
-    self.workers.clear()
+    for key in list(self.workers):  # `Sandbox.close` does so while a caller's thread starts others
+      worker = self.workers.pop(key, None)
+      if worker is not None:
+        worker.kill()
 
   def judge(
     self,
