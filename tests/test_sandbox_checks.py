@@ -39,6 +39,7 @@ CROSSING = {
   "surrogates": "assert candidate('\\ud800') == ('\\ud800',)",
   "nothing": "assert candidate() == ()",
   "by_name": "assert f(3) == (3,)",
+  "a_keyword_self": "assert candidate(self=1, name=2) == (1, 2)",
 }
 
 
@@ -84,6 +85,25 @@ def test_state_and_iterators_live_through_a_check(sandbox):
   assert judge(sandbox, "assert list(candidate(3)) == [0, 1, 2]", method).passed
 
 
+@pytest.mark.parametrize(
+  "answer",
+  [
+    "reversed([2, 1, 0])",
+    "itertools.islice(itertools.count(), 3)",
+    "range(3)",
+    "dict.fromkeys([0, 1, 2]).keys()",
+    "Mine()",
+  ],
+)
+def test_what_can_be_iterated_over_arrives_as_an_iterator(sandbox, answer):
+  program = (
+    "import itertools\nclass Mine:\n  n = -1\n  __iter__ = lambda s: s\n  def __next__(s):\n"
+    f"    if s.n == 2: raise StopIteration\n    s.n += 1\n    return s.n\ndef f(): return {answer}"
+  )
+  verdict = judge(sandbox, "assert list(candidate()) == [0, 1, 2]", program)
+  assert verdict.passed, verdict.feedback
+
+
 def test_the_feedback_says_what_was_asked_and_awaited(sandbox):
   verdict = judge(sandbox, "assert 5 == candidate([1], key='a'), 'five'", "def f(x, key): return 4")
   assert verdict.feedback == (
@@ -108,6 +128,7 @@ def test_a_hidden_check_shows_nothing(sandbox):
   assert "secret" not in feedback.replace("def f(x): raise KeyError(x)", "")
 
 
+DEEP = "a = []\n  for _ in range(98): a = [a]\n  return a"
 BROKEN = {
   "fails_first": ("missing + candidate(1)", "NameError"),
   "passes_a_function": ("candidate(lambda: 1)", "type function"),
@@ -115,6 +136,28 @@ BROKEN = {
   "never_calls": ("while True: pass", "did not come to an end"),
   "leaves": ("import os\nos._exit(0)", "without a verdict"),
 }
+
+
+BROKEN["calls_nothing"] = "pass", "never calls the program"
+STUMBLES = {
+  "on_an_iterator": ("candidate(candidate(1))", "return iter([x])", "object of type"),
+  "on_a_big_integer": ("candidate(candidate(1) ** 2)", "return x << 160_000", "too many digits"),
+  "on_a_deep_value": ("candidate([[candidate(1)]])", DEEP, "nested too deeply"),
+  "on_a_long_text": ("candidate(2 * candidate(1))", "return 'x' * 900_000", "is longer than"),
+  "on_a_long_message": ("assert False, candidate(1)", "return '\U0001f600' * 1900", "no verdict"),
+  "on_its_memory": ("candidate(1) * 10 ** 12", "return 'x'", "MemoryError"),
+  "and_leaves": ("import os\nos._exit(candidate(1))", "return 0", "no verdict"),
+}
+
+
+@pytest.mark.parametrize("name", STUMBLES)
+def test_a_program_cannot_choose_to_be_left_out_of_training(sandbox, name):
+  """What a check stumbles over once it has an answer is the answer's fault."""
+  body, function, says = STUMBLES[name]
+  limits = Limits(time_s=1.0, memory_mb=256, output_kb=1)
+  verdict = judge(sandbox, body, f"def f(x):\n  {function}", limits=limits)
+  assert verdict.kind == "wrong_answer", verdict
+  assert says.replace("no verdict", "without a verdict") in verdict.tests[0].detail
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -167,6 +210,11 @@ def test_a_check_of_another_form_is_refused(source, says):
     read_check(source, "f")
   with pytest.raises(ValueError, match="needs fn_name"):
     read_check("def check(candidate): pass", None)
+  unclear = "def check(candidate): assert candidate([1, 2]) == sum([1, 2])"
+  with pytest.raises(ValueError, match="builtins.sum"):
+    read_check(unclear, "sum")
+  assert not read_check(unclear, "f").judges_answers
+  assert not read_check("def check(candidate, /): assert sum([1]) == 1", "sum").judges_answers
 
 
 def test_answers_are_judged_one_by_one(sandbox):
@@ -201,6 +249,18 @@ def test_answers_of_a_function_are_values(sandbox):
   verdict = sandbox.run("def f(words, n): return 'ab'", [test], "f", LIMITS)
   assert verdict.kind == "wrong_answer" and 'Output: "ab"' in verdict.feedback
   assert sandbox.run("def f(words, n): return f", [test], "f", LIMITS).kind == "format"
+
+
+def test_long_integers_are_answers_and_what_cannot_cross_is_none(sandbox):
+  check = "def check(input, output, expected): return output == expected == 10 ** input[0]"
+  test = TestCase("5000", "1" + "0" * 5000, check=check)
+  assert sandbox.run("def f(x): return 10 ** x", [test], "f", LIMITS).passed
+  assert sandbox.run("def f(x): return 10 ** x + 1", [test], "f", LIMITS).kind == "wrong_answer"
+  for value in ("b'[' * 150 + b']' * 150", "b'9' * 60_000"):
+    program = (
+      f"import os\ndef f(x):\n  os.pwrite(3, b'{{\"value\": ' + {value} + b'}}', 0)\n  os._exit(0)"
+    )
+    assert sandbox.run(program, [test], "f", LIMITS).kind == "format"
 
 
 def test_a_check_with_numpy(sandbox):
@@ -271,6 +331,10 @@ ATTACKS = {
   ),
   "nan": (WRONG, "def f(x): return [float('nan')] * 4"),
   "infinity_by_hand": (WRONG, _WRITE + "def f(x): say('{\"value\": 1e999}')"),
+  "complex_beyond_a_float": (
+    FORM,
+    _WRITE + "def f(x): say('{\"value\": {\"complex\": [1' + '0' * 400 + ', 0]}}')",
+  ),
   "unhashable_set": (WRONG, _WRITE + 'def f(x): say(\'{"value": {"set": [{"list": []}]}}\')'),
   "colliding_set": (
     {"wrong_answer", "format", "time_limit"},
@@ -347,6 +411,20 @@ ATTACKS = {
     "  return [y + 1 for y in x] if names else [0]",
   ),
 }
+
+
+@pytest.mark.parametrize("name", ["StopIteration", "StopAsyncIteration"])
+def test_the_end_of_an_iteration_is_not_the_end_of_a_checks_loop(sandbox, name):
+  body = "for x, y in zip(map(candidate, [1, 2]), [2, 3]): assert x == y"
+  assert judge(sandbox, body, f"def f(x): raise {name}").kind == "runtime_error"
+  assert judge(sandbox, body, "def f(x): return x + 1").passed
+
+
+@pytest.mark.parametrize("change", ["a[:] = [object()]", "a[:] = [a]", "a.append(f)"])
+def test_an_object_in_an_argument_is_seen_as_a_change(sandbox, change):
+  body = "a = [1, 2]\ncandidate(a)\nassert a == [1, 2]"
+  assert judge(sandbox, body, f"def f(a): {change}").kind == "wrong_answer"
+  assert judge(sandbox, body.replace("assert a", "assert [1, 2]"), f"def f(a): {change}").passed
 
 
 @pytest.mark.parametrize("name", ATTACKS)

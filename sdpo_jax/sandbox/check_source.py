@@ -8,15 +8,19 @@ A check is Python source that defines one of two functions:
                                   list of its arguments
 
 The program is right if the check returns None or something true. It is wrong if an assertion fails,
-if another exception ends the check, or if the check returns something else.
+if another exception ends the check, or if the check returns something else. A check(candidate) that
+ends in any way before it has called the program judges nothing: its verdict is `sandbox_failed`.
 
 Values are None, booleans, numbers, texts, bytes, and lists, tuples, sets and dictionaries of them.
-An iterator arrives as an iterator. A list, set or dictionary that the function changes is changed
-in the check too. An exception of the program is raised in the check, under its own name if that is
-a built-in one. Nothing else crosses: no function, no object of a class, and of NumPy only scalars.
+An iterator, a range or a view of a dictionary arrives as an iterator. A list, set or dictionary
+that the function changes is changed in the check too. An exception of the program is raised in the
+check, under its own name if that is a built-in one and not StopIteration, which would pass for the
+end of a loop in the check. Nothing else crosses: no function, no object of a class, and of NumPy
+only scalars.
 """
 
 import ast
+import builtins
 import functools
 from typing import NamedTuple
 
@@ -45,15 +49,31 @@ def read_check(source: str, fn_name: str | None) -> Check:
   function = next((f for f in reversed(functions) if f.name == "check"), None)
   if function is None:
     raise ValueError("the check defines no function check")
-  names = [argument.arg for argument in function.args.args]
+  arguments = function.args.posonlyargs + function.args.args
+  names = [argument.arg for argument in arguments]
   if len(names) not in (1, 3):
     raise ValueError(
       f"check({', '.join(names)}) must be check(candidate) or check(input, output, expected)"
     )
   if len(names) == 1 and fn_name is None:
     raise ValueError(f"check({names[0]}) needs fn_name: a whole program has no function to call")
+  if len(names) == 1:
+    _require_clear_names(tree, names[0], fn_name)
   explained = _Explainer({names[0], fn_name}).visit(tree)
   return Check(ast.unparse(ast.fix_missing_locations(explained)), len(names) == 3)
+
+
+def _require_clear_names(tree: ast.Module, candidate: str, fn_name: str) -> None:
+  """Raises ValueError if a check may mean a built-in function by the judged function's name.
+
+  It would ask the judged program for the right answer, and every program would pass.
+  """
+  used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+  if candidate != fn_name and hasattr(builtins, fn_name) and {candidate, fn_name} <= used:
+    raise ValueError(
+      f"the check uses {candidate} and {fn_name}, which is the judged function's name and a "
+      f"built-in one: call the judged function {candidate}, and the other builtins.{fn_name}"
+    )
 
 
 class _Explainer(ast.NodeTransformer):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import zlib
 
 from sdpo_jax.sandbox.jail_worker import CHECK, Job, Worker
-from sdpo_jax.sandbox.json_values import Digits, parse_json
+from sdpo_jax.sandbox.json_values import MAX_JAIL_DIGITS, Digits, parse_json
 from sdpo_jax.sandbox.verdict import Limits, Outcome
 
 _MAX_DEPTH = 100  # of a value: the jail writes no deeper one
@@ -28,7 +28,7 @@ class Conversation(NamedTuple):
   program: Outcome | None = None  # None: it did not end by itself
   call: list | None = None  # [tagged arguments, {name: tagged}]; None: there was none
   answer: dict | None = None  # to that call
-  fault: str = ""  # what is wrong with the check's call, which ended it
+  fault: str = ""  # what is wrong with the check's next call, which ended it
 
 
 def check_job(
@@ -36,11 +36,13 @@ def check_job(
 ) -> Job:
   """Returns the job of a check, which calls the program, or judges an answer of it.
 
-  answer: [input, output, expected] as JSON values. ValueError if one of them cannot cross.
+  answer: [input, output, expected] as JSON values; such a check calls nothing. ValueError if one
+  of them cannot cross.
   """
   given: dict = {"seed": zlib.crc32(program.encode("utf-8", "replace"))}
   if answer is not None:
     given["arguments"] = [_tagged(value, _MAX_DEPTH) for value in answer]
+    fn_name = None
   return Job(check_fd, json.dumps(given), CHECK, limits, fn_name or "")
 
 
@@ -58,7 +60,7 @@ def converse(checker: Worker, worker: Worker, check: Job, program: Job) -> Conve
           return Conversation(caller.finish(), None, call, answer)
         call = _read_call(line)
       except ValueError as e:
-        return Conversation(None, fault=str(e))
+        return Conversation(None, None, call, answer, str(e))
       try:
         line = called.receive() if called.send(line) else None
         answer = None if line is None else _read_answer(line)
@@ -127,7 +129,7 @@ def _require_values(tagged: list) -> None:
       case {"bytes": str(digits)} if len(value) == 1:
         bytes.fromhex(digits)
         continue
-      case {"complex": [int() | float(), int() | float()]} if len(value) == 1:
+      case {"complex": [float(), float()]} if len(value) == 1:
         continue
       case {} if len(value) == 1 and value.keys() <= _LISTS:
         (items,) = value.values()
@@ -154,5 +156,7 @@ def _tagged(value, depth: int):
   if isinstance(value, dict):
     return {"dict": [[key, _tagged(item, depth - 1)] for key, item in value.items()]}
   if isinstance(value, Digits):
-    raise ValueError("holds an integer with too many digits")
+    if len(value.text.lstrip("-")) > MAX_JAIL_DIGITS:
+      raise ValueError("holds an integer with too many digits")
+    return {"int": value.text}
   return value

@@ -114,8 +114,6 @@ def _result(test: TestCase, judgement: _Judgement, outcome: Outcome | None) -> T
 
 def _judge_conversation(said: Conversation, program: str, limits: Limits) -> _Judgement:
   """Judges a program by its conversation with a check."""
-  if said.fault:
-    return _Judgement("sandbox_failed", "", detail=f"the check's call {said.fault}")
   if said.program is not None:
     record = _record(said.program.result)
     ended = _judge_end(said.program, "", record, program, limits)
@@ -123,7 +121,12 @@ def _judge_conversation(said: Conversation, program: str, limits: Limits) -> _Ju
   answer = said.answer or {}
   if "format" in answer:
     return _Judgement("format", "", detail=answer["format"][:MAX_ERROR_CHARS])
-  judgement = _judge_verdict(said.check, limits, was_called=said.call is not None)
+  was_called = said.call is not None
+  if said.check is not None:
+    judgement = _judge_verdict(said.check, limits, was_called=was_called)
+  else:
+    detail = f"the check's call {said.fault}"
+    judgement = _Judgement(_blamed(was_called=was_called), "", detail=detail)
   if judgement.kind == "runtime_error":  # the program raised it, and the check let it pass
     return judgement._replace(error=_program_error(answer.get("error"), program))
   return judgement._replace(output=literal_text(answer["value"]) if "value" in answer else "")
@@ -132,26 +135,26 @@ def _judge_conversation(said: Conversation, program: str, limits: Limits) -> _Ju
 def _judge_verdict(outcome: Outcome, limits: Limits, *, was_called: bool) -> _Judgement:
   """Judges by how a check ended.
 
-  A check that fails before it has called the program is wrong itself; afterwards the answers are,
-  though what it stumbles over need not be an assertion. The judgement "runtime_error" stands for
-  an exception of the program.
+  The judgement "runtime_error" stands for an exception of the program.
   """
-  blamed = "wrong_answer" if was_called else "sandbox_failed"
+  blamed = _blamed(was_called=was_called)
   record = _record(outcome.result)
   if outcome.killed or outcome.cpu_s > limits.time_s or outcome.status & 0x7F:
     kind = "time_limit" if was_called else "sandbox_failed"
     return _Judgement(kind, "", detail="the check did not come to an end on this answer")
   if record.get("passed") is True:
+    if not was_called:  # any program would pass, even one that does not compile
+      return _Judgement(blamed, "", detail="the check never calls the program")
     return _Judgement("passed", "")
   failed = record.get("failed")
   if not isinstance(failed, dict):
-    return _Judgement("sandbox_failed", "", detail="the check ended without a verdict")
+    return _Judgement(blamed, "", detail="the check ended without a verdict")
   message = str(failed.get("message", ""))
   match failed.get("how"):
     case "program":
       return _Judgement("runtime_error", "")
     case "broken":
-      return _Judgement("sandbox_failed", "", detail=f"the check is wrong: {message}")
+      return _Judgement(blamed, "", detail=f"the check passes a value that {message}")
     case "assertion":
       told = [f"assert {failed['condition']}"] if "condition" in failed else []
       told = ": ".join(filter(None, [*told, message])) or "an assertion of the check fails"
@@ -159,6 +162,15 @@ def _judge_verdict(outcome: Outcome, limits: Limits, *, was_called: bool) -> _Ju
     case "raised":
       return _Judgement(blamed, "", detail=f"the check raises {failed.get('type')}: {message}")
   return _Judgement(blamed, "", detail=message)
+
+
+def _blamed(*, was_called: bool) -> str:
+  """Returns the kind of a test whose check failed.
+
+  A check that fails before it has called the program is wrong itself. Afterwards the answers are,
+  whatever the check stumbles over: else a program could choose to be left out of training.
+  """
+  return "wrong_answer" if was_called else "sandbox_failed"
 
 
 def _judge_end(

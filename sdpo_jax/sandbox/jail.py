@@ -40,6 +40,7 @@ def _ignore_hooks(**_):
 os.register_at_fork = _ignore_hooks  # before the imports below, which would register theirs
 
 import array
+import collections.abc
 import ctypes
 import gc
 import io
@@ -615,13 +616,18 @@ def _callable(namespace, function, name):
 
 
 def _changed(arguments, before):
-  """Returns the arguments as they are tagged now if a call changed one of them, else None."""
+  """Returns the arguments as they are tagged now if a call changed one of them, else None.
+
+  An argument into which the program put an object of its own, which no check shall see, is None.
+  """
   if not any(issubclass(type(x), (list, dict, set)) for x in arguments):
     return None
-  try:
-    now = [_tagged(x, MAX_DEPTH) for x in arguments]
-  except _NotPlain:  # the program put an object of its own there, which no check shall see
-    return None
+  now = []
+  for x in arguments:
+    try:
+      now.append(_tagged(x, MAX_DEPTH))
+    except _NotPlain:
+      now.append(None)
   return now if now != before else None
 
 
@@ -633,6 +639,8 @@ def _run_check(check, name):
   """
   job = json.loads(os.pread(0, os.fstat(0).st_size, 0))
   sys.modules["random"].seed(job["seed"])
+  if "numpy" in sys.modules:
+    sys.modules["numpy"].random.seed(job["seed"])
   calls = _Calls(name)
   module = types.ModuleType("check")
   sys.modules["check"] = module
@@ -652,7 +660,7 @@ def _run_check(check, name):
 def _failure(e, calls):
   """Describes for the host the exception that ended a check."""
   if isinstance(e, _NotPlain):
-    return {"how": "broken", "message": f"it passes a value that {e}"}
+    return {"how": "broken", "message": str(e)}
   if e is calls.raised:
     return {"how": "program"}
   failure = {"how": "raised", "type": type(e).__name__, "message": _message(e), "line": _line(e)}
@@ -682,7 +690,7 @@ class _Calls:
     self.__name__ = name
     self.raised = None  # the program's last exception
 
-  def __call__(self, *arguments, **keywords):
+  def __call__(self, /, *arguments, **keywords):
     given = [_tagged(x, MAX_DEPTH) for x in arguments]
     call = [given, {key: _tagged(x, MAX_DEPTH) for key, x in keywords.items()}]
     _write_line(json.dumps(call))
@@ -698,8 +706,14 @@ class _Calls:
     return _untagged(answer["value"])
 
 
+class _Foreign:
+  """Stands in a changed container for what cannot cross: it equals nothing."""
+
+
 def _replace_content(old, new):
-  """Makes a container hold what the program left in its copy of it."""
+  """Makes a container hold what the program left in its copy of it; None: what cannot cross."""
+  if new is None and type(old) in (list, dict, set):
+    new = type(old)([(_Foreign(), _Foreign())])
   if type(old) is not type(new) or old == new:
     return
   if type(old) is list:
@@ -716,6 +730,8 @@ class ProgramException(Exception):
 def _exception(name, message):
   """Returns the built-in exception of that name, for which a check may wait, or our own."""
   kind = getattr(sys.modules["builtins"], name, None)
+  if name in ("StopIteration", "StopAsyncIteration"):  # would end a loop of the check as if done
+    kind = None
   if isinstance(kind, type) and issubclass(kind, Exception):
     try:
       return kind(message)
@@ -848,13 +864,12 @@ def _tagged(x, depth):
   return _scalar(x, kind)
 
 
-_ITERATORS = (map, filter, zip, enumerate, reversed, types.GeneratorType, type(iter(range(0))))
-_ITERATORS += tuple(type(iter(x)) for x in ("", (), [], {}, set()))
+_ITERATED = (collections.abc.Iterator, range, type({}.keys()), type({}.values()), type({}.items()))
 
 
 def _tagged_answer(x):
   """Returns what a program returned with its containers named; an iterator is one of them here."""
-  if type(x) in _ITERATORS:
+  if issubclass(type(x), _ITERATED):
     return {"iterator": [_tagged(y, MAX_DEPTH - 1) for y in x]}
   return _tagged(x, MAX_DEPTH)
 
@@ -870,6 +885,8 @@ def _untagged(tagged):
     return bytes.fromhex(items)
   if tag == "complex":
     return complex(*items)
+  if tag == "int":  # one that is too long for the host to read
+    return int(items)
   return _CONTAINERS[tag](map(_untagged, items))
 
 

@@ -594,7 +594,7 @@ class Run:
         return None
       self._lines += part
       if len(self._lines) > MAX_LINE_BYTES:
-        raise ValueError(f"more than {MAX_LINE_BYTES} bytes at once")
+        raise ValueError(f"is longer than {MAX_LINE_BYTES} bytes")
     line, _, self._lines = self._lines.partition(b"\n")
     return line
 

@@ -10,6 +10,7 @@ import json
 import re
 
 MAX_INT_DIGITS = 4300  # of an integer that becomes an int
+MAX_JAIL_DIGITS = 50_000  # jail.py's MAX_DIGITS
 
 
 @dataclasses.dataclass(frozen=True)

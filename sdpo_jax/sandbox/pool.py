@@ -405,7 +405,10 @@ def _judge_answer(
   answer = answer_to_check(outcome, test, program.text, program.fn_name, program.limits)
   if isinstance(answer, TestResult):  # there is no answer
     return answer
-  job = check_job(check_fd, program.text, program.fn_name, program.limits, answer)
+  try:
+    job = check_job(check_fd, program.text, program.fn_name, program.limits, answer)
+  except ValueError as e:
+    return _failed(test, "format", f"the returned value {e}")
   return judge_answer_check(checker.run(job), test, answer, program.fn_name, program.limits)
 
 
