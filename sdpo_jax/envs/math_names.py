@@ -5,11 +5,13 @@ r"""Compares answers that are names written in two ways, or ratios, before mathe
               stands first, in brackets or with a full stop, and the text of its option follows.
               That text is not checked, but it continues no expression and names no other letter
   dates       days and months may be abbreviated: Fri or Fri. is Friday, Sept is September
-  ratios      5:1 is 10:2 and 5/1, and neither 5 nor 5.0: a ratio is no number
+  ratios      5:1 is 10:2 and 5/1, and neither 5 nor 5.0: a ratio is no number. 2:10:20 beside
+              1:05:10 are hours, minutes and seconds
 
 Texts are LaTeX as `math_text.latex` returns it.
 """
 
+import itertools
 import re
 
 from sdpo_jax.envs import numerals
@@ -37,6 +39,7 @@ _CONTINUES = re.compile(
   re.IGNORECASE,
 )
 _OTHER_LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
+_DURATION = re.compile(r"\d+(?::[0-5]\d){2}")
 _RELATION = re.compile(r"[=<>,;|]|\\(?:leq?|geq?|neq?|approx|to|in|equiv|mid)(?![A-Za-z])")
 
 
@@ -101,11 +104,12 @@ def compare_ratios(reference: str, answer: str) -> bool | None:
   values = [[numerals.value(term) for term in terms] for terms in sides]
   if None in values[0] + values[1]:
     return None
-  (first, *rest), (other_first, *other_rest) = values
-  return all(
-    a.exact * other_first.exact == b.exact * first.exact
-    for a, b in zip(rest, other_rest, strict=True)
-  )
+  if all(_DURATION.fullmatch(text.strip()) for text in (reference, answer)):
+    return [term.exact for term in values[0]] == [term.exact for term in values[1]]
+  pairs = [(a.exact, b.exact) for a, b in zip(*values, strict=True)]
+  if any((a == 0) != (b == 0) for a, b in pairs):
+    return False
+  return all(a * d == b * c for (a, b), (c, d) in itertools.combinations(pairs, 2))
 
 
 def _terms(text: str) -> list[str]:
