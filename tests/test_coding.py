@@ -4,6 +4,7 @@ import ast
 import base64
 import concurrent.futures
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -393,6 +394,16 @@ def test_rows_that_state_no_rule_are_refused(row, says):
     ("not candidate(1)", {"expression": "not not f(1)", "output": "False"}),
     ("3 == candidate(1)", {"expression": "f(1)", "output": "3"}),
     ("candidate(1) is None", {"expression": "f(1)", "output": "None"}),
+    (
+      "abs(candidate(1) - 2) <= 1e-3",
+      {
+        "expression": "f(1)",
+        "output": "2",
+        "compare": "isclose",
+        "rel_tol": 0.0,
+        "abs_tol": 0.001,
+      },
+    ),
     ("candidate(1) in [1, 2]", {"expression": "f(1)", "output": "[1, 2]", "compare": "in"}),
     ("candidate(1) == 6.0 / 5", {"expression": "f(1)", "output": "1.2"}),
     ("candidate(1) == (1 + 2, [3 * 4])", {"expression": "f(1)", "output": "(3, [12])"}),
@@ -414,11 +425,20 @@ def test_an_asserts_answer_stays_on_the_host(condition, test):
     "candidate(1) == 2 and candidate(2) == 3",
     "candidate(1) == 1 / 0",
     "candidate(1) is True",
+    "math.isclose(candidate(1), 2, rel_tol=TOLERANCE)",
+    "math.isclose(candidate(1), 2, **{'rel_tol': 1e-3})",
+    "abs(candidate(1) - 2) < (1,)",
   ],
 )
 def test_an_assert_that_the_program_could_decide_is_no_expression(condition):
   with pytest.raises(ValueError, match="no literal answer"):
     tests_from_asserts(f"def check(candidate):\n  assert {condition}", "f")
+
+
+def test_a_check_names_what_it_judges():
+  assert len(tests_from_asserts("def check(candidate, /):\n  assert candidate(1) == 2", "f")) == 1
+  with pytest.raises(ValueError, match="takes no candidate"):
+    tests_from_asserts("def check():\n  assert f(1) == 2", "f")
 
 
 def test_a_program_cannot_decide_its_tests(sandbox):
@@ -457,6 +477,9 @@ def test_a_program_cannot_decide_its_tests(sandbox):
         {"tests": [{"input": "", "output": "[" * 100_000}], "fn_name": "f"},
         {"tests": [{"input": [1], "output": "1"}]},
         {"tests": [{"input": "1", "output": 1}]},
+        {"tests": [{"input": "1", "output": "1", "compare": "float", "rel_tol": "1e-6"}]},
+        {"tests": [{"input": "1", "output": "1", "compare": "float", "abs_tol": math.nan}]},
+        {"tests": [{"input": "1", "output": "1", "compare": "float", "abs_tol": -1e-6}]},
         {"tests": [{"expression": "f(1)", "output": "g(1)"}], "fn_name": "f"},
       )
     ),

@@ -385,7 +385,10 @@ def tests_from_asserts(source: str, fn_name: str) -> list[dict]:
   check = next((function for function in functions if function.name == "check"), None)
   if check is None:
     raise ValueError("the test defines no check(candidate)")
-  candidate = check.args.args[0].arg
+  arguments = check.args.posonlyargs + check.args.args
+  if not arguments:
+    raise ValueError("check() takes no candidate")
+  candidate = arguments[0].arg
   tests = []
   for statement in check.body:
     if _says_nothing(statement):
@@ -476,9 +479,9 @@ def _difference_test(condition: ast.expr) -> dict | None:
       comparators=[bound],
     ):
       value = _literal_value(right)
-      tolerance = _literal_value(bound)
+      tolerance = _number(bound)
       if value is not None and tolerance is not None:
-        return _close_to(left, value, {"rel_tol": 0.0, "abs_tol": float(tolerance)})
+        return _close_to(left, value, {"rel_tol": 0.0, "abs_tol": tolerance})
   return None
 
 
@@ -491,15 +494,24 @@ def _isclose_test(condition: ast.expr) -> dict | None:
       keywords=keywords,
     ):
       value = _literal_value(right)
-      tolerances = {k.arg: float(_literal_value(k.value)) for k in keywords}
-      if value is not None:
-        return _close_to(left, value, tolerances)
+      tolerances = {k.arg: _number(k.value) for k in keywords}
+      if value is not None and tolerances.keys() <= {"rel_tol", "abs_tol"}:
+        if None not in tolerances.values():
+          return _close_to(left, value, tolerances)
   return None
 
 
 def _close_to(expression: ast.expr, value: str, tolerances: dict[str, float]) -> dict:
   test = {"expression": ast.unparse(expression), "output": value, "compare": "isclose"}
   return test | tolerances
+
+
+def _number(node: ast.expr) -> float | None:
+  """Returns an expression's value if it is a literal number, else None."""
+  try:
+    return float(_literal_value(node) or "")
+  except ValueError:
+    return None
 
 
 def _literal_value(node: ast.expr) -> str | None:

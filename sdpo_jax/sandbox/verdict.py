@@ -7,6 +7,7 @@ turns it into a `TestResult`, and wording.py turns results into a `Verdict`.
 import ast
 from collections.abc import Callable
 import dataclasses
+import math
 
 from sdpo_jax.sandbox.check_source import Check, read_check
 from sdpo_jax.sandbox.json_values import parse_json
@@ -64,6 +65,9 @@ class TestCase:
       raise ValueError(f"TestCase.compare={self.compare!r} needs an expression")
     if self.compare in ("tokens", "float") and self.expression is not None:
       raise ValueError(f"TestCase.compare={self.compare!r} is not for an expression")
+    for name, tolerance in (("rel_tol", self.rel_tol), ("abs_tol", self.abs_tol)):
+      if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
+        raise ValueError(f"TestCase.{name}={tolerance!r} must be a finite number of at least 0")
     if self.check is not None and (self.expression is not None or self.compare != "equal"):
       raise ValueError("TestCase.check takes no expression and no compare: it judges by itself")
 
