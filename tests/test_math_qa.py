@@ -89,6 +89,10 @@ def test_instruction_and_solution():
     ({"idx": 0, "question": "Q", "answer": math.inf}, "'answer' is inf"),
     ({"idx": 0, "question": "Q", "answer": "NaN"}, "'answer' is 'NaN'"),
     ({"idx": 0, "question": "Q", "answer": None}, "'answer' is missing"),
+    ({"idx": 0, "question": "Q", "answer": "$$"}, "'answer' is '\\$\\$', which is no answer"),
+    ({"idx": 0, "question": "Q", "answer": r"\text{ }."}, "which is no answer"),
+    ({"idx": 0, "question": "Q", "answer": "{"}, "which is no answer"),
+    ({"idx": 0, "problem": "P", "solution": r"\boxed{\text{}}"}, "which is no answer"),
     ({"idx": 0, "question": "Q", "answer": 10**5000}, "'answer' has more than 1000 digits"),
     ({"idx": 0, "question": "Q", "answer": ["5"]}, "'answer' is of type list"),
     ({"idx": 0, "question": "Q", "answer": "5", "system": 3}, "'system' is of type int"),
@@ -97,6 +101,12 @@ def test_instruction_and_solution():
 def test_a_malformed_row_names_its_field(row, says):
   with pytest.raises(ValueError, match=says):
     MathQA().task_from_row(row, "train")
+
+
+@pytest.mark.parametrize("answer", [r"\{\}", r"\emptyset", "<", r"\text{x}", r"\pi", "()"])
+def test_an_answer_of_few_signs_is_one(answer):
+  task = MathQA().task_from_row({"idx": 0, "question": "Q", "answer": answer}, "train")
+  assert task.data["answer"] == answer
 
 
 @pytest.mark.parametrize(

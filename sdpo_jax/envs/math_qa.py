@@ -46,6 +46,8 @@ START_S = 120.0
 RESTART_S = 40.0
 # How tables write that a value is missing.
 _MISSING = ("nan", "null", "<na>", "n/a")
+# Dollars, braces and commands around nothing, and a sentence's end.
+_BLANK = re.compile(r"(?:\\(?:text|mathrm|mbox)\b|[\s$.{}\\])*")
 _CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator annotations
 
 
@@ -200,7 +202,8 @@ def _reference(row: dict) -> tuple[str, str | None]:
     raise ValueError(
       f"field {name!r} holds {len(answer)} characters; it must hold 1 to {MAX_ANSWER}"
     )
-  if answer.strip("$ ").lower() in _MISSING:
+  is_blank = _BLANK.fullmatch(answer) and "\\{" not in answer  # a set may be empty
+  if is_blank or answer.strip("$ ").lower() in _MISSING:
     raise ValueError(f"field {name!r} is {answer!r}, which is no answer")
   return answer, solution
 
