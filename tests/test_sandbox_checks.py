@@ -256,11 +256,13 @@ def test_long_integers_are_answers_and_what_cannot_cross_is_none(sandbox):
   test = TestCase("5000", "1" + "0" * 5000, check=check)
   assert sandbox.run("def f(x): return 10 ** x", [test], "f", LIMITS).passed
   assert sandbox.run("def f(x): return 10 ** x + 1", [test], "f", LIMITS).kind == "wrong_answer"
-  for value in ("b'[' * 150 + b']' * 150", "b'9' * 60_000"):
-    program = (
-      f"import os\ndef f(x):\n  os.pwrite(3, b'{{\"value\": ' + {value} + b'}}', 0)\n  os._exit(0)"
-    )
-    assert sandbox.run(program, [test], "f", LIMITS).kind == "format"
+  written = "import os\ndef f(x):\n  os.pwrite(3, b'{\"value\": ' + %s + b'}', 0)\n  os._exit(0)"
+  deep, long = "b'[' * 150 + b']' * 150", "b'9' * 60_000"
+  assert sandbox.run(written % deep, [test], "f", LIMITS).kind == "format"
+  assert sandbox.run(written % long, [test], "f", LIMITS).kind == "runtime_error"
+  for number in (TestCase("9" * 60_000, "", check=check), TestCase("1", "9" * 60_000)):
+    with pytest.raises(ValueError, match="not JSON"):
+      sandbox.run("def f(x): return x", [number], "f", LIMITS)
 
 
 def test_a_check_with_numpy(sandbox):

@@ -5,7 +5,7 @@ import pathlib
 import subprocess
 import sys
 
-from sdpo_jax.sandbox import jail_filter, jail_worker
+from sdpo_jax.sandbox import jail_filter, jail_worker, json_values
 
 JAIL = pathlib.Path(jail_worker.__file__).with_name("jail.py")
 
@@ -22,7 +22,8 @@ def test_both_ends_of_the_socket_agree():
   repeated = json.loads(
     import_jail(
       "import jail, json; print(json.dumps([jail.JOB.format, jail.DONE.format, jail.STDIN, "
-      "jail.FUNCTION, jail.EXPRESSION, jail.CALLS, jail.CHECK, jail.STOP.decode(), jail.SELF]))"
+      "jail.FUNCTION, jail.EXPRESSION, jail.CALLS, jail.CHECK, jail.STOP.decode(), jail.SELF, "
+      "jail.MAX_DIGITS]))"
     )
   )
   assert repeated == [
@@ -35,6 +36,7 @@ def test_both_ends_of_the_socket_agree():
     jail_worker.CHECK,
     jail_worker.STOP.decode(),
     jail_filter.SELF,
+    json_values.MAX_DIGITS,
   ]
 
 

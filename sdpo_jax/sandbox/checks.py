@@ -14,7 +14,7 @@ from typing import NamedTuple
 import zlib
 
 from sdpo_jax.sandbox.jail_worker import CHECK, Job, Worker
-from sdpo_jax.sandbox.json_values import MAX_JAIL_DIGITS, Digits, parse_json
+from sdpo_jax.sandbox.json_values import Digits, parse_json
 from sdpo_jax.sandbox.verdict import Limits, Outcome
 
 _MAX_DEPTH = 100  # of a value: the jail writes no deeper one
@@ -156,7 +156,5 @@ def _tagged(value, depth: int):
   if isinstance(value, dict):
     return {"dict": [[key, _tagged(item, depth - 1)] for key, item in value.items()]}
   if isinstance(value, Digits):
-    if len(value.text.lstrip("-")) > MAX_JAIL_DIGITS:
-      raise ValueError("holds an integer with too many digits")
     return {"int": value.text}
   return value

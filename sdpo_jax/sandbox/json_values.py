@@ -10,7 +10,7 @@ import json
 import re
 
 MAX_INT_DIGITS = 4300  # of an integer that becomes an int
-MAX_JAIL_DIGITS = 50_000  # jail.py's MAX_DIGITS
+MAX_DIGITS = 50_000  # that a jail reads and writes, as jail.py has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,10 @@ class Digits:
 
 
 def parse_json(text: str):
-  """Parses JSON; an integer of more than `MAX_INT_DIGITS` becomes a `Digits`. Raises ValueError."""
+  """Parses JSON; an integer of more than `MAX_INT_DIGITS` becomes a `Digits`.
+
+  Raises ValueError, also for an integer that no jail could read or write.
+  """
   return json.loads(text, parse_int=_integer)
 
 
@@ -35,4 +38,6 @@ def write_json(value) -> str:
 
 
 def _integer(text: str) -> int | Digits:
+  if len(text.lstrip("-")) > MAX_DIGITS:
+    raise ValueError(f"an integer has more than {MAX_DIGITS} digits")
   return int(text) if len(text) <= MAX_INT_DIGITS else Digits(text)
