@@ -113,6 +113,14 @@ def restore_params(workdir, like_params, step: int | None = None):
   return state["params"]
 
 
+def read_host(workdir, step: int | None = None) -> dict:
+  """Returns the host's part of checkpoint `step`, by default the newest, and no arrays."""
+  step = _existing(workdir, step)
+  with _manager(workdir, create=False) as manager:
+    arguments = ocp.args.Composite(host=ocp.args.JsonRestore())
+    return _from_json(manager.restore(step, args=arguments).host["host"])
+
+
 def _restore(workdir, like, step: int | None, leaves: dict[str, str], under: str):
   """Returns (arrays like `like`, host) of a checkpoint.
 

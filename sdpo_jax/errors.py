@@ -7,6 +7,7 @@ Commands print such an error as one line, without a traceback, and exit with its
   SettingError  a setting, a path or this machine forbids the run     caller of the command    2
   TaskError     a question is longer than the settings have room for  who chose data or limit  2
   RunError      a run that has begun cannot go on                     who runs it              1
+  Preempted     the run was asked to stop, and has saved              a launcher: start again  143
 
 Before a RunError something was trained, and its message says what is intact. Any other exception is
 a mistake of ours and keeps its traceback. A response that is wrong or an environment that breaks
@@ -34,6 +35,10 @@ class TaskError(ValueError):
 
 class RunError(Exception):
   """The run cannot go on; the message says what happened and what is intact."""
+
+
+class Preempted(Exception):
+  """The machine is being taken away; the message says what is saved."""
 
 
 def unknown(setting: str, value, choices) -> str:

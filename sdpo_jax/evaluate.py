@@ -12,6 +12,7 @@ from sdpo_jax import checkpoint, hosts, stats
 from sdpo_jax.config import model_of_run
 from sdpo_jax.data.tasks import first_tasks
 from sdpo_jax.errors import blame_settings
+from sdpo_jax.preemption import Notice
 from sdpo_jax.records import Rollout, Sampling, Status
 from sdpo_jax.rollout import Collector, prompt_seed
 from sdpo_jax.session import Session, open_session
@@ -68,7 +69,8 @@ def evaluate_checkpoint(c, workdir: str, source: str) -> dict[str, float]:
         f"--checkpoint={source}: neither a work directory with a checkpoint "
         "nor a Hugging Face directory"
       )
-  with open_session(c, None if is_run else source) as session:
+  notice = Notice("the same command begins anew")
+  with open_session(c, None if is_run else source, check_stop=notice.check) as session, notice:
     params, name = session.params, pathlib.Path(root).name
     if is_run:
       with blame_settings():

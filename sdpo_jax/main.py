@@ -12,18 +12,29 @@ r"""The command line of training, evaluation, discovery and planning.
 Without --workdir a fresh directory under runs/ is made and printed.
 
 Exit status: 0 success, 2 a wrong command line or setting (one line on stderr), 1 a failed run; of a
-full disk it says so in a line.
+full disk it says so in a line. 143: stopped by SIGTERM and saved, 134: another process of the run
+is lost; after these two the same command goes on.
 """
 
 import datetime
 import os
 import pathlib
 import sys
+import time
+import traceback
 
 from absl import flags
 from absl import logging as absl_logging
 
-from sdpo_jax.errors import RunError, SettingError, TaskError, UsageError, blame_disk, unknown
+from sdpo_jax.errors import (
+  Preempted,
+  RunError,
+  SettingError,
+  TaskError,
+  UsageError,
+  blame_disk,
+  unknown,
+)
 
 # jax takes seconds to import: whatever needs it is imported after the checks that do not
 
@@ -60,6 +71,19 @@ def define_flags() -> flags.FlagValues:
     "several processes: auto (TPU pods, Slurm, ...) or HOST:PORT,PROCESSES,RANK; needs --workdir",
     flag_values=f,
   )
+  flags.DEFINE_integer(
+    "peer_timeout_s",
+    100,
+    "several processes: after so many seconds of silence one is taken for lost, and all end",
+    lower_bound=5,
+    flag_values=f,
+  )
+  flags.DEFINE_string(
+    "compilation_cache",
+    "auto",
+    "where compiled programs are kept for the next start: auto (~/.cache/sdpo_jax), off, or DIR",
+    flag_values=f,
+  )
   flags.DEFINE_string(
     "topology", None, "plan: chip and shape, such as v5p:2x2x2 or h200:8", flag_values=f
   )
@@ -77,7 +101,7 @@ def parse(argv: list[str]):
   f = define_flags()
   try:
     rest = f(argv, known_only=True)
-    expand_home(f, "config", "workdir", "checkpoint")
+    expand_home(f, "config", "workdir", "checkpoint", "compilation_cache")
     if f.mode not in MODES:
       raise UsageError(unknown("--mode", f.mode, MODES))
     if f.help:
@@ -107,31 +131,82 @@ def expand_home(f: flags.FlagValues, *names: str) -> None:
 
 def main(argv: list[str]) -> int:
   """Runs one command and returns its exit status."""
+  begun = time.monotonic()
+  try:
+    run_command(argv, begun)
+    return 0
+  except Exception as error:
+    return end(error)
+
+
+def run_command(argv: list[str], begun: float) -> None:
+  """Runs one command, which began at this time of the monotonic clock.
+
+  Raises one of the errors of `errors.py`, or another that is our mistake.
+  """
   try:
     f, c = parse(argv)
     if f.help:
       print(__doc__, f.get_help(), sep="\n")
-      return 0
+      return
     if f.distributed:
       join_processes(f)  # before anything asks for devices
     from sdpo_jax import config
 
     config.validate(c)
     check_flags(f)
+    from sdpo_jax.compilation import keep_compiled
+
+    keep_compiled(f.compilation_cache)
     if f.mode == "plan":
       print_plan(c, f.topology)
-      return 0
+      return
     workdir = f.workdir or fresh_workdir()
     check_writable(workdir)
-  except (UsageError, ValueError) as error:
-    return complain(error, 2)
+  except ValueError as error:
+    raise UsageError(str(error)) from error
   try:
-    run(f.mode, c, workdir, f.checkpoint)
-  except (SettingError, TaskError, FileNotFoundError) as error:
-    return complain(error, 2)
-  except RunError as error:
-    return complain(error, 1)
-  return 0
+    run(f.mode, c, workdir, f.checkpoint, begun)
+  except FileNotFoundError as error:
+    raise UsageError(str(error)) from error
+
+
+def end(error: Exception) -> int:
+  """Prints the line of an error and returns the exit status. Of several processes, it ends all.
+
+  An error that is our mistake keeps its traceback.
+  """
+  from sdpo_jax import hosts
+
+  status = status_of(error)
+  are_several = hosts.are_several()
+  if are_several and hosts.blames_a_peer(error):
+    status = hosts.LOST_PEER
+    error = RunError(
+      f"another process of this run is lost ({error}); the same command, in all processes, goes on "
+      "from the last checkpoint"
+    )
+  if status is None:
+    if not are_several:
+      raise error
+    traceback.print_exception(error)
+    status = 1
+  complain(error, status)
+  if are_several and not isinstance(error, Preempted):
+    hosts.leave(status, " ".join(str(error).split()))
+  return status
+
+
+def status_of(error: Exception) -> int | None:
+  """Returns the exit status that `errors.py` gives to an error; None: it is our mistake."""
+  match error:
+    case UsageError() | SettingError() | TaskError():
+      return 2
+    case RunError():
+      return 1
+    case Preempted():
+      return 143
+  return None
 
 
 def join_processes(f: flags.FlagValues) -> None:
@@ -140,7 +215,7 @@ def join_processes(f: flags.FlagValues) -> None:
     raise UsageError("--distributed needs --workdir: all processes write to one place")
   from sdpo_jax import hosts
 
-  hosts.start(f.distributed)
+  hosts.start(f.distributed, f.peer_timeout_s)
 
 
 def check_flags(f: flags.FlagValues) -> None:
@@ -180,7 +255,7 @@ def print_plan(c, topology: str) -> None:
     print(line, flush=True)
 
 
-def run(mode: str, c, workdir: str, checkpoint_to_score: str | None) -> None:
+def run(mode: str, c, workdir: str, checkpoint_to_score: str | None, begun: float) -> None:
   """Trains, evaluates or discovers, and prints the summary."""
   from sdpo_jax import checkpoint, evaluate, metrics, train
   from sdpo_jax.discover import mode as discover_mode
@@ -192,7 +267,7 @@ def run(mode: str, c, workdir: str, checkpoint_to_score: str | None) -> None:
   with blame_disk(workdir, checkpoint.latest_step):
     if mode == "train":
       print(f"work directory: {workdir}", file=sys.stderr)
-      train.train(c, workdir)
+      train.train(c, workdir, begun)
       steps = metrics.read(workdir)
       lines = evaluate.summary_lines(steps[-1], steps[0])  # step 0 is the base model
     elif mode == "eval":

@@ -33,7 +33,7 @@ from sdpo_jax.config import check_optimizer, check_schedule, load, model_locatio
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.corpus import DOMAINS, VIEWS, Corpus, Mixture, Problem, build_tokenizer
 from sdpo_jax.engine.local import LocalEngine
-from sdpo_jax.errors import RunError, blame_disk, unknown
+from sdpo_jax.errors import Preempted, RunError, blame_disk, unknown
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig, Rope
 from sdpo_jax.model.hf_weights import load_pretrained, save_pretrained
@@ -44,6 +44,7 @@ from sdpo_jax.objectives.teacher_context import NoTeacher
 from sdpo_jax.objectives.teacher_weights import TeacherWeights
 from sdpo_jax.objectives.token_weight import uniform
 from sdpo_jax.optimizer import make_optimizer
+from sdpo_jax.preemption import Notice
 from sdpo_jax.records import Rows, Sampling, TrainBatch
 from sdpo_jax.train_step import init_state, make_signals, make_train_step
 from sdpo_jax.workdir import check_same_run, finished, write_atomically
@@ -337,25 +338,38 @@ def run(
     print(finished(workdir, first, c.total_steps))
   log = Log(c, workdir, first)
   accuracies = {}
-  for i in range(first, c.total_steps):
-    batch, counts = data[i]
-    state, measured = step(state, batch)
-    last = i + 1 == c.total_steps
-    accuracies = {}
-    if last or (i + 1) % c.eval.every_steps == 0:
-      accuracies = evaluate(state.params)
-    if last or (i + 1) % c.log_every_steps == 0:
-      means = {name: ratio.mean for name, ratio in jax.device_get(measured).items()}
-      means = {name: means[key] for name, key in LOGGED.items()}
-      log.write(i + 1, means | counts | accuracies)
-    if last or (i + 1) % c.checkpoint_every_steps == 0:
-      checkpoint.save(workdir, i + 1, state, {})
+  with Notice() as notice:
+    for i in range(first, c.total_steps):
+      batch, counts = data[i]
+      state, measured = step(state, batch)
+      last = i + 1 == c.total_steps
+      accuracies = {}
+      if last or (i + 1) % c.eval.every_steps == 0:
+        accuracies = evaluate(state.params)
+      if last or (i + 1) % c.log_every_steps == 0:
+        means = {name: ratio.mean for name, ratio in jax.device_get(measured).items()}
+        means = {name: means[key] for name, key in LOGGED.items()}
+        log.write(i + 1, means | counts | accuracies)
+      is_due = last or (i + 1) % c.checkpoint_every_steps == 0
+      save_where_due(workdir, i + 1, state, is_due, notice)
   if not accuracies:  # a finished run, started again
     accuracies = evaluate(state.params)
   save_pretrained(out, model, state.params, tokenizer=chat.tokenizer)
   print_accuracy(accuracies, c.eval.questions)
   print(f"wrote {out}")
   return accuracies
+
+
+def save_where_due(workdir: str, step: int, state, is_due: bool, notice: Notice) -> None:
+  """Saves a step that is due, and also one at which the run is asked to stop; see Preempted."""
+  try:
+    notice.check()
+  except Preempted as stop:
+    checkpoint.save(workdir, step, state, {})
+    message = f"{stop}: the same command goes on from step {step}, which is saved"
+    raise Preempted(message) from stop
+  if is_due:
+    checkpoint.save(workdir, step, state, {})
 
 
 class Log:
@@ -465,9 +479,9 @@ def main(argv: list[str]) -> int:
   try:
     with blame_disk(f.workdir, checkpoint.latest_step):
       run(c, f.workdir, f.out or os.path.join(f.workdir, "hf"), model, params, data, tx)
-  except RunError as error:
+  except (RunError, Preempted) as error:
     print(f"sdpo_jax.pretrain: {error}", file=sys.stderr)
-    return 1
+    return 143 if isinstance(error, Preempted) else 1
   return 0
 
 

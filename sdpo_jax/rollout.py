@@ -11,6 +11,7 @@ A judge sees text, not why it ended. The feedback on a response that ran into `m
 therefore preceded by that fact, for every environment alike. An empty feedback stays empty.
 """
 
+from collections.abc import Callable
 import concurrent.futures
 import dataclasses
 import logging
@@ -54,16 +55,21 @@ class Collector:
     max_prompt_tokens: int,
     judge_threads: int,
     judge_timeout_s: float,
+    check_stop: Callable[[], None] = lambda: None,
   ):
+    """check_stop: called between sampling and judging and after both; it may raise."""
     self.env, self.chat, self.engine = env, chat, engine
+    self.check_stop = check_stop
     self.max_prompt_tokens = max_prompt_tokens
     self.judge_timeout_s = judge_timeout_s
     self._judge_threads = judge_threads
     self._waiting = queue.SimpleQueue()  # of (future, arguments of _judge); None ends a thread
     self._alive = 0  # threads that take from it
+    self._is_closed = False
 
   def close(self) -> None:
     """Ends the waiting threads. One that hangs in a judge is a daemon and ends with the process."""
+    self._is_closed = True
     for _ in range(self._alive):
       self._waiting.put(None)
     self._alive = 0
@@ -101,7 +107,9 @@ class Collector:
       sampled[c.prompt_index, c.sample_index] = self._begin_judging(
         tasks[c.prompt_index], whole, index
       )
+    self._check_stop_of(sampled)
     feedback = self._await_feedback(tasks, sampled)
+    self.check_stop()
 
     def rollout(q: int, g: int) -> Rollout:
       c = sampled[q, g].completion
@@ -109,6 +117,16 @@ class Collector:
       return Rollout(tasks[q], prompts[q], c.tokens, c.logp, c.finish_reason, text, feedback[q, g])
 
     return [[rollout(q, g) for g in range(n)] for q in range(len(tasks))]
+
+  def _check_stop_of(self, sampled: dict[tuple[int, int], _Sampled]) -> None:
+    """Calls check_stop; if that raises, no response is judged any more."""
+    try:
+      self.check_stop()
+    except BaseException:
+      for response in sampled.values():
+        if response.judgement is not None:
+          response.judgement.cancel()
+      raise
 
   def _prompts(self, tasks: list[Task]) -> list[list[int]]:
     prompts = [self.chat.prompt_tokens(self.env.prompt(task)) for task in tasks]
@@ -178,7 +196,8 @@ class Collector:
       feedback = self.env.judge(task, text)
       _check(feedback)
     except Exception as error:  # whatever a judge throws, the run goes on without this row
-      logging.exception("judging a response to %s failed", task.id)
+      if not self._is_closed:  # else nobody waits for it, and the sandbox is gone
+        logging.exception("judging a response to %s failed", task.id)
       return Feedback(0.0, f"{type(error).__name__}: {error}", Status.ENV_FAILED)
     message = cut(clean(feedback.text), MAX_CHARS)
     was_cut_off = completion.finish_reason == "length"

@@ -101,7 +101,14 @@ class Loaded(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_session(c, path: str | None = None, *, devices=None, method: Method | None = None):
+def open_session(
+  c,
+  path: str | None = None,
+  *,
+  devices=None,
+  method: Method | None = None,
+  check_stop: Callable[[], None] = lambda: None,
+):
   """Yields a Session: loaded model, sandbox, environment and judges, which end with it.
 
   path: a Hugging Face directory instead of config.model.path.
@@ -109,6 +116,7 @@ def open_session(c, path: str | None = None, *, devices=None, method: Method | N
   method: the one that will be trained; None where nothing is. What its notes generate has to fit,
     and their second model is loaded beside. Questions of the split train have to fit into the
     teacher's prompt too, if the method has a teacher.
+  check_stop: the collectors call it between their phases; it may raise.
   """
   notes = None if method is None else method.notes
   with contextlib.ExitStack() as stack:
@@ -134,10 +142,11 @@ def open_session(c, path: str | None = None, *, devices=None, method: Method | N
       # A split that is not there, a question too long: now, not at the first evaluation.
       for split in splits:
         lengths.check(env.task(split, 0))
-      collector = stack.enter_context(_collecting(c, env, policy, mesh))
+      collector = stack.enter_context(_collecting(c, env, policy, mesh, check_stop))
       second_model = None
       if second is not None:
-        second_model = stack.enter_context(_collecting(c, env, second, mesh)), second.params
+        second_collector = stack.enter_context(_collecting(c, env, second, mesh, check_stop))
+        second_model = second_collector, second.params
     eval_sampling = Sampling(
       c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, policy.chat.stop_tokens
     )
@@ -227,7 +236,9 @@ class _LengthCheck:
       )
 
 
-def _collecting(c, env, loaded: Loaded, mesh) -> contextlib.AbstractContextManager:
+def _collecting(
+  c, env, loaded: Loaded, mesh, check_stop: Callable[[], None]
+) -> contextlib.AbstractContextManager:
   """The collector of one model, with an engine of its own."""
   engine = ENGINES["local"](
     loaded.model,
@@ -237,10 +248,12 @@ def _collecting(c, env, loaded: Loaded, mesh) -> contextlib.AbstractContextManag
     prompt_multiple=c.data.length_multiple,
     pad_token=loaded.chat.pad_token,
   )
-  return contextlib.closing(make_collector(c, env, loaded.chat, engine))
+  return contextlib.closing(make_collector(c, env, loaded.chat, engine, check_stop))
 
 
-def make_collector(c, env, chat: Chat, engine) -> Collector:
+def make_collector(
+  c, env, chat: Chat, engine, check_stop: Callable[[], None] = lambda: None
+) -> Collector:
   """Returns a collector with the limits of the configuration."""
   return Collector(
     env,
@@ -249,6 +262,7 @@ def make_collector(c, env, chat: Chat, engine) -> Collector:
     max_prompt_tokens=c.data.max_prompt_tokens,
     judge_threads=c.rollout.judge_threads,
     judge_timeout_s=c.rollout.judge_timeout_s,
+    check_stop=check_stop,
   )
 
 
@@ -393,7 +407,7 @@ def on_other_devices(c, session: Session, devices):
       places = sharding.named(mesh, decoder.axes(session.model))
       params = jax.device_put(session.params, places)
     first = session.collector
-    collector = make_collector(c, first.env, session.chat, first.engine)
+    collector = make_collector(c, first.env, session.chat, first.engine, first.check_stop)
     with contextlib.closing(collector):
       yield session._replace(params=params, collector=collector, mesh=mesh)
 

@@ -14,7 +14,7 @@ import logging
 import pathlib
 import sys
 import time
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -24,11 +24,12 @@ from sdpo_jax.config import defaults_of, validate
 from sdpo_jax.data.batch import Packed, Packer, PackSettings
 from sdpo_jax.data.shapes import Rounding, Shape, Shapes, most_tokens
 from sdpo_jax.data.tasks import RowEnv, TaskStream
-from sdpo_jax.errors import RunError, blame_settings
+from sdpo_jax.errors import Preempted, RunError, blame_settings
 from sdpo_jax.evaluate import evaluate
 from sdpo_jax.learner import make_explorer, make_learner
 from sdpo_jax.metrics import Writer, read, reduce
 from sdpo_jax.objectives.build import build_method
+from sdpo_jax.preemption import Notice
 from sdpo_jax.records import Rollout, Sampling, Status
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.rollout_log import rollout_lines
@@ -41,40 +42,85 @@ def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
 
   steps: the collaborators (see `Steps`); due(name, i) tells whether step i calls for one of them.
   host: what the checkpoint holds beside the state. The loop keeps "tokens" (sampled so far),
-    "alternatives" (responses among them that are not trained on) and "failed_batches" (without a
-    verdict, in a row).
-  Raises RunError at the limits.
+    "alternatives" (responses among them that are not trained on), "failed_batches" (without a
+    verdict, in a row) and "unwritten" (the metrics of a step whose evaluation has not ended).
+  Raises RunError at the limits, and Preempted where `steps` finds that the run has to stop.
   """
   first = int(state.step)
-  if first == 0 and steps.due("eval", 0):
-    steps.write(0, steps.evaluate(state, 0))
   saved = first  # the last checkpoint's step; 0: none
+  if first == 0 and steps.due("eval", 0):
+    try:
+      steps.write(0, steps.evaluate(state, 0))
+    except Preempted as stop:
+      save_and_stop(0, state, {}, steps, saved, stop)
+  elif host["unwritten"] is not None:
+    finish_step(state, host, steps, first, saved)
   for i in range(first + 1, total_steps + 1):
     begun = time.monotonic()
-    groups = steps.collect(state, steps.next_tasks(), i)
-    sampled = time.monotonic()
-    packed = steps.make_batch(groups)
-    metrics = packed.metrics | rollout_metrics(groups) | count_rollouts(host, groups, i)
-    unjudged = metrics["data/dropped"] == len(packed.rollouts)
-    host["failed_batches"] = host["failed_batches"] + 1 if unjudged else 0
-    limits.check_judging(host["failed_batches"], i, saved)
-    scores = steps.score(state, packed.batch) if steps.due("score", i) else None
-    if scores is not None:
-      batch = packed.batch._replace(logp_old_BR=np.asarray(scores.logp_BR))
-      packed = packed._replace(batch=batch)
-    if steps.due("rollouts", i):
-      steps.write_rollouts(i, packed, scores)
+    before = steps.position(host)
+    try:
+      steps.check_stop()
+      groups = steps.collect(state, steps.next_tasks(), i)
+      sampled = time.monotonic()
+      packed = steps.make_batch(groups)
+      metrics = packed.metrics | rollout_metrics(groups) | count_rollouts(host, groups, i)
+      unjudged = metrics["data/dropped"] == len(packed.rollouts)
+      host["failed_batches"] = host["failed_batches"] + 1 if unjudged else 0
+      limits.check_judging(host["failed_batches"], i, saved)
+      packed = score_where_due(state, packed, steps, i)
+      steps.check_stop()
+    except Preempted as stop:  # this step begins anew
+      save_and_stop(i - 1, state, before, steps, saved, stop)
     state, step_metrics = steps.step(state, packed.batch)  # the only line that changes weights
     metrics |= jax.device_get(step_metrics)
     metrics |= times(groups, begun, sampled, time.monotonic())
     limits.check_gradients(int(state.skipped_in_a_row), i, saved)
-    if steps.due("eval", i):
-      metrics |= steps.evaluate(state, i)
-    steps.write(i, metrics)
-    if steps.due("checkpoint", i):
-      steps.save(i, state, host)
-      saved = i
+    host["unwritten"] = reduce(metrics)
+    saved = finish_step(state, host, steps, i, saved)
   return state
+
+
+def score_where_due(state, packed: Packed, steps, i: int) -> Packed:
+  """Returns the batch with the log-probabilities before the update, if somebody reads them."""
+  scores = steps.score(state, packed.batch) if steps.due("score", i) else None
+  if scores is not None:
+    batch = packed.batch._replace(logp_old_BR=np.asarray(scores.logp_BR))
+    packed = packed._replace(batch=batch)
+  if steps.due("rollouts", i):
+    steps.write_rollouts(i, packed, scores)
+  return packed
+
+
+def finish_step(state, host: dict, steps, i: int, saved: int) -> int:
+  """Evaluates, writes the metrics of step i and saves, where due. Returns the last saved step.
+
+  A run that has to stop before the end of the evaluation saves the metrics that it has, and the
+  next start evaluates.
+  """
+  metrics = host["unwritten"]
+  try:
+    steps.check_stop()
+    if steps.due("eval", i):
+      metrics = metrics | steps.evaluate(state, i)
+  except Preempted as stop:
+    save_and_stop(i, state, steps.position(host), steps, saved, stop)
+  steps.write(i, metrics)
+  host["unwritten"] = None
+  if steps.due("checkpoint", i) and i > saved:
+    steps.save(i, state, steps.position(host))
+    saved = i
+  return saved
+
+
+def save_and_stop(i: int, state, position: dict, steps, saved: int, stop: Preempted) -> NoReturn:
+  """Saves step i if that is not done, and raises Preempted with what the next start goes on from.
+
+  position: the host's part of the checkpoint.
+  """
+  if i > saved:
+    steps.save(i, state, position)
+  then = f"goes on from step {i}, which is saved" if i else "begins anew: nothing was trained yet"
+  raise Preempted(f"{stop}: the same command {then}") from stop
 
 
 class Limits(NamedTuple):
@@ -145,27 +191,34 @@ def times(groups, begun: float, sampled: float, ended: float) -> dict[str, float
   }
 
 
-def train(c, workdir: str) -> None:
+def train(c, workdir: str, begun: float | None = None) -> None:
   """Trains or resumes the run of a configuration, and writes its report.
 
+  begun: when the command began, by the monotonic clock; None: now.
   A finished run is left as it is. Raises SettingError for what cannot run, RunError for a run that
-  cannot go on.
+  cannot go on, and Preempted for one that was stopped and saved.
   """
   workdir = pathlib.Path(workdir)
+  begun = time.monotonic() if begun is None else begun
   with blame_settings():
     validate(c)
     method = build_method(c.method.to_dict())
     latest = checkpoint.latest_step(workdir)
     check_same_run(workdir, c, begun=latest is not None, defaults=defaults_of(c))
-  is_finished = latest is not None and latest >= c.total_steps
+    is_finished = latest is not None and latest >= c.total_steps
+    # of a run that was stopped in its last evaluation, the last metrics are not written yet
+    is_finished = is_finished and checkpoint.read_host(workdir).get("unwritten") is None
   if not is_finished:
-    with open_session(c, method=method) as session:
+    notice = Notice()
+    with open_session(c, method=method, check_stop=notice.check) as session:
       with blame_settings():
         steps, state = Steps.begin(c, workdir, session, latest)
+        steps.begun = begun
       limits = Limits(c.train.max_skipped_in_a_row, c.train.max_env_failures_in_a_row)
       try:
         steps.open(state, latest)
-        run(state, steps.host, steps, total_steps=c.total_steps, limits=limits)
+        with notice:
+          run(state, steps.host, steps, total_steps=c.total_steps, limits=limits)
       finally:
         steps.close()
   if not hosts.leads():
@@ -200,6 +253,7 @@ class Steps:
     self.exploration = {}  # metrics of the last batch's alternatives
     self._step = self._score = self.packer = self._writer = None
     self._history, self._signs = [], set()
+    self.begun = None  # when this start's command began; None once its first step is written
     self.rows = {}  # fingerprints for run.json
 
   @classmethod
@@ -210,13 +264,14 @@ class Steps:
     or over other rows.
     """
     host = {"tokens": 0, "alternatives": 0, "failed_batches": 0}
-    host |= {"data": None, "shapes": [], "owed": 0.0}
+    host |= {"data": None, "shapes": [], "owed": 0.0, "unwritten": None}
     steps = cls(c, workdir, session, host)
     steps.rows = same_rows(workdir, session.collector.env, splits_of(c), begun=latest is not None)
     method = steps.learner.method
     state = session.fresh_state(steps.trainable, steps.learner.tx, method.teacher_weights)
     if latest is not None:
       state, stored = checkpoint.restore(workdir, state)
+      stored = {"unwritten": None} | stored  # earlier versions knew of no such step
       _check_version(workdir, stored, host)
       steps.host = stored
       steps.stream.restore(stored["data"])
@@ -235,7 +290,8 @@ class Steps:
       }
       describe_run(self.workdir, self.c, facts)
       self._writer = Writer(self.workdir, total_steps=self.c.total_steps)
-      self._writer.truncate(0 if latest is None else latest + 1)
+      is_written = self.host["unwritten"] is None
+      self._writer.truncate(0 if latest is None else latest + is_written)
     # Lines as they stand in the file, so that a resumed run sees the same ones.
     self._history = read(self.workdir)
 
@@ -346,6 +402,10 @@ class Steps:
     """Writes the metrics of step i, and logs the signs of collapse that are new."""
     if not hosts.leads():
       return
+    if i and self.begun is not None:
+      metrics = metrics | {"perf/first_step_s": time.monotonic() - self.begun}
+      print(f"first step after {metrics['perf/first_step_s']:.0f} s", file=sys.stderr)
+      self.begun = None
     self._history.append({"step": i} | reduce(metrics))
     warnings = monitors.warnings(self._history)
     for sign in sorted(warnings.keys() - self._signs):
@@ -363,11 +423,19 @@ class Steps:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     write_atomically(directory / f"step_{i:06d}.jsonl", text)
 
-  def save(self, i: int, state, host: dict) -> None:
-    """Saves all that a resumed run needs."""
+  def check_stop(self) -> None:
+    """Raises Preempted if the run has to stop."""
+    self.session.collector.check_stop()
+
+  def position(self, host: dict) -> dict:
+    """Returns the host's part of a checkpoint, as of now: where the run is in its data."""
     shapes = self.packer.shapes
-    host = host | {"data": self.stream.state(), "shapes": shapes.known, "owed": shapes.owed}
-    checkpoint.save(self.workdir, i, state, host, keep=self.c.checkpoint.keep)
+    known = [tuple(shape) for shape in shapes.known]
+    return host | {"data": self.stream.state(), "shapes": known, "owed": shapes.owed}
+
+  def save(self, i: int, state, position: dict) -> None:
+    """Saves all that a resumed run needs."""
+    checkpoint.save(self.workdir, i, state, position, keep=self.c.checkpoint.keep)
 
   def _check_packs(self) -> None:
     c = self.c

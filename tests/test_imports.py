@@ -19,6 +19,8 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "workdir": 0,
   "sharding": 0,
   "hosts": 0,
+  "preemption": 0.5,
+  "compilation": 0,
   "kernels": 0,
   "sandbox": 0.5,
   "model": 1,

@@ -65,11 +65,13 @@ def run(
     due=due,
     write=lambda i, m: log.written.__setitem__(i, m),
     write_rollouts=lambda i, *_: log.rollouts.append(i),
+    position=dict,
+    check_stop=lambda: None,
     save=lambda i, state, host: log.saved.append((i, dict(host))),
   )
   state = train.run(
     types.SimpleNamespace(step=start, params=None, skipped_in_a_row=0),
-    {"tokens": tokens, "alternatives": alternatives, "failed_batches": 0},
+    {"tokens": tokens, "alternatives": alternatives, "failed_batches": 0, "unwritten": None},
     steps,
     total_steps=total_steps,
     limits=train.Limits(skipped=2, env_failures=2),
@@ -86,12 +88,12 @@ def test_a_run_evaluates_the_base_then_trains_to_the_end():
     and log.rollouts == [1, 2, 3]
   )
   assert (
-    log.written[2]["train/loss"].mean == 0.5
+    log.written[2]["train/loss"] == 0.5
     and log.written[2]["train/reward"] == 1.0
     and log.written[2]["train/generations"] == 4
   )
   assert (
-    log.saved[-1] == (3, {"tokens": 18, "alternatives": 0, "failed_batches": 0})
+    log.saved[-1] == (3, {"tokens": 18, "alternatives": 0, "failed_batches": 0, "unwritten": None})
     and log.written[3]["train/sampled_tokens"] == 18
   )
 
@@ -105,7 +107,10 @@ def test_all_that_is_generated_is_counted():
     log.written[i]["train/generations"] for i in (1, 2, 3)
   ] == [5, 10, 15]
   ((at, stored),) = log.saved[1:2]
-  assert (at, stored) == (2, {"tokens": 34, "alternatives": 6, "failed_batches": 0})
+  assert (at, stored) == (
+    2,
+    {"tokens": 34, "alternatives": 6, "failed_batches": 0, "unwritten": None},
+  )
   # resumed: only rollouts from there on
   _, log = run(start=2, tokens=stored["tokens"], alternatives=stored["alternatives"])
   assert (log.written[3]["train/sampled_tokens"], log.written[3]["train/generations"]) == (40, 12)
@@ -154,6 +159,7 @@ def test_a_resumed_run_sees_the_lines_up_to_its_checkpoint_alone(tmp_path, monke
   steps.c, steps.workdir = types.SimpleNamespace(total_steps=6), tmp_path
   steps.session = types.SimpleNamespace(mesh=None, isolation="none")
   steps.rows = {}
+  steps.host = {"unwritten": None}
   steps.open(None, latest=2)
   steps.close()
   assert [line["step"] for line in steps._history] == [0, 1, 2]

@@ -61,6 +61,7 @@ from sdpo_jax.discover.schedule import finish_all
 from sdpo_jax.discover.solver import Solver, method_of
 from sdpo_jax.errors import blame_settings, unknown
 from sdpo_jax.objectives.build import build_method
+from sdpo_jax.preemption import Notice
 from sdpo_jax.records import Task
 from sdpo_jax.session import open_session, same_rows
 from sdpo_jax.workdir import check_same_run, describe_run, read_lines, write_atomically
@@ -82,7 +83,8 @@ def discover(c, workdir: str) -> dict[str, Any]:
   if summary_path.exists():  # written last
     return json.loads(summary_path.read_text())
   stop = threading.Event()
-  with open_session(c, devices=first_devices) as session:
+  notice = Notice("the same command goes on with what is not done")
+  with open_session(c, devices=first_devices, check_stop=notice.check) as session, notice:
     mesh_shape = None if session.mesh is None else dict(session.mesh.shape)
     with blame_settings():
       rows = same_rows(workdir, session.collector.env, (c.discover.split,), begun=begun)
