@@ -1,0 +1,284 @@
+"""Runs of one, two and four processes on loopback that are stopped, killed and started again.
+
+All have four devices in sum, so that they compute the same. A run that is stopped or killed must
+end with the metrics of one that was left alone, and leave no process and no file behind.
+"""
+
+import ctypes
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sdpo_jax import checkpoint, hosts, metrics
+from tests.sandbox_host import descendants
+
+ROOT = pathlib.Path(__file__).parent.parent
+DEVICES = 4
+STEPS = 4
+PEER_TIMEOUT_S = 10
+SETTINGS = (
+  "--config=configs/tinycode.py:local",
+  "--config.env.name=tests.told_env:Told",
+  f"--config.total_steps={STEPS}",
+  "--config.checkpoint.every_steps=2",
+  "--config.eval.every_steps=2",
+  "--config.mesh.data=2",
+  "--config.mesh.fsdp=2",
+)
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+@pytest.fixture(autouse=True, scope="module")
+def orphans_come_here():
+  """What loses its parent becomes a child of this process, which can then see it."""
+  ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+  yield
+  ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+class Job:
+  """One start of a run in some processes."""
+
+  def __init__(self, workdir: pathlib.Path, count: int, *extra: str, ranks_extra=None):
+    self.workdir, self.told = workdir, workdir / "told"
+    self.told.mkdir(parents=True, exist_ok=True)
+    for marker in self.told.iterdir():
+      marker.unlink()
+    with socket.socket() as s:
+      s.bind(("127.0.0.1", 0))
+      port = s.getsockname()[1]
+    self.processes = []
+    for rank in range(count):
+      address = [f"--distributed=127.0.0.1:{port},{count},{rank}"] if count > 1 else []
+      own = (ranks_extra or {}).get(rank, ())
+      self.processes.append(self._start(DEVICES // count, rank, *address, *extra, *own))
+
+  def _start(self, devices: int, rank: int, *extra: str) -> subprocess.Popen:
+    env = os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+      "SDPO_TOLD": str(self.told),
+    }
+    log = open(self.workdir / f"log.{rank}", "w")
+    command = [sys.executable, "-m", "sdpo_jax.main", *SETTINGS, f"--workdir={self.workdir}"]
+    command += [f"--peer_timeout_s={PEER_TIMEOUT_S}", *extra]
+    with log:
+      return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+
+  def wait_for(self, is_there, timeout_s: float = 300) -> None:
+    """Waits until something is so, or the run has ended."""
+    deadline = time.monotonic() + timeout_s
+    while not is_there() and time.monotonic() < deadline:
+      if all(process.poll() is not None for process in self.processes):
+        return
+      time.sleep(0.005)
+
+  def wait_for_phase(self, phase: str) -> None:
+    """Waits for a moment in a phase of a step after the first."""
+    lines = lambda: len(metrics.read(self.workdir)) if self.processes else 0
+    if phase == "start":
+      time.sleep(2.0)
+      return
+    self.wait_for(lambda: lines() >= 2)  # steps 0 and 1
+    for marker in self.told.iterdir():
+      marker.unlink(missing_ok=True)
+    checkpoints = self.workdir / "checkpoints"
+    moments = {
+      "sampling": lambda: True,
+      "judging": (self.told / "judged-train").exists,
+      "update": (self.workdir / "rollouts" / "step_000002.jsonl").exists,
+      "evaluation": (self.told / "judged-heldout").exists,
+      "saving": lambda: checkpoints.exists() and any(checkpoints.iterdir()),
+    }
+    self.wait_for(moments[phase])
+
+  def signal(self, number: int, ranks=None) -> None:
+    """Sends a signal to some or all processes."""
+    for rank in range(len(self.processes)) if ranks is None else ranks:
+      if self.processes[rank].poll() is None:
+        self.processes[rank].send_signal(number)
+
+  def statuses(self, timeout_s: float = 300) -> list[int]:
+    """Waits for the end of all processes; kills those that outlive the time."""
+    deadline = time.monotonic() + timeout_s
+    try:
+      for process in self.processes:
+        process.wait(max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+      pytest.fail(f"still there after {timeout_s} s: {self.logs()}")
+    finally:
+      self.signal(signal.SIGKILL)
+      for process in self.processes:
+        process.wait()
+    # as a shell says it: 128 and the signal that ended it
+    return [p.returncode if p.returncode >= 0 else 128 - p.returncode for p in self.processes]
+
+  def logs(self) -> str:
+    """Returns what all processes printed, cut."""
+    texts = [path.read_text(errors="replace") for path in sorted(self.workdir.glob("log.*"))]
+    return "\n====\n".join(text[-3000:] for text in texts)
+
+
+def finish(workdir: pathlib.Path, count: int, *extra: str) -> list[dict]:
+  """Runs to the end and returns the lines of the metrics that must repeat."""
+  job = Job(workdir, count, *extra)
+  assert job.statuses() == [0] * count, job.logs()
+  check_nothing_is_left(workdir)
+  return repeatable(workdir)
+
+
+def repeatable(workdir: pathlib.Path) -> list[dict]:
+  return [metrics.reproducible(line) for line in metrics.read(workdir)]
+
+
+def check_nothing_is_left(workdir: pathlib.Path) -> None:
+  """No process that lost its parent, no half-written file."""
+  deadline = time.monotonic() + 10
+  while time.monotonic() < deadline and orphans():
+    time.sleep(0.1)
+  assert not orphans()
+  names = [path.name for path in workdir.rglob("*")]
+  assert not [name for name in names if name.endswith(".tmp") or "orbax-checkpoint-tmp" in name]
+
+
+def orphans() -> list[str]:
+  """Returns the commands of processes below this one."""
+  commands = []
+  for pid in descendants():
+    try:
+      os.waitpid(pid, os.WNOHANG)  # an orphan that has ended waits for us
+    except ChildProcessError:
+      pass
+    try:
+      command = pathlib.Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+      continue
+    if "sdpo_jax" in command or "jail.py" in command:
+      commands.append(command)
+  return commands
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """Returns the metrics of a run that was left alone, by its number of processes."""
+  runs = {}
+
+  def lines(count: int) -> list[dict]:
+    if count not in runs:
+      runs[count] = finish(tmp_path_factory.mktemp(f"whole{count}"), count)
+      assert [line["step"] for line in runs[count]] == list(range(STEPS + 1))
+    return runs[count]
+
+  return lines
+
+
+def assert_near(lines: list[dict], others: list[dict]) -> None:
+  """The same numbers up to rounding: other hosts add in another order."""
+  assert [line["step"] for line in lines] == [line["step"] for line in others]
+  for a, b in zip(lines, others, strict=True):
+    assert a.keys() == b.keys()
+    for key in a:
+      assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (a["step"], key)
+
+
+def stop_and_finish(workdir, count: int, phase: str, whole) -> None:
+  """Asks a run to stop in a phase: it has to save, to leave in time, and to go on exactly."""
+  job = Job(workdir, count)
+  job.wait_for_phase(phase)
+  asked = time.monotonic()
+  job.signal(signal.SIGTERM, None if phase != "judging" else [count - 1])
+  statuses = job.statuses(120)
+  took_s = time.monotonic() - asked
+  if phase == "start" and count == 1:  # before anything is there to be saved
+    assert statuses == [143]
+  else:
+    assert statuses == [143] * count, job.logs()
+    assert "asked to stop (SIGTERM): the same command" in job.logs()
+    assert took_s < 30 or phase == "start", took_s
+  check_nothing_is_left(workdir)
+  saved = checkpoint.all_steps(workdir)
+  written = [line["step"] for line in metrics.read(workdir)]
+  assert not written or not saved or written[-1] - saved[-1] in (0, -1)
+  assert finish(workdir, count) == whole(count)
+
+
+def test_two_processes_stop_save_and_go_on(tmp_path, whole):
+  stop_and_finish(tmp_path, 2, "evaluation", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+  "phase", ["start", "sampling", "judging", "update", "evaluation", "saving"]
+)
+def test_a_run_stops_in_every_phase(tmp_path, whole, phase, count):
+  stop_and_finish(tmp_path, count, phase, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_in_one_process_ends_all_with_its_message(tmp_path, rank):
+  """One of them alone has a setting that is wrong; the others wait for it in a collective."""
+  job = Job(tmp_path, 2, ranks_extra={rank: ("--config.model.path=/nowhere/model",)})
+  assert job.statuses(PEER_TIMEOUT_S + 60) == [2, 2], job.logs()
+  texts = [(tmp_path / f"log.{i}").read_text() for i in range(2)]
+  assert "sdpo_jax: /nowhere/model: no such directory" in texts[rank]
+  assert f"process {rank} of this run ended: /nowhere/model: no such directory" in texts[1 - rank]
+  check_nothing_is_left(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_falls_silent_ends_the_others(tmp_path, rank):
+  job = Job(tmp_path, 2)
+  job.wait_for(lambda: len(metrics.read(tmp_path)) >= 2)
+  job.signal(signal.SIGSTOP, [rank])
+  begun = time.monotonic()
+  job.processes[1 - rank].wait(PEER_TIMEOUT_S + 60)
+  took_s = time.monotonic() - begun
+  job.signal(signal.SIGKILL, [rank])
+  job.signal(signal.SIGCONT, [rank])
+  assert job.statuses()[1 - rank] == hosts.LOST_PEER, job.logs()
+  assert took_s < PEER_TIMEOUT_S + 50
+  check_nothing_is_left(tmp_path)
+
+
+KILLS = [
+  (processes, then, seed)
+  for seed, (processes, then) in enumerate(
+    [(1, 1), (2, 2), (4, 4), (1, 2), (2, 1), (4, 2), (2, 4), (1, 4), (4, 1), (2, 2)] * 2
+  )
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, then, seed", KILLS)
+def test_kills_at_random_moments(tmp_path, whole, count, then, seed):
+  """Killed while it samples, judges, evaluates or saves, in one process or all; goes on elsewhere.
+
+  On as many processes the metrics are the same to the last bit, else up to rounding.
+  """
+  dice = random.Random(f"kill/{seed}")
+  phase = dice.choice(["sampling", "judging", "update", "evaluation", "saving"])
+  job = Job(tmp_path, count)
+  job.wait_for_phase(phase)
+  time.sleep(dice.uniform(0, 0.5))
+  victims = None if dice.random() < 0.5 else [dice.randrange(count)]
+  job.signal(signal.SIGKILL, victims)
+  statuses = job.statuses(PEER_TIMEOUT_S + 60)
+  assert all(status in (137, hosts.LOST_PEER, 0) for status in statuses), job.logs()
+  lines = finish(tmp_path, then)
+  if then == count:
+    assert lines == whole(count)
+  else:
+    assert_near(lines, whole(then))
+    started = json.loads((tmp_path / "run.json").read_text())["started"]
+    assert len(started) == 2
