@@ -3,7 +3,10 @@
 A checkpoint is WORKDIR/checkpoints/STEP, written by Orbax:
   state   a pytree of arrays: a TrainState (parameters, optimizer, teacher, counts of skips)
   host    JSON: what the caller passed (data position, counters, shapes; bytes allowed),
-          and `leaves`, the path, type and shape of every array, for a person to read
+          and of every array its path, type and shape (`leaves`) and a checksum (`checksums`)
+
+A checksum is computed where the array is, whatever its sharding, before it is written and after it
+is read. A checkpoint whose files say something else, or are missing, is `Damaged`.
 
 It has its name only while complete. A save or a deletion that was killed leaves a directory of
 another name, which no reader takes for a checkpoint and the next save removes.
@@ -19,6 +22,7 @@ with.
 Errors:
   FileNotFoundError   names the directory and the steps it holds
   ValueError          the stored arrays are not those asked for; Orbax would convert a type silently
+  Damaged             the files are not those that were written, or cannot be read
   OSError             the disk does not take what is saved, with the system's number; the
                       checkpoints that were there stay whole
 """
@@ -31,10 +35,20 @@ import pathlib
 import re
 import shutil
 import sys
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
+
+from sdpo_jax import hosts
+
+_log = logging.getLogger(__name__)
+
+
+class Damaged(ValueError):
+  """A checkpoint does not hold what was written into it; the message names it."""
 
 
 def latest_step(workdir) -> int | None:
@@ -60,7 +74,7 @@ def save(workdir, step: int, state, host: dict, *, keep: int = 2):
     todelete_subdir="deleted",
     cleanup_tmp_directories=True,
   )
-  host_json = {"host": _to_json(host), "leaves": _leaves(state)}
+  host_json = {"host": _to_json(host), "leaves": _leaves(state), "checksums": _checksums(state)}
   arguments = ocp.args.Composite(
     state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave(host_json)
   )
@@ -98,6 +112,38 @@ def tell_failures_once():
   sys.unraisablehook = hook
 
 
+def restore_newest(workdir, like_state) -> tuple[int, Any, dict]:
+  """Returns (step, state, host) of the newest checkpoint that is whole.
+
+  A damaged one is set aside, under a name that is no step's, with a warning. Raises Damaged where
+  all are, and as `restore` does.
+  """
+  while True:
+    step = _existing(workdir, None)
+    try:
+      restored, damage = restore(workdir, like_state, step), None
+    except Damaged as error:
+      restored, damage = None, str(error)
+    # one process may be the only one that reads the damaged file
+    damages = [text for text in hosts.share(damage) if text]
+    if not damages:
+      return step, *restored
+    if len(all_steps(workdir)) == 1:
+      raise Damaged(f"{damages[0]}, and there is no earlier one")
+    _set_aside(workdir, step)
+    _log.warning("%s; going on from step %d", damages[0], latest_step(workdir))
+
+
+def _set_aside(workdir, step: int) -> None:
+  """Renames a damaged checkpoint, so that nobody takes it for one; every process calls this."""
+  if hosts.leads():
+    path = _directory(workdir) / str(step)
+    target = path.with_name(f"{step}.damaged")
+    shutil.rmtree(target, ignore_errors=True)
+    path.rename(target)
+  hosts.share(None)  # the others look for the next one only then
+
+
 def restore(workdir, like_state, step: int | None = None):
   """Returns (state, host) of checkpoint `step`, by default the newest.
 
@@ -117,8 +163,7 @@ def read_host(workdir, step: int | None = None) -> dict:
   """Returns the host's part of checkpoint `step`, by default the newest, and no arrays."""
   step = _existing(workdir, step)
   with _manager(workdir, create=False) as manager:
-    arguments = ocp.args.Composite(host=ocp.args.JsonRestore())
-    return _from_json(manager.restore(step, args=arguments).host["host"])
+    return _from_json(_read_host_json(manager, step)["host"])
 
 
 def _restore(workdir, like, step: int | None, leaves: dict[str, str], under: str):
@@ -129,7 +174,7 @@ def _restore(workdir, like, step: int | None, leaves: dict[str, str], under: str
   """
   step = _existing(workdir, step)
   with _manager(workdir, create=False) as manager:
-    host_json = manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore())).host
+    host_json = _read_host_json(manager, step)
     stored = {path: kind for path, kind in host_json["leaves"].items() if path.startswith(under)}
     _check_leaves(manager.directory / str(step), stored, leaves)
     arguments = ocp.args.PyTreeRestore(
@@ -137,8 +182,73 @@ def _restore(workdir, like, step: int | None, leaves: dict[str, str], under: str
       restore_args=ocp.checkpoint_utils.construct_restore_args(like),
       partial_restore=bool(under),
     )
-    state = manager.restore(step, args=ocp.args.Composite(state=arguments)).state
+    with _damage(manager.directory / str(step)):
+      state = manager.restore(step, args=ocp.args.Composite(state=arguments)).state
+    _check_sums(manager.directory / str(step), state, host_json.get("checksums", {}))
     return state, _from_json(host_json["host"])
+
+
+def _read_host_json(manager, step: int) -> dict:
+  path = manager.directory / str(step)
+  with _damage(path):
+    host_json = manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore())).host
+    if not {"host", "leaves"} <= host_json.keys():
+      raise ValueError("its host part is incomplete")
+    return host_json
+
+
+@contextlib.contextmanager
+def _damage(path):
+  """Turns whatever Orbax says of files that it cannot read into Damaged."""
+  try:
+    yield
+  except PermissionError:
+    raise
+  except Exception as error:
+    if hosts.blames_a_peer(error):
+      raise
+    reason, _, _ = str(error).partition("\n")
+    kind = type(error).__name__
+    raise Damaged(f"checkpoint {path} is damaged ({kind}: {reason[:150]})") from error
+
+
+def _check_sums(path, state, stored: dict[str, int]) -> None:
+  """Raises Damaged where an array is not the one that was written.
+
+  Checkpoints of before there were checksums have none, and are believed.
+  """
+  wrong = [name for name, sum_ in _checksums(state).items() if stored.get(name, sum_) != sum_]
+  if wrong:
+    raise Damaged(
+      f"checkpoint {path} is damaged: {len(wrong)} arrays are not those that were written, "
+      f"{wrong[0]} first"
+    )
+
+
+def _checksums(tree) -> dict[str, int]:
+  """Returns path -> checksum of every array."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path): int(_checksum(jnp.asarray(leaf))) for path, leaf in leaves}
+
+
+@jax.jit
+def _checksum(x):
+  """Returns a number (uint32) of an array's bits and their places, equal for every sharding.
+
+  The words are mixed one by one and added up modulo 2^32: integers add up in any order.
+  """
+  if x.dtype == jnp.bool_:
+    x = x.astype(jnp.uint8)
+  size = min(x.dtype.itemsize, 4)  # of 8 bytes XLA makes two words
+  bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size])
+  bits = bits.astype(jnp.uint32)
+  place, stride = jnp.uint32(0), 1
+  for axis in reversed(range(bits.ndim)):
+    place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
+    stride *= bits.shape[axis]
+  mixed = (bits + jnp.uint32(0x9E3779B9)) * (2 * place + 1)
+  mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA6B)
+  return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
 
 
 def _check_leaves(checkpoint: pathlib.Path, stored: dict[str, str], wanted: dict[str, str]) -> None:

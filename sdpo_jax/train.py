@@ -216,7 +216,7 @@ def train(c, workdir: str, begun: float | None = None) -> None:
         steps.begun = begun
       limits = Limits(c.train.max_skipped_in_a_row, c.train.max_env_failures_in_a_row)
       try:
-        steps.open(state, latest)
+        steps.open(state, steps.latest)
         with notice:
           run(state, steps.host, steps, total_steps=c.total_steps, limits=limits)
       finally:
@@ -253,6 +253,7 @@ class Steps:
     self.exploration = {}  # metrics of the last batch's alternatives
     self._step = self._score = self.packer = self._writer = None
     self._history, self._signs = [], set()
+    self.latest = None  # the checkpoint's step that this start goes on from
     self.begun = None  # when this start's command began; None once its first step is written
     self.rows = {}  # fingerprints for run.json
 
@@ -270,7 +271,7 @@ class Steps:
     method = steps.learner.method
     state = session.fresh_state(steps.trainable, steps.learner.tx, method.teacher_weights)
     if latest is not None:
-      state, stored = checkpoint.restore(workdir, state)
+      steps.latest, state, stored = checkpoint.restore_newest(workdir, state)
       stored = {"unwritten": None} | stored  # earlier versions knew of no such step
       _check_version(workdir, stored, host)
       steps.host = stored

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import pathlib
 import random
@@ -68,6 +69,80 @@ def test_round_trip_bit_for_bit(tmp_path, teacher):
   restored, restored_host = checkpoint.restore(tmp_path, make_state(0, teacher=teacher))
   assert_same(restored, state)
   assert restored_host == host
+
+
+def flip(path):
+  """Changes one bit in the middle of a file."""
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def largest(folder):
+  return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+DAMAGE = {
+  "a_bit": lambda folder: flip(largest(folder / "state")),
+  "cut_short": lambda folder: os.truncate(largest(folder / "state"), 100),
+  "a_missing_file": lambda folder: largest(folder / "state").unlink(),
+  "no_state": lambda folder: shutil.rmtree(folder / "state"),
+  "no_host": lambda folder: shutil.rmtree(folder / "host"),
+  "host_cut_short": lambda folder: os.truncate(folder / "host" / "metadata", 20),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, name):
+  rng = np.random.default_rng(0)
+
+  def state_of(step):  # large enough that a bit of the data is hit, and not compressible
+    return State(jnp.int32(step), {"w": jnp.asarray(rng.normal(size=(300, 100)))}, None, None, {})
+
+  states = {step: state_of(step) for step in (1, 2)}
+  for step, state in states.items():
+    checkpoint.save(tmp_path, step, state, {"at": step})
+  DAMAGE[name](tmp_path / "checkpoints" / "2")
+  with pytest.raises(checkpoint.Damaged, match=r"checkpoints/2 is damaged"):
+    checkpoint.restore(tmp_path, states[2])
+  step, restored, host = checkpoint.restore_newest(tmp_path, states[2])
+  assert step == 1 and host == {"at": 1}
+  assert_same(restored, states[1])
+  assert "checkpoints/2 is damaged" in caplog.text and "going on from step 1" in caplog.text
+  assert checkpoint.all_steps(tmp_path) == [1]
+  checkpoint.save(tmp_path, 2, states[2], {"at": 2})  # its place is free
+  assert checkpoint.restore_newest(tmp_path, states[2])[0] == 2
+  for step in (1, 2):
+    DAMAGE[name](tmp_path / "checkpoints" / str(step))
+  with pytest.raises(checkpoint.Damaged, match="checkpoints/1 is damaged.*no earlier one"):
+    checkpoint.restore_newest(tmp_path, states[2])
+
+
+def test_a_wrong_checksum_is_damage_whatever_the_files_say(tmp_path):
+  """A value that changed before it was written: the files themselves are whole."""
+  state = make_state(1)
+  checkpoint.save(tmp_path, 1, state, {})
+  path = tmp_path / "checkpoints" / "1" / "host" / "metadata"
+  about = json.loads(path.read_text())
+  about["checksums"][".step"] ^= 1
+  path.write_text(json.dumps(about))
+  with pytest.raises(checkpoint.Damaged, match="1 arrays are not those that were written, .step"):
+    checkpoint.restore(tmp_path, state)
+  del about["checksums"]  # as written before there were any
+  path.write_text(json.dumps(about))
+  assert_same(checkpoint.restore(tmp_path, state)[0], state)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.bool_, jnp.uint32])
+def test_a_checksum_sees_every_value_and_place_and_no_sharding(dtype):
+  mesh = jax.make_mesh((4, 2), ("a", "b"), devices=jax.devices()[:8])
+  x = jnp.asarray(np.random.default_rng(0).integers(0, 2, size=(8, 6)), dtype)
+  value = int(checkpoint._checksum(x))
+  for spec in (PartitionSpec("a", "b"), PartitionSpec("b"), PartitionSpec(None, "b")):
+    assert int(checkpoint._checksum(jax.device_put(x, NamedSharding(mesh, spec)))) == value
+  others = [x.at[i, j].set(x[i, j] == 0) for i in range(8) for j in range(6)]
+  others += [x[::-1], x.reshape(6, 8).reshape(8, 6)[:, ::-1]]
+  assert value not in [int(checkpoint._checksum(other)) for other in others]
 
 
 def test_restore_from_abstract_state_and_into_donated_step(tmp_path):
