@@ -20,12 +20,14 @@ MIN_COMPILE_S = 0.2  # what compiles faster is not kept
 def keep_compiled(where: str) -> pathlib.Path | None:
   """Turns jax's persistent cache on, and returns its directory; None if it stays as it was.
 
-  where: "auto", a directory of the user's own; "off"; or a directory.
-  A user's own settings of jax (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE) win.
+  where: "off"; a directory; or "auto", a directory of the user's own, unless the user has told jax
+    of another one (JAX_COMPILATION_CACHE_DIR).
   ValueError for a directory that cannot be written.
   """
-  is_set = jax.config.jax_compilation_cache_dir is not None
-  if where == "off" or is_set or not jax.config.jax_enable_compilation_cache:
+  if where == "off":
+    jax.config.update("jax_enable_compilation_cache", False)
+  is_set = where == "auto" and jax.config.jax_compilation_cache_dir is not None
+  if is_set or not jax.config.jax_enable_compilation_cache:
     return None
   directory = _own_directory() if where == "auto" else pathlib.Path(where).expanduser().absolute()
   try:

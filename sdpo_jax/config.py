@@ -24,7 +24,7 @@ from ml_collections import config_flags
 
 from sdpo_jax import ranges
 from sdpo_jax.envs.base import check_env_numbers, env_settings
-from sdpo_jax.errors import did_you_mean, unknown
+from sdpo_jax.errors import did_you_mean, local_path, unknown
 from sdpo_jax.kernels.distill_kl import IMPLEMENTATIONS
 from sdpo_jax.objectives import build
 
@@ -357,7 +357,7 @@ def model_location(name: str, names=MODELS) -> str:
 
   ValueError for what can be none of them.
   """
-  location = MODELS.get(name, os.path.expanduser(name))
+  location = MODELS.get(name) or local_path(name)
   if "/" not in location and not os.path.exists(location):
     raise ValueError(
       f"{name}: no such directory, and not a hub id of the form owner/name"

@@ -14,15 +14,18 @@ a mistake of ours and keeps its traceback. A response that is wrong or an enviro
 is no error at all: see `records.Status`.
 """
 
+import argparse
 import contextlib
 import difflib
 import errno
+import os
+import re
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, limit of a file's size
 
 
-class UsageError(Exception):
-  """The command line or a setting is wrong; the message is one line."""
+class UsageError(argparse.ArgumentTypeError):
+  """The command line or a setting is wrong; the message is one line, also where argparse reads."""
 
 
 class SettingError(ValueError):
@@ -39,6 +42,20 @@ class RunError(Exception):
 
 class Preempted(Exception):
   """The machine is being taken away; the message says what is saved."""
+
+
+def local_path(path: str) -> str:
+  """Puts the home directory in the place of `~`, which a shell leaves alone after `--flag=`.
+
+  Raises UsageError for the address of an object store: `gs://bucket/run` would silently become a
+  directory here that nobody looks for.
+  """
+  if re.match(r"[A-Za-z][\w+.-]*:/", path):
+    raise UsageError(
+      f"{path}: files are read and written by their paths; mount the bucket (Cloud Storage FUSE, "
+      "mount-s3) or a network disk, and name the directory"
+    )
+  return os.path.expanduser(path)
 
 
 def unknown(setting: str, value, choices) -> str:

@@ -30,6 +30,7 @@ import traceback
 from typing import NamedTuple
 
 from sdpo_jax import metrics, report, summary
+from sdpo_jax.errors import local_path
 
 Grid = dict[str, list[str]]  # run name -> arguments of sdpo_jax.main
 
@@ -171,8 +172,8 @@ def _parse(argv) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     prog="python -m sdpo_jax.experiment", description=__doc__.splitlines()[0]
   )
-  parser.add_argument("--config", type=os.path.expanduser, help="a file with get_grid()")
-  parser.add_argument("--workdir", type=os.path.expanduser)
+  parser.add_argument("--config", type=local_path, help="a file with get_grid()")
+  parser.add_argument("--workdir", type=local_path)
   parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
   parser.add_argument("--report", action="store_true", help="only summarise what is there")
   parser.add_argument("--summary", action="store_true", help="write RESULTS.md from results/")

@@ -20,6 +20,8 @@ import sys
 
 from absl import flags
 
+from sdpo_jax.errors import UsageError, local_path
+
 
 def export(
   workdir, out, *, step: int | None = None, dtype: str | None = None, adapters: bool = False
@@ -104,7 +106,7 @@ def main(argv: list[str]) -> int:
   try:
     rest = f(argv)
     for name in ("workdir", "out"):  # a shell leaves `~` alone after `--flag=`
-      f[name].value = f[name].value and os.path.expanduser(f[name].value)
+      f[name].value = f[name].value and local_path(f[name].value)
     if f.help:
       print(__doc__, f.get_help(), sep="\n")
       return 0
@@ -114,7 +116,7 @@ def main(argv: list[str]) -> int:
       if f[name].value is None:
         raise ValueError(f"--{name}=... is needed")
     step = export(f.workdir, f.out, step=f.step, dtype=f.dtype, adapters=f.adapters)
-  except (flags.Error, ValueError, OSError, KeyError) as error:
+  except (flags.Error, UsageError, ValueError, OSError, KeyError) as error:
     message = str(error)
     if isinstance(error, OSError) and error.errno:
       # the system's own: a write that found no room does not say where

@@ -33,6 +33,7 @@ from sdpo_jax.errors import (
   TaskError,
   UsageError,
   blame_disk,
+  local_path,
   unknown,
 )
 
@@ -101,7 +102,7 @@ def parse(argv: list[str]):
   f = define_flags()
   try:
     rest = f(argv, known_only=True)
-    expand_home(f, "config", "workdir", "checkpoint", "compilation_cache")
+    make_local(f, "config", "workdir", "checkpoint", "compilation_cache")
     if f.mode not in MODES:
       raise UsageError(unknown("--mode", f.mode, MODES))
     if f.help:
@@ -122,11 +123,14 @@ def parse(argv: list[str]):
     raise UsageError(str(error)) from error
 
 
-def expand_home(f: flags.FlagValues, *names: str) -> None:
-  """Puts the home directory in the place of `~`, which a shell leaves alone after `--flag=`."""
+def make_local(f: flags.FlagValues, *names: str) -> None:
+  """Makes the flags paths of this machine; UsageError, with the flag's name, if one cannot be."""
   for name in names:
     if f[name].value is not None:
-      f[name].value = os.path.expanduser(f[name].value)
+      try:
+        f[name].value = local_path(f[name].value)
+      except UsageError as error:
+        raise UsageError(f"--{name}={error}") from error
 
 
 def main(argv: list[str]) -> int:

@@ -33,7 +33,14 @@ from sdpo_jax.config import check_optimizer, check_schedule, load, model_locatio
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.corpus import DOMAINS, VIEWS, Corpus, Mixture, Problem, build_tokenizer
 from sdpo_jax.engine.local import LocalEngine
-from sdpo_jax.errors import Preempted, RunError, blame_disk, unknown
+from sdpo_jax.errors import (
+  Preempted,
+  RunError,
+  UsageError,
+  blame_disk,
+  local_path,
+  unknown,
+)
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig, Rope
 from sdpo_jax.model.hf_weights import load_pretrained, save_pretrained
@@ -457,7 +464,7 @@ def main(argv: list[str]) -> int:
   try:
     rest = f(argv, known_only=True)
     for name in ("config", "workdir", "out"):  # a shell leaves `~` alone after `--flag=`
-      f[name].value = f[name].value and os.path.expanduser(f[name].value)
+      f[name].value = f[name].value and local_path(f[name].value)
     if f.help:
       print(__doc__, f.get_help(), sep="\n")
       return 0
@@ -472,7 +479,7 @@ def main(argv: list[str]) -> int:
     os.makedirs(f.workdir, exist_ok=True)
     if not os.access(f.workdir, os.W_OK):
       raise ValueError(f"--workdir={f.workdir}: cannot write there")
-  except (flags.Error, ValueError, OSError) as error:
+  except (flags.Error, UsageError, ValueError, OSError) as error:
     print(f"sdpo_jax.pretrain: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
   checkpoint.tell_failures_once()

@@ -31,7 +31,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import pathlib
 import sys
 import textwrap
@@ -42,6 +41,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from sdpo_jax import stats
+from sdpo_jax.errors import local_path
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
 X_AXES = {
@@ -689,10 +689,10 @@ def main(argv=None) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m sdpo_jax.report", description="Work directories -> one HTML page."
   )
-  parser.add_argument("workdir", nargs="+", type=os.path.expanduser)
+  parser.add_argument("workdir", nargs="+", type=local_path)
   parser.add_argument(
     "--out",
-    type=os.path.expanduser,
+    type=local_path,
     help="directory of the page; default WORKDIR/report, or report/ for several",
   )
   flags = parser.parse_args(argv)

@@ -52,6 +52,7 @@ import subprocess
 import sys
 
 from sdpo_jax.bench.timing import best
+from sdpo_jax.errors import local_path
 
 # jax, torch and NumPy are imported where they are used: the parent process measures nothing, and a
 # child's memory must not hold the other framework.
@@ -136,7 +137,7 @@ def _parser():
   parser.add_argument(
     "--json",
     metavar="FILE",
-    type=os.path.expanduser,
+    type=local_path,
     help="also write all results there, as one JSON list",
   )
   # one measurement, as JSON: what the parent starts

@@ -32,6 +32,7 @@ import shlex
 import statistics
 import time
 
+from sdpo_jax.errors import local_path
 from sdpo_jax.sandbox import ISOLATIONS, Limits, Sandbox, TestCase, installed
 
 PROGRAMS = {
@@ -92,7 +93,7 @@ def _arguments(argv):
   parser.add_argument(
     "--json",
     metavar="FILE",
-    type=os.path.expanduser,
+    type=local_path,
     help="also write all results there, as one JSON list",
   )
   args = parser.parse_args(argv)

@@ -47,6 +47,7 @@ import subprocess
 import sys
 
 from sdpo_jax.bench.timing import best
+from sdpo_jax.errors import local_path
 
 # the parent measures nothing: what needs jax is imported in the functions of the child
 
@@ -111,7 +112,7 @@ def main(argv):
   parser.add_argument(
     "--json",
     metavar="FILE",
-    type=os.path.expanduser,
+    type=local_path,
     help="also write all results there, as one JSON list",
   )
   # one measurement, as JSON: what the parent starts

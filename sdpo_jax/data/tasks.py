@@ -36,7 +36,7 @@ import zlib
 import grain
 
 from sdpo_jax.data.fingerprint import RowDigest, fingerprint
-from sdpo_jax.errors import SettingError, unknown
+from sdpo_jax.errors import SettingError, local_path, unknown
 from sdpo_jax.records import Task
 
 _SOURCE = re.compile(r"(?:(?P<split>\w+)=)?(?P<location>.+?)(?:\s+x(?P<weight>\d+(?:\.\d+)?))?")
@@ -281,7 +281,7 @@ def read_rows(location: str, split: str) -> Iterator[tuple[str, dict | None]]:
   if location.startswith("hub:"):
     yield from _read_hub(location, split)
     return
-  location = os.path.expanduser(location)
+  location = local_path(location)
   for path in sorted(glob.glob(location)) or [location]:
     if not path.endswith((".jsonl", ".parquet")):
       raise ValueError(
