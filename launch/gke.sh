@@ -114,8 +114,9 @@ check_workdir() {
   if [[ $claim ]]; then
     [[ " ${MAIN[*]}" == *" --workdir"[=\ ]/runs/* ]] || refuse "--claim=$claim needs --workdir=/runs/..."
   else
-    [[ " ${MAIN[*]}" =~ \ --workdir[=\ ][a-z0-9]+:// ]] ||
-      refuse "a new pod would not find the work directory: give --claim=NAME and --workdir=/runs/..."
+    [[ " ${MAIN[*]}" == *" --workdir"[=\ ]/mnt/* ]] ||
+      refuse "a new pod would not find the work directory: give --claim=NAME and --workdir=/runs/...," \
+        "or --workdir=/mnt/... where nodes mount a bucket or a disk there"
   fi
 }
 

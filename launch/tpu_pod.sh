@@ -25,7 +25,7 @@
 #   --dry-run               prints the commands and runs nothing; without COMMAND, those of all
 #   --help
 #
-# All workers need to see the work directory: a bucket, or a file system that setup does not mount.
+# All workers need to see the work directory: a mounted bucket, or a file system. setup mounts none.
 # Exit status of train: the trainer's; 1 if there was no slice.
 #
 # Google says of this API that it gets fixes alone. TPU7x and later exist only through GKE
@@ -36,7 +36,7 @@ SCRIPT=tpu_pod.sh
 root=$(cd "${BASH_SOURCE[0]%/*}/.." && pwd)
 # shellcheck source=launch/shared.sh
 . "$root/launch/shared.sh"
-EXAMPLE_WORKDIR=gs://BUCKET/example
+EXAMPLE_WORKDIR=/mnt/runs/example
 
 command='' name=sdpo-jax zone='' type=v6e-16 spot='' max_recreations=10 max_restarts=$MAX_RESTARTS
 wait=6h poll=30

@@ -206,7 +206,7 @@ def test_help_and_unknown_flags(script, bench):
     ("gke.sh", ["--dry-run", "--name=Run_1"], "--name"),
     ("gke.sh", ["--dry-run", "--image=a b"], "a b"),
     ("gke.sh", ["--dry-run", "--", "--workdir=runs/a"], "--claim"),
-    ("gke.sh", ["--dry-run", "--", "--workdir=gs://b/a", "--config=a\nb"], "control character"),
+    ("gke.sh", ["--dry-run", "--", "--workdir=/mnt/b/a", "--config=a\nb"], "control character"),
     ("gke.sh", ["--image=i", "--claim=c", "--", WORKDIR], "kubectl is not installed"),
     ("sweep.py", [], "no axis"),
     ("sweep.py", ["seed=1,1"], "twice"),
@@ -511,7 +511,7 @@ def test_train_runs_the_same_line_on_all_workers(bench):
     bench,
     "train",
     "--",
-    "--workdir=gs://b/r",
+    "--workdir=/mnt/b/r",
     "--config=a b",
     states=["ACTIVE"],
     statuses=["running", "running", "0"],
@@ -521,7 +521,7 @@ def test_train_runs_the_same_line_on_all_workers(bench):
   assert all("--worker=all" in call for call in remote[:3])
   [command] = [word for word in remote[2] if word.startswith("--command=")]
   assert command.endswith(
-    "tpu_worker.sh run 20 4 --workdir=gs://b/r '--config=a b' --distributed=auto"
+    "tpu_worker.sh run 20 4 --workdir=/mnt/b/r '--config=a b' --distributed=auto"
   )
   assert requests(bench) == ["create"]  # the slice stays until `delete`
 
@@ -671,7 +671,7 @@ def test_a_gpu_run_names_its_first_pod_as_coordinator(bench):
 
 @pytest.mark.parametrize("chip", ["v6e", "gpu"])
 def test_optional_parts_of_a_jobset(chip, bench):
-  bare = rendered(bench, f"--chip={chip}", "--", "--workdir=gs://b/r")
+  bare = rendered(bench, f"--chip={chip}", "--", "--workdir=/mnt/b/r")
   assert "labels" not in bare["metadata"]
   assert "runs" not in json.dumps(job_of(bare)["template"]["spec"].get("volumes", []))
   flags = ["--queue=q", "--claim=c", "--spot", "--service-account=s", "--grace=60", "--image=i:1"]
@@ -688,8 +688,8 @@ def test_optional_parts_of_a_jobset(chip, bench):
 
 def test_python_is_process_1_and_gets_its_words_unchanged(bench):
   nasty = ['--config.x=it\'s "so" \\ # {} & *', "--config.y=$(HOME) $HOME @NAME@"]
-  command = container_of(rendered(bench, "--", "--workdir=gs://b/r", *nasty))["command"]
-  assert command[:4] == ["python", "-m", "sdpo_jax.main", "--workdir=gs://b/r"]
+  command = container_of(rendered(bench, "--", "--workdir=/mnt/b/r", *nasty))["command"]
+  assert command[:4] == ["python", "-m", "sdpo_jax.main", "--workdir=/mnt/b/r"]
   # Kubernetes reads $$( as $(, which it would otherwise expand
   assert [word.replace("$$(", "$(") for word in command[4:6]] == nasty
   assert command[5].startswith("--config.y=$$(")
