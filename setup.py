@@ -50,6 +50,7 @@ setup(
     "cuda": ["jax[cuda13]>=0.10.2"],
     "test": [
       "pytest>=9.2.0",
+      "pytest-xdist>=3.8.0",
       "hypothesis>=6.170.15",
       "pyarrow>=26.0.1",
       "torch==2.13.0",

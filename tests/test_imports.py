@@ -151,8 +151,10 @@ def test_no_jax_behind(name):
 
 
 def test_report_knows_only_stats():
+  """And how a path is refused."""
   assert {module for module in imports("report") if within(module, "sdpo_jax")} == {
-    "sdpo_jax.stats"
+    "sdpo_jax.errors",
+    "sdpo_jax.stats",
   }
 
 

@@ -672,7 +672,7 @@ CARRIED = [
     "import random, sys, signal, threading\n"
     "print(random.random(), sys.getrecursionlimit(), signal.getsignal(signal.SIGINT) == "
     "signal.SIG_IGN, threading.stack_size() >> 20)",
-    "0.8444218515250481 1000 False 16\n",
+    "0.8444218515250481 50000 False 16\n",
   ),
   (
     "import sys\nprint('first answer' * 3)\nsecret = 'from the ' + 'first program'",
