@@ -9,6 +9,8 @@ import importlib.metadata
 import os
 import platform
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
   [
@@ -28,3 +30,18 @@ if _CACHE == "off":
 else:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+# Files that compile models or start whole runs. All other tests are `quick`.
+_COMPILING = set(
+  "assets attention bench_loss configs counterfactual decoder discover distill_kl distill_kl_gpu "
+  "distill_kl_topk distill_kl_tpu hf_weights local lora lora_run main mesh objectives plan "
+  "pretrain processes report sandbox_cases scripted train_step".split()
+)
+
+
+def pytest_collection_modifyitems(items):
+  """Marks the quick tests."""
+  for item in items:
+    is_slow = item.get_closest_marker("slow")
+    if item.path.stem.removeprefix("test_") not in _COMPILING and not is_slow:
+      item.add_marker(pytest.mark.quick)

@@ -3,6 +3,7 @@
 What the shipped models have read stays as it was, and hindsight has the very words of training.
 """
 
+import sys
 import zlib
 
 import pytest
@@ -33,7 +34,17 @@ def only(view, **settings):
   return Mixture(**(dict.fromkeys(VIEWS, 0.0) | {view: 1.0} | settings))
 
 
-@pytest.mark.parametrize("domain, checksum", [("tinycode", 2934915202), ("arithmetic", 926289844)])
+# The interpreter words the errors: of 400 problems of TinyCode one tells of min() of nothing, which
+# Python 3.12 and later call otherwise.
+PYTHON_3_11 = pytest.mark.skipif(
+  sys.version_info[:2] != (3, 11), reason="other Pythons word an error otherwise"
+)
+
+
+@pytest.mark.parametrize(
+  "domain, checksum",
+  [pytest.param("tinycode", 2934915202, marks=PYTHON_3_11), ("arithmetic", 926289844)],
+)
 def test_the_corpora_of_the_shipped_models_are_what_they_were(domain, checksum):
   corpus = Corpus(DOMAINS[domain][0])
   assert (
