@@ -34,7 +34,13 @@ from sdpo_jax.records import Rollout, Sampling, Status
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.rollout_log import rollout_lines
 from sdpo_jax.session import Session, open_session, same_rows, splits_of
-from sdpo_jax.workdir import check_same_run, describe_run, finished, write_atomically
+from sdpo_jax.workdir import (
+  change_of_devices,
+  check_same_run,
+  describe_run,
+  finished,
+  write_atomically,
+)
 
 
 def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
@@ -289,6 +295,9 @@ class Steps:
         "mesh": None if mesh is None else dict(mesh.shape),
         "rows": self.rows,
       }
+      change = "" if latest is None else change_of_devices(self.workdir, facts["mesh"])
+      if change:
+        logging.warning("step %d: %s", latest, change)
       describe_run(self.workdir, self.c, facts)
       self._writer = Writer(self.workdir, total_steps=self.c.total_steps)
       is_written = self.host["unwritten"] is None

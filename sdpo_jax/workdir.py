@@ -18,8 +18,15 @@ import sys
 
 import jax
 
-# settings that may change while a run goes on: how far it goes, and how many questions at a time
-_MAY_CHANGE = ("config.total_steps", "config.discover.parallel")
+# settings that may change while a run goes on: how far it goes, how many questions at a time, and
+# over which devices
+_MAY_CHANGE = (
+  "config.total_steps",
+  "config.discover.parallel",
+  "config.mesh.data",
+  "config.mesh.fsdp",
+  "config.mesh.tensor",
+)
 _PACKAGES = (
   "jax",
   "jaxlib",
@@ -35,8 +42,9 @@ _PACKAGES = (
 def check_same_run(workdir: pathlib.Path, c, *, begun: bool, defaults: dict) -> None:
   """Raises ValueError, naming the first difference, if `workdir` was begun with other settings.
 
-  A work directory belongs to one configuration. Only the number of steps and that of questions at
-  a time may change. A setting that is younger than the work directory has to be at its default.
+  A work directory belongs to one configuration. Only the number of steps, that of questions at
+  a time and the mesh may change. A setting that is younger than the work directory has to be at
+  its default.
   """
   path = workdir / "config.json"
   if not begun or not path.exists():
@@ -131,10 +139,34 @@ def describe_run(workdir: pathlib.Path, c, extra: dict) -> None:
     "python": sys.version.split()[0],
     "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
     "devices": [str(device) for device in jax.devices()],
+    "processes": jax.process_count(),
     "seed": c.seed,
   }
   write_atomically(path, json.dumps(about | extra, indent=2) + "\n")
   write_atomically(workdir / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")
+
+
+def change_of_devices(workdir: pathlib.Path, mesh: dict | None) -> str:
+  """Says what a resumed run computes on now and did not before; "" if that is the same.
+
+  mesh: that of this start, {axis: size}; None: one device.
+  """
+  path = workdir / "run.json"
+  before = json.loads(path.read_text()) if path.exists() else {}
+  # as JSON has it, and as far as an older version has written it
+  now = {"processes": jax.process_count(), "mesh": mesh}
+  changes = [
+    f"{name} {before[name]} then, {value} now"
+    for name, value in now.items()
+    if name in before and before[name] != value
+  ]
+  if not changes:
+    return ""
+  return (
+    f"other devices than before ({'; '.join(changes)}): the questions and their order stay the "
+    "same; sums over devices are rounded in another order, so later metrics may differ in their "
+    "last digits, and a sampled token where two are almost equally likely"
+  )
 
 
 def _commit() -> str | None:

@@ -12,7 +12,7 @@ from sdpo_jax.data.tasks import RowEnv
 from sdpo_jax.envs.math_qa import MathQA
 from sdpo_jax.envs.tinycode import TinyCode
 from sdpo_jax.session import same_rows
-from sdpo_jax.workdir import change_of_rows, check_same_run
+from sdpo_jax.workdir import change_of_devices, change_of_rows, check_same_run, describe_run
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINYCODE = f"--config={ROOT}/configs/tinycode.py:local"
@@ -154,6 +154,24 @@ def test_fewer_steps_than_are_done_train_nothing(tmp_path, capsys):
     "nothing is trained\n"
   )
   assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_a_run_goes_on_over_other_devices_and_says_what_may_differ(tmp_path):
+  c = parsed(TINYCODE)
+  begun(tmp_path, c)
+  describe_run(tmp_path, c, {"mesh": {"data": 2, "fsdp": 2}})
+  other = parsed(TINYCODE, "--config.mesh.data=4", "--config.mesh.fsdp=1")
+  check_same_run(tmp_path, other, begun=True, defaults=config.defaults_of(other))
+  assert change_of_devices(tmp_path, {"data": 2, "fsdp": 2}) == ""
+  change = change_of_devices(tmp_path, {"data": 4, "fsdp": 1})
+  assert "mesh {'data': 2, 'fsdp': 2} then, {'data': 4, 'fsdp': 1} now" in change
+  assert "the questions and their order stay the same" in change and "processes" not in change
+  about = json.loads((tmp_path / "run.json").read_text())
+  (tmp_path / "run.json").write_text(json.dumps(about | {"processes": 2}))
+  assert "processes 2 then, 1 now" in change_of_devices(tmp_path, {"data": 2, "fsdp": 2})
+  del about["processes"]  # as an older version wrote it
+  (tmp_path / "run.json").write_text(json.dumps(about))
+  assert change_of_devices(tmp_path, {"data": 2, "fsdp": 2}) == ""
 
 
 # ---- rows ----------------------------------------------------------------------------------------
