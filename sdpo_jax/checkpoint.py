@@ -67,10 +67,14 @@ def all_steps(workdir) -> list[int]:
   return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
 
-def save(workdir, step: int, state, host: dict, *, keep: int = 2):
-  """Writes checkpoint `step`, which must not exist, and deletes all but the last `keep`."""
+def save(workdir, step: int, state, host: dict, *, keep: int = 2, keep_also=()):
+  """Writes checkpoint `step`, which must not exist.
+
+  Deletes all but the last `keep` and those of the steps `keep_also`.
+  """
+  kept = [checkpoint_managers.LatestN(keep), checkpoint_managers.CustomSteps(list(keep_also))]
   options = dict(
-    preservation_policy=checkpoint_managers.LatestN(keep),
+    preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
     todelete_subdir="deleted",
     cleanup_tmp_directories=True,
   )

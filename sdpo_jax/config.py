@@ -160,7 +160,8 @@ def base() -> ml_collections.ConfigDict:
     # matters
     warm_start=False,
   )
-  c.checkpoint = dict(every_steps=20, keep=2)
+  # best: a metric, such as eval/heldout/avg@k; the checkpoint with its highest value is kept too
+  c.checkpoint = dict(every_steps=20, keep=2, best="")
   # rollout files: how often, how many rows
   c.log = dict(rollouts_every_steps=10, rollouts_kept=16)
   return c

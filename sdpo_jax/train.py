@@ -271,14 +271,14 @@ class Steps:
     or over other rows.
     """
     host = {"tokens": 0, "alternatives": 0, "failed_batches": 0}
-    host |= {"data": None, "shapes": [], "owed": 0.0, "unwritten": None}
+    host |= {"data": None, "shapes": [], "owed": 0.0, "unwritten": None, "best": None}
     steps = cls(c, workdir, session, host)
     steps.rows = same_rows(workdir, session.collector.env, splits_of(c), begun=latest is not None)
     method = steps.learner.method
     state = session.fresh_state(steps.trainable, steps.learner.tx, method.teacher_weights)
     if latest is not None:
       steps.latest, state, stored = checkpoint.restore_newest(workdir, state)
-      stored = {"unwritten": None} | stored  # earlier versions knew of no such step
+      stored = {"unwritten": None, "best": None} | stored  # earlier versions knew of neither
       _check_version(workdir, stored, host)
       steps.host = stored
       steps.stream.restore(stored["data"])
@@ -410,6 +410,7 @@ class Steps:
 
   def write(self, i: int, metrics: dict) -> None:
     """Writes the metrics of step i, and logs the signs of collapse that are new."""
+    self._note_best(i, metrics)
     if not hosts.leads():
       return
     if i and self.begun is not None:
@@ -422,6 +423,17 @@ class Steps:
       logging.warning("step %d: %s", i, warnings[sign])
     self._signs = set(warnings)
     self._writer.write(i, metrics | {"train/warnings": len(warnings)})
+
+  def _note_best(self, i: int, metrics: dict) -> None:
+    """Notes a step that will have a checkpoint, if its value of config.checkpoint.best is highest.
+
+    Of equal ones the first is kept. Every process finds the same.
+    """
+    value = reduce(metrics).get(self.c.checkpoint.best)
+    if i == 0 or value is None or not self.due("checkpoint", i):
+      return
+    if self.host["best"] is None or value > self.host["best"][1]:
+      self.host["best"] = [i, value]
 
   def write_rollouts(self, i: int, packed: Packed, scores) -> None:
     """Writes the first rollouts of step i."""
@@ -445,7 +457,15 @@ class Steps:
 
   def save(self, i: int, state, position: dict) -> None:
     """Saves all that a resumed run needs."""
-    checkpoint.save(self.workdir, i, state, position, keep=self.c.checkpoint.keep)
+    best = position.get("best")
+    checkpoint.save(
+      self.workdir,
+      i,
+      state,
+      position,
+      keep=self.c.checkpoint.keep,
+      keep_also=[best[0]] if best else [],
+    )
 
   def _check_packs(self) -> None:
     c = self.c

@@ -145,6 +145,14 @@ def test_a_checksum_sees_every_value_and_place_and_no_sharding(dtype):
   assert value not in [int(checkpoint._checksum(other)) for other in others]
 
 
+def test_steps_may_be_kept_beside_the_last_ones(tmp_path):
+  for step in range(1, 6):
+    checkpoint.save(tmp_path, step, make_state(step), {}, keep=2, keep_also=[2] if step > 2 else [])
+  assert checkpoint.all_steps(tmp_path) == [2, 4, 5]
+  checkpoint.save(tmp_path, 6, make_state(6), {}, keep=2, keep_also=[5])
+  assert checkpoint.all_steps(tmp_path) == [5, 6]
+
+
 def test_restore_from_abstract_state_and_into_donated_step(tmp_path):
   state = make_state(1)
   checkpoint.save(tmp_path, 1, state, {})

@@ -165,6 +165,26 @@ def test_a_resumed_run_sees_the_lines_up_to_its_checkpoint_alone(tmp_path, monke
   assert [line["step"] for line in steps._history] == [0, 1, 2]
 
 
+def test_the_best_checkpoint_is_the_first_with_the_highest_value():
+  steps = train.Steps.__new__(train.Steps)
+  steps.host = {"best": None}
+  steps.c = types.SimpleNamespace(
+    total_steps=9,
+    checkpoint=types.SimpleNamespace(every_steps=2, best="eval/heldout/avg@k"),
+    eval=types.SimpleNamespace(every_steps=1),
+    log=types.SimpleNamespace(rollouts_every_steps=1),
+  )
+  found = []
+  for i, value in enumerate([0.9, 0.8, 0.3, 0.9, 0.5, None, 0.5, 0.9, 0.4]):
+    steps._note_best(i, {"train/loss": 1.0, "eval/heldout/avg@k": value})
+    found.append(steps.host["best"] and steps.host["best"][0])
+  # step 0 has no checkpoint, and neither have odd steps
+  assert found == [None, None, 2, 2, 4, 4, 4, 4, 4] and steps.host["best"] == [4, 0.5]
+  steps.c.checkpoint.best = ""
+  steps._note_best(8, {"eval/heldout/avg@k": 1.0})
+  assert steps.host["best"] == [4, 0.5]
+
+
 def test_rollout_files_hold_what_was_said_and_read():
   said = types.SimpleNamespace(
     logp_BR=np.array([[-1.0, -2.0, -3.0, 0.0]] * 2),
