@@ -159,12 +159,12 @@ def run_command(argv: list[str], begun: float) -> None:
 
     config.validate(c)
     check_flags(f)
+    if f.mode == "plan":  # what is compiled for other machines cannot be kept
+      print_plan(c, f.topology)
+      return
     from sdpo_jax.compilation import keep_compiled
 
     keep_compiled(f.compilation_cache)
-    if f.mode == "plan":
-      print_plan(c, f.topology)
-      return
     workdir = f.workdir or fresh_workdir()
     check_writable(workdir)
   except ValueError as error:

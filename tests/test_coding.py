@@ -355,6 +355,7 @@ def test_a_row_states_which_answers_are_right(sandbox):
   ):
     assert [reward(f"print({x})", **row) for x in (7, -7, 8)] == [1, 1, 0]
   calls = {"check": "def check(candidate): assert candidate(3) == 9", "tests": [], "fn_name": "f"}
+  calls["solution"] = "So:\n```python\ndef f(x): return x * x\n```\n"  # a response, as rows have it
   assert [reward(f"def f(x): return {x}", **calls) for x in ("x * 3", "x")] == [1, 0]
 
 
@@ -372,6 +373,8 @@ def test_a_row_states_which_answers_are_right(sandbox):
     ({"check": "def check(candidate): 0"}, r"check\(candidate\) needs fn_name"),
     ({"check": "def check(candidate): 0", "fn_name": "f"}, "without input and output"),
     ({"check": 5}, "the check is 5, not text"),
+    ({"check": "def check(input, output, expected): 0", "tests": []}, "needs the field 'tests'"),
+    ({"tests": [{"inputs": "1"}]}, "the test's field='inputs' is unknown; did you mean 'input'"),
     ({"question": ["q"]}, "field 'question' is of type list"),
     ({"question": None}, "field 'question' is missing"),
     ({"question": " "}, "field 'question' is empty"),

@@ -92,7 +92,8 @@ class Coding:
 
     A check may be wrong in ways that only a run shows.
     """
-    verdict = self._run(task, task.solution)
+    program, fault = extract(task.solution)
+    verdict = self._run(task, task.solution if fault else program)
     if not verdict.passed:
       raise ValueError(
         f"{task.id}: its own solution does not pass its check: {cut(verdict.feedback, 500)}"

@@ -20,11 +20,15 @@ A row of the plain form states with `compare` which answers are right:
   program     what the row's field `check` accepts: the source of check(candidate) for a function,
               without tests, or of check(input, output, expected) about each test's answer
 
+Give such a row a `solution` too, a program or a response that holds it: the check is tried with it
+when the row is read, and nothing else tells a check that is wrong from answers that are.
+
 Errors: a row that cannot be used is a ValueError, or what reading a missing field raises.
 """
 
 import ast
 import base64
+import dataclasses
 import json
 import pickletools
 import random
@@ -34,8 +38,9 @@ import textwrap
 import zlib
 
 from sdpo_jax.envs.rows import field, given, is_missing, optional_text
+from sdpo_jax.errors import unknown
 from sdpo_jax.records import Task
-from sdpo_jax.sandbox import TestCase, check_tests
+from sdpo_jax.sandbox import TestCase, check_tests, read_check
 
 MAX_PRIVATE_BYTES = 1 << 30  # of one question's decoded private tests
 # The opcodes of a pickle that holds one string.
@@ -97,7 +102,7 @@ def plain_task(row: dict, split: str) -> Task:
     if not tests:
       raise ValueError("no tests")
     fn_name = optional_text(row, "fn_name")
-    check_tests([TestCase(**test) for test in tests], fn_name)
+    check_tests([_test_case(test) for test in tests], fn_name)
     return Task(
       id=str(row["id"]),
       prompt=field(row, "question"),
@@ -109,6 +114,15 @@ def plain_task(row: dict, split: str) -> Task:
     raise ValueError(
       f"code tasks, split {split}, row {row.get('id')}: {type(e).__name__} {e}"
     ) from e
+
+
+def _test_case(test: dict) -> TestCase:
+  """Returns a test of a row. ValueError that names a field which no test has."""
+  names = [field.name for field in dataclasses.fields(TestCase)]
+  for name in test:
+    if name not in names:
+      raise ValueError(unknown("the test's field", name, names))
+  return TestCase(**test)
 
 
 def _list(row: dict, name: str) -> list:
@@ -127,6 +141,10 @@ def _compared(tests: list[dict], row: dict) -> list[dict]:
   rule = given(row, "compare") or ("program" if check else "exact")
   kind, _, tolerance = str(rule).partition(":")
   if kind == "program" and check is not None:
+    if not tests and isinstance(check, str):
+      fn_name = optional_text(row, "fn_name")
+      if read_check(check, fn_name).judges_answers:
+        raise ValueError("check(input, output, expected) needs the field 'tests', with inputs")
     return [test | {"check": check} for test in tests or [{}]]
   if check is not None:
     raise ValueError(f"field 'check' is not used where compare={rule!r}; it is for 'program'")

@@ -36,6 +36,7 @@ never enter the jail of a judged program; nor does a check, which has a jail of 
 Nothing here imports jax or knows an environment.
 """
 
+from sdpo_jax.sandbox.check_source import read_check
 from sdpo_jax.sandbox.jail_worker import installed
 from sdpo_jax.sandbox.pool import ISOLATIONS, Sandbox
 from sdpo_jax.sandbox.verdict import (
@@ -59,4 +60,5 @@ __all__ = [
   "Verdict",
   "check_tests",
   "installed",
+  "read_check",
 ]

@@ -548,8 +548,9 @@ class Run:
       limits = job.limits
       times = limits.time_s, limits.wall_s
       numbers = JOB.pack(*times, limits.memory_mb << 20, self._cap, job.mode, job.gives_names)
-      self._worker.send(numbers + job.fn_name.encode(), [job.program_fd, *self._fds, *theirs])
+      # before it is sent: an interrupt may come in between
       self._is_at_work = True
+      self._worker.send(numbers + job.fn_name.encode(), [job.program_fd, *self._fds, *theirs])
     finally:
       for pipe in theirs:
         os.close(pipe)
