@@ -197,6 +197,11 @@ def stop_and_finish(workdir, count: int, phase: str, whole) -> None:
   job.signal(signal.SIGTERM, None if phase != "judging" else [count - 1])
   statuses = job.statuses(120)
   took_s = time.monotonic() - asked
+  if (
+    statuses == [0] * count
+  ):  # jax's notice takes a second to go round: the last steps were shorter
+    assert phase == "saving" and repeatable(workdir) == whole(count)
+    return
   assert statuses == [143] * count, job.logs()
   if phase != "start":  # else it ends processes that have not begun to listen
     assert "asked to stop (SIGTERM): the same command" in job.logs()
