@@ -232,7 +232,8 @@ def test_answers_are_judged_one_by_one(sandbox):
   assert verdict.feedback == (
     "Test 1: wrong answer\nReason: assert a + b == int(input): another sum\nInput: 7\nOutput: 3 5"
   )
-  assert sandbox.run("1 / 0", tests, limits=LIMITS).kind == "runtime_error"
+  failed = sandbox.run("1 / 0", tests, limits=LIMITS)
+  assert failed.kind == "runtime_error" and "Input: 7\nError: ZeroDivisionError" in failed.feedback
   verdict = sandbox.run("print('x')", tests, limits=LIMITS)
   assert verdict.kind == "wrong_answer" and "raises ValueError" in verdict.feedback
 

@@ -22,8 +22,8 @@ class _Judgement(NamedTuple):
   output: str
   error: ProgramError | None = None
   detail: str = ""
-  expected: str | None = None  # what a check waited for
-  call: str = ""  # a check's last one
+  expected: str | None = None  # None: only a check knows
+  call: str = ""  # a check's last one, which is then the program's input
 
 
 def judge_test(
@@ -40,18 +40,7 @@ def judge_test(
     judgement = _Judgement(kind, output)
   elif judgement is None:
     judgement = _judge_value(record, test)
-  return TestResult(
-    input=test.given,
-    output=judgement.output,
-    expected=test.output,
-    kind=judgement.kind,
-    error=judgement.error,
-    detail=judgement.detail,
-    hidden=test.hidden,
-    cpu_s=outcome.cpu_s,
-    wall_s=outcome.wall_s,
-    max_rss_mb=outcome.max_rss_kb / 1024,
-  )
+  return _result(test, judgement._replace(expected=test.output), outcome)
 
 
 def answer_to_check(
@@ -90,14 +79,14 @@ def judge_answer_check(
   """Judges an answer by how its check ended. `answer` is as `answer_to_check` returns it."""
   judgement = _judge_verdict(outcome, limits, was_called=True)
   output = answer[1] if fn_name is None else write_json(answer[1])
-  judgement = judgement._replace(output=output, expected=test.output or None, call=test.input)
+  judgement = judgement._replace(output=output, expected=test.output or None)
   return _result(test, judgement, outcome)
 
 
 def _result(test: TestCase, judgement: _Judgement, outcome: Outcome | None) -> TestResult:
-  """Returns the result of a test that has a check; None: no process ended by itself."""
+  """Returns the result of a test. None: no process ended by itself."""
   result = TestResult(
-    input=judgement.call,
+    input=judgement.call or test.given,
     output=judgement.output,
     expected=judgement.expected,
     kind=judgement.kind,
