@@ -92,6 +92,26 @@ class _SockFprog(ctypes.Structure):
   _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
 
 
+class SystemCallFilter:
+  """Holds a seccomp filter that is laid out but for the number of the process that installs it."""
+
+  def __init__(self, instructions):
+    """Takes an array of struct sock_filter, as bytes, with SELF for that number."""
+    self._code = ctypes.create_string_buffer(instructions, len(instructions))
+    self._program = _SockFprog(len(instructions) // 8, ctypes.addressof(self._code))
+    # struct sock_filter: the last four of its eight bytes are the constant
+    constants = [constant for _, constant in struct.iter_unpack("<II", instructions)]
+    self._places = [8 * i + 4 for i, constant in enumerate(constants) if constant == SELF]
+
+  def install(self):
+    """Binds this process by the filter, or ends it with status 126."""
+    for place in self._places:
+      struct.pack_into("<I", self._code, place, os.getpid())
+    program = ctypes.byref(self._program)
+    if _libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0) != 0:
+      os._exit(126)
+
+
 class Job(typing.NamedTuple):
   """Holds what the host asks of one child, in the order of JOB."""
 
@@ -106,7 +126,7 @@ class Job(typing.NamedTuple):
 class Warm(typing.NamedTuple):
   """Holds what the warm process has ready for each child."""
 
-  seccomp: bytes  # the filter with SELF in it; empty: none
+  seccomp: SystemCallFilter | None  # None: every system call is allowed
   reserve: mmap.mmap  # memory to give back when it runs out
   address_space: int  # bytes that the bare interpreter maps
   processes: int  # RLIMIT_NPROC
@@ -201,6 +221,9 @@ def lock_down(config):
   sys.set_int_max_str_digits(MAX_DIGITS)
   sys.setrecursionlimit(RECURSION_LIMIT)
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+  _open_streams()
+  sys.argv = ["program.py"]
+  sys.modules["random"].seed(0)
   _warm_up()
   gc.collect()
   gc.freeze()
@@ -210,7 +233,8 @@ def lock_down(config):
     "stack": resource.getrlimit(resource.RLIMIT_STACK)[0],
     "python": sys.version.split()[0],
   }
-  return Warm(bytes.fromhex(config["filter"]), reserve, address_space, processes), achieved
+  seccomp = SystemCallFilter(bytes.fromhex(config["filter"])) if config["filter"] else None
+  return Warm(seccomp, reserve, address_space, processes), achieved
 
 
 def _raise_descriptor_limit():
@@ -264,6 +288,19 @@ def _address_space():
     return UNREADABLE_ADDRESS_SPACE
   with open("/proc/self/statm") as f:
     return int(f.read().split()[0]) * resource.getpagesize()
+
+
+def _open_streams():
+  """Gives Python its standard streams anew, as files that closing leaves open.
+
+  A child puts its own files behind their numbers. They are opened here since that takes as long as
+  a short program.
+  """
+  sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), "utf-8")
+  sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8")
+  stderr = io.BufferedWriter(io.FileIO(2, "w", closefd=False))
+  sys.stderr = io.TextIOWrapper(stderr, "utf-8", "backslashreplace", line_buffering=True)
+  sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
 
 
 def _warm_up():
@@ -414,13 +451,10 @@ def _child(fds, job, name, warm):
   os.closerange(RESULT_FD + 1 + len(pipes), PROGRAM_FD)
   os.closerange(PROGRAM_FD + 1, 1 << 16)
   _take_limits(job, warm)
-  if warm.seccomp:
-    _install_filter(warm.seccomp)
+  if warm.seccomp is not None:
+    warm.seccomp.install()
   program = os.pread(PROGRAM_FD, os.fstat(PROGRAM_FD).st_size, 0)
   os.close(PROGRAM_FD)
-  _open_streams()
-  sys.argv = ["program.py"]
-  sys.modules["random"].seed(0)
   if not job.gives_names:
     globals()["GIVEN"] = {}  # to clear it would copy its pages
   run = _RUN[job.mode]
@@ -445,23 +479,6 @@ def _take_limits(job, warm):
     (resource.RLIMIT_MSGQUEUE, 0),
   ):
     resource.setrlimit(which, (limit, limit))
-
-
-def _install_filter(seccomp):
-  """Installs the system-call filter for this process, or ends it with status 126."""
-  own = seccomp.replace(struct.pack("<I", SELF), struct.pack("<I", os.getpid()))
-  program = _SockFprog(len(own) // 8, ctypes.cast(ctypes.c_char_p(own), ctypes.c_void_p))
-  if _libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0) != 0:
-    os._exit(126)
-
-
-def _open_streams():
-  """Gives Python its standard streams anew, as files that closing leaves open."""
-  sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), "utf-8")
-  sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8")
-  stderr = io.BufferedWriter(io.FileIO(2, "w", closefd=False))
-  sys.stderr = io.TextIOWrapper(stderr, "utf-8", "backslashreplace", line_buffering=True)
-  sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
 
 
 def _attempt(run, program, name, free_reserve):
