@@ -325,6 +325,17 @@ ATTACKS = {
     FORM,
     _WRITE + 'def f(x): say(\'{"value": \' + \'{"list": [\' * 300 + "]}" * 300 + "}"); os._exit(0)',
   ),
+  "deeper_by_hand": (
+    FORM,
+    _WRITE + "def f(x): say('{\"value\": ' + '[' * 500_000 + ']' * 500_000 + '}')",
+  ),
+  "heavy_by_hand": (
+    {"format", "wrong_answer", "time_limit"},
+    _WRITE
+    + 'def f(x): say(\'{"value": {"list": [\' + ",".join(90_000 * [\'{"set":[]}\']) + "]}}")',
+  ),
+  "another_encoding": (FORM, "import os\ndef f(x): os.write(4, '{}\\n'.encode('utf-16-le'))"),
+  "half_a_line": ({"time_limit"}, "import os, time\ndef f(x): os.write(4, b'{'); time.sleep(60)"),
   "giant_integer": (FORM, "def f(x): return 1 << 10 ** 7"),
   "long_integer_by_hand": (WRONG, _WRITE + "def f(x): say('{\"value\": ' + '9' * 40000 + '}')"),
   "giant_text": (FORM, "def f(x): return 'x' * 3_000_000"),
@@ -338,7 +349,7 @@ ATTACKS = {
     FORM,
     _WRITE + "def f(x): say('{\"value\": {\"complex\": [1' + '0' * 400 + ', 0]}}')",
   ),
-  "unhashable_set": (WRONG, _WRITE + 'def f(x): say(\'{"value": {"set": [{"list": []}]}}\')'),
+  "unhashable_set": (FORM, _WRITE + 'def f(x): say(\'{"value": {"set": [{"list": []}]}}\')'),
   "colliding_set": (
     {"wrong_answer", "format", "time_limit"},
     "def f(x): return {i * (2 ** 61 - 1) for i in range(2000)}",

@@ -8,9 +8,9 @@ import dataclasses
 import signal
 from typing import NamedTuple
 
-from sdpo_jax.sandbox.checks import Conversation
+from sdpo_jax.sandbox.checks import CheckRun
 from sdpo_jax.sandbox.compare import same_answer, same_literal, same_output
-from sdpo_jax.sandbox.json_values import parse_json, write_json
+from sdpo_jax.sandbox.json_values import parse_json, parse_record, write_json
 from sdpo_jax.sandbox.verdict import Limits, Outcome, ProgramError, TestCase, TestResult
 from sdpo_jax.sandbox.wording import MAX_ERROR_CHARS, call_text, literal_text
 
@@ -33,7 +33,7 @@ def judge_test(
   reads_stdin = fn_name is None and test.expression is None
   stdout = outcome.stdout.decode("utf-8", "replace")
   output = stdout if reads_stdin else ""
-  record = _record(outcome.result)
+  record = parse_record(outcome.result)
   judgement = _judge_end(outcome, output, record, program, limits)
   if judgement is None and reads_stdin:
     kind = "passed" if same_output(stdout, test) else "wrong_answer"
@@ -51,7 +51,7 @@ def answer_to_check(
   They are texts for a program that reads standard input, else JSON values.
   """
   stdout = outcome.stdout.decode("utf-8", "replace")
-  record = _record(outcome.result)
+  record = parse_record(outcome.result)
   output = stdout if fn_name is None else ""
   judgement = _judge_end(outcome, output, record, program, limits)
   if judgement is None and fn_name is None:
@@ -65,22 +65,30 @@ def answer_to_check(
 
 
 def judge_check(
-  said: Conversation, test: TestCase, program: str, fn_name: str, limits: Limits
+  check: CheckRun,
+  ended: Outcome | None,
+  test: TestCase,
+  program: str,
+  fn_name: str,
+  limits: Limits,
 ) -> TestResult:
-  """Judges a program by what a check that called it found."""
-  judgement = _judge_conversation(said, program, limits)
-  call = "" if said.call is None else call_text(fn_name, said.call)
-  return _result(test, judgement._replace(call=call), said.program or said.check)
+  """Judges a program by what a check that called it found. `ended`: the program did so first."""
+  judgement = _judge_called(check, ended, program, limits)
+  try:
+    call = call_text(fn_name, check.call)
+  except Exception:  # there was none, or it was too long to be kept
+    call = ""
+  return _result(test, judgement._replace(call=call), ended or check.outcome)
 
 
 def judge_answer_check(
-  outcome: Outcome, test: TestCase, answer: list, fn_name: str | None, limits: Limits
+  check: CheckRun, test: TestCase, answer: list, fn_name: str | None, limits: Limits
 ) -> TestResult:
   """Judges an answer by how its check ended. `answer` is as `answer_to_check` returns it."""
-  judgement = _judge_verdict(outcome, limits, was_called=True)
+  judgement = _judge_verdict(check, limits, was_called=True)
   output = answer[1] if fn_name is None else write_json(answer[1])
   judgement = judgement._replace(output=output, expected=test.output or None)
-  return _result(test, judgement, outcome)
+  return _result(test, judgement, check.outcome)
 
 
 def _result(test: TestCase, judgement: _Judgement, outcome: Outcome | None) -> TestResult:
@@ -101,41 +109,44 @@ def _result(test: TestCase, judgement: _Judgement, outcome: Outcome | None) -> T
   )
 
 
-def _judge_conversation(said: Conversation, program: str, limits: Limits) -> _Judgement:
-  """Judges a program by its conversation with a check."""
-  if said.program is not None:
-    record = _record(said.program.result)
-    ended = _judge_end(said.program, "", record, program, limits)
-    return ended or _judge_form(record) or _ended_early()
-  answer = said.answer or {}
-  if "format" in answer:
-    return _Judgement("format", "", detail=answer["format"][:MAX_ERROR_CHARS])
-  was_called = said.call is not None
-  if said.check is not None:
-    judgement = _judge_verdict(said.check, limits, was_called=was_called)
-  else:
-    detail = f"the check's call {said.fault}"
-    judgement = _Judgement(_blamed(was_called=was_called), "", detail=detail)
+def _judge_called(
+  check: CheckRun, ended: Outcome | None, program: str, limits: Limits
+) -> _Judgement:
+  """Judges a program that a check called."""
+  if ended is not None:
+    record = parse_record(ended.result)
+    return _judge_end(ended, "", record, program, limits) or _judge_form(record) or _ended_early()
+  if "format" in check.verdict:
+    return _judge_form(check.verdict)
+  judgement = _judge_verdict(check, limits, was_called=check.was_called)
   if judgement.kind == "runtime_error":  # the program raised it, and the check let it pass
-    return judgement._replace(error=_program_error(answer.get("error"), program))
-  return judgement._replace(output=literal_text(answer["value"]) if "value" in answer else "")
+    return judgement._replace(error=_program_error(check.answer.get("error"), program))
+  return judgement._replace(output=_answer_text(check.answer))
 
 
-def _judge_verdict(outcome: Outcome, limits: Limits, *, was_called: bool) -> _Judgement:
+def _answer_text(answer: dict) -> str:
+  """Writes the value that a call returned; "" if there is none to show."""
+  try:
+    return literal_text(answer["value"])
+  except Exception:
+    return ""
+
+
+def _judge_verdict(check: CheckRun, limits: Limits, *, was_called: bool) -> _Judgement:
   """Judges by how a check ended.
 
   The judgement "runtime_error" stands for an exception of the program.
   """
   blamed = _blamed(was_called=was_called)
-  record = _record(outcome.result)
+  outcome, verdict = check.outcome, check.verdict
   if outcome.killed or outcome.cpu_s > limits.time_s or outcome.status & 0x7F:
     kind = "time_limit" if was_called else "sandbox_failed"
     return _Judgement(kind, "", detail="the check did not come to an end on this answer")
-  if record.get("passed") is True:
+  if verdict.get("passed") is True:
     if not was_called:  # any program would pass, even one that does not compile
       return _Judgement(blamed, "", detail="the check never calls the program")
     return _Judgement("passed", "")
-  failed = record.get("failed")
+  failed = verdict.get("failed")
   if not isinstance(failed, dict):
     return _Judgement(blamed, "", detail="the check ended without a verdict")
   message = str(failed.get("message", ""))
@@ -216,15 +227,6 @@ def _judge_form(record: dict) -> _Judgement | None:
 def _ended_early() -> _Judgement:
   error = ProgramError("", "the program ended before it returned a value", None, "")
   return _Judgement("runtime_error", "", error)
-
-
-def _record(result: bytes) -> dict:
-  """Parses what the jail, or the program in its name, wrote; {} if it is no JSON object."""
-  try:
-    record = parse_json(result.decode("utf-8")) if result else {}
-  except (ValueError, RecursionError):
-    return {}
-  return record if isinstance(record, dict) else {}
 
 
 def _died(signal_number: int) -> ProgramError:

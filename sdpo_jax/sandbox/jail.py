@@ -6,7 +6,7 @@ The first message is JSON and says what to lock down (see `lock_down`); the answ
 says what was achieved. After that, for each test:
 
   host -> here   a JOB struct, then the function's name (UTF-8);
-                 descriptors: program, input, stdout, stderr, result, and for a check or what it
+                 descriptors: program, input, stdout, stderr, result, and for a check and what it
                  calls two pipes: one to write to, one to read from
                  STOP while a test runs ends it
   here -> host   a DONE struct: wait status, whether the watchdog killed the child,
@@ -19,8 +19,13 @@ system-call filter, and only then reads the program. Into `result` it writes one
   {"value": v}, {"error": [type, message, line]} or {"format": reason}
 
 A check is the program of a data set's author. It runs in a worker of its own and calls the judged
-program in another: values cross the host as lines of JSON, a call as [arguments, keywords] and its
-end as an object like the one above. Neither side ever sees the other's code or objects.
+program in another. Two pipes between them carry values, as lines of JSON: a call as
+[arguments, keywords], its end as an object like the one above. Neither side ever sees the other's
+code or objects, and a check takes no line of another form. Its result has two lines, the last call
+with its answer and then the verdict, which is empty until there is one:
+
+  {"call": c, "answer": a}
+  {"passed": true}, {"failed": how}, {"format": reason} or {"ended": true}: the program is gone
 
 End of file on the socket means that the host died, and ends everything.
 """
@@ -64,7 +69,7 @@ STOP = b"stop"
 SELF = 0x7ABCDEF1  # where the filter has the number of the process that installs it
 
 RESULT_FD = 3
-TO_HOST_FD, FROM_HOST_FD = 4, 5  # of a check and of what it calls
+TO_PEER_FD, FROM_PEER_FD = 4, 5  # of a check and of what it calls
 PROGRAM_FD = 62  # until the program is read
 MAX_OPEN_FILES = 64
 MAX_PROCESSES = 64
@@ -73,6 +78,7 @@ RESERVE_BYTES = 4 << 20  # given back when memory runs out, so that the error ca
 THREAD_STACK_BYTES = 16 << 20
 UNREADABLE_ADDRESS_SPACE = 256 << 20  # bytes, where /proc does not say
 
+MAX_LINE_BYTES = 1 << 20  # of one call of a check, or one answer to it
 MAX_DEPTH = 100  # of a returned value
 MAX_DIGITS = 50_000  # that Python writes and reads of an integer, as LiveCodeBench's grader allows
 MAX_BITS = 166_000  # of a returned integer: fewer than that many digits
@@ -501,7 +507,7 @@ def _attempt(run, program, name, free_reserve):
 
 
 def _finish(
-  run, status, record, free_reserve, *, write=os.pwrite, encode=json.dumps, leave=os._exit
+  run, status, record, free_reserve, *, write=os.write, encode=json.dumps, leave=os._exit
 ):
   """Ends the program as the interpreter would, writes the record, and leaves with the status.
 
@@ -521,10 +527,9 @@ def _finish(
     status = status or 1
   if record is not None:
     try:
-      data = encode(record).encode()
-      done = 0
-      while done < len(data):
-        done += write(RESULT_FD, data[done:], done)
+      data = encode(record).encode() + b"\n"  # what a check kept may be longer
+      while data:
+        data = data[write(RESULT_FD, data) :]
     except BaseException:
       leave(status or 1)
   leave(status)
@@ -602,7 +607,8 @@ def _answer_calls(program, name):
   function = _callable(*_define(program, name), name)
   if function is None:
     return _no_function(name)
-  while line := _read_line():
+  check = _Peer()
+  while line := check.receive():
     given, keywords = json.loads(line)
     arguments = [_untagged(x) for x in given]
     try:
@@ -617,7 +623,11 @@ def _answer_calls(program, name):
     changed = _changed(arguments, given)
     if changed is not None:
       answer["arguments"] = changed
-    _write_line(json.dumps(answer))
+    try:
+      line = _line_of(answer)
+    except _NotPlain as e:
+      line = _line_of({"format": f"the returned value {e}"})
+    check.send(line)
   return None
 
 
@@ -700,27 +710,115 @@ class _Note:
     return str(self.message)
 
 
+class _Peer:
+  """Exchanges lines with the other side of a check."""
+
+  def __init__(self):
+    self._received = b""  # what came after the last whole line
+
+  def send(self, line):
+    """Sends a line. BrokenPipeError if the other side has ended."""
+    data = line + b"\n"
+    while data:
+      data = data[os.write(TO_PEER_FD, data) :]
+
+  def receive(self):
+    """Returns the next line; b"" if there will be none. _NotPlain if it is too long."""
+    while b"\n" not in self._received:
+      part = os.read(FROM_PEER_FD, 1 << 16)
+      if not part:
+        return b""
+      self._received += part
+      if len(self._received) > MAX_LINE_BYTES:
+        raise _NotPlain(_TOO_LONG)
+    line, _, self._received = self._received.partition(b"\n")
+    return line
+
+
+def _line_of(value):
+  """Returns the value as a line of JSON. _NotPlain if it is too long."""
+  line = json.dumps(value).encode()
+  if len(line) >= MAX_LINE_BYTES:
+    raise _NotPlain(_TOO_LONG)
+  return line
+
+
 class _Calls:
-  """Stands for the judged program in a check: calling it asks the host, which asks the program."""
+  """Stands for the judged program in a check, and asks it."""
 
   def __init__(self, name):
     self.__name__ = name
     self.raised = None  # the program's last exception
+    self._program = _Peer()
+    # what is longer is not kept: the verdict needs room as well
+    self._kept_bytes = resource.getrlimit(resource.RLIMIT_FSIZE)[0] // 4
+    self._keep(b"null")
 
   def __call__(self, /, *arguments, **keywords):
     given = [_tagged(x, MAX_DEPTH) for x in arguments]
-    call = [given, {key: _tagged(x, MAX_DEPTH) for key, x in keywords.items()}]
-    _write_line(json.dumps(call))
-    line = _read_line()
-    if not line:  # the program ended, and the host knows why
-      os._exit(0)
-    answer = json.loads(line)
-    for old, tagged in zip(arguments, answer.get("arguments", ()), strict=False):
-      _replace_content(old, _untagged(tagged))
-    if "error" in answer:
-      self.raised = _exception(*answer["error"][:2])
+    call = _line_of([given, {key: _tagged(x, MAX_DEPTH) for key, x in keywords.items()}])
+    self._keep(call)
+    try:
+      self._program.send(call)
+      line = self._program.receive()
+      if not line:
+        self._leave({"ended": True})
+      kind, answer, changed = _read_answer(line)
+    except BrokenPipeError:
+      self._leave({"ended": True})
+    except _NotPlain as e:
+      self._leave({"format": f"the returned value {e}"})
+    if kind == "format":
+      self._leave({"format": answer[:2000]})
+    self._keep(call, line)
+    for old, now in zip(arguments, changed, strict=False):
+      _replace_content(old, now)
+    if kind == "error":
+      self.raised = _exception(*answer[:2])
       raise self.raised
-    return _untagged(answer["value"])
+    return answer
+
+  def _keep(self, call, answer=b"null"):
+    """Keeps what was said last for the host, which reads it however this process ends."""
+    call = call if len(call) <= self._kept_bytes else b"[]"
+    answer = answer if len(answer) <= self._kept_bytes else b"null"
+    line = b'{"call": %b, "answer": %b}\n' % (call, answer)
+    os.pwrite(RESULT_FD, line + b"\n", 0)  # over a longer one: no verdict yet
+    os.lseek(RESULT_FD, len(line), os.SEEK_SET)
+
+  def _leave(self, verdict):
+    """Ends this process with a verdict: there is no answer with which the check could go on."""
+    try:
+      os.write(RESULT_FD, json.dumps(verdict).encode() + b"\n")
+    finally:
+      os._exit(0)
+
+
+def _read_answer(line):
+  """Reads the end of a call.
+
+  Returns ("value", the value), ("error", [type, message, line]) or ("format", reason), and the
+  arguments that the call changed. _NotPlain if the program wrote something else by itself.
+  """
+  try:
+    answer = json.loads(line.decode("ascii"))
+  except RecursionError:
+    raise _NotPlain("is nested too deeply") from None
+  except ValueError:
+    raise _NotPlain("is no JSON") from None
+  try:
+    changed = answer.pop("arguments", [])
+    ((kind, answer),) = answer.items()
+    if isinstance(changed, list):
+      changed = [_untagged(x) for x in changed]
+      match kind, answer:
+        case "value", tagged:
+          return kind, _untagged(tagged), changed
+        case ("error", [str(), str(), int() | None]) | ("format", str()):
+          return kind, answer, changed
+  except (AttributeError, TypeError, ValueError, OverflowError):  # it has another form
+    pass
+  raise _NotPlain("is no answer")
 
 
 class _Foreign:
@@ -755,26 +853,6 @@ def _exception(name, message):
     except TypeError:  # it takes more than a message
       pass
   return ProgramException(f"{name}: {message}")
-
-
-def _read_line():
-  """Returns the next line from the host without its end; b"" at the end."""
-  parts = []
-  while True:
-    # the other side waits for an answer to each line, so nothing follows it
-    part = os.read(FROM_HOST_FD, 1 << 16)
-    parts.append(part)
-    if not part:
-      return b""
-    if part.endswith(b"\n"):
-      return b"".join(parts)[:-1]
-
-
-def _write_line(text):
-  data = text.encode() + b"\n"
-  done = 0
-  while done < len(data):
-    done += os.write(TO_HOST_FD, data[done : done + (1 << 16)])
 
 
 def _define(program, name):
@@ -823,6 +901,9 @@ def _no_function(name):
 
 
 # Returned values. None of the program's own methods is called: a class may override them all.
+
+
+_TOO_LONG = f"is longer than {MAX_LINE_BYTES} bytes"
 
 
 class _NotPlain(Exception):
@@ -893,20 +974,30 @@ def _tagged_answer(x):
   return _tagged(x, MAX_DEPTH)
 
 
-def _untagged(tagged):
-  """Returns the value that `_tagged` wrote, whose form the host has checked."""
+def _untagged(tagged, depth=MAX_DEPTH):
+  """Returns the value that `_tagged` wrote.
+
+  Raises _NotPlain, ValueError, TypeError or OverflowError for what it would not have written.
+  """
+  if depth == 0:
+    raise _NotPlain("is nested too deeply")
+  if isinstance(tagged, list):
+    raise ValueError
   if not isinstance(tagged, dict):
     return tagged
   ((tag, items),) = tagged.items()
-  if tag == "dict":
-    return {_untagged(key): _untagged(value) for key, value in items}
-  if tag == "bytes":
-    return bytes.fromhex(items)
-  if tag == "complex":
-    return complex(*items)
-  if tag == "int":  # one that is too long for the host to read
-    return int(items)
-  return _CONTAINERS[tag](map(_untagged, items))
+  match tag, items:
+    case "dict", list():
+      return {_untagged(key, depth - 1): _untagged(value, depth - 1) for key, value in items}
+    case "bytes", str():
+      return bytes.fromhex(items)
+    case "complex", [float(), float()]:
+      return complex(*items)
+    case "int", str():  # one that is too long for the host to read
+      return int(items)
+    case (("list" | "tuple" | "set" | "frozenset" | "iterator"), list()):
+      return _CONTAINERS[tag]([_untagged(x, depth - 1) for x in items])
+  raise ValueError
 
 
 _CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "iterator": iter}

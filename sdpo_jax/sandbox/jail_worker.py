@@ -17,7 +17,6 @@ import math
 import os
 import pathlib
 import re
-import select
 import shutil
 import signal
 import socket
@@ -40,7 +39,6 @@ JOB = struct.Struct("=ddQQB?")
 DONE = struct.Struct("=iBddQ")  # wait status, killed, CPU seconds, wall seconds, resident KiB
 
 STACK_KB = 256 << 10  # C stack of a program: recursion through C functions is common in contests
-MAX_LINE_BYTES = 1 << 20  # of one call of a check, or one answer to it
 START_S = 20.0  # for a worker to come up
 GRACE_S = 1.0  # for a worker to answer after the test's own deadline
 FIRST_UID, UIDS = 61000, 4000
@@ -512,21 +510,25 @@ class Job:
   limits: Limits
   fn_name: str = ""
   gives_names: bool = False  # those that graders import before a program starts
+  pipes: tuple[int, ...] = ()  # of a check and what it calls: to write to, to read from
+
+  @property
+  def wall_s(self) -> float:
+    """Returns the wall time after which the worker ends it.
+
+    A check waits for the program that it calls, whose own limit is to come first.
+    """
+    return self.limits.wall_s + (GRACE_S if self.mode == CHECK else 0)
 
 
 class Run:
-  """Is one program at work in a worker: a context that ends with it.
-
-  A check and what it calls also exchange lines with the host, by `send` and `receive`.
-  """
+  """Is one program at work in a worker: a context that ends with it."""
 
   def __init__(self, worker: Worker, job: Job):
     self._worker = worker
     self._cap = job.limits.output_kb << 10
-    self._deadline = time.monotonic() + job.limits.wall_s + GRACE_S
+    self._deadline = time.monotonic() + job.wall_s + GRACE_S
     self._fds = []  # input, stdout, stderr, result
-    self._pipes = []  # to read from, to write to
-    self._lines = b""  # what came after the last whole line
     self._is_at_work = False
     try:
       self._open(job)
@@ -538,22 +540,17 @@ class Run:
     self._fds.append(memory_file(job.input_text))
     for name in ("stdout", "stderr", "result"):
       self._fds.append(os.memfd_create(name))
-    theirs = []  # pipes to write to and to read from
-    try:
-      if job.mode in (CALLS, CHECK):
-        for ours, pipe in (os.pipe(), os.pipe()[::-1]):
-          os.set_blocking(ours, False)
-          self._pipes.append(ours)
-          theirs.append(pipe)
-      limits = job.limits
-      times = limits.time_s, limits.wall_s
-      numbers = JOB.pack(*times, limits.memory_mb << 20, self._cap, job.mode, job.gives_names)
-      # before it is sent: an interrupt may come in between
-      self._is_at_work = True
-      self._worker.send(numbers + job.fn_name.encode(), [job.program_fd, *self._fds, *theirs])
-    finally:
-      for pipe in theirs:
-        os.close(pipe)
+    numbers = JOB.pack(
+      job.limits.time_s,
+      job.wall_s,
+      job.limits.memory_mb << 20,
+      self._cap,
+      job.mode,
+      job.gives_names,
+    )
+    # before it is sent: an interrupt may come in between
+    self._is_at_work = True
+    self._worker.send(numbers + job.fn_name.encode(), [job.program_fd, *self._fds, *job.pipes])
 
   def __enter__(self):
     return self
@@ -567,48 +564,8 @@ class Run:
     finally:
       self.close()
 
-  def send(self, line: bytes) -> bool:
-    """Sends a line. Returns False if the program has ended. Raises WorkerLost at the deadline."""
-    data = memoryview(line + b"\n")
-    while data:
-      self._wait(self._pipes[1], select.POLLOUT)
-      try:
-        data = data[os.write(self._pipes[1], data) :]
-      except BlockingIOError:
-        continue
-      except BrokenPipeError:
-        return False
-    return True
-
-  def receive(self) -> bytes | None:
-    """Returns the next line, without its end; None if there will be none.
-
-    A line that is too long raises ValueError. Raises WorkerLost at the deadline.
-    """
-    while b"\n" not in self._lines:
-      self._wait(self._pipes[0], select.POLLIN)
-      try:
-        part = os.read(self._pipes[0], 1 << 16)
-      except BlockingIOError:
-        continue
-      if not part:
-        return None
-      self._lines += part
-      if len(self._lines) > MAX_LINE_BYTES:
-        raise ValueError(f"is longer than {MAX_LINE_BYTES} bytes")
-    line, _, self._lines = self._lines.partition(b"\n")
-    return line
-
-  def _wait(self, fd: int, event: int) -> None:
-    """Waits until the pipe is ready or closed. Raises WorkerLost at the deadline."""
-    poll = select.poll()
-    poll.register(fd, event)
-    if not poll.poll(max(0, self._deadline - time.monotonic()) * 1000):
-      raise WorkerLost("silent", self._worker)
-
   def finish(self) -> Outcome:
     """Waits until the program ends and returns what it left behind."""
-    self._close_pipes()
     answer = self._worker.answer(self._deadline)
     self._is_at_work = False
     status, killed, cpu_s, wall_s, max_rss_kb = DONE.unpack(answer)
@@ -632,17 +589,11 @@ class Run:
 
     It would take the answer to this test for the next one's.
     """
-    self._close_pipes()
     for fd in self._fds:
       os.close(fd)
     self._fds.clear()
     if self._is_at_work:
       self._worker.kill()
-
-  def _close_pipes(self) -> None:
-    for fd in self._pipes:
-      os.close(fd)
-    self._pipes.clear()
 
 
 def _start(view: _View, environment: dict[str, str], errors: int):

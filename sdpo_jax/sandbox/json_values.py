@@ -31,6 +31,15 @@ def parse_json(text: str):
   return json.loads(text, parse_int=_integer)
 
 
+def parse_record(text: bytes) -> dict:
+  """Parses what a jail, or a program in its name, wrote; {} if it is no JSON object."""
+  try:
+    record = parse_json(text.decode("utf-8")) if text else {}
+  except (ValueError, RecursionError):
+    return {}
+  return record if isinstance(record, dict) else {}
+
+
 def write_json(value) -> str:
   """Writes what `parse_json` returned, as text to be read."""
   text = json.dumps(value, default=lambda digits: f"\0{digits.text}\0")

@@ -21,7 +21,7 @@ import queue
 from typing import NamedTuple
 
 from sdpo_jax.sandbox.check_source import read_check
-from sdpo_jax.sandbox.checks import check_job, converse
+from sdpo_jax.sandbox.checks import check_job, read_check_run, run_check
 from sdpo_jax.sandbox.classify import (
   answer_to_check,
   judge_answer_check,
@@ -392,8 +392,8 @@ def _run_called(
 ) -> TestResult:
   """Lets a check call the program's function."""
   check = check_job(check_fd, program.text, program.fn_name, program.limits)
-  said = converse(checker, worker, check, program.job(CALLS, ""))
-  return judge_check(said, test, program.text, program.fn_name, program.limits)
+  checked, ended = run_check(checker, worker, check, program.job(CALLS, ""))
+  return judge_check(checked, ended, test, program.text, program.fn_name, program.limits)
 
 
 def _judge_answer(
@@ -409,7 +409,8 @@ def _judge_answer(
     job = check_job(check_fd, program.text, program.fn_name, program.limits, answer)
   except ValueError as e:
     return _failed(test, "format", f"the returned value {e}")
-  return judge_answer_check(checker.run(job), test, answer, program.fn_name, program.limits)
+  checked = read_check_run(checker.run(job))
+  return judge_answer_check(checked, test, answer, program.fn_name, program.limits)
 
 
 def _failed(test: TestCase, kind: str, reason: str) -> TestResult:
