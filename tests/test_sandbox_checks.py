@@ -7,7 +7,9 @@ import pytest
 
 from sdpo_jax.sandbox import Limits, Sandbox, TestCase
 from sdpo_jax.sandbox.check_source import read_check
+from sdpo_jax.sandbox.checks import read_check_run
 from sdpo_jax.sandbox.jail_worker import CALLS, Job, WorkerLost, memory_file
+from sdpo_jax.sandbox.verdict import Outcome
 from tests.sandbox_host import check_text
 
 LIMITS = Limits(time_s=1.0, memory_mb=256, output_kb=1024)
@@ -135,6 +137,7 @@ BROKEN = {
   "passes_an_object": ("candidate(object())", "type object"),
   "never_calls": ("while True: pass", "did not come to an end"),
   "leaves": ("import os\nos._exit(0)", "without a verdict"),
+  "sleeps": ("import time\ntime.sleep(9)\ncandidate(1)", "did not come to an end"),
 }
 
 
@@ -144,7 +147,7 @@ STUMBLES = {
   "on_a_big_integer": ("candidate(candidate(1) ** 2)", "return x << 160_000", "too many digits"),
   "on_a_deep_value": ("candidate([[candidate(1)]])", DEEP, "nested too deeply"),
   "on_a_long_text": ("candidate(2 * candidate(1))", "return 'x' * 900_000", "is longer than"),
-  "on_a_long_message": ("assert False, candidate(1)", "return '\U0001f600' * 1900", "no verdict"),
+  "on_a_long_message": ("assert False, candidate(1)", "return '\U0001f600' * 1900", "\U0001f600"),
   "on_its_memory": ("candidate(1) * 10 ** 12", "return 'x'", "MemoryError"),
   "and_leaves": ("import os\nos._exit(candidate(1))", "return 0", "no verdict"),
 }
@@ -166,6 +169,52 @@ def test_a_check_that_is_wrong_is_nobodys_reward(sandbox, name):
   verdict = judge(sandbox, body, "def f(x): return x", limits=Limits(time_s=0.3))
   assert verdict.kind == "sandbox_failed" and says in verdict.tests[0].detail
   assert judge(sandbox, "assert candidate(1) == 1", "def f(x): return x").passed
+
+
+def test_a_slow_check_is_blamed_only_where_the_program_has_answered(sandbox):
+  limits = Limits(time_s=0.1)
+  body = "import time\ncandidate(1)\ntime.sleep(9)"
+  verdict = judge(sandbox, body, "def f(x): return x", limits=limits)
+  assert verdict.kind == "time_limit" and "on this answer" in verdict.tests[0].detail
+  verdict = judge(sandbox, body, "import time\ndef f(x): time.sleep(9)", limits=limits)
+  assert verdict.kind == "time_limit" and not verdict.tests[0].detail
+  assert verdict.tests[0].input == "f(1)"
+
+
+def test_a_check_may_call_from_several_threads(sandbox):
+  body = (
+    "from concurrent.futures import ThreadPoolExecutor\n"
+    "with ThreadPoolExecutor(4) as pool:\n"
+    "  assert list(pool.map(candidate, range(100))) == list(range(1, 101))"
+  )
+  for _ in range(3):
+    verdict = judge(sandbox, body, "def f(x): return x + 1")
+    assert verdict.passed, verdict.feedback
+
+
+def test_a_thread_that_outlives_a_check_leaves_its_verdict(sandbox):
+  body = (
+    "import threading\ndef ask():\n  while True: candidate(1)\n"
+    "threading.Thread(target=ask, daemon=True).start()\ncandidate(1)"
+  )
+  for _ in range(20):
+    verdict = judge(sandbox, body, "def f(x): return x")
+    assert verdict.passed, verdict.feedback
+
+
+@pytest.mark.parametrize(
+  ("result", "call"),
+  [
+    (b'{"call": [[7], {}], "answer": null}\n\n', [[7], {}]),
+    (b'{"call": [[7], {}], "answer": {"value": "aaaa   1}\n', []),  # killed while it was written
+    (b'{"call": [[7], {}], "answer": {"value": ' + b"[" * 5000 + b"]" * 5000 + b"}}\n\n", []),
+    (b'{"call": null, "answer": null}\n\n', None),
+    (b"", None),
+  ],
+)
+def test_that_a_check_has_called_is_known_however_it_ends(result, call):
+  outcome = Outcome(0, False, 0.0, 0.0, 0, stdout=b"", result=result, capped=False)
+  assert read_check_run(outcome).call == call
 
 
 def test_a_worker_that_dies_during_a_check_leaves_no_descriptor():
@@ -336,6 +385,12 @@ ATTACKS = {
   ),
   "another_encoding": (FORM, "import os\ndef f(x): os.write(4, '{}\\n'.encode('utf-16-le'))"),
   "half_a_line": ({"time_limit"}, "import os, time\ndef f(x): os.write(4, b'{'); time.sleep(60)"),
+  "hidden_by_a_second_value": (
+    FORM | WRONG,
+    _WRITE + "def f(x): say('{\"value\": ' + '[' * 1500 + ']' * 1500 + ', \"value\": 5}')",
+  ),
+  "hidden_in_a_pair": (FORM, _WRITE + 'def f(x): say(\'{"value": {"dict": [{"a": 1, "b": 2}]}}\')'),
+  "empty_line": (FORM, _WRITE + "def f(x): say('')"),
   "giant_integer": (FORM, "def f(x): return 1 << 10 ** 7"),
   "long_integer_by_hand": (WRONG, _WRITE + "def f(x): say('{\"value\": ' + '9' * 40000 + '}')"),
   "giant_text": (FORM, "def f(x): return 'x' * 3_000_000"),

@@ -21,14 +21,15 @@ from sdpo_jax.sandbox.json_values import Digits, parse_record
 from sdpo_jax.sandbox.verdict import Limits, Outcome
 
 _MAX_DEPTH = 100  # of a value: the jail writes no deeper one
+_CHECK_OUTPUT_KB = 4096  # more than two lines of jail.py's MAX_LINE_BYTES
 
 
 class CheckRun(NamedTuple):
   """Holds how a check ended and, as its jail wrote it, what it said."""
 
   outcome: Outcome
-  call: list | None  # the last one, [tagged arguments, {name: tagged}]; [] if too long to be kept
-  answer: dict  # to that call; {} if there was none or it is too long
+  call: list | None  # the last one, [tagged arguments, {name: tagged}]; [] if it is unreadable
+  answer: dict  # to that call; {} if there was none
   verdict: dict  # {} if it came to none
 
   @property
@@ -46,7 +47,9 @@ def read_check_run(outcome: Outcome) -> CheckRun:
       return CheckRun(outcome, call, answer, verdict)
     case {"call": list(call)}:
       return CheckRun(outcome, call, {}, verdict)
-  return CheckRun(outcome, None, {}, verdict)
+  # What is unreadable was written halfway when the check was killed, or holds what a program wrote.
+  was_called = outcome.result.startswith(b'{"call": [')
+  return CheckRun(outcome, [] if was_called else None, {}, verdict)
 
 
 def check_job(
@@ -57,6 +60,8 @@ def check_job(
   answer: [input, output, expected] as JSON values; such a check calls nothing. ValueError if one
   of them cannot cross.
   """
+  # What a check prints is nobody's answer; its result has room for the longest call and answer.
+  limits = dataclasses.replace(limits, output_kb=max(limits.output_kb, _CHECK_OUTPUT_KB))
   given: dict = {"seed": zlib.crc32(program.encode("utf-8", "replace"))}
   if answer is not None:
     given["arguments"] = [_tagged(value, _MAX_DEPTH) for value in answer]

@@ -76,7 +76,7 @@ def judge_check(
   judgement = _judge_called(check, ended, program, limits)
   try:
     call = call_text(fn_name, check.call)
-  except Exception:  # there was none, or it was too long to be kept
+  except Exception:  # there was none, or it is unreadable
     call = ""
   return _result(test, judgement._replace(call=call), ended or check.outcome)
 
@@ -140,8 +140,11 @@ def _judge_verdict(check: CheckRun, limits: Limits, *, was_called: bool) -> _Jud
   blamed = _blamed(was_called=was_called)
   outcome, verdict = check.outcome, check.verdict
   if outcome.killed or outcome.cpu_s > limits.time_s or outcome.status & 0x7F:
-    kind = "time_limit" if was_called else "sandbox_failed"
-    return _Judgement(kind, "", detail="the check did not come to an end on this answer")
+    if not was_called:
+      return _Judgement(blamed, "", detail="the check did not come to an end")
+    if check.call and not check.answer:  # the program had not answered yet
+      return _Judgement("time_limit", "")
+    return _Judgement("time_limit", "", detail="the check did not come to an end on this answer")
   if verdict.get("passed") is True:
     if not was_called:  # any program would pass, even one that does not compile
       return _Judgement(blamed, "", detail="the check never calls the program")

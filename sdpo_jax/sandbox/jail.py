@@ -608,7 +608,7 @@ def _answer_calls(program, name):
   if function is None:
     return _no_function(name)
   check = _Peer()
-  while line := check.receive():
+  while (line := check.receive()) is not None:
     given, keywords = json.loads(line)
     arguments = [_untagged(x) for x in given]
     try:
@@ -677,11 +677,14 @@ def _run_check(check, name):
     arguments = [_untagged(x) for x in job["arguments"]] if "arguments" in job else [calls]
     answer = module.__dict__["check"](*arguments)
     if answer is None or answer:
-      return {"passed": True}
-    failure = {"how": "returned", "message": f"the check returned {answer!r}"}
+      verdict = {"passed": True}
+    else:
+      message = f"the check returned {answer!r}"
+      verdict = {"failed": {"how": "returned", "message": message}}
   except BaseException as e:
-    failure = _failure(e, calls)
-  return {"failed": failure}
+    verdict = {"failed": _failure(e, calls)}
+  calls.end()
+  return verdict
 
 
 def _failure(e, calls):
@@ -723,11 +726,11 @@ class _Peer:
       data = data[os.write(TO_PEER_FD, data) :]
 
   def receive(self):
-    """Returns the next line; b"" if there will be none. _NotPlain if it is too long."""
+    """Returns the next line; None if there will be none. _NotPlain if it is too long."""
     while b"\n" not in self._received:
       part = os.read(FROM_PEER_FD, 1 << 16)
       if not part:
-        return b""
+        return None
       self._received += part
       if len(self._received) > MAX_LINE_BYTES:
         raise _NotPlain(_TOO_LONG)
@@ -750,18 +753,23 @@ class _Calls:
     self.__name__ = name
     self.raised = None  # the program's last exception
     self._program = _Peer()
-    # what is longer is not kept: the verdict needs room as well
-    self._kept_bytes = resource.getrlimit(resource.RLIMIT_FSIZE)[0] // 4
+    # a check may call from several threads, one of which may outlive it
+    self._turn, self._writing = threading.Lock(), threading.Lock()
     self._keep(b"null")
 
   def __call__(self, /, *arguments, **keywords):
     given = [_tagged(x, MAX_DEPTH) for x in arguments]
     call = _line_of([given, {key: _tagged(x, MAX_DEPTH) for key, x in keywords.items()}])
+    with self._turn:
+      return self._ask(arguments, call)
+
+  def _ask(self, arguments, call):
+    """Sends a call and returns its answer, or raises the program's exception."""
     self._keep(call)
     try:
       self._program.send(call)
       line = self._program.receive()
-      if not line:
+      if line is None:
         self._leave({"ended": True})
       kind, answer, changed = _read_answer(line)
     except BrokenPipeError:
@@ -780,15 +788,19 @@ class _Calls:
 
   def _keep(self, call, answer=b"null"):
     """Keeps what was said last for the host, which reads it however this process ends."""
-    call = call if len(call) <= self._kept_bytes else b"[]"
-    answer = answer if len(answer) <= self._kept_bytes else b"null"
     line = b'{"call": %b, "answer": %b}\n' % (call, answer)
-    os.pwrite(RESULT_FD, line + b"\n", 0)  # over a longer one: no verdict yet
-    os.lseek(RESULT_FD, len(line), os.SEEK_SET)
+    with self._writing:
+      os.pwrite(RESULT_FD, line + b"\n", 0)  # over a longer one: no verdict yet
+      os.lseek(RESULT_FD, len(line), os.SEEK_SET)
+
+  def end(self):
+    """Makes room for the verdict: no thread writes any more."""
+    self._writing.acquire()
 
   def _leave(self, verdict):
     """Ends this process with a verdict: there is no answer with which the check could go on."""
     try:
+      self.end()
       os.write(RESULT_FD, json.dumps(verdict).encode() + b"\n")
     finally:
       os._exit(0)
@@ -977,7 +989,8 @@ def _tagged_answer(x):
 def _untagged(tagged, depth=MAX_DEPTH):
   """Returns the value that `_tagged` wrote.
 
-  Raises _NotPlain, ValueError, TypeError or OverflowError for what it would not have written.
+  Raises _NotPlain, ValueError, TypeError or OverflowError for what neither it nor the host would
+  have written.
   """
   if depth == 0:
     raise _NotPlain("is nested too deeply")
@@ -987,7 +1000,7 @@ def _untagged(tagged, depth=MAX_DEPTH):
     return tagged
   ((tag, items),) = tagged.items()
   match tag, items:
-    case "dict", list():
+    case "dict", list() if all(type(pair) is list for pair in items):
       return {_untagged(key, depth - 1): _untagged(value, depth - 1) for key, value in items}
     case "bytes", str():
       return bytes.fromhex(items)

@@ -516,9 +516,9 @@ class Job:
   def wall_s(self) -> float:
     """Returns the wall time after which the worker ends it.
 
-    A check waits for the program that it calls, whose own limit is to come first.
+    What a check calls also waits while the check computes, whose limit is to come first.
     """
-    return self.limits.wall_s + (GRACE_S if self.mode == CHECK else 0)
+    return self.limits.wall_s + (GRACE_S if self.mode == CALLS else 0)
 
 
 class Run:
