@@ -11,10 +11,12 @@ is read. A checkpoint whose files say something else, or are missing, is `Damage
 It has its name only while complete. A save or a deletion that was killed leaves a directory of
 another name, which no reader takes for a checkpoint and the next save removes.
 
-Saving is synchronous: when `save` returns, the state may be donated and the step counts as
-saved. A power cut, unlike a kill, may lose what the operating system had not yet written.
+A `Saver` writes while the run goes on: when its `save` returns, the state is copied and may be
+donated, and the step counts as saved once `wait` has returned. A kill before that costs this
+checkpoint alone. A power cut, unlike a kill, may lose what the operating system had not yet
+written.
 
-Every process calls `save` and `restore`, and Orbax waits for all of them. The host part is
+Every process saves and restores, and Orbax waits for all of them. The host part is
 process 0's, so it must be the same on all or be derived from the step. Arrays come back bit for
 bit, on the shardings of the `like` that is passed. These may differ from those they were saved
 with.
@@ -29,6 +31,7 @@ Errors:
 
 import base64
 import contextlib
+import dataclasses
 import logging
 import os
 import pathlib
@@ -68,26 +71,81 @@ def all_steps(workdir) -> list[int]:
 
 
 def save(workdir, step: int, state, host: dict, *, keep: int = 2, keep_also=()):
-  """Writes checkpoint `step`, which must not exist.
+  """Writes checkpoint `step` as `Saver` does, and returns when it is there."""
+  with contextlib.closing(Saver(workdir, keep)) as saver:
+    saver.save(step, state, host, keep_also=keep_also)
 
-  Deletes all but the last `keep` and those of the steps `keep_also`.
+
+class Saver:
+  """Writes checkpoints beside the run that they are of, one at a time.
+
+  Who has one calls `close` at the end, whatever happened.
   """
-  kept = [checkpoint_managers.LatestN(keep), checkpoint_managers.CustomSteps(list(keep_also))]
-  options = dict(
-    preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
-    todelete_subdir="deleted",
-    cleanup_tmp_directories=True,
-  )
-  host_json = {"host": _to_json(host), "leaves": _leaves(state), "checksums": _checksums(state)}
-  arguments = ocp.args.Composite(
-    state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave(host_json)
-  )
-  with _system_errors(_directory(workdir) / str(step)), _manager(workdir, **options) as manager:
-    manager.save(int(step), force=True, args=arguments)
-  # An old checkpoint is first moved whole to "deleted": a deletion that was killed must not leave
-  # half a checkpoint under its name.
-  if jax.process_index() == 0:
-    shutil.rmtree(_directory(workdir) / "deleted", ignore_errors=True)
+
+  def __init__(self, workdir, keep: int = 2):
+    self._directory = _directory(workdir)
+    self._keep = keep
+    self._keep_also: list[int] = []
+    self._step = 0  # of the last save
+    self._manager = None  # made by the first save
+
+  def save(self, step: int, state, host: dict, *, keep_also=()):
+    """Begins to write checkpoint `step`, which must not exist.
+
+    Deletes all but the last `keep` and those of the steps `keep_also`. Waits for the save before,
+    and raises what that failed of.
+    """
+    self.wait()
+    if self._manager is None:
+      kept = [checkpoint_managers.LatestN(self._keep), _Steps(self._keep_also)]
+      self._manager = ocp.CheckpointManager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
+          todelete_subdir="deleted",
+          cleanup_tmp_directories=True,
+        ),
+      )
+    self._step, self._keep_also[:] = int(step), keep_also
+    host_json = {"host": _to_json(host), "leaves": _leaves(state), "checksums": _checksums(state)}
+    arguments = ocp.args.Composite(
+      state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave(host_json)
+    )
+    with _system_errors(self._directory / str(step)):
+      self._manager.save(self._step, force=True, args=arguments)
+
+  def wait(self) -> None:
+    """Waits until what was begun is written. Raises OSError where the disk did not take it."""
+    if self._manager is None:
+      return
+    try:
+      with _system_errors(self._directory / str(self._step)):
+        self._manager.wait_until_finished()
+    except BaseException:
+      self._manager = None  # it would raise the same again
+      raise
+    # An old checkpoint is first moved whole to "deleted": a deletion that was killed must not leave
+    # half a checkpoint under its name.
+    if jax.process_index() == 0:
+      shutil.rmtree(self._directory / "deleted", ignore_errors=True)
+
+  def close(self) -> None:
+    """Waits as `wait` does, and ends."""
+    self.wait()
+    if self._manager is not None:
+      self._manager.close()
+      self._manager = None
+
+
+@dataclasses.dataclass
+class _Steps(checkpoint_managers.PreservationPolicy):
+  """Keeps the checkpoints of some steps; unlike Orbax's CustomSteps, they may change."""
+
+  steps: list[int]
+
+  def should_preserve(self, checkpoints, *, context):
+    """Returns for each checkpoint whether it stays."""
+    return [info.step in self.steps for info in checkpoints]
 
 
 def tell_failures_once():
@@ -99,8 +157,7 @@ def tell_failures_once():
   """
 
   def is_not_from_orbax(record):
-    path = "orbax/checkpoint/_src/futures/future.py"
-    return not (record.exc_info and record.pathname.endswith(path))
+    return not (record.exc_info and "orbax/checkpoint/" in record.pathname)
 
   def is_not_about_orbax(record):
     return not (record.exc_info and "orbax/checkpoint" in record.getMessage())
@@ -230,9 +287,16 @@ def _check_sums(path, state, stored: dict[str, int]) -> None:
 
 
 def _checksums(tree) -> dict[str, int]:
-  """Returns path -> checksum of every array."""
+  """Returns path -> checksum of every array.
+
+  One after another: of several programs at once, each process of a run on CPUs may begin with
+  another one, and they would wait for each other.
+  """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path): int(_checksum(jnp.asarray(leaf))) for path, leaf in leaves}
+  return {
+    jax.tree_util.keystr(path): int(_checksum(x if isinstance(x, jax.Array) else jnp.asarray(x)))
+    for path, x in leaves
+  }
 
 
 @jax.jit

@@ -258,6 +258,7 @@ class Steps:
     )
     self.exploration = {}  # metrics of the last batch's alternatives
     self._step = self._score = self.packer = self._writer = None
+    self._saver = checkpoint.Saver(workdir, c.checkpoint.keep)
     self._history, self._signs = [], set()
     self.latest = None  # the checkpoint's step that this start goes on from
     self.begun = None  # when this start's command began; None once its first step is written
@@ -341,9 +342,12 @@ class Steps:
     )
 
   def close(self) -> None:
-    """Closes the metrics files."""
-    if self._writer is not None:
-      self._writer.close()
+    """Waits for the last checkpoint and closes the metrics files."""
+    try:
+      self._saver.close()
+    finally:
+      if self._writer is not None:
+        self._writer.close()
 
   # ---- what the loop calls ----
 
@@ -456,16 +460,9 @@ class Steps:
     return host | {"data": self.stream.state(), "shapes": known, "owed": shapes.owed}
 
   def save(self, i: int, state, position: dict) -> None:
-    """Saves all that a resumed run needs."""
+    """Saves all that a resumed run needs, while the run goes on."""
     best = position.get("best")
-    checkpoint.save(
-      self.workdir,
-      i,
-      state,
-      position,
-      keep=self.c.checkpoint.keep,
-      keep_also=[best[0]] if best else [],
-    )
+    self._saver.save(i, state, position, keep_also=[best[0]] if best else [])
 
   def _check_packs(self) -> None:
     c = self.c

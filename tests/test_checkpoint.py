@@ -260,6 +260,36 @@ def test_a_full_disk_is_a_system_error_and_spares_the_earlier_checkpoint(tmp_pat
   assert checkpoint.all_steps(tmp_path) == [1, 2]
 
 
+def test_a_state_may_be_donated_while_it_is_saved(tmp_path):
+  overwrite = jax.jit(lambda w: w * 0 - 1, donate_argnums=0)
+  saver = checkpoint.Saver(tmp_path)
+  wanted = {}
+  for step in (1, 2):
+    w = jax.random.normal(jax.random.key(step), (1_000_000,))
+    wanted[step] = np.array(w)
+    saver.save(step, {"w": w}, {})
+    for _ in range(3):
+      w = overwrite(w)
+    assert w[0] == -1
+  saver.close()
+  for step, w in wanted.items():
+    assert_same(checkpoint.restore(tmp_path, {"w": jnp.asarray(w)}, step)[0], {"w": w})
+
+
+@pytest.mark.parametrize("then", ["save", "close"])
+def test_a_save_that_fails_later_is_told_by_the_next_call(tmp_path, then):
+  state = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(100_000,)), jnp.float32)}
+  saver = checkpoint.Saver(tmp_path)
+  saver.save(1, state, {})
+  saver.wait()
+  with no_file_beyond(100_000), pytest.raises(OSError) as raised:
+    saver.save(2, state, {})
+    saver.save(3, state, {}) if then == "save" else saver.close()
+  assert raised.value.filename == str(tmp_path / "checkpoints" / "2")
+  saver.close()  # once is enough
+  assert checkpoint.all_steps(tmp_path) == [1]
+
+
 DROPPED = """
 import asyncio, gc, sys
 from orbax.checkpoint._src.serialization import serialization

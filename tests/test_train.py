@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from sdpo_jax import errors, rollout_log, train
+from sdpo_jax import checkpoint, errors, rollout_log, train
 from sdpo_jax.data.batch import Packed
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.objectives.teacher_context import CLOSING, Context
@@ -160,6 +160,7 @@ def test_a_resumed_run_sees_the_lines_up_to_its_checkpoint_alone(tmp_path, monke
   steps.session = types.SimpleNamespace(mesh=None, isolation="none")
   steps.rows = {}
   steps.host = {"unwritten": None}
+  steps._saver = checkpoint.Saver(tmp_path)
   steps.open(None, latest=2)
   steps.close()
   assert [line["step"] for line in steps._history] == [0, 1, 2]
