@@ -374,6 +374,7 @@ def test_a_row_states_which_answers_are_right(sandbox):
     ({"check": "def check(candidate): 0", "fn_name": "f"}, "without input and output"),
     ({"check": 5}, "the check is 5, not text"),
     ({"check": "def check(input, output, expected): 0", "tests": []}, "needs the field 'tests'"),
+    ({"tests": [{"input": "1", "hidden": "no"}]}, "hidden='no' must be true or false"),
     ({"tests": [{"inputs": "1"}]}, "the test's field='inputs' is unknown; did you mean 'input'"),
     ({"question": ["q"]}, "field 'question' is of type list"),
     ({"question": None}, "field 'question' is missing"),

@@ -104,9 +104,7 @@ def _result(test: TestCase, judgement: _Judgement, outcome: Outcome | None) -> T
   )
   if outcome is None:
     return result
-  return dataclasses.replace(
-    result, cpu_s=outcome.cpu_s, wall_s=outcome.wall_s, max_rss_mb=outcome.max_rss_kb / 1024
-  )
+  return dataclasses.replace(result, cpu_s=outcome.cpu_s, wall_s=outcome.wall_s)
 
 
 def _judge_called(

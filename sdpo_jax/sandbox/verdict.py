@@ -65,6 +65,8 @@ class TestCase:
       raise ValueError(f"TestCase.compare={self.compare!r} needs an expression")
     if self.compare in ("tokens", "float") and self.expression is not None:
       raise ValueError(f"TestCase.compare={self.compare!r} is not for an expression")
+    if self.hidden not in (True, False):
+      raise ValueError(f"TestCase.hidden={self.hidden!r} must be true or false")
     for name, tolerance in (("rel_tol", self.rel_tol), ("abs_tol", self.abs_tol)):
       if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
         raise ValueError(f"TestCase.{name}={tolerance!r} must be a finite number of at least 0")
@@ -119,7 +121,6 @@ class TestResult:
   hidden: bool = False
   cpu_s: float = 0.0
   wall_s: float = 0.0
-  max_rss_mb: float = 0.0
 
   @property
   def passed(self) -> bool:
