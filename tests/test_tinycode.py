@@ -21,7 +21,7 @@ def env():
 def test_every_solution_passes_and_tests_differ(env, level):
   problems = composed.Problems(tinycode.DOMAIN, level)
   for split in composed.SPLITS:
-    if level == "easy" and split == "unseen":
+    if level == "easy" and split in ("tune", "unseen"):
       continue
     for i in range(10):
       task = problems.task(split, i)

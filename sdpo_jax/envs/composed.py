@@ -8,11 +8,17 @@ Splits, disjoint by construction:
   train        statements whose hash does not fall into the held-out share
   heldout      other statements over the same words (two novel words make one statement: there it
                is another composition)
+  tune         drawn like heldout, to choose settings by; of the compositions, statements that none
+               of the first HELDOUT_ASKED questions of heldout shows
   unseen       compositions (ordered pairs and triples) that neither pre-training nor `train` ever
                shows
   adversarial  misleading paraphrases of train and held-out compositions: an operation that is
                named but must not be done ("reverse it (do not sort it)"), or the order of the
                sentence against the order of the steps ("B after you A")
+
+There are so few statements that heldout shows each of them in the end. So tune is disjoint from as
+many of its questions as an evaluation asks, and from the other splits as a whole. At the level hard
+it has a handful of statements, with new tests each time; at the level easy TinyCode has none.
 
 Levels (`LEVELS`) say how many operations a problem has, and how many of the vocabulary are named
 by a novel word.
@@ -21,6 +27,8 @@ Everything is a pure function of (domain, level, words_seed, split, index), so a
 rebuilt from its id.
 """
 
+import dataclasses
+import functools
 import random
 from typing import Callable, NamedTuple
 import zlib
@@ -66,10 +74,12 @@ LEVELS = {
   "hard": ((0.0, 1.0, 0.0), 1.0),
   "very_hard": ((0.0, 0.0, 1.0), 1.0),
 }
-SPLITS = ("train", "heldout", "unseen", "adversarial")
+SPLITS = ("train", "heldout", "tune", "unseen", "adversarial")
 HEADERS = 2  # wordings of the frame around a statement
 HELDOUT_SHARE = 0.2
 UNSEEN_SHARE = 0.15
+HELDOUT_ASKED = 100  # questions of heldout, from the first on, whose statements tune leaves out
+_TUNE_DRAWS = 1000  # draws after which a level is taken to have no statement left for tune
 
 
 class Domain(NamedTuple):
@@ -150,6 +160,15 @@ def body(phrases, *, twist: str | None = None, distractor: str = "") -> str:
   return ", then ".join([*first, last])
 
 
+def _question(task: Task):
+  """Returns what two questions share if they are the same one.
+
+  Compositions are the same whatever the frame around their phrases, single operations are not.
+  """
+  phrases = tuple(task.data["phrases"])
+  return phrases if len(phrases) > 1 else task.prompt
+
+
 class Problems:
   """Generates problems; each is a pure function of the settings, its split and its index."""
 
@@ -178,13 +197,31 @@ class Problems:
     """Returns a problem of a split. ValueError if the level has none of that split."""
     name = f"{self.level}/{self.words_seed}/{split}/{index}"
     rng = random.Random(name)
+    if split != "tune":
+      return self._draw(rng, split, name)
+    for _ in range(_TUNE_DRAWS):
+      task = self._draw(rng, "heldout", name)
+      if _question(task) not in self._asked:
+        return dataclasses.replace(task, split=split)
+    raise self._is_empty(split)
+
+  @functools.cached_property
+  def _asked(self) -> set:
+    """The questions of heldout that may be reported."""
+    return {_question(self.task("heldout", i)) for i in range(HELDOUT_ASKED)}
+
+  def _is_empty(self, split: str) -> ValueError:
+    return ValueError(
+      f"split {split!r} is empty at level {self.level!r}; "
+      f"choose from {[s for s in SPLITS if s != split]}"
+    )
+
+  def _draw(self, rng: random.Random, split: str, name: str) -> Task:
+    """Draws a problem of a split and gives it the name. ValueError if the level has none."""
     unseen = split == "unseen"
     lengths = [length for length in self.weights if self._compositions[length, unseen]]
     if split not in SPLITS or not lengths:
-      raise ValueError(
-        f"split {split!r} is empty at level {self.level!r}; "
-        f"choose from {[s for s in SPLITS if s != split]}"
-      )
+      raise self._is_empty(split)
     while True:  # Rejects statements until one falls into the split.
       (length,) = rng.choices(lengths, [self.weights[n] for n in lengths])
       *ops, kind = rng.choice(self._compositions[length, unseen])
