@@ -7,11 +7,15 @@ The file's `get_grid()` returns {run name: arguments of sdpo_jax.main}. Each run
 and its own directory under DIR. A grid that was killed therefore goes on where it was: finished
 runs are left alone, unfinished ones resume. With several jobs each gets its share of the cores.
 
-At the end, and by --report alone at any time, DIR gets
+The file's `get_tuning()`, if it has one, returns trials that choose settings for the grid, on
+questions and seeds of their own (see tuning.py). They run first, under DIR/tuning/ARM/TRIAL.
+
+At the end, and by --report alone at any time after the trials, DIR gets
   report/       the curves of all runs
-  curves.json   every evaluation of every run
-To keep them, copy curves.json and the plots that matter to results/NAME/. Then --summary, called at
-the top of the repository, writes RESULTS.md from all that stands there (see summary.py).
+  curves.json   every evaluation of every run, and how its arm was tuned
+  tuning.json   the trials and the choice, as soon as it is made
+To keep them, copy the two JSON files and the plots that matter to results/NAME/. Then --summary,
+called at the top of the repository, writes RESULTS.md from all that stands there (see summary.py).
 
 Exit status: 0 if all runs ended well; 1 if one failed, or if DIR cannot be written (one line);
 2 for a wrong command line.
@@ -29,37 +33,59 @@ import time
 import traceback
 from typing import NamedTuple
 
-from sdpo_jax import metrics, report, summary
-from sdpo_jax.errors import local_path
+from sdpo_jax import metrics, report, summary, tuning
+from sdpo_jax.errors import RunError, local_path
+from sdpo_jax.tuning import Grid
+from sdpo_jax.workdir import write_atomically
 
-Grid = dict[str, list[str]]  # run name -> arguments of sdpo_jax.main
+TUNING_FILE = "tuning.json"
 
 
-def load_grid(path: str) -> Grid:
-  """Returns what the file's get_grid() returns.
+class Experiment:
+  """What an experiment file says: the trials of its arms, if it has any, and its grid."""
 
-  ValueError for a file that is missing, fails, has no get_grid(), or returns no grid from it.
-  """
-  if not os.path.isfile(path):
-    raise ValueError(f"--config={path}: no such file")
-  try:
-    names = runpy.run_path(path)
-    grid = names["get_grid"]() if "get_grid" in names else None
-  except Exception as error:
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == path]
-    place = f"--config={path}, line {lines[-1]}" if lines else f"--config={path}"
-    raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
-  if "get_grid" not in names:
-    hint = "; a single run is for python -m sdpo_jax.main" if "get_config" in names else ""
-    raise ValueError(f"--config={path}: it has no get_grid(){hint}")
-  is_grid = isinstance(grid, dict) and all(isinstance(x, (list, tuple)) for x in grid.values())
-  if not is_grid:
-    raise ValueError(
-      f"--config={path}: get_grid() returns {type(grid).__name__}, "
-      "not a dict of run names and lists of arguments"
-    )
-  return grid
+  def __init__(self, path: str):
+    """Reads and checks the file; ValueError for what cannot be run, or is no fair comparison."""
+    self.path = path
+    if not os.path.isfile(path):
+      raise ValueError(f"--config={path}: no such file")
+    self._names = self._blaming_the_file(runpy.run_path, path)
+    if "get_grid" not in self._names:
+      is_run = "get_config" in self._names
+      hint = "; a single run is for python -m sdpo_jax.main" if is_run else ""
+      raise ValueError(f"--config={path}: it has no get_grid(){hint}")
+    self.tuning: tuning.Tuning = {}
+    if "get_tuning" not in self._names:
+      self.grid({})
+      return
+    self.tuning = tuning.read(self._blaming_the_file(self._names["get_tuning"]))
+    tuning.check_trials(self.tuning)
+    for choice in tuning.choices(self.tuning):
+      self.grid(choice)
+
+  def grid(self, choice: dict[str, str]) -> Grid:
+    """Returns the grid after a choice {arm: trial}, which is empty where nothing is tuned."""
+    chosen = [tuning.arguments_of(self.tuning, choice)] if self.tuning else []
+    grid = self._blaming_the_file(self._names["get_grid"], *chosen)
+    is_grid = isinstance(grid, dict) and all(isinstance(x, (list, tuple)) for x in grid.values())
+    if not is_grid:
+      raise ValueError(
+        f"--config={self.path}: get_grid() returns {type(grid).__name__}, "
+        "not a dict of run names and lists of arguments"
+      )
+    if self.tuning:
+      tuning.check_grid(self.tuning, choice, grid)
+    return grid
+
+  def _blaming_the_file(self, function, *arguments):
+    """Calls a function of the file; ValueError with the file's line for whatever it raises."""
+    try:
+      return function(*arguments)
+    except Exception as error:
+      frames = traceback.extract_tb(error.__traceback__)
+      lines = [frame.lineno for frame in frames if frame.filename == self.path]
+      place = f"--config={self.path}, line {lines[-1]}" if lines else f"--config={self.path}"
+      raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
 
 
 def launch(workdir: pathlib.Path, arguments: list[str], cores: list[int]) -> subprocess.Popen:
@@ -126,10 +152,11 @@ def begun_runs(grid: Grid, root: pathlib.Path) -> list[pathlib.Path]:
   return [root / name for name in grid if (root / name / "config.json").exists()]
 
 
-def curves(grid: Grid, root: pathlib.Path) -> dict:
-  """Returns {run: {"arguments": ..., "points": [...]}}, the contents of curves.json.
+def curves(grid: Grid, root: pathlib.Path, record: dict | None = None) -> dict:
+  """Returns {run: {"arguments": ..., "tuning": ..., "points": [...]}}: what curves.json holds.
 
   A point holds the evaluations of a line of metrics.jsonl, and what had been generated by then.
+  record: the contents of tuning.json; None: no arm was tuned.
   """
   kept = ("step", "time_s", "train/generations", "train/sampled_tokens")
   runs = {}
@@ -139,7 +166,8 @@ def curves(grid: Grid, root: pathlib.Path) -> dict:
       if any(key.startswith("eval/") for key in line):
         point = {k: v for k, v in line.items() if k.startswith("eval/") or k in kept}
         points.append(point)
-    runs[name] = {"arguments": arguments, "points": points}
+    tuned = tuning.of_run(name, record)
+    runs[name] = {"arguments": arguments, "tuning": tuned, "points": points}
   return runs
 
 
@@ -152,20 +180,66 @@ def main(argv=None) -> int:
       return 0
     if flags.jobs < 1:
       raise ValueError(f"--jobs={flags.jobs} must be at least 1")
-    grid, root = load_grid(flags.config), pathlib.Path(flags.workdir)
-    if flags.report and not begun_runs(grid, root):
-      raise ValueError(f"--workdir={flags.workdir}: no run of {flags.config} began there")
+    experiment, root = Experiment(flags.config), pathlib.Path(flags.workdir)
+    if flags.report:
+      record = recorded(experiment, root)
+      if not begun_runs(experiment.grid(chosen(record)), root):
+        raise ValueError(f"--workdir={flags.workdir}: no run of {flags.config} began there")
   except (ValueError, FileNotFoundError) as error:
-    print(f"sdpo_jax.experiment: {' '.join(str(error).split())}", file=sys.stderr)
+    complain(error)
     return 2
   try:
+    if not flags.report:
+      record = tune(experiment, root, flags.jobs)
+    grid = experiment.grid(chosen(record))
     failed = [] if flags.report else run_grid(grid, root, flags.jobs)
-    _report(grid, root)
+    _report(grid, root, record)
+  except (RunError, ValueError) as error:
+    complain(error)
+    return 1
   except OSError as error:  # of a run that fails for this reason, its run.log tells
-    reason = error.strerror or error
-    print(f"sdpo_jax.experiment: {reason}: {error.filename or root}", file=sys.stderr)
+    complain(f"{error.strerror or error}: {error.filename or root}")
     return 1
   return 1 if failed else 0
+
+
+def complain(error: Exception | str) -> None:
+  """Prints an error as one line."""
+  print(f"sdpo_jax.experiment: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def tune(experiment: Experiment, root: pathlib.Path, jobs: int) -> dict | None:
+  """Runs the trials, chooses, and writes tuning.json; returns its contents, None without trials.
+
+  RunError if a trial failed: a choice among the others would not be the one that was announced.
+  """
+  if not experiment.tuning:
+    return None
+  failed = run_grid(tuning.runs(experiment.tuning), root, jobs)
+  if failed:
+    raise RunError(f"nothing is chosen, since trials failed: {', '.join(failed)}")
+  record = tuning.choose(experiment.tuning, root)
+  write_atomically(root / TUNING_FILE, json.dumps(record, indent=1) + "\n")
+  for arm, name in chosen(record).items():
+    print(f"{arm}: {name} is chosen of {len(experiment.tuning[arm])} trials", flush=True)
+  return record
+
+
+def recorded(experiment: Experiment, root: pathlib.Path) -> dict | None:
+  """Returns the contents of tuning.json; None without trials. ValueError if it cannot be used."""
+  if not experiment.tuning:
+    return None
+  path = root / TUNING_FILE
+  if not path.exists():
+    raise ValueError(f"{path}: no such file: until all trials have run, the grid is not chosen")
+  record = json.loads(path.read_text(encoding="utf-8"))
+  tuning.check_same_trials(experiment.tuning, record)
+  return record
+
+
+def chosen(record: dict | None) -> dict[str, str]:
+  """Returns {arm: its chosen trial} of the contents of tuning.json."""
+  return {} if record is None else tuning.choice_of(record)
 
 
 def _parse(argv) -> argparse.Namespace:
@@ -186,14 +260,15 @@ def _parse(argv) -> argparse.Namespace:
   return flags
 
 
-def _report(grid: Grid, root: pathlib.Path):
+def _report(grid: Grid, root: pathlib.Path, record: dict | None):
   """Writes the report and curves.json of the runs that have begun."""
   begun = begun_runs(grid, root)
   if not begun:
     return
-  report.write_report(begun, root / "report")
   grid_begun = {name: arguments for name, arguments in grid.items() if root / name in begun}
-  text = json.dumps(curves(grid_begun, root), indent=1) + "\n"
+  tuned = {root / name: summary.tuning_words(tuning.of_run(name, record)) for name in grid_begun}
+  report.write_report(begun, root / "report", tuned)
+  text = json.dumps(curves(grid_begun, root, record), indent=1) + "\n"
   (root / "curves.json").write_text(text)
   print(f"report: {root}/report/index.html")
 

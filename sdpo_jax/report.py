@@ -82,10 +82,11 @@ class Run:
   skipped: int  # lines that could not be read
   not_numbers: int = 0  # values of metrics that are not finite numbers
   label: str = ""  # name in comparisons; runs of one label differ in the seed only
+  tuned: str = ""  # how its settings were chosen; empty: nobody told
 
   def setting(self, path: str, default=None):
     """Returns a setting by its dotted path, such as "env.name"."""
-    return _flat(self.config).get(path, default)
+    return flattened(self.config).get(path, default)
 
   @property
   def task(self) -> str:
@@ -193,21 +194,26 @@ def _json_lines(path: pathlib.Path) -> tuple[list[dict], int]:
   return objects, skipped
 
 
-def _flat(config: dict, path: str = "") -> dict[str, Any]:
+def flattened(config: dict, path: str = "") -> dict[str, Any]:
   """Flattens nested settings to {"rollout.group": 8, ...}."""
   flat = {}
   for key, value in config.items():
-    flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    flat |= flattened(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
   return flat
 
 
 # The page
 
 
-def write_report(workdirs, out) -> pathlib.Path:
-  """Writes the page and its pictures into the directory `out`; returns the path of the page."""
+def write_report(workdirs, out, tuned: dict[pathlib.Path, str] | None = None) -> pathlib.Path:
+  """Writes the page and its pictures into the directory `out`; returns the path of the page.
+
+  tuned: {work directory: how the settings of its run were chosen}, where that is known.
+  """
   out = pathlib.Path(out)
   runs = [read_run(workdir) for workdir in workdirs]
+  for run in runs:
+    run.tuned = (tuned or {}).get(run.workdir, "")
   _label(runs)
   out.mkdir(parents=True, exist_ok=True)
   page = _template().render(
@@ -256,7 +262,11 @@ def _label(runs: list[Run]) -> None:
   distinguish nothing.
   """
   settings = [
-    {key: value for key, value in _flat(run.config).items() if not key.startswith(NOT_OF_LEARNING)}
+    {
+      key: value
+      for key, value in flattened(run.config).items()
+      if not key.startswith(NOT_OF_LEARNING)
+    }
     for run in runs
   ]
   names = [
@@ -331,6 +341,7 @@ def _result_row(run: Run, splits: list[str], several_tasks: bool) -> dict:
   generated = max((y for _, y in run.series("train/generations", "step")), default=0)
   return {
     "label": run.label,
+    "tuned": run.tuned,
     "place": f"{run.task}: {run.workdir}" if several_tasks else str(run.workdir),
     "seed": run.config.get("seed", "?"),
     "done": f"{last.get('step', 0)} / {run.config.get('total_steps', '?')}",
@@ -418,6 +429,7 @@ def _compared(groups: dict[str, list[Run]], name: str) -> list[dict]:
     against = None if label == first else _against(members, groups[first], name)
     row = {
       "label": label,
+      "tuned": members[0].tuned,
       "seeds": len(members),
       "tokens": f"{own.by_tokens[-1][0]:,.0f}" if own.by_tokens else NONE,
       "last": _score(*stats.mean_interval([run.last(name) for run in members])),
@@ -661,7 +673,7 @@ def _paint(gap: float) -> str:
 def _settings(run: Run) -> dict:
   """Returns how a run was made: run.json as (name, text) pairs, and config.json as text."""
   about = run.about
-  versions = _flat(about.get("versions") or {}).items()
+  versions = flattened(about.get("versions") or {}).items()
   devices = map(str, about.get("devices") or [])
   rows = (about.get("rows") or {}).items()
   facts = {

@@ -4,6 +4,7 @@ r"""Writes RESULTS.md from the measurements that are committed under results/.
 
 A folder results/NAME/ may hold
   curves.json      every evaluation of every run of a grid, as sdpo_jax.experiment writes it
+  tuning.json      the trials that chose the grid's settings, likewise
   discover.json    the summary of a session of --mode=discover
   notes.md         facts that the committed data does not hold, in prose
   *.png            plots
@@ -72,6 +73,8 @@ def _section(root: pathlib.Path, folder: pathlib.Path) -> str:
   parts = [f"## {name}", *_description(root, name)]
   if (folder / "curves.json").exists():
     parts += _curves(json.loads((folder / "curves.json").read_text(encoding="utf-8")))
+  if (folder / "tuning.json").exists():
+    parts.append(_trials(json.loads((folder / "tuning.json").read_text(encoding="utf-8"))))
   if (folder / "discover.json").exists():
     parts += _discover(json.loads((folder / "discover.json").read_text(encoding="utf-8")))
   if name == "bench":
@@ -134,6 +137,7 @@ class Run(NamedTuple):
   domain: str  # of the questions; "" where the grid has one domain
   arm: str
   seed: int
+  tuning: dict | None  # how many trials its arm had, and which was chosen; None: none
   points: list[dict]  # one for each evaluation, the base model's first
 
   def evaluations(self, split: str) -> list[dict]:
@@ -150,7 +154,7 @@ def _read_run(entry: dict) -> Run:
   """Reads an entry of curves.json. Its arguments name a configuration file and the file's keys."""
   keys = dict(pair.split("=", 1) for pair in entry["arguments"][0].rpartition(":")[2].split(","))
   domain, seed = keys.pop("domain", ""), int(keys.pop("seed"))
-  return Run(domain, ", ".join(keys.values()), seed, entry["points"])
+  return Run(domain, ", ".join(keys.values()), seed, entry.get("tuning"), entry["points"])
 
 
 def _curves(entries: dict) -> list[str]:
@@ -167,7 +171,7 @@ def _curves(entries: dict) -> list[str]:
     arms = _by_arm(members)
     if domain:
       parts.append(f"### {domain}")
-    parts += [CURVES_LEGEND, _scores(arms, splits), PACE_LEGEND, _pace(arms)]
+    parts += [_tuned(arms), CURVES_LEGEND, _scores(arms, splits), PACE_LEGEND, _pace(arms)]
     parts.append(_folded("Every run, with 95 % intervals over questions", _runs(arms, splits)))
   return parts
 
@@ -182,6 +186,35 @@ def _by_arm(runs: list[Run]) -> dict[str, list[Run]]:
     return sum(run.last(SPLITS[0]) for run in arms[arm]) / len(arms[arm])
 
   return {arm: arms[arm] for arm in sorted(arms, key=mean_score, reverse=True)}
+
+
+def tuning_words(tuning: dict | None) -> str:
+  """Returns how an arm was tuned, from an entry of curves.json."""
+  if tuning is None:
+    return "not tuned"
+  return f"tuned: {tuning['trials']} trials on the tune split, chosen {tuning['chosen']}"
+
+
+def _tuned(arms: dict[str, list[Run]]) -> str:
+  """Returns a line for each way in which arms were tuned, with these arms."""
+  lines = {}
+  for arm, members in arms.items():
+    for words in sorted({tuning_words(run.tuning) for run in members}):
+      lines.setdefault(words, []).append(f"`{arm}`")
+  return "\n".join(f"- {', '.join(names)}: {words}." for words, names in lines.items())
+
+
+def _trials(record: dict) -> str:
+  """Returns the table of all trials in tuning.json."""
+  rows = []
+  for arm, entry in record["arms"].items():
+    for name, trial in entry["trials"].items():
+      seeds = ", ".join(map(str, trial["seeds"]))
+      score = f"{_percent(trial['mean'])} {_interval(trial['low'], trial['high'])}"
+      mark = "chosen" if name == entry["chosen"] else ""
+      rows.append([f"`{arm}`", f"`{name}`", seeds, score, mark])
+  title = f"Every trial, by {record['metric']} in per cent; the choice is {record['rule']}"
+  return _folded(title, _table(["arm", "trial", "seeds", "mean, interval", ""], rows))
 
 
 def _scores(arms: dict[str, list[Run]], splits: list[str]) -> str:

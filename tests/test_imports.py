@@ -46,6 +46,7 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "session": 4.5,
   "export": 4.5,
   "evaluate": 4.7,
+  "tuning": 4.7,
   "plan": 4.7,
   "train": 5,
   "discover": 5,

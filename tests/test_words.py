@@ -12,7 +12,7 @@ import shlex
 
 import pytest
 
-from sdpo_jax import config, experiment, main, records
+from sdpo_jax import config, experiment, main, records, tuning
 
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = [
@@ -54,7 +54,7 @@ def test_commands_parse(label, monkeypatch):
     config.validate(c)
   for word in words:
     if word.startswith("--config=") and module == "sdpo_jax.experiment":
-      assert experiment.load_grid(word.removeprefix("--config="))
+      assert experiment.Experiment(word.removeprefix("--config="))
     elif word.startswith("--config="):
       assert config.load(word.removeprefix("--config="))
 
@@ -64,7 +64,10 @@ def test_commands_parse(label, monkeypatch):
 )
 def test_every_run_of_a_grid_is_a_valid_configuration(path, monkeypatch):
   monkeypatch.chdir(ROOT)
-  for arguments in experiment.load_grid(str(path)).values():
+  file = experiment.Experiment(str(path))
+  choices = list(tuning.choices(file.tuning)) or [{}]
+  grids = [tuning.runs(file.tuning), *map(file.grid, choices)]
+  for arguments in {tuple(x): None for grid in grids for x in grid.values()}:
     _, c = main.parse(["main", *arguments])
     config.validate(c)
 

@@ -1,0 +1,45 @@
+r"""Compares SDPO and GRPO on TinyCode with learning rates that were tuned apart.
+
+Run:    python -m sdpo_jax.experiment --config=configs/experiments/headline.py \
+          --workdir=runs/headline --jobs=2
+Grid:   two arms, five seeds. Before it, four learning rates an arm on two seeds of their own,
+        judged on the split tune at their end alone. Trials are as long as the reported runs, since
+        a shorter one would favour higher rates.
+Rates:  one grid for both arms, so that neither gets the finer one. It holds the rate that each had
+        before (SDPO 1.5e-3, GRPO 5e-4), with at least one lower and one higher beside it.
+Cost:   at most 2.3 CPU hours: 26 runs, of which those of tinycode_seeds took 5.2 CPU minutes each,
+        and trials are evaluated less often. Not run in full yet.
+"""
+
+ARMS = ("sdpo", "grpo")
+RATES = (2.5e-4, 5e-4, 1.5e-3, 3e-3)
+SEEDS = range(5)
+TUNING_SEEDS = (100, 101)
+
+
+def get_tuning():
+  return {arm: {f"lr_{rate:g}": _trial(arm, rate) for rate in RATES} for arm in ARMS}
+
+
+def _trial(arm: str, rate: float) -> list[list[str]]:
+  """Returns the arguments of a trial, for each seed; it is evaluated at its end alone."""
+  return [
+    [
+      f"--config=configs/tinycode.py:method={arm},seed={seed}",
+      f"--config.optimizer.lr={rate:g}",
+      "--config.eval.splits=()",
+      "--config.eval.final_splits=('tune',)",
+    ]
+    for seed in TUNING_SEEDS
+  ]
+
+
+def get_grid(chosen):
+  return {
+    f"{arm}_seed{seed}": [
+      f"--config=configs/tinycode.py:method={arm},seed={seed}",
+      *(x for x in chosen[arm] if x.startswith("--config.optimizer.lr=")),
+    ]
+    for seed in SEEDS
+    for arm in ARMS
+  }
