@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from sdpo_jax import stats
 
@@ -16,6 +17,15 @@ def test_pass_at_k_counts_every_choice_of_k_responses():
       for k in range(1, n + 1):
         choices = [any(choice) for choice in itertools.combinations(right, k)]
         assert stats.pass_at_k(n, c, k) == np.mean(choices)
+
+
+def test_pass_at_k_is_the_hypergeometric_chance_of_a_right_one():
+  n, c, k = (axis.ravel() for axis in np.mgrid[1:40, 0:40, 1:40])
+  possible = (c <= n) & (k <= n)
+  n, c, k = n[possible], c[possible], k[possible]
+  np.testing.assert_allclose(
+    stats.pass_at_k(n, c, k), scipy.stats.hypergeom.sf(0, n, c, k), rtol=0, atol=1e-9
+  )
 
 
 def test_pass_at_k_is_unbiased():
@@ -95,7 +105,7 @@ def test_single_and_equal_scores():
 
 
 def test_bad_scores_are_refused():
-  for scores in ([], [[0.0, 1.0]], [0.5, math.nan]):
+  for scores in ([], [[[0.0, 1.0]]], [0.5, math.nan]):
     with pytest.raises(ValueError, match="scores must be"):
       stats.mean_interval(scores)
   with pytest.raises(ValueError, match=r"\(2, 1\) and \(1, 2\)"):
@@ -117,6 +127,7 @@ def test_same_seed_same_bits_and_order_of_questions_hardly_matters():
 
 def test_interval_covers_the_true_mean(monkeypatch):
   monkeypatch.setattr(stats, "DRAWS", 2000)
+  monkeypatch.setattr(stats, "_p_value", lambda interval: None)  # not looked at here, and slow
   rng, trials = np.random.default_rng(1), 600
   for Q, p in [(12, 0.5), (60, 0.3)]:
     hits = 0
@@ -150,7 +161,8 @@ def paired_scores(rng, Q, S, gap, run_sd, cell_sd):
   "Q,S,run_sd,cell_sd,least,most",
   [
     (40, 1, 0.0, 0.1, 0.92, 0.98),  # one seed: questions alone
-    (40, 5, 0.0, 0.1, 0.92, 0.99),  # noise of single cells, counted twice: a little wide
+    (40, 5, 0.0, 0.1, 0.92, 0.98),  # noise of single cells alone
+    (5, 40, 0.1, 0.1, 0.92, 0.98),  # fewer questions than seeds
     (200, 5, 0.1, 0.1, 0.92, 0.98),  # the luck of five training runs dominates
     (1, 5, 0.1, 0.1, 0.92, 0.98),  # seeds alone
   ],
@@ -187,3 +199,118 @@ def test_p_value_and_interval_agree():
     result = stats.paired_bootstrap(a_QS, b_QS)
     if abs(result.p_value - 0.05) > 0.003:
       assert (result.p_value < 0.05) == (result.low > 0 or result.high < 0)
+
+
+# The design of the headline table: 5 seeds x 100 questions, avg@4 of binary rewards. The log-odds
+# of a right response are a sum of effects, whose standard deviations are
+#   question   how hard it is, for both methods
+#   run        the luck of one training run
+#   favour     how much a question suits one method more than the other
+#   cell       how much a run's luck differs between questions
+SPREADS = {
+  "noise alone": dict(question=1.5, run=0.0, favour=0.0, cell=0.0),
+  "cells": dict(question=1.5, run=0.0, favour=0.0, cell=0.5),
+  "little luck": dict(question=1.5, run=0.1, favour=0.0, cell=0.3),
+  "luck": dict(question=1.5, run=0.4, favour=0.0, cell=0.3),
+  "little favour": dict(question=1.5, run=0.0, favour=0.3, cell=0.3),
+  "favour": dict(question=1.5, run=0.0, favour=0.8, cell=0.3),
+  "some of both": dict(question=1.5, run=0.2, favour=0.5, cell=0.3),
+  "much of both": dict(question=1.5, run=0.4, favour=0.8, cell=0.3),
+  "easy or hopeless": dict(question=3.0, run=0.2, favour=0.3, cell=0.3),
+}
+Q, S = 100, 5
+
+
+def two_methods(rng, spread, log_odds_a=0.5, log_odds_b=0.5):
+  """Returns avg@4 of two methods, question x seed."""
+  question_Q1 = rng.normal(0, spread["question"], (Q, 1))
+  favour_Q1 = rng.normal(0, spread["favour"], (Q, 1))
+  scores = []
+  for log_odds, sign in ((log_odds_a, 1), (log_odds_b, -1)):
+    own_QS = rng.normal(0, spread["run"], (1, S)) + rng.normal(0, spread["cell"], (Q, S))
+    odds_QS = np.exp(log_odds + question_Q1 + sign * favour_Q1 + own_QS)
+    scores.append(rng.binomial(4, odds_QS / (1 + odds_QS)) / 4)
+  return scores
+
+
+def true_score(spread, log_odds):
+  """Returns the mean score over all runs and questions: the effects add up to one normal."""
+  points, weights = np.polynomial.hermite_e.hermegauss(80)
+  sd = math.sqrt(sum(effect**2 for effect in spread.values()))
+  return weights @ (1 / (1 + np.exp(-log_odds - sd * points))) / weights.sum()
+
+
+# name, trials, draws, and by how much so few trials may be off
+EFFORTS = [pytest.param(n, 300, 500, 0.02, id=n) for n in ("noise alone", "luck", "favour")] + [
+  pytest.param(n, 4000, 1000, 0.0, id=f"{n}, many", marks=pytest.mark.slow) for n in SPREADS
+]
+
+
+@pytest.mark.parametrize("name,trials,draws,slack", EFFORTS)
+def test_the_paired_test_finds_what_is_not_there_as_often_as_it_says(
+  monkeypatch, name, trials, draws, slack
+):
+  monkeypatch.setattr(stats, "DRAWS", draws)
+  rng = np.random.default_rng(5)
+  found = 0
+  for trial in range(trials):
+    found += stats.paired_bootstrap(*two_methods(rng, SPREADS[name]), seed=trial).p_value < 0.05
+  assert 0.03 - slack <= found / trials <= 0.07 + slack, found / trials
+
+
+@pytest.mark.parametrize("name,trials,draws,slack", EFFORTS)
+def test_intervals_of_seeds_and_questions_cover(monkeypatch, name, trials, draws, slack):
+  monkeypatch.setattr(stats, "DRAWS", draws)
+  monkeypatch.setattr(stats, "_p_value", lambda interval: None)  # not looked at here, and slow
+  rng, spread = np.random.default_rng(6), SPREADS[name]
+  score = true_score(spread, 0.5)
+  gap = score - true_score(spread, 0.2)
+  one = both = 0
+  for trial in range(trials):
+    a_QS, b_QS = two_methods(rng, spread, 0.5, 0.2)
+    _, low, high = stats.mean_interval(a_QS, level=0.9, seed=trial)
+    one += low <= score <= high
+    difference = stats.paired_bootstrap(a_QS, b_QS, level=0.9, seed=trial)
+    both += difference.low <= gap <= difference.high
+  for covered in (one, both):
+    assert 0.86 - slack <= covered / trials <= 0.96 + slack, (one / trials, both / trials)
+
+
+@pytest.mark.parametrize("shape", [(200, 30), (30, 200), (30, 30)])
+def test_the_noise_of_cells_is_counted_once(shape):
+  """The width is Student's, of mean squares: the fewer's, and the others' beyond the residual."""
+  rng = np.random.default_rng(14)
+  for effect_sd in (0.0, 0.5):
+    x_QS = rng.normal(0, 1, shape) + rng.normal(0, effect_sd, (shape[0], 1))
+    x_QS += rng.normal(0, effect_sd, (1, shape[1]))
+    squares = [shape[1] * x_QS.mean(1).var(ddof=1), shape[0] * x_QS.mean(0).var(ddof=1)]
+    residual_QS = x_QS - x_QS.mean(1, keepdims=True) - x_QS.mean(0) + x_QS.mean()
+    residual = (residual_QS**2).sum() / ((shape[0] - 1) * (shape[1] - 1))
+    more = 0 if shape[0] >= shape[1] else 1
+    squares[more] = max(squares[more] - residual, 0)
+    freedom = sum(squares) ** 2 / sum(m**2 / (n - 1) for m, n in zip(squares, shape))
+    width = 2 * scipy.stats.t.ppf(0.975, freedom) * math.sqrt(sum(squares) / x_QS.size)
+    result = stats.paired_bootstrap(x_QS, np.zeros(shape))
+    assert result.high - result.low == pytest.approx(width, rel=0.05)
+
+
+def test_means_of_the_outer_hold_the_spread_of_what_is_nested(monkeypatch):
+  """Runs of one question each, and questions of one run each: their means are independent."""
+  monkeypatch.setattr(stats, "DRAWS", 500)
+  monkeypatch.setattr(stats, "_p_value", lambda interval: None)
+  rng, trials = np.random.default_rng(7), 400
+  for outer, inner in ((5, 100), (100, 5)):
+    covered = 0
+    for trial in range(trials):
+      chance = np.clip(rng.normal(0.5, 0.1, (outer, 1)) + rng.normal(0, 0.1, (outer, inner)), 0, 1)
+      means = rng.binomial(4, chance).mean(axis=1) / 4
+      _, low, high = stats.mean_interval(means, level=0.9, seed=trial)
+      covered += low <= 0.5 <= high
+    assert 0.86 <= covered / trials <= 0.94
+
+
+def test_seeds_that_score_alike_by_chance_prove_nothing():
+  """Two seeds have the same mean, and questions no more spread than their cells."""
+  a_QS = np.array([[1, 0], [0, 1]] * 20 + [[1, 1], [0, 0]] * 10, dtype=float)
+  result = stats.paired_bootstrap(a_QS, np.full_like(a_QS, 0.49))
+  assert result.low < 0 < result.high and result.p_value > 0.5
