@@ -29,6 +29,7 @@ Errors: ValueError for scores that are empty, not finite or (where an interval i
 None stands for a bound or a p-value that one sample cannot give.
 """
 
+from collections import Counter
 import math
 from typing import NamedTuple
 
@@ -97,6 +98,63 @@ def _pass_at_k(n, c, k) -> float:
   ways = math.comb(n, k)
   # Whole numbers until the one division, so nothing cancels.
   return (ways - math.comb(n - c, k)) / ways
+
+
+def maj_at_k(answer_G, score_G, k) -> float:
+  """Returns the expected score of the majority answer among k of the n responses to a question.
+
+  The majority answer of k responses is the one that most of them give (self-consistency,
+  arXiv:2203.11171). Responses without an answer (None) do not vote. Answers that tie share the
+  win: one of them is drawn. Where nobody votes the score is 0.
+
+  The expectation is over all subsets of k responses and over the draws of ties. It is exact, and
+  unbiased as pass_at_k is. So maj@1 is avg@n. Drawing k responses with replacement, as is often
+  done, is biased: it repeats responses.
+
+  answer_G: hashable, equal where they are the same vote. score_G: of each response; an answer
+  counts by the mean score of those that gave it. It takes about n k^2 operations on whole numbers
+  for each answer that scores: milliseconds for 64 responses.
+  """
+  n = len(answer_G)
+  score_G = _finite(score_G, ndims=(1,))
+  if len(score_G) != n or not 1 <= k <= n:
+    raise ValueError(f"maj@k needs a score an answer and 1 <= k <= n; got {len(score_G)}, {n}, {k}")
+  votes = Counter(answer for answer in answer_G if answer is not None)
+  expected = 0.0
+  for answer, count in votes.items():
+    score = np.mean([s for a, s in zip(answer_G, score_G) if a == answer])
+    if score:
+      rivals = [rival_count for rival, rival_count in votes.items() if rival != answer]
+      silent = n - votes.total()
+      expected += score * _share_won(count, rivals, silent, k)
+  return float(expected)
+
+
+def _share_won(count, rivals, silent, k) -> float:
+  """Returns the share of the subsets of k responses that an answer wins, ties shared.
+
+  count: responses that give this answer; rivals: those of each other answer; silent: without one.
+  """
+  won = 0.0
+  subsets = math.comb(count + sum(rivals) + silent, k)
+  for votes in range(1, min(count, k) + 1):
+    # ways_XX[chosen, tied]: in how many ways the rivals looked at so far have `chosen` responses in
+    # the subset, with none ahead and `tied` level. Whole numbers of any size.
+    rest = k - votes
+    ways_XX = np.zeros((rest + 1, rest // votes + 1), dtype=object)
+    ways_XX[0, 0] = 1
+    for rival in rivals:
+      before_XX, ways_XX = ways_XX, ways_XX.copy()
+      for j in range(1, min(rival, votes, rest) + 1):
+        new_XX = math.comb(rival, j) * before_XX[: rest + 1 - j]
+        if j < votes:
+          ways_XX[j:] += new_XX
+        else:
+          ways_XX[j:, 1:] += new_XX[:, :-1]
+    for chosen, tied in zip(*np.nonzero(ways_XX)):
+      ways = math.comb(count, votes) * ways_XX[chosen, tied] * math.comb(silent, rest - chosen)
+      won += ways / subsets / (1 + tied)
+  return won
 
 
 def discovery_at_k(first_success, k):

@@ -45,6 +45,51 @@ def test_pass_at_k_large_broadcast_and_wrong():
       stats.pass_at_k(n, c, k)
 
 
+def majority_score(answer_G, score_G):
+  """Returns the score of the most frequent answer of all responses; those that tie share it."""
+  votes = [answer for answer in answer_G if answer is not None]
+  if not votes:
+    return 0.0
+  most = max(votes.count(answer) for answer in votes)
+  winners = {answer for answer in votes if votes.count(answer) == most}
+  return np.mean([score_G[answer_G.index(answer)] for answer in winners])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_maj_at_k_is_the_mean_over_all_subsets(seed):
+  rng = np.random.default_rng(seed)
+  n = int(rng.integers(1, 10))
+  answer_G = [[None, "a", "b", "c", (1, 2)][i] for i in rng.integers(5, size=n)]
+  worth = dict(zip(["a", "b", "c", (1, 2)], rng.random(4)))
+  score_G = [worth.get(answer, 0.0) for answer in answer_G]
+  for k in range(1, n + 1):
+    subsets = itertools.combinations(range(n), k)
+    brute = [majority_score([answer_G[i] for i in g], [score_G[i] for i in g]) for g in subsets]
+    assert stats.maj_at_k(answer_G, score_G, k) == pytest.approx(np.mean(brute), abs=1e-12)
+
+
+def test_maj_at_k_of_two_answers_is_hypergeometric():
+  """More than half of k votes are right; half of them win half the time."""
+  n, c, k = 500, 240, 100
+  votes = scipy.stats.hypergeom(n, c, k)
+  maj = stats.maj_at_k([1] * c + [0] * (n - c), [1] * c + [0] * (n - c), k)
+  assert maj == pytest.approx(votes.sf(k // 2) + votes.pmf(k // 2) / 2, abs=1e-9)
+
+
+def test_maj_at_k_by_hand_and_wrong():
+  # Two of three votes for "a" in one of the three pairs; else "a" and "b" tie.
+  assert stats.maj_at_k(["a", "a", "b"], [1, 1, 0], 2) == pytest.approx(2 / 3)
+  assert stats.maj_at_k(["a", "a", "b"], [1, 1, 0], 3) == 1
+  assert stats.maj_at_k([None, None, None, "a"], [0, 0, 0, 1], 4) == 1  # who is silent has no vote
+  assert stats.maj_at_k([None, None], [0, 0], 2) == 0
+  assert stats.maj_at_k(["a", "b", None, "a"], [1, 0, 0, 1], 1) == 0.5  # avg@n
+  # Responses with one answer that are judged unlike: the answer counts by their mean.
+  assert stats.maj_at_k(["a", "a"], [1, 0], 2) == 0.5
+  for answers, scores, k in ((["a"], [1], 2), (["a"], [1], 0), (["a", "b"], [1], 1)):
+    with pytest.raises(ValueError, match="maj@k needs"):
+      stats.maj_at_k(answers, scores, k)
+
+
 def test_discovery_counts_runs_that_never_succeed():
   first = [[1, 3, None], [7, math.inf, 3]]
   assert stats.discovery_at_k(first, 2) == 1 / 6
