@@ -359,3 +359,63 @@ def test_seeds_that_score_alike_by_chance_prove_nothing():
   a_QS = np.array([[1, 0], [0, 1]] * 20 + [[1, 1], [0, 0]] * 10, dtype=float)
   result = stats.paired_bootstrap(a_QS, np.full_like(a_QS, 0.49))
   assert result.low < 0 < result.high and result.p_value > 0.5
+
+
+def test_sign_flips_are_all_counted():
+  rng = np.random.default_rng(8)
+  for n in (2, 5, 8):
+    a_S, b_S = rng.normal(0.3, 1, n), rng.normal(0, 1, n)
+    flipped = [np.dot(signs, a_S - b_S) for signs in itertools.product((1, -1), repeat=n)]
+    p_value = np.mean(np.abs(flipped) >= abs(np.sum(a_S - b_S)) - 1e-12)
+    assert stats.sign_flip_test(a_S, b_S) == pytest.approx(p_value, abs=1e-9)
+  assert stats.sign_flip_test([1, 2, 3, 4, 5], [0] * 5) == 2 / 2**5  # no less with five seeds
+  # The numbers 1..n have every sum of signed ranks: this is Wilcoxon's test.
+  x_Q = np.array([3, -1, 4, 2, 5, 6, -7, 8, 9, 10])
+  expected = scipy.stats.wilcoxon(x_Q, method="exact").pvalue
+  assert stats.sign_flip_test(x_Q, 0 * x_Q) == pytest.approx(expected, abs=1e-9)
+
+
+def test_many_signs_are_flipped_at_random_and_repeatably():
+  a_Q = np.random.default_rng(9).normal(0.25, 1, 100)
+  b_Q = np.zeros(100)
+  p_value = stats.sign_flip_test(a_Q, b_Q)
+  assert p_value == stats.sign_flip_test(a_Q, b_Q)
+  assert p_value == pytest.approx(scipy.stats.ttest_rel(a_Q, b_Q).pvalue, abs=0.01)
+  with pytest.raises(ValueError, match="paired scores"):
+    stats.sign_flip_test([[1.0, 2.0]], [[1.0, 2.0]])
+
+
+def test_sign_flips_find_what_is_not_there_as_often_as_they_say():
+  rng, trials = np.random.default_rng(10), 400
+  found = [
+    stats.sign_flip_test(rng.normal(0, 1, 8), rng.normal(0, 1, 8)) < 0.05 for _ in range(trials)
+  ]
+  assert 0.02 <= np.mean(found) <= 0.08
+
+
+def test_holm_is_the_closure_of_bonferroni():
+  """The adjusted value of a hypothesis is the largest Bonferroni value of the sets it is in."""
+  rng = np.random.default_rng(11)
+  for n in (1, 2, 5):
+    p_X = rng.random(n) ** 3
+    closed = [
+      max(
+        min(1.0, len(family) * min(p_X[j] for j in family))
+        for size in range(1, n + 1)
+        for family in itertools.combinations(range(n), size)
+        if i in family
+      )
+      for i in range(n)
+    ]
+    np.testing.assert_allclose(stats.holm(p_X), closed, rtol=0, atol=1e-12)
+
+
+def test_holm_by_hand_and_wrong():
+  np.testing.assert_allclose(
+    stats.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02], rtol=0, atol=1e-12
+  )
+  np.testing.assert_array_equal(stats.holm([0.5, 0.5]), [1, 1])
+  assert stats.holm([]).shape == (0,)
+  for wrong in ([0.5, math.nan], [-0.1], [1.5], [0.5, None]):
+    with pytest.raises(ValueError, match="family of p-values"):
+      stats.holm(wrong)
