@@ -57,6 +57,16 @@ class Difference(NamedTuple):
   p_value: float | None  # two-sided; the difference is zero under the null
 
 
+class CostRatio(NamedTuple):
+  """How many times the cost of b it takes a to reach a target: the median over seeds."""
+
+  ratio: float | None  # None: the median lies among seeds of which only bounds are known
+  low: float  # 0 where these seeds give no lower bound
+  high: float | None  # None where they give no upper bound
+  censored_a: int  # seeds in which a did not reach the target
+  censored_b: int
+
+
 def mean_interval(score_X, *, level=0.95, seed=0) -> Interval:
   """Returns the mean of scores, with an interval that is cut to [0, 1].
 
@@ -250,6 +260,70 @@ def holm(p_values):
   adjusted_X = np.empty_like(p_X)
   adjusted_X[order_X] = np.minimum(np.maximum.accumulate(left_X * p_X[order_X]), 1)
   return adjusted_X
+
+
+def cost_to_target(cost_X, score_X, target) -> float | None:
+  """Returns the cost at which a run's score first reaches the target; None if it never does.
+
+  cost_X: generations, tokens or seconds up to each evaluation, not falling. Between evaluations
+  the score is taken to lie on a straight line. A first evaluation that is good enough costs what
+  was spent until then.
+  """
+  cost_X, score_X = _finite(cost_X, ndims=(1,)), _finite(score_X, ndims=(1,))
+  if cost_X.shape != score_X.shape or np.any(np.diff(cost_X) < 0):
+    raise ValueError("a curve needs a score at each cost, and costs that do not fall")
+  good_X = score_X >= target
+  if not good_X.any():
+    return None
+  i = int(np.argmax(good_X))
+  if i == 0:
+    return float(cost_X[0])
+  share = (target - score_X[i - 1]) / (score_X[i] - score_X[i - 1])
+  return float(cost_X[i - 1] + share * (cost_X[i] - cost_X[i - 1]))
+
+
+def cost_ratio(a_S, b_S, *, end_a_S, end_b_S, level=0.9) -> CostRatio:
+  """Returns the median over seeds of cost(a) / cost(b), with an interval; seeds are paired.
+
+  a_S, b_S: cost_to_target of each seed, None where it was not reached. Then all that is known is
+  that the cost exceeds end_a_S or end_b_S, what the run had spent at its last evaluation. Such a
+  seed's ratio lies between two bounds, and so does that of two runs that were good enough before
+  they had spent anything. Nothing is filled in, and no seed is left out.
+
+  The interval is the sign test's, which needs no distribution: from the j-th smallest lower bound
+  to the j-th largest upper bound. Five seeds give 93.75 % at most, from smallest to largest; a
+  higher level than the seeds can give has no bounds.
+  """
+  _check_level(level)
+  n = len(a_S)
+  if not n or any(len(values_S) != n for values_S in (b_S, end_a_S, end_b_S)):
+    raise ValueError("a ratio of costs needs both costs and both ends of each seed")
+  least_a_S, most_a_S = _cost_bounds(a_S, end_a_S)
+  least_b_S, most_b_S = _cost_bounds(b_S, end_b_S)
+  with np.errstate(divide="ignore", invalid="ignore"):  # x / 0 is inf, and 0 / 0 may be anything
+    low_S = np.sort(np.nan_to_num(least_a_S / most_b_S, nan=0.0, posinf=math.inf))
+    high_S = np.sort(np.nan_to_num(most_a_S / least_b_S, nan=math.inf, posinf=math.inf))
+  low_median, high_median = (
+    float((ratio_S[(n - 1) // 2] + ratio_S[n // 2]) / 2) for ratio_S in (low_S, high_S)
+  )
+  low, high = 0.0, math.inf  # unless the seeds are enough
+  for j in range(n // 2):  # as many values may lie beyond each bound as the level allows
+    if 2 * scipy.special.bdtr(j, n, 0.5) <= 1 - level + 1e-12:
+      low, high = float(low_S[j]), float(high_S[n - 1 - j])
+  ratio = low_median if low_median == high_median else math.inf
+  censored_a, censored_b = (int(np.isinf(most_S).sum()) for most_S in (most_a_S, most_b_S))
+  ratio, high = (None if math.isinf(value) else value for value in (ratio, high))
+  return CostRatio(ratio, low, high, censored_a, censored_b)
+
+
+def _cost_bounds(cost_S, end_S):
+  """Returns the least and the most that each seed's cost can be; None is a censored cost."""
+  cost_S = np.array(cost_S, dtype=float)
+  censored_S = np.isnan(cost_S)
+  least_S = np.where(censored_S, _finite(end_S), cost_S)
+  if np.any(least_S < 0):
+    raise ValueError(f"costs are at least 0; got {least_S.min()}")
+  return least_S, np.where(censored_S, math.inf, cost_S)
 
 
 def _paired(a_X, b_X, ndims):

@@ -298,16 +298,17 @@ def _reached(members: list[Run], others: list[Run], split: str) -> str:
 def _reach(run: Run, target: float, split: str) -> str:
   name = f"eval/{split}/avg@k"
   points = run.evaluations(split)
-  reached = next((i for i, point in enumerate(points) if point[name] >= target), None)
-  if reached is None:
+  tokens = stats.cost_to_target(
+    [point.get("train/sampled_tokens", 0) for point in points],  # the base model has generated none
+    [point[name] for point in points],
+    target,
+  )
+  if tokens is None:
     return "never"
-  if reached == 0:
+  later = next(point for point in points if point[name] >= target)
+  if later is points[0]:
     return "at once"
-  before, after = points[reached - 1], points[reached]
-  share = (target - before[name]) / (after[name] - before[name])
-  begun = before.get("train/sampled_tokens", 0)  # the base model has generated nothing
-  tokens = begun + share * (after["train/sampled_tokens"] - begun)
-  return f"{tokens / 1000:.0f} ({after['train/generations']:,})"
+  return f"{tokens / 1000:.0f} ({later['train/generations']:,})"
 
 
 def _runs(arms: dict[str, list[Run]], splits: list[str]) -> str:

@@ -419,3 +419,63 @@ def test_holm_by_hand_and_wrong():
   for wrong in ([0.5, math.nan], [-0.1], [1.5], [0.5, None]):
     with pytest.raises(ValueError, match="family of p-values"):
       stats.holm(wrong)
+
+
+def test_cost_to_target_lies_on_the_line_between_evaluations():
+  cost_X, score_X = [0, 100, 300, 400], [0.1, 0.3, 0.2, 0.8]
+  for target, cost in ((0.05, 0), (0.1, 0), (0.2, 50), (0.3, 100), (0.5, 350), (0.8, 400)):
+    assert stats.cost_to_target(cost_X, score_X, target) == pytest.approx(cost, abs=1e-9)
+    if target > 0.3:  # where the curve rises it is the inverse of numpy's straight lines
+      assert np.interp(cost, cost_X, score_X) == pytest.approx(target, abs=1e-9)
+  assert stats.cost_to_target(cost_X, score_X, 0.81) is None
+  for costs, scores in (([0, 1], [0.5]), ([1, 0], [0.1, 0.2]), ([], []), ([0], [math.nan])):
+    with pytest.raises(ValueError, match="curve needs|scores must be"):
+      stats.cost_to_target(costs, scores, 0.2)
+
+
+def test_cost_ratio_by_hand():
+  ends = dict(end_a_S=[1000] * 5, end_b_S=[800] * 5)
+  assert stats.cost_ratio([10, 20, 30, 40, 50], [100] * 5, **ends) == (0.3, 0.1, 0.5, 0, 0)
+  # One of a's runs never got there: its ratio is at least 1000 / 100.
+  result = stats.cost_ratio([10, None, 30, 40, 50], [100] * 5, **ends)
+  assert result == (0.4, 0.1, None, 1, 0)
+  # One of b's: at most 50 / 800. Both: anything.
+  result = stats.cost_ratio([10, 20, 30, 40, 50], [100, 100, 100, 100, None], **ends)
+  assert result == (0.2, 0.0, 0.4, 0, 1)
+  result = stats.cost_ratio([10, 20, 30, 40, None], [100, 100, 100, 100, None], **ends)
+  assert result == (None, 0.0, None, 1, 1)
+  # Good enough before anything was spent: at once against 100, and against nothing.
+  result = stats.cost_ratio([0, 0, 30, 40, 50], [100, 0, 100, 100, 100], **ends)
+  assert result == (None, 0.0, None, 0, 0)
+  # More than five seeds can give.
+  assert stats.cost_ratio([1] * 5, [2] * 5, level=0.95, **ends) == (0.5, 0.0, None, 0, 0)
+  with pytest.raises(ValueError, match="both ends"):
+    stats.cost_ratio([1], [1, 2], end_a_S=[3], end_b_S=[3])
+  with pytest.raises(ValueError, match="at least 0"):
+    stats.cost_ratio([-1], [1], end_a_S=[3], end_b_S=[3])
+
+
+def test_cost_ratio_bounds_are_the_sign_tests():
+  ratios = np.arange(1.0, 21.0)
+  ends = dict(end_a_S=[100] * 20, end_b_S=[100] * 20)
+  for level in (0.5, 0.9, 0.95, 0.99):
+    _, low, high, _, _ = stats.cost_ratio(ratios, np.ones(20), level=level, **ends)
+    beyond = int(low) - 1
+    assert high == 20 - beyond
+    # scipy's sign test of a median at the bound, and one value further in
+    assert scipy.stats.binomtest(beyond, 20).pvalue <= 1 - level + 1e-9
+    assert scipy.stats.binomtest(beyond + 1, 20).pvalue > 1 - level
+
+
+@pytest.mark.parametrize("budget", [math.inf, 2.0], ids=["all reached", "some censored"])
+def test_cost_ratio_covers_the_median(budget):
+  rng, trials, hits, censored = np.random.default_rng(12), 1500, 0, 0
+  for _ in range(trials):
+    a_S, b_S = 0.5 * rng.lognormal(0, 0.5, 5), rng.lognormal(0, 0.7, 5)
+    reached = [[cost if cost <= budget else None for cost in cost_S] for cost_S in (a_S, b_S)]
+    ends = [min(budget, 1e9)] * 5
+    result = stats.cost_ratio(*reached, end_a_S=ends, end_b_S=ends)
+    hits += result.low <= 0.5 <= (result.high or math.inf)
+    censored += result.censored_a + result.censored_b
+  assert (censored > trials / 2) == (budget == 2)
+  assert 0.92 <= hits / trials <= 0.96  # 0.9375
