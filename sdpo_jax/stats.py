@@ -326,6 +326,45 @@ def _cost_bounds(cost_S, end_S):
   return least_S, np.where(censored_S, math.inf, cost_S)
 
 
+def detectable_effect(
+  seeds, questions, samples, *, seed_sd, response_sd, question_sd=0.0, power=0.8, level=0.05
+) -> float:
+  """Returns the least difference of two methods that paired_bootstrap shows with this power.
+
+  Both methods have this budget: training runs, questions, and responses a question in each run.
+  Spreads are standard deviations. seed_sd: of the score of one method's runs, had each been asked
+  endlessly often. response_sd: of one response to a question, sqrt(p (1 - p)) for binary scores.
+  question_sd: over questions, of the true difference between the methods.
+
+  The test is taken for Student's, of which the bootstrap is a close copy. Only a difference of the
+  right sign counts as shown. One seed shows nothing of how runs spread, and one question nothing
+  of questions: that spread must then be 0, and the result speaks of this run or question alone.
+  """
+  _check_level(level)
+  if not level < power < 1:
+    raise ValueError(f"power={power} must lie between level={level} and 1")
+  if min(seeds, questions, samples) < 1 or seeds == questions == 1:
+    raise ValueError(f"no effect is shown by {seeds=}, {questions=}, {samples=}")
+  if (seeds == 1 and seed_sd) or (questions == 1 and question_sd):
+    raise ValueError("one seed or question does not show its spread, which must then be 0")
+  variances = [2 * seed_sd**2 / seeds, question_sd**2 / questions]
+  # The noise of single responses stays with the fewer values, as in the test.
+  noisy = 1 if seeds == 1 or 1 < questions < seeds else 0
+  variances[noisy] += 2 * response_sd**2 / (seeds * questions * samples)
+  if not sum(variances):
+    return 0.0
+  # One seed or question has no variance here, so any count will do.
+  freedom = _satterthwaite(variances, [max(seeds, 2), max(questions, 2)])
+  critical = scipy.special.stdtrit(freedom, 1 - level / 2)
+
+  def excess_power(noncentrality):
+    return 1 - scipy.special.nctdtr(freedom, noncentrality, critical) - power
+
+  # The closed inverse has eight digits; it brackets the root.
+  most = 2 * scipy.special.nctdtrinc(freedom, 1 - power, critical)
+  return float(math.sqrt(sum(variances)) * scipy.optimize.brentq(excess_power, 0, most))
+
+
 def _paired(a_X, b_X, ndims):
   """Returns the differences of paired scores."""
   a_X, b_X = _finite(a_X), _finite(b_X)

@@ -479,3 +479,64 @@ def test_cost_ratio_covers_the_median(budget):
     censored += result.censored_a + result.censored_b
   assert (censored > trials / 2) == (budget == 2)
   assert 0.92 <= hits / trials <= 0.96  # 0.9375
+
+
+def test_detectable_effect_has_the_power_of_students_test():
+  """Without spread of questions it is a test of S pairs, whose power is the noncentral t's."""
+  for level, power in ((0.05, 0.8), (0.01, 0.5), (0.1, 0.99)):
+    effect = stats.detectable_effect(
+      5, 100, 4, seed_sd=0.03, response_sd=0.4, level=level, power=power
+    )
+    error = math.sqrt((2 * 0.03**2 + 2 * 0.4**2 / 400) / 5)
+    critical = scipy.stats.t.isf(level / 2, 4)
+    shown = scipy.stats.nct.sf(critical, 4, effect / error)
+    assert shown == pytest.approx(power, abs=1e-9)
+
+
+def test_detectable_effect_of_one_axis_and_of_large_designs():
+  # One seed: a test of 50 questions.
+  effect = stats.detectable_effect(1, 50, 4, seed_sd=0, response_sd=0.4, question_sd=0.2)
+  error = math.sqrt((0.2**2 + 2 * 0.4**2 / 4) / 50)
+  critical = scipy.stats.t.isf(0.025, 49)
+  assert scipy.stats.nct.sf(critical, 49, effect / error) == pytest.approx(0.8, abs=1e-9)
+  # One question, and its spread says nothing.
+  assert stats.detectable_effect(50, 1, 1, seed_sd=0, response_sd=0.4) > 0
+  # Endlessly many of both: z(0.975) + z(0.8) standard errors.
+  effect = stats.detectable_effect(10**6, 10**6, 1, seed_sd=1, response_sd=0, question_sd=1)
+  errors = scipy.stats.norm.ppf(0.975) + scipy.stats.norm.ppf(0.8)
+  assert effect == pytest.approx(errors * math.sqrt(3e-6), rel=1e-5)
+  assert stats.detectable_effect(5, 100, 4, seed_sd=0, response_sd=0) == 0
+
+
+def test_detectable_effect_refuses_what_shows_nothing():
+  for design, spread, message in (
+    ((1, 1, 4), dict(seed_sd=0), "no effect"),
+    ((5, 100, 0), dict(seed_sd=0), "no effect"),
+    ((1, 100, 4), dict(seed_sd=0.1), "does not show"),
+    ((5, 1, 4), dict(seed_sd=0, question_sd=0.1), "does not show"),
+    ((5, 100, 4), dict(seed_sd=0, power=0.01), "power"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      stats.detectable_effect(*design, response_sd=0.4, **spread)
+
+
+@pytest.mark.parametrize(
+  "trials,slack", [(250, 0.08), pytest.param(4000, 0.05, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("seed_sd,question_sd", [(0.03, 0.0), (0.01, 0.15), (0.03, 0.1)])
+def test_the_paired_test_shows_the_detectable_effect(
+  monkeypatch, seed_sd, question_sd, trials, slack
+):
+  monkeypatch.setattr(stats, "DRAWS", 500)
+  response_sd = 0.4
+  gap = stats.detectable_effect(
+    S, Q, 4, seed_sd=seed_sd, response_sd=response_sd, question_sd=question_sd
+  )
+  rng, shown = np.random.default_rng(13), 0
+  for trial in range(trials):
+    favour_Q1 = rng.normal(gap, question_sd, (Q, 1))
+    luck_2S, noise_2QS = rng.normal(0, seed_sd, (2, S)), rng.normal(0, response_sd / 2, (2, Q, S))
+    a_QS, b_QS = luck_2S[:, None] + noise_2QS
+    result = stats.paired_bootstrap(a_QS + favour_Q1, b_QS, seed=trial)
+    shown += result.p_value < 0.05 and result.difference > 0
+  assert shown / trials == pytest.approx(0.8, abs=slack)
