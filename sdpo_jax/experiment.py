@@ -39,6 +39,7 @@ from sdpo_jax.tuning import Grid
 from sdpo_jax.workdir import write_atomically
 
 TUNING_FILE = "tuning.json"
+SAVE_S = 120.0  # that a run may take to save and end once it is asked to
 
 
 class Experiment:
@@ -129,9 +130,19 @@ def run_grid(grid: Grid, root: pathlib.Path, jobs: int) -> list[str]:
         _print_end(job, root, len(waiting) + len(running))
   finally:
     # none is left, unless one could not be started or this process is interrupted
-    for job in running.values():
-      job.process.terminate()
+    end_all([job.process for job in running.values()])
   return failed
+
+
+def end_all(processes: list[subprocess.Popen]) -> None:
+  """Asks runs to stop and waits until they have saved: a restart must not find them at work."""
+  for process in processes:
+    process.terminate()
+  for process in processes:
+    try:
+      process.wait(SAVE_S)
+    except subprocess.TimeoutExpired:
+      process.kill()
 
 
 def _cores() -> list[int]:
