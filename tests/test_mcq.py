@@ -93,6 +93,26 @@ def test_mmlu_pro_has_ten_options():
   assert task.id == "mmlu_pro/test/70"
 
 
+def test_the_index_of_mmlu_pro_names_the_letter():
+  """Its public rows have both; the letters A to J follow the number of options."""
+  row = {key: value for key, value in MMLU_PRO.items() if key != "answer"}
+  for count in range(2, 11):
+    changed = row | {"options": MMLU_PRO["options"][:count], "answer_index": count - 1}
+    task = MCQ().task_from_row(changed, "test")
+    assert task.data["answer"] == "ABCDEFGHIJ"[count - 1] and task.data["kind"] == "law"
+    for index in (count, -1):
+      says = f"'answer_index' is {index}, not a number from 0 to {count - 1}"
+      with pytest.raises(ValueError, match=says):
+        MCQ().task_from_row(changed | {"answer_index": index}, "test")
+  assert "kind" not in MCQ().task_from_row(row | {"category": None}, "test").data
+
+
+def test_the_extracted_answer_is_the_letter_or_nothing():
+  task = MCQ().task_from_row(MMLU_PRO, "test")
+  assert MCQ().answer(task, "Hm.\n<answer>\nC\n</answer>") == "C"
+  assert MCQ().answer(task, "It is C.") is None
+
+
 def test_gpqa_places_depend_on_the_record_alone():
   tasks = [MCQ().task_from_row(GPQA | {"Record ID": f"rec{i}"}, "train") for i in range(40)]
   assert [t.data["answer"] for t in tasks] == [

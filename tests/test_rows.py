@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from sdpo_jax.envs import coding_rows, rows
+from sdpo_jax.envs.arithmetic import Arithmetic
 from sdpo_jax.envs.ifeval import IFEval
 from sdpo_jax.envs.math_qa import MathQA
 from sdpo_jax.envs.mcq import MCQ
@@ -104,3 +106,31 @@ def test_a_field_of_any_type_makes_a_task_or_is_named(env, row):
       else:
         assert isinstance(task.prompt, str) and isinstance(task.system, str | None)
         assert not isinstance(odd, (bool, list, dict, bytes)), (name, odd)
+
+
+def test_a_row_says_its_kind_and_difficulty_where_it_has_them():
+  row = {"subject": "law", "level": 5.0, "empty": " ", "list": [1], "gap": float("nan")}
+  assert rows.groups(row, kind="subject", difficulty="level") == {"kind": "law", "difficulty": 5.0}
+  for name in ("empty", "list", "gap", "missing"):
+    assert rows.groups(row, kind=name) == {}
+
+
+def test_tasks_carry_what_their_rows_say():
+  maths = {"idx": 0, "problem": "1 + 1?", "answer": "2", "level": "Level 3", "type": "Algebra"}
+  data = MathQA().task_from_row(maths, "test").data
+  assert (data["kind"], data["difficulty"]) == ("Algebra", "Level 3")
+  code = {"idx": 0, "question": "4?", "tests": [{"output": "4"}], "difficulty": "hard"}
+  assert coding_rows.task_from_row(code, "test").data["difficulty"] == "hard"
+  for index in range(20):
+    data = Arithmetic().task("heldout", index).data
+    assert data["difficulty"] == len(data["ops"])
+
+
+def test_environments_extract_final_answers():
+  maths = MathQA()
+  task = maths.task_from_row({"idx": 0, "problem": "1 + 1?", "answer": "2"}, "test")
+  assert maths.answer(task, "So \\boxed{3}.") == "3" and maths.answer(task, "So 3.") is None
+  arithmetic = Arithmetic()
+  task = arithmetic.task("heldout", 0)
+  assert arithmetic.answer(task, "\\boxed{07}") == "7"
+  assert arithmetic.answer(task, "7") is None and arithmetic.answer(task, "<think>7") is None

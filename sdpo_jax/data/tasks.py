@@ -55,8 +55,8 @@ class Source(NamedTuple):
 class RowEnv:
   """An environment together with its rows.
 
-  It judges like the environment, and has its `behaviour` if there is one. Besides, it has
-  `task(split, index)` and `size(split)`.
+  It judges like the environment, and has its `behaviour` and `answer` if there are any. Besides,
+  it has `task(split, index)` and `size(split)`.
   """
 
   def __init__(self, env, sources, *, splits, on_bad_row: str = "error", check=None):
@@ -68,8 +68,9 @@ class RowEnv:
     if on_bad_row not in ("error", "skip"):
       raise ValueError(unknown("config.data.on_bad_row", on_bad_row, ["error", "skip"]))
     self.env, self.prompt, self.judge = env, env.prompt, env.judge
-    if hasattr(env, "behaviour"):
-      self.behaviour = env.behaviour
+    for name in ("behaviour", "answer"):
+      if hasattr(env, name):
+        setattr(self, name, getattr(env, name))
     self._source_texts = sources
     self._on_bad_row = on_bad_row
     self._check = check

@@ -240,6 +240,12 @@ class Arithmetic:
     """Asks the question."""
     return [{"role": "user", "content": task.prompt}]
 
+  def answer(self, task: Task, response: str) -> str | None:
+    """Returns the number in the last box."""
+    text, fault = final_text(response)
+    number = None if fault else boxed(text)
+    return None if number is None else str(number)
+
   def judge(self, task: Task, response: str) -> Feedback:
     """Gives 1 for the right number in the last box, by whatever steps."""
     numbers = task.data["numbers"]

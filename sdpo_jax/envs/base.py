@@ -33,9 +33,15 @@ It may provide:
                 Tells what a response does, as anything hashable. Alternatives to a failed attempt
                 count as one and the same where it is equal. Without it they do where reward and
                 feedback are equal.
+  answer(task, response)
+                Tells the final answer of a response as a text, None where it has none in the form
+                asked for. Evaluations write it down: equal answers are votes for the same one.
   solutions(task)
                 Lists the right responses, as texts. The discover mode then reads a question's
                 difficulty off their probabilities; without it, it has to sample.
+
+A task may say two things about itself in `Task.data`, by which evaluations are told apart: its
+`kind` (a text, such as a subject) and its `difficulty` (a text or a number).
 
 Failures. A response that is wrong, has the wrong form or runs out of its own time is no error:
 `judge` returns reward 0 and says what is wrong. An exception of `judge`, a reward that is not a

@@ -37,7 +37,7 @@ import sys
 import textwrap
 import zlib
 
-from sdpo_jax.envs.rows import field, given, is_missing, optional_text
+from sdpo_jax.envs.rows import field, given, groups, is_missing, optional_text
 from sdpo_jax.errors import unknown
 from sdpo_jax.records import Task
 from sdpo_jax.sandbox import TestCase, check_tests, read_check
@@ -82,6 +82,11 @@ def is_livecodebench(row: dict) -> bool:
 
 def task_from_row(row: dict, split: str) -> Task:
   """Reads a row of any of the sets, which are told apart by their fields."""
+  task = _task_of_set(row, split)
+  return dataclasses.replace(task, data=task.data | groups(row, difficulty="difficulty"))
+
+
+def _task_of_set(row: dict, split: str) -> Task:
   if is_livecodebench(row):
     return livecodebench_task(row, split)
   if "test_list" in row:

@@ -243,7 +243,7 @@ class Problems:
       split=split,
       solution=solution,
       prompt=self.domain.statement(sentence, kind, details, header),
-      data={**judge_data, "ops": list(ops), "phrases": phrases},
+      data={**judge_data, "ops": list(ops), "phrases": phrases, "difficulty": length},
     )
 
   def _phrase(self, rng: random.Random, op: str) -> str:

@@ -33,7 +33,15 @@ import time
 from sdpo_jax.envs import math_worker, quantities
 from sdpo_jax.envs.math_text import has_box, last_boxed
 from sdpo_jax.envs.numerals import number
-from sdpo_jax.envs.rows import field, final_text, given, messages, optional_text, task_id
+from sdpo_jax.envs.rows import (
+  field,
+  final_text,
+  given,
+  groups,
+  messages,
+  optional_text,
+  task_id,
+)
 from sdpo_jax.records import Feedback, Status, Task
 
 INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -115,12 +123,18 @@ class MathQA:
       system=optional_text(row, "system"),
       split=split,
       solution=solution or f"\\boxed{{{answer}}}",
-      data={"answer": answer},
+      # MATH's names
+      data={"answer": answer} | groups(row, kind="type", difficulty="level"),
     )
 
   def prompt(self, task: Task) -> list[dict[str, str]]:
     """Asks the question; the instruction to box the answer is already in the task."""
     return messages(task)
+
+  def answer(self, task: Task, response: str) -> str | None:
+    """Returns the final answer as it is written."""
+    answer, fault = extract(response)
+    return None if fault else answer
 
   def judge(self, task: Task, response: str) -> Feedback:
     """Compares the final answer with the reference."""

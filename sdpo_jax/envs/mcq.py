@@ -4,7 +4,8 @@ Three kinds of rows become tasks:
   the SDPO paper's (SciKnowEval)   `prompt`, `system` and `answer` are used as they are
   GPQA's                           `Question`, `Correct Answer`, `Incorrect Answer 1` to `3`; the
                                    order of the options depends on the record alone
-  MMLU-Pro's                       `question`, `options`, `answer`
+  MMLU-Pro's                       `question`, `options`, `answer_index` (from 0) or `answer` (a
+                                   letter); `category` is the kind of task
 The last two are asked in the same form as the first.
 
 Reward is 1 for the right letter and nothing else in the last answer, else 0. What counts as the
@@ -27,6 +28,7 @@ from sdpo_jax.envs.rows import (
   field,
   final_text,
   given,
+  groups,
   messages,
   optional_text,
   row_name,
@@ -108,6 +110,10 @@ class MCQ:
     """Asks the question; its form is already in the task."""
     return messages(task)
 
+  def answer(self, task: Task, response: str) -> str | None:
+    """Returns the letter of the last answer."""
+    return extract(response, task.data["letters"], self.letters)[0] or None
+
   def judge(self, task: Task, response: str) -> Feedback:
     """Compares the letter of the last answer with the right one."""
     letters = task.data["letters"]
@@ -178,21 +184,34 @@ def _option_letters(prompt: str, rule: str) -> str:
 
 def _mmlu_pro_task(row: dict, split: str, rule: str) -> Task:
   options = list(field(row, "options", (list, tuple)))
-  answer = field(row, "answer").strip()
-  answer = read_letter(answer, rule) or answer
   are_texts = all(isinstance(option, str) and option.strip() for option in options)
   if not 2 <= len(options) <= len(LETTERS) or not are_texts:
     raise ValueError(f"field 'options' must hold 2 to {len(LETTERS)} texts, not {len(options)}")
-  index = given(row, "answer_index")
-  if index is not None and whole_number(index) != LETTERS.find(answer):
-    raise ValueError(f"field 'answer_index' is {index!r}, but field 'answer' is {answer!r}")
   return _task_in_paper_form(
     f"mmlu_pro/{split}/{row_name(row, 'question_id')}",
     split,
     question=field(row, "question"),
     options=options,
-    answer=answer,
+    answer=_mmlu_pro_answer(row, len(options), rule),
+    about=groups(row, kind="category"),
   )
+
+
+def _mmlu_pro_answer(row: dict, count: int, rule: str) -> str:
+  """Returns the letter that `answer_index` and `answer` name; a row may lack one of them."""
+  index = given(row, "answer_index")
+  if index is None:
+    answer = field(row, "answer").strip()
+    return read_letter(answer, rule) or answer
+  place = whole_number(index)
+  if place is None or not 0 <= place < count:
+    raise ValueError(f"field 'answer_index' is {index!r}, not a number from 0 to {count - 1}")
+  if given(row, "answer") is None:
+    return LETTERS[place]
+  answer = field(row, "answer").strip()
+  if read_letter(answer, rule) != LETTERS[place]:
+    raise ValueError(f"field 'answer_index' is {index!r}, but field 'answer' is {answer!r}")
+  return LETTERS[place]
 
 
 def _gpqa_task(row: dict, split: str) -> Task:
@@ -208,11 +227,12 @@ def _gpqa_task(row: dict, split: str) -> Task:
     question=field(row, "Question"),
     options=[options[i] for i in order],
     answer=LETTERS[order.index(0)],
+    about=groups(row, kind="High-level domain", difficulty="Writer's Difficulty Estimate"),
   )
 
 
-def _task_in_paper_form(name, split, *, question, options, answer) -> Task:
-  """Asks a question with its options as the paper's rows do."""
+def _task_in_paper_form(name, split, *, question, options, answer, about) -> Task:
+  """Asks a question with its options as the paper's rows do. about: more for `Task.data`."""
   letters = LETTERS[: len(options)]
   lines = [f"{letter}: {option}\n" for letter, option in zip(letters, options, strict=True)]
   last_comma = ", or " if len(letters) > 2 else " or "
@@ -227,10 +247,11 @@ def _task_in_paper_form(name, split, *, question, options, answer) -> Task:
     system=system,
     answer=answer,
     letters=letters,
+    about=about,
   )
 
 
-def _task(name, split, *, prompt, system, answer, letters) -> Task:
+def _task(name, split, *, prompt, system, answer, letters, about=()) -> Task:
   if len(answer) != 1 or answer not in letters:
     raise ValueError(f"field 'answer' is {answer!r}, not one of {', '.join(letters)}")
   return Task(
@@ -239,5 +260,5 @@ def _task(name, split, *, prompt, system, answer, letters) -> Task:
     system=system,
     solution=f"<answer>\n{answer}\n</answer>",
     split=split,
-    data={"answer": answer, "letters": letters},
+    data={"answer": answer, "letters": letters, **dict(about)},
   )

@@ -81,6 +81,19 @@ def row_name(row: dict, name: str):
   return field(row, name, (str, int, float)) if number is None else number
 
 
+def groups(row: dict, *, kind: str = "", difficulty: str = "") -> dict:
+  """Returns what a row says of its kind and its difficulty, for `Task.data`.
+
+  The arguments name its fields. One that holds neither text nor number says nothing.
+  """
+  found = {"kind": given(row, kind), "difficulty": given(row, difficulty)}
+  return {
+    name: value
+    for name, value in found.items()
+    if (isinstance(value, str) and value.strip()) or whole_number(value) is not None
+  }
+
+
 def messages(task) -> list[dict[str, str]]:
   """Returns the system message, if the task has one, and the question."""
   question = {"role": "user", "content": task.prompt}
