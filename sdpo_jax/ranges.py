@@ -190,6 +190,8 @@ RANGES = {
   "env.math_qa.time_s": _TIMEOUT_S,
   "env.math_qa.memory_mb": _LIMIT_SIZE,
   "env.math_qa.workers": _THREADS,
+  "env.pairwise.timeout_s": _TIMEOUT_S,
+  "env.pairwise.retries": _whole(0, 100),
 }
 
 

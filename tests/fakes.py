@@ -237,6 +237,13 @@ class ListEnv:
     return answer() if callable(answer) else answer
 
 
+def longer_is_better(prompt, a, b):
+  """Judges two answers by their lengths alone."""
+  if len(a) == len(b):
+    return "tie"
+  return "a" if len(a) > len(b) else "b"
+
+
 FAILED = Feedback(0.0, "the judge broke", Status.ENV_FAILED)
 
 

@@ -253,7 +253,9 @@ ROWS = {  # a row of each environment over a data set, and a right answer to it
     ),
     "```python\nprint(4)\n```",
   ),
+  "pairwise": (dict(prompt="Weather?", reference="Rain"), "It rains in Rome."),
 }
+SETTINGS = {"pairwise": dict(judge="tests.fakes:longer_is_better")}
 
 
 class AcceptingSandbox:
@@ -270,7 +272,7 @@ class AcceptingSandbox:
 @pytest.mark.parametrize("name", ENVS)
 def test_an_unfinished_thought_is_no_answer_in_any_environment(name):
   sandbox = AcceptingSandbox()
-  env = make_env(name, sandbox=sandbox)
+  env = make_env(name, sandbox=sandbox, **SETTINGS.get(name, {}))
   if name in ROWS:
     row, answer = ROWS[name]
     task = env.task_from_row({"idx": 0} | row, "train")

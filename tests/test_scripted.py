@@ -42,11 +42,14 @@ SHAPE = Shape(
   further_length=0,
   packs=1,
 )
-IFEVAL = {
-  "key": 1,
-  "prompt": "Describe rain.",
-  "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
-  "kwargs": [{}, {"relation": "at least", "num_words": 4}],
+OWN_ROWS = {  # of the environments that no row comes with
+  "ifeval": {
+    "key": 1,
+    "prompt": "Describe rain.",
+    "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+    "kwargs": [{}, {"relation": "at least", "num_words": 4}],
+  },
+  "pairwise": {"prompt": "Describe rain.", "reference": "Many drops fall, they say."},
 }
 
 # name: settings, source, (a second right response from the first, a wrong one, what the judge says
@@ -115,6 +118,15 @@ CASES = {
     "",
     "The response is empty.",
   ),
+  "pairwise": (
+    dict(judge="tests.fakes:longer_is_better"),
+    "pairwise",
+    lambda s: s + " too",
+    "Water falls, and falls.",
+    "The judge prefers the reference answer.",
+    "",
+    "The response is empty.",
+  ),
 }
 
 
@@ -129,12 +141,12 @@ def judged(name, sandbox, tmp_path, *, broken=None):
   judges instead, by response.
   """
   settings, source, again, wrong, _, malformed, _ = CASES[name]
-  if name == "ifeval":
-    (tmp_path / "ifeval.train.jsonl").write_text(json.dumps(IFEVAL) + "\n")
+  if name in OWN_ROWS:
+    (tmp_path / f"{name}.train.jsonl").write_text(json.dumps(OWN_ROWS[name]) + "\n")
   env = make_env(name, sandbox=sandbox, **settings)
   env = with_rows(
     env,
-    (f"{tmp_path if name == 'ifeval' else ROWS}/{source}.{{split}}.jsonl",) if source else (),
+    (f"{tmp_path if name in OWN_ROWS else ROWS}/{source}.{{split}}.jsonl",) if source else (),
     splits=("train",),
   )
   task = first_tasks(env, "train", 1)[0]

@@ -67,6 +67,7 @@ from sdpo_jax.envs.coding import Coding
 from sdpo_jax.envs.ifeval import IFEval
 from sdpo_jax.envs.math_qa import MathQA
 from sdpo_jax.envs.mcq import MCQ
+from sdpo_jax.envs.pairwise import Pairwise
 from sdpo_jax.envs.tinycode import TinyCode
 from sdpo_jax.envs.tool_use import ToolUse
 from sdpo_jax.errors import did_you_mean, unknown
@@ -80,6 +81,7 @@ ENVS = {
   "math_qa": MathQA,
   "tool_use": ToolUse,
   "ifeval": IFEval,
+  "pairwise": Pairwise,
 }
 
 
