@@ -107,7 +107,7 @@ class Saver:
         ),
       )
     self._step, self._keep_also[:] = int(step), keep_also
-    host_json = {"host": _to_json(host), "leaves": _leaves(state), "checksums": _checksums(state)}
+    host_json = {"host": _to_json(host), "leaves": _leaves(state), "checksums": checksums(state)}
     arguments = ocp.args.Composite(
       state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave(host_json)
     )
@@ -278,7 +278,7 @@ def _check_sums(path, state, stored: dict[str, int]) -> None:
 
   Checkpoints of before there were checksums have none, and are believed.
   """
-  wrong = [name for name, sum_ in _checksums(state).items() if stored.get(name, sum_) != sum_]
+  wrong = [name for name, sum_ in checksums(state).items() if stored.get(name, sum_) != sum_]
   if wrong:
     raise Damaged(
       f"checkpoint {path} is damaged: {len(wrong)} arrays are not those that were written, "
@@ -286,7 +286,7 @@ def _check_sums(path, state, stored: dict[str, int]) -> None:
     )
 
 
-def _checksums(tree) -> dict[str, int]:
+def checksums(tree) -> dict[str, int]:
   """Returns path -> checksum of every array.
 
   One after another: of several programs at once, each process of a run on CPUs may begin with

@@ -10,6 +10,7 @@ told, `with_overrides` applies the command line and locks, `validate` checks the
 
 import contextlib
 import inspect
+import itertools
 import json
 import os
 import pathlib
@@ -132,6 +133,8 @@ def base() -> ml_collections.ConfigDict:
     samples=4,  # per split; avg@samples
     temperature=0.6,
     top_p=0.95,
+    # --mode=eval: also the likeliest response to each question
+    greedy=False,
   )
   c.discover = dict(  # --mode=discover: test-time self-distillation
     arms=("sdpo", "best_of_k"),  # of sdpo, counterfactual, best_of_k, multi_turn
@@ -330,27 +333,42 @@ def load(file_and_argument: str) -> ml_collections.ConfigDict:
 
   ValueError for a file that cannot be read so, with its line.
   """
+  c = call_file("config", file_and_argument, "get_config")
+  if not isinstance(c, ml_collections.ConfigDict):
+    path = file_and_argument.partition(":")[0]
+    raise ValueError(f"--config={path}: get_config() returns {type(c).__name__}, not a ConfigDict")
+  return c
+
+
+# function -> what a file that has it is for
+_PURPOSES = {
+  "get_config": "settings of a run are for --config",
+  "get_grid": "a grid of runs is for python -m sdpo_jax.experiment",
+  "get_suites": "suites of questions are for --suites of --mode=eval",
+}
+
+
+def call_file(flag: str, file_and_argument: str, function: str):
+  """Returns what a function of the file "FILE[:argument]" returns for the argument.
+
+  flag: named in the ValueError for a file that cannot be read so, with its line.
+  """
   path, _, argument = file_and_argument.partition(":")
   if not os.path.isfile(path):
-    raise ValueError(f"--config={path}: no such file")
+    raise ValueError(f"--{flag}={path}: no such file")
   try:
     names = runpy.run_path(path)
-    if "get_config" not in names:
-      advice = ""
-      if "get_grid" in names:
-        advice = "; a grid of runs is for python -m sdpo_jax.experiment"
-      raise ValueError(f"--config={path}: it has no get_config(){advice}")
-    c = names["get_config"](argument) if argument else names["get_config"]()
+    if function not in names:
+      advice = "".join(f"; {purpose}" for name, purpose in _PURPOSES.items() if name in names)
+      raise ValueError(f"--{flag}={path}: it has no {function}(){advice}")
+    return names[function](argument) if argument else names[function]()
   except ValueError:  # says what is wrong with the argument or a setting
     raise
   except Exception as error:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
     where = f", line {lines[-1]}" if lines else ""
-    raise ValueError(f"--config={path}{where}: {type(error).__name__}: {error}") from error
-  if not isinstance(c, ml_collections.ConfigDict):
-    raise ValueError(f"--config={path}: get_config() returns {type(c).__name__}, not a ConfigDict")
-  return c
+    raise ValueError(f"--{flag}={path}{where}: {type(error).__name__}: {error}") from error
 
 
 def model_location(name: str, names=MODELS) -> str:
@@ -390,7 +408,7 @@ _OVERRIDE = re.compile(r"--?(?:no)?(config(?:\.\w+)+)(?:=(.*))?", re.DOTALL)
 def _overrides(arguments: list[str]) -> list[tuple[str, str]]:
   """Returns (path, text) of every --config.section.key=text, or --config.section.key text."""
   overrides = []
-  for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+  for argument, following in itertools.pairwise([*arguments, ""]):
     match = _OVERRIDE.fullmatch(argument)
     if match:
       path, text = match.groups()

@@ -4,7 +4,8 @@ r"""The command line of training, evaluation, discovery and planning.
       [--mode=train|eval|discover|plan] [--config.section.key=value ...]
 
   train     (default) runs, resumes if the work directory holds a checkpoint, ends with a report
-  eval      scores a checkpoint: --checkpoint=WORKDIR[:step] or a Hugging Face directory
+  eval      scores a checkpoint: --checkpoint=WORKDIR[:step] or a Hugging Face directory, on the
+            final splits or on --suites=configs/eval/FILE.py[:key=value,...]
   discover  is test-time self-distillation on single hard questions
   plan      compiles the train and decode steps for --topology (v5p:2x2x2, v5e:8x8, v6e:4x4,
             h200:8), without the hardware, and says whether they fit
@@ -42,6 +43,7 @@ from sdpo_jax.errors import (
 MODES = ("train", "eval", "discover", "plan")
 # flag -> (the mode that reads it, what to do instead in another one)
 _FLAGS_OF_ONE_MODE = {
+  "suites": ("eval", ""),
   "checkpoint": ("eval", "; to begin from it, export it and set config.model.path"),
   "topology": ("plan", ""),
 }
@@ -65,6 +67,12 @@ def define_flags() -> flags.FlagValues:
   flags.DEFINE_string("mode", "train", " | ".join(MODES), flag_values=f)
   flags.DEFINE_string(
     "checkpoint", None, "eval: WORKDIR[:step] or a Hugging Face directory", flag_values=f
+  )
+  flags.DEFINE_string(
+    "suites",
+    None,
+    "eval: environments and splits, FILE[:key=value,...]; default: those of the configuration",
+    flag_values=f,
   )
   flags.DEFINE_string(
     "distributed",
@@ -102,7 +110,7 @@ def parse(argv: list[str]):
   f = define_flags()
   try:
     rest = f(argv, known_only=True)
-    make_local(f, "config", "workdir", "checkpoint", "compilation_cache")
+    make_local(f, "config", "workdir", "checkpoint", "suites", "compilation_cache")
     if f.mode not in MODES:
       raise UsageError(unknown("--mode", f.mode, MODES))
     if f.help:
@@ -170,7 +178,7 @@ def run_command(argv: list[str], begun: float) -> None:
   except ValueError as error:
     raise UsageError(str(error)) from error
   try:
-    run(f.mode, c, workdir, f.checkpoint, begun)
+    run(f, c, workdir, begun)
   except FileNotFoundError as error:
     raise UsageError(str(error)) from error
 
@@ -259,29 +267,30 @@ def print_plan(c, topology: str) -> None:
     print(line, flush=True)
 
 
-def run(mode: str, c, workdir: str, checkpoint_to_score: str | None, begun: float) -> None:
+def run(f: flags.FlagValues, c, workdir: str, begun: float) -> None:
   """Trains, evaluates or discovers, and prints the summary."""
-  from sdpo_jax import checkpoint, evaluate, metrics, train
+  from sdpo_jax import checkpoint, metrics, train
   from sdpo_jax.discover import mode as discover_mode
   from sdpo_jax.discover import results as discover_results
+  from sdpo_jax.evaluation import evaluate
 
   checkpoint.tell_failures_once()
   absl_logging.use_absl_handler()
   absl_logging.set_verbosity(absl_logging.WARNING)
   with blame_disk(workdir, checkpoint.latest_step):
-    if mode == "train":
+    if f.mode == "train":
       print(f"work directory: {workdir}", file=sys.stderr)
       train.train(c, workdir, begun)
       steps = metrics.read(workdir)
       lines = evaluate.summary_lines(steps[-1], steps[0])  # step 0 is the base model
-    elif mode == "eval":
-      scores = evaluate.evaluate_checkpoint(c, workdir, checkpoint_to_score)
+    elif f.mode == "eval":
+      scores = evaluate.evaluate_checkpoint(c, workdir, f.checkpoint, f.suites)
       lines = evaluate.summary_lines(scores, {})
     else:
       lines = discover_results.summary_lines(discover_mode.discover(c, workdir))
     for line in lines:
       print(line)
-  if mode == "train":
+  if f.mode == "train":
     print(f"      report  {os.path.join(workdir, 'report', 'index.html')}")
   else:  # only now: a mode that is refused prints one line
     print(f"work directory: {workdir}", file=sys.stderr)

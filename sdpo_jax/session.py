@@ -107,6 +107,7 @@ def open_session(
   *,
   devices=None,
   method: Method | None = None,
+  splits: dict[str, str] | None = None,
   check_stop: Callable[[], None] = lambda: None,
 ):
   """Yields a Session: loaded model, sandbox, environment and judges, which end with it.
@@ -116,6 +117,7 @@ def open_session(
   method: the one that will be trained; None where nothing is. What its notes generate has to fit,
     and their second model is loaded beside. Questions of the split train have to fit into the
     teacher's prompt too, if the method has a teacher.
+  splits: {split: what asks for it} of the splits that are read; None: those of `splits_of`.
   check_stop: the collectors call it between their phases; it may raise.
   """
   notes = None if method is None else method.notes
@@ -125,23 +127,13 @@ def open_session(
       path = path or model_location(c.model.path)
       mesh = _enter_mesh(c, devices, stack)
       adapters = lora.from_settings(c.model)
-      splits = splits_of(c)
+      splits = splits_of(c) if splits is None else splits
       if c.data.sources:
         check_sources(c.data.sources, splits)
       policy = load(c, path, mesh)
       check_positions(longest_texts(c, notes), policy.model, path)
       second = load_second(c, notes.model, mesh) if notes is not None and notes.model else None
-      sandbox = stack.enter_context(
-        Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation)
-      )
-      env = _start_env(c, sandbox, stack)
-      lengths = _LengthCheck(c, env, policy.chat, second and second.chat, method)
-      env = with_rows(
-        env, c.data.sources, splits=splits, on_bad_row=c.data.on_bad_row, check=lengths.check
-      )
-      # A split that is not there, a question too long: now, not at the first evaluation.
-      for split in splits:
-        lengths.check(env.task(split, 0))
+      env, isolation = _open_env(c, splits, stack, policy.chat, second and second.chat, method)
       collector = stack.enter_context(_collecting(c, env, policy, mesh, check_stop))
       second_model = None
       if second is not None:
@@ -156,11 +148,29 @@ def open_session(
       params=policy.params,
       collector=collector,
       eval_sampling=eval_sampling,
-      isolation=sandbox.isolation,
+      isolation=isolation,
       adapters=adapters,
       mesh=mesh,
       second_model=second_model,
     )
+
+
+@contextlib.contextmanager
+def over_other_questions(
+  c, session: Session, splits: dict[str, str], check_stop: Callable[[], None]
+):
+  """Yields a collector of the session's model over the environment and limits of `c`.
+
+  splits, check_stop: as for open_session.
+  """
+  loaded = Loaded(session.model, session.params, session.chat)
+  with contextlib.ExitStack() as stack:
+    with blame_settings():
+      check_rows(c, sharding.row_shards(session.mesh))
+      check_positions(longest_texts(c, None)[:1], session.model, "the model")
+      env, _ = _open_env(c, splits, stack, session.chat)
+      collector = stack.enter_context(_collecting(c, env, loaded, session.mesh, check_stop))
+    yield collector
 
 
 def _enter_mesh(c, devices, stack: contextlib.ExitStack) -> jax.sharding.Mesh | None:
@@ -185,6 +195,30 @@ def splits_of(c) -> dict[str, str]:
     for split in c.eval[setting]:
       splits.setdefault(split, f"config.eval.{setting}")
   return splits
+
+
+def _open_env(
+  c,
+  splits: dict[str, str],
+  stack: contextlib.ExitStack,
+  policy: Chat,
+  second: Chat | None = None,
+  method: Method | None = None,
+) -> tuple[Any, str]:
+  """Returns (environment with its rows, isolation of its sandbox); the stack closes them.
+
+  Raises ValueError for a split that is not there and a question that is too long.
+  """
+  sandbox = stack.enter_context(Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation))
+  env = _start_env(c, sandbox, stack)
+  lengths = _LengthCheck(c, env, policy, second, method)
+  env = with_rows(
+    env, c.data.sources, splits=splits, on_bad_row=c.data.on_bad_row, check=lengths.check
+  )
+  # A split that is not there, a question too long: now, not at the first evaluation.
+  for split in splits:
+    lengths.check(env.task(split, 0))
+  return env, sandbox.isolation
 
 
 def _start_env(c, sandbox: Sandbox, stack: contextlib.ExitStack):

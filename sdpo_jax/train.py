@@ -25,7 +25,7 @@ from sdpo_jax.data.batch import Packed, Packer, PackSettings
 from sdpo_jax.data.shapes import Rounding, Shape, Shapes, most_tokens
 from sdpo_jax.data.tasks import RowEnv, TaskStream
 from sdpo_jax.errors import Preempted, RunError, blame_settings
-from sdpo_jax.evaluate import evaluate
+from sdpo_jax.evaluation.evaluate import evaluate
 from sdpo_jax.learner import make_explorer, make_learner
 from sdpo_jax.metrics import Writer, read, reduce
 from sdpo_jax.objectives.build import build_method

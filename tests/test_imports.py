@@ -45,7 +45,7 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "learner": 4.5,
   "session": 4.5,
   "export": 4.5,
-  "evaluate": 4.7,
+  "evaluation": 4.7,
   "tuning": 4.7,
   "plan": 4.7,
   "train": 5,

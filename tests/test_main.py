@@ -19,7 +19,6 @@ from sdpo_jax import (
   checkpoint,
   config,
   errors,
-  evaluate,
   experiment,
   export,
   main,
@@ -30,7 +29,10 @@ from sdpo_jax import (
   session,
 )
 from sdpo_jax.data.chat import load_tokenizer
+from sdpo_jax.evaluation import evaluate
+from sdpo_jax.evaluation.files import EvalFiles
 from tests.fakes import no_file_beyond
+from tests.test_pairwise import saying, serving
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENV = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
@@ -213,6 +215,96 @@ def test_eval_scores_a_checkpoint_and_a_hugging_face_directory(whole, tmp_path):
   }
 
 
+def eval_files(workdir):
+  return {p.name: p.read_bytes() for p in (workdir / "eval").rglob("*") if p.is_file()}
+
+
+def test_an_evaluation_that_is_asked_to_stop_goes_on_to_the_same_files(
+  tmp_path, monkeypatch, capsys
+):
+  """The signal comes while the second batch of four is written; a kill cuts the last line too."""
+  arguments = [f"--checkpoint={config.MODELS['tiny']}", "--config.eval.questions=16"]
+  local = [f"--config={ROOT}/configs/tinycode.py:local", "--config.mesh.fsdp=1"]
+  command = ["main", *local, "--mode=eval", *arguments]
+  whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+  assert main.main([*command, f"--workdir={whole}"]) == 0
+  printed = capsys.readouterr().out
+  append = EvalFiles.append
+
+  def append_and_stop(files, part, lines):
+    append(files, part, lines)
+    if lines[0]["question"] == 4:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(EvalFiles, "append", append_and_stop)
+  assert main.main([*command, f"--workdir={stopped}"]) == 143
+  *_, message = capsys.readouterr().err.splitlines()
+  assert message.endswith(
+    f"asked to stop (SIGTERM): the same command, with --workdir={stopped}, goes on with the "
+    "questions that are missing"
+  )
+  monkeypatch.undo()
+  lines = stopped / "eval" / "tiny" / "config.heldout.sampled.jsonl"
+  assert len(lines.read_text().splitlines()) == 8 and not (stopped / "eval" / "tiny.json").exists()
+  os.truncate(lines, lines.stat().st_size - 9)
+  assert main.main([*command, f"--workdir={stopped}"]) == 0
+  assert capsys.readouterr().out == printed
+  assert eval_files(stopped) == eval_files(whole)
+  assert main.main([*command, "--config.eval.samples=3", f"--workdir={stopped}"]) == 2
+  *_, message = capsys.readouterr().err.splitlines()
+  assert "config.eval.samples=3, but" in message and "was begun with 2" in message
+  assert eval_files(stopped) == eval_files(whole)
+
+
+def forgetting_rows(directory):
+  """Writes a few rows of our own for configs/eval/forgetting.py."""
+  rows = {
+    "ifeval.jsonl": [
+      {"key": i, "prompt": "Rain?", "instruction_id_list": [name], "kwargs": [{}]}
+      for i, name in enumerate(["punctuation:no_comma", "change_case:english_capital"])
+    ],
+    "mmlu_pro.jsonl": [
+      {"question_id": i, "question": "Which?", "options": list("wxyz"), "answer_index": i}
+      | {"category": category}
+      for i, category in enumerate(["law", "law", "physics"])
+    ],
+    "chat.jsonl": [{"prompt": "Rain?", "reference": "Yes."}],
+  }
+  for name, rows_of_file in rows.items():
+    (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows_of_file))
+
+
+def test_suites_go_over_several_environments_in_one_pass(tmp_path, monkeypatch, capsys):
+  forgetting_rows(tmp_path)
+  monkeypatch.setenv("no_proxy", "127.0.0.1")
+  command = [
+    "main",
+    f"--config={ROOT}/configs/tinycode.py:local",
+    "--config.mesh.fsdp=1",
+    "--mode=eval",
+    f"--checkpoint={config.MODELS['tiny']}",
+    f"--workdir={tmp_path / 'run'}",
+  ]
+  suites = f"--suites={ROOT}/configs/eval/forgetting.py:local,data={tmp_path},judge=m"
+  with serving(saying("[[A]]")) as server:  # prefers a place
+    assert main.main([*command, f"{suites},url={server.url}"]) == 0, capsys.readouterr().err
+    assert len(server.requests) == 3  # whether it is there, and both orders
+    unreachable = server.url
+  out = capsys.readouterr().out.split()
+  assert [word for word in out if ".test" in word] == ["ifeval.test", "mmlu_pro.test", "chat.test"]
+  scores = json.loads((tmp_path / "run" / "eval" / "tiny.json").read_text())
+  assert scores["suites"]["chat"]["temperature"] == 0.0
+  assert scores["eval/chat.test/avg@k"] == 0.5
+  assert scores["eval/ifeval.test/questions"] == 2
+  assert scores["eval/mmlu_pro.test/kind/law/questions"] == 2
+  assert scores["eval/mmlu_pro.test/format_failed"] + 3 * scores["eval/mmlu_pro.test/avg@k"] <= 3
+  before = eval_files(tmp_path / "run")
+  assert main.main([*command, f"{suites},url={unreachable}"]) == 2
+  *_, message = capsys.readouterr().err.splitlines()
+  assert f"the judge at {unreachable} cannot be asked" in message
+  assert eval_files(tmp_path / "run") == before
+
+
 def changed_model(tmp_path, change) -> str:
   """A copy of the tiny model, changed by change(directory)."""
   directory = tmp_path / "model"
@@ -325,6 +417,14 @@ def test_usage_errors_are_one_line_and_status_2(args, message):
     (
       ["--config.data.max_teacher_tokens=10"],
       "tokens, more than config.data.max_teacher_tokens=10",
+    ),
+    (
+      ["--suites=configs/eval/tinycode.py"],
+      "--suites would not be read: it is for --mode=eval",
+    ),
+    (
+      ["--mode=eval", f"--checkpoint={config.MODELS['tiny']}", "--suites=/nowhere.py"],
+      "--suites=/nowhere.py: no such file",
     ),
     (
       ["--mode=eval", "--checkpoint={pretrained}"],

@@ -1,0 +1,1 @@
+"""Evaluates models: samples responses to fixed questions, judges them, and summarises."""
