@@ -10,15 +10,19 @@ runs are left alone, unfinished ones resume. With several jobs each gets its sha
 The file's `get_tuning()`, if it has one, returns trials that choose settings for the grid, on
 questions and seeds of their own (see tuning.py). They run first, under DIR/tuning/ARM/TRIAL.
 
+With `SUITES = "FILE"` in it, the last checkpoint of each run is evaluated on the suites of that
+file at the end (--mode=eval), which goes on likewise where it was.
+
 At the end, and by --report alone at any time after the trials, DIR gets
   report/       the curves of all runs
   curves.json   every evaluation of every run, and how its arm was tuned
+  scores.json   what the last checkpoints can do, question by question (see final_scores.py)
   tuning.json   the trials and the choice, as soon as it is made
-To keep them, copy the two JSON files and the plots that matter to results/NAME/. Then --summary,
+To keep them, copy the JSON files and the plots that matter to results/NAME/. Then --summary,
 called at the top of the repository, writes RESULTS.md from all that stands there (see summary.py).
 
 Exit status: 0 if all runs ended well; 1 if one failed, or if DIR cannot be written (one line);
-2 for a wrong command line.
+2 for a wrong command line; 143 if it was asked to stop (SIGTERM), after its runs have saved.
 """
 
 import argparse
@@ -29,16 +33,19 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from typing import NamedTuple
 
-from sdpo_jax import metrics, report, summary, tuning
+from sdpo_jax import final_scores, metrics, report, summary, tuning
 from sdpo_jax.errors import RunError, local_path
 from sdpo_jax.tuning import Grid
 from sdpo_jax.workdir import write_atomically
 
 TUNING_FILE = "tuning.json"
+# Set by SIGTERM: to exit from the handler could miss a run that is just being started.
+_asked_to_stop = threading.Event()
 SAVE_S = 120.0  # that a run may take to save and end once it is asked to
 
 
@@ -55,6 +62,7 @@ class Experiment:
       is_run = "get_config" in self._names
       hint = "; a single run is for python -m sdpo_jax.main" if is_run else ""
       raise ValueError(f"--config={path}: it has no get_grid(){hint}")
+    self.suites = self._read_suites()
     self.tuning: tuning.Tuning = {}
     if "get_tuning" not in self._names:
       self.grid({})
@@ -77,6 +85,13 @@ class Experiment:
     if self.tuning:
       tuning.check_grid(self.tuning, choice, grid)
     return grid
+
+  def _read_suites(self) -> str | None:
+    """Returns the file of suites on which the last checkpoint of each run is evaluated, if any."""
+    suites = self._names.get("SUITES")
+    if suites is not None and not os.path.isfile(str(suites).partition(":")[0]):
+      raise ValueError(f"--config={self.path}: SUITES={suites!r}: no such file")
+    return suites
 
   def _blaming_the_file(self, function, *arguments):
     """Calls a function of the file; ValueError with the file's line for whatever it raises."""
@@ -120,7 +135,8 @@ def run_grid(grid: Grid, root: pathlib.Path, jobs: int) -> list[str]:
           name, arguments = waiting.pop(0)
           process = launch(root / name, arguments, cores[slot::jobs] or cores)
           running[slot] = Job(name, process, time.monotonic())
-      time.sleep(0.2)
+      if _asked_to_stop.wait(0.2):
+        sys.exit(143)
       for slot, job in list(running.items()):
         if job.process.poll() is None:
           continue
@@ -156,6 +172,14 @@ def _print_end(job: Job, root: pathlib.Path, left: int):
   result = f"failed with status {status}, see {root / job.name}/run.log" if status else "done"
   seconds = time.monotonic() - job.begun
   print(f"{job.name}: {result} after {seconds:.0f} s, {left} to go", flush=True)
+
+
+def evaluations(grid: Grid, root: pathlib.Path, suites: str) -> Grid:
+  """Returns the commands that evaluate the last checkpoint of each run, under the run's name."""
+  return {
+    name: [*arguments, "--mode=eval", f"--checkpoint={root / name}", f"--suites={suites}"]
+    for name, arguments in grid.items()
+  }
 
 
 def begun_runs(grid: Grid, root: pathlib.Path) -> list[pathlib.Path]:
@@ -204,6 +228,9 @@ def main(argv=None) -> int:
       record = tune(experiment, root, flags.jobs)
     grid = experiment.grid(chosen(record))
     failed = [] if flags.report else run_grid(grid, root, flags.jobs)
+    if experiment.suites and not flags.report:
+      ended = {name: arguments for name, arguments in grid.items() if name not in failed}
+      failed += run_grid(evaluations(ended, root, experiment.suites), root, flags.jobs)
     _report(grid, root, record)
   except (RunError, ValueError) as error:
     complain(error)
@@ -279,11 +306,18 @@ def _report(grid: Grid, root: pathlib.Path, record: dict | None):
   grid_begun = {name: arguments for name, arguments in grid.items() if root / name in begun}
   tuned = {root / name: summary.tuning_words(tuning.of_run(name, record)) for name in grid_begun}
   report.write_report(begun, root / "report", tuned)
-  text = json.dumps(curves(grid_begun, root, record), indent=1) + "\n"
-  (root / "curves.json").write_text(text)
+  kept = curves(grid_begun, root, record)
+  (root / "curves.json").write_text(json.dumps(kept, indent=1) + "\n")
+  finals = {
+    name: {key: kept[name][key] for key in ("arguments", "tuning")} | {"splits": splits}
+    for name in grid_begun
+    if (splits := final_scores.collect(root / name))
+  }
+  if finals:
+    (root / "scores.json").write_text(json.dumps(finals) + "\n")
   print(f"report: {root}/report/index.html")
 
 
 if __name__ == "__main__":
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its runs end with it
+  signal.signal(signal.SIGTERM, lambda *_: _asked_to_stop.set())  # so that its runs end with it
   sys.exit(main())

@@ -4,6 +4,7 @@ r"""Writes RESULTS.md from the measurements that are committed under results/.
 
 A folder results/NAME/ may hold
   curves.json      every evaluation of every run of a grid, as sdpo_jax.experiment writes it
+  scores.json      what the last checkpoints can do (final_scores.py), likewise
   tuning.json      the trials that chose the grid's settings, likewise
   discover.json    the summary of a session of --mode=discover
   notes.md         facts that the committed data does not hold, in prose
@@ -18,12 +19,13 @@ Errors: FileNotFoundError where there is no folder results/.
 """
 
 import ast
+import itertools
 import json
 import pathlib
 import re
 from typing import NamedTuple
 
-from sdpo_jax import stats
+from sdpo_jax import final_scores, stats
 
 SPLITS = ("heldout", "unseen", "adversarial")
 # The arms that others are compared with, where an experiment has them
@@ -42,6 +44,10 @@ CURVES_LEGEND = """\
 Each score is a run's last evaluation, in per cent; its base model is evaluated at step 0. Intervals
 are 95 % bootstrap intervals over seeds. Differences are in points, between runs of the same seed:
 mean, interval, and each seed's."""
+FINALS_LEGEND = """\
+The last checkpoints on the same questions, n samples a question at temperature 1, in per cent; the
+column "seeds" has the lowest and the highest avg@n. Intervals of 95 % and p-values draw seeds and
+questions both. Holm's correction is over the whole second table. Entropy is in nats a token."""
 PACE_LEGEND = """\
 Held-out questions, and how soon a run is good at them. "After a quarter" and "after half" hold
 the mean over seeds (lowest to highest) at the last evaluation within that share of a run's steps.
@@ -73,6 +79,8 @@ def _section(root: pathlib.Path, folder: pathlib.Path) -> str:
   parts = [f"## {name}", *_description(root, name)]
   if (folder / "curves.json").exists():
     parts += _curves(json.loads((folder / "curves.json").read_text(encoding="utf-8")))
+  if (folder / "scores.json").exists():
+    parts += _finals(json.loads((folder / "scores.json").read_text(encoding="utf-8")))
   if (folder / "tuning.json").exists():
     parts.append(_trials(json.loads((folder / "tuning.json").read_text(encoding="utf-8"))))
   if (folder / "discover.json").exists():
@@ -326,6 +334,66 @@ def _run_score(run: Run, split: str) -> str:
   name = f"eval/{split}/avg@k"
   point = run.evaluations(split)[-1]
   return f"{_percent(point[name])} {_interval(point[name + '_low'], point[name + '_high'])}"
+
+
+# What the last checkpoints of a grid can do: scores.json
+
+
+def _finals(entries: dict) -> list[str]:
+  """Returns the tables of the last checkpoints: each arm, and the differences between arms."""
+  runs = []
+  for entry in entries.values():
+    run = _read_run(entry | {"points": []})
+    runs.append((run.arm, run.seed, entry["splits"]))
+  splits = [split for split in SPLITS if any(split in run[2] for run in runs)]
+  rows, differences = [], []
+  for split in splits:
+    arms = final_scores.arms_of(runs, split)
+    samples = int(min(arm.table("judged").min() for arm in arms.values()))
+    rows += [_final_row(split, arm, samples) for arm in arms.values()]
+    differences += [
+      (split, f"`{a.name}` minus `{b.name}`", *compared)
+      for a, b in itertools.combinations(arms.values(), 2)
+      for compared in _differences(a, b, samples)
+    ]
+  head = ["split", "arm", "avg@n", "seeds", "greedy", "pass@n", "entropy", "tokens", "cut off"]
+  p_values = [row[-1].p_value for row in differences]
+  corrected = stats.holm([1.0 if p is None else p for p in p_values])
+  compared_rows = [
+    [split, arms, what, *_difference_cells(difference), _number(p, ".4f")]
+    for (split, arms, what, difference), p in zip(differences, corrected, strict=True)
+  ]
+  head_of_compared = ["split", "arms", "of", "difference", "interval", "p", "p, Holm"]
+  return [FINALS_LEGEND, _table(head, rows), _table(head_of_compared, compared_rows)]
+
+
+def _final_row(split: str, arm: final_scores.Arm, samples: int) -> list[str]:
+  """Returns the row of an arm on a split, of `samples` responses a question."""
+  reward_QS = arm.table("reward")
+  cells = [split, f"`{arm.name}`"]
+  for score_QS in (reward_QS, arm.table("greedy"), arm.pass_at(samples)):
+    mean, low, high = stats.mean_interval(score_QS)
+    cells.append(f"{_percent(mean)} {_interval(low, high)}")
+  cells.insert(3, _range(list(reward_QS.mean(axis=0))))
+  entropy = f"{arm.mean('entropy'):.3f}" if "entropy" in arm.entries[0] else NONE
+  tokens = f"{arm.mean('length_mean'):.1f} (p99 {arm.mean('length_p99'):.0f})"
+  return [*cells, entropy, tokens, f"{_percent(arm.mean('cut_off'))} %"]
+
+
+def _differences(a: final_scores.Arm, b: final_scores.Arm, samples: int):
+  """Returns (what, difference of a and b) for the seeds of both."""
+  if a.seeds != b.seeds:
+    raise ValueError(f"{a.name} has the seeds {a.seeds}, {b.name} {b.seeds}")
+  return [
+    (f"avg@{samples}", stats.paired_bootstrap(a.table("reward"), b.table("reward"))),
+    (f"pass@{samples}", stats.paired_bootstrap(a.pass_at(samples), b.pass_at(samples))),
+  ]
+
+
+def _difference_cells(difference: stats.Difference) -> list[str]:
+  points = _percent(difference.difference, "+")
+  interval = _interval(difference.low, difference.high, "+")
+  return [points, interval, _number(difference.p_value, ".4f")]
 
 
 # Test-time self-distillation: discover.json

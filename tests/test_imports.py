@@ -40,6 +40,7 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   # config reads the METHODS table and the kernels' names alone; train asks it to validate
   "config": 4,
   "report": 4,
+  "final_scores": 3.5,
   "summary": 4,
   "rollout_log": 4,
   "learner": 4.5,

@@ -7,9 +7,13 @@ Grid:   two arms, five seeds. Before it, four learning rates an arm on two seeds
         a shorter one would favour higher rates.
 Rates:  one grid for both arms, so that neither gets the finer one. It holds the rate that each had
         before (SDPO 1.5e-3, GRPO 5e-4), with at least one lower and one higher beside it.
-Cost:   at most 2.3 CPU hours: 26 runs, of which those of tinycode_seeds took 5.2 CPU minutes each,
+End:    the last checkpoints answer 100 questions of each split 16 times at temperature 1, and once
+        greedily.
+Cost:   at most 2.5 CPU hours: 26 runs, of which those of tinycode_seeds took 5.2 CPU minutes each,
         and trials are evaluated less often. Not run in full yet.
 """
+
+SUITES = "configs/eval/tinycode.py"
 
 ARMS = ("sdpo", "grpo")
 RATES = (2.5e-4, 5e-4, 1.5e-3, 3e-3)
