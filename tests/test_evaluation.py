@@ -90,6 +90,18 @@ def test_answers_of_the_wrong_form_and_timeouts_are_counted():
   assert "x/format_failed" not in summarise("x", LINES, has_entropy=False)
 
 
+def test_the_majority_votes_where_answers_are_extracted():
+  def vote(answer):
+    return response(float(answer == "A"), answer=answer)
+
+  lines = [line(*map(vote, "AAB")), line(*map(vote, "BBA"))]
+  m = summarise("x", lines, has_entropy=False)
+  # of two of the three: AA wins, AB and BA tie, BB loses
+  assert m["x/maj@2"] == pytest.approx(((1 + 2 / 2) / 3 + (2 / 2) / 3) / 2)
+  assert "x/maj@4" not in m and m["x/maj@2_low"] is not None
+  assert not any("/maj@" in key for key in summarise("x", LINES, has_entropy=False))
+
+
 # ---- suites --------------------------------------------------------------------------------------
 
 

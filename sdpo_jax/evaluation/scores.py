@@ -54,6 +54,8 @@ def summarise(name: str, lines: list[dict], *, has_entropy: bool) -> dict[str, f
   has_entropy: whether the responses were sampled at temperature 1 without top_p cuts.
 
     NAME/pass@1, pass@2, pass@4, ...   unbiased, over the questions with so many verdicts; intervals
+    NAME/maj@2, maj@4, ...             the majority's answer is right (stats.maj_at_k), likewise,
+                                       where the environment extracts answers
     NAME/questions, timeouts, format_failed
                                        counts; the last is of responses without an answer in the
                                        form asked for, where the environment extracts answers
@@ -63,7 +65,8 @@ def summarise(name: str, lines: list[dict], *, has_entropy: bool) -> dict[str, f
     NAME/kind/KIND/..., NAME/difficulty/DIFFICULTY/...
                                        headline and number of questions of each group
   """
-  metrics = headline(name, lines) | _pass_at(name, lines) | _counts(name, lines)
+  metrics = headline(name, lines) | _pass_at(name, lines) | _maj_at(name, lines)
+  metrics |= _counts(name, lines)
   responses = [response for line in lines for response in line["responses"]]
   if responses:
     metrics |= _lengths(name, responses)
@@ -98,6 +101,22 @@ def _pass_at(name: str, lines: list[dict]) -> dict[str, float]:
     counts = [len(rewards) for rewards in enough]
     value_Q = stats.pass_at_k(counts, [_successes(rewards) for rewards in enough], k)
     metrics |= _interval(f"{name}/pass@{k}", stats.mean_interval(value_Q))
+    k *= 2
+  return metrics
+
+
+def _maj_at(name: str, lines: list[dict]) -> dict[str, float]:
+  judged = [[r for r in line["responses"] if r["status"] != "env_failed"] for line in lines]
+  if not any("answer" in response for group in judged for response in group):
+    return {}
+  metrics, k = {}, 2
+  while k <= max(map(len, judged)):
+    value_Q = [
+      stats.maj_at_k([r["answer"] for r in group], [r["reward"] for r in group], k)
+      for group in judged
+      if len(group) >= k
+    ]
+    metrics |= _interval(f"{name}/maj@{k}", stats.mean_interval(value_Q))
     k *= 2
   return metrics
 
