@@ -142,14 +142,14 @@ def repeatable(workdir: pathlib.Path) -> list[dict]:
 def check_nothing_is_left(workdir: pathlib.Path) -> None:
   """No process that lost its parent, no half-written file."""
   deadline = time.monotonic() + 10
-  while time.monotonic() < deadline and orphans():
+  while time.monotonic() < deadline and commands_below():
     time.sleep(0.1)
-  assert not orphans()
+  assert not commands_below()
   names = [path.name for path in workdir.rglob("*")]
   assert not [name for name in names if name.endswith(".tmp") or "orbax-checkpoint-tmp" in name]
 
 
-def orphans() -> list[str]:
+def commands_below() -> list[str]:
   """Returns the commands of processes below this one."""
   commands = []
   for pid in descendants():
@@ -167,17 +167,25 @@ def orphans() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole_run(tmp_path_factory):
+  """Returns the directory of a run that was left alone, by its number of processes."""
+  directories = {}
+
+  def directory(count: int) -> pathlib.Path:
+    if count not in directories:
+      workdir = tmp_path_factory.mktemp(f"whole{count}")
+      lines = finish(workdir, count)
+      assert [line["step"] for line in lines] == list(range(STEPS + 1))
+      directories[count] = workdir
+    return directories[count]
+
+  return directory
+
+
+@pytest.fixture(scope="module")
+def whole(whole_run):
   """Returns the metrics of a run that was left alone, by its number of processes."""
-  runs = {}
-
-  def lines(count: int) -> list[dict]:
-    if count not in runs:
-      runs[count] = finish(tmp_path_factory.mktemp(f"whole{count}"), count)
-      assert [line["step"] for line in runs[count]] == list(range(STEPS + 1))
-    return runs[count]
-
-  return lines
+  return lambda count: repeatable(whole_run(count))
 
 
 def assert_near(lines: list[dict], others: list[dict]) -> None:
@@ -285,3 +293,148 @@ def test_kills_at_random_moments(tmp_path, whole, count, then, seed):
     assert_near(lines, whole(then))
     started = json.loads((tmp_path / "run.json").read_text())["started"]
     assert len(started) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data, fsdp", [(4, 1), (1, 4)])
+def test_kills_before_another_mesh(tmp_path, whole_run, data, fsdp):
+  """A run that goes on over the same devices in another shape asks the same questions."""
+  job = Job(tmp_path, 1)
+  job.wait_for(lambda: checkpoint.all_steps(tmp_path))
+  job.signal(signal.SIGKILL)
+  assert job.statuses() == [137], job.logs()
+  assert checkpoint.latest_step(tmp_path) == 2 < STEPS
+  lines = finish(tmp_path, 1, f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}")
+  whole = whole_run(1)
+  assert_near(lines, repeatable(whole))
+  assert questions(tmp_path) == questions(whole)
+  log = (tmp_path / "log.0").read_text()
+  assert "step 2: other devices than before (mesh {'data': 2, 'fsdp': 2, 'tensor': 1} then" in log
+  assert f"{{'data': {data}, 'fsdp': {fsdp}, 'tensor': 1}} now" in log
+  assert "the questions and their order stay the same" in log
+
+
+def questions(workdir: pathlib.Path) -> list[list[str]]:
+  """Returns the questions of each step, once for each response."""
+  files = sorted((workdir / "rollouts").iterdir())
+  steps = [[json.loads(line)["task_id"] for line in file.open()] for file in files]
+  assert len(steps) == STEPS and all(len(set(step)) > 1 for step in steps)
+  return [sorted(step) for step in steps]  # their rows are packed in another order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["sampling", "judging"])
+@pytest.mark.parametrize("count, then", [(1, 1), (2, 2), (1, 2), (2, 1)])
+def test_kills_of_an_evaluation(tmp_path, whole_run, count, then, moment):
+  """It begins anew, and says of a run's last checkpoint what the run itself said of it."""
+  run = whole_run(then)
+  mode = ("--mode=eval", f"--checkpoint={run}")
+  dice = random.Random(f"eval/{count}/{then}/{moment}")
+  job = Job(tmp_path, count, *mode)
+  judged = job.told / "judged-heldout"
+  if moment == "sampling":  # or what comes before it, once the processes have found each other
+    job.wait_for(lambda: any("jail.py" in command for command in commands_below()))
+    deadline = time.monotonic() + dice.uniform(0, 2)
+    job.wait_for(lambda: judged.exists() or time.monotonic() > deadline)
+  else:
+    job.wait_for(judged.exists)
+    time.sleep(dice.uniform(0, 0.04))  # the first verdict takes longer
+  victims = None if dice.random() < 0.5 else [dice.randrange(count)]
+  job.signal(signal.SIGKILL, victims)
+  statuses = job.statuses(PEER_TIMEOUT_S + 60)
+  assert all(status in (137, hosts.LOST_PEER) for status in statuses), job.logs()
+  assert not (tmp_path / "eval").exists()
+  job = Job(tmp_path, then, *mode)
+  assert job.statuses() == [0] * then, job.logs()
+  check_nothing_is_left(tmp_path)
+  scores = json.loads((tmp_path / "eval" / f"step_{STEPS:06d}.json").read_text())
+  last = repeatable(run)[-1]
+  assert {key: value for key, value in scores.items() if "/" in key} == {
+    key: value for key, value in last.items() if key.startswith("eval/")
+  }
+
+
+DISCOVER = ("--mode=discover", "--config=configs/discover.py:local")
+# moment of a kill -> whether it has come, by the lines of the files; runs 0 to 2 are those of sdpo,
+# best_of_k and multi_turn on the first question, 3 is sdpo on the second
+DISCOVER_KILLS = {
+  "difficulty": lambda lines: lines("difficulty.jsonl") >= 2,
+  "first update": lambda lines: lines("attempts/00000.jsonl") >= 1,
+  "turns": lambda lines: lines("attempts/00002.jsonl") >= 5,
+  "second question": lambda lines: lines("attempts/00003.jsonl") >= 1,
+  "end": lambda lines: lines("discover.jsonl") >= 5,
+}
+
+
+@pytest.fixture(scope="module")
+def whole_discovery(tmp_path_factory):
+  """Returns the directory of a session of --mode=discover that was left alone."""
+  workdir = tmp_path_factory.mktemp("discovery")
+  job = Job(workdir, 1, *DISCOVER)
+  assert job.statuses() == [0], job.logs()
+  check_nothing_is_left(workdir)
+  return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", DISCOVER_KILLS)
+def test_kills_of_a_discovery(tmp_path, whole_discovery, moment):
+  """It goes on in mid-question: what was judged and written is not judged again."""
+  job = Job(tmp_path, 1, *DISCOVER)
+  job.wait_for(lambda: DISCOVER_KILLS[moment](lambda name: len(json_lines(tmp_path / name))))
+  time.sleep(random.Random(f"discover/{moment}").uniform(0, 0.2))
+  job.signal(signal.SIGKILL)
+  assert job.statuses() == [137], job.logs()
+  before = {name: json_lines(tmp_path / name) for name in ("difficulty.jsonl", "discover.jsonl")}
+  known = attempts_on_disk(tmp_path)
+  job = Job(tmp_path, 1, *DISCOVER)
+  assert job.statuses() == [0], job.logs()
+  check_nothing_is_left(tmp_path)
+  assert not (tmp_path / "attempts").exists()
+  for name, lines in before.items():  # with the times of their first session
+    assert json_lines(tmp_path / name)[: len(lines)] == lines
+  assert discovered(tmp_path) == discovered(whole_discovery)
+  assert known > 0 or moment == "difficulty"
+  assert len(judged(tmp_path)) == len(judged(whole_discovery)) - known
+
+
+def json_lines(path: pathlib.Path) -> list[dict]:
+  """Returns the whole lines of a file that is being written, or was when its writer was killed."""
+  text = path.read_text() if path.exists() else ""
+  return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def attempts_on_disk(workdir: pathlib.Path) -> int:
+  """Returns how many responses a killed session has judged and kept; none has solved a question."""
+  finished = {
+    (x["arm"], x["task_id"], x["seed"]): x for x in json_lines(workdir / "discover.jsonl")
+  }
+  begun = [batch for path in (workdir / "attempts").glob("*.jsonl") for batch in json_lines(path)]
+  batches = [batch for batch in begun if tuple(batch["run"]) not in finished]
+  kept = sum(len(group) for batch in batches for group in batch["groups"])
+  return kept + sum(run["attempts"] for run in finished.values())
+
+
+def discovered(workdir: pathlib.Path) -> dict:
+  """Returns what a session has found, without times."""
+  runs = [metrics.reproducible(line) for line in json_lines(workdir / "discover.jsonl")]
+  assert len(runs) == 6 and all(run["attempts"] == 16 for run in runs)
+  assert (workdir / "discover.json").exists()
+  return {"runs": runs, "difficulty": json_lines(workdir / "difficulty.jsonl")}
+
+
+def judged(workdir: pathlib.Path) -> list[str]:
+  """Returns the questions of all responses that the last start judged."""
+  return (workdir / "told" / "judged").read_text().splitlines()
+
+
+@pytest.mark.slow
+def test_a_discovery_in_two_processes_is_refused_in_one_line(tmp_path):
+  job = Job(tmp_path, 2, *DISCOVER)
+  assert job.statuses(120) == [2, 2], job.logs()
+  for rank in range(2):
+    log = (tmp_path / f"log.{rank}").read_text()
+    assert "--mode=discover runs in one process; it uses all of its devices" in log
+    assert "Traceback" not in log
+  check_nothing_is_left(tmp_path)
+  assert not (tmp_path / "discover.jsonl").exists()
