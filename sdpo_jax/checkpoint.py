@@ -124,10 +124,8 @@ class Saver:
     except BaseException:
       self._manager = None  # it would raise the same again
       raise
-    # An old checkpoint is first moved whole to "deleted": a deletion that was killed must not leave
-    # half a checkpoint under its name.
     if jax.process_index() == 0:
-      shutil.rmtree(self._directory / "deleted", ignore_errors=True)
+      remove_deleted(self._directory.parent)
 
   def close(self) -> None:
     """Waits as `wait` does, and ends."""
@@ -135,6 +133,15 @@ class Saver:
     if self._manager is not None:
       self._manager.close()
       self._manager = None
+
+
+def remove_deleted(workdir) -> None:
+  """Removes old checkpoints for good; one process calls this.
+
+  They are first moved whole to a directory of their own. A deletion that was killed must not leave
+  half a checkpoint under its name; after a run's last save, only the next start can end it.
+  """
+  shutil.rmtree(_directory(workdir) / "deleted", ignore_errors=True)
 
 
 @dataclasses.dataclass

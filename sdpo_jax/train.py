@@ -230,6 +230,7 @@ def train(c, workdir: str, begun: float | None = None) -> None:
   if not hosts.leads():
     return
   if is_finished:
+    checkpoint.remove_deleted(workdir)  # it may have been killed while it did so
     print(finished(workdir, latest, c.total_steps), file=sys.stderr)
   # A finished run lacks its report where it was killed between the last step and the report.
   if not is_finished or not (workdir / "report" / "index.html").exists():

@@ -140,13 +140,14 @@ def repeatable(workdir: pathlib.Path) -> list[dict]:
 
 
 def check_nothing_is_left(workdir: pathlib.Path) -> None:
-  """No process that lost its parent, no half-written file."""
+  """No process that lost its parent, no half-written or half-deleted file."""
   deadline = time.monotonic() + 10
   while time.monotonic() < deadline and commands_below():
     time.sleep(0.1)
   assert not commands_below()
   names = [path.name for path in workdir.rglob("*")]
   assert not [name for name in names if name.endswith(".tmp") or "orbax-checkpoint-tmp" in name]
+  assert "deleted" not in names
 
 
 def commands_below() -> list[str]:

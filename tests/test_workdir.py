@@ -148,6 +148,8 @@ def test_fewer_steps_than_are_done_train_nothing(tmp_path, capsys):
   (tmp_path / "report").mkdir()
   (tmp_path / "report" / "index.html").touch()
   before = sorted(path for path in tmp_path.rglob("*"))
+  # what a kill left of an old checkpoint after the last save
+  (tmp_path / "checkpoints" / "deleted" / "4" / "state").mkdir(parents=True)
   train.train(parsed(TINYCODE, "--config.total_steps=4"), str(tmp_path))
   assert capsys.readouterr().err == (
     f"finished: {tmp_path} holds the checkpoint of step 6 and config.total_steps is 4: "
