@@ -14,7 +14,9 @@ coordinator, and that looks after them:
   the coordinator is gone   jax aborts the process, with the same status
 """
 
+import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -24,6 +26,7 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 
 PEER_TIMEOUT_S = 100
@@ -103,6 +106,24 @@ def share(value: Any) -> list[Any]:
   padded[: own.size] = own
   rows = multihost_utils.process_allgather(padded)
   return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def connect(mesh: jax.sharding.Mesh) -> None:
+  """Makes the connections of a mesh on CPUs, while all processes are at the same place.
+
+  The first sum over some devices fails where a process comes to it 30 seconds after another one,
+  as when one of them has to compile what the other finds compiled. Later sums wait.
+  """
+  if jax.process_count() == 1 or jax.default_backend() != "cpu":
+    return
+  share(None)
+  axes = [axis for axis, size in mesh.shape.items() if size > 1]
+  subsets = [itertools.combinations(axes, count) for count in range(1, len(axes) + 1)]
+  for summed in itertools.chain.from_iterable(subsets):
+    zeros = np.zeros(math.prod(mesh.shape[axis] for axis in summed))
+    split = jax.NamedSharding(mesh, jax.P(summed))
+    x = jax.make_array_from_callback(zeros.shape, split, zeros.__getitem__)
+    jax.jit(jnp.sum, out_shardings=jax.NamedSharding(mesh, jax.P()))(x).block_until_ready()
 
 
 def to_host(x) -> np.ndarray:

@@ -184,6 +184,7 @@ def _enter_mesh(c, devices, stack: contextlib.ExitStack) -> jax.sharding.Mesh | 
     )
   check_rows(c, sharding.row_shards(mesh))
   if mesh is not None:
+    hosts.connect(mesh)
     stack.enter_context(jax.set_mesh(mesh))
   return mesh
 

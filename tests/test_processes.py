@@ -106,7 +106,7 @@ class Job:
       if self.processes[rank].poll() is None:
         self.processes[rank].send_signal(number)
 
-  def statuses(self, timeout_s: float = 300) -> list[int]:
+  def statuses(self, timeout_s: float = 600) -> list[int]:
     """Waits for the end of all processes; kills those that outlive the time."""
     deadline = time.monotonic() + timeout_s
     try:
@@ -261,6 +261,48 @@ def test_a_process_that_falls_silent_ends_the_others(tmp_path, rank):
   assert job.statuses()[1 - rank] == hosts.LOST_PEER, job.logs()
   assert took_s < PEER_TIMEOUT_S + 50
   check_nothing_is_left(tmp_path)
+
+
+# The sums of a mesh's axes, which one of two processes comes to later than gloo waits for it.
+LATE = """
+import sys, time
+import jax, jax.numpy as jnp, numpy as np
+from sdpo_jax import hosts, sharding
+address, rank = sys.argv[1], int(sys.argv[2])
+hosts.start(f"{address},2,{rank}")
+mesh = sharding.make_mesh(jax.devices(), data=2, fsdp=2, tensor=1)
+hosts.connect(mesh)
+time.sleep(35 * rank)
+for axes in ("data", "fsdp", ("data", "fsdp")):
+  split, whole = jax.NamedSharding(mesh, jax.P(axes)), jax.NamedSharding(mesh, jax.P())
+  x = jax.make_array_from_callback((4,), split, np.arange(4.0).__getitem__)
+  print(jax.jit(jnp.sum, out_shardings=whole)(x))
+"""
+
+
+@pytest.mark.slow
+def test_processes_wait_for_one_that_compiles_longer(tmp_path):
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{s.getsockname()[1]}"
+  env = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+  }
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", LATE, address, str(rank)],
+      cwd=ROOT,
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for rank in range(2)
+  ]
+  for process in processes:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and out.splitlines()[-3:] == ["6.0"] * 3, err
 
 
 KILLS = [
