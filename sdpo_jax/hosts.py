@@ -47,20 +47,36 @@ def start(address: str, peer_timeout_s: int = PEER_TIMEOUT_S) -> None:
 
   `address` is "auto" where the cluster tells (TPU pods, Slurm, Open MPI, Kubernetes). Else it is
   "HOST:PORT,PROCESSES,RANK" with the address of process 0. ValueError for anything else.
-  A process that is silent for `peer_timeout_s` seconds is taken for lost.
+  A process that is silent for `peer_timeout_s` seconds is taken for lost, also one that has not
+  joined so long after this one began to wait.
   """
   coordinator, processes, rank = (None, None, None) if address == "auto" else _parse(address)
+  patience = threading.Timer(peer_timeout_s, _give_up, (address, peer_timeout_s))
+  patience.daemon = True
+  patience.start()
   jax.distributed.initialize(
     coordinator,
     processes,
     rank,
     local_device_ids=_gpus_of_a_whole_node(),
+    initialization_timeout=peer_timeout_s + 20,  # on which jax aborts, with no word of ours
     # jax's own notice is only for what ours cannot see: a thread that does not run either
     heartbeat_timeout_seconds=peer_timeout_s + 20,
     shutdown_timeout_seconds=peer_timeout_s,
   )
+  patience.cancel()
   if jax.process_count() > 1:
     _Watch(peer_timeout_s).start()
+
+
+def _give_up(address: str, waited_s: int) -> None:
+  """Ends this process, which waits for others in jax, where no exception could reach it."""
+  print(
+    f"sdpo_jax: --distributed={address}: after {waited_s} s not all processes have joined",
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(LOST_PEER)
 
 
 def _parse(address: str) -> tuple[str, int, int]:

@@ -44,6 +44,13 @@ def orphans_come_here():
   ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
+def free_port() -> int:
+  """Returns a port that nobody listens on."""
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
 class Job:
   """One start of a run in some processes."""
 
@@ -52,9 +59,7 @@ class Job:
     self.told.mkdir(parents=True, exist_ok=True)
     for marker in self.told.iterdir():
       marker.unlink()
-    with socket.socket() as s:
-      s.bind(("127.0.0.1", 0))
-      port = s.getsockname()[1]
+    port = free_port()
     self.processes = []
     for rank in range(count):
       address = [f"--distributed=127.0.0.1:{port},{count},{rank}"] if count > 1 else []
@@ -282,9 +287,7 @@ for axes in ("data", "fsdp", ("data", "fsdp")):
 
 @pytest.mark.slow
 def test_processes_wait_for_one_that_compiles_longer(tmp_path):
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{s.getsockname()[1]}"
+  address = f"127.0.0.1:{free_port()}"
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
@@ -303,6 +306,18 @@ def test_processes_wait_for_one_that_compiles_longer(tmp_path):
   for process in processes:
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and out.splitlines()[-3:] == ["6.0"] * 3, err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_whose_peers_never_come_ends_with_one_line(tmp_path, rank):
+  address = f"--distributed=127.0.0.1:{free_port()},2,{rank}"
+  command = [sys.executable, "-m", "sdpo_jax.main", *SETTINGS, f"--workdir={tmp_path}", address]
+  env = os.environ | {"JAX_PLATFORMS": "cpu"}
+  run = subprocess.run(
+    [*command, "--peer_timeout_s=5"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+  )
+  assert run.returncode == hosts.LOST_PEER
+  assert run.stderr == f"sdpo_jax: {address}: after 5 s not all processes have joined\n"
 
 
 KILLS = [
