@@ -41,7 +41,8 @@ def test_the_other_splits_are_what_they_were(domain, level):
       continue
     for i in range(40):
       t = problems.task(split, i)
-      digest.update(repr((t.id, t.split, t.prompt, t.solution, t.data)).encode())
+      data = {key: value for key, value in t.data.items() if key != "difficulty"}  # is younger
+      digest.update(repr((t.id, t.split, t.prompt, t.solution, data)).encode())
   assert digest.hexdigest()[:16] == STORED[domain, level]
 
 
