@@ -207,7 +207,7 @@ def test_a_thread_that_outlives_a_check_leaves_its_verdict(sandbox):
   [
     (b'{"call": [[7], {}], "answer": null}\n\n', [[7], {}]),
     (b'{"call": [[7], {}], "answer": {"value": "aaaa   1}\n', []),  # killed while it was written
-    (b'{"call": [[7], {}], "answer": {"value": ' + b"[" * 5000 + b"]" * 5000 + b"}}\n\n", []),
+    (b'{"call": [[7], {}], "answer": {"value": ' + b"[" * 200_000 + b"]" * 200_000 + b"}}\n\n", []),
     (b'{"call": null, "answer": null}\n\n', None),
     (b"", None),
   ],
