@@ -230,7 +230,7 @@ def restore_params(workdir, like_params, step: int | None = None):
 def read_host(workdir, step: int | None = None) -> dict:
   """Returns the host's part of checkpoint `step`, by default the newest, and no arrays."""
   step = _existing(workdir, step)
-  with _manager(workdir, create=False) as manager:
+  with _manager(workdir) as manager:
     return _from_json(_read_host_json(manager, step)["host"])
 
 
@@ -241,7 +241,7 @@ def _restore(workdir, like, step: int | None, leaves: dict[str, str], under: str
   the checkpoint holds others there.
   """
   step = _existing(workdir, step)
-  with _manager(workdir, create=False) as manager:
+  with _manager(workdir) as manager:
     host_json = _read_host_json(manager, step)
     stored = {path: kind for path, kind in host_json["leaves"].items() if path.startswith(under)}
     _check_leaves(manager.directory / str(step), stored, leaves)
@@ -354,8 +354,9 @@ def _directory(workdir):
   return pathlib.Path(workdir).absolute() / "checkpoints"
 
 
-def _manager(workdir, **options):
-  options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
+def _manager(workdir):
+  """Opens Orbax's manager for reading."""
+  options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=False)
   return contextlib.closing(ocp.CheckpointManager(_directory(workdir), options=options))
 
 

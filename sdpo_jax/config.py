@@ -365,10 +365,15 @@ def call_file(flag: str, file_and_argument: str, function: str):
   except ValueError:  # says what is wrong with the argument or a setting
     raise
   except Exception as error:
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == path]
-    where = f", line {lines[-1]}" if lines else ""
-    raise ValueError(f"--{flag}={path}{where}: {type(error).__name__}: {error}") from error
+    raise ValueError(f"--{flag}={in_file(path, error)}") from error
+
+
+def in_file(path: str, error: Exception) -> str:
+  """Returns "FILE, line N: Type: message" of an error that a user's file raised."""
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [frame.lineno for frame in frames if frame.filename == path]
+  where = f", line {lines[-1]}" if lines else ""
+  return f"{path}{where}: {type(error).__name__}: {error}"
 
 
 def model_location(name: str, names=MODELS) -> str:

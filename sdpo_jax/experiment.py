@@ -35,10 +35,10 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from typing import NamedTuple
 
 from sdpo_jax import final_scores, metrics, report, summary, tuning
+from sdpo_jax.config import in_file
 from sdpo_jax.errors import RunError, local_path
 from sdpo_jax.tuning import Grid
 from sdpo_jax.workdir import write_atomically
@@ -98,10 +98,7 @@ class Experiment:
     try:
       return function(*arguments)
     except Exception as error:
-      frames = traceback.extract_tb(error.__traceback__)
-      lines = [frame.lineno for frame in frames if frame.filename == self.path]
-      place = f"--config={self.path}, line {lines[-1]}" if lines else f"--config={self.path}"
-      raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
+      raise ValueError(f"--config={in_file(self.path, error)}") from error
 
 
 def launch(workdir: pathlib.Path, arguments: list[str], cores: list[int]) -> subprocess.Popen:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sdpo_jax import stats
-from sdpo_jax.records import Status
+from sdpo_jax.evaluation.scores import rewards_of, successes
 from sdpo_jax.workdir import read_lines
 
 _FIGURES = ("entropy", "length_mean", "length_p90", "length_p99", "cut_off")
@@ -46,7 +46,7 @@ def _of_split(sampled: pathlib.Path, figures: dict) -> dict:
   values = {name: figures.get(f"eval/{suite}.{split}/{name}") for name in _FIGURES}
   return {
     "reward": [_mean(r) for r in rewards],
-    "solved": [sum(x >= 1.0 for x in r) for r in rewards],
+    "solved": [successes(r) for r in rewards],
     "judged": [len(r) for r in rewards],
     "greedy": [_mean(r) for r in greedy],
   } | {name: value for name, value in values.items() if value is not None}
@@ -59,10 +59,7 @@ def _mean(rewards: list[float]) -> float | None:
 def _rewards(path: pathlib.Path) -> list[list[float]]:
   """Returns the rewards of the judged responses to each question."""
   lines = sorted(read_lines(path), key=lambda line: line["question"])
-  return [
-    [r["reward"] for r in line["responses"] if r["status"] != Status.ENV_FAILED.value]
-    for line in lines
-  ]
+  return [rewards_of(line) for line in lines]
 
 
 class Arm(NamedTuple):

@@ -54,17 +54,19 @@ def start(address: str, peer_timeout_s: int = PEER_TIMEOUT_S) -> None:
   patience = threading.Timer(peer_timeout_s, _give_up, (address, peer_timeout_s))
   patience.daemon = True
   patience.start()
-  jax.distributed.initialize(
-    coordinator,
-    processes,
-    rank,
-    local_device_ids=_gpus_of_a_whole_node(),
-    initialization_timeout=peer_timeout_s + 20,  # on which jax aborts, with no word of ours
-    # jax's own notice is only for what ours cannot see: a thread that does not run either
-    heartbeat_timeout_seconds=peer_timeout_s + 20,
-    shutdown_timeout_seconds=peer_timeout_s,
-  )
-  patience.cancel()
+  try:
+    jax.distributed.initialize(
+      coordinator,
+      processes,
+      rank,
+      local_device_ids=_gpus_of_a_whole_node(),
+      initialization_timeout=peer_timeout_s + 20,  # on which jax aborts, with no word of ours
+      # jax's own notice is only for what ours cannot see: a thread that does not run either
+      heartbeat_timeout_seconds=peer_timeout_s + 20,
+      shutdown_timeout_seconds=peer_timeout_s,
+    )
+  finally:
+    patience.cancel()
   if jax.process_count() > 1:
     _Watch(peer_timeout_s).start()
 

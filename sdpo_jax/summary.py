@@ -159,10 +159,13 @@ class Run(NamedTuple):
 
 
 def _read_run(entry: dict) -> Run:
-  """Reads an entry of curves.json. Its arguments name a configuration file and the file's keys."""
+  """Reads an entry of curves.json or scores.json.
+
+  Its arguments name a configuration file and the file's keys.
+  """
   keys = dict(pair.split("=", 1) for pair in entry["arguments"][0].rpartition(":")[2].split(","))
   domain, seed = keys.pop("domain", ""), int(keys.pop("seed"))
-  return Run(domain, ", ".join(keys.values()), seed, entry.get("tuning"), entry["points"])
+  return Run(domain, ", ".join(keys.values()), seed, entry.get("tuning"), entry.get("points", []))
 
 
 def _curves(entries: dict) -> list[str]:
@@ -343,7 +346,7 @@ def _finals(entries: dict) -> list[str]:
   """Returns the tables of the last checkpoints: each arm, and the differences between arms."""
   runs = []
   for entry in entries.values():
-    run = _read_run(entry | {"points": []})
+    run = _read_run(entry)
     runs.append((run.arm, run.seed, entry["splits"]))
   splits = [split for split in SPLITS if any(split in run[2] for run in runs)]
   rows, differences = [], []

@@ -221,12 +221,12 @@ def train(c, workdir: str, begun: float | None = None) -> None:
         steps, state = Steps.begin(c, workdir, session, latest)
         steps.begun = begun
       limits = Limits(c.train.max_skipped_in_a_row, c.train.max_env_failures_in_a_row)
-      try:
-        steps.open(state, steps.latest)
-        with notice:
+      with notice:  # until the last checkpoint is written: the signal may come twice
+        try:
+          steps.open(state, steps.latest)
           run(state, steps.host, steps, total_steps=c.total_steps, limits=limits)
-      finally:
-        steps.close()
+        finally:
+          steps.close()
   if not hosts.leads():
     return
   if is_finished:

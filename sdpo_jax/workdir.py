@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 
+from flax.traverse_util import flatten_dict
 import jax
 
 # settings that may change while a run goes on: how far it goes, how many questions at a time, and
@@ -49,7 +50,7 @@ def check_same_run(workdir: pathlib.Path, c, *, begun: bool, defaults: dict) -> 
   path = workdir / "config.json"
   if not begun or not path.exists():
     return
-  before, now = _flat(json.loads(path.read_text()), "config"), _stored(c.to_dict())
+  before, now = _flat(json.loads(path.read_text())), _stored(c.to_dict())
   before = {key: value for key, value in _stored(defaults).items() if key in now} | before
   for key in sorted(before.keys() | now.keys()):
     if key not in _MAY_CHANGE and before.get(key) != now.get(key):
@@ -61,7 +62,12 @@ def check_same_run(workdir: pathlib.Path, c, *, begun: bool, defaults: dict) -> 
 
 def _stored(settings: dict) -> dict:
   """Returns flat settings as config.json would hold them: tuples are lists there."""
-  return _flat(json.loads(json.dumps(settings, default=repr)), "config")
+  return _flat(json.loads(json.dumps(settings, default=repr)))
+
+
+def _flat(settings: dict) -> dict:
+  """Returns {"config.section.key": value} of nested settings."""
+  return flatten_dict({"config": settings}, sep=".")
 
 
 def _why_not(key: str, before) -> str:
@@ -72,15 +78,6 @@ def _why_not(key: str, before) -> str:
     f"; its learning rate is on the way to 0 at update {before}, "
     "so config.total_steps may grow up to there and no further"
   )
-
-
-def _flat(settings: dict, path: str) -> dict:
-  """Returns {"config.section.key": value} of nested settings."""
-  flat = {}
-  for key, value in settings.items():
-    name = f"{path}.{key}"
-    flat |= _flat(value, name) if isinstance(value, dict) else {name: value}
-  return flat
 
 
 def finished(workdir, latest: int, total_steps: int) -> str:

@@ -33,7 +33,7 @@ def write_evaluation(workdir: pathlib.Path, seed: int) -> dict[str, np.ndarray]:
 
 
 def question_line(place: int, rewards) -> dict:
-  responses = [{"reward": float(reward), "status": "ok"} for reward in rewards]
+  responses = [{"reward": float(reward), "status": "scored"} for reward in rewards]
   return {"question": place, "id": f"q{place}", "responses": responses}
 
 

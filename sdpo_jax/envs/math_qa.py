@@ -33,15 +33,7 @@ import time
 from sdpo_jax.envs import math_worker, quantities
 from sdpo_jax.envs.math_text import has_box, last_boxed
 from sdpo_jax.envs.numerals import number
-from sdpo_jax.envs.rows import (
-  field,
-  final_text,
-  given,
-  groups,
-  messages,
-  optional_text,
-  task_id,
-)
+from sdpo_jax.envs.rows import field, final_text, given, groups, messages, optional_text, task_id
 from sdpo_jax.records import Feedback, Status, Task
 
 INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."

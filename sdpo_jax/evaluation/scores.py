@@ -26,6 +26,7 @@ import math
 import numpy as np
 
 from sdpo_jax import stats
+from sdpo_jax.records import Status
 
 
 def headline(name: str, lines: list[dict]) -> dict[str, float]:
@@ -34,7 +35,7 @@ def headline(name: str, lines: list[dict]) -> dict[str, float]:
   avg@k is the mean reward over questions and their k responses; its interval is a bootstrap over
   questions (95 %). pass@k is the share of questions that one of all their responses solves.
   """
-  rewards_of_lines = [_rewards(line) for line in lines]
+  rewards_of_lines = [rewards_of(line) for line in lines]
   failed = sum(
     len(line["responses"]) - len(rewards)
     for line, rewards in zip(lines, rewards_of_lines, strict=True)
@@ -44,7 +45,7 @@ def headline(name: str, lines: list[dict]) -> dict[str, float]:
   if not rewards_of_lines:  # questions without one verdict tell nothing
     return metrics
   metrics |= _interval(f"{name}/avg@k", stats.avg_at_k(rewards_of_lines))
-  solved = sum(_successes(rewards) > 0 for rewards in rewards_of_lines)
+  solved = sum(successes(rewards) > 0 for rewards in rewards_of_lines)
   return metrics | {f"{name}/pass@k": solved / len(rewards_of_lines)}
 
 
@@ -80,11 +81,18 @@ def summarise(name: str, lines: list[dict], *, has_entropy: bool) -> dict[str, f
   return metrics
 
 
-def _rewards(line: dict) -> list[float]:
-  return [r["reward"] for r in line["responses"] if r["status"] != "env_failed"]
+def judged_responses(line: dict) -> list[dict]:
+  """Returns the responses of a line that have a verdict."""
+  return [r for r in line["responses"] if r["status"] != Status.ENV_FAILED.value]
 
 
-def _successes(rewards: list[float]) -> int:
+def rewards_of(line: dict) -> list[float]:
+  """Returns their rewards."""
+  return [response["reward"] for response in judged_responses(line)]
+
+
+def successes(rewards: list[float]) -> int:
+  """Returns how many of the responses solve their question."""
   return sum(reward >= 1.0 for reward in rewards)
 
 
@@ -93,20 +101,20 @@ def _interval(name: str, interval: stats.Interval) -> dict[str, float]:
 
 
 def _pass_at(name: str, lines: list[dict]) -> dict[str, float]:
-  rewards_of_lines = [_rewards(line) for line in lines]
+  rewards_of_lines = [rewards_of(line) for line in lines]
   most = max(map(len, rewards_of_lines), default=0)
   metrics, k = {}, 1
   while k <= most:
     enough = [rewards for rewards in rewards_of_lines if len(rewards) >= k]
     counts = [len(rewards) for rewards in enough]
-    value_Q = stats.pass_at_k(counts, [_successes(rewards) for rewards in enough], k)
+    value_Q = stats.pass_at_k(counts, [successes(rewards) for rewards in enough], k)
     metrics |= _interval(f"{name}/pass@{k}", stats.mean_interval(value_Q))
     k *= 2
   return metrics
 
 
 def _maj_at(name: str, lines: list[dict]) -> dict[str, float]:
-  judged = [[r for r in line["responses"] if r["status"] != "env_failed"] for line in lines]
+  judged = [judged_responses(line) for line in lines]
   if not any("answer" in response for group in judged for response in group):
     return {}
   metrics, k = {}, 2
