@@ -54,6 +54,10 @@ the mean over seeds (lowest to highest) at the last evaluation within that share
 The last columns state for each seed when a run is first as good as the last evaluation of another
 run of that seed: the thousands of generated tokens, read off the straight line between two
 evaluations, and in brackets the responses at the later of the two."""
+RATIO_LEGEND = """\
+How much an arm generates until it is as good as another's last evaluation on held-out questions,
+over what the other itself had generated when it was first as good: median over seeds, with the sign
+test's interval (five seeds: 93.75 %, from the lowest to the highest)."""
 VERSUS = "against_best_of_k"  # ends the names of comparisons in discover.json
 
 
@@ -183,6 +187,7 @@ def _curves(entries: dict) -> list[str]:
     if domain:
       parts.append(f"### {domain}")
     parts += [_tuned(arms), CURVES_LEGEND, _scores(arms, splits), PACE_LEGEND, _pace(arms)]
+    parts += _ratios(arms)
     parts.append(_folded("Every run, with 95 % intervals over questions", _runs(arms, splits)))
   return parts
 
@@ -285,6 +290,51 @@ def _pace(arms: dict[str, list[Run]]) -> str:
     rows.append(row)
   head = ["arm", "steps", "responses", "generated tokens", "after a quarter", "after half"]
   return _table(head + [f"as good as `{other}`'s last" for other in targets], rows)
+
+
+def _ratios(arms: dict[str, list[Run]]) -> list[str]:
+  """Returns the table of cost ratios with its legend; nothing where no arms can be compared."""
+  rows = []
+  for other in (arm for arm in TARGETS if arm in arms):
+    for arm, members in arms.items():
+      pairs = _by_seed(members, arms[other])
+      if arm == other or len(pairs) < 5:  # fewer seeds give no interval
+        continue
+      row = [f"`{arm}`", f"`{other}`", str(len(pairs))]
+      rows.append(row + [_ratio(pairs, cost) for cost in ("generations", "sampled_tokens")])
+  if not rows:
+    return []
+  return [RATIO_LEGEND, _table(["arm", "as good as", "seeds", "responses", "tokens"], rows)]
+
+
+def _by_seed(members: list[Run], others: list[Run]) -> list[tuple[Run, Run]]:
+  """Returns the runs of the seeds that both have, paired."""
+  other_of = {run.seed: run for run in others}
+  return [(run, other_of[run.seed]) for run in members if run.seed in other_of]
+
+
+def _ratio(pairs: list[tuple[Run, Run]], cost: str) -> str:
+  """Returns the median of one cost ratio with its interval."""
+
+  def until(run: Run, target: float) -> float | None:
+    points = run.evaluations(SPLITS[0])
+    costs = [point.get(f"train/{cost}", 0) for point in points]
+    return stats.cost_to_target(costs, [p[f"eval/{SPLITS[0]}/avg@k"] for p in points], target)
+
+  def end(run: Run) -> int:
+    return run.evaluations(SPLITS[0])[-1][f"train/{cost}"]
+
+  targets = [other.last(SPLITS[0]) for _, other in pairs]
+  ratio = stats.cost_ratio(
+    [until(run, target) for (run, _), target in zip(pairs, targets, strict=True)],
+    [until(other, target) for (_, other), target in zip(pairs, targets, strict=True)],
+    end_a_S=[end(run) for run, _ in pairs],
+    end_b_S=[end(other) for _, other in pairs],
+  )
+  median = "unknown" if ratio.ratio is None else f"{ratio.ratio:.2f}"
+  high = "∞" if ratio.high is None else f"{ratio.high:.2f}"
+  never = f", {ratio.censored_a} never" if ratio.censored_a else ""
+  return f"{median} [{ratio.low:.2f}, {high}]{never}"
 
 
 def _span(values: list[int]) -> str:
