@@ -6,7 +6,7 @@ Smoke:  python -m sdpo_jax.main --config=configs/tinycode.py:local
 Cost:   3 min 21 s on two CPU cores that other work shared (240 steps of 16 x 4 responses,
         evaluations included), less with method=grpo.
 Result: held-out avg@4 over 100 questions, seed 0: base model 38.5 %, after training 88.2 %.
-        Other splits, seeds and levels: RESULTS.md, tinycode_seeds.
+        Other splits, seeds and levels: RESULTS.md, headline.
 """
 
 from sdpo_jax import config

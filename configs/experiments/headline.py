@@ -9,8 +9,10 @@ Rates:  one grid for both arms, so that neither gets the finer one. It holds the
         before (SDPO 1.5e-3, GRPO 5e-4), with at least one lower and one higher beside it.
 End:    the last checkpoints answer 100 questions of each split 16 times at temperature 1, and once
         greedily.
-Cost:   at most 2.5 CPU hours: 26 runs, of which those of tinycode_seeds took 5.2 CPU minutes each,
-        and trials are evaluated less often. Not run in full yet.
+Cost:   80 minutes on two cores that other work shared, of which 5 are the last evaluations: less
+        than 2.7 CPU hours for 26 runs.
+Result: held-out avg@16: SDPO 89.8 % [84.4, 94.7], GRPO 50.4 % [40.1, 60.5]; as good as GRPO's last
+        after 0.22 [0.14, 0.27] of its generations. RESULTS.md, headline.
 """
 
 SUITES = "configs/eval/tinycode.py"
