@@ -30,7 +30,7 @@ from typing import Any
 
 from sdpo_jax.objectives.notes import Notes, distinct, failed, imagining, true_feedback
 from sdpo_jax.objectives.teacher_context import without_thinking
-from sdpo_jax.records import Alternative, Ratio, Rollout, Sampling, Status
+from sdpo_jax.records import Alternative, Ratio, Request, Rollout, Sampling, Status
 from sdpo_jax.rollout import Collector, prompt_seed
 
 # The place of a failed attempt among the groups: (question, response).
@@ -117,6 +117,7 @@ class Explorer:
       n=self.notes.alternatives,
       sampling=sampling,
       seeds=[prompt_seed(self.seed, source, step, q) for q in questions],
+      version=step,
     )
     for q, rollouts in zip(questions, drawn):
       tokens = sum(len(r.tokens) for r in rollouts)
@@ -140,6 +141,7 @@ class Explorer:
       n=self.notes.alternatives,
       sampling=sampling,
       seeds=[prompt_seed(self.seed, "branches", step, q, i) for q, i in candidates],
+      version=step,
       begun=heads,
     )
     for place, attempt, rollouts, (head, _) in zip(candidates, attempts, drawn, heads):
@@ -163,20 +165,18 @@ class Explorer:
       for key, (attempt, prompt) in prompts.items()
       if len(prompt) <= self.max_prompt_tokens
     }
-    feedback, keys = {}, list(fitting)
+    feedback = {}
     sampling = dataclasses.replace(sampling, max_new_tokens=self.notes.imagined_tokens)
-    completions = self.collector.engine.generate(
-      params,
-      [prompt for _, prompt in fitting.values()],
-      n=1,
-      sampling=sampling,
-      seeds=[prompt_seed(self.seed, "imagine", step, n) for n in range(len(keys))],
-    )
-    for completion in completions:
-      key = keys[completion.prompt_index]
+    requests = [
+      Request(key, prompt, 1, sampling, prompt_seed(self.seed, "imagine", step, n))
+      for n, (key, (_, prompt)) in enumerate(fitting.items())
+    ]
+    self.collector.engine.load(params, step)
+    for completion in self.collector.engine.generate(requests):
       text = self.collector.chat.response_text(completion.tokens, teacher=True)
-      feedback[key] = without_thinking(text).strip()
-      charge(fitting[key][0], tokens=len(completion.tokens))
+      feedback[completion.key] = without_thinking(text).strip()
+      charge(fitting[completion.key][0], tokens=len(completion.tokens))
+    self.collector.engine.unload()
     for (q, i), alternatives in candidates.items():
       candidates[q, i] = [
         dataclasses.replace(a, imagined=feedback[q, a.rollout.text])

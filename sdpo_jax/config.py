@@ -99,7 +99,7 @@ def base() -> ml_collections.ConfigDict:
     top_p=1.0,
     rows=64,  # sequences decoded together
     # tokens between two looks at which responses are done
-    chunk=8,
+    chunk=16,
     judge_threads=4,
     judge_timeout_s=60.0,
   )

@@ -35,7 +35,8 @@ import jax.numpy as jnp
 
 from sdpo_jax import learner, session, sharding
 from sdpo_jax.data.shapes import Rounding, Shape, bucket, full_shape, most_tokens
-from sdpo_jax.engine.local import DecodeState, decode
+from sdpo_jax.engine import programs
+from sdpo_jax.engine.sampling import needs_sorting
 from sdpo_jax.hlo import OutOfMemory, Program, compile_for, kernels, logit_arrays
 from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import ModelConfig
@@ -191,31 +192,45 @@ def batch_shapes(mesh, shape: Shape, responses: int, further_readings: int = 0) 
 
 
 def decode_shapes(
-  model: ModelConfig, mesh, *, rows: int, prompt: int, new: int
-) -> tuple[DecodeState, jax.ShapeDtypeStruct]:
-  """Returns (state, keys) of a decode step with full caches, as shapes with their places."""
+  model: ModelConfig, mesh, *, rows: int, group: int, prompt: int, new: int
+) -> tuple:
+  """Returns what `programs.decode` takes after the weights, as shapes with their places.
+
+  All rows are at their longest, with `group` of them to a prompt.
+  """
+  shards = sharding.row_shards(mesh)
 
   def placed(x, axes: str):
     spec = sharding.spec(axes, sharding.ACTIVATIONS)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
 
-  def by_row(dtype, *rest: int):
-    return placed(jax.ShapeDtypeStruct((rows, *rest), dtype), "BTT"[: 1 + len(rest)])
+  with jax.set_mesh(mesh):
+    columns = programs.page_columns()
 
-  with jax.set_mesh(mesh):  # the order of the cache's axes is the platform's
-    cache = jax.eval_shape(lambda: decoder.init_cache(model, rows, prompt + new))
-    axes = decoder.cache_axes()
-  state = DecodeState(
-    cache=decoder.Cache(placed(cache.k, axes), placed(cache.v, axes), placed(cache.valid_BS, "BS")),
-    hidden_BD=by_row(jnp.dtype(model.dtype), model.width),
-    length_B=by_row(jnp.int32),
-    done_B=by_row(bool),
-    tokens_BR=by_row(jnp.int32, new),
-    logp_BR=by_row(jnp.float32, new),
-    t=jax.ShapeDtypeStruct((), jnp.int32),
+  def pool(texts: int, length: int, kind: dict):
+    sizes = dict(shards=shards, pages=texts * -(-length // columns), columns=columns)
+    with jax.set_mesh(mesh):
+      empty = jax.eval_shape(lambda: decoder.init_pool(model, **sizes, **kind))
+      return jax.tree.map(placed, empty, decoder.pool_axes(model, **kind))
+
+  texts = rows // shards
+  shared = pool(-(-texts // group), prompt, dict(shared=True, stacked=True))
+  own = pool(texts, new, dict(shared=False, stacked=True))
+  sizes = programs.Sizes(
+    shards=shards,
+    rows=texts,
+    shared_pages=shared.v.shape[2],
+    own_pages=own.v.shape[2],
+    readers=min(group, texts),
+    columns=columns,
+    chunk=1,
   )
-  key = jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32)))
-  return state, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.row_sharding(mesh))
+  tables = programs.empty_tables(sizes)
+  everywhere = jax.NamedSharding(mesh, jax.P())
+  tables = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tables
+  )
+  return shared, own, tables
 
 
 def _placed(tree, shardings):
@@ -438,26 +453,25 @@ def attempt(resident: float, mesh, function, *args, **kwargs) -> Outcome:
 
 
 def attempt_decoding(w: Workload, weights: dict, resident: float) -> Outcome:
-  """Compiles a decode step of one token of config.rollout.rows responses, caches full."""
+  """Compiles a decode step of one token of config.rollout.rows responses at their longest."""
   rollout = w.c.rollout
-  new_tokens = w.tokens(rollout.max_new_tokens)
-  state, keys = decode_shapes(
+  arguments = decode_shapes(
     w.model,
     w.mesh,
     rows=rollout.rows,
+    group=rollout.group,
     prompt=w.tokens(w.c.data.max_prompt_tokens),
-    new=new_tokens,
+    new=w.tokens(rollout.max_new_tokens),
   )
+  sampling = Sampling(1, rollout.temperature, rollout.top_p)
   return attempt(
     resident,
     w.mesh,
-    decode,
+    programs.decode,
     weights,
-    state,
-    keys,
+    *arguments,
     config=w.model,
-    sampling=Sampling(new_tokens, rollout.temperature, rollout.top_p, (0,)),
-    chunk=1,
+    is_sorted=needs_sorting(sampling),
   )
 
 

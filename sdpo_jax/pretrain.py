@@ -52,7 +52,7 @@ from sdpo_jax.objectives.teacher_weights import TeacherWeights
 from sdpo_jax.objectives.token_weight import uniform
 from sdpo_jax.optimizer import make_optimizer
 from sdpo_jax.preemption import Notice
-from sdpo_jax.records import Rows, Sampling, TrainBatch
+from sdpo_jax.records import Request, Rows, Sampling, TrainBatch
 from sdpo_jax.train_step import init_state, make_signals, make_train_step
 from sdpo_jax.workdir import check_same_run, finished, write_atomically
 
@@ -232,15 +232,17 @@ def accuracy(
   of_the_corpus = [view for view in ("notes", "imagine") if settings[view]]
   for view in ("plain", "feedback", "solution", *of_the_corpus):
     problems = _novel_problems(domain, settings, view, questions)
-    prompts = [chat.prompt_tokens([{"role": "user", "content": p.message}]) for p in problems]
     longest = max_new_tokens
     if view == "imagine":
       longest = max(len(chat.text_tokens(p.response)) for p in problems) + 1
     sampling = Sampling(max_new_tokens=longest, temperature=0.0, stop_tokens=chat.stop_tokens)
-    completions = sampler.generate(
-      params, prompts, n=1, sampling=sampling, seeds=[0] * len(prompts)
-    )
-    answers = [(chat.response_text(c.tokens), problems[c.prompt_index]) for c in completions]
+    messages = [[{"role": "user", "content": p.message}] for p in problems]
+    requests = [
+      Request(i, chat.prompt_tokens(m), 1, sampling, seed=0) for i, m in enumerate(messages)
+    ]
+    sampler.load(params, 0)
+    completions = sampler.generate(requests)
+    answers = [(chat.response_text(c.tokens), problems[c.key]) for c in completions]
     if view == "imagine":
       exact = [text == p.response for text, p in answers]
       first_line = [text.split("\n")[0] == p.response.split("\n")[0] for text, p in answers]
@@ -323,9 +325,7 @@ def run(
   chat, method = data.chat, supervised()
   state = init_state(params, tx)
   step = jax.jit(make_train_step(make_signals(model, method), method, tx), donate_argnums=0)
-  sampler = LocalEngine(
-    model, rows=c.eval.questions, prompt_multiple=128, chunk=64, pad_token=chat.pad_token
-  )
+  sampler = LocalEngine(model, rows=c.eval.questions, pad_token=chat.pad_token)
 
   def evaluate(params) -> dict[str, float]:
     return accuracy(

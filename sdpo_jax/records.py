@@ -139,24 +139,39 @@ class TrainBatch(NamedTuple):
   logp_old_BR: Array  # float32, nats: the trainer's, before this batch's updates
 
 
-class Completion(NamedTuple):
-  """What an engine returns for one sample."""
-
-  prompt_index: int
-  sample_index: int
-  tokens: list[int]  # the stop token included
-  logp: list[float]  # nats
-  finish_reason: str  # "stop" | "length"
-
-
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How to sample. Log-probabilities are those at the temperature, before top_p cuts."""
+  """How to sample. Log-probabilities are those at the temperature, before any cut or bias."""
 
   max_new_tokens: int
   temperature: float = 1.0  # 0 is greedy
   top_p: float = 1.0
   stop_tokens: tuple[int, ...] = ()
+  top_k: int = 0  # 0: all tokens
+  min_p: float = 0.0  # least probability, as a part of the likeliest token's
+  logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what its logit is raised by)
+  banned_tokens: tuple[int, ...] = ()  # never sampled
+
+
+class Request(NamedTuple):
+  """What an engine is asked for: n samples of what comes after a prompt."""
+
+  key: Any  # comes back with each completion
+  prompt: list[int]
+  n: int
+  sampling: Sampling
+  seed: int  # uint32
+
+
+class Completion(NamedTuple):
+  """What an engine returns for one sample."""
+
+  key: Any  # the request's
+  sample_index: int
+  tokens: list[int]  # the stop token included
+  logp: list[float]  # nats
+  finish_reason: str  # "stop" | "length"
+  version: int = 0  # of the weights that sampled it
 
 
 class Ratio(NamedTuple):

@@ -26,7 +26,7 @@ import jax
 from sdpo_jax import hosts
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.errors import TaskError
-from sdpo_jax.records import Completion, Feedback, Rollout, Sampling, Status, Task
+from sdpo_jax.records import Completion, Feedback, Request, Rollout, Sampling, Status, Task
 from sdpo_jax.text import MAX_CHARS, clean, cut
 
 
@@ -83,30 +83,29 @@ class Collector:
     sampling: Sampling,
     seeds: list[int],
     begun: list[tuple[list[int], list[float]]] | None = None,
+    version: int = 0,
   ) -> list[list[Rollout]]:
     """Returns n judged rollouts of each task, as groups[q][g].
 
+    seeds: one a task.
     begun[q]: tokens, with their log-probabilities, that all responses to task q begin with.
+    version: of the weights.
     Raises TaskError for a prompt that is too long.
     """
     prompts = self._prompts(tasks)
     begun = begun or [([], [])] * len(tasks)
-    heads = [head for head, _ in begun]
-    completions = self.engine.generate(
-      params,
-      [prompt + head for prompt, head in zip(prompts, heads, strict=True)],
-      n=n,
-      sampling=sampling,
-      seeds=seeds,
-    )
+    self.engine.load(params, version)
+    requests = [
+      Request(q, prompt + head, n, sampling, seed)
+      for q, (prompt, (head, _), seed) in enumerate(zip(prompts, begun, seeds, strict=True))
+    ]
     sampled = {}  # (q, g) -> _Sampled
-    for c in completions:
-      head, logp = begun[c.prompt_index]
+    for c in self.engine.generate(requests):
+      head, logp = begun[c.key]
       whole = c._replace(tokens=head + c.tokens, logp=logp + c.logp)
-      index = c.prompt_index * n + c.sample_index
-      sampled[c.prompt_index, c.sample_index] = self._begin_judging(
-        tasks[c.prompt_index], whole, index
-      )
+      index = c.key * n + c.sample_index
+      sampled[c.key, c.sample_index] = self._begin_judging(tasks[c.key], whole, index)
+    self.engine.unload()
     self._check_stop_of(sampled)
     feedback = self._await_feedback(tasks, sampled)
     self.check_stop()

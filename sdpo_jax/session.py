@@ -280,7 +280,6 @@ def _collecting(
     rows=c.rollout.rows,
     row_multiple=sharding.row_shards(mesh),
     chunk=c.rollout.chunk,
-    prompt_multiple=c.data.length_multiple,
     pad_token=loaded.chat.pad_token,
   )
   return contextlib.closing(make_collector(c, env, loaded.chat, engine, check_stop))

@@ -34,7 +34,9 @@ ACTIVATIONS = {
   "B": ("data", "fsdp"),
   "T": None,
   "R": None,
-  "S": None,
+  "Z": ("data", "fsdp"),
+  "W": None,
+  "C": None,
   "L": None,
   "D": None,
   "N": "tensor",
@@ -168,6 +170,13 @@ def constrain_embeddings(x_BTD: jax.Array) -> jax.Array:
   if current_mesh() is None:
     return x_BTD
   return jax.lax.with_sharding_constraint(x_BTD, PartitionSpec("data", None, WEIGHTS["D"]))
+
+
+def replicate(tree):
+  """Constrains all arrays of a tree to lie whole on every device."""
+  if current_mesh() is None:
+    return tree
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
 
 
 def constrain_rows(x: jax.Array, axis: int) -> jax.Array:

@@ -377,6 +377,7 @@ class Steps:
       n=self.c.rollout.group,
       sampling=self.sampling,
       seeds=[prompt_seed(self.c.seed, "train", i, q) for q in range(len(tasks))],
+      version=i,
     )
     if self.explorer is not None:
       self.exploration = self.explorer.explore(params, groups, sampling=self.sampling, step=i)

@@ -205,16 +205,22 @@ class ScriptedEngine:
   def __init__(self, script: list[list[list[int]]]):
     self.script = script
 
-  def generate(self, params, prompts, *, n, sampling, seeds):
-    for p in range(len(prompts)):
-      for s in range(n):
+  def load(self, params, version):
+    pass
+
+  def unload(self):
+    pass
+
+  def generate(self, requests):
+    for p, request in enumerate(requests):
+      for s in range(request.n):
         tokens = self.script[p][s]
         yield Completion(
-          p,
+          request.key,
           s,
           tokens,
           [-1.0] * len(tokens),
-          "stop" if tokens and tokens[-1] in sampling.stop_tokens else "length",
+          "stop" if tokens and tokens[-1] in request.sampling.stop_tokens else "length",
         )
 
 

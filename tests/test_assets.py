@@ -18,7 +18,7 @@ from sdpo_jax.model.hf_weights import load_pretrained
 from sdpo_jax.objectives.notes import Notes, failed, further_readings
 from sdpo_jax.objectives.teacher_context import FEEDBACK, FeedbackOrSolution
 from sdpo_jax.pretrain import accuracy
-from sdpo_jax.records import Sampling
+from sdpo_jax.records import Request, Sampling
 from sdpo_jax.session import open_session
 
 # domain, model, what it solves: ranges that hold the shares over 256 problems in
@@ -63,7 +63,7 @@ def test_hindsight_helps(name, path, ranges):
     dataclasses.asdict(Mixture(notes=reads, imagine=reads)),
     questions=128,
     max_new_tokens=28,
-    sampler=LocalEngine(model, rows=128, prompt_multiple=128, chunk=64, pad_token=chat.pad_token),
+    sampler=LocalEngine(model, rows=128, pad_token=chat.pad_token),
   )
   for view, (lowest, highest) in ranges.items():
     assert lowest <= solved[f"eval/{view}"] <= highest, solved
@@ -101,19 +101,15 @@ def context_with_notes(group, templates):
 def share_solved(session, tasks, contexts, sampling, max_teacher_tokens):
   """The share of tasks that the teacher solves with these contexts, greedily."""
   env, chat = session.collector.env, session.chat
-  prompts = []
+  greedy = dataclasses.replace(sampling, temperature=0.0)
+  requests = []
   for task, context in zip(tasks, contexts, strict=True):
     prompt, _ = teacher_prompt(chat, env.prompt(task), context, max_teacher_tokens)
-    prompts.append(prompt)
-  completions = session.collector.engine.generate(
-    session.params,
-    prompts,
-    n=1,
-    sampling=dataclasses.replace(sampling, temperature=0.0),
-    seeds=[0] * len(prompts),
-  )
+    requests.append(Request(task, prompt, 1, greedy, seed=0))
+  engine = session.collector.engine
+  engine.load(session.params, 0)
   rewards = [
-    env.judge(tasks[c.prompt_index], chat.response_text(c.tokens)).reward for c in completions
+    env.judge(c.key, chat.response_text(c.tokens)).reward for c in engine.generate(requests)
   ]
   return sum(reward >= 0.5 for reward in rewards) / len(rewards)
 

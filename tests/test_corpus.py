@@ -77,15 +77,15 @@ def in_training(env, task, attempt, others, *, imagined=()):
   """
   asked = []
 
-  class Engine:
-    def generate(self, params, prompts, **kwargs):
-      asked.append([CHAT.tokenizer.decode(p) for p in prompts])
+  class Engine(fakes.ScriptedEngine):
+    def generate(self, requests):
+      asked.append([CHAT.tokenizer.decode(request.prompt) for request in requests])
       texts = [[text] for text in imagined] if len(asked) > 1 else [list(others)]
       script = [[CHAT.text_tokens(text) + [257] for text in row] for row in texts]
-      return fakes.ScriptedEngine(script).generate(params, prompts, **kwargs)
+      return fakes.ScriptedEngine(script).generate(requests)
 
   collector = Collector(
-    env, CHAT, Engine(), max_prompt_tokens=10_000, judge_threads=1, judge_timeout_s=60.0
+    env, CHAT, Engine([]), max_prompt_tokens=10_000, judge_threads=1, judge_timeout_s=60.0
   )
   tokens = CHAT.text_tokens(attempt) + [257]
   rollout = Rollout(

@@ -242,9 +242,9 @@ def explored(groups, script, answers, other=None, **settings):
   )
   asked = []
   generate = collector.engine.generate
-  collector.engine.generate = lambda params, prompts, **kwargs: (
-    asked.append(prompts),
-    generate(params, prompts, **kwargs),
+  collector.engine.generate = lambda requests: (
+    asked.append([request.prompt for request in requests]),
+    generate(requests),
   )[1]
   try:
     metrics = explorer(collector, other, **settings).explore(
@@ -299,12 +299,16 @@ class OtherTokenizer(fakes.ByteTokenizer):
 def test_a_second_model_answers_in_its_own_tokens_and_is_read_as_text():
   chat, asked = Chat(OtherTokenizer()), []
 
-  class Second:
-    def generate(self, params, prompts, *, sampling, **kwargs):
-      asked.append((params, prompts, sampling.stop_tokens))
+  class Second(fakes.ScriptedEngine):
+    def load(self, params, version):
+      self.params = params
+
+    def generate(self, requests):
+      prompts = [request.prompt for request in requests]
+      asked.append((self.params, prompts, requests[0].sampling.stop_tokens))
       return fakes.ScriptedEngine(
         [[[t + 1 for t in say(text)] for text in ("right", "why")]]
-      ).generate(params, prompts, sampling=sampling, **kwargs)
+      ).generate(requests)
 
   groups, answers = (
     [[rollout("a"), rollout("b")], [rollout("right", 1.0)] * 2],
@@ -314,7 +318,7 @@ def test_a_second_model_answers_in_its_own_tokens_and_is_read_as_text():
   other = Collector(
     fakes.ListEnv(answers),
     chat,
-    Second(),
+    Second([]),
     max_prompt_tokens=300,
     judge_threads=1,
     judge_timeout_s=5.0,
@@ -433,14 +437,15 @@ def test_imagined_feedback_is_asked_for_once_and_measured_against_the_judge():
   # first the alternatives, then what the policy thinks of them
   script = [[say("c"), say("d")]], [[say("wrong: c")], [say("Correct")]]
 
-  class InTurn:
-    def generate(self, params, prompts, **kwargs):
-      asked.append((prompts, kwargs["sampling"].max_new_tokens))
-      return fakes.ScriptedEngine(script[len(asked) - 1]).generate(params, prompts, **kwargs)
+  class InTurn(fakes.ScriptedEngine):
+    def generate(self, requests):
+      prompts = [request.prompt for request in requests]
+      asked.append((prompts, requests[0].sampling.max_new_tokens))
+      return fakes.ScriptedEngine(script[len(asked) - 1]).generate(requests)
 
   asked = []
   collector = Collector(
-    fakes.ListEnv({}), CHAT, InTurn(), max_prompt_tokens=300, judge_threads=2, judge_timeout_s=5.0
+    fakes.ListEnv({}), CHAT, InTurn([]), max_prompt_tokens=300, judge_threads=2, judge_timeout_s=5.0
   )
   imagining = explorer(collector, feedback="imagined", imagined_tokens=9)
   metrics = imagining.explore(None, groups, sampling=SAMPLING, step=1)

@@ -103,59 +103,6 @@ def test_packed_and_padded_rows_equal_rows_alone(config):
   assert np.all(np.isfinite(together))
 
 
-@pytest.mark.parametrize("config", [QWEN, OLMO, LLAMA], ids=["qwen", "olmo", "llama"])
-def test_cached_steps_equal_whole_rows(config):
-  """Left-padded prefill, then one token at a time, over more columns than the window."""
-  B, prompt, T = 3, 8, 14
-  pad = np.array([0, 3, 5])
-  row, params = tokens(B, T), params_of(config)
-  positions = np.maximum(np.arange(T)[None] - pad[:, None], 0)
-  valid = np.arange(T)[None] >= pad[:, None]
-  whole = jit(decoder.hidden, static_argnums=1)(
-    params, config, row, positions_BT=positions, segment_ids_BT=valid.astype(np.int32)
-  )
-
-  extend = jit(decoder.extend, static_argnums=1, donate_argnums=3)
-  cache = decoder.init_cache(config, B, T + 3)
-  out, cache = extend(
-    params,
-    config,
-    row[:, :prompt],
-    cache,
-    start=0,
-    positions_BT=positions[:, :prompt],
-    valid_BT=valid[:, :prompt],
-  )
-  steps = [out]
-  for t in range(prompt, T):
-    out, cache = extend(
-      params,
-      config,
-      row[:, t : t + 1],
-      cache,
-      start=t,
-      positions_BT=positions[:, t : t + 1],
-      valid_BT=valid[:, t : t + 1],
-    )
-    steps.append(out)
-  np.testing.assert_allclose(np.concatenate(steps, 1)[valid], np.asarray(whole)[valid], atol=3e-5)
-
-
-def test_decoding_updates_the_cache_in_place():
-  B, S = 4, 32
-  cache = jax.eval_shape(lambda: decoder.init_cache(QWEN, B, S))
-  one = jnp.zeros((B, 1), jnp.int32)
-  step = jit(
-    lambda p, c: decoder.extend(p, QWEN, one, c, start=5, positions_BT=one, valid_BT=one == 0),
-    donate_argnums=1,
-  )
-  compiled = step.lower(decoder.shapes(QWEN), cache).compile()
-  cache_bytes = sum(x.size * x.dtype.itemsize for x in cache)
-  assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes
-  whole = ",".join(map(str, cache.k.shape))
-  assert not re.search(rf"f32\[{whole}\]\S* copy\(", compiled.as_text())
-
-
 def halves():
   policy_tokens, teacher = tokens(3, 10, seed=3), tokens(2, 15, seed=4)
   teacher_segments = np.array([[1] * 15, [0] * 4 + [1] * 11])
@@ -331,7 +278,8 @@ def test_bfloat16_computes_norms_softmax_and_logits_in_float32():
     assert results and set(results) == {"f32"}, (name, results)
   out = np.asarray(logits(params, config, row))
   assert out.dtype == jnp.float32
-  assert decoder.init_cache(config, 1, 4).k.dtype == jnp.bfloat16
+  sizes = dict(shared=True, shards=1, pages=1, columns=4, stacked=True)
+  assert decoder.init_pool(config, **sizes).k.dtype == jnp.bfloat16
   exact = logits(jax.tree.map(lambda x: x.astype(jnp.float32), params), OLMO, row)
   assert 0 < np.max(np.abs(out - exact)) < 0.05 * np.max(np.abs(exact))
   # float32 weights, bfloat16 computation

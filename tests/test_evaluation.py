@@ -210,23 +210,23 @@ class Env(fakes.ListEnv):
     return text if text in "01" else None
 
 
-class RoundingEngine:
+class RoundingEngine(fakes.ScriptedEngine):
   """Answers by the seed; log-probabilities depend, like rounding, on all that shares the batch."""
 
   def __init__(self, calls=math.inf):
     self.calls = calls
 
-  def generate(self, params, prompts, *, n, sampling, seeds):
+  def generate(self, requests):
     if self.calls <= 0:
       raise KeyboardInterrupt
     self.calls -= 1
-    shared = zlib.crc32(repr((prompts, n)).encode()) / 2**40
-    for p, seed in enumerate(seeds):
+    shared = zlib.crc32(repr([(r.prompt, r.n) for r in requests]).encode()) / 2**40
+    for key, _, n, sampling, seed in requests:
       for s in range(n):
         text = str(zlib.crc32(f"{seed}/{s}/{sampling.temperature}".encode()) % 3)
         tokens = [*text.encode() * (1 + seed % 2), 257]
         logp = [-(seed % 7) / 3 - shared] * len(tokens)
-        yield Completion(p, s, tokens, logp, "stop")
+        yield Completion(key, s, tokens, logp, "stop")
 
 
 def collector_of(engine, answers=None, words=""):

@@ -19,9 +19,11 @@ import torch
 import transformers
 
 from sdpo_jax import sharding
+from sdpo_jax.engine.local import LocalEngine
 from sdpo_jax.model import config as model_config
 from sdpo_jax.model import decoder, hf_weights
 from sdpo_jax.model.hf_weights import CheckpointError, load_pretrained, save_pretrained
+from sdpo_jax.records import Request, Sampling
 
 # Nothing at its default: head size is not width / heads, theta is odd, windows are shorter than the
 # sequence.
@@ -148,7 +150,7 @@ def test_logits_equal_transformers(checkpoint, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_generation_is_identical(checkpoint, name):
-  """50 tokens after prompts of different lengths, through the cache."""
+  """50 tokens after prompts of different lengths, which several samples share."""
   directory, model = checkpoint(name)
   config, params = load_pretrained(directory, dtype=jnp.float32)
   P, R = 30, 50
@@ -161,33 +163,15 @@ def test_greedy_generation_is_identical(checkpoint, name):
       max_new_tokens=R,
       do_sample=False,
     )
-  length = real.sum(1)
-
-  @jit
-  def generate(params):
-    cache = decoder.init_cache(config, 2, P + R)
-    positions = jnp.maximum(jnp.arange(P)[None] - (P - length)[:, None], 0)
-    hidden, cache = decoder.extend(
-      params, config, prompt, cache, start=0, positions_BT=positions, valid_BT=real
-    )
-
-    def step(carry, i):
-      last, cache = carry
-      token = jnp.argmax(decoder.project(last, decoder.head(params, config)), -1).astype(jnp.int32)
-      hidden, cache = decoder.extend(
-        params,
-        config,
-        token[:, None],
-        cache,
-        start=P + i,
-        positions_BT=(length + i)[:, None],
-        valid_BT=jnp.ones((2, 1), bool),
-      )
-      return (hidden[:, 0], cache), token
-
-    return jax.lax.scan(step, (hidden[:, -1], cache), jnp.arange(R))[1].T
-
-  np.testing.assert_array_equal(generate(params), reference[:, P:].numpy())
+  engine = LocalEngine(config, rows=8, columns=16)
+  engine.load(params, 0)
+  greedy = Sampling(R, temperature=0.0)
+  requests = [
+    Request(i, row[there > 0].tolist(), 3 - i, greedy, seed=0)
+    for i, (row, there) in enumerate(zip(prompt, real, strict=True))
+  ]
+  for completion in engine.generate(requests):
+    assert completion.tokens == reference[completion.key, P:].tolist()
 
 
 def rewrite(directory, out, **changes):

@@ -14,8 +14,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sdpo_jax import sharding
+from sdpo_jax.engine.local import LocalEngine
 from sdpo_jax.model import decoder, hf_weights, lora
 from sdpo_jax.model.config import ModelConfig
+from sdpo_jax.records import Request, Sampling
 
 CONFIG = ModelConfig(
   family="qwen3",
@@ -78,16 +80,16 @@ def test_attached_equals_merged_in_training_and_sampling(dtype):
   attached, merged = lora.attach(params, ADAPTERS, LORA), lora.merge(params, ADAPTERS, LORA)
   np.testing.assert_allclose(logits(attached, config, ROW), logits(merged, config, ROW), atol=1e-5)
   assert not np.allclose(logits(params, config, ROW), logits(merged, config, ROW), atol=0.1)
-  positions = np.broadcast_to(np.arange(10), ROW.shape)
-  extend = jit(
-    lambda p, cache: decoder.extend(
-      p, config, ROW, cache, start=0, positions_BT=positions, valid_BT=positions >= 0
-    )[0]
-  )
-  cache = decoder.init_cache(config, 2, 12)
-  np.testing.assert_allclose(
-    extend(attached, cache).astype(np.float32), extend(merged, cache).astype(np.float32), atol=1e-5
-  )
+  engine, told = LocalEngine(config, rows=2, columns=8), {}
+  requests = [
+    Request(i, row.tolist(), 1, Sampling(6, temperature=0.0), 0) for i, row in enumerate(ROW)
+  ]
+  for name, weights in (("attached", attached), ("merged", merged)):
+    engine.load(weights, 0)
+    told[name] = {c.key: (c.tokens, c.logp) for c in engine.generate(requests)}
+  for i in range(len(ROW)):
+    assert told["attached"][i][0] == told["merged"][i][0]
+    np.testing.assert_allclose(told["attached"][i][1], told["merged"][i][1], atol=1e-5)
 
 
 def test_gradients_reach_the_adapters_alone_and_equal_the_chain_rule():

@@ -16,12 +16,11 @@ import jax.numpy as jnp
 import pytest
 
 from sdpo_jax import config, hlo, main, plan, session, sharding
-from sdpo_jax.engine.local import decode
+from sdpo_jax.engine import programs
 from sdpo_jax.kernels import attention
 from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import PRESETS
 from sdpo_jax.objectives import build
-from sdpo_jax.records import Sampling
 
 ROOT = os.path.dirname(os.path.dirname(__file__))
 needs_libtpu = pytest.mark.skipif(
@@ -206,21 +205,14 @@ def test_decoding_on_a_tpu_copies_no_cache():
     decoder.shapes(model),
     sharding.named(mesh, decoder.axes(model)),
   )
-  state, keys = plan.decode_shapes(model, mesh, rows=64, prompt=1024, new=1024)
+  shared, own, tables = plan.decode_shapes(model, mesh, rows=64, group=8, prompt=1024, new=1024)
   program = hlo.compile_for(
-    mesh,
-    decode,
-    params,
-    state,
-    keys,
-    config=model,
-    sampling=Sampling(1024, 1.0, 1.0, (0,)),
-    chunk=1,
+    mesh, programs.decode, params, shared, own, tables, config=model, is_sorted=False
   )
-  shape = ",".join(map(str, state.cache.k.sharding.shard_shape(state.cache.k.shape)))
-  assert f"bf16[{shape}]" in program.text and not re.search(
-    rf"bf16\[{shape}\]\S* copy\(", program.text
-  )
+  for pages in (*shared, *own):
+    shape = ",".join(map(str, pages.sharding.shard_shape(pages.shape)))
+    assert f"bf16[{shape}]" in program.text
+    assert not re.search(rf"bf16\[{shape}\]\S* copy\(", program.text)
 
 
 def test_collectives_of_a_real_program_count_every_turn_of_the_loop():

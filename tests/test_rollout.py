@@ -92,13 +92,13 @@ def test_a_response_that_was_cut_off_is_told_so():
 def test_judging_starts_before_sampling_ends():
   judged = threading.Event()
 
-  class SlowEngine:
-    def generate(self, params, prompts, *, n, sampling, seeds):
+  class SlowEngine(fakes.ScriptedEngine):
+    def generate(self, requests):
       yield Completion(0, 1, say("first"), [-1.0] * 6, "stop")  # out of order, too
       assert judged.wait(5), "the first response was not judged while the second was being sampled"
       yield Completion(0, 0, say("second"), [-1.0] * 7, "stop")
 
-  c = collector({"first": lambda: judged.set() or Feedback(1.0, "")}, SlowEngine())
+  c = collector({"first": lambda: judged.set() or Feedback(1.0, "")}, SlowEngine([]))
   (group,) = c.collect(None, [c.env.task("train", 0)], n=2, sampling=SAMPLING, seeds=[0])
   c.close()
   assert [r.text for r in group] == ["second", "first"]

@@ -1,19 +1,22 @@
-"""Engines sample completions: token ids of prompts in, `Completion` records out.
+"""Engines sample completions: requests with the ids of prompts in, `Completion` records out.
 
-An engine is an object with one method:
+An engine is an object with three methods:
 
-  generate(params, prompts, *, n, sampling, seeds) -> iterator of Completion
+  load(params, version)   the weights that are sampled from now on
+  generate(requests)      an iterator of Completion, n for each Request, as they end
+  unload()                lets go of the weights
 
-`params` are the weights to sample with, `prompts` lists of token ids, `n` the completions of each
-prompt, `sampling` a `records.Sampling`, and `seeds` one integer a prompt. The method yields all
-`len(prompts) * n` completions as they finish, in no promised order. The caller can thus judge the
-first while the last are still being sampled. Every engine guarantees:
+Requests may come from a generator, of which the engine takes the next one when it has room; it must
+not wait for completions of the same call. Completions come in no promised order, so that the caller
+can judge the first while the last are still being sampled. Every engine guarantees:
 
-  seeds              The tokens of sample s of a prompt depend on the weights, the prompt, its seed
-                     and s alone: not on n, on the other prompts or on the order of arrival.
+  seeds              The tokens of sample s of a request depend on the weights, the prompt, its seed
+                     and s alone: not on n or on other requests, but for how a product is rounded in
+                     the shapes that these lead to.
   log-probabilities  `logp` holds one value a token, in nats, over the whole vocabulary: at the
-                     sampling temperature, before top-p cuts; at temperature 0, as at temperature 1.
-                     In float32 they are within 1e-3 nats of those that training computes.
+                     sampling temperature, before cuts and biases; at temperature 0, as at
+                     temperature 1. In float32 they are within 1e-3 nats of those that training
+                     computes.
   stop tokens        A completion ends with its first stop token, which is part of it (`stop`), or
                      has `sampling.max_new_tokens` tokens (`length`).
 

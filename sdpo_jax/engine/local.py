@@ -1,165 +1,144 @@
 """The local engine: samples from the decoder on this process's own devices.
 
-A jitted prefill reads the prompts into a key-value cache, and a jitted loop decodes from it.
-Prompts are padded on the LEFT, so that all rows write the same cache column and a write is
-one dynamic_update_slice.
+A prompt is read once, into pages that all its samples share; each sample (a *row*) writes what it
+adds into pages of its own. Between two chunks of decoding the host looks at what has ended, hands
+it out, fills free rows from the queue, and picks the smallest program that holds what lives: few
+rows for few survivors, few pages for short texts. Nothing waits for the longest row.
 
-Shapes are bucketed, which bounds the number of compilations. The prompts' length is rounded up
-to a multiple, the number of rows to a power of two, or to the most allowed. Decoding runs in chunks
-of tokens. Rows that have finished are handed out after each chunk, so that judging starts while
-others are still being sampled.
+Programs are compiled for the few numbers of rows that `row_counts` gives, and with each for the
+sizes of both pools that occur, which are powers of two: a call whose lengths vary a thousandfold
+meets about a dozen.
 
-Randomness: there is one seed a prompt, folded with the sample's index and then with the
-token's index. A response thus depends on its own seed alone, not on what shares the batch.
-Numerics: logits and log-probabilities are float32. A log-probability is that of the sampled
-token at the sampling temperature, over the whole vocabulary, before top-p cuts. At temperature
-0 it is that at temperature 1.
+Rows are numbered anew for each chunk, in the order of their requests. What is computed thus
+depends on the requests alone, never on time, and a run repeats bit for bit. Randomness comes from
+a generator of each row, with the request's seed and the sample's index as its key; it is the same
+on every kind of device.
 """
 
-import functools
-from typing import Iterator, NamedTuple
+from collections.abc import Iterable, Iterator
+import dataclasses
+import math
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from sdpo_jax.engine import programs
+from sdpo_jax.engine.pages import Book, pool_size
+from sdpo_jax.engine.sampling import needs_sorting
 from sdpo_jax.hosts import to_host
+from sdpo_jax.kernels.paged_attention import Blocks
+from sdpo_jax.kernels.target import target_platform
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
-from sdpo_jax.records import Completion, Sampling
+from sdpo_jax.records import Completion, Request
 
 
-class DecodeState(NamedTuple):
-  """Holds what decoding carries from token to token."""
+@dataclasses.dataclass
+class _Prompt:
+  """A prompt in a shard's cache, but for its last token, which each of its rows reads itself."""
 
-  cache: decoder.Cache
-  hidden_BD: jax.Array  # of the last token: its logits give the next one
-  length_B: jax.Array  # int32: real tokens so far, the next token's position
-  done_B: jax.Array  # bool
-  tokens_BR: jax.Array  # int32: sampled so far
-  logp_BR: jax.Array  # float32
-  t: jax.Array  # int32: tokens sampled so far, the same for all rows
+  tokens: list[int]  # a copy: the caller may go on with its own
+  pages: list[int]
+  rows: int = 0  # that live
+  asked: int = 0  # rows that it has had, those that live included
+  is_read: bool = False
 
-
-def top_p_cut(logits_BV: jax.Array, top_p: float) -> jax.Array:
-  """Sets to -inf what is outside the smallest set of entries whose probability reaches top_p.
-
-  The likeliest entry always stays.
-  """
-  sorted_BV = jnp.flip(jnp.sort(logits_BV, -1), -1)
-  probability_BV = jax.nn.softmax(sorted_BV, -1)
-  before_BV = jnp.cumsum(probability_BV, -1) - probability_BV
-  last_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), -1, keepdims=True)
-  return jnp.where(logits_BV >= last_B1, logits_BV, -jnp.inf)
+  @property
+  def length(self) -> int:
+    """Tokens in the shared pages."""
+    return len(self.tokens) - 1
 
 
-def choose(
-  logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling
-) -> tuple[jax.Array, jax.Array]:
-  """Returns (token_B, logp_B) of one step."""
-  if sampling.temperature == 0.0:
-    token_B = jnp.argmax(logits_BV, -1).astype(jnp.int32)
-  else:
-    logits_BV = logits_BV / sampling.temperature
-    allowed_BV = top_p_cut(logits_BV, sampling.top_p) if sampling.top_p < 1.0 else logits_BV
-    token_B = jax.vmap(jax.random.categorical)(key_B, allowed_BV).astype(jnp.int32)
-  logp_BV = jax.nn.log_softmax(logits_BV)
-  return token_B, jnp.take_along_axis(logp_BV, token_B[:, None], -1)[:, 0]
+@dataclasses.dataclass
+class _Row:
+  """One sample while it is decoded."""
 
-
-@jax.jit
-def sample_keys(seed_B, sample_B) -> jax.Array:
-  """Returns one key a row: the prompt's seed folded with the sample's index."""
-
-  def sample_key(seed, sample):
-    return jax.random.fold_in(jax.random.key(seed), sample)
-
-  return jax.vmap(sample_key)(seed_B, sample_B)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"))
-def prefill(
-  params, prompt_BT: jax.Array, length_B: jax.Array, *, config: ModelConfig, max_new_tokens: int
-) -> DecodeState:
-  """Reads the prompts (padded on the left) into a fresh cache of T + max_new_tokens columns."""
-  B, T = prompt_BT.shape
-  position_BT = jnp.arange(T)[None] - (T - length_B)[:, None]
-  cache = decoder.init_cache(config, B, T + max_new_tokens)
-  hidden_BTD, cache = decoder.extend(
-    params,
-    config,
-    prompt_BT,
-    cache,
-    start=jnp.int32(0),
-    positions_BT=jnp.maximum(position_BT, 0),
-    valid_BT=position_BT >= 0,
-  )
-  hidden_BD = hidden_BTD[:, -1]
-  done_B = jnp.zeros(B, bool)
-  tokens_BR = jnp.zeros((B, max_new_tokens), jnp.int32)
-  logp_BR = jnp.zeros((B, max_new_tokens), jnp.float32)
-  return DecodeState(cache, hidden_BD, length_B, done_B, tokens_BR, logp_BR, t=jnp.int32(0))
-
-
-@functools.partial(
-  jax.jit, static_argnames=("config", "sampling", "chunk"), donate_argnames=("state",)
-)
-def decode(
-  params,
-  state: DecodeState,
-  key_B: jax.Array,
-  *,
-  config: ModelConfig,
-  sampling: Sampling,
-  chunk: int,
-) -> DecodeState:
-  """Samples up to `chunk` more tokens of each row; stops early when every row is done."""
-  stop = jnp.asarray(sampling.stop_tokens, jnp.int32)
-  last = jnp.minimum(state.t + chunk, sampling.max_new_tokens)
-
-  def body(state: DecodeState) -> DecodeState:
-    logits_BV = decoder.project(state.hidden_BD, decoder.head(params, config))
-    token_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, state.t)
-    token_B, logp_B = choose(logits_BV, token_key_B, sampling)
-    token_B = jnp.where(state.done_B, 0, token_B)
-    tokens_BR = jax.lax.dynamic_update_slice(state.tokens_BR, token_B[:, None], (0, state.t))
-    logp_B = jnp.where(state.done_B, 0.0, logp_B)
-    logp_BR = jax.lax.dynamic_update_slice(state.logp_BR, logp_B[:, None], (0, state.t))
-    # the cache ends in max_new_tokens columns for what is sampled
-    start = state.cache.valid_BS.shape[1] - sampling.max_new_tokens + state.t
-    hidden_B1D, cache = decoder.extend(
-      params,
-      config,
-      token_B[:, None],
-      state.cache,
-      start=start,
-      positions_BT=state.length_B[:, None],
-      valid_BT=jnp.ones((token_B.shape[0], 1), bool),
-    )
-    done_B = state.done_B | jnp.isin(token_B, stop)
-    return DecodeState(
-      cache, hidden_B1D[:, 0], state.length_B + 1, done_B, tokens_BR, logp_BR, state.t + 1
-    )
-
-  return jax.lax.while_loop(lambda s: (s.t < last) & ~jnp.all(s.done_B), body, state)
-
-
-def _next_power_of_two(count: int) -> int:
-  """Returns the least power of two that is not below a positive count."""
-  return 1 << (count - 1).bit_length()
-
-
-def _round_up(count: int, multiple: int) -> int:
-  return -(-count // multiple) * multiple
-
-
-class _Job(NamedTuple):
-  """Asks for one sample of one prompt."""
-
-  prompt_index: int
+  request: Request
+  prompt: _Prompt
   sample_index: int
-  prompt: list[int]
-  seed: int
+  pages: list[int]  # its own
+  tokens: list[int]
+  logp: list[float]
+  dice: np.random.Philox
+  uniforms: np.ndarray  # drawn so far, one a token
+
+  def uniform(self, first: int, count: int) -> np.ndarray:
+    """Returns the numbers in [0, 1) that decide these tokens, float32.
+
+    They come from the generator's raw bits, which no version of numpy changes.
+    """
+    while len(self.uniforms) < first + count:
+      bits = self.dice.random_raw(64) >> np.uint64(40)
+      self.uniforms = np.append(self.uniforms, bits.astype(np.float32) * np.float32(2**-24))
+    return self.uniforms[first : first + count]
+
+  @property
+  def left(self) -> int:
+    """How many tokens it may still sample."""
+    return self.request.sampling.max_new_tokens - len(self.tokens)
+
+  @property
+  def last_token(self) -> int:
+    """The token that is read next."""
+    return self.tokens[-1] if self.tokens else self.prompt.tokens[-1]
+
+  def finish_reason(self) -> str | None:
+    """Returns why nothing more is sampled; None while it lives."""
+    if self.tokens and self.tokens[-1] in self.request.sampling.stop_tokens:
+      return "stop"
+    return "length" if self.left <= 0 else None
+
+
+def _new_row(request: Request, prompt: _Prompt, sample_index: int) -> _Row:
+  dice = np.random.Philox(key=[request.seed, sample_index])
+  return _Row(request, prompt, sample_index, [], [], [], dice, np.zeros(0, np.float32))
+
+
+def check(request: Request, vocab: int) -> None:
+  """Raises ValueError for a request that no engine can answer."""
+  sampling, tokens = request.sampling, request.prompt
+  named = (*tokens, *sampling.banned_tokens, *(token for token, _ in sampling.logit_bias))
+  problems = {
+    "an empty prompt": not tokens,
+    f"a token that is not in [0, {vocab})": not all(0 <= token < vocab for token in named),
+    f"n={request.n}": request.n < 1,
+    f"max_new_tokens={sampling.max_new_tokens}": sampling.max_new_tokens < 1,
+    f"temperature={sampling.temperature}": not 0 <= sampling.temperature < math.inf,
+    f"top_p={sampling.top_p}": not 0 < sampling.top_p <= 1,
+    f"min_p={sampling.min_p}": not 0 <= sampling.min_p <= 1,
+    f"top_k={sampling.top_k}": sampling.top_k < 0,
+    "a bias that is not finite": not all(math.isfinite(x) for _, x in sampling.logit_bias),
+    "every token banned": len(set(sampling.banned_tokens)) >= vocab,
+  }
+  for problem, is_there in problems.items():
+    if is_there:
+      raise ValueError(f"request {request.key!r} has {problem}")
+
+
+class Snapshot(NamedTuple):
+  """What the engine held while it decoded one chunk."""
+
+  rows: int  # that the program has
+  live: int
+  steps: int  # tokens that the chunk took
+  pages: int  # of both pools, in memory
+  tokens: int  # that live rows and their prompts had in the cache at its end
+
+
+def _power_of_two(count: int) -> int:
+  """Returns the least power of two that is not below a count; 0 for 0."""
+  return 1 << (count - 1).bit_length() if count else 0
+
+
+def row_counts(rows: int) -> list[int]:
+  """Returns the numbers of rows that programs are compiled for: a quarter each time, and one.
+
+  A batch that is small from the beginning stays as it is: compiling would cost more than it spares.
+  """
+  counts = [rows]
+  while counts[-1] > 8:
+    counts.append(max(8, counts[-1] // 4))
+  return counts if len(counts) == 1 else [*counts, 1]
 
 
 class LocalEngine:
@@ -171,88 +150,335 @@ class LocalEngine:
     *,
     rows: int,
     row_multiple: int = 1,
-    prompt_multiple: int = 16,
-    chunk: int = 8,
+    columns: int | None = None,
+    chunk: int = 16,
+    prefill_tokens: int = 512,
     pad_token: int = 0,
+    stacked: bool | None = None,
   ):
-    """Keeps the settings; weights come with each call of `generate`.
+    """Keeps the settings; weights come with `load`.
 
     Args:
       config: the decoder that samples.
       rows: most sequences decoded together, which row_multiple divides.
       row_multiple: the row shards of a mesh.
-      prompt_multiple: what prompt lengths are rounded up to.
-      chunk: tokens between hand-outs.
-      pad_token: what stands to the left of a prompt; nothing attends to it.
+      columns: tokens of a page; None: as `programs.page_columns` says.
+      chunk: most tokens between hand-outs.
+      prefill_tokens: most tokens of prompts that are read together.
+      pad_token: what stands where no token is read; nothing attends to it.
+      stacked: whether to go through the layers in a loop; None: except on a CPU (see
+        `decoder.unstacked`).
     """
+    assert rows % row_multiple == 0, f"{rows} rows on {row_multiple} shards"
     self.config = config
-    self.rows = rows
-    self.row_multiple = row_multiple
-    self.prompt_multiple = prompt_multiple
+    self.shards = row_multiple
+    self.rows = rows // row_multiple  # of a shard
+    self.columns = columns or programs.page_columns()
     self.chunk = chunk
+    self.blocks = max(1, prefill_tokens // self.columns // self.shards)
     self.pad_token = pad_token
+    self.stacked = target_platform() != "cpu" if stacked is None else stacked
+    self.trace: list[Snapshot] = []  # of the last call of `generate`
+    self._params: Any = None
+    self._version = 0
 
-  def generate(
-    self, params, prompts: list[list[int]], *, n: int, sampling: Sampling, seeds: list[int]
-  ) -> Iterator[Completion]:
-    """Yields n completions of each prompt, as they finish, in no promised order.
+  def load(self, params, version: int) -> None:
+    """Takes the weights that are sampled from now on."""
+    self._params, self._version = params, version
 
-    `seeds` holds one seed a prompt.
+  def unload(self) -> None:
+    """Lets go of the weights."""
+    self._params = None
+
+  def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    """Returns an iterator over the completions of all requests, as they end.
+
+    Raises ValueError for a request that cannot be, when its turn comes.
     """
-    assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
-    jobs = [_Job(p, s, prompts[p], seeds[p]) for p in range(len(prompts)) for s in range(n)]
-    for first in range(0, len(jobs), self.rows):
-      yield from self._wave(params, jobs[first : first + self.rows], sampling)
+    assert self._params is not None, "`load` gives the engine its weights"
+    self.trace = []
+    return self._completions(self._params, self._version, requests)
 
-  def _wave(self, params, jobs: list[_Job], sampling: Sampling) -> Iterator[Completion]:
-    """Yields the completions of jobs that are decoded together, one a row."""
-    prompt_BT, length_B, key_B = self._inputs(jobs)
-    state = prefill(
-      params, prompt_BT, length_B, config=self.config, max_new_tokens=sampling.max_new_tokens
+  def _completions(self, params, version: int, requests) -> Iterator[Completion]:
+    if not self.stacked:
+      params = programs.unstacked(params, config=self.config)
+    yield from _Decoding(self, params, version).run(requests)
+
+
+class _Decoding:
+  """One call of `generate`: what is in the cache, and who uses it."""
+
+  def __init__(self, engine: LocalEngine, params, version: int):
+    self.engine, self.params, self.version = engine, params, version
+    shards = range(engine.shards)
+    self.live: list[list[_Row]] = [[] for _ in shards]
+    self.prompts: list[list[_Prompt]] = [[] for _ in shards]  # in the cache
+    self.waiting: tuple[Request, int] | None = None  # and its next sample
+    self.shared_book, self.own_book = Book(engine.shards), Book(engine.shards)
+    self.shared = self.own = None
+    self.most_readers = 1  # rows that one prompt had in all
+    self.sizes = programs.Sizes(
+      shards=engine.shards,
+      rows=engine.rows,
+      shared_pages=0,
+      own_pages=0,
+      readers=1,
+      columns=engine.columns,
+      chunk=engine.chunk,
     )
-    rows = len(prompt_BT)
-    if len(jobs) < rows:
-      state = state._replace(done_B=np.arange(rows) >= len(jobs))
-    waiting = set(range(len(jobs)))
-    while waiting:
-      state = decode(params, state, key_B, config=self.config, sampling=sampling, chunk=self.chunk)
-      done_B, tokens_BR, logp_BR, t = map(
-        to_host, (state.done_B, state.tokens_BR, state.logp_BR, state.t)
+
+  def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    """Yields all completions."""
+    requests = iter(requests)
+    while True:
+      self._admit(requests)
+      if not any(self.live):
+        return
+      self._read_prompts()
+      yield from self._decode()
+
+  # ---- who is in the cache
+
+  def _admit(self, requests: Iterator[Request]) -> None:
+    """Gives free rows to samples, in their order."""
+    while any(len(rows) < self.engine.rows for rows in self.live):
+      if self.waiting is None:
+        request = next(requests, None)
+        if request is None:
+          return
+        check(request, self.engine.config.vocab)
+        self.waiting = request, 0
+      request, sample_index = self.waiting
+      z = self._shard_for(request.prompt)
+      prompt = self._cached(request.prompt, z)
+      prompt.rows += 1
+      prompt.asked += 1
+      self.live[z].append(_new_row(request, prompt, sample_index))
+      if sample_index + 1 < request.n:
+        self.waiting = request, sample_index + 1
+      else:
+        self.waiting = None
+        self._drop_idle_prompts()
+
+  def _shard_for(self, tokens: list[int]) -> int:
+    """Returns the emptiest shard with room, of those that have the prompt if there are any."""
+    room = [z for z, rows in enumerate(self.live) if len(rows) < self.engine.rows]
+    holders = [z for z in room if any(p.tokens == tokens for p in self.prompts[z])]
+    return min(holders or room, key=lambda z: len(self.live[z]))
+
+  def _cached(self, tokens: list[int], z: int) -> _Prompt:
+    """Returns a prompt in a shard's cache, where it may still have to be read."""
+    for prompt in self.prompts[z]:
+      if prompt.tokens == tokens:
+        return prompt
+    self.prompts[z].append(_Prompt(list(tokens), []))
+    return self.prompts[z][-1]
+
+  def _release(self, z: int, row: _Row) -> None:
+    """Frees the pages of a row that has ended."""
+    self.own_book.give_back(z, row.pages)
+    row.prompt.rows -= 1
+
+  def _drop_idle_prompts(self) -> None:
+    """Frees the pages of prompts that no row reads and no sample waits for."""
+    awaited = None if self.waiting is None else self.waiting[0].prompt
+    for z, prompts in enumerate(self.prompts):
+      for prompt in prompts:
+        if not prompt.rows and prompt.tokens != awaited:
+          self.shared_book.give_back(z, prompt.pages)
+      self.prompts[z] = [p for p in prompts if p.rows or p.tokens == awaited]
+
+  # ---- reading prompts
+
+  def _read_prompts(self) -> None:
+    """Reads the prompts that are new in the cache."""
+    C = self.engine.columns
+    new = [[p for p in prompts if not p.is_read] for prompts in self.prompts]
+    count = [[-(-p.length // C) for p in prompts] for prompts in new]
+    self._fit_shared([sum(counts) for counts in count])
+    queue = []
+    for z, prompts in enumerate(new):
+      for prompt, pages in zip(prompts, count[z], strict=True):
+        prompt.pages = self.shared_book.take(z, pages)
+        prompt.is_read = True
+      queue.append([(prompt, i) for prompt in prompts for i in range(len(prompt.pages))])
+    while any(queue):
+      most = max(len(blocks) for blocks in queue)
+      few = max(1, self.engine.blocks // 8)
+      width = few if most <= few else self.engine.blocks
+      now = [blocks[:width] for blocks in queue]
+      queue = [blocks[width:] for blocks in queue]
+      self.shared = programs.read_shared(
+        self.params, self.shared, self._new_blocks(now, width), config=self.engine.config
       )
-      for b in sorted(waiting):
-        if done_B[b] or t >= sampling.max_new_tokens:
-          waiting.remove(b)
-          yield _completion(jobs[b], tokens_BR[b, :t], logp_BR[b, :t], sampling.stop_tokens)
 
-  def _inputs(self, jobs: list[_Job]) -> tuple[np.ndarray, np.ndarray, jax.Array]:
-    """Returns (prompt_BT padded on the left, length_B, key_B), in bucketed shapes.
+  def _new_blocks(self, blocks: list[list[tuple[_Prompt, int]]], width: int) -> decoder.NewBlocks:
+    """Returns what the program reads: for each shard, (prompt, number of its page)."""
+    Z, Y, C = len(blocks), width, self.engine.columns
+    longest = max(len(prompt.pages) for shard in blocks for prompt, _ in shard)
+    X = max(64, _power_of_two(longest))
+    token = np.full((Z, Y, C), self.engine.pad_token, np.int32)
+    base, count = np.zeros((Z, Y), np.int32), np.zeros((Z, Y), np.int32)
+    page = np.full((Z, Y), self.shared_book.size, np.int32)
+    chain = np.zeros((Z, Y, X), np.int32)
+    for z, shard in enumerate(blocks):
+      for y, (prompt, i) in enumerate(shard):
+        tokens = prompt.tokens[:-1][i * C : (i + 1) * C]
+        token[z, y, : len(tokens)] = tokens
+        base[z, y], page[z, y] = i * C, prompt.pages[i]
+        chain[z, y, : i + 1] = prompt.pages[: i + 1]
+        count[z, y] = i + 1
+    return decoder.NewBlocks(token, page, Blocks(base, chain, count))
 
-    Rows beyond the jobs read one padding token and are thrown away.
+  # ---- pools
+
+  def _fit_shared(self, more: list[int]) -> None:
+    """Makes room for so many more shared pages of each shard."""
+    need = max(self.shared_book.used(z) + count for z, count in enumerate(more))
+    if self.shared is None or need > self.shared_book.size:
+      lists = [[prompt.pages for prompt in prompts] for prompts in self.prompts]
+      self.shared = self._resized(self.shared_book, self.shared, need, lists)
+
+  def _fit_own(self, more: list[int], *, may_shrink: bool) -> None:
+    """Makes room for so many more own pages of each shard."""
+    need = max(self.own_book.used(z) + count for z, count in enumerate(more))
+    is_large = may_shrink and pool_size(need) < self.own_book.size
+    if self.own is None or need > self.own_book.size or is_large:
+      lists = [[row.pages for row in rows] for rows in self.live]
+      self.own = self._resized(self.own_book, self.own, need, lists)
+
+  def _resized(self, book: Book, pool, need: int, lists: list[list[list[int]]]):
+    """Returns a pool of another size with the pages in `lists`, which are renumbered."""
+    source = book.resize(pool_size(need), lists)
+    if pool is not None and any(any(owners) for owners in lists):
+      return programs.resized(pool, np.asarray(source, np.int32))
+    return programs.empty_pool(
+      config=self.engine.config,
+      shared=book is self.shared_book,
+      shards=self.engine.shards,
+      pages=book.size,
+      columns=self.engine.columns,
+      stacked=self.engine.stacked,
+    )
+
+  # ---- decoding
+
+  def _decode(self) -> Iterator[Completion]:
+    """Decodes one chunk, and yields the completions that ended in it."""
+    engine, C = self.engine, self.engine.columns
+    most = max(len(rows) for rows in self.live)
+    B = min(count for count in row_counts(engine.rows) if count >= most)
+    may_shrink = B < self.sizes.rows
+    self.sizes = self._grown_sizes(B)
+    more = []
+    for rows in self.live:
+      ends = [len(row.tokens) + min(engine.chunk, row.left) for row in rows]
+      wanted = [-(-end // C) - len(row.pages) for row, end in zip(rows, ends, strict=True)]
+      more.append(wanted)
+    self._fit_own([sum(wanted) for wanted in more], may_shrink=may_shrink)
+    for z, rows in enumerate(self.live):
+      for row, count in zip(rows, more[z], strict=True):
+        row.pages += self.own_book.take(z, count)
+    live = sum(len(rows) for rows in self.live)
+    is_sorted = any(needs_sorting(row.request.sampling) for rows in self.live for row in rows)
+    result, self.own = programs.decode(
+      self.params,
+      self.shared,
+      self.own,
+      self._tables(),
+      config=engine.config,
+      is_sorted=is_sorted,
+    )
+    token_ZBR, logp_ZBR, count_ZB = map(to_host, result)
+    ended = []
+    for z, rows in enumerate(self.live):
+      for b, row in enumerate(rows):
+        count = count_ZB[z, b]
+        row.tokens += token_ZBR[z, b, :count].tolist()
+        row.logp += logp_ZBR[z, b, :count].tolist()
+    self._record(B, live, int(count_ZB.max()))
+    for z, rows in enumerate(self.live):
+      for row in rows:
+        if row.finish_reason():
+          self._release(z, row)
+          ended.append(row)
+      self.live[z] = [row for row in rows if not row.finish_reason()]
+    self._drop_idle_prompts()
+    for row in ended:
+      yield Completion(
+        row.request.key,
+        row.sample_index,
+        row.tokens,
+        row.logp,
+        row.finish_reason(),
+        self.version,
+      )
+
+  def _record(self, rows: int, live: int, steps: int) -> None:
+    prompts = sum(p.length for prompts in self.prompts for p in prompts)
+    own = sum(len(row.tokens) for rows in self.live for row in rows)
+    pages = self.engine.shards * (self.shared_book.size + self.own_book.size)
+    self.engine.trace.append(Snapshot(rows, live, steps, pages, prompts + own))
+
+  def _grown_sizes(self, B: int) -> programs.Sizes:
+    """Returns the sizes for B rows; what rows may bring along never shrinks during a call.
+
+    Else each survivor's own need would be another program.
     """
-    T = _round_up(max(len(job.prompt) for job in jobs), self.prompt_multiple)
-    rows = min(self.rows, _round_up(_next_power_of_two(len(jobs)), self.row_multiple))
-    prompt_BT = np.full((rows, T), self.pad_token, np.int32)
-    length_B = np.ones(rows, np.int32)
-    seed_B = np.zeros(rows, np.uint32)
-    sample_B = np.zeros(rows, np.uint32)
-    for b, job in enumerate(jobs):
-      prompt_BT[b, T - len(job.prompt) :] = job.prompt
-      length_B[b] = len(job.prompt)
-      seed_B[b] = job.seed
-      sample_B[b] = job.sample_index
-    return prompt_BT, length_B, sample_keys(seed_B, sample_B)
+    samplings = [row.request.sampling for rows in self.live for row in rows]
+    prompts = [prompt for prompts in self.prompts for prompt in prompts]
+    stops = max(len(s.stop_tokens) for s in samplings)
+    biases = max(len(s.logit_bias) + len(s.banned_tokens) for s in samplings)
+    self.most_readers = max(self.most_readers, *(prompt.asked for prompt in prompts))
+    return self.sizes._replace(
+      rows=B,
+      readers=min(B, _power_of_two(self.most_readers)),
+      stops=max(self.sizes.stops, _power_of_two(stops)),
+      biases=max(self.sizes.biases, _power_of_two(biases)),
+    )
 
+  def _tables(self) -> programs.Tables:
+    """Returns what the program reads about rows, and about the pages of both pools.
 
-def _completion(
-  job: _Job, tokens_R: np.ndarray, logp_R: np.ndarray, stop_tokens: tuple[int, ...]
-) -> Completion:
-  """Cuts a row after its first stop token."""
-  stops = np.flatnonzero(np.isin(tokens_R, stop_tokens))
-  length = int(stops[0]) + 1 if len(stops) else len(tokens_R)
-  return Completion(
-    job.prompt_index,
-    job.sample_index,
-    tokens_R[:length].tolist(),
-    logp_R[:length].tolist(),
-    "stop" if len(stops) else "length",
-  )
+    A text is the prompt's tokens but the last, in shared pages, and then the rest in own ones: page
+    i of a row begins at position `prompt.length + i * columns`.
+    """
+    sizes = self.sizes._replace(shared_pages=self.shared_book.size, own_pages=self.own_book.size)
+    tables, C = programs.empty_tables(sizes), self.engine.columns
+    for z, rows in enumerate(self.live):
+      for b, row in enumerate(rows):
+        self._fill_row(tables.rows, z, b, row)
+        tables.own.row_ZWM[z, row.pages, 0] = b
+        tables.own.base_ZW[z, row.pages] = row.prompt.length + np.arange(len(row.pages)) * C
+      for prompt in self.prompts[z]:
+        readers = [b for b, row in enumerate(rows) if row.prompt is prompt]
+        base = np.arange(len(prompt.pages)) * C
+        tables.shared.row_ZWM[z, prompt.pages, : len(readers)] = readers
+        tables.shared.base_ZW[z, prompt.pages] = base
+        tables.shared.fill_ZW[z, prompt.pages] = np.minimum(C, prompt.length - base)
+    tables.own.fill_ZW[:] = C
+    live = sum(len(rows) for rows in self.live)
+    # a free row is worth the end of a chunk only if somebody waits for it
+    enough = np.int32(max(1, sizes.rows // 16) if self.waiting else live)
+    return tables._replace(enough=enough)
+
+  def _fill_row(self, table: programs.Rows, z: int, b: int, row: _Row) -> None:
+    """Writes a row into the table."""
+    C, sampled = self.engine.columns, len(row.tokens)
+    first = sampled // C  # of its pages that will be written
+    table.token_ZB[z, b] = row.last_token
+    table.position_ZB[z, b] = row.prompt.length + sampled
+    table.begin_ZB[z, b] = row.prompt.length + first * C
+    ahead = row.pages[first:]
+    table.pages_ZBX[z, b, : len(ahead)] = ahead
+    table.budget_ZB[z, b] = row.left
+    sampling = row.request.sampling
+    table.stop_ZBX[z, b, : len(sampling.stop_tokens)] = sampling.stop_tokens
+    table.uniform_ZBR[z, b] = row.uniform(sampled, self.engine.chunk)
+    settings, x = table.settings, z * table.token_ZB.shape[1] + b
+    settings.temperature_B[x] = sampling.temperature
+    settings.top_p_B[x], settings.top_k_B[x] = sampling.top_p, sampling.top_k
+    settings.min_p_B[x] = sampling.min_p
+    biases = [*sampling.logit_bias, *((token, -np.inf) for token in sampling.banned_tokens)]
+    for i, (token, bias) in enumerate(biases):
+      settings.biased_BX[x, i], settings.bias_BX[x, i] = token, bias

@@ -23,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpo_jax import sharding
-from sdpo_jax.kernels import attention
+from sdpo_jax.kernels import attention, paged_attention
 from sdpo_jax.kernels.target import target_platform
 from sdpo_jax.model.config import ModelConfig, Rope
 
 Initializer = jax.nn.initializers.Initializer
+_FAR = 1 << 30  # a window that reaches every position
 
 
 class Weight(NamedTuple):
@@ -335,10 +336,9 @@ class _Stream(NamedTuple):
   x_BTD: jax.Array
   rotation: tuple  # of the full layers
   sliding_rotation: tuple
-  # Who sees whom in full layers: attention.Visibility of whole rows, mask_BTS of a cache's
-  # columns; None: splash masks by segments.
-  visible: attention.Visibility | jax.Array | None
-  sliding_visible: attention.Visibility | jax.Array | None
+  # Who sees whom in full layers; None: splash masks by segments, or pages say it.
+  visible: attention.Visibility | None
+  sliding_visible: attention.Visibility | None
   segment_BT: jax.Array | None = None
 
 
@@ -529,8 +529,8 @@ def hidden_pair(
 
 
 def head(params: dict, config: ModelConfig) -> jax.Array:
-  """Returns the output matrix [D, V], in `config.param_dtype`."""
-  return params["embed"].T if config.tied else params["head"]
+  """Returns the output matrix [D, V], in `config.param_dtype`; see `unstacked` too."""
+  return params["head"] if "head" in params else params["embed"].T
 
 
 def logits(
@@ -548,95 +548,207 @@ def project(hidden_XD, head_DV) -> jax.Array:
   return jnp.matmul(hidden_XD, head_DV.astype(hidden_XD.dtype), preferred_element_type=jnp.float32)
 
 
-class Cache(NamedTuple):
-  """Holds keys and values of the columns written so far; others, and padding, are not valid."""
+class Pool(NamedTuple):
+  """Holds keys and values in pages (see kernels.paged_attention), with axes as `pool_axes` says."""
 
-  k: jax.Array  # axes: cache_axes()
-  v: jax.Array
-  valid_BS: jax.Array  # bool
+  k: list | jax.Array
+  v: list | jax.Array
 
 
-def cache_axes() -> str:
-  """Returns the order in which the compiler wants the cache in memory while it decodes.
+def page_axes(*, shared: bool) -> tuple[str, str]:
+  """Returns the order in which the compiler wants keys and values in memory while it decodes.
 
-  With LBSKH a TPU copies all of it at the beginning and the end of each call; with LSKBH a CPU
-  copies a layer's for every token.
+  A CPU computes scores 2.5 times as fast over keys that are columns. In any other order than these
+  a TPU copies all of the pool at the beginning and the end of each call; they differ for the pool
+  that is only read.
   """
-  return "LSKBH" if target_platform() == "tpu" else "LBSKH"
+  is_by_token = target_platform() == "tpu" and not shared
+  return ("WCKH", "WCKH") if is_by_token else ("WKHC", "WKCH")
 
 
-def init_cache(config: ModelConfig, rows: int, length: int) -> Cache:
-  """Returns an empty cache of `length` columns."""
-  sizes = dict(L=config.layers, B=rows, S=length, K=config.kv_heads, H=config.head_dim)
-  shape = [sizes[axis] for axis in cache_axes()]
+def pool_axes(config: ModelConfig, *, shared: bool, stacked: bool) -> Pool:
+  """Returns the tree of a Pool with a string of axis letters at each leaf.
 
-  def empty():
-    return sharding.constrain(jnp.zeros(shape, config.dtype), cache_axes())
+  Where `params["layers"]` is a list (see `unstacked`), it has a list of one array a layer.
+  """
+  if stacked:
+    return Pool(*("ZL" + axes for axes in page_axes(shared=shared)))
+  return Pool(*(["Z" + axes] * config.layers for axes in page_axes(shared=shared)))
 
-  return Cache(empty(), empty(), jnp.zeros((rows, length), bool))
+
+def init_pool(
+  config: ModelConfig, *, shared: bool, shards: int, pages: int, columns: int, stacked: bool
+) -> Pool:
+  """Returns a pool of empty pages, for prompts (shared) or for what rows add to them."""
+  sizes = dict(Z=shards, W=pages, C=columns, L=config.layers, K=config.kv_heads, H=config.head_dim)
+
+  def empty(axes: str):
+    return sharding.constrain(jnp.zeros([sizes[a] for a in axes], config.dtype), axes)
+
+  return jax.tree.map(empty, pool_axes(config, shared=shared, stacked=stacked))
+
+
+def columns_of(shared: Pool) -> int:
+  """Returns the tokens of a page, from a shared pool."""
+  return jax.tree.leaves(shared.k)[0].shape[page_axes(shared=True)[0].index("C") - 4]
 
 
 def _reorder(x: jax.Array, axes: str, wanted: str) -> jax.Array:
   return x.transpose([axes.index(axis) for axis in wanted])
 
 
-def _write(cached: jax.Array, new_BTKH: jax.Array, layer: jax.Array, start) -> jax.Array:
-  """Puts a layer's keys or values into the cache, from column `start` on."""
-  begin = [{"L": layer, "S": start}.get(axis, 0) for axis in cache_axes()]
-  new = _reorder(new_BTKH[None], "LBSKH", cache_axes())
-  return jax.lax.dynamic_update_slice(cached, new, begin)
+def _read(pool: Pool, i, *, shared: bool) -> tuple[jax.Array, jax.Array]:
+  """Returns a layer's (k_ZWKHC, v_ZWKCH)."""
+  pair = []
+  orders = page_axes(shared=shared)
+  for pages, axes, wanted in zip(pool, orders, ("ZWKHC", "ZWKCH"), strict=True):
+    if isinstance(pages, list):
+      layer = pages[i]
+    else:
+      layer = jax.lax.dynamic_index_in_dim(pages, i, 1, keepdims=False)
+    pair.append(_reorder(layer, "Z" + axes, wanted))
+  return tuple(pair)
 
 
-def _read(cached: jax.Array, layer: jax.Array) -> jax.Array:
-  """Returns a layer's keys or values of all columns, [B, S, K, H]."""
-  return _reorder(cached[layer], cache_axes()[1:], "BSKH")
+def _updated(pool: Pool, i, put) -> Pool:
+  """Returns a pool in which put(a layer's pages, index of the layer or None, which) is new."""
+  if not isinstance(pool.k, list):
+    return Pool(*(put(pages, i, n) for n, pages in enumerate(pool)))
+  keys, values = (put(pages[i], None, n) for n, pages in enumerate(pool))
+  return Pool([*pool.k[:i], keys, *pool.k[i + 1 :]], [*pool.v[:i], values, *pool.v[i + 1 :]])
 
 
-def extend(
-  params: dict, config: ModelConfig, tokens_BT, cache: Cache, *, start, positions_BT, valid_BT
-) -> tuple[jax.Array, Cache]:
-  """Writes T columns at column `start` and returns (their hidden_BTD after the final norm, cache).
+def _write_tokens(pool: Pool, i, page_ZB, column_ZB, new_ZBKH: tuple) -> Pool:
+  """Puts the key and value of one token of each row into a layer's own pages."""
 
-  `start` is one number for all rows. A column sees the valid columns up to its own. T is the
-  prompt's length in prefill and 1 in decoding. The caller keeps start + T within the cache: a
-  write beyond its end would be shifted back silently.
+  def put(pages, layer, n):
+    order = page_axes(shared=False)[n]
+
+    def put_in_shard(pages, page_B, column_B, new_BKH):
+      index = {"W": page_B, "C": column_B}
+      where = [index.get(axis, slice(None)) for axis in order]
+      return pages.at[(*_if_there(layer), *where)].set(new_BKH, mode="drop")
+
+    return jax.vmap(put_in_shard)(pages, page_ZB, column_ZB, new_ZBKH[n])
+
+  return _updated(pool, i, put)
+
+
+def _write_pages(pool: Pool, i, page_ZY, new: tuple) -> Pool:
+  """Puts whole pages of keys [Z, Y, K, H, C] and values [Z, Y, K, C, H] into the shared pool."""
+
+  def put(pages, layer, n):
+    def put_in_shard(pages, page_Y, new):
+      return pages.at[(*_if_there(layer), page_Y)].set(new, mode="drop")
+
+    return jax.vmap(put_in_shard)(pages, page_ZY, new[n])
+
+  return _updated(pool, i, put)
+
+
+def _if_there(layer) -> tuple:
+  return () if layer is None else (layer,)
+
+
+def unstacked(params: dict, config: ModelConfig) -> dict:
+  """Returns the weights as a CPU samples with them fastest; compile time grows with the layers.
+
+  Layers are a list, and the output matrix stands by itself, both ready for use. From stacked or
+  tied ones XLA copies each matrix, for each token: a step of one row takes twice as long.
   """
-  B, T = tokens_BT.shape
-  S = cache.valid_BS.shape[1]
-  assert positions_BT.shape == valid_BT.shape == (B, T), (
-    positions_BT.shape,
-    valid_BT.shape,
-    tokens_BT.shape,
-  )
-  assert cache.valid_BS.shape[0] == B and T <= S, (cache.valid_BS.shape, tokens_BT.shape)
-  valid_BS = jax.lax.dynamic_update_slice(cache.valid_BS, valid_BT.astype(bool), (0, start))
-  column_T = start + jnp.arange(T)
-  column_S = jnp.arange(S)
-  mask_BTS = valid_BS[:, None, :] & (column_S[None, :] <= column_T[:, None])
-  sliding_mask_BTS = mask_BTS
-  if config.sliding:
-    # of columns and of positions alike: padding stands on the left of a row
-    distance_TS = column_T[:, None] - column_S[None, :]
-    sliding_mask_BTS = mask_BTS & (distance_TS < config.sliding_window)
-  stream = _stream(params, config, tokens_BT, positions_BT, mask_BTS, sliding_mask_BTS)
 
-  # the whole cache is carried, so that XLA updates it in place instead of restacking it
-  def body(carry, xs):
-    x_BTD, all_k, all_v = carry
+  def layer(i: int) -> dict:
+    return _gather(config, jax.tree.map(lambda w: w[i], params["layers"]))
+
+  return {
+    **params,
+    "layers": [layer(i) for i in range(config.layers)],
+    "head": _for_use("head", head(params, config), config),
+  }
+
+
+def _through_layers(params: dict, config: ModelConfig, carry, body):
+  """Returns the carry after body(carry, layer, slides, index) of every layer."""
+  layers = params["layers"]
+  if isinstance(layers, list):
+    for i, layer in enumerate(layers):
+      carry = body(carry, layer, bool(config.sliding) and config.sliding[i], i)
+    return carry
+
+  def step(carry, xs):
     layer, slides, i = xs
-    rotation, visible_BTS = _pick(stream, config, slides)
+    return body(carry, _gather(config, layer), slides if config.sliding else False, i), None
+
+  # the whole pool is carried, so that XLA updates it in place instead of restacking it
+  return jax.lax.scan(step, carry, (layers, _slides(config), jnp.arange(config.layers)))[0]
+
+
+class Places(NamedTuple):
+  """Says where the current token of each row goes, and what it sees."""
+
+  position_ZB: jax.Array  # int32
+  page_ZB: jax.Array  # int32, of the row's own pool; beyond its end: written nowhere
+  column_ZB: jax.Array  # int32
+  shared: paged_attention.Seen
+  own: paged_attention.Seen
+
+
+def extend_rows(
+  params: dict, config: ModelConfig, token_ZB: jax.Array, places: Places, shared: Pool, own: Pool
+) -> tuple[jax.Array, Pool]:
+  """Reads one token of each row; returns (its hidden_ZBD after the final norm, the own pages)."""
+  Z, B = token_ZB.shape
+  positions_BT = places.position_ZB.reshape(-1, 1)
+  stream = _stream(params, config, token_ZB.reshape(-1, 1), positions_BT, None, None)
+
+  def by_row(x_BTNH):
+    return x_BTNH.reshape(Z, B, *x_BTNH.shape[2:])
+
+  def body(carry, layer, slides, i):
+    x_BTD, own = carry
 
     def attend(q, k, v):
-      written_k = _write(all_k, k, i, start)
-      written_v = _write(all_v, v, i, start)
-      k_BSKH, v_BSKH = _read(written_k, i), _read(written_v, i)
-      return attention.reference(q, k_BSKH, v_BSKH, visible_BTS), (written_k, written_v)
+      written = _write_tokens(own, i, places.page_ZB, places.column_ZB, (by_row(k), by_row(v)))
+      pools = [
+        (*_read(shared, i, shared=True), places.shared),
+        (*_read(written, i, shared=False), places.own),
+      ]
+      return paged_attention.attend(by_row(q), pools, slides).reshape(q.shape), written
 
-    variables = {"params": _gather(config, layer)}
-    x_BTD, written = Block(config).apply(variables, x_BTD, rotation, attend)
-    return (x_BTD, *written), None
+    rotation, _ = _pick(stream, config, slides)
+    return Block(config).apply({"params": layer}, x_BTD, rotation, attend)
 
-  carry = (stream.x_BTD, cache.k, cache.v)
-  xs = (params["layers"], _slides(config), jnp.arange(config.layers))
-  (x_BTD, k, v), _ = jax.lax.scan(body, carry, xs)
-  return _final_norm(params, config, x_BTD), Cache(k, v, valid_BS)
+  x_BTD, own = _through_layers(params, config, (stream.x_BTD, own), body)
+  return _final_norm(params, config, x_BTD).reshape(Z, B, -1), own
+
+
+class NewBlocks(NamedTuple):
+  """Holds blocks of new tokens: a page's columns each. What follows a text's end is padding."""
+
+  token_ZYC: jax.Array  # int32
+  page_ZY: jax.Array  # int32: where it is written; beyond the pool's end: nowhere
+  blocks: paged_attention.Blocks
+
+
+def read_blocks(params: dict, config: ModelConfig, new: NewBlocks, shared: Pool) -> Pool:
+  """Returns the shared pool with the keys and values of blocks of tokens written into it."""
+  Z, Y, C = new.token_ZYC.shape
+  positions_BT = (new.blocks.base_ZY[..., None] + jnp.arange(C)).reshape(-1, C)
+  stream = _stream(params, config, new.token_ZYC.reshape(-1, C), positions_BT, None, None)
+
+  def body(carry, layer, slides, i):
+    x_BTD, shared = carry
+
+    def attend(q, k, v):
+      q_ZYCNH, k_ZYCKH, v_ZYCKH = (x.reshape(Z, Y, C, *x.shape[2:]) for x in (q, k, v))
+      pages = _reorder(k_ZYCKH, "ZYCKH", "ZYKHC"), _reorder(v_ZYCKH, "ZYCKH", "ZYKCH")
+      written = _write_pages(shared, i, new.page_ZY, pages)
+      window = jnp.where(slides, config.sliding_window, _FAR) if config.sliding else None
+      pool = _read(written, i, shared=True)
+      out = paged_attention.attend_blocks(q_ZYCNH, *pool, new.blocks, window)
+      return out.reshape(q.shape), written
+
+    rotation, _ = _pick(stream, config, slides)
+    return Block(config).apply({"params": layer}, x_BTD, rotation, attend)
+
+  return _through_layers(params, config, (stream.x_BTD, shared), body)[1]
