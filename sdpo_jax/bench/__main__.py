@@ -6,7 +6,7 @@ Options are the measurement's own (--help).
 import importlib
 import sys
 
-NAMES = ("loss", "step", "sandbox")
+NAMES = ("loss", "step", "rollout", "sandbox")
 
 
 def main(argv):

@@ -1,0 +1,33 @@
+"""The rollout benchmark asks for what it says. The figures are not tested."""
+
+import pytest
+
+from sdpo_jax.bench import rollout
+
+
+@pytest.mark.parametrize(
+  "mix, count, tokens",
+  [("equal", 32, 4096), ("heavy", 4, 106), ("group", 8, 16), ("queue", 256, 6784)],
+)
+def test_mixes_hold_what_is_asked_for(mix, count, tokens):
+  requests = rollout.requests_of(mix, [1, 5, 40, 60], vocab=99)
+  assert sum(request.n for request in requests) == count
+  assert sum(request.n * request.sampling.max_new_tokens for request in requests) == tokens
+  assert {len(request.prompt) for request in requests} == {1000 if mix == "group" else 128}
+
+
+@pytest.mark.parametrize(
+  "argument, words",
+  [("--mixes=even", "'even' must be one of equal"), ("--lengths=nowhere.json", "nowhere.json")],
+)
+def test_a_wrong_argument_is_named(argument, words, capsys):
+  with pytest.raises(SystemExit) as end:
+    rollout.main([argument])
+  assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_the_table_tells_of_a_measurement_that_failed():
+  text = rollout.table(
+    [{"mix": "equal", "error": "exit 1: no memory"}, {"mix": "heavy", "cpu_s": 2.0}]
+  )
+  assert "exit 1: no memory" in text and "| heavy |" in text
