@@ -19,7 +19,7 @@ class Book:
 
   def __init__(self, shards: int):
     self.size = 0  # pages of a shard
-    self._free = [[] for _ in range(shards)]  # heaps
+    self._free: list[list[int]] = [[] for _ in range(shards)]  # heaps
 
   def used(self, z: int) -> int:
     """Returns how many pages of a shard are in use."""

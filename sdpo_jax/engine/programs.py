@@ -20,18 +20,19 @@ from sdpo_jax.kernels.paged_attention import Readers, visible
 from sdpo_jax.kernels.target import target_platform
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
+from sdpo_jax.records import Array
 
 
 class Rows(NamedTuple):
   """Says what is decoded: one entry a row, the same for a whole chunk. A free row has budget 0."""
 
-  token_ZB: jax.Array  # int32: the last token, which has not been read yet
-  position_ZB: jax.Array  # int32: its position
-  begin_ZB: jax.Array  # int32: the position of the first column of pages_ZBX
-  pages_ZBX: jax.Array  # int32: the own pages that the chunk may write, in order
-  budget_ZB: jax.Array  # int32: tokens that may still be sampled
-  stop_ZBX: jax.Array  # int32: tokens that end a row; -1: none
-  uniform_ZBR: jax.Array  # float32 in [0, 1): what decides each token of the chunk
+  token_ZB: Array  # int32: the last token, which has not been read yet
+  position_ZB: Array  # int32: its position
+  begin_ZB: Array  # int32: the position of the first column of pages_ZBX
+  pages_ZBX: Array  # int32: the own pages that the chunk may write, in order
+  budget_ZB: Array  # int32: tokens that may still be sampled
+  stop_ZBX: Array  # int32: tokens that end a row; -1: none
+  uniform_ZBR: Array  # float32 in [0, 1): what decides each token of the chunk
   settings: sampling.Settings  # with B = Z * B
 
 
@@ -41,7 +42,7 @@ class Tables(NamedTuple):
   rows: Rows
   shared: Readers  # of the shared pages
   own: Readers
-  enough: jax.Array  # int32: the chunk ends early when so many rows have ended
+  enough: Array  # int32: the chunk ends early when so many rows have ended
 
 
 def page_columns() -> int:

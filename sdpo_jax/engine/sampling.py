@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.records import Sampling
+from sdpo_jax.records import Array, Sampling
 
 _BLOCK = 128  # entries that are summed before the sums are searched
 
@@ -21,13 +21,13 @@ _BLOCK = 128  # entries that are summed before the sums are searched
 class Settings(NamedTuple):
   """Holds how each row is sampled."""
 
-  temperature_B: jax.Array  # float32; 0: greedy
-  top_p_B: jax.Array  # float32; 1: off
-  min_p_B: jax.Array  # float32; 0: off
-  top_k_B: jax.Array  # int32; 0: off
+  temperature_B: Array  # float32; 0: greedy
+  top_p_B: Array  # float32; 1: off
+  min_p_B: Array  # float32; 0: off
+  top_k_B: Array  # int32; 0: off
   # added to the logits of these tokens; both [B, 0] where no row has any
-  biased_BX: jax.Array  # int32
-  bias_BX: jax.Array  # float32
+  biased_BX: Array  # int32
+  bias_BX: Array  # float32
 
 
 def needs_sorting(sampling: Sampling) -> bool:

@@ -22,20 +22,21 @@ X pages of a block's text.
 Numerics: products in the dtype of the pool, summed in float32; softmax in float32.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+Array = Any  # numpy on the host, jax on the device
 LOWEST = -1e30  # stands for the logit of what is not seen; finite, for -inf - -inf is NaN
 
 
 class Readers(NamedTuple):
   """Says who reads the pages of a pool, and what they hold."""
 
-  row_ZWM: jax.Array  # int32: the rows that read a page; -1: none
-  base_ZW: jax.Array  # int32: the position of a page's first column in its text
-  fill_ZW: jax.Array  # int32: columns in use; others, in a shared page, are not the reader's
+  row_ZWM: Array  # int32: the rows that read a page; -1: none
+  base_ZW: Array  # int32: the position of a page's first column in its text
+  fill_ZW: Array  # int32: columns in use; others, in a shared page, are not the reader's
 
 
 class Seen(NamedTuple):
@@ -134,9 +135,9 @@ def _sum_by_row(reads_ZBX: jax.Array, x: jax.Array) -> jax.Array:
 class Blocks(NamedTuple):
   """Says where blocks of new tokens stand in their texts. A block is one page's columns."""
 
-  base_ZY: jax.Array  # int32: the position of a block's first column
-  page_ZYX: jax.Array  # int32: the pages of its text, in order, up to the block itself
-  count_ZY: jax.Array  # int32: how many these are
+  base_ZY: Array  # int32: the position of a block's first column
+  page_ZYX: Array  # int32: the pages of its text, in order, up to the block itself
+  count_ZY: Array  # int32: how many these are
 
 
 def attend_blocks(

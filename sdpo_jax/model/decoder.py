@@ -26,6 +26,7 @@ from sdpo_jax import sharding
 from sdpo_jax.kernels import attention, paged_attention
 from sdpo_jax.kernels.target import target_platform
 from sdpo_jax.model.config import ModelConfig, Rope
+from sdpo_jax.records import Array
 
 Initializer = jax.nn.initializers.Initializer
 _FAR = 1 << 30  # a window that reaches every position
@@ -725,8 +726,8 @@ def extend_rows(
 class NewBlocks(NamedTuple):
   """Holds blocks of new tokens: a page's columns each. What follows a text's end is padding."""
 
-  token_ZYC: jax.Array  # int32
-  page_ZY: jax.Array  # int32: where it is written; beyond the pool's end: nowhere
+  token_ZYC: Array  # int32
+  page_ZY: Array  # int32: where it is written; beyond the pool's end: nowhere
   blocks: paged_attention.Blocks
 
 
