@@ -96,15 +96,14 @@ def solve_by_turns(
 ) -> None:
   """Attempts again and again, with the feedback on earlier attempts in the prompt.
 
-  The newest feedback stands last. The oldest is dropped as long as fits(task) denies that the
-  prompt has room.
+  The newest feedback stands last. The oldest is dropped, for good, as long as fits(task) denies that
+  the prompt has room.
   """
   turns: list[Rollout] = []
   while not budget.solved and budget.attempts_left:
-    visible = list(turns)
-    while visible and not fits(prompt_with(task, visible, history)):
-      visible.pop(0)
-    groups = collect(params, [(prompt_with(task, visible, history), budget.sampled)])
+    while turns and not fits(prompt_with(task, turns, history)):
+      turns.pop(0)
+    groups = collect(params, [(prompt_with(task, turns, history), budget.sampled)])
     (rollout,) = groups[0]
     budget.count([rollout])
     if rollout.feedback.text and rollout.feedback.status is not Status.ENV_FAILED:
