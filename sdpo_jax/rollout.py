@@ -15,9 +15,11 @@ from collections.abc import Callable
 import concurrent.futures
 import dataclasses
 import logging
+import math
 import numbers
 import queue
 import threading
+import time
 from typing import NamedTuple
 import zlib
 
@@ -66,6 +68,8 @@ class Collector:
     self._waiting = queue.SimpleQueue()  # of (future, arguments of _judge); None ends a thread
     self._alive = 0  # threads that take from it
     self._is_closed = False
+    self._judged: list[tuple[float, float]] = []  # begin and end of each judging, in seconds
+    self._judge_hidden_s = self._judge_wait_s = 0.0
 
   def close(self) -> None:
     """Ends the waiting threads. One that hangs in a judge is a daemon and ends with the process."""
@@ -107,7 +111,11 @@ class Collector:
       sampled[c.key, c.sample_index] = self._begin_judging(tasks[c.key], whole, index)
     self.engine.unload()
     self._check_stop_of(sampled)
+    ended = time.monotonic()
     feedback = self._await_feedback(tasks, sampled)
+    self._judge_wait_s += time.monotonic() - ended
+    self._judge_hidden_s += busy_s(self._judged, ended)
+    self._judged = []
     self.check_stop()
 
     def rollout(q: int, g: int) -> Rollout:
@@ -116,6 +124,16 @@ class Collector:
       return Rollout(tasks[q], prompts[q], c.tokens, c.logp, c.finish_reason, text, feedback[q, g])
 
     return [[rollout(q, g) for g in range(n)] for q in range(len(tasks))]
+
+  def take_judge_times(self) -> dict[str, float]:
+    """Returns the metrics of judging since the last call.
+
+    time/judge_hidden_s: while responses were still sampled, some judge was at work.
+    time/judge_wait_s: from the end of sampling to the last verdict.
+    """
+    hidden, wait = self._judge_hidden_s, self._judge_wait_s
+    self._judge_hidden_s = self._judge_wait_s = 0.0
+    return {"time/judge_hidden_s": hidden, "time/judge_wait_s": wait}
 
   def _check_stop_of(self, sampled: dict[tuple[int, int], _Sampled]) -> None:
     """Calls check_stop; if that raises, no response is judged any more."""
@@ -187,7 +205,10 @@ class Collector:
     while (item := self._waiting.get()) is not None:
       future, job = item
       if future.set_running_or_notify_cancel():
-        future.set_result(self._judge(*job))
+        begun = time.monotonic()
+        feedback = self._judge(*job)
+        self._judged.append((begun, time.monotonic()))
+        future.set_result(feedback)
 
   def _judge(self, task: Task, text: str, completion: Completion) -> Feedback:
     """Returns the environment's feedback as the rest of the run may read it."""
@@ -204,6 +225,16 @@ class Collector:
       count = len(completion.tokens)
       message = f"The response was too long: it was cut off after {count} tokens.\n{message}"
     return dataclasses.replace(feedback, reward=float(feedback.reward), text=message)
+
+
+def busy_s(spans: list[tuple[float, float]], until: float) -> float:
+  """Returns the seconds before `until` that at least one span (begin, end) covers."""
+  total, covered = 0.0, -math.inf
+  for begin, end in sorted(spans):
+    end = min(end, until)
+    total += max(0.0, end - max(begin, covered))
+    covered = max(covered, end)
+  return total
 
 
 def _check(feedback: Feedback) -> None:

@@ -387,7 +387,8 @@ class Steps:
     """Packs the groups, and adds metrics of how they came about."""
     packed = self.packer.pack(groups)
     env, chat = self.session.collector.env, self.session.chat
-    metrics = packed.metrics | self.exploration
+    judging = self.session.collector.take_judge_times()
+    metrics = packed.metrics | self.exploration | judging
     if isinstance(env, RowEnv):
       metrics["data/skipped_rows"] = float(env.skipped)
     metrics["data/copy_rate"] = monitors.copy_rate(packed.rollouts, packed.contexts[0], chat)

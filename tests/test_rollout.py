@@ -1,12 +1,13 @@
 """Collecting: judges run while sampling goes on, and one that fails costs its own row."""
 
 import threading
+import time
 
 import pytest
 
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.records import Completion, Feedback, Sampling, Status
-from sdpo_jax.rollout import Collector, prompt_seed
+from sdpo_jax.rollout import Collector, busy_s, prompt_seed
 from tests import fakes
 
 CHAT = Chat(fakes.ByteTokenizer())
@@ -102,6 +103,27 @@ def test_judging_starts_before_sampling_ends():
   (group,) = c.collect(None, [c.env.task("train", 0)], n=2, sampling=SAMPLING, seeds=[0])
   c.close()
   assert [r.text for r in group] == ["second", "first"]
+
+
+def test_what_judging_hides_behind_sampling_is_told():
+  spans = [(5.0, 6.0), (1.0, 3.0), (2.0, 4.0), (1.5, 2.5), (9.0, 12.0), (11.0, 13.0)]
+  assert busy_s(spans, 10.0) == 3.0 + 1.0 + 1.0
+  assert busy_s([], 10.0) == busy_s([(11.0, 12.0)], 10.0) == 0.0
+  c = collector({"first": lambda: time.sleep(0.2) or Feedback(1.0, "")}, Sleeping([]))
+  c.collect(None, [c.env.task("train", 0)], n=2, sampling=SAMPLING, seeds=[0])
+  c.close()
+  told = c.take_judge_times()
+  assert told["time/judge_hidden_s"] >= 0.19 and told["time/judge_wait_s"] >= 0.0
+  assert set(c.take_judge_times().values()) == {0.0}
+
+
+class Sleeping(fakes.ScriptedEngine):
+  """Samples a second response for half a second."""
+
+  def generate(self, requests):
+    yield Completion(0, 0, say("first"), [-1.0] * 6, "stop")
+    time.sleep(0.5)
+    yield Completion(0, 1, say("second"), [-1.0] * 7, "stop")
 
 
 def test_a_prompt_over_the_limit_names_the_setting():

@@ -96,8 +96,8 @@ def solve_by_turns(
 ) -> None:
   """Attempts again and again, with the feedback on earlier attempts in the prompt.
 
-  The newest feedback stands last. The oldest is dropped, for good, as long as fits(task) denies that
-  the prompt has room.
+  The newest feedback stands last. The oldest is dropped, for good, as long as fits(task) denies
+  that the prompt has room.
   """
   turns: list[Rollout] = []
   while not budget.solved and budget.attempts_left:
