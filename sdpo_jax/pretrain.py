@@ -325,7 +325,7 @@ def run(
   chat, method = data.chat, supervised()
   state = init_state(params, tx)
   step = jax.jit(make_train_step(make_signals(model, method), method, tx), donate_argnums=0)
-  sampler = LocalEngine(model, rows=c.eval.questions, pad_token=chat.pad_token)
+  sampler = LocalEngine(model, rows=c.eval.questions)
 
   def evaluate(params) -> dict[str, float]:
     return accuracy(

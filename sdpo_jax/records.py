@@ -151,6 +151,8 @@ class Sampling:
   min_p: float = 0.0  # least probability, as a part of the likeliest token's
   logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what its logit is raised by)
   banned_tokens: tuple[int, ...] = ()  # never sampled
+  # Texts that end a response as soon as they stand in it; its last token is the one with their end.
+  stop_strings: tuple[str, ...] = ()
 
 
 class Request(NamedTuple):

@@ -280,7 +280,7 @@ def _collecting(
     rows=c.rollout.rows,
     row_multiple=sharding.row_shards(mesh),
     chunk=c.rollout.chunk,
-    pad_token=loaded.chat.pad_token,
+    text_of=loaded.chat.plain_text,
   )
   return contextlib.closing(make_collector(c, env, loaded.chat, engine, check_stop))
 

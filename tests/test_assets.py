@@ -63,7 +63,7 @@ def test_hindsight_helps(name, path, ranges):
     dataclasses.asdict(Mixture(notes=reads, imagine=reads)),
     questions=128,
     max_new_tokens=28,
-    sampler=LocalEngine(model, rows=128, pad_token=chat.pad_token),
+    sampler=LocalEngine(model, rows=128),
   )
   for view, (lowest, highest) in ranges.items():
     assert lowest <= solved[f"eval/{view}"] <= highest, solved

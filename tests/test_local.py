@@ -120,6 +120,24 @@ def test_stop_tokens_end_a_response_and_are_part_of_it():
   assert len(stopped.logp) == len(stopped.tokens)
 
 
+def test_a_stop_string_ends_a_response_at_the_token_that_completes_it():
+  """It may begin in one chunk and end in the next."""
+
+  def text_of(tokens):
+    return "".join(f"<{token}>" for token in tokens)
+
+  free = run(requests(stop_tokens=()))[0]
+  for end in (5, 6, 9):  # of the third sample's 30 tokens, in chunks of 4
+    tokens = free[4, 2].tokens
+    stop = text_of(tokens[end - 3 : end])[1:-1]
+    settings = dict(stop_tokens=(), stop_strings=("<no>", stop))
+    done = run(requests(**settings), text_of=text_of)[0]
+    first = next(n for n in range(31) if stop in text_of(tokens[:n]))
+    assert done[4, 2].tokens == tokens[:first] and done[4, 2].finish_reason == "stop"
+    assert len(done[4, 2].logp) == first
+    assert sum(c.tokens == free[place].tokens for place, c in done.items()) >= len(done) - 2
+
+
 def test_requests_with_other_settings_share_a_batch():
   mixed = requests()
   mixed[1] = mixed[1]._replace(sampling=Sampling(20, temperature=0.0))
@@ -198,6 +216,8 @@ def test_no_prompt_stays_in_the_cache_for_nobody():
     (dict(sampling=Sampling(5, min_p=2.0)), "min_p=2.0"),
     (dict(sampling=Sampling(5, top_k=-1)), "top_k=-1"),
     (dict(sampling=Sampling(5, banned_tokens=tuple(range(61)))), "every token banned"),
+    (dict(sampling=Sampling(5, stop_strings=("x",))), "no text_of"),
+    (dict(sampling=Sampling(5, stop_strings=("",))), "an empty stop string"),
     (dict(sampling=Sampling(5, logit_bias=((3, float("inf")),))), "not finite"),
   ],
 )

@@ -133,10 +133,13 @@ class Chat:
     """
     if tokens and tokens[-1] in self.stop_tokens:
       tokens = tokens[:-1]
-    text = self.tokenizer.decode(
+    return self._opened_thought(teacher) + self.plain_text(tokens)
+
+  def plain_text(self, tokens: list[int]) -> str:
+    """Returns the text of tokens, special ones included."""
+    return self.tokenizer.decode(
       tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
-    return self._opened_thought(teacher) + text
 
   def _opened_thought(self, teacher: bool) -> str:
     """Returns the end of every prompt from an opening tag on; "" where none is left open."""

@@ -17,8 +17,9 @@ can judge the first while the last are still being sampled. Every engine guarant
                      sampling temperature, before cuts and biases; at temperature 0, as at
                      temperature 1. In float32 they are within 1e-3 nats of those that training
                      computes.
-  stop tokens        A completion ends with its first stop token, which is part of it (`stop`), or
-                     has `sampling.max_new_tokens` tokens (`length`).
+  stop tokens        A completion ends with its first stop token or with the token that completes a
+                     stop string, which is part of it (`stop`), or has `sampling.max_new_tokens`
+                     tokens (`length`).
 
 A new engine is a file of this folder and a row of `ENGINES`; `session.py` makes the one that a run
 uses.

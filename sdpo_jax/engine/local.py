@@ -15,7 +15,8 @@ a generator of each row, with the request's seed and the sample's index as its k
 on every kind of device.
 """
 
-from collections.abc import Iterable, Iterator
+import bisect
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import math
 from typing import Any, NamedTuple
@@ -61,6 +62,7 @@ class _Row:
   logp: list[float]
   dice: np.random.Philox
   uniforms: np.ndarray  # drawn so far, one a token
+  has_stop_string: bool = False
 
   def uniform(self, first: int, count: int) -> np.ndarray:
     """Returns the numbers in [0, 1) that decide these tokens, float32.
@@ -84,6 +86,8 @@ class _Row:
 
   def finish_reason(self) -> str | None:
     """Returns why nothing more is sampled; None while it lives."""
+    if self.has_stop_string:
+      return "stop"
     if self.tokens and self.tokens[-1] in self.request.sampling.stop_tokens:
       return "stop"
     return "length" if self.left <= 0 else None
@@ -94,8 +98,8 @@ def _new_row(request: Request, prompt: _Prompt, sample_index: int) -> _Row:
   return _Row(request, prompt, sample_index, [], [], [], dice, np.zeros(0, np.float32))
 
 
-def check(request: Request, vocab: int) -> None:
-  """Raises ValueError for a request that no engine can answer."""
+def check(request: Request, vocab: int, *, has_text: bool) -> None:
+  """Raises ValueError for a request that the engine cannot answer."""
   sampling, tokens = request.sampling, request.prompt
   named = (*tokens, *sampling.banned_tokens, *(token for token, _ in sampling.logit_bias))
   problems = {
@@ -108,6 +112,8 @@ def check(request: Request, vocab: int) -> None:
     f"min_p={sampling.min_p}": not 0 <= sampling.min_p <= 1,
     f"top_k={sampling.top_k}": sampling.top_k < 0,
     "a bias that is not finite": not all(math.isfinite(x) for _, x in sampling.logit_bias),
+    "an empty stop string": "" in sampling.stop_strings,
+    "stop strings, and the engine has no text_of": bool(sampling.stop_strings) and not has_text,
     "every token banned": len(set(sampling.banned_tokens)) >= vocab,
   }
   for problem, is_there in problems.items():
@@ -153,8 +159,8 @@ class LocalEngine:
     columns: int | None = None,
     chunk: int = 16,
     prefill_tokens: int = 512,
-    pad_token: int = 0,
     stacked: bool | None = None,
+    text_of: Callable[[list[int]], str] | None = None,
   ):
     """Keeps the settings; weights come with `load`.
 
@@ -165,9 +171,9 @@ class LocalEngine:
       columns: tokens of a page; None: as `programs.page_columns` says.
       chunk: most tokens between hand-outs.
       prefill_tokens: most tokens of prompts that are read together.
-      pad_token: what stands where no token is read; nothing attends to it.
       stacked: whether to go through the layers in a loop; None: except on a CPU (see
         `decoder.unstacked`).
+      text_of: turns tokens into text; requests with stop strings need it.
     """
     assert rows % row_multiple == 0, f"{rows} rows on {row_multiple} shards"
     self.config = config
@@ -176,7 +182,7 @@ class LocalEngine:
     self.columns = columns or programs.page_columns()
     self.chunk = chunk
     self.blocks = max(1, prefill_tokens // self.columns // self.shards)
-    self.pad_token = pad_token
+    self.text_of = text_of
     self.stacked = target_platform() != "cpu" if stacked is None else stacked
     self.trace: list[Snapshot] = []  # of the last call of `generate`
     self._params: Any = None
@@ -246,7 +252,7 @@ class _Decoding:
         request = next(requests, None)
         if request is None:
           return
-        check(request, self.engine.config.vocab)
+        check(request, self.engine.config.vocab, has_text=self.engine.text_of is not None)
         self.waiting = request, 0
       request, sample_index = self.waiting
       z = self._shard_for(request.prompt)
@@ -317,7 +323,7 @@ class _Decoding:
     Z, Y, C = len(blocks), width, self.engine.columns
     longest = max(len(prompt.pages) for shard in blocks for prompt, _ in shard)
     X = max(64, _power_of_two(longest))
-    token = np.full((Z, Y, C), self.engine.pad_token, np.int32)
+    token = np.zeros((Z, Y, C), np.int32)  # nothing attends to what is not a text's
     base, count = np.zeros((Z, Y), np.int32), np.zeros((Z, Y), np.int32)
     page = np.full((Z, Y), self.shared_book.size, np.int32)
     chain = np.zeros((Z, Y, X), np.int32)
@@ -396,6 +402,8 @@ class _Decoding:
         count = count_ZB[z, b]
         row.tokens += token_ZBR[z, b, :count].tolist()
         row.logp += logp_ZBR[z, b, :count].tolist()
+        if row.request.sampling.stop_strings:
+          self._cut_at_stop_string(row)
     self._record(B, live, int(count_ZB.max()))
     for z, rows in enumerate(self.live):
       for row in rows:
@@ -413,6 +421,19 @@ class _Decoding:
         row.finish_reason(),
         self.version,
       )
+
+  def _cut_at_stop_string(self, row: _Row) -> None:
+    """Ends a row at the token that completes its first stop string, if one stands in it."""
+    text_of = self.engine.text_of
+
+    def has_one(count: int) -> bool:
+      text = text_of(row.tokens[:count])
+      return any(stop in text for stop in row.request.sampling.stop_strings)
+
+    if has_one(len(row.tokens)):
+      length = bisect.bisect_left(range(len(row.tokens)), True, key=has_one)
+      del row.tokens[length:], row.logp[length:]
+      row.has_stop_string = True
 
   def _record(self, rows: int, live: int, steps: int) -> None:
     prompts = sum(p.length for prompts in self.prompts for p in prompts)
