@@ -94,11 +94,12 @@ def test_log_probabilities_are_the_trainers(temperature):
   [
     dict(rows=32, chunk=16, columns=32),
     dict(rows=2, chunk=3, columns=4),
-    dict(rows=21, chunk=5, columns=16, prefill_tokens=16),
+    dict(rows=21, chunk=5, columns=16),
   ],
 )
-def test_a_response_depends_on_its_own_seed_alone(settings):
-  """Other company, other chunks, other pages: the same tokens."""
+def test_a_response_depends_on_its_own_seed_alone(settings, monkeypatch):
+  """Other company, other chunks, other pages, prompts read page by page: the same tokens."""
+  monkeypatch.setattr(local, "READ_TOKENS", 16)
   assert tokens_of(run(requests(), **settings)[0]) == tokens_of(usual())
 
 
@@ -165,7 +166,7 @@ def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch):
   kept = programs.read_shared
 
   def spy(params, shared, new, *, config):
-    read.append(int(np.sum(new.blocks.count_ZY > 0)))
+    read.append(int(np.sum(new.chains[0].count_ZY > 0)))
     return kept(params, shared, new, config=config)
 
   monkeypatch.setattr(programs, "read_shared", spy)

@@ -7,8 +7,9 @@ An engine is an object with three methods:
   unload()                lets go of the weights
 
 Requests may come from a generator, of which the engine takes the next one when it has room; it must
-not wait for completions of the same call. Completions come in no promised order, so that the caller
-can judge the first while the last are still being sampled. Every engine guarantees:
+not wait for completions of the same call. Those that answer a completion (the next turn of a
+conversation) come through a `RequestQueue`. Completions come in no promised order, so that the
+caller can judge the first while the last are still being sampled. Every engine guarantees:
 
   seeds              The tokens of sample s of a request depend on the weights, the prompt, its seed
                      and s alone: not on n or on other requests, but for how a product is rounded in

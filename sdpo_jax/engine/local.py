@@ -9,6 +9,10 @@ Programs are compiled for the few numbers of rows that `row_counts` gives, and w
 sizes of both pools that occur, which are powers of two: a call whose lengths vary a thousandfold
 meets about a dozen.
 
+A request whose prompt begins with an earlier prompt and its completion (the next turn of a
+conversation) goes on in that row's pages, as long as they are kept: those of as many rows as are
+decoded together, in a call that is fed by a `RequestQueue`. Only what is new is read.
+
 Rows are numbered anew for each chunk, in the order of their requests. What is computed thus
 depends on the requests alone, never on time, and a run repeats bit for bit. Randomness comes from
 a generator of each row, with the request's seed and the sample's index as its key; it is the same
@@ -25,13 +29,16 @@ import numpy as np
 
 from sdpo_jax.engine import programs
 from sdpo_jax.engine.pages import Book, pool_size
+from sdpo_jax.engine.requests import RequestQueue
 from sdpo_jax.engine.sampling import needs_sorting
 from sdpo_jax.hosts import to_host
-from sdpo_jax.kernels.paged_attention import Blocks
+from sdpo_jax.kernels.paged_attention import Chain
 from sdpo_jax.kernels.target import target_platform
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.records import Completion, Request
+
+READ_TOKENS = 512  # most tokens of prompts that are read together
 
 
 @dataclasses.dataclass
@@ -58,7 +65,8 @@ class _Row:
   prompt: _Prompt
   sample_index: int
   pages: list[int]  # its own
-  tokens: list[int]
+  written: int  # tokens in them
+  tokens: list[int]  # sampled
   logp: list[float]
   dice: np.random.Philox
   uniforms: np.ndarray  # drawn so far, one a token
@@ -80,9 +88,12 @@ class _Row:
     return self.request.sampling.max_new_tokens - len(self.tokens)
 
   @property
-  def last_token(self) -> int:
-    """The token that is read next."""
-    return self.tokens[-1] if self.tokens else self.prompt.tokens[-1]
+  def own(self) -> list[int]:
+    """What stands, or will, in its own pages: its text behind the shared ones.
+
+    While it is decoded, all but the last token is written.
+    """
+    return self.request.prompt[self.prompt.length :] + self.tokens
 
   def finish_reason(self) -> str | None:
     """Returns why nothing more is sampled; None while it lives."""
@@ -93,9 +104,27 @@ class _Row:
     return "length" if self.left <= 0 else None
 
 
-def _new_row(request: Request, prompt: _Prompt, sample_index: int) -> _Row:
+@dataclasses.dataclass
+class _Parked:
+  """A row that has ended and may be gone on with: its text, and where it lies."""
+
+  place: tuple  # key and sample of its completion
+  text: list[int]
+  prompt: _Prompt
+  pages: list[int]
+  written: int
+
+
+def _new_row(request: Request, sample_index: int, cached: _Prompt | _Parked) -> _Row:
+  """Returns a row that begins with a prompt in the cache, or goes on with a row that has ended."""
   dice = np.random.Philox(key=[request.seed, sample_index])
-  return _Row(request, prompt, sample_index, [], [], [], dice, np.zeros(0, np.float32))
+  if isinstance(cached, _Parked):
+    prompt, pages, written = cached.prompt, cached.pages, cached.written
+  else:
+    prompt, pages, written = cached, [], 0
+  request = request._replace(prompt=list(request.prompt))  # the caller may go on with its own
+  numbers = np.zeros(0, np.float32)
+  return _Row(request, prompt, sample_index, pages, written, [], [], dice, numbers)
 
 
 def check(request: Request, vocab: int, *, has_text: bool) -> None:
@@ -119,6 +148,16 @@ def check(request: Request, vocab: int, *, has_text: bool) -> None:
   for problem, is_there in problems.items():
     if is_there:
       raise ValueError(f"request {request.key!r} has {problem}")
+
+
+class _Block(NamedTuple):
+  """A page's columns that have tokens to read."""
+
+  tokens: list[int]  # of the page, from its first column on
+  begin: int  # the first of them that is new
+  base: int  # the position of the page's first column
+  prompt: _Prompt
+  pages: list[int]  # those of the text in this pool, up to this one
 
 
 class Snapshot(NamedTuple):
@@ -158,9 +197,9 @@ class LocalEngine:
     row_multiple: int = 1,
     columns: int | None = None,
     chunk: int = 16,
-    prefill_tokens: int = 512,
     stacked: bool | None = None,
     text_of: Callable[[list[int]], str] | None = None,
+    deterministic: bool = True,
   ):
     """Keeps the settings; weights come with `load`.
 
@@ -170,10 +209,11 @@ class LocalEngine:
       row_multiple: the row shards of a mesh.
       columns: tokens of a page; None: as `programs.page_columns` says.
       chunk: most tokens between hand-outs.
-      prefill_tokens: most tokens of prompts that are read together.
       stacked: whether to go through the layers in a loop; None: except on a CPU (see
         `decoder.unstacked`).
       text_of: turns tokens into text; requests with stop strings need it.
+      deterministic: whether a `RequestQueue` is asked only when no answer is missing, so that what
+        shares a batch does not depend on who answers first; False: whenever there is room.
     """
     assert rows % row_multiple == 0, f"{rows} rows on {row_multiple} shards"
     self.config = config
@@ -181,8 +221,9 @@ class LocalEngine:
     self.rows = rows // row_multiple  # of a shard
     self.columns = columns or programs.page_columns()
     self.chunk = chunk
-    self.blocks = max(1, prefill_tokens // self.columns // self.shards)
+    self.blocks = max(1, READ_TOKENS // self.columns // self.shards)  # of a shard
     self.text_of = text_of
+    self.deterministic = deterministic
     self.stacked = target_platform() != "cpu" if stacked is None else stacked
     self.trace: list[Snapshot] = []  # of the last call of `generate`
     self._params: Any = None
@@ -196,7 +237,7 @@ class LocalEngine:
     """Lets go of the weights."""
     self._params = None
 
-  def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+  def generate(self, requests: Iterable[Request] | RequestQueue) -> Iterator[Completion]:
     """Returns an iterator over the completions of all requests, as they end.
 
     Raises ValueError for a request that cannot be, when its turn comes.
@@ -219,6 +260,7 @@ class _Decoding:
     shards = range(engine.shards)
     self.live: list[list[_Row]] = [[] for _ in shards]
     self.prompts: list[list[_Prompt]] = [[] for _ in shards]  # in the cache
+    self.parked: list[list[_Parked]] = [[] for _ in shards]  # the oldest first
     self.waiting: tuple[Request, int] | None = None  # and its next sample
     self.shared_book, self.own_book = Book(engine.shards), Book(engine.shards)
     self.shared = self.own = None
@@ -233,38 +275,93 @@ class _Decoding:
       chunk=engine.chunk,
     )
 
-  def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
+  def run(self, requests: Iterable[Request] | RequestQueue) -> Iterator[Completion]:
     """Yields all completions."""
-    requests = iter(requests)
+    queue: RequestQueue | None = None
+    listed: Iterator[Request] = iter(())
+    if isinstance(requests, RequestQueue):
+      queue = requests
+    else:
+      listed = iter(requests)
     while True:
-      self._admit(requests)
+      if queue is None:
+        self._admit(lambda: next(listed, None))
+      else:
+        if self.engine.deterministic or not any(self.live):
+          queue.wait(for_all=self.engine.deterministic)
+        self._forget(queue.take_dropped())
+        self._admit(queue.take)
       if not any(self.live):
         return
       self._read_prompts()
-      yield from self._decode()
+      self._read_answers()
+      for completion in self._decode(may_go_on=queue is not None):
+        if queue is not None:
+          queue.hand_out(completion)
+        yield completion
 
   # ---- who is in the cache
 
-  def _admit(self, requests: Iterator[Request]) -> None:
+  def _admit(self, take: Callable[[], Request | None]) -> None:
     """Gives free rows to samples, in their order."""
     while any(len(rows) < self.engine.rows for rows in self.live):
       if self.waiting is None:
-        request = next(requests, None)
+        request = take()
         if request is None:
           return
         check(request, self.engine.config.vocab, has_text=self.engine.text_of is not None)
         self.waiting = request, 0
       request, sample_index = self.waiting
-      z = self._shard_for(request.prompt)
-      prompt = self._cached(request.prompt, z)
-      prompt.rows += 1
-      prompt.asked += 1
-      self.live[z].append(_new_row(request, prompt, sample_index))
+      if not self._go_on(request):
+        z = self._shard_for(request.prompt)
+        prompt = self._cached(request.prompt, z)
+        prompt.rows += 1
+        prompt.asked += 1
+        self.live[z].append(_new_row(request, sample_index, prompt))
       if sample_index + 1 < request.n:
         self.waiting = request, sample_index + 1
       else:
         self.waiting = None
         self._drop_idle_prompts()
+
+  def _go_on(self, request: Request) -> bool:
+    """Lets a request go on in the pages of a row whose text its prompt begins with, if one is left.
+
+    Not where several samples are asked for, as each would need pages of its own.
+    """
+    if request.n > 1:
+      return False
+    fitting = [
+      (len(row.text), z, row)
+      for z, parked in enumerate(self.parked)
+      for row in parked
+      if len(self.live[z]) < self.engine.rows
+      and len(row.text) < len(request.prompt)
+      and request.prompt[: len(row.text)] == row.text
+    ]
+    if not fitting:
+      return False
+    _, z, row = max(fitting, key=lambda entry: entry[0])
+    self.parked[z].remove(row)
+    self.live[z].append(_new_row(request, 0, row))
+    return True
+
+  def _park(self, z: int, row: _Row) -> None:
+    """Keeps a row that has ended for what may follow it; the oldest ones make room."""
+    place = row.request.key, row.sample_index
+    text = row.request.prompt + row.tokens
+    self.parked[z].append(_Parked(place, text, row.prompt, row.pages, row.written))
+    while len(self.parked[z]) > self.engine.rows:
+      self._release(z, self.parked[z].pop(0))
+
+  def _forget(self, places: list[tuple]) -> None:
+    """Frees the rows that nothing follows."""
+    for z, parked in enumerate(self.parked):
+      for row in parked:
+        if row.place in places:
+          self._release(z, row)
+      self.parked[z] = [row for row in parked if row.place not in places]
+    self._drop_idle_prompts()
 
   def _shard_for(self, tokens: list[int]) -> int:
     """Returns the emptiest shard with room, of those that have the prompt if there are any."""
@@ -280,7 +377,7 @@ class _Decoding:
     self.prompts[z].append(_Prompt(list(tokens), []))
     return self.prompts[z][-1]
 
-  def _release(self, z: int, row: _Row) -> None:
+  def _release(self, z: int, row: _Row | _Parked) -> None:
     """Frees the pages of a row that has ended."""
     self.own_book.give_back(z, row.pages)
     row.prompt.rows -= 1
@@ -302,39 +399,86 @@ class _Decoding:
     new = [[p for p in prompts if not p.is_read] for prompts in self.prompts]
     count = [[-(-p.length // C) for p in prompts] for prompts in new]
     self._fit_shared([sum(counts) for counts in count])
-    queue = []
+    blocks: list[list[_Block]] = []
     for z, prompts in enumerate(new):
       for prompt, pages in zip(prompts, count[z], strict=True):
         prompt.pages = self.shared_book.take(z, pages)
         prompt.is_read = True
-      queue.append([(prompt, i) for prompt in prompts for i in range(len(prompt.pages))])
-    while any(queue):
-      most = max(len(blocks) for blocks in queue)
-      few = max(1, self.engine.blocks // 8)
-      width = few if most <= few else self.engine.blocks
-      now = [blocks[:width] for blocks in queue]
-      queue = [blocks[width:] for blocks in queue]
+      blocks.append(
+        [
+          _Block(prompt.tokens[:-1][i * C : (i + 1) * C], 0, i * C, prompt, prompt.pages[: i + 1])
+          for prompt in prompts
+          for i in range(len(prompt.pages))
+        ]
+      )
+    for now in self._portions(blocks):
       self.shared = programs.read_shared(
-        self.params, self.shared, self._new_blocks(now, width), config=self.engine.config
+        self.params, self.shared, self._new_blocks(now), config=self.engine.config
       )
 
-  def _new_blocks(self, blocks: list[list[tuple[_Prompt, int]]], width: int) -> decoder.NewBlocks:
-    """Returns what the program reads: for each shard, (prompt, number of its page)."""
-    Z, Y, C = len(blocks), width, self.engine.columns
-    longest = max(len(prompt.pages) for shard in blocks for prompt, _ in shard)
+  def _read_answers(self) -> None:
+    """Reads what stands between an earlier completion and the last token of a row's new prompt."""
+    C = self.engine.columns
+    unread = [[row for row in rows if row.written < len(row.own) - 1] for rows in self.live]
+    if not any(unread):
+      return
+    more = [[-(-(len(row.own) - 1) // C) - len(row.pages) for row in rows] for rows in unread]
+    self._fit_own([sum(counts) for counts in more], may_shrink=False)
+    blocks: list[list[_Block]] = []
+    for z, rows in enumerate(unread):
+      blocks.append([])
+      for row, count in zip(rows, more[z], strict=True):
+        row.pages += self.own_book.take(z, count)
+        tokens = row.own[:-1]
+        for i in range(row.written // C, len(row.pages)):
+          begin, base = max(0, row.written - i * C), row.prompt.length + i * C
+          block = tokens[i * C : (i + 1) * C], begin, base, row.prompt, row.pages[: i + 1]
+          blocks[z].append(_Block(*block))
+        row.written = len(tokens)
+    for now in self._portions(blocks):
+      self.own = programs.read_own(
+        self.params,
+        self.shared,
+        self.own,
+        self._new_blocks(now, is_own=True),
+        config=self.engine.config,
+      )
+
+  def _portions(self, blocks: list[list["_Block"]]) -> Iterator[list[list["_Block"]]]:
+    """Yields the blocks of all shards in portions that a program takes, in order."""
+    while any(blocks):
+      yield [shard[: self.engine.blocks] for shard in blocks]
+      blocks = [shard[self.engine.blocks :] for shard in blocks]
+
+  def _new_blocks(self, blocks: list[list["_Block"]], *, is_own: bool = False) -> decoder.NewBlocks:
+    """Returns what the program reads. Few blocks have a smaller program."""
+    few = max(1, self.engine.blocks // 8)
+    most = max(len(shard) for shard in blocks)
+    Z, Y, C = len(blocks), few if most <= few else self.engine.blocks, self.engine.columns
+    longest = max(len(b.pages) for shard in blocks for b in shard)
+    if is_own:
+      longest = max(longest, *(len(b.prompt.pages) for shard in blocks for b in shard))
     X = max(64, _power_of_two(longest))
-    token = np.zeros((Z, Y, C), np.int32)  # nothing attends to what is not a text's
-    base, count = np.zeros((Z, Y), np.int32), np.zeros((Z, Y), np.int32)
-    page = np.full((Z, Y), self.shared_book.size, np.int32)
-    chain = np.zeros((Z, Y, X), np.int32)
+
+    def zeros(*rest: int) -> np.ndarray:
+      return np.zeros((Z, Y, *rest), np.int32)
+
+    token, begin, base = zeros(C), zeros(), zeros()  # nothing attends to what is not a text's
+    book = self.own_book if is_own else self.shared_book
+    page = np.full((Z, Y), book.size, np.int32)
+    shared, own = (Chain(zeros(X), zeros(), zeros(), zeros()) for _ in range(2))
     for z, shard in enumerate(blocks):
-      for y, (prompt, i) in enumerate(shard):
-        tokens = prompt.tokens[:-1][i * C : (i + 1) * C]
-        token[z, y, : len(tokens)] = tokens
-        base[z, y], page[z, y] = i * C, prompt.pages[i]
-        chain[z, y, : i + 1] = prompt.pages[: i + 1]
-        count[z, y] = i + 1
-    return decoder.NewBlocks(token, page, Blocks(base, chain, count))
+      for y, b in enumerate(shard):
+        token[z, y, : len(b.tokens)] = b.tokens
+        begin[z, y], base[z, y], page[z, y] = b.begin, b.base, b.pages[-1]
+        shared_pages = b.prompt.pages if is_own else b.pages
+        shared.page_ZYX[z, y, : len(shared_pages)] = shared_pages
+        shared.count_ZY[z, y], shared.end_ZY[z, y] = len(shared_pages), b.prompt.length
+        if is_own:
+          own.page_ZYX[z, y, : len(b.pages)] = b.pages
+          own.count_ZY[z, y], own.first_ZY[z, y] = len(b.pages), b.prompt.length
+          own.end_ZY[z, y] = b.base + C
+    return decoder.NewBlocks(token, begin, page, base, (shared, own) if is_own else (shared,))
 
   # ---- pools
 
@@ -350,7 +494,10 @@ class _Decoding:
     need = max(self.own_book.used(z) + count for z, count in enumerate(more))
     is_large = may_shrink and pool_size(need) < self.own_book.size
     if self.own is None or need > self.own_book.size or is_large:
-      lists = [[row.pages for row in rows] for rows in self.live]
+      lists = [
+        [row.pages for row in rows] + [row.pages for row in parked]
+        for rows, parked in zip(self.live, self.parked, strict=True)
+      ]
       self.own = self._resized(self.own_book, self.own, need, lists)
 
   def _resized(self, book: Book, pool, need: int, lists: list[list[list[int]]]):
@@ -369,8 +516,11 @@ class _Decoding:
 
   # ---- decoding
 
-  def _decode(self) -> Iterator[Completion]:
-    """Decodes one chunk, and yields the completions that ended in it."""
+  def _decode(self, *, may_go_on: bool) -> Iterator[Completion]:
+    """Decodes one chunk, and yields the completions that ended in it.
+
+    may_go_on: keeps their pages for what may follow.
+    """
     engine, C = self.engine, self.engine.columns
     most = max(len(rows) for rows in self.live)
     B = min(count for count in row_counts(engine.rows) if count >= most)
@@ -378,8 +528,8 @@ class _Decoding:
     self.sizes = self._grown_sizes(B)
     more = []
     for rows in self.live:
-      ends = [len(row.tokens) + min(engine.chunk, row.left) for row in rows]
-      wanted = [-(-end // C) - len(row.pages) for row, end in zip(rows, ends, strict=True)]
+      ends = [row.written + min(engine.chunk, row.left) for row in rows]
+      wanted = [max(0, -(-end // C) - len(row.pages)) for row, end in zip(rows, ends, strict=True)]
       more.append(wanted)
     self._fit_own([sum(wanted) for wanted in more], may_shrink=may_shrink)
     for z, rows in enumerate(self.live):
@@ -402,14 +552,18 @@ class _Decoding:
         count = count_ZB[z, b]
         row.tokens += token_ZBR[z, b, :count].tolist()
         row.logp += logp_ZBR[z, b, :count].tolist()
+        row.written += int(count)
         if row.request.sampling.stop_strings:
           self._cut_at_stop_string(row)
     self._record(B, live, int(count_ZB.max()))
     for z, rows in enumerate(self.live):
       for row in rows:
         if row.finish_reason():
-          self._release(z, row)
           ended.append(row)
+          if may_go_on:
+            self._park(z, row)
+          else:
+            self._release(z, row)
       self.live[z] = [row for row in rows if not row.finish_reason()]
     self._drop_idle_prompts()
     for row in ended:
@@ -432,12 +586,14 @@ class _Decoding:
 
     if has_one(len(row.tokens)):
       length = bisect.bisect_left(range(len(row.tokens)), True, key=has_one)
+      row.written -= len(row.tokens) - length
       del row.tokens[length:], row.logp[length:]
       row.has_stop_string = True
 
   def _record(self, rows: int, live: int, steps: int) -> None:
     prompts = sum(p.length for prompts in self.prompts for p in prompts)
-    own = sum(len(row.tokens) for rows in self.live for row in rows)
+    own = sum(row.written for rows in self.live for row in rows)
+    own += sum(row.written for rows in self.parked for row in rows)
     pages = self.engine.shards * (self.shared_book.size + self.own_book.size)
     self.engine.trace.append(Snapshot(rows, live, steps, pages, prompts + own))
 
@@ -485,17 +641,17 @@ class _Decoding:
 
   def _fill_row(self, table: programs.Rows, z: int, b: int, row: _Row) -> None:
     """Writes a row into the table."""
-    C, sampled = self.engine.columns, len(row.tokens)
-    first = sampled // C  # of its pages that will be written
-    table.token_ZB[z, b] = row.last_token
-    table.position_ZB[z, b] = row.prompt.length + sampled
+    C = self.engine.columns
+    first = row.written // C  # of its pages that will be written
+    table.token_ZB[z, b] = row.own[-1]
+    table.position_ZB[z, b] = row.prompt.length + row.written
     table.begin_ZB[z, b] = row.prompt.length + first * C
     ahead = row.pages[first:]
     table.pages_ZBX[z, b, : len(ahead)] = ahead
     table.budget_ZB[z, b] = row.left
     sampling = row.request.sampling
     table.stop_ZBX[z, b, : len(sampling.stop_tokens)] = sampling.stop_tokens
-    table.uniform_ZBR[z, b] = row.uniform(sampled, self.engine.chunk)
+    table.uniform_ZBR[z, b] = row.uniform(len(row.tokens), self.engine.chunk)
     settings, x = table.settings, z * table.token_ZB.shape[1] + b
     settings.temperature_B[x] = sampling.temperature
     settings.top_p_B[x], settings.top_k_B[x] = sampling.top_p, sampling.top_k

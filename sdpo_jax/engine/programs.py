@@ -169,6 +169,14 @@ def read_shared(params, shared: decoder.Pool, new: decoder.NewBlocks, *, config:
   return decoder.read_blocks(params, config, new, shared)
 
 
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("own",))
+def read_own(
+  params, shared: decoder.Pool, own: decoder.Pool, new: decoder.NewBlocks, *, config: ModelConfig
+):
+  """Reads blocks of what rows go on with into their own pages."""
+  return decoder.read_blocks(params, config, new, shared, own)
+
+
 @jax.jit
 def _take(pool: decoder.Pool, source_ZW: jax.Array) -> decoder.Pool:
   """Returns pages of a pool, or of one layer of it."""

@@ -132,54 +132,61 @@ def _sum_by_row(reads_ZBX: jax.Array, x: jax.Array) -> jax.Array:
   return jnp.einsum("zbx,zxy->zby", reads_ZBX, x, precision="highest")
 
 
-class Blocks(NamedTuple):
-  """Says where blocks of new tokens stand in their texts. A block is one page's columns."""
+class Chain(NamedTuple):
+  """Says which pages of one pool hold a part of each block's text, in order."""
 
-  base_ZY: Array  # int32: the position of a block's first column
-  page_ZYX: Array  # int32: the pages of its text, in order, up to the block itself
+  page_ZYX: Array  # int32
   count_ZY: Array  # int32: how many these are
+  first_ZY: Array  # int32: the position of the first one's first column
+  end_ZY: Array  # int32: the position behind the part
 
 
 def attend_blocks(
   q_ZYCNH: jax.Array,
-  k_ZWKHC: jax.Array,
-  v_ZWKCH: jax.Array,
-  blocks: Blocks,
+  base_ZY: jax.Array,
+  pools: list[tuple[jax.Array, jax.Array, Chain]],
   window: jax.Array | int | None,
 ) -> jax.Array:
-  """Returns out_ZYCNH of blocks of new tokens, whose keys and values are in the pool already.
+  """Returns out_ZYCNH of blocks of new tokens, whose keys and values are in a pool already.
 
-  window: the positions that a token sees, its own included; None: all up to its own.
+  Args:
+    base_ZY: the position of a block's first column.
+    pools: (k_ZWKHC, v_ZWKCH, chain) of each pool that holds a part of the texts.
+    window: the positions that a token sees, its own included; None: all up to its own.
   """
   Z, Y, C, N, H = q_ZYCNH.shape
-  K = k_ZWKHC.shape[2]
+  K = pools[0][0].shape[2]
   J = N // K
   q = (q_ZYCNH * H**-0.5).reshape(Z, Y, C, K, J, H).transpose(0, 1, 3, 4, 2, 5)
   q = q.reshape(Z, Y, K, J * C, H)
-  at_ZYC = blocks.base_ZY[..., None] + jnp.arange(C)
-
-  def add_page(x, carry):
-    """Adds the x-th page of each block's text to its running softmax."""
-    out, top, total = carry
-    page_ZY = jax.lax.dynamic_index_in_dim(blocks.page_ZYX, x, 2, keepdims=False)
-    k, v = (jax.vmap(lambda pages, page: pages[page])(pool, page_ZY) for pool in (k_ZWKHC, v_ZWKCH))
-    s = jnp.einsum("zykqh,zykhc->zykqc", q, k, preferred_element_type=jnp.float32)
-    s = s.reshape(Z, Y, K, J, C, C)
-    distance = at_ZYC[..., :, None] - (x * C + jnp.arange(C))
-    mask = (distance >= 0) & (x < blocks.count_ZY)[..., None, None]
-    if window is not None:
-      mask &= distance < window
-    mask = mask[:, :, None, None]
-    new_top = jnp.maximum(top, jnp.max(jnp.where(mask, s, LOWEST), -1))
-    share = jnp.where(mask, jnp.exp(s - new_top[..., None]), 0.0)
-    shrink = jnp.exp(top - new_top)
-    flat = share.astype(v.dtype).reshape(Z, Y, K, J * C, C)
-    part = jnp.einsum("zykqc,zykch->zykqh", flat, v, preferred_element_type=jnp.float32)
-    out = out * shrink[..., None] + part.reshape(Z, Y, K, J, C, H)
-    return out, new_top, total * shrink + jnp.sum(share, -1)
-
+  at_ZYC = base_ZY[..., None] + jnp.arange(C)
   heads = (Z, Y, K, J, C)
-  nothing = (jnp.zeros((*heads, H)), jnp.full(heads, LOWEST), jnp.zeros(heads))
-  out, _, total = jax.lax.fori_loop(0, jnp.max(blocks.count_ZY), add_page, nothing)
+  carry = (jnp.zeros((*heads, H)), jnp.full(heads, LOWEST), jnp.zeros(heads))
+  for k_ZWKHC, v_ZWKCH, chain in pools:
+
+    def add_page(x, carry, pool=(k_ZWKHC, v_ZWKCH), chain=chain):
+      """Adds the x-th page of each block's text to its running softmax."""
+      out, top, total = carry
+      page_ZY = jax.lax.dynamic_index_in_dim(chain.page_ZYX, x, 2, keepdims=False)
+      k, v = (jax.vmap(lambda pages, page: pages[page])(pages, page_ZY) for pages in pool)
+      s = jnp.einsum("zykqh,zykhc->zykqc", q, k, preferred_element_type=jnp.float32)
+      s = s.reshape(Z, Y, K, J, C, C)
+      key_ZYC = chain.first_ZY[..., None] + x * C + jnp.arange(C)
+      distance = at_ZYC[..., :, None] - key_ZYC[..., None, :]
+      mask = (distance >= 0) & (key_ZYC < chain.end_ZY[..., None])[..., None, :]
+      mask &= (x < chain.count_ZY)[..., None, None]
+      if window is not None:
+        mask &= distance < window
+      mask = mask[:, :, None, None]
+      new_top = jnp.maximum(top, jnp.max(jnp.where(mask, s, LOWEST), -1))
+      share = jnp.where(mask, jnp.exp(s - new_top[..., None]), 0.0)
+      shrink = jnp.exp(top - new_top)
+      flat = share.astype(v.dtype).reshape(Z, Y, K, J * C, C)
+      part = jnp.einsum("zykqc,zykch->zykqh", flat, v, preferred_element_type=jnp.float32)
+      out = out * shrink[..., None] + part.reshape(Z, Y, K, J, C, H)
+      return out, new_top, total * shrink + jnp.sum(share, -1)
+
+    carry = jax.lax.fori_loop(0, jnp.max(chain.count_ZY), add_page, carry)
+  out, _, total = carry
   out = out / jnp.where(total > 0, total, 1.0)[..., None]
   return out.transpose(0, 1, 4, 2, 3, 5).reshape(q_ZYCNH.shape).astype(q_ZYCNH.dtype)

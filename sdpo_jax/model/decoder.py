@@ -635,14 +635,15 @@ def _write_tokens(pool: Pool, i, page_ZB, column_ZB, new_ZBKH: tuple) -> Pool:
   return _updated(pool, i, put)
 
 
-def _write_pages(pool: Pool, i, page_ZY, new: tuple) -> Pool:
-  """Puts whole pages of keys [Z, Y, K, H, C] and values [Z, Y, K, C, H] into the shared pool."""
+def _write_pages(pool: Pool, i, page_ZY, new: tuple, *, shared: bool) -> Pool:
+  """Puts whole pages of keys and values, [Z, Y, C, K, H], into a layer of a pool."""
 
   def put(pages, layer, n):
     def put_in_shard(pages, page_Y, new):
       return pages.at[(*_if_there(layer), page_Y)].set(new, mode="drop")
 
-    return jax.vmap(put_in_shard)(pages, page_ZY, new[n])
+    order = "ZY" + page_axes(shared=shared)[n][1:]
+    return jax.vmap(put_in_shard)(pages, page_ZY, _reorder(new[n], "ZYCKH", order))
 
   return _updated(pool, i, put)
 
@@ -727,29 +728,48 @@ class NewBlocks(NamedTuple):
   """Holds blocks of new tokens: a page's columns each. What follows a text's end is padding."""
 
   token_ZYC: Array  # int32
+  begin_ZY: Array  # int32: the first new column; earlier ones are in the page already
   page_ZY: Array  # int32: where it is written; beyond the pool's end: nowhere
-  blocks: paged_attention.Blocks
+  base_ZY: Array  # int32: the position of its first column
+  chains: tuple[paged_attention.Chain, ...]  # where its text lies, the block itself included
 
 
-def read_blocks(params: dict, config: ModelConfig, new: NewBlocks, shared: Pool) -> Pool:
-  """Returns the shared pool with the keys and values of blocks of tokens written into it."""
+def read_blocks(
+  params: dict, config: ModelConfig, new: NewBlocks, shared: Pool, own: Pool | None = None
+) -> Pool:
+  """Returns the own pool with blocks of tokens written into it; without one, the shared pool.
+
+  new.chains has an entry for each pool, the shared one first.
+  """
   Z, Y, C = new.token_ZYC.shape
-  positions_BT = (new.blocks.base_ZY[..., None] + jnp.arange(C)).reshape(-1, C)
+  positions_BT = (new.base_ZY[..., None] + jnp.arange(C)).reshape(-1, C)
+  is_new_ZYC11 = (jnp.arange(C) >= new.begin_ZY[..., None])[..., None, None]
   stream = _stream(params, config, new.token_ZYC.reshape(-1, C), positions_BT, None, None)
+  into_shared = own is None
 
   def body(carry, layer, slides, i):
-    x_BTD, shared = carry
+    x_BTD, pool = carry
+
+    def merged(old_pages, axes, new_ZYCKH):
+      """Keeps what a page has before its new tokens."""
+      old = jax.vmap(lambda pages, page: pages[page])(old_pages, jnp.maximum(new.page_ZY, 0))
+      return jnp.where(is_new_ZYC11, new_ZYCKH, _reorder(old, axes, "ZYCKH"))
 
     def attend(q, k, v):
       q_ZYCNH, k_ZYCKH, v_ZYCKH = (x.reshape(Z, Y, C, *x.shape[2:]) for x in (q, k, v))
-      pages = _reorder(k_ZYCKH, "ZYCKH", "ZYKHC"), _reorder(v_ZYCKH, "ZYCKH", "ZYKCH")
-      written = _write_pages(shared, i, new.page_ZY, pages)
+      old_k, old_v = _read(pool, i, shared=into_shared)
+      pages = merged(old_k, "ZYKHC", k_ZYCKH), merged(old_v, "ZYKCH", v_ZYCKH)
+      written = _write_pages(pool, i, new.page_ZY, pages, shared=into_shared)
+      pools = [_read(written, i, shared=into_shared)]
+      if not into_shared:
+        pools.insert(0, _read(shared, i, shared=True))
+      chained = [(*pair, chain) for pair, chain in zip(pools, new.chains, strict=True)]
       window = jnp.where(slides, config.sliding_window, _FAR) if config.sliding else None
-      pool = _read(written, i, shared=True)
-      out = paged_attention.attend_blocks(q_ZYCNH, *pool, new.blocks, window)
+      out = paged_attention.attend_blocks(q_ZYCNH, new.base_ZY, chained, window)
       return out.reshape(q.shape), written
 
     rotation, _ = _pick(stream, config, slides)
     return Block(config).apply({"params": layer}, x_BTD, rotation, attend)
 
-  return _through_layers(params, config, (stream.x_BTD, shared), body)[1]
+  pool = shared if into_shared else own
+  return _through_layers(params, config, (stream.x_BTD, pool), body)[1]

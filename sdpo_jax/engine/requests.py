@@ -1,0 +1,69 @@
+"""A queue of requests that grows while their completions are read: conversations.
+
+  queue = RequestQueue(first_requests)
+  for completion in engine.generate(queue):
+    ...                                      # judge it, and say what comes next:
+    queue.answer(completion, next_request)   # its prompt: the earlier one, the completion, and more
+    queue.answer(completion, None)           # or nothing
+
+Every completion is answered once, from any thread, at any time. The engine ends when no request
+waits, nothing is sampled and no answer is missing.
+"""
+
+from collections.abc import Iterable
+import heapq
+import threading
+
+from sdpo_jax.records import Completion, Request
+
+
+class RequestQueue:
+  """Hands requests to an engine in order: an answer has the place of its completion."""
+
+  def __init__(self, requests: Iterable[Request] = ()):
+    self._waiting = [(number, request) for number, request in enumerate(requests)]  # a heap
+    self._next = len(self._waiting)
+    self._unanswered: dict[tuple, int] = {}  # (key, sample) -> its place
+    self._dropped: list[tuple] = []
+    self._changed = threading.Condition()
+
+  def answer(self, completion: Completion, request: Request | None) -> None:
+    """Says what follows a completion: a request, or nothing.
+
+    Raises ValueError for a completion that awaits no answer.
+    """
+    place = completion.key, completion.sample_index
+    with self._changed:
+      if place not in self._unanswered:
+        raise ValueError(f"completion {place} awaits no answer: it was answered, or never sampled")
+      number = self._unanswered.pop(place)
+      if request is None:
+        self._dropped.append(place)
+      else:
+        heapq.heappush(self._waiting, (number, request))
+      self._changed.notify_all()
+
+  # ---- what an engine asks
+
+  def hand_out(self, completion: Completion) -> None:
+    """Notes that a completion is about to be handed out."""
+    with self._changed:
+      self._unanswered[completion.key, completion.sample_index] = self._next
+      self._next += 1
+
+  def take(self) -> Request | None:
+    """Returns the next request that waits, if one does."""
+    with self._changed:
+      return heapq.heappop(self._waiting)[1] if self._waiting else None
+
+  def take_dropped(self) -> list[tuple]:
+    """Returns (key, sample) of the completions that nothing follows, since the last call."""
+    with self._changed:
+      dropped, self._dropped = self._dropped, []
+      return dropped
+
+  def wait(self, *, for_all: bool) -> None:
+    """Returns when a request waits or no answer is missing; for_all: only when none is missing."""
+    with self._changed:
+      while self._unanswered and (for_all or not self._waiting):
+        self._changed.wait()
