@@ -7,15 +7,19 @@ Axis letters are name suffixes wherever the order of axes matters:
   T     tokens of a padded row
   R     response positions
   S     key positions of a cache; seeds
-  C     packs of a batch
+  C     packs of a batch; columns of a page
   P     rows of packed texts in a pack; tokens of a padded prompt
   X     any leading axes, flattened; response tokens of a pack
   D, E  model width; the teacher's, if different
   N, K  query heads, key-value heads
+  J     query heads of one key-value head
   H     head size
   F     feed-forward width
   L     layers
-  V, M  vocabulary, kept part of it (top M)
+  V, M  vocabulary, kept part of it (top M); also rows that read a page
+  Z     shards of rows, each with pages of its own
+  W     pages of a pool of keys and values
+  Y     blocks of tokens that are read into pages
 
 A digit is an axis of that length. Log-probabilities and divergences are in nats.
 """

@@ -16,9 +16,7 @@ as the longest list demands.
 The kernels for paged attention that ship with jax (TPU) return no normaliser, without which two
 pools cannot be merged, and go through a page once a row; they are not used.
 
-Axes, beside those of `records`: Z shards of rows, each with pages of its own; W pages of a pool;
-C columns of a page; M rows that read a page; J query heads of a key head; Y blocks of new tokens;
-X pages of a block's text.
+Axes are those of `records`; X stands for the readers of all pages, W * M, or the pages of a text.
 Numerics: products in the dtype of the pool, summed in float32; softmax in float32.
 """
 
