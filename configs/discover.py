@@ -2,8 +2,9 @@ r"""Test-time self-distillation: one hard question, feedback alone, SDPO against
 
 The reward is binary. Independent sampling is the baseline.
 
-Run:    python -m sdpo_jax.main --mode=discover --config=configs/discover.py --workdir=runs/discover
-Other:  python -m sdpo_jax.main --mode=discover --config=configs/discover.py:multi_turn
+Run:    python -m sdpo_jax.main --mode=discover --config=configs/discover.py:multi_turn \
+          --workdir=runs/discover
+Other:  python -m sdpo_jax.main --mode=discover --config=configs/discover.py
         python -m sdpo_jax.main --mode=discover --config.model.lora.rank=32 \
           --config=configs/discover.py:task=livecodebench,subset=very_hard
         with "--config.discover.arms=('sdpo','counterfactual','best_of_k')", what the other
@@ -27,16 +28,16 @@ first success.
                  one by one on one device; where N devices hold a question,
                  --config.train.micro_batches must be 16/N or less.
 
-Cost:   tinycode: under 23 minutes on one CPU core that other programs shared (the runs themselves:
-        sdpo 888 s, best_of_k 363 s); seconds of it for the difficulty. livecodebench has not been
-        run.
+Cost:   tinycode with `:multi_turn`: 28 minutes on two CPU cores that other programs shared (the
+        runs themselves: sdpo 412 s, best_of_k 189 s, multi_turn 1,068 s); seconds of it for the
+        difficulty. livecodebench has not been run.
 Result: tinycode, 20 held-out questions (base pass@64 on average 0.019) x 5 seeds, 256 attempts
-        each, 90 % intervals over questions: discovery@256 51.0 % [35.9, 66.1] for sdpo, 8.0 %
-        [2.6, 13.4] for best_of_k. sdpo reaches these 8.0 % with 40 [23, 49] attempts instead of
-        256, and with 495 [316, 657] generated tokens instead of 3,481 (2,289 [1,414, 3,222] with
-        those that the teacher read). Its discovery@85 is 21.0 points [10.2, 32.9] above
-        best_of_k's discovery@256. Every run: results/discover. One seed of words, one base
-        model.
+        each, 90 % intervals over questions: discovery@256 52.0 % [38.0, 66.0] for sdpo, 9.0 %
+        [4.7, 13.3] for best_of_k, 3.0 % [0.0, 7.3] for multi_turn. sdpo reaches best_of_k's 9.0 %
+        with 53 [42, 68] attempts instead of 256, and with 650 [518, 979] generated tokens instead
+        of 3,478 (3,324 [2,485, 5,382] with those that the teacher read). Its discovery@85 is 11.0
+        points [1.3, 21.8] above best_of_k's discovery@256. Every run: results/discover. One seed of
+        words, one base model.
 """
 
 import pathlib
