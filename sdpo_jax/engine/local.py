@@ -41,7 +41,7 @@ from sdpo_jax.records import Completion, Request
 READ_TOKENS = 512  # most tokens of prompts that are read together
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Prompt:
   """A prompt in a shard's cache, but for its last token, which each of its rows reads itself."""
 
@@ -57,7 +57,7 @@ class _Prompt:
     return len(self.tokens) - 1
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Row:
   """One sample while it is decoded."""
 
@@ -104,7 +104,7 @@ class _Row:
     return "length" if self.left <= 0 else None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Parked:
   """A row that has ended and may be gone on with: its text, and where it lies."""
 
