@@ -541,6 +541,16 @@ BENCHMARKS = {  # file -> {column: (field of a record, format)}
     "temporaries MB": ("temporaries_mb", ",.0f"),
     "peak memory MB": ("peak_mb", ",.0f"),
   },
+  "rollout_cpu": {
+    "mix": ("mix", ""),
+    "tokens": ("tokens", ","),
+    "tokens a CPU second": ("tokens_per_cpu_s", ".0f"),
+    "CPU seconds": ("cpu_s", ".1f"),
+    "least CPU seconds of this schedule": ("floor_s", ".1f"),
+    "cache, at its peak over need": ("cache_peak", ".2f"),
+    "on average": ("cache_mean", ".2f"),
+    "programs": ("programs", ""),
+  },
   "sandbox_cpu": {
     "worker": ("kind", ""),
     "programs/s": ("per_s", ",.0f"),
