@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdpo_jax.bench import rollout
+from sdpo_jax.bench import child, rollout
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,16 @@ def test_a_wrong_argument_is_named(argument, words, capsys):
   assert end.value.code == 2 and words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text, words", [("[]", "no lengths"), ("[3, 0]", "below 1"), ("{}", "")])
+def test_lengths_that_cannot_be_are_named(tmp_path, text, words, capsys):
+  (tmp_path / "lengths.json").write_text(text)
+  with pytest.raises(SystemExit) as end:
+    rollout.main([f"--lengths={tmp_path / 'lengths.json'}"])
+  error = capsys.readouterr().err
+  assert end.value.code == 2 and "lengths.json" in error and words in error
+
+
 def test_the_table_tells_of_a_measurement_that_failed():
-  text = rollout.table(
-    [{"mix": "equal", "error": "exit 1: no memory"}, {"mix": "heavy", "cpu_s": 2.0}]
-  )
-  assert "exit 1: no memory" in text and "| heavy |" in text
+  results = [{"mix": "equal", "error": "exit 1: no memory"}, {"mix": "heavy", "cpu_s": 2.0}]
+  text = child.table(rollout.COLUMNS, results, error_in="tokens")
+  assert "| equal | exit 1: no memory |" in text and "| heavy |  | 2 |" in text

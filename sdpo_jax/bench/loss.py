@@ -48,9 +48,8 @@ import functools
 import json
 import math
 import os
-import subprocess
-import sys
 
+from sdpo_jax.bench import child
 from sdpo_jax.bench.timing import best
 from sdpo_jax.errors import local_path
 
@@ -109,14 +108,14 @@ def main(argv):
         implementation=implementation,
         repeats=args.repeats,
       )
-      row = _measure_in_child(request)
+      row = child.measure("loss", request)
       has_failed |= "error" in row and not _is_missing_peer(row)
       print(json.dumps(row), flush=True)
       rows.append(row)
       if args.json:  # at once: a long table may be cut short
         with open(args.json, "w") as f:
           json.dump(with_speedups(rows), f, indent=1)
-  print(table(with_speedups(rows)))
+  print(child.table(COLUMNS, with_speedups(rows), error_in="time_s"))
   return int(has_failed)
 
 
@@ -156,24 +155,6 @@ def _parse_shapes(text):
 # ---- rows of the table
 
 
-def _measure_in_child(request):
-  """Returns the row that a process of its own measures, or the request with its `error`."""
-  platform = {"gpu": "cuda"}.get(request["device"], request["device"])
-  child = subprocess.run(
-    [sys.executable, "-m", "sdpo_jax.bench", "loss", "--child", json.dumps(request)],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-    check=False,
-    # without jax's filtering the last line is the error
-    env=os.environ | {"JAX_PLATFORMS": platform, "JAX_TRACEBACK_FILTERING": "off"},
-  )
-  if child.returncode == 0:
-    return json.loads(child.stdout.splitlines()[-1])
-  lines = child.stderr.strip().splitlines() or ["no output"]
-  return request | {"error": f"exit {child.returncode}: {lines[-1]}"}
-
-
 def _is_missing_peer(row):
   """Tells whether a row failed only because a peer is not installed."""
   is_peer = row["implementation"] in PEERS
@@ -201,21 +182,6 @@ def _problem_key(row):
 
 def _cost(device, row):
   return row["cpu_s" if device == "cpu" else "time_s"]
-
-
-def table(rows):
-  """Returns a Markdown table; a missing figure is left empty, a failed measurement says so."""
-  lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
-  lines += [[_cell(row, column) for column in COLUMNS] for row in rows]
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(row, column):
-  if column == "shape":
-    return "x".join(map(str, row["shape"]))
-  missing = row.get("error", "") if column == "time_s" else ""
-  value = row.get(column, missing)
-  return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # ---- one measurement, in a child process

@@ -38,12 +38,10 @@ MB = 10^6 bytes.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 
-from sdpo_jax.bench.step import SHAPES, lengths_of
+from sdpo_jax.bench import child
+from sdpo_jax.bench.step import SHAPES, lengths_of, matrix_rate
 from sdpo_jax.bench.timing import best
 from sdpo_jax.errors import local_path
 
@@ -95,48 +93,21 @@ def main(argv):
     try:
       with open(args.lengths, encoding="utf-8") as file:
         heavy = [int(length) for length in json.load(file)]
+      if not heavy or min(heavy) < 1:
+        raise ValueError("a length is below 1" if heavy else "it holds no lengths")
     except (OSError, ValueError, TypeError) as error:
       parser.error(f"--lengths={args.lengths}: {error}; it must be a JSON list of numbers")
   results = []
   for mix in mixes:
     request = dict(mix=mix, device=args.device, shape=args.shape, rows=args.rows, lengths=heavy)
-    result = _measure_in_a_child(request)
+    result = child.measure("rollout", request)
     print(json.dumps(result), flush=True)
     results.append(result)
   if args.json:
     with open(args.json, "w") as file:
       json.dump(results, file, indent=1)
-  print(table(results))
+  print(child.table(COLUMNS, results, error_in="tokens"))
   return 1 if any("error" in result for result in results) else 0
-
-
-def _measure_in_a_child(request: dict) -> dict:
-  """Returns what `_measure` does, or the request with the `error` that ended the child."""
-  platform = {"gpu": "cuda"}.get(request["device"], request["device"])
-  child = subprocess.run(
-    [sys.executable, "-m", "sdpo_jax.bench", "rollout", "--child", json.dumps(request)],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-    check=False,
-    env=os.environ | {"JAX_PLATFORMS": platform, "JAX_TRACEBACK_FILTERING": "off"},
-  )
-  if child.returncode:
-    last_line = (child.stderr.strip().splitlines() or ["no output"])[-1]
-    return request | {"error": f"exit {child.returncode}: {last_line}"}
-  return json.loads(child.stdout.splitlines()[-1])
-
-
-def table(results: list[dict]) -> str:
-  """Returns a Markdown table; a missing figure is left empty, a failed measurement says so."""
-
-  def cell(result, column):
-    value = result.get(column, result.get("error", "") if column == "tokens" else "")
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-  lines = [COLUMNS, ["---"] * len(COLUMNS)]
-  lines += [[cell(result, column) for column in COLUMNS] for result in results]
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def requests_of(mix: str, lengths: list[int], vocab: int) -> list:
@@ -173,7 +144,7 @@ def _measure(mix: str, device: str, shape: str, rows: int, lengths: list[int]) -
   engine.load(decoder.init(model, jax.random.key(0)), 0)
   requests = requests_of(mix, lengths, model.vocab)
   on_cpu = device == "cpu"  # per processor second, as everything there
-  memory, matrix = _memory_rate(dtype, on_cpu), _matrix_rate(dtype, on_cpu)
+  memory, matrix = _memory_rate(dtype, on_cpu), matrix_rate(1536, dtype, 5, clock=int(on_cpu))
   compiled = []
 
   def note(event: str, seconds: float, **_):
@@ -263,14 +234,3 @@ def _memory_rate(dtype: str, on_cpu: bool) -> float:
   row, matrix = jnp.ones((1, 8192), dtype), jnp.ones((8192, 8192), dtype)
   product = jax.jit(jnp.matmul)
   return matrix.nbytes / best(lambda: product(row, matrix).block_until_ready(), 5)[on_cpu]
-
-
-def _matrix_rate(dtype: str, on_cpu: bool) -> float:
-  """Returns the operations per second of a large product."""
-  import jax
-  import jax.numpy as jnp
-
-  size = 1536
-  x = jnp.ones((size, size), dtype)
-  product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-  return 2 * size**3 / best(lambda: product(x).block_until_ready(), 5)[on_cpu]

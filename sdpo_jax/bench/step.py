@@ -42,10 +42,8 @@ each: logits of few tokens are kept instead of computed twice.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 
+from sdpo_jax.bench import child
 from sdpo_jax.bench.timing import best
 from sdpo_jax.errors import local_path
 
@@ -134,7 +132,8 @@ def main(argv):
     )
   results = []
   for case in cases:
-    result = _measure_in_a_child(
+    result = child.measure(
+      "step",
       dict(
         case=case,
         device=args.device,
@@ -142,45 +141,15 @@ def main(argv):
         micro_batches=args.micro_batches,
         remat=args.remat,
         repeats=args.repeats,
-      )
+      ),
     )
     print(json.dumps(result), flush=True)
     results.append(result)
   if args.json:
     with open(args.json, "w") as file:
       json.dump(results, file, indent=1)
-  print(table(results))
+  print(child.table(COLUMNS, results, error_in="time_s"))
   return 1 if any("error" in result for result in results) else 0
-
-
-def _measure_in_a_child(request: dict) -> dict:
-  """Returns what `_measure` does, or the request with the `error` that ended the child."""
-  platform = {"gpu": "cuda"}.get(request["device"], request["device"])
-  child = subprocess.run(
-    [sys.executable, "-m", "sdpo_jax.bench", "step", "--child", json.dumps(request)],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-    check=False,
-    env=os.environ | {"JAX_PLATFORMS": platform, "JAX_TRACEBACK_FILTERING": "off"},
-  )
-  if child.returncode:
-    last_line = (child.stderr.strip().splitlines() or ["no output"])[-1]
-    return request | {"error": f"exit {child.returncode}: {last_line}"}
-  return json.loads(child.stdout.splitlines()[-1])
-
-
-def table(results):
-  """Returns a Markdown table; a missing figure is left empty, a failed measurement says so."""
-
-  def cell(result, column):
-    missing = result.get("error", "") if column == "time_s" else ""
-    value = result.get(column, missing)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-  lines = [COLUMNS, ["---"] * len(COLUMNS)]
-  lines += [[cell(result, column) for column in COLUMNS] for result in results]
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def lengths_of(kind, responses, seed=0):
@@ -275,7 +244,7 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
   wall_s, cpu_s, state = _time_steps(step, state, batch, repeats)
   peak = _peak_bytes()  # before the programs below
   parts = _time_parts(model, signals, state, batch, micro_batches, repeats)
-  rate = _matrix_rate(2048 if on_cpu else 8192, dtype, repeats)
+  rate = matrix_rate(2048 if on_cpu else 8192, dtype, repeats)
   halves = (batch.policy, batch.readings[0].rows)
   used = sum((half.segment_CPT > 0).sum() for half in halves)
   return dict(
@@ -380,11 +349,14 @@ def _time_parts(model, signals, state, batch, micro_batches, repeats):
   }
 
 
-def _matrix_rate(size, dtype, repeats):
-  """Returns the operations per second of a product of two square matrices."""
+def matrix_rate(size, dtype, repeats, *, clock=0):
+  """Returns the operations per second of a product of two square matrices.
+
+  clock: 0 for seconds of the wall clock, 1 for processor seconds (see `best`).
+  """
   import jax
   import jax.numpy as jnp
 
   matrix = jnp.ones((size, size), dtype)
   product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-  return 2 * size**3 / best(lambda: product(matrix).block_until_ready(), repeats)[0]
+  return 2 * size**3 / best(lambda: product(matrix).block_until_ready(), repeats)[clock]

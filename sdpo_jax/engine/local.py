@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdpo_jax.engine import programs
-from sdpo_jax.engine.pages import Book, pool_size
+from sdpo_jax.engine.pages import Book, pool_size, power_of_two
 from sdpo_jax.engine.requests import RequestQueue
 from sdpo_jax.engine.sampling import needs_sorting
 from sdpo_jax.hosts import to_host
@@ -170,11 +170,6 @@ class Snapshot(NamedTuple):
   tokens: int  # that live rows and their prompts had in the cache at its end
 
 
-def _power_of_two(count: int) -> int:
-  """Returns the least power of two that is not below a count; 0 for 0."""
-  return 1 << (count - 1).bit_length() if count else 0
-
-
 def row_counts(rows: int) -> list[int]:
   """Returns the numbers of rows that programs are compiled for: a quarter each time, and one.
 
@@ -262,6 +257,7 @@ class _Decoding:
     self.prompts: list[list[_Prompt]] = [[] for _ in shards]  # in the cache
     self.parked: list[list[_Parked]] = [[] for _ in shards]  # the oldest first
     self.waiting: tuple[Request, int] | None = None  # and its next sample
+    self.is_full = False  # whether room, and not requests, ran out last
     self.shared_book, self.own_book = Book(engine.shards), Book(engine.shards)
     self.shared = self.own = None
     self.most_readers = 1  # rows that one prompt had in all
@@ -304,10 +300,12 @@ class _Decoding:
 
   def _admit(self, take: Callable[[], Request | None]) -> None:
     """Gives free rows to samples, in their order."""
+    self.is_full = True
     while any(len(rows) < self.engine.rows for rows in self.live):
       if self.waiting is None:
         request = take()
         if request is None:
+          self.is_full = False
           return
         check(request, self.engine.config.vocab, has_text=self.engine.text_of is not None)
         self.waiting = request, 0
@@ -458,7 +456,7 @@ class _Decoding:
     longest = max(len(b.pages) for shard in blocks for b in shard)
     if is_own:
       longest = max(longest, *(len(b.prompt.pages) for shard in blocks for b in shard))
-    X = max(64, _power_of_two(longest))
+    X = max(64, power_of_two(longest))
 
     def zeros(*rest: int) -> np.ndarray:
       return np.zeros((Z, Y, *rest), np.int32)
@@ -609,9 +607,9 @@ class _Decoding:
     self.most_readers = max(self.most_readers, *(prompt.asked for prompt in prompts))
     return self.sizes._replace(
       rows=B,
-      readers=min(B, _power_of_two(self.most_readers)),
-      stops=max(self.sizes.stops, _power_of_two(stops)),
-      biases=max(self.sizes.biases, _power_of_two(biases)),
+      readers=min(B, power_of_two(self.most_readers)),
+      stops=max(self.sizes.stops, power_of_two(stops)),
+      biases=max(self.sizes.biases, power_of_two(biases)),
     )
 
   def _tables(self) -> programs.Tables:
@@ -635,8 +633,8 @@ class _Decoding:
         tables.shared.fill_ZW[z, prompt.pages] = np.minimum(C, prompt.length - base)
     tables.own.fill_ZW[:] = C
     live = sum(len(rows) for rows in self.live)
-    # a free row is worth the end of a chunk only if somebody waits for it
-    enough = np.int32(max(1, sizes.rows // 16) if self.waiting else live)
+    # a free row is worth the end of a chunk only where somebody may wait for it
+    enough = np.int32(max(1, sizes.rows // 16) if self.is_full else live)
     return tables._replace(enough=enough)
 
   def _fill_row(self, table: programs.Rows, z: int, b: int, row: _Row) -> None:

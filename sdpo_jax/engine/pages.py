@@ -3,15 +3,17 @@
 import heapq
 
 
+def power_of_two(count: int) -> int:
+  """Returns the least power of two that is not below a count; 0 for 0."""
+  return 1 << (count - 1).bit_length() if count else 0
+
+
 def pool_size(need: int) -> int:
   """Returns the pages of the smallest pool that holds `need`.
 
   Sizes are few, for a program is compiled for each: powers of two from 32 on.
   """
-  size = 32
-  while size < need:
-    size *= 2
-  return size
+  return max(32, power_of_two(need))
 
 
 class Book:

@@ -27,11 +27,11 @@ from sdpo_jax.records import Task
 from sdpo_jax.workdir import read_lines, write_atomically
 
 # The settings that decide what a line holds, besides the environment's. Rows that are decoded
-# together are among them, since their number decides how sums are rounded.
+# together, and for how long, are among them: the shapes decide how sums are rounded.
 _SETTINGS = {
   "model": ("dtype", "param_dtype", "thinking", "lora"),
-  "data": ("sources", "on_bad_row", "max_prompt_tokens", "length_multiple"),
-  "rollout": ("max_new_tokens", "rows"),
+  "data": ("sources", "on_bad_row", "max_prompt_tokens"),
+  "rollout": ("max_new_tokens", "rows", "chunk"),
   "eval": ("questions", "samples", "temperature", "top_p"),
 }
 # Where a judge is and how often it is asked, not who it is.
