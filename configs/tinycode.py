@@ -5,7 +5,7 @@ Other:  python -m sdpo_jax.main --config=configs/tinycode.py:method=grpo,level=h
 Smoke:  python -m sdpo_jax.main --config=configs/tinycode.py:local
 Cost:   3 min 21 s on two CPU cores that other work shared (240 steps of 16 x 4 responses,
         evaluations included), less with method=grpo.
-Result: held-out avg@4 over 100 questions, seed 0: base model 38.5 %, after training 88.2 %.
+Result: held-out avg@4 over 100 questions, seed 0: base model 38.8 %, after training 96.0 %.
         Other splits, seeds and levels: RESULTS.md, headline.
 """
 
