@@ -20,6 +20,7 @@ on every kind of device.
 """
 
 import bisect
+import collections
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import math
@@ -39,6 +40,7 @@ from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.records import Completion, Request
 
 READ_TOKENS = 512  # most tokens of prompts that are read together
+FIRST_PAGES = 3  # that a row has room for from the beginning, if it may write so many
 
 
 @dataclasses.dataclass(eq=False)
@@ -47,8 +49,7 @@ class _Prompt:
 
   tokens: list[int]  # a copy: the caller may go on with its own
   pages: list[int]
-  rows: int = 0  # that live
-  asked: int = 0  # rows that it has had, those that live included
+  rows: int = 0  # that read it, or are kept for what may follow
   is_read: bool = False
 
   @property
@@ -181,6 +182,11 @@ def row_counts(rows: int) -> list[int]:
   return counts if len(counts) == 1 else [*counts, 1]
 
 
+def _resized(book: Book, pool: decoder.Pool, size: int, lists: list[list[list[int]]]):
+  """Returns a pool of another size with the pages in `lists`, which are renumbered."""
+  return programs.resized(pool, np.asarray(book.resize(size, lists), np.int32))
+
+
 class LocalEngine:
   """Samples with the decoder itself. `sdpo_jax.engine` states what `generate` guarantees."""
 
@@ -260,7 +266,7 @@ class _Decoding:
     self.is_full = False  # whether room, and not requests, ran out last
     self.shared_book, self.own_book = Book(engine.shards), Book(engine.shards)
     self.shared = self.own = None
-    self.most_readers = 1  # rows that one prompt had in all
+    self.most_readers = 1  # rows that one prompt had at a time, rounded up
     self.sizes = programs.Sizes(
       shards=engine.shards,
       rows=engine.rows,
@@ -314,7 +320,6 @@ class _Decoding:
         z = self._shard_for(request.prompt)
         prompt = self._cached(request.prompt, z)
         prompt.rows += 1
-        prompt.asked += 1
         self.live[z].append(_new_row(request, sample_index, prompt))
       if sample_index + 1 < request.n:
         self.waiting = request, sample_index + 1
@@ -483,34 +488,47 @@ class _Decoding:
   def _fit_shared(self, more: list[int]) -> None:
     """Makes room for so many more shared pages of each shard."""
     need = max(self.shared_book.used(z) + count for z, count in enumerate(more))
-    if self.shared is None or need > self.shared_book.size:
+    if self.shared is None:
+      self._make_pools(pool_size(need))
+    elif need > self.shared_book.size:
       lists = [[prompt.pages for prompt in prompts] for prompts in self.prompts]
-      self.shared = self._resized(self.shared_book, self.shared, need, lists)
+      self.shared = _resized(self.shared_book, self.shared, pool_size(need), lists)
+
+  def _make_pools(self, shared_pages: int) -> None:
+    """Makes both pools, in one program."""
+    no_pages: list[list[list[int]]] = [[] for _ in self.live]
+    self.shared_book.resize(shared_pages, no_pages)
+    # four parts: most of what a short batch will ever need is there now
+    self.own_book.resize(pool_size(self._own_need(), parts=4), no_pages)
+    self.shared, self.own = programs.empty_pools(
+      config=self.engine.config,
+      shards=self.engine.shards,
+      pages=(self.shared_book.size, self.own_book.size),
+      columns=self.engine.columns,
+      stacked=self.engine.stacked,
+    )
+
+  def _own_need(self) -> int:
+    """Returns the pages, of a shard, that hold the live rows for some time to come."""
+    need = 0
+    for rows, parked in zip(self.live, self.parked, strict=True):
+      pages = sum(len(row.pages) for row in parked)
+      for row in rows:
+        most = -(-(len(row.own) + row.left - 1) // self.engine.columns)  # the last is not written
+        pages += min(most, max(FIRST_PAGES, len(row.pages) + 1))
+      need = max(need, pages)
+    return need
 
   def _fit_own(self, more: list[int], *, may_shrink: bool) -> None:
     """Makes room for so many more own pages of each shard."""
     need = max(self.own_book.used(z) + count for z, count in enumerate(more))
-    is_large = may_shrink and pool_size(need) < self.own_book.size
-    if self.own is None or need > self.own_book.size or is_large:
+    size = pool_size(max(need, self._own_need()))
+    if need > self.own_book.size or (may_shrink and size < self.own_book.size):
       lists = [
         [row.pages for row in rows] + [row.pages for row in parked]
         for rows, parked in zip(self.live, self.parked, strict=True)
       ]
-      self.own = self._resized(self.own_book, self.own, need, lists)
-
-  def _resized(self, book: Book, pool, need: int, lists: list[list[list[int]]]):
-    """Returns a pool of another size with the pages in `lists`, which are renumbered."""
-    source = book.resize(pool_size(need), lists)
-    if pool is not None and any(any(owners) for owners in lists):
-      return programs.resized(pool, np.asarray(source, np.int32))
-    return programs.empty_pool(
-      config=self.engine.config,
-      shared=book is self.shared_book,
-      shards=self.engine.shards,
-      pages=book.size,
-      columns=self.engine.columns,
-      stacked=self.engine.stacked,
-    )
+      self.own = _resized(self.own_book, self.own, size, lists)
 
   # ---- decoding
 
@@ -601,13 +619,13 @@ class _Decoding:
     Else each survivor's own need would be another program.
     """
     samplings = [row.request.sampling for rows in self.live for row in rows]
-    prompts = [prompt for prompts in self.prompts for prompt in prompts]
+    readers = collections.Counter(id(row.prompt) for rows in self.live for row in rows)
     stops = max(len(s.stop_tokens) for s in samplings)
     biases = max(len(s.logit_bias) + len(s.banned_tokens) for s in samplings)
-    self.most_readers = max(self.most_readers, *(prompt.asked for prompt in prompts))
+    self.most_readers = max(self.most_readers, power_of_two(max(readers.values())))
     return self.sizes._replace(
       rows=B,
-      readers=min(B, power_of_two(self.most_readers)),
+      readers=min(B, self.most_readers),
       stops=max(self.sizes.stops, power_of_two(stops)),
       biases=max(self.sizes.biases, power_of_two(biases)),
     )

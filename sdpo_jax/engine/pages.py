@@ -8,12 +8,15 @@ def power_of_two(count: int) -> int:
   return 1 << (count - 1).bit_length() if count else 0
 
 
-def pool_size(need: int) -> int:
+def pool_size(need: int, *, parts: int = 1) -> int:
   """Returns the pages of the smallest pool that holds `need`.
 
-  Sizes are few, for a program is compiled for each: powers of two from 32 on.
+  Sizes are few, for a program is compiled for each: powers of two from 8 on, with parts - 1 more
+  between each and its half.
   """
-  return max(32, power_of_two(need))
+  size = max(8, power_of_two(need))
+  step = max(1, size // 2 // parts)
+  return max(8, -(-need // step) * step)
 
 
 class Book:

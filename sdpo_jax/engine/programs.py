@@ -207,6 +207,11 @@ def unstacked(params, *, config: ModelConfig):
   return decoder.unstacked(params, config)
 
 
-empty_pool = jax.jit(
-  decoder.init_pool, static_argnames=("config", "shared", "shards", "pages", "columns", "stacked")
-)
+@functools.partial(jax.jit, static_argnames=("config", "shards", "pages", "columns", "stacked"))
+def empty_pools(*, config: ModelConfig, shards: int, pages: tuple[int, int], columns, stacked):
+  """Returns the shared pool and the own one, with so many pages."""
+  sizes = dict(shards=shards, columns=columns, stacked=stacked)
+  return tuple(
+    decoder.init_pool(config, shared=shared, pages=count, **sizes)
+    for shared, count in zip((True, False), pages, strict=True)
+  )
