@@ -123,6 +123,9 @@ def base() -> ml_collections.ConfigDict:
     max_skipped_in_a_row=5,  # non-finite updates in a row that stop the run
     # generation batches without one judged response that stop the run
     max_env_failures_in_a_row=3,
+    # nats a token, mean over a batch: a larger difference between the log-probabilities of the
+    # engine that sampled and those of the trainer stops the run
+    max_rollout_gap=0.2,
     loss_implementation="auto",  # of kernels/distill_kl: auto | reference | xla | ...
   )
   c.eval = dict(

@@ -29,7 +29,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from sdpo_jax.records import Ratio
+from sdpo_jax.records import Histogram, Ratio
 from sdpo_jax.workdir import write_atomically
 
 # names of values that another machine, or another try, would not repeat
@@ -37,13 +37,16 @@ MACHINE = ("time*", "perf/*", "*per_s*")
 
 
 def reduce(metrics) -> dict[str, float | int]:
-  """Turns Ratios into their means and other numbers into Python's.
+  """Turns Ratios into means, Histograms into 99th percentiles, others into numbers of Python.
 
   Values that are missing, empty or not finite are left out. The order of the keys is kept.
   """
   reduced = {}
   for name, value in metrics.items():
-    value = value.mean if isinstance(value, Ratio) else value
+    if isinstance(value, Ratio):
+      value = value.mean
+    elif isinstance(value, Histogram):
+      value = value.quantile(0.99)
     if value is None:
       continue
     value = np.asarray(value).item()

@@ -108,6 +108,7 @@ RANGES = {
   "train.micro_batches": _COUNT,
   "train.max_skipped_in_a_row": _COUNT,
   "train.max_env_failures_in_a_row": _COUNT,
+  "train.max_rollout_gap": _above(0, 1000),
   "eval.every_steps": _COUNT,
   "eval.questions": _COUNT,
   "eval.samples": _COUNT,

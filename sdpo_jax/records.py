@@ -180,6 +180,32 @@ class Completion(NamedTuple):
   version: int = 0  # of the weights that sampled it
 
 
+class Histogram(NamedTuple):
+  """A metric as counts of values >= 0, of which quantiles are taken.
+
+  Micro-batches and hosts add up exactly. Bin 0 is below LEAST; each further one ends at STEP times
+  the end of the one before, and the last has no end.
+  """
+
+  count_X: Any  # whole numbers, BINS of them
+
+  BINS = 128
+  LEAST = 1e-6
+  STEP = 10 ** (1 / 16)
+
+  def quantile(self, share: float) -> float | None:
+    """Returns the end of the bin that holds the quantile: at most a sixth above it.
+
+    None where nothing was counted.
+    """
+    total, below = sum(int(count) for count in self.count_X), 0
+    for i, count in enumerate(self.count_X):
+      below += int(count)
+      if total and below >= share * total:
+        return self.LEAST * self.STEP**i
+    return None
+
+
 class Ratio(NamedTuple):
   """A metric as a pair: micro-batches and hosts add up exactly, and nobody averages averages."""
 

@@ -82,6 +82,7 @@ def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
     metrics |= times(groups, begun, sampled, time.monotonic())
     limits.check_gradients(int(state.skipped_in_a_row), i, saved)
     host["unwritten"] = reduce(metrics)
+    limits.check_engine(host["unwritten"].get("train/rollout_gap"), i, saved)
     saved = finish_step(state, host, steps, i, saved)
   return state
 
@@ -130,10 +131,11 @@ def save_and_stop(i: int, state, position: dict, steps, saved: int, stop: Preemp
 
 
 class Limits(NamedTuple):
-  """How much may go wrong in a row before a run stops."""
+  """How much may go wrong before a run stops; counts are in a row."""
 
   skipped: int  # updates whose gradient was not finite
   env_failures: int  # generation batches without one verdict
+  rollout_gap: float  # nats a token, between engine and trainer; the mean over one batch is enough
 
   def check_judging(self, failed_batches: int, step: int, saved: int) -> None:
     """Raises RunError where the environment seems to be broken."""
@@ -142,6 +144,20 @@ class Limits(NamedTuple):
         f"no response could be judged in {failed_batches} generation batches in a row "
         f"(step {step}): the environment or its sandbox is broken, "
         f"see the log above; {_last_checkpoint(saved)}"
+      )
+
+  def check_engine(self, gap: float | None, step: int, saved: int) -> None:
+    """Raises RunError where what sampled is not the policy that is trained.
+
+    gap: the mean over the batch's tokens of |log pi_engine - log pi_trainer|, in nats. Healthy
+    engines in bfloat16 differ by about .02.
+    """
+    if gap is not None and gap > self.rollout_gap:
+      raise RunError(
+        f"the engine's log-probabilities differ from the trainer's by {gap:.3f} nats a token "
+        f"(step {step}), more than config.train.max_rollout_gap={self.rollout_gap:g}: it samples "
+        "from other weights, another precision or other settings, and its samples would mislead; "
+        f"{_last_checkpoint(saved)}"
       )
 
   def check_gradients(self, skipped_in_a_row: int, step: int, saved: int) -> None:
@@ -220,7 +236,9 @@ def train(c, workdir: str, begun: float | None = None) -> None:
       with blame_settings():
         steps, state = Steps.begin(c, workdir, session, latest)
         steps.begun = begun
-      limits = Limits(c.train.max_skipped_in_a_row, c.train.max_env_failures_in_a_row)
+      limits = Limits(
+        c.train.max_skipped_in_a_row, c.train.max_env_failures_in_a_row, c.train.max_rollout_gap
+      )
       with notice:  # until the last checkpoint is written: the signal may come twice
         try:
           steps.open(state, steps.latest)

@@ -13,7 +13,8 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from sdpo_jax import metrics
-from sdpo_jax.records import Ratio
+from sdpo_jax.objectives.loss import histogram
+from sdpo_jax.records import Histogram, Ratio
 from tests.fakes import no_file_beyond
 
 
@@ -45,6 +46,21 @@ def test_reduce():
   )
   assert reduced == {"a/ratio": 0.75, "a/int": 7, "a/float32": float(np.float32(0.1)), "a/jax": 3}
   assert [type(value) for value in reduced.values()] == [float, int, float, int]
+
+
+def test_quantiles_add_up_over_parts():
+  values = np.random.default_rng(0).lognormal(-4, 2, 4000).astype(np.float32)
+  values[:40] = 0.0  # below the first bin
+  is_counted = np.arange(len(values)) % 7 > 0
+  whole = histogram(values, is_counted)
+  parts = [histogram(values[half], is_counted[half]) for half in np.split(np.arange(4000), 2)]
+  assert np.array_equal(whole.count_X, parts[0].count_X + parts[1].count_X)
+  assert int(whole.count_X.sum()) == is_counted.sum()
+  for share in (0.5, 0.9, 0.99):
+    exact = np.quantile(values[is_counted], share, method="inverted_cdf")
+    assert exact <= whole.quantile(share) <= exact * Histogram.STEP
+  assert metrics.reduce({"a/p99": whole}) == {"a/p99": whole.quantile(0.99)}
+  assert not metrics.reduce({"a/p99": histogram(values, np.zeros(4000, bool))})
 
 
 def test_lines_are_strict_json_and_floats_survive(tmp_path):

@@ -40,6 +40,7 @@ def run(
   tokens=0,
   alternatives=0,
   due=lambda name, i: name != "score",
+  gap=0.0,
 ):
   log = types.SimpleNamespace(written={}, saved=[], rollouts=[], evaluated=[])
   batch = types.SimpleNamespace()
@@ -47,7 +48,7 @@ def run(
   def step(state, batch):
     return types.SimpleNamespace(
       step=state.step + 1, params=None, skipped_in_a_row=skipped * (state.step + 1)
-    ), {"train/loss": Ratio(2.0, 4.0)}
+    ), {"train/loss": Ratio(2.0, 4.0), "train/rollout_gap": Ratio(gap * (state.step + 1), 1.0)}
 
   def make_batch(groups):
     n = sum(r.feedback.status is Status.ENV_FAILED for g in groups for r in g)
@@ -74,7 +75,7 @@ def run(
     {"tokens": tokens, "alternatives": alternatives, "failed_batches": 0, "unwritten": None},
     steps,
     total_steps=total_steps,
-    limits=train.Limits(skipped=2, env_failures=2),
+    limits=train.Limits(skipped=2, env_failures=2, rollout_gap=0.2),
   )
   return state, log
 
@@ -129,6 +130,16 @@ def test_a_judge_that_always_fails_stops_the_run():
     run(status=Status.ENV_FAILED)
   with pytest.raises(errors.RunError, match=r"; there is no checkpoint yet$"):
     run(status=Status.ENV_FAILED, due=lambda name, i: False)
+
+
+def test_an_engine_that_is_not_the_policy_stops_the_run():
+  with pytest.raises(
+    errors.RunError,
+    match=r"differ from the trainer's by 0.240 nats a token \(step 2\), more than "
+    r"config.train.max_rollout_gap=0.2.*; the last checkpoint is step 1$",
+  ):
+    run(gap=0.12)
+  run(gap=0.05)
 
 
 def test_gradients_that_are_never_finite_stop_the_run():

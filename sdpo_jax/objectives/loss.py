@@ -23,6 +23,7 @@ micro-batches, so that the cut changes neither loss nor gradient.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 from sdpo_jax.objectives.build import Method
 from sdpo_jax.objectives.signals import Signals
 from sdpo_jax.objectives.surrogate import token_mean
-from sdpo_jax.records import Ratio, TrainBatch
+from sdpo_jax.records import Histogram, Ratio, TrainBatch
 
 
 class Term(NamedTuple):
@@ -161,10 +162,13 @@ def diagnostics(
 ) -> dict[str, Ratio]:
   """Returns metrics of the policy, of the plain reading, and of how the readings agree."""
   plain = signals[0]
-  rollout_gap_BR = batch.logp_rollout_BR - plain.logp_BR
+  # between the engine that sampled and the trainer before the batch's updates
+  rollout_gap_BR = batch.logp_rollout_BR - batch.logp_old_BR
   metrics = {
     "train/entropy": weighted_mean(plain.entropy_BR, batch.weight_BR),
     "train/rollout_kl": weighted_mean(rollout_gap_BR, batch.weight_BR),
+    "train/rollout_gap": weighted_mean(jnp.abs(rollout_gap_BR), batch.weight_BR),
+    "train/rollout_gap_p99": histogram(jnp.abs(rollout_gap_BR), batch.weight_BR > 0),
   }
   if method.token_signal is not None:
     weight_BR, _ = plain_weights(method, batch)["distill"]
@@ -179,6 +183,15 @@ def diagnostics(
   if compared:
     metrics["counterfactual/agreement"] = Ratio(sum(agreeing), sum(compared))
   return metrics
+
+
+def histogram(x_BR: jax.Array, is_counted_BR: jax.Array) -> Histogram:
+  """Counts values >= 0."""
+  bins = Histogram.BINS
+  place_BR = jnp.log(x_BR / Histogram.LEAST) / math.log(Histogram.STEP) + 1
+  place_BR = jnp.clip(jnp.floor(place_BR), 0, bins - 1).astype(jnp.int32)
+  counts = jnp.zeros(bins, jnp.int32).at[place_BR].add(is_counted_BR.astype(jnp.int32))
+  return Histogram(counts)
 
 
 def weighted_mean(x_BR: jax.Array, weight_BR: jax.Array) -> Ratio:
