@@ -98,6 +98,9 @@ def base() -> ml_collections.ConfigDict:
     temperature=1.0,
     top_p=1.0,
     rows=64,  # sequences decoded together
+    # devices among which the weights are split while sampling; 0: config.mesh.tensor. Each group of
+    # so many holds a copy of the weights and rows of its own
+    tensor=0,
     # tokens between two looks at which responses are done
     chunk=16,
     judge_threads=4,

@@ -11,8 +11,8 @@ Workload: the worst one that the configuration allows. Every prompt, teacher pro
 at its limit, and no row is shared.
 
 Memory: the compiler's own account, per chip. The train state stays where it is during decoding, so
-both programs must fit beside it. With adapters, so must the weights that they stand on, and
-decoding reads a merged copy.
+both programs must fit beside it, and with adapters the weights that they stand on. Decoding reads a
+copy of the weights in the types of its products, split over config.rollout.tensor chips alone.
 
 Times: what the stated peak rates allow, not predictions. Nothing is lost to waiting, and nothing
 overlaps. Operations and collectives are counted as `hlo` says. GB = 10^9 bytes.
@@ -161,6 +161,12 @@ def weight_shapes(model: ModelConfig, mesh) -> dict:
   """Returns the decoder's weights as shapes with their places; ValueError if they do not divide."""
   decoder.check_mesh(model, mesh)
   return _placed(decoder.shapes(model), sharding.named(mesh, decoder.axes(model)))
+
+
+def sampling_shapes(model: ModelConfig, mesh) -> dict:
+  """Returns the weights as they lie while sampling, as shapes with their places."""
+  cast = jax.eval_shape(functools.partial(decoder.cast, config=model), decoder.shapes(model))
+  return _placed(cast, sharding.named(mesh, decoder.axes(model), sharding.GATHERED))
 
 
 def batch_shapes(mesh, shape: Shape, responses: int, further_readings: int = 0) -> TrainBatch:
@@ -337,10 +343,10 @@ def report_lines(c, topology: str) -> Iterator[str]:
   """
   _leave_devices_alone()
   mesh = sharding.make_mesh(topology_devices(topology), **c.mesh)
-  session.check_rows(c, sharding.row_shards(mesh))
   model = dataclasses.replace(
     session.model_shape(c.model.path), dtype=c.model.dtype, param_dtype=c.model.param_dtype
   )
+  session.check_sampling(c, model, mesh)
   notes = build.build_method(c.method.to_dict()).notes
   session.check_positions(session.longest_texts(c, notes), model, c.model.path)
   adapters = lora.from_settings(c.model)
@@ -378,9 +384,8 @@ def _lines(w: Workload) -> Iterator[str]:
   if training.program is not None:
     yield from array_lines(w, training.program.text)
 
-  # decoding reads the weights of the state, which are counted once, or merged ones beside it
-  resident = state._replace(params=None) if frozen is None else (state, frozen)
-  decoding = attempt_decoding(w, weights, _bytes_per_chip(resident))
+  # decoding reads a copy of the weights, which lies beside the state
+  decoding = attempt_decoding(w, _bytes_per_chip((state, frozen)))
   title = f"decode step, one token of {w.c.rollout.rows} responses"
   yield from outcome_lines(title, decoding, w.chip)
 
@@ -452,12 +457,17 @@ def attempt(resident: float, mesh, function, *args, **kwargs) -> Outcome:
   return Outcome(program.peak, resident, program)
 
 
-def attempt_decoding(w: Workload, weights: dict, resident: float) -> Outcome:
-  """Compiles a decode step of one token of config.rollout.rows responses at their longest."""
+def attempt_decoding(w: Workload, resident: float) -> Outcome:
+  """Compiles a decode step of one token of config.rollout.rows responses at their longest.
+
+  It is compiled for all chips. The processes of a run, each of which compiles it for its own, have
+  the same arrays on each chip.
+  """
   rollout = w.c.rollout
+  mesh = sharding.sampling_mesh(w.mesh, rollout.tensor).whole
   arguments = decode_shapes(
     w.model,
-    w.mesh,
+    mesh,
     rows=rollout.rows,
     group=rollout.group,
     prompt=w.tokens(w.c.data.max_prompt_tokens),
@@ -466,9 +476,9 @@ def attempt_decoding(w: Workload, weights: dict, resident: float) -> Outcome:
   sampling = Sampling(1, rollout.temperature, rollout.top_p)
   return attempt(
     resident,
-    w.mesh,
+    mesh,
     programs.decode,
-    weights,
+    sampling_shapes(w.model, mesh),
     *arguments,
     config=w.model,
     is_sorted=needs_sorting(sampling),

@@ -180,18 +180,18 @@ class Completion(NamedTuple):
   version: int = 0  # of the weights that sampled it
 
 
+BINS = 128  # of a Histogram
+LEAST = 1e-6  # the end of its bin 0; each further one ends at STEP times the end of the one before
+STEP = 10 ** (1 / 16)
+
+
 class Histogram(NamedTuple):
   """A metric as counts of values >= 0, of which quantiles are taken.
 
-  Micro-batches and hosts add up exactly. Bin 0 is below LEAST; each further one ends at STEP times
-  the end of the one before, and the last has no end.
+  Micro-batches and hosts add up exactly.
   """
 
   count_X: Any  # whole numbers, BINS of them
-
-  BINS = 128
-  LEAST = 1e-6
-  STEP = 10 ** (1 / 16)
 
   def quantile(self, share: float) -> float | None:
     """Returns the end of the bin that holds the quantile: at most a sixth above it.
@@ -202,7 +202,7 @@ class Histogram(NamedTuple):
     for i, count in enumerate(self.count_X):
       below += int(count)
       if total and below >= share * total:
-        return self.LEAST * self.STEP**i
+        return LEAST * STEP**i
     return None
 
 

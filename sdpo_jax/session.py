@@ -166,7 +166,7 @@ def over_other_questions(
   loaded = Loaded(session.model, session.params, session.chat)
   with contextlib.ExitStack() as stack:
     with blame_settings():
-      check_rows(c, sharding.row_shards(session.mesh))
+      check_sampling(c, session.model, session.mesh)
       check_positions(longest_texts(c, None)[:1], session.model, "the model")
       env, _ = _open_env(c, splits, stack, session.chat)
       collector = stack.enter_context(_collecting(c, env, loaded, session.mesh, check_stop))
@@ -182,7 +182,6 @@ def _enter_mesh(c, devices, stack: contextlib.ExitStack) -> jax.sharding.Mesh | 
       "config.train.loss_implementation='reference' is for one device, "
       f"and config.mesh lays the run over {mesh.size}: use 'xla'"
     )
-  check_rows(c, sharding.row_shards(mesh))
   if mesh is not None:
     hosts.connect(mesh)
     stack.enter_context(jax.set_mesh(mesh))
@@ -274,30 +273,24 @@ class _LengthCheck:
 def _collecting(
   c, env, loaded: Loaded, mesh, check_stop: Callable[[], None]
 ) -> contextlib.AbstractContextManager:
-  """The collector of one model, with an engine of its own."""
-  engine = ENGINES["local"](
+  """The collector of one model, with an engine of its own and the limits of the configuration."""
+  engine = ENGINES["local"].on_mesh(
+    check_sampling(c, loaded.model, mesh),
     loaded.model,
     rows=c.rollout.rows,
-    row_multiple=sharding.row_shards(mesh),
     chunk=c.rollout.chunk,
     text_of=loaded.chat.plain_text,
   )
-  return contextlib.closing(make_collector(c, env, loaded.chat, engine, check_stop))
-
-
-def make_collector(
-  c, env, chat: Chat, engine, check_stop: Callable[[], None] = lambda: None
-) -> Collector:
-  """Returns a collector with the limits of the configuration."""
-  return Collector(
+  collector = Collector(
     env,
-    chat,
+    loaded.chat,
     engine,
     max_prompt_tokens=c.data.max_prompt_tokens,
     judge_threads=c.rollout.judge_threads,
     judge_timeout_s=c.rollout.judge_timeout_s,
     check_stop=check_stop,
   )
+  return contextlib.closing(collector)
 
 
 def load(c, path: str, mesh) -> Loaded:
@@ -412,13 +405,23 @@ def check_positions(texts: list[tuple[int, str]], model: ModelConfig, path: str)
       raise ValueError(f"{settings} together exceed the {model.max_positions} positions of {path}")
 
 
-def check_rows(c, shards: int) -> None:
-  """Raises ValueError where the mesh's row shards do not divide what is decoded together."""
+def check_sampling(c, model: ModelConfig, mesh) -> sharding.SamplingMesh | None:
+  """Returns the mesh that a model samples on.
+
+  Raises ValueError where it does not divide the weights, or what is decoded together.
+  """
+  sampling = sharding.sampling_mesh(mesh, c.rollout.tensor)
+  if sampling is None:
+    return None
+  setting = "config.rollout" if c.rollout.tensor else "config.mesh"
+  decoder.check_mesh(model, sampling.whole, setting=setting)
+  shards = sharding.row_shards(sampling.whole)
   if c.rollout.rows % shards:
     raise ValueError(
-      f"config.rollout.rows={c.rollout.rows} does not divide "
-      f"among the {shards} row shards of config.mesh"
+      f"config.rollout.rows={c.rollout.rows} does not divide among the {shards} parts of "
+      "config.mesh that sample, each with a copy of the weights"
     )
+  return sampling
 
 
 # ---- other devices ------------------------------------------------------------------------------
@@ -428,7 +431,7 @@ def check_rows(c, shards: int) -> None:
 def on_other_devices(c, session: Session, devices):
   """Yields the session with a copy of its weights on other devices, for a thread of its own.
 
-  It has judging threads of its own; environment and sandbox are shared.
+  It has an engine and judging threads of its own; environment and sandbox are shared.
   """
   mesh = sharding.make_mesh(devices, **c.mesh)
   mesh = None if mesh.size == 1 else mesh
@@ -441,8 +444,8 @@ def on_other_devices(c, session: Session, devices):
       places = sharding.named(mesh, decoder.axes(session.model))
       params = jax.device_put(session.params, places)
     first = session.collector
-    collector = make_collector(c, first.env, session.chat, first.engine, first.check_stop)
-    with contextlib.closing(collector):
+    loaded = Loaded(session.model, params, session.chat)
+    with _collecting(c, first.env, loaded, mesh, first.check_stop) as collector:
       yield session._replace(params=params, collector=collector, mesh=mesh)
 
 

@@ -13,10 +13,12 @@ Errors: ValueError where two dimensions of one tensor would share a mesh axis.
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -45,7 +47,8 @@ ACTIVATIONS = {
   "F": "tensor",
   "V": "tensor",
 }
-# A layer's weights while they are used: fsdp holds them in parts only between uses.
+# A layer's weights while they are used: fsdp holds them in parts only between uses. While sampling,
+# where each step of one token uses them all, they lie so all the time.
 GATHERED = WEIGHTS | {"D": None}
 
 
@@ -89,6 +92,58 @@ def make_mesh(devices, *, data: int, fsdp: int, tensor: int) -> jax.sharding.Mes
     # the chips' grid has no side of these lengths (8 x 2 on 4 x 4): two axes share one side
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(grid, AXES, axis_types=types)
+
+
+class SamplingMesh(NamedTuple):
+  """A mesh that responses are sampled on: rows over "data", weights split over "tensor" alone."""
+
+  whole: jax.sharding.Mesh  # over the devices of all processes, on which the weights move
+  own: jax.sharding.Mesh  # over this process's devices, on which it samples by itself
+
+  def put(self, weights, axes):
+    """Returns weights of the training mesh, whole for each row shard, on this process's devices.
+
+    Every process must call it. Between devices they move once, on the mesh of all of them: arrays
+    cannot be put from one mesh of several processes onto another one.
+    """
+    moved = jax.device_put(weights, named(self.whole, axes, GATHERED))
+    if self.own == self.whole:
+      return moved
+
+    def own_part(x: jax.Array) -> jax.Array:
+      where = NamedSharding(self.own, x.sharding.spec)
+      parts = [shard.data for shard in x.addressable_shards]
+      return jax.make_array_from_single_device_arrays(x.shape, where, parts)
+
+    return jax.tree.map(own_part, moved)
+
+
+def sampling_mesh(mesh: jax.sharding.Mesh | None, tensor: int = 0) -> SamplingMesh | None:
+  """Returns the mesh for sampling over the devices of a training mesh; None where there is none.
+
+  tensor: the devices that hold the weights together; 0: as many as in training. ValueError where
+  they do not divide the mesh, or belong to several processes.
+  """
+  if mesh is None:
+    return None
+  tensor = tensor or mesh.shape["tensor"]
+  setting = f"config.rollout.tensor={tensor} (0: as config.mesh.tensor)"
+  if mesh.size % tensor:
+    raise ValueError(f"{setting} must divide the {mesh.size} devices of config.mesh")
+  groups = mesh.devices.reshape(-1, tensor)
+  processes = [{device.process_index for device in group} for group in groups]
+  if any(len(those) > 1 for those in processes):
+    raise ValueError(
+      f"{setting}: the devices that hold the weights together while sampling belong to several "
+      "processes, and each process samples by itself: choose a divisor of a process's devices"
+    )
+  own = [group for group, (p,) in zip(groups, processes) if p == jax.process_index()]
+  types = (jax.sharding.AxisType.Auto,) * len(AXES)
+
+  def rows_by(groups) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(groups)[:, None], AXES, axis_types=types)
+
+  return SamplingMesh(rows_by(groups), rows_by(own))
 
 
 def split_devices(devices, parts: int) -> list:

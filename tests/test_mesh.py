@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 
-from sdpo_jax import hlo, hosts, metrics, sharding
+from sdpo_jax import hlo, hosts, metrics, records, sharding
 from sdpo_jax.kernels import token_logp
 from sdpo_jax.kernels.distill_kl import distill_kl_sharded
 from sdpo_jax.kernels.distill_kl_sweeps import Inputs
@@ -287,7 +287,8 @@ def test_no_activation_is_gathered_over_the_rows(method):
   """Rows are split eight ways, weights copied.
 
   Each array that comes out of a collective, whatever its kind and type, is shaped like a weight
-  (its gradient), or it has no more elements than a device has tokens. Hidden states of a device
+  (its gradient), or it counts values, or it has no more elements than a device has tokens. Hidden
+  states of a device
   have more, even those of a micro-batch's response tokens alone.
   """
   mesh = sharding.make_mesh(jax.devices(), data=8, fsdp=1, tensor=1)
@@ -297,7 +298,8 @@ def test_no_activation_is_gathered_over_the_rows(method):
   assert batch.policy.at_CX.size // 2 // 8 * config.width > tokens
   weights = weight_shapes(config, mesh)
   moved = collectives(compiled_step(mesh, config, method, batch))
-  assert not [m for m in moved if math.prod(m[2]) > tokens and m[2] not in weights]
+  counts = (records.BINS,)
+  assert not [m for m in moved if math.prod(m[2]) > tokens and m[2] not in {*weights, counts}]
 
 
 LARGE = SIZES | dict(vocab=8192)

@@ -14,7 +14,7 @@ from tensorboardX.proto import event_pb2
 
 from sdpo_jax import metrics
 from sdpo_jax.objectives.loss import histogram
-from sdpo_jax.records import Histogram, Ratio
+from sdpo_jax.records import STEP, Ratio
 from tests.fakes import no_file_beyond
 
 
@@ -58,7 +58,7 @@ def test_quantiles_add_up_over_parts():
   assert int(whole.count_X.sum()) == is_counted.sum()
   for share in (0.5, 0.9, 0.99):
     exact = np.quantile(values[is_counted], share, method="inverted_cdf")
-    assert exact <= whole.quantile(share) <= exact * Histogram.STEP
+    assert exact <= whole.quantile(share) <= exact * STEP
   assert metrics.reduce({"a/p99": whole}) == {"a/p99": whole.quantile(0.99)}
   assert not metrics.reduce({"a/p99": histogram(values, np.zeros(4000, bool))})
 

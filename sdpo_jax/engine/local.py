@@ -22,17 +22,19 @@ on every kind of device.
 import bisect
 import collections
 from collections.abc import Callable, Iterable, Iterator
+import contextlib
 import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from sdpo_jax import sharding
 from sdpo_jax.engine import programs
 from sdpo_jax.engine.pages import Book, pool_size, power_of_two
 from sdpo_jax.engine.requests import RequestQueue
 from sdpo_jax.engine.sampling import needs_sorting
-from sdpo_jax.hosts import to_host
 from sdpo_jax.kernels.paged_attention import Chain
 from sdpo_jax.kernels.target import target_platform
 from sdpo_jax.model import decoder
@@ -187,6 +189,9 @@ def _resized(book: Book, pool: decoder.Pool, size: int, lists: list[list[list[in
   return programs.resized(pool, np.asarray(book.resize(size, lists), np.int32))
 
 
+_cast = jax.jit(decoder.cast, static_argnames=("config",))
+
+
 class LocalEngine:
   """Samples with the decoder itself. `sdpo_jax.engine` states what `generate` guarantees."""
 
@@ -227,11 +232,34 @@ class LocalEngine:
     self.deterministic = deterministic
     self.stacked = target_platform() != "cpu" if stacked is None else stacked
     self.trace: list[Snapshot] = []  # of the last call of `generate`
+    self._mesh: sharding.SamplingMesh | None = None  # None: one device
     self._params: Any = None
     self._version = 0
 
+  @classmethod
+  def on_mesh(
+    cls, mesh: sharding.SamplingMesh | None, config: ModelConfig, *, rows: int, **settings
+  ):
+    """Returns an engine for this process's devices, and for its share of the rows.
+
+    None: for one device.
+    """
+    if mesh is None:
+      return cls(config, rows=rows, **settings)
+    shards, of_all = sharding.row_shards(mesh.own), sharding.row_shards(mesh.whole)
+    engine = cls(config, rows=rows * shards // of_all, row_multiple=shards, **settings)
+    engine._mesh = mesh
+    return engine
+
   def load(self, params, version: int) -> None:
-    """Takes the weights that are sampled from now on."""
+    """Takes the weights that are sampled from now on, as training holds them.
+
+    Where the engine has a mesh every process must call it.
+    """
+    if self.config.dtype != self.config.param_dtype:
+      params = _cast(params, config=self.config)
+    if self._mesh is not None:
+      params = self._mesh.put(params, decoder.axes(self.config))
     self._params, self._version = params, version
 
   def unload(self) -> None:
@@ -247,9 +275,14 @@ class LocalEngine:
     self.trace = []
     return self._completions(self._params, self._version, requests)
 
+  def placed(self) -> contextlib.AbstractContextManager:
+    """Sets the mesh, not to be held while a completion is handed out: the caller has another."""
+    return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh.own)
+
   def _completions(self, params, version: int, requests) -> Iterator[Completion]:
     if not self.stacked:
-      params = programs.unstacked(params, config=self.config)
+      with self.placed():
+        params = programs.unstacked(params, config=self.config)
     yield from _Decoding(self, params, version).run(requests)
 
 
@@ -295,9 +328,11 @@ class _Decoding:
         self._admit(queue.take)
       if not any(self.live):
         return
-      self._read_prompts()
-      self._read_answers()
-      for completion in self._decode(may_go_on=queue is not None):
+      with self.engine.placed():
+        self._read_prompts()
+        self._read_answers()
+        ended = self._decode(may_go_on=queue is not None)
+      for completion in ended:
         if queue is not None:
           queue.hand_out(completion)
         yield completion
@@ -532,8 +567,8 @@ class _Decoding:
 
   # ---- decoding
 
-  def _decode(self, *, may_go_on: bool) -> Iterator[Completion]:
-    """Decodes one chunk, and yields the completions that ended in it.
+  def _decode(self, *, may_go_on: bool) -> list[Completion]:
+    """Decodes one chunk, and returns the completions that ended in it.
 
     may_go_on: keeps their pages for what may follow.
     """
@@ -561,7 +596,7 @@ class _Decoding:
       config=engine.config,
       is_sorted=is_sorted,
     )
-    token_ZBR, logp_ZBR, count_ZB = map(to_host, result)
+    token_ZBR, logp_ZBR, count_ZB = map(np.asarray, result)
     ended = []
     for z, rows in enumerate(self.live):
       for b, row in enumerate(rows):
@@ -582,8 +617,8 @@ class _Decoding:
             self._release(z, row)
       self.live[z] = [row for row in rows if not row.finish_reason()]
     self._drop_idle_prompts()
-    for row in ended:
-      yield Completion(
+    return [
+      Completion(
         row.request.key,
         row.sample_index,
         row.tokens,
@@ -591,6 +626,8 @@ class _Decoding:
         row.finish_reason(),
         self.version,
       )
+      for row in ended
+    ]
 
   def _cut_at_stop_string(self, row: _Row) -> None:
     """Ends a row at the token that completes its first stop string, if one stands in it."""

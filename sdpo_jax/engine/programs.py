@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax import sharding
 from sdpo_jax.engine import sampling
 from sdpo_jax.kernels.paged_attention import Readers, visible
 from sdpo_jax.kernels.target import target_platform
@@ -160,7 +159,7 @@ def decode(
   )
   state = (jnp.int32(0), own, rows.token_ZB, rows.budget_ZB > 0, result)
   _, own, _, _, result = jax.lax.while_loop(is_wanted, step, state)
-  return sharding.replicate(result), own  # every process reads all of it
+  return result, own
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("shared",))

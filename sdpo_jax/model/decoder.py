@@ -114,15 +114,17 @@ def axis_size(config: ModelConfig, letter: str) -> int:
   return sizes[letter]
 
 
-def check_mesh(config: ModelConfig, mesh: jax.sharding.Mesh) -> None:
-  """Raises ValueError where the mesh does not divide a dimension of the weights."""
+def check_mesh(
+  config: ModelConfig, mesh: jax.sharding.Mesh, *, setting: str = "config.mesh"
+) -> None:
+  """Raises ValueError where the mesh of a setting does not divide a dimension of the weights."""
   split = {"D": "width", "N": "heads", "K": "kv_heads", "F": "ff_width", "V": "vocab"}
   for letter, name in split.items():
     axis = sharding.WEIGHTS[letter]
     size = axis_size(config, letter)
     if size % mesh.shape[axis]:
       raise ValueError(
-        f"config.mesh.{axis}={mesh.shape[axis]} does not divide {name}={size} of the model"
+        f"{setting}.{axis}={mesh.shape[axis]} does not divide {name}={size} of the model"
       )
 
 
@@ -650,6 +652,15 @@ def _write_pages(pool: Pool, i, page_ZY, new: tuple, *, shared: bool) -> Pool:
 
 def _if_there(layer) -> tuple:
   return () if layer is None else (layer,)
+
+
+def cast(params: dict, config: ModelConfig) -> dict:
+  """Returns the weights in the types in which they are used, as every use would cast them."""
+
+  def cast_one(path, w):
+    return _for_use(path[-1].key, w, config)
+
+  return jax.tree_util.tree_map_with_path(cast_one, params)
 
 
 def unstacked(params: dict, config: ModelConfig) -> dict:

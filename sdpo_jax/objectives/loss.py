@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from sdpo_jax.objectives.build import Method
 from sdpo_jax.objectives.signals import Signals
 from sdpo_jax.objectives.surrogate import token_mean
-from sdpo_jax.records import Histogram, Ratio, TrainBatch
+from sdpo_jax.records import BINS, LEAST, STEP, Histogram, Ratio, TrainBatch
 
 
 class Term(NamedTuple):
@@ -49,7 +49,7 @@ def token_loss(
   signals: tuple[Signals, ...],
   batch: TrainBatch,
   normalisers: dict[str, jax.Array],
-) -> tuple[jax.Array, dict[str, Ratio]]:
+) -> tuple[jax.Array, dict[str, Ratio | Histogram]]:
   """Returns the loss of a batch, or its share of one for a micro-batch, in nats; and metrics.
 
   signals: of the plain reading, then of each further one. normalisers: of the whole batch.
@@ -159,12 +159,12 @@ def agreement(
 
 def diagnostics(
   method: Method, signals: tuple[Signals, ...], batch: TrainBatch
-) -> dict[str, Ratio]:
+) -> dict[str, Ratio | Histogram]:
   """Returns metrics of the policy, of the plain reading, and of how the readings agree."""
   plain = signals[0]
   # between the engine that sampled and the trainer before the batch's updates
   rollout_gap_BR = batch.logp_rollout_BR - batch.logp_old_BR
-  metrics = {
+  metrics: dict[str, Ratio | Histogram] = {
     "train/entropy": weighted_mean(plain.entropy_BR, batch.weight_BR),
     "train/rollout_kl": weighted_mean(rollout_gap_BR, batch.weight_BR),
     "train/rollout_gap": weighted_mean(jnp.abs(rollout_gap_BR), batch.weight_BR),
@@ -187,10 +187,9 @@ def diagnostics(
 
 def histogram(x_BR: jax.Array, is_counted_BR: jax.Array) -> Histogram:
   """Counts values >= 0."""
-  bins = Histogram.BINS
-  place_BR = jnp.log(x_BR / Histogram.LEAST) / math.log(Histogram.STEP) + 1
-  place_BR = jnp.clip(jnp.floor(place_BR), 0, bins - 1).astype(jnp.int32)
-  counts = jnp.zeros(bins, jnp.int32).at[place_BR].add(is_counted_BR.astype(jnp.int32))
+  place_BR = jnp.floor(jnp.log(x_BR / LEAST) / math.log(STEP) + 1)
+  place_BR = jnp.clip(place_BR, 0, BINS - 1).astype(jnp.int32)
+  counts = jnp.zeros(BINS, jnp.int32).at[place_BR].add(is_counted_BR.astype(jnp.int32))
   return Histogram(counts)
 
 
