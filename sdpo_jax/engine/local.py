@@ -106,6 +106,11 @@ class _Row:
       return "stop"
     return "length" if self.left <= 0 else None
 
+  def completion(self, version: int) -> Completion:
+    """Returns what it has become, once it has ended. version: of the weights."""
+    key, reason = self.request.key, self.finish_reason()
+    return Completion(key, self.sample_index, self.tokens, self.logp, reason, version)
+
 
 @dataclasses.dataclass(eq=False)
 class _Parked:
@@ -572,20 +577,12 @@ class _Decoding:
 
     may_go_on: keeps their pages for what may follow.
     """
-    engine, C = self.engine, self.engine.columns
+    engine = self.engine
     most = max(len(rows) for rows in self.live)
     B = min(count for count in row_counts(engine.rows) if count >= most)
     may_shrink = B < self.sizes.rows
     self.sizes = self._grown_sizes(B)
-    more = []
-    for rows in self.live:
-      ends = [row.written + min(engine.chunk, row.left) for row in rows]
-      wanted = [max(0, -(-end // C) - len(row.pages)) for row, end in zip(rows, ends, strict=True)]
-      more.append(wanted)
-    self._fit_own([sum(wanted) for wanted in more], may_shrink=may_shrink)
-    for z, rows in enumerate(self.live):
-      for row, count in zip(rows, more[z], strict=True):
-        row.pages += self.own_book.take(z, count)
+    self._give_pages(may_shrink=may_shrink)
     live = sum(len(rows) for rows in self.live)
     is_sorted = any(needs_sorting(row.request.sampling) for rows in self.live for row in rows)
     result, self.own = programs.decode(
@@ -596,38 +593,49 @@ class _Decoding:
       config=engine.config,
       is_sorted=is_sorted,
     )
-    token_ZBR, logp_ZBR, count_ZB = map(np.asarray, result)
-    ended = []
+    result = jax.tree.map(np.asarray, result)
+    self._add(result)
+    self._record(B, live, int(result.count_ZB.max()))
+    return self._take_ended(may_go_on=may_go_on)
+
+  def _give_pages(self, *, may_shrink: bool) -> None:
+    """Gives each row the pages that the next chunk may write."""
+    chunk, C = self.engine.chunk, self.engine.columns
+    more = []
+    for rows in self.live:
+      ends = [row.written + min(chunk, row.left) for row in rows]
+      wanted = [max(0, -(-end // C) - len(row.pages)) for row, end in zip(rows, ends, strict=True)]
+      more.append(wanted)
+    self._fit_own([sum(wanted) for wanted in more], may_shrink=may_shrink)
+    for z, rows in enumerate(self.live):
+      for row, count in zip(rows, more[z], strict=True):
+        row.pages += self.own_book.take(z, count)
+
+  def _add(self, chunk: programs.Chunk) -> None:
+    """Adds to the rows what a chunk has sampled."""
     for z, rows in enumerate(self.live):
       for b, row in enumerate(rows):
-        count = count_ZB[z, b]
-        row.tokens += token_ZBR[z, b, :count].tolist()
-        row.logp += logp_ZBR[z, b, :count].tolist()
+        count = chunk.count_ZB[z, b]
+        row.tokens += chunk.token_ZBR[z, b, :count].tolist()
+        row.logp += chunk.logp_ZBR[z, b, :count].tolist()
         row.written += int(count)
         if row.request.sampling.stop_strings:
           self._cut_at_stop_string(row)
-    self._record(B, live, int(count_ZB.max()))
+
+  def _take_ended(self, *, may_go_on: bool) -> list[Completion]:
+    """Takes out the rows that have ended, and returns their completions."""
+    ended = []
     for z, rows in enumerate(self.live):
       for row in rows:
         if row.finish_reason():
-          ended.append(row)
+          ended.append(row.completion(self.version))
           if may_go_on:
             self._park(z, row)
           else:
             self._release(z, row)
       self.live[z] = [row for row in rows if not row.finish_reason()]
     self._drop_idle_prompts()
-    return [
-      Completion(
-        row.request.key,
-        row.sample_index,
-        row.tokens,
-        row.logp,
-        row.finish_reason(),
-        self.version,
-      )
-      for row in ended
-    ]
+    return ended
 
   def _cut_at_stop_string(self, row: _Row) -> None:
     """Ends a row at the token that completes its first stop string, if one stands in it."""
