@@ -80,6 +80,9 @@ class Rollout:
   # the attempts at a question share is counted at its first failed one.
   extra_tokens: int = 0
   extra_calls: int = 0
+  # The parts of the response that the engine sampled, in order; all else has weight 0. None: the
+  # response comes from a file, or nothing sampled it.
+  sampled: list["Segment"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +181,13 @@ class Completion(NamedTuple):
   logp: list[float]  # nats
   finish_reason: str  # "stop" | "length"
   version: int = 0  # of the weights that sampled it
+
+
+class Segment(NamedTuple):
+  """A part of a response as the engine returned it: all of it, or one turn of a conversation."""
+
+  start: int  # index of its first token among those of the response
+  completion: Completion
 
 
 BINS = 128  # of a Histogram

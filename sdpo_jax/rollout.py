@@ -28,7 +28,7 @@ import jax
 from sdpo_jax import hosts
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.errors import TaskError
-from sdpo_jax.records import Completion, Feedback, Request, Rollout, Sampling, Status, Task
+from sdpo_jax.records import Completion, Feedback, Request, Rollout, Sampling, Segment, Status, Task
 from sdpo_jax.text import MAX_CHARS, clean, cut
 
 
@@ -119,9 +119,17 @@ class Collector:
     self.check_stop()
 
     def rollout(q: int, g: int) -> Rollout:
-      c = sampled[q, g].completion
-      text = sampled[q, g].text
-      return Rollout(tasks[q], prompts[q], c.tokens, c.logp, c.finish_reason, text, feedback[q, g])
+      c, text, _ = sampled[q, g]
+      return Rollout(
+        tasks[q],
+        prompts[q],
+        list(c.tokens),
+        list(c.logp),
+        c.finish_reason,
+        text,
+        feedback[q, g],
+        sampled=[Segment(0, c)],
+      )
 
     return [[rollout(q, g) for g in range(n)] for q in range(len(tasks))]
 

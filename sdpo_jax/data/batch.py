@@ -11,6 +11,7 @@ tokens.
   deal      responses to packs, for each number of packs that is allowed     -> _Deal
   choose    the shape that all packs take (`data/shapes.py`)                 -> Shape
   lay out   the texts in rows, the responses in *_BR arrays                  -> TrainBatch
+  check     that these hold what the engine returned (`data/sampled.py`)
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from sdpo_jax.data.packing import (
   lay_out,
   tokens_together,
 )
+from sdpo_jax.data.sampled import check_sampled
 from sdpo_jax.data.shapes import Load, Rounding, Shape, Shapes, choose_shape
 from sdpo_jax.data.teacher_prompt import teacher_prompt
 from sdpo_jax.objectives.teacher_context import Context
@@ -140,11 +142,15 @@ class Packer:
   further_readings: Callable | None = None
 
   def pack(self, groups: list[list[Rollout]]) -> Packed:
-    """Returns the batch of groups[q][g]; all groups have equally many rollouts."""
+    """Returns the batch of groups[q][g]; all groups have equally many rollouts.
+
+    Raises RunError for a batch that would train what was not sampled (data/sampled.py).
+    """
     responses = self._read(groups)
     batch, responses = pack_responses(
       responses, len(groups[0]), self.settings, self.shapes, self.chat.pad_token
     )
+    check_sampled(batch, responses.rollouts)
     metrics = _measure(responses, batch)
     metrics["perf/compiles"] = float(len(self.shapes.known))  # earlier sessions included
     contexts = tuple(reading.contexts for reading in responses.readings)

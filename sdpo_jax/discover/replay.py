@@ -79,8 +79,8 @@ def _holds_a_verdict(line: dict) -> bool:
 
 
 def to_json(rollout: Rollout) -> dict:
-  """Returns the fields of a rollout as JSON values; its task is left out."""
-  fields = dataclasses.asdict(dataclasses.replace(rollout, task=None))
+  """Returns the fields of a rollout as JSON values, without its task and `sampled`."""
+  fields = dataclasses.asdict(dataclasses.replace(rollout, task=None, sampled=None))
   feedback = rollout.feedback
   fields["feedback"] = [feedback.reward, feedback.text, feedback.status.value]
   return fields
