@@ -82,18 +82,27 @@ class Chat:
 
     teacher: the prompt is read by the teacher, not by the policy.
     """
-    text = self._render(messages, teacher=teacher)
+    return self.encode(self._render(messages, teacher=teacher))
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the tokens of a text in which special tokens are meant as such."""
     return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
   def _render(self, messages: list[dict[str, str]], *, teacher: bool, header: bool = True) -> str:
-    """Fills in the template; `header` is that of the assistant's turn.
+    safe = [message | {"content": self.neutral(message["content"])} for message in messages]
+    return self.fill(safe, teacher=teacher, header=header)
 
+  def fill(
+    self, messages: list[dict[str, str]], *, teacher: bool = False, header: bool = True
+  ) -> str:
+    """Fills in the template with texts as they are: special tokens in them are meant as such.
+
+    header: that of the assistant's turn comes last.
     SettingError where the template refuses the conversation.
     """
-    safe = [message | {"content": self.neutral(message["content"])} for message in messages]
     try:
       return self.tokenizer.apply_chat_template(
-        safe,
+        messages,
         tokenize=False,
         add_generation_prompt=header,
         enable_thinking=self.teacher_thinking if teacher else self.thinking,
@@ -123,7 +132,7 @@ class Chat:
 
   def text_tokens(self, text: str) -> list[int]:
     """Returns the tokens of a text that stands in no template."""
-    return self.tokenizer(self.neutral(text), add_special_tokens=False)["input_ids"]
+    return self.encode(self.neutral(text))
 
   def response_text(self, tokens: list[int], *, teacher: bool = False) -> str:
     """Returns a response as the environment reads it: without its stop token.
