@@ -160,7 +160,7 @@ def base() -> ml_collections.ConfigDict:
     attempts=256,
     tokens=0,
     rollouts=16,  # attempts per update
-    # feedback | attempt_and_feedback: what multi_turn's prompt keeps of a turn
+    # feedback | attempt_and_feedback: what multi_turn's prompt keeps of a turn (discover/turns.py)
     history="feedback",
     # questions at a time: the devices are divided among them, and `mesh` describes the part of
     # one

@@ -88,15 +88,19 @@ class Collector:
     seeds: list[int],
     begun: list[tuple[list[int], list[float]]] | None = None,
     version: int = 0,
+    prompts: list[list[int]] | None = None,
   ) -> list[list[Rollout]]:
     """Returns n judged rollouts of each task, as groups[q][g].
 
     seeds: one a task.
     begun[q]: tokens, with their log-probabilities, that all responses to task q begin with.
     version: of the weights.
+    prompts: the ids of each task's prompt, for conversations; None: the environment's messages.
     Raises TaskError for a prompt that is too long.
     """
-    prompts = self._prompts(tasks)
+    if prompts is None:
+      prompts = [self.chat.prompt_tokens(self.env.prompt(task)) for task in tasks]
+    self._check_lengths(tasks, prompts)
     begun = begun or [([], [])] * len(tasks)
     self.engine.load(params, version)
     requests = [
@@ -153,15 +157,13 @@ class Collector:
           response.judgement.cancel()
       raise
 
-  def _prompts(self, tasks: list[Task]) -> list[list[int]]:
-    prompts = [self.chat.prompt_tokens(self.env.prompt(task)) for task in tasks]
+  def _check_lengths(self, tasks: list[Task], prompts: list[list[int]]) -> None:
     for task, prompt in zip(tasks, prompts, strict=True):
       if len(prompt) > self.max_prompt_tokens:
         raise TaskError(
           f"the prompt of task {task.id} takes {len(prompt)} tokens, "
           f"more than config.data.max_prompt_tokens={self.max_prompt_tokens}"
         )
-    return prompts
 
   def _begin_judging(self, task: Task, completion: Completion, index: int) -> _Sampled:
     """Hands a response to a judge's thread, if this process is the one that judges it.

@@ -19,15 +19,20 @@ import jax
 import numpy as np
 import pytest
 
-from sdpo_jax import checkpoint, main, stats, workdir
+from sdpo_jax import checkpoint, main, session, stats, workdir
+from sdpo_jax.data.chat import Chat
+from sdpo_jax.data.conversation import Continuation
 from sdpo_jax.discover import arms, difficulty, replay, results, solver
-from sdpo_jax.discover.arms import prompt_with, solve_by_learning, solve_by_sampling, solve_by_turns
+from sdpo_jax.discover.arms import solve_by_learning, solve_by_sampling, solve_by_turns
 from sdpo_jax.discover.budget import Budget
 from sdpo_jax.discover.difficulty import calibrate
 from sdpo_jax.discover.replay import AttemptLog
 from sdpo_jax.discover.results import compare, summarise
+from sdpo_jax.discover.turns import converse, make_history, with_feedback
 from sdpo_jax.errors import RunError
 from sdpo_jax.records import Feedback, Rollout, Status, Task
+from sdpo_jax.rollout import Collector
+from tests import fakes
 
 ROOT = pathlib.Path(__file__).parent.parent
 TASK = Task("q", "question")
@@ -166,42 +171,53 @@ def test_a_limit_of_tokens_counts_the_same_whatever_is_sampled_together(together
   assert budget.at_first_success["first_success"] == 3
 
 
-@pytest.mark.parametrize("history", arms.HISTORIES)
-def test_turns_show_feedback_newest_last_and_drop_the_oldest(history):
+def messages_of(task):
+  return [{"role": "user", "content": task.prompt}]
+
+
+def solve_in_turns(chat, continuation, limit):
+  """Solves TASK at the fourth attempt; returns the prompts as text, and the history."""
   budget, seen = Budget(4), []
+  history = make_history(TASK, messages_of, chat, continuation, limit)
 
-  def collect(params, batches):
+  def collect(params, batches, prompts):
     ((task, first),) = batches
-    seen.append(task.prompt)
-    return [[attempt(first == 3, text=f"F{first}")]]
+    assert task == TASK  # a judge reads the question alone
+    seen.append(prompts[0])
+    response = attempt(first == 3, text=f"F{first}")
+    return [[dataclasses.replace(response, tokens=chat.text_tokens(f"A{first}"))]]
 
-  solve_by_turns(
-    TASK,
-    budget,
-    params=None,
-    collect=collect,
-    fits=lambda t: t.prompt.count("F") <= 2,
-    history=history,
-  )
-  assert budget.at_first_success["first_success"] == 4 and seen[0] == "question"
+  solve_by_turns(TASK, budget, params=None, collect=collect, history=history)
+  assert budget.at_first_success["first_success"] == 4
+  assert all(len(prompt) <= limit for prompt in seen)
+  return [chat.plain_text(prompt) for prompt in seen], history
+
+
+def test_turns_show_feedback_newest_last_and_drop_the_oldest():
+  chat = Chat(fakes.ByteTokenizer())
   turns = [attempt(0, text=f"F{i}") for i in range(3)]
-  assert (
-    seen[1] == prompt_with(TASK, turns[:1], history).prompt
-    and seen[3] == prompt_with(TASK, turns[1:], history).prompt
-  )
-  assert seen[3].count("tried") == (2 if history == "attempt_and_feedback" else 0)
+  prompts = [with_feedback(TASK, turns[i:j]) for i, j in ((0, 0), (0, 1), (0, 2), (1, 3))]
+  want = [chat.prompt_tokens(messages_of(task)) for task in prompts]
+  seen, history = solve_in_turns(chat, None, len(want[2]))
+  assert seen == [chat.plain_text(prompt) for prompt in want]
+  assert "A0" not in seen[1] and history.rendered_again == 0
 
 
-def test_attempts_stand_before_their_feedback_where_asked_for():
-  turns = [
-    dataclasses.replace(attempt(0, text="F1"), text="A1"),
-    dataclasses.replace(attempt(0, text="F2"), text="A2"),
-  ]
-  prompt = prompt_with(TASK, turns, "attempt_and_feedback").prompt
-  assert prompt.startswith("question") and [
-    prompt.index(x) for x in ("A1", "F1", "A2", "F2")
-  ] == sorted(prompt.index(x) for x in ("A1", "F1", "A2", "F2"))
-  assert "A1" not in prompt_with(TASK, turns, "feedback").prompt
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_attempts_are_turns_of_the_policy_where_asked_for(is_cut):
+  """As ids where the template can be cut, else rendered anew, which is counted."""
+  chat = Chat(fakes.ByteTokenizer())
+  continuation = Continuation(chat)
+  assert continuation.finding.way == "exact"
+  if not is_cut:
+    continuation.glue = None
+  two = converse(continuation, messages_of(TASK), [attempt(0, text=f"F{i}") for i in (1, 2)])
+  seen, history = solve_in_turns(chat, continuation, len(two.prompt) + 8)
+  for text, turns in zip(seen, ((), (0,), (0, 1), (1, 2)), strict=True):
+    parts = [part for turn in turns for part in (f"A{turn}<|im_end|>", f"F{turn}")]
+    places = [text.index(part) for part in ("question", *parts)]
+    assert places == sorted(places) and text.count("<|im_end|>") == 1 + 2 * len(turns)
+  assert history.rendered_again == (0 if is_cut else 3)
 
 
 def test_calibration_is_unbiased_to_the_end_and_stops_where_nothing_can_help():
@@ -360,7 +376,7 @@ def test_a_line_cut_short_by_a_kill_is_removed_and_its_run_repeated(tmp_path):
 def test_batches_on_disk_are_not_sampled_again(tmp_path):
   path, run, calls = tmp_path / "attempts" / "00000.jsonl", ["sdpo", "q", 0], []
 
-  def collect(params, batches):
+  def collect(params, batches, prompts):
     calls.append(batches)
     return [[attempt(0, text="{}\n\u2028\\"), attempt(1)] for _ in batches]
 
@@ -371,7 +387,7 @@ def test_batches_on_disk_are_not_sampled_again(tmp_path):
   assert again.read_or_collect(collect, None, [(TASK, 0)]) == original and len(calls) == 1
   again.read_or_collect(collect, None, [(TASK, 2)])
   assert len(calls) == 2 and again.time_s >= 100.0  # what the earlier session spent counts
-  again.read_or_collect(lambda params, batches: [[FAILED]], None, [(TASK, 4)])
+  again.read_or_collect(lambda *_: [[FAILED]], None, [(TASK, 4)])
   repaired = AttemptLog(path, run)  # what a broken sandbox left behind is asked again
   assert [line["first"] for line in repaired.stored] == [[0], [2]]
   with pytest.raises(AssertionError, match="does not belong"):
@@ -511,16 +527,54 @@ def interrupt(monkeypatch, batches_before):
   """Makes the session end by an interrupt when it samples one batch more than `batches_before`."""
   original, calls = replay.AttemptLog.read_or_collect, []
 
-  def read_or_cut(self, collect, params, batches):
-    def counted(params, batches_to_sample):
+  def read_or_cut(self, collect, params, batches, prompts=None):
+    def counted(params, batches_to_sample, prompts):
       calls.append(batches_to_sample)
       if len(calls) == batches_before + 1:
         raise KeyboardInterrupt
-      return collect(params, batches_to_sample)
+      return collect(params, batches_to_sample, prompts)
 
-    return original(self, counted, params, batches)
+    return original(self, counted, params, batches, prompts)
 
   monkeypatch.setattr(replay.AttemptLog, "read_or_collect", read_or_cut)
+
+
+@pytest.mark.parametrize("way", ["exact", "kept"])
+def test_a_conversation_goes_on_with_the_ids_that_were_sampled(way, tmp_path, monkeypatch, caplog):
+  sampled, original, load = [], Collector.collect, session.load_tokenizer
+
+  def load_tokenizer(path):
+    tokenizer = load(path)
+    if way == "kept":  # a template that strips white space
+      template = tokenizer.chat_template
+      tokenizer.chat_template = template.replace("message['content']", "message['content'] | trim")
+    return tokenizer
+
+  monkeypatch.setattr(session, "load_tokenizer", load_tokenizer)
+
+  def collect(self, *arguments, **settings):
+    groups = original(self, *arguments, **settings)
+    sampled.extend(rollout for group in groups for rollout in group)
+    return groups
+
+  monkeypatch.setattr(Collector, "collect", collect)
+  arguments = [
+    "--config.discover.arms=('multi_turn',)",
+    "--config.discover.history=attempt_and_feedback",
+    "--config.discover.attempts=4",
+    "--config.discover.indices=(37,)",
+    "--config.data.max_prompt_tokens=512",
+    f"--workdir={tmp_path}",
+  ]
+  assert main.main(["main", *LOCAL, *arguments]) == 0
+  finding = json.loads((tmp_path / "run.json").read_text())["conversations"]
+  assert finding["way"] == way and bool(finding["reason"]) == (way == "kept")
+  assert caplog.text.count("conversations: the chat template of ") == (way == "kept")
+  assert finding["reason"] in caplog.text
+  assert len(sampled) == 4 and [line["rendered_again"] for line in repeatable(tmp_path)] == [0]
+  for before, after in zip(sampled, sampled[1:]):
+    fed = before.prompt_tokens + before.tokens
+    assert after.prompt_tokens[: len(fed)] == fed and len(after.prompt_tokens) > len(fed) + 10
 
 
 def test_an_interrupt_in_mid_question_changes_nothing(whole, tmp_path, monkeypatch):

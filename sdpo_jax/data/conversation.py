@@ -102,10 +102,8 @@ class Continuation:
     return tokens[1:] if sampled[-1:] == [self.glue.end] else tokens
 
   def describe(self) -> str:
-    """Says in a line what conversations of this chat are."""
+    """Says in a line what the template does otherwise, and what is done then."""
     name = self.chat.tokenizer.name_or_path
-    if self.finding.way == "exact":
-      return f"conversations are those of the chat template of {name}"
     then = "the history keeps what was read and sampled"
     if self.finding.way == "rendered":
       then = "each turn's prompt is rendered as a whole"

@@ -7,23 +7,22 @@ Source: arXiv 2601.20802, section 5. All arms share the sampler, the judge and t
   counterfactual  like sdpo, but the teacher is also told what the batch's other attempts
                   received (solver.method_of)
   best_of_k       independent attempts of the base model
-  multi_turn      one attempt after another, with the feedback on the earlier ones in the prompt
+  multi_turn      one attempt after another, with the feedback on the earlier ones in the prompt,
+                  or with both (`turns.py`)
 
 Each arm gets what touches a model as functions, so these loops know no arrays.
 collect(params, batches) -> groups samples and judges. A batch is (task, number of its first
 attempt), the number choosing its seed; its attempts are the group at the same place.
 """
 
-import dataclasses
 from typing import Callable, NamedTuple
 
 from sdpo_jax.discover.budget import Budget, any_judged
-from sdpo_jax.objectives.teacher_context import CLOSING, TEMPLATES, Context, fill
-from sdpo_jax.records import Rollout, Status, Task, TrainBatch
+from sdpo_jax.discover.turns import History
+from sdpo_jax.records import Status, Task, TrainBatch
 
 ARMS = ("sdpo", "counterfactual", "best_of_k", "multi_turn")
 LEARNING = ("sdpo", "counterfactual")
-HISTORIES = ("feedback", "attempt_and_feedback")  # what multi_turn shows of an earlier attempt
 
 
 class ArmRun(NamedTuple):
@@ -86,42 +85,15 @@ def solve_by_sampling(
 
 
 def solve_by_turns(
-  task: Task,
-  budget: Budget,
-  *,
-  params,
-  collect: Callable,
-  fits: Callable,
-  history: str = "feedback",
+  task: Task, budget: Budget, *, params, collect: Callable, history: History
 ) -> None:
-  """Attempts again and again, with the feedback on earlier attempts in the prompt.
+  """Attempts again and again, with what `history` keeps of earlier attempts in the prompt.
 
-  The newest feedback stands last. The oldest is dropped, for good, as long as fits(task) denies
-  that the prompt has room.
+  collect(params, batches, prompts): prompts are the ids that the attempts of each batch follow.
   """
-  turns: list[Rollout] = []
   while not budget.solved and budget.attempts_left:
-    while turns and not fits(prompt_with(task, turns, history)):
-      turns.pop(0)
-    groups = collect(params, [(prompt_with(task, turns, history), budget.sampled)])
+    groups = collect(params, [(task, budget.sampled)], [history.prompt()])
     (rollout,) = groups[0]
     budget.count([rollout])
     if rollout.feedback.text and rollout.feedback.status is not Status.ENV_FAILED:
-      turns.append(rollout)
-
-
-def prompt_with(task: Task, turns: list[Rollout], history: str) -> Task:
-  """Returns the task with earlier turns in its prompt, in the words that the teacher reads.
-
-  history: one of HISTORIES.
-  """
-  if not turns:
-    return task
-  if history == "feedback":
-    feedback = "\n\n".join(turn.feedback.text for turn in turns)
-    return dataclasses.replace(task, prompt=Context(feedback=feedback).render(task.prompt))
-  prompt = task.prompt
-  for turn in turns:
-    prompt += fill(TEMPLATES["attempt"], {"text": turn.text})
-    prompt += fill(TEMPLATES["feedback"], {"text": turn.feedback.text})
-  return dataclasses.replace(task, prompt=prompt + CLOSING)
+      history.add(rollout)

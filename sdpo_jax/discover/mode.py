@@ -45,6 +45,7 @@ without any verdict follow one another (train.max_env_failures_in_a_row).
 
 import itertools
 import json
+import logging
 import pathlib
 import threading
 from typing import Any
@@ -55,10 +56,11 @@ from sdpo_jax import sharding
 from sdpo_jax.config import defaults_of, validate
 from sdpo_jax.data.tasks import RowEnv, first_tasks
 from sdpo_jax.discover import results
-from sdpo_jax.discover.arms import ARMS, HISTORIES, LEARNING, ArmRun
+from sdpo_jax.discover.arms import ARMS, LEARNING, ArmRun
 from sdpo_jax.discover.difficulty import choose_hard
 from sdpo_jax.discover.schedule import finish_all
 from sdpo_jax.discover.solver import Solver, method_of
+from sdpo_jax.discover.turns import HISTORIES
 from sdpo_jax.errors import blame_settings, unknown
 from sdpo_jax.objectives.build import build_method
 from sdpo_jax.preemption import Notice
@@ -89,8 +91,13 @@ def discover(c, workdir: str) -> dict[str, Any]:
     with blame_settings():
       rows = same_rows(workdir, session.collector.env, (c.discover.split,), begun=begun)
     facts = {"sandbox_isolation": session.isolation, "mesh": mesh_shape, "rows": rows}
-    describe_run(workdir, c, facts)
     first = Solver(c, session, stop)
+    if first.continuation is not None:
+      finding = first.continuation.finding
+      facts["conversations"] = finding._asdict()
+      if finding.way != "exact":
+        logging.warning("%s", first.continuation.describe())
+    describe_run(workdir, c, facts)
     runs = list_runs(c.discover, choose_tasks(c, first, workdir))
     finish_all(c, workdir, runs, session, first, other_devices, stop)
   return write_results(workdir, runs, c.discover.attempts)

@@ -45,14 +45,20 @@ class AttemptLog:
     """Seconds since the run began; of earlier sessions, what the batches on disk took."""
     return round(time.monotonic() - self.begun, 3)
 
-  def read_or_collect(self, collect: Callable, params, batches: list[tuple[Task, int]]):
+  def read_or_collect(
+    self,
+    collect: Callable,
+    params,
+    batches: list[tuple[Task, int]],
+    prompts: list[list[int]] | None = None,
+  ):
     """Returns the groups of the next batches: from disk while there are any, else collected.
 
-    collect(params, batches) -> groups; what it returns is written before it is handed on.
+    collect(params, batches, prompts) -> groups; what it returns is written before it is handed on.
     """
     if self.stored:
       return self._read(batches)
-    groups = collect(params, batches)
+    groups = collect(params, batches, prompts)
     line = {
       "run": self.run_key,
       "first": [first for _, first in batches],

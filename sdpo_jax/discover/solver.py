@@ -17,6 +17,7 @@ import jax
 from sdpo_jax import sharding
 from sdpo_jax.alternatives import Explorer
 from sdpo_jax.data.batch import Packed, Packer, PackSettings
+from sdpo_jax.data.conversation import Continuation
 from sdpo_jax.data.shapes import Rounding, Shape, Shapes, bucket, most_tokens
 from sdpo_jax.discover.arms import (
   LEARNING,
@@ -28,6 +29,7 @@ from sdpo_jax.discover.arms import (
 from sdpo_jax.discover.budget import Budget
 from sdpo_jax.discover.difficulty import calibrate, exact_difficulty, make_logp
 from sdpo_jax.discover.replay import AttemptLog
+from sdpo_jax.discover.turns import make_history
 from sdpo_jax.errors import RunError, blame_settings
 from sdpo_jax.learner import Learner, make_explorer, make_learner
 from sdpo_jax.objectives import build
@@ -141,6 +143,9 @@ class Solver:
     self.sampling = Sampling(
       c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, session.chat.stop_tokens
     )
+    self.continuation = None  # None: no run holds a conversation
+    if "multi_turn" in c.discover.arms and c.discover.history == "attempt_and_feedback":
+      self.continuation = Continuation(session.chat)
     # batches of independent attempts that the sampler has rows for
     self.together = max(1, c.rollout.rows // c.discover.rollouts)
 
@@ -153,7 +158,7 @@ class Solver:
     """
     d = self.c.discover
     budget = Budget(d.attempts, d.tokens or None, self.c.train.max_env_failures_in_a_row)
-    state = None
+    state, rendered_again = None, 0
     if run.arm in LEARNING:
       state = self._learn(run, budget, log, self.base if start is None else start)
     elif run.arm == "best_of_k":
@@ -166,16 +171,19 @@ class Solver:
         together=self.together,
       )
     else:
+      chat, limit = self.session.chat, self.c.data.max_prompt_tokens
+      history = make_history(run.task, self.env.prompt, chat, self.continuation, limit)
       solve_by_turns(
         run.task,
         budget,
         params=self.session.params,
         collect=self._logged_collect(run, log, 1),
-        fits=self._fits,
-        history=d.history,
+        history=history,
       )
+      rendered_again = history.rendered_again
     line = {"arm": run.arm, "task_id": run.task.id, "seed": run.seed} | budget.record()
     line["skipped_updates"] = 0 if state is None else int(state.skipped)
+    line["rendered_again"] = rendered_again
     line["time_s"] = log.time_s
     return line, state
 
@@ -187,35 +195,41 @@ class Solver:
 
   # Sampling and judging.
 
-  def collect(self, weights, batches: list[tuple[Task, int]], *, path: tuple, n: int):
+  def collect(
+    self,
+    weights,
+    batches: list[tuple[Task, int]],
+    prompts: list[list[int]] | None = None,
+    *,
+    path: tuple,
+    n: int,
+  ):
     """Samples and judges n attempts for each (task, first attempt), a group each.
 
     A batch has a seed of its own, so it is the same whatever is sampled beside it. path: what
-    tells these seeds from those of other uses.
+    tells these seeds from those of other uses. prompts: see `Collector.collect`.
     """
     if self.stop.is_set():
       raise Stopped
     tasks = [task for task, _ in batches]
     seeds = [prompt_seed(self.c.seed, *path, task.id, first) for task, first in batches]
-    return self.session.collector.collect(weights, tasks, n=n, sampling=self.sampling, seeds=seeds)
+    return self.session.collector.collect(
+      weights, tasks, n=n, sampling=self.sampling, seeds=seeds, prompts=prompts
+    )
 
   def _logged_collect(
     self, run: ArmRun, log: AttemptLog, n: int, *, trained: bool = False
   ) -> Callable:
-    """Returns collect(params, batches) for this run, which reads what is on disk first.
+    """Returns collect(params, batches, prompts=None) for this run: what is on disk comes first.
 
     n: attempts a batch. trained: params are what training moves, and not yet plain weights.
     """
 
-    def collect(params, batches):
+    def collect(params, batches, prompts):
       weights = self.session.weights(params, self.frozen) if trained else params
-      return self.collect(weights, batches, path=("discover", run.seed), n=n)
+      return self.collect(weights, batches, prompts, path=("discover", run.seed), n=n)
 
     return functools.partial(log.read_or_collect, collect)
-
-  def _fits(self, task: Task) -> bool:
-    prompt = self.session.chat.prompt_tokens(self.env.prompt(task))
-    return len(prompt) <= self.c.data.max_prompt_tokens
 
   # Learning.
 
