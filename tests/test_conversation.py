@@ -119,11 +119,15 @@ LAST = (
   "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n{% endif %}"
   "{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
+NO_THOUGHTS = (
+  "{% for m in messages if '<think>' in m.content %}{{ raise_exception('a thought') }}{% endfor %}"
+)
 TITLE = "(message.content if message.role == 'assistant' else message.content | title)"
 UNCUT = {  # template: why it cannot be cut
   LAST: "writes something else after a response in other conversations",
   families.QWEN25.replace("message.content", "(message.content | lower)"): "leaves earlier",
   families.QWEN25.replace("<|im_end|>' + '\\n'", "<|im_start|>'"): "begins with no stop token",
+  NO_THOUGHTS + families.QWEN3: "refuses one of the conversations that were tried out",
   families.QWEN25.replace("message.content", TITLE): "changes the text of user messages",
 }
 

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from sdpo_jax.data.chat import Chat
+from sdpo_jax.errors import TaskError
 from sdpo_jax.records import Completion, Feedback, Sampling, Status
 from sdpo_jax.rollout import Collector, busy_s, prompt_seed
 from tests import fakes
@@ -139,3 +140,36 @@ def test_seeds_differ_by_path_and_repeat():
     len({prompt_seed(s, "train", i, q) for s in range(5) for i in range(20) for q in range(8)})
     == 800
   )
+
+
+def test_a_rollout_keeps_what_the_engine_returned():
+  """In lists of its own, so that the gate sees what somebody changes later."""
+  c = collector({}, fakes.ScriptedEngine([[say("yes")], [say("no")]]))
+  tasks = [c.env.task("train", i) for i in range(2)]
+  begun = [([], []), ([5, 6], [-0.5, -0.25])]
+  try:
+    groups = c.collect(None, tasks, n=1, sampling=SAMPLING, seeds=[0, 1], begun=begun)
+  finally:
+    c.close()
+  for (rollout,), (head, logp), text in zip(groups, begun, ("yes", "no"), strict=True):
+    ((start, completion),) = rollout.sampled
+    assert (start, completion.tokens) == (0, head + say(text)) and completion.logp[:2] == (
+      logp or [-1.0] * 2
+    )
+    rollout.tokens[0] += 1
+    rollout.logp[0] -= 1
+    assert completion.tokens == head + say(text) and completion.logp[0] != rollout.logp[0]
+
+
+def test_prompts_may_be_given_as_ids():
+  prompts, limit = [[7, 8, 9], [1] * 5], 4
+  c = collector({}, fakes.ScriptedEngine([[say("yes")]]), max_prompt_tokens=limit)
+  settings = dict(n=1, sampling=SAMPLING, seeds=[0])
+  task = c.env.task("train", 0)
+  try:
+    ((rollout,),) = c.collect(None, [task], prompts=prompts[:1], **settings)
+    assert rollout.prompt_tokens == prompts[0]
+    with pytest.raises(TaskError, match="takes 5 tokens, more than"):
+      c.collect(None, [task], prompts=prompts[1:], **settings)
+  finally:
+    c.close()

@@ -219,7 +219,10 @@ def _try_out(continuation: Continuation, beginnings: list[list[dict[str, str]]])
   reasons = []
   for beginning in beginnings:
     for turns in _probes(continuation.chat, beginning):
-      finding = _try_turns(continuation, beginning, turns)
+      try:
+        finding = _try_turns(continuation, beginning, turns)
+      except SettingError:  # gpt-oss refuses thoughts in a message
+        return Finding("rendered", "refuses one of the conversations that were tried out")
       if finding.way == "rendered":
         return finding
       if finding.way == "kept":
