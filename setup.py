@@ -39,6 +39,7 @@ setup(
     "jinja2>=3.1.6",
     "numpy>=2.4.6",
     "scipy>=1.17.1",
+    "httpx2>=2.16.2",
     "math-verify>=0.9.0",
     "langdetect>=1.0.9",
     "rich>=15.0.0",

@@ -24,6 +24,7 @@ import ml_collections
 from ml_collections import config_flags
 
 from sdpo_jax import ranges
+from sdpo_jax.engine import ENGINES
 from sdpo_jax.envs.base import check_env_numbers, env_settings
 from sdpo_jax.errors import did_you_mean, local_path, unknown
 from sdpo_jax.kernels.distill_kl import IMPLEMENTATIONS
@@ -105,6 +106,16 @@ def base() -> ml_collections.ConfigDict:
     chunk=16,
     judge_threads=4,
     judge_timeout_s=60.0,
+    engine="local",  # local | vllm | sglang: what samples; the last two are servers
+    server=dict(
+      urls=(),  # "http://HOST:PORT" each
+      model="",  # the name that vLLM serves it under; empty: model.path
+      # a directory that the servers see under the same path; the newest weights stay there
+      weights_dir="",
+      timeout_s=600.0,  # of one response, or of reading weights
+      patience_s=300.0,  # how long what failed is asked again
+      concurrency=256,  # responses asked for at a time, over all servers
+    ),
   )
   c.optimizer = dict(
     name="adamw",
@@ -573,6 +584,7 @@ def _not_a_setting(path: str, key: str, choices) -> str:
 _DTYPES = ("float32", "bfloat16")
 _CHOICES = {
   "model.remat": ("none", "dots", "block"),
+  "rollout.engine": tuple(ENGINES),
   "train.loss_implementation": ("auto", *IMPLEMENTATIONS),
   "optimizer.state_dtype": _DTYPES,
   "model.dtype": _DTYPES,
@@ -592,6 +604,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
       raise ValueError(unknown(f"config.{path}", _setting(c, path), choices))
   _check_loss_implementation(c)
   _check_batch(c)
+  _check_engine(c)
   check_optimizer(c.optimizer)
 
 
@@ -653,6 +666,43 @@ def _check_loss_implementation(c: ml_collections.ConfigDict) -> None:
   raise ValueError(
     f"config.train.loss_implementation={implementation!r} would not be read: {reason}"
   )
+
+
+def _check_engine(c: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for servers that are not asked, and for ones that cannot do what is."""
+  engine, server = c.rollout.engine, c.rollout.server
+  if engine == "local":
+    for key, value in base().rollout.server.items():
+      if server[key] != value:
+        raise ValueError(
+          f"config.rollout.server.{key}={server[key]!r} would not be read: "
+          "config.rollout.engine is 'local'"
+        )
+    return
+  for key in ("urls", "weights_dir"):
+    if not server[key]:
+      raise ValueError(f"config.rollout.engine={engine!r} needs config.rollout.server.{key}")
+  if not isinstance(server.urls, tuple):
+    raise ValueError(f"config.rollout.server.urls={server.urls!r} must be a tuple of addresses")
+  for url in server.urls:
+    if not re.fullmatch(r"https?://[^/?#\s]+/?", url):
+      raise ValueError(
+        f"config.rollout.server.urls: {url!r} must have the form http://HOST:PORT, without a path"
+      )
+  if engine == "vllm" and not c.model.lora.rank:
+    raise ValueError(
+      "config.rollout.engine='vllm' takes adapters, and config.model.lora.rank=0 trains all "
+      "weights: set a rank, or use 'sglang'"
+    )
+  if engine == "sglang" and server.model:
+    raise ValueError(
+      f"config.rollout.server.model={server.model!r} would not be read: SGLang has one model"
+    )
+  if c.discover.parallel > 1:
+    raise ValueError(
+      f"config.discover.parallel={c.discover.parallel} with config.rollout.engine={engine!r}: "
+      "servers have the weights of one question at a time; use 1"
+    )
 
 
 def _check_batch(c: ml_collections.ConfigDict) -> None:

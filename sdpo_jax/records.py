@@ -160,6 +160,8 @@ class Sampling:
   banned_tokens: tuple[int, ...] = ()  # never sampled
   # Texts that end a response as soon as they stand in it; its last token is the one with their end.
   stop_strings: tuple[str, ...] = ()
+  # False: nobody reads the log-probabilities, and an engine that cannot give them leaves them out
+  wants_logp: bool = True
 
 
 class Request(NamedTuple):

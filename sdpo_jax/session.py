@@ -21,6 +21,8 @@ from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.tasks import RowEnv, check_sources, with_rows
 from sdpo_jax.data.teacher_prompt import teacher_prompt
 from sdpo_jax.engine import ENGINES
+from sdpo_jax.engine.local import LocalEngine
+from sdpo_jax.engine.remote import ServerSettings
 from sdpo_jax.envs.base import make_env
 from sdpo_jax.errors import blame_settings
 from sdpo_jax.model import decoder, lora
@@ -85,8 +87,10 @@ class Session(NamedTuple):
     return None if self.adapters is None else functools.partial(lora.attach, lora=self.adapters)
 
   def weights(self, params, frozen) -> Any:
-    """Returns plain weights, as sampling wants them."""
-    return params if self.adapters is None else _merge(frozen, params, self.adapters)
+    """Returns weights as sampling wants them: plain ones, or adapters for an engine of these."""
+    if self.adapters is None or self.collector.engine.takes_adapters:
+      return params
+    return _merge(frozen, params, self.adapters)
 
 
 _merge = jax.jit(lora.merge, static_argnums=2)
@@ -134,13 +138,19 @@ def open_session(
       check_positions(longest_texts(c, notes), policy.model, path)
       second = load_second(c, notes.model, mesh) if notes is not None and notes.model else None
       env, isolation = _open_env(c, splits, stack, policy.chat, second and second.chat, method)
-      collector = stack.enter_context(_collecting(c, env, policy, mesh, check_stop))
+      engine = _policy_engine(c, policy, path, mesh)
+      collector = stack.enter_context(_collecting(c, env, policy, engine, check_stop))
       second_model = None
       if second is not None:
-        second_collector = stack.enter_context(_collecting(c, env, second, mesh, check_stop))
+        engine = _local_engine(c, second, mesh)
+        second_collector = stack.enter_context(_collecting(c, env, second, engine, check_stop))
         second_model = second_collector, second.params
     eval_sampling = Sampling(
-      c.rollout.max_new_tokens, c.eval.temperature, c.eval.top_p, policy.chat.stop_tokens
+      c.rollout.max_new_tokens,
+      c.eval.temperature,
+      c.eval.top_p,
+      policy.chat.stop_tokens,
+      wants_logp=False,
     )
     yield Session(
       chat=policy.chat,
@@ -169,7 +179,10 @@ def over_other_questions(
       check_sampling(c, session.model, session.mesh)
       check_positions(longest_texts(c, None)[:1], session.model, "the model")
       env, _ = _open_env(c, splits, stack, session.chat)
-      collector = stack.enter_context(_collecting(c, env, loaded, session.mesh, check_stop))
+      engine = session.collector.engine
+      if c.rollout.engine == "local":  # with rows of its own
+        engine = _local_engine(c, loaded, session.mesh)
+      collector = stack.enter_context(_collecting(c, env, loaded, engine, check_stop))
     yield collector
 
 
@@ -271,16 +284,9 @@ class _LengthCheck:
 
 
 def _collecting(
-  c, env, loaded: Loaded, mesh, check_stop: Callable[[], None]
+  c, env, loaded: Loaded, engine, check_stop: Callable[[], None]
 ) -> contextlib.AbstractContextManager:
-  """The collector of one model, with an engine of its own and the limits of the configuration."""
-  engine = ENGINES["local"].on_mesh(
-    check_sampling(c, loaded.model, mesh),
-    loaded.model,
-    rows=c.rollout.rows,
-    chunk=c.rollout.chunk,
-    text_of=loaded.chat.plain_text,
-  )
+  """The collector of one model, with the limits of the configuration."""
   collector = Collector(
     env,
     loaded.chat,
@@ -291,6 +297,35 @@ def _collecting(
     check_stop=check_stop,
   )
   return contextlib.closing(collector)
+
+
+def _policy_engine(c, policy: Loaded, path: str, mesh):
+  """Returns the engine of config.rollout.engine. Raises ValueError for servers that are not fit."""
+  if c.rollout.engine == "local":
+    return _local_engine(c, policy, mesh)
+  engine = ENGINES[c.rollout.engine](
+    policy.model,
+    ServerSettings(**c.rollout.server),
+    base=policy.params,
+    path=path,
+    adapters=lora.from_settings(c.model),
+  )
+  engine.start(
+    Sampling(
+      c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, policy.chat.stop_tokens
+    )
+  )
+  return engine
+
+
+def _local_engine(c, loaded: Loaded, mesh) -> LocalEngine:
+  return LocalEngine.on_mesh(
+    check_sampling(c, loaded.model, mesh),
+    loaded.model,
+    rows=c.rollout.rows,
+    chunk=c.rollout.chunk,
+    text_of=loaded.chat.plain_text,
+  )
 
 
 def load(c, path: str, mesh) -> Loaded:
@@ -445,7 +480,8 @@ def on_other_devices(c, session: Session, devices):
       params = jax.device_put(session.params, places)
     first = session.collector
     loaded = Loaded(session.model, params, session.chat)
-    with _collecting(c, first.env, loaded, mesh, first.check_stop) as collector:
+    engine = _local_engine(c, loaded, mesh)
+    with _collecting(c, first.env, loaded, engine, first.check_stop) as collector:
       yield session._replace(params=params, collector=collector, mesh=mesh)
 
 

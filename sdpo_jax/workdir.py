@@ -20,13 +20,18 @@ from flax.traverse_util import flatten_dict
 import jax
 
 # settings that may change while a run goes on: how far it goes, how many questions at a time, and
-# over which devices
+# over which devices and servers
 _MAY_CHANGE = (
   "config.total_steps",
   "config.discover.parallel",
   "config.mesh.data",
   "config.mesh.fsdp",
   "config.mesh.tensor",
+  "config.rollout.server.urls",
+  "config.rollout.server.weights_dir",
+  "config.rollout.server.timeout_s",
+  "config.rollout.server.patience_s",
+  "config.rollout.server.concurrency",
 )
 _PACKAGES = (
   "jax",
@@ -44,8 +49,8 @@ def check_same_run(workdir: pathlib.Path, c, *, begun: bool, defaults: dict) -> 
   """Raises ValueError, naming the first difference, if `workdir` was begun with other settings.
 
   A work directory belongs to one configuration. Only the number of steps, that of questions at
-  a time and the mesh may change. A setting that is younger than the work directory has to be at
-  its default.
+  a time, the mesh and the servers may change. A setting that is younger than the work directory
+  has to be at its default.
   """
   path = workdir / "config.json"
   if not begun or not path.exists():

@@ -17,15 +17,17 @@ caller can judge the first while the last are still being sampled. Every engine 
   log-probabilities  `logp` holds one value a token, in nats, over the whole vocabulary: at the
                      sampling temperature, before cuts and biases; at temperature 0, as at
                      temperature 1. In float32 they are within 1e-3 nats of those that training
-                     computes.
+                     computes. `[]` where nobody wants them and the engine has others.
   stop tokens        A completion ends with its first stop token or with the token that completes a
                      stop string, which is part of it (`stop`), or has `sampling.max_new_tokens`
                      tokens (`length`).
 
 A new engine is a file of this folder and a row of `ENGINES`; `session.py` makes the one that a run
-uses.
+uses. One for servers is a subclass of `remote.RemoteEngine`.
 """
 
 from sdpo_jax.engine.local import LocalEngine
+from sdpo_jax.engine.sglang import SglangEngine
+from sdpo_jax.engine.vllm import VllmEngine
 
-ENGINES = {"local": LocalEngine}
+ENGINES = {"local": LocalEngine, "vllm": VllmEngine, "sglang": SglangEngine}

@@ -200,6 +200,8 @@ _cast = jax.jit(decoder.cast, static_argnames=("config",))
 class LocalEngine:
   """Samples with the decoder itself. `sdpo_jax.engine` states what `generate` guarantees."""
 
+  takes_adapters = False  # but the sum of adapters and base
+
   def __init__(
     self,
     config: ModelConfig,

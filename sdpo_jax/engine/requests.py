@@ -10,7 +10,7 @@ Every completion is answered once, from any thread, at any time. The engine ends
 waits, nothing is sampled and no answer is missing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 import heapq
 import threading
 
@@ -26,6 +26,7 @@ class RequestQueue:
     self._unanswered: dict[tuple, int] = {}  # (key, sample) -> its place
     self._dropped: list[tuple] = []
     self._changed = threading.Condition()
+    self._listeners: list[Callable[[], None]] = []
 
   def answer(self, completion: Completion, request: Request | None) -> None:
     """Says what follows a completion: a request, or nothing.
@@ -42,8 +43,14 @@ class RequestQueue:
       else:
         heapq.heappush(self._waiting, (number, request))
       self._changed.notify_all()
+    for listener in self._listeners:
+      listener()
 
   # ---- what an engine asks
+
+  def listen(self, listener: Callable[[], None]) -> None:
+    """Has a function called after each answer, for an engine that waits for other things too."""
+    self._listeners.append(listener)
 
   def hand_out(self, completion: Completion) -> None:
     """Notes that a completion is about to be handed out."""

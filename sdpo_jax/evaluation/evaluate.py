@@ -86,7 +86,7 @@ def _response(env, rollout: Rollout) -> dict:
     "status": rollout.feedback.status.value,
     "length": length,
     "finish_reason": rollout.finish_reason,
-    "mean_logp": sum(rollout.logp) / length if length else None,
+    "mean_logp": sum(rollout.logp) / length if rollout.logp else None,
   }
   if hasattr(env, "answer"):
     response["answer"] = env.answer(rollout.task, rollout.text)
@@ -189,7 +189,11 @@ def _finish(part: Part, suite: Suite, collector: Collector, params, files: EvalF
     files.check_tasks(part, tasks)
   done = files.places_done(part)
   sampling = Sampling(
-    c.rollout.max_new_tokens, part.temperature, part.top_p, collector.chat.stop_tokens
+    c.rollout.max_new_tokens,
+    part.temperature,
+    part.top_p,
+    collector.chat.stop_tokens,
+    wants_logp=False,
   )
   size = max(1, c.rollout.rows // part.samples)
   for first in range(0, len(tasks), size):

@@ -9,7 +9,7 @@ A line holds
   responses    a list, in the order of sampling:
     reward, status, finish_reason
     length     in tokens, the stop token included
-    mean_logp  the mean over its tokens, in nats, as the engine reported them; null without tokens
+    mean_logp  the mean over its tokens, in nats, as the engine gave them; null where it gave none
     answer     the final answer, null if there is none in the form asked for; the field is missing
                where the environment extracts none
 
@@ -153,7 +153,7 @@ def _lengths(name: str, responses: list[dict]) -> dict[str, float]:
 
 
 def _entropy(name: str, responses: list[dict]) -> dict[str, float]:
-  sampled = [response for response in responses if response["length"]]
+  sampled = [response for response in responses if response["mean_logp"] is not None]
   tokens = sum(response["length"] for response in sampled)
   if not tokens:
     return {}
