@@ -74,6 +74,8 @@ def _cut(logp_V, sampling):
   count = sampling.top_k or len(logp_V)
   if sampling.top_p < 1:
     count = min(count, int(np.searchsorted(np.cumsum(np.exp(logp_V[order])), sampling.top_p)) + 1)
+  if count == len(logp_V):
+    return logp_V
   kept_V = np.full_like(logp_V, -np.inf)
   kept_V[order[:count]] = logp_V[order[:count]]
   return log_softmax(kept_V)

@@ -7,6 +7,7 @@ import threading
 import time
 
 from absl.testing import flagsaver
+import grain  # noqa: F401 - defines flags: imported first inside flagsaver, it would lose them
 import jax
 import pytest
 
@@ -109,7 +110,7 @@ def test_each_sample_depends_on_its_seed_and_index_alone(kind, make):
     assert any("prompt" in (b or ()) or "input_ids" in (b or ()) for _, b, _ in server.asked)
   if kind == "vllm":
     sessions = [{s for _, _, s in server.asked if s} for server in servers]
-    assert not sessions[0] & sessions[1] - {f"{engine.prefix}-start"}
+    assert len(sessions[0] | sessions[1]) == 6 + 6 + 2 + 6 and not sessions[0] & sessions[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,7 +144,7 @@ def test_every_setting_goes_to_its_field(make):
   load(engine, "vllm")
   (c,) = engine.generate([Request("q", [1, 2], 1, sampling, 9)])
   assert c.logp == []
-  body = next(b for p, b, s in server.asked if s == f"{engine.prefix}-1")
+  body = server.asked[-1][1]
   for name, value in {
     "prompt": [1, 2],
     "max_tokens": 5,
@@ -233,7 +234,7 @@ def test_a_server_that_is_killed_and_restarted_loses_no_prompt(kind, count, make
   killed.before = kill
   asked_for = requests(10)
   assert by_place(engine.generate(asked_for)) == expected(weights, asked_for)
-  assert len(asked) > 5  # before and after
+  assert len(asked) > 5 or count == 2  # before and after, or the other one did the rest
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -278,8 +279,8 @@ def test_a_busy_server_is_asked_again(kind, make):
 
   def busy(path, body):
     said.append(path)
-    if len(said) % 3 == 0:
-      raise Status((503, 429, 500)[len(said) // 3 % 3], "busy")
+    if len(said) in (2, 9, 15):
+      raise Status({2: 503, 9: 429, 15: 500}[len(said)], "busy")
 
   server.before = busy
   assert by_place(engine.generate(requests())) == expected(weights, requests())
@@ -364,32 +365,31 @@ def test_an_answer_that_breaks_a_promise_is_refused(make):
   load(engine, "vllm")
   (good,) = engine.generate(requests(1, n=1, sampling=Sampling(6)))
 
-  def answer(**changes):
+  def sample(changes, stop=()):
     def edit(path, content):
       if path == "/v1/completions":
         choice = content["choices"][0]
-        choice.update({key: value for key, value in changes.items() if key != "logp"})
+        choice |= {key: value for key, value in changes.items() if key != "logp"}
         if "logp" in changes:
           choice["logprobs"]["token_logprobs"] = changes["logp"]
       return content
 
     server.edit = edit
-    return lambda stop=(): list(
-      engine.generate(requests(1, n=1, sampling=Sampling(6, 1.0, 1.0, stop)))
-    )
+    return list(engine.generate(requests(1, n=1, sampling=Sampling(6, stop_tokens=stop))))
 
-  for sample, message in (
-    (answer(token_ids=good.tokens[:3], logp=good.logp[:3]), "after 3 of 6 tokens: its context"),
-    (answer(token_ids=good.tokens[:3]), "6 log-probabilities for 3 tokens"),
-    (answer(finish_reason="stop"), "which is none of the model's stop tokens"),
-    (answer(finish_reason="abort"), "finish_reason 'abort'"),
-    (answer(logp=[None] * 6), r"token_logprobs\[0\]"),
-    (answer(prompt_token_ids=[1]), "read a prompt of 1 tokens"),
+  few = good.tokens[:3]
+  for changes, message in (
+    (dict(token_ids=few, logp=good.logp[:3]), "after 3 of 6 tokens: its context"),
+    (dict(token_ids=few), "6 log-probabilities for 3 tokens"),
+    (dict(finish_reason="stop"), "which is none of the model's stop tokens"),
+    (dict(finish_reason="abort"), "finish_reason 'abort'"),
+    (dict(logp=[None] * 6), r"token_logprobs\[0\]"),
+    (dict(prompt_token_ids=[1]), "read a prompt of 1 tokens"),
   ):
     with pytest.raises(RunError, match=message):
-      sample()
+      sample(changes)
   with pytest.raises(RunError, match="a stop token before its end"):
-    answer(token_ids=good.tokens)(stop=(good.tokens[2],))
+    sample(dict(token_ids=good.tokens, logp=good.logp), stop=(good.tokens[2],))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -501,14 +501,29 @@ def server_arguments(kind, server, path):
   ]
 
 
+@pytest.fixture(scope="module")
+def tiny():
+  return RealModel(MODELS["tiny"])
+
+
+FEW = [
+  "--config.mesh.fsdp=1",
+  "--config.rollout.group=2",
+  "--config.rollout.max_new_tokens=8",
+  "--config.eval.questions=2",
+  "--config.eval.samples=1",
+  "--config.optimizer.lr=0.02",  # old weights would be seen in the log-probabilities
+  "--config.optimizer.warmup_steps=0",
+]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_samples_from_a_server(kind, tmp_path):
+def test_a_run_samples_from_a_server(kind, tiny, tmp_path):
   """Adapters go to vLLM, all weights to SGLang; both sample what the trainer would."""
-  model = RealModel(MODELS["tiny"])
-  more = ["--config.eval.questions=2", "--config.eval.samples=1"]
+  model, more = tiny, FEW
   if kind == "vllm":
     server = VllmStandIn(model, "served")
-    more += ["--config.model.lora.rank=2", "--config.rollout.server.model=served"]
+    more = [*more, "--config.model.lora.rank=2", "--config.rollout.server.model=served"]
   else:
     server = SglangStandIn(model)
   try:

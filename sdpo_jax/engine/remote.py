@@ -21,6 +21,7 @@ import asyncio
 from collections.abc import Iterable, Iterator
 import concurrent.futures
 import dataclasses
+import itertools
 import os
 import queue
 import secrets
@@ -105,6 +106,7 @@ class RemoteEngine(abc.ABC):
     self._base = base
     self._background: Background | None = None
     self.prefix = f"sdpo-{hosts.share(secrets.token_hex(4))[0]}"  # of the names of its weights
+    self._talk_names = (f"{self.prefix}-{number}" for number in itertools.count())
     self._count = 0  # of weights that were written
     self._weights: Weights | None = None
     self._written: list[weakref.ref] = []  # the arrays of `_weights`
@@ -212,7 +214,7 @@ class RemoteEngine(abc.ABC):
 
   def _completions(self, requests, weights: Weights) -> Iterator[Completion]:
     done: queue.SimpleQueue = queue.SimpleQueue()
-    jobs = Jobs(requests, session=self.prefix, wake=lambda: done.put(_WAKE))
+    jobs = Jobs(requests, names=self._talk_names, wake=lambda: done.put(_WAKE))
     running: dict[concurrent.futures.Future, Job] = {}
     background = self._in_background()
     try:
@@ -353,7 +355,7 @@ class RemoteEngine(abc.ABC):
 
   async def _first_top(self, server: Server, sampling: Sampling) -> float:
     request = Request("the first question", [1], 1, sampling, 0)
-    job = Job(request, 0, Talk(f"{self.prefix}-start"))
+    job = Job(request, 0, Talk(next(self._talk_names)))
     weights = self.base_weights
     answer = await self.ask(server, job, weights, top=True)
     check_answer(request, *self.read(answer, job, weights), self.config.vocab)

@@ -35,14 +35,14 @@ class Jobs:
     self,
     requests: Iterable[Request] | RequestQueue,
     *,
-    session: str,
+    names: Iterator[str],
     wake: Callable[[], None],
   ):
     """Keeps the requests.
 
     Args:
       requests: as for an engine's `generate`.
-      session: the beginning of the conversations' names.
+      names: of conversations, each of which is new.
       wake: called from any thread after a `RequestQueue` has changed.
     """
     self._queue: RequestQueue | None = None
@@ -52,8 +52,7 @@ class Jobs:
       requests.listen(wake)
     else:
       self._listed = iter(requests)
-    self._session = session
-    self._begun = 0  # conversations
+    self._names = names
     self._next: Job | None = None
     self._open: dict[
       tuple, tuple[list[int], Talk]
@@ -108,5 +107,4 @@ class Jobs:
     if fitting:
       _, place = max(fitting, key=lambda entry: entry[0])
       return self._open.pop(place)[1]
-    self._begun += 1
-    return Talk(f"{self._session}-{self._begun}")
+    return Talk(next(self._names))
