@@ -1,5 +1,6 @@
 """What a server may be asked for one sample, and which answers keep the promises of an engine."""
 
+from typing import NamedTuple
 import zlib
 
 from sdpo_jax.engine.client import Refused
@@ -11,13 +12,40 @@ def sample_seed(seed: int, sample_index: int) -> int:
   return zlib.crc32(f"{seed}/{sample_index}".encode())
 
 
-def cuts_of(sampling: Sampling) -> str:
+class Reports(NamedTuple):
+  """Which log-probabilities a server reports."""
+
+  at_temperature: bool  # or at temperature 1
+  before_cuts: bool  # top-k, top-p, min-p and biases; or after them
+
+
+def what_is_wrong(sampling: Sampling, reports: Reports, advice: str) -> str:
+  """Returns why a server's log-probabilities are not those that an engine owes; "": they are.
+
+  advice: how such a server is started so that it reports them at the temperature.
+  """
+  if sampling.temperature not in (0, 1) and not reports.at_temperature:
+    return (
+      f"reports log-probabilities before the temperature, and temperature={sampling.temperature:g}:"
+      f" {advice}, or set config.rollout.temperature=1"
+    )
+  cut = _cuts(sampling)
+  if cut and not reports.before_cuts:
+    return (
+      f"reports log-probabilities after cuts and biases, and {cut}: start it so that it reports "
+      "them before (--logprobs-mode raw_logprobs, with config.rollout.temperature=1), or do "
+      "without (config.rollout.top_p=1)"
+    )
+  return ""
+
+
+def _cuts(sampling: Sampling) -> str:
   """Returns the first setting that takes tokens out or favours some, with its value; "": none."""
-  is_greedy = sampling.temperature == 0
+  is_drawn = sampling.temperature > 0
   settings = {
-    "top_p": (sampling.top_p, sampling.top_p < 1 and not is_greedy),
-    "top_k": (sampling.top_k, sampling.top_k > 0 and not is_greedy),
-    "min_p": (sampling.min_p, sampling.min_p > 0 and not is_greedy),
+    "top_p": (sampling.top_p, sampling.top_p < 1 and is_drawn),
+    "top_k": (sampling.top_k, sampling.top_k > 0 and is_drawn),
+    "min_p": (sampling.min_p, sampling.min_p > 0 and is_drawn),
     "logit_bias": (sampling.logit_bias, bool(sampling.logit_bias)),
   }
   return next((f"{name}={value}" for name, (value, is_on) in settings.items() if is_on), "")

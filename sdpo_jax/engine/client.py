@@ -79,10 +79,14 @@ class Server:
     self._failures, self._retry_at = 0, 0.0
 
   def note_failure(self) -> None:
-    """Notes a failure. What the server holds is not known any more: it may have been restarted."""
+    """Notes a failure; those of questions that were under way at the time count once.
+
+    What the server holds is not known any more: it may have been restarted.
+    """
     self.holds = None
-    self._retry_at = time.monotonic() + delay_s(self._failures)
-    self._failures += 1
+    if self.is_up:
+      self._retry_at = time.monotonic() + delay_s(self._failures)
+      self._failures += 1
 
   async def get(self, path: str) -> Any:
     """Returns the JSON that stands at a path. Raises Failed or Refused."""

@@ -33,7 +33,7 @@ import weakref
 import jax
 
 from sdpo_jax import hosts
-from sdpo_jax.engine.answers import check_answer, cuts_of
+from sdpo_jax.engine.answers import Reports, check_answer, what_is_wrong
 from sdpo_jax.engine.client import Background, Failed, Refused, Server, delay_s
 from sdpo_jax.engine.local import check
 from sdpo_jax.engine.requests import RequestQueue
@@ -63,13 +63,6 @@ class Weights(NamedTuple):
   name: str
   path: str | None  # None: those that the servers were started with
   version: int
-
-
-class Reports(NamedTuple):
-  """Which log-probabilities a server reports."""
-
-  at_temperature: bool  # or at temperature 1
-  before_cuts: bool  # top-k, top-p, min-p; or after them
 
 
 class OtherWeights(Refused):
@@ -111,6 +104,7 @@ class RemoteEngine(abc.ABC):
     self._weights: Weights | None = None
     self._written: list[weakref.ref] = []  # the arrays of `_weights`
     self._is_loaded = False
+    self._calls = 0  # of `generate` that are not over
     self._reports: list[Reports] = []  # of each server
 
   # ---- what each kind of server has its own way for
@@ -141,7 +135,7 @@ class RemoteEngine(abc.ABC):
 
   @abc.abstractmethod
   def refuse(self, sampling: Sampling) -> str | None:
-    """Returns the setting that such a server has no field for, with its value; None: it has all."""
+    """Returns the setting that such a server does not take as it is meant; None: it takes all."""
 
   @property
   @abc.abstractmethod
@@ -163,6 +157,7 @@ class RemoteEngine(abc.ABC):
 
   def load(self, params, version: int) -> None:
     """Takes the weights that are sampled from now on; writes them, if they are not there yet."""
+    assert not self._calls, "sampling goes on: no sample may span a change of weights"
     self._is_loaded = True
     if self._is_same(params, self._written):
       self._weights = self._weights._replace(version=version)
@@ -217,6 +212,7 @@ class RemoteEngine(abc.ABC):
     jobs = Jobs(requests, names=self._talk_names, wake=lambda: done.put(_WAKE))
     running: dict[concurrent.futures.Future, Job] = {}
     background = self._in_background()
+    self._calls += 1
     try:
       while True:
         while len(running) < self.settings.concurrency and (job := jobs.take()) is not None:
@@ -234,6 +230,7 @@ class RemoteEngine(abc.ABC):
         elif not jobs.wait():
           return
     finally:
+      self._calls -= 1
       for future in running:
         future.cancel()
 
@@ -246,11 +243,11 @@ class RemoteEngine(abc.ABC):
 
   async def _sample(self, job: Job, weights: Weights) -> Completion:
     """Asks for one sample until it is there. Raises RunError where that is in vain."""
-    begun = time.monotonic()
-    attempts, had_other_weights = 0, False
+    failing_since, attempts, had_other_weights = None, 0, False
+    failed: Server | None = None  # last
     while True:
       attempts += 1
-      server = self._server_for(job.talk)
+      server = self._server_for(job.talk, failed)
       what = f"request {job.request.key!r}, sample {job.sample_index}"
       try:
         return await self._ask_once(server, job, weights)
@@ -263,10 +260,13 @@ class RemoteEngine(abc.ABC):
         raise RunError(f"{server.url} {error} ({what}); {_GOES_ON}") from None
       except Failed as error:
         server.note_failure()
-        waited = time.monotonic() - begun
+        failed = server
+        failing_since = failing_since or time.monotonic()
+        waited = time.monotonic() - failing_since
         if waited >= self.settings.patience_s:
           raise RunError(
-            f"{server.url} {error}; {what}, was asked {attempts} times in {waited:.0f} s "
+            f"{server.url} {error}; {what}, was asked {attempts} times, for {waited:.0f} s "
+            "after the first failure "
             f"(config.rollout.server.patience_s={self.settings.patience_s:g}): "
             f"see to the server, then {_GOES_ON}"
           ) from None
@@ -295,10 +295,10 @@ class RemoteEngine(abc.ABC):
     finally:
       server.asked -= 1
 
-  def _server_for(self, talk: Talk) -> Server:
-    """Returns the server of a conversation: the one it had, if that is up."""
-    if talk.server is None or not talk.server.is_up:
-      up = [server for server in self.servers if server.is_up]
+  def _server_for(self, talk: Talk, failed: Server | None) -> Server:
+    """Returns the server of a conversation: the one it had, unless that is down or just failed."""
+    if talk.server is None or talk.server is failed or not talk.server.is_up:
+      up = [server for server in self.servers if server.is_up and server is not failed]
       talk.server = min(up or self.servers, key=lambda server: server.asked)
     return talk.server
 
@@ -317,23 +317,13 @@ class RemoteEngine(abc.ABC):
   def _check_sampling(self, sampling: Sampling) -> None:
     missing = self.refuse(sampling)
     if missing is not None:
-      raise ValueError(f"{self.servers[0].url} has no field for {missing}: leave it out")
+      raise ValueError(f"{self.servers[0].url} takes no {missing}: leave it out")
     if not sampling.wants_logp:
       return
     for server, reports in zip(self.servers, self._reports, strict=True):
-      scaled = f"temperature={sampling.temperature:g}"
-      if sampling.temperature not in (0, 1) and not reports.at_temperature:
-        raise ValueError(
-          f"{server.url} reports log-probabilities before the temperature, and {scaled}: "
-          f"{self.advice}, or set config.rollout.temperature=1"
-        )
-      cut = cuts_of(sampling)
-      if cut and not reports.before_cuts:
-        raise ValueError(
-          f"{server.url} reports log-probabilities after cuts and biases, and {cut}: start it so "
-          "that it reports them before (--logprobs-mode raw_logprobs, with "
-          "config.rollout.temperature=1), or do without (config.rollout.top_p=1)"
-        )
+      problem = what_is_wrong(sampling, reports, self.advice)
+      if problem:
+        raise ValueError(f"{server.url} {problem}")
 
   async def _examine(self, server: Server, stop_tokens: tuple[int, ...]) -> Reports:
     """Returns which log-probabilities a server reports, after a few one-token questions.
