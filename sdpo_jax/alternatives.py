@@ -117,7 +117,7 @@ class Explorer:
       n=self.notes.alternatives,
       sampling=sampling,
       seeds=[prompt_seed(self.seed, source, step, q) for q in questions],
-      version=step,
+      version=step - 1,
     )
     for q, rollouts in zip(questions, drawn):
       tokens = sum(len(r.tokens) for r in rollouts)
@@ -141,7 +141,7 @@ class Explorer:
       n=self.notes.alternatives,
       sampling=sampling,
       seeds=[prompt_seed(self.seed, "branches", step, q, i) for q, i in candidates],
-      version=step,
+      version=step - 1,
       begun=heads,
     )
     for place, attempt, rollouts, (head, _) in zip(candidates, attempts, drawn, heads):
@@ -171,7 +171,7 @@ class Explorer:
       Request(key, prompt, 1, sampling, prompt_seed(self.seed, "imagine", step, n))
       for n, (key, (_, prompt)) in enumerate(fitting.items())
     ]
-    self.collector.engine.load(params, step)
+    self.collector.engine.load(params, step - 1)
     for completion in self.collector.engine.generate(requests):
       text = self.collector.chat.response_text(completion.tokens, teacher=True)
       feedback[completion.key] = without_thinking(text).strip()

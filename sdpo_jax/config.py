@@ -102,6 +102,8 @@ def base() -> ml_collections.ConfigDict:
     # devices among which the weights are split while sampling; 0: config.mesh.tensor. Each group of
     # so many holds a copy of the weights and rows of its own
     tensor=0,
+    # 1: the next batch is sampled while this one is trained on, with weights one update old
+    lag=0,
     # tokens between two looks at which responses are done
     chunk=16,
     judge_threads=4,

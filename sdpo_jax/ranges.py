@@ -94,6 +94,7 @@ RANGES = {
   ),
   "rollout.top_p": _above(0, 1),
   "rollout.rows": _COUNT,
+  "rollout.lag": _whole(0, 1),
   "rollout.tensor": _whole(0, remark=" (0: as mesh.tensor)"),
   "rollout.chunk": _COUNT,
   "rollout.judge_threads": _THREADS,

@@ -13,6 +13,7 @@ therefore preceded by that fact, for every environment alike. An empty feedback 
 
 from collections.abc import Callable
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import math
@@ -136,6 +137,15 @@ class Collector:
       )
 
     return [[rollout(q, g) for g in range(n)] for q in range(len(tasks))]
+
+  @contextlib.contextmanager
+  def undisturbed(self):
+    """Asks nobody meanwhile whether to stop: what is begun is finished."""
+    check_stop, self.check_stop = self.check_stop, lambda: None
+    try:
+      yield
+    finally:
+      self.check_stop = check_stop
 
   def take_judge_times(self) -> dict[str, float]:
     """Returns the metrics of judging since the last call.

@@ -9,6 +9,7 @@ Metrics of step i belong to the i-th generation batch (from 1) and, where due, t
 after it. Step 0 is the evaluation of the base model.
 """
 
+import functools
 import json
 import logging
 import pathlib
@@ -17,9 +18,11 @@ import time
 from typing import NamedTuple, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sdpo_jax import checkpoint, hosts, monitors, report, sharding
+from sdpo_jax.ahead import Ahead, restored, stored
 from sdpo_jax.config import defaults_of, validate
 from sdpo_jax.data.batch import Packed, Packer, PackSettings
 from sdpo_jax.data.shapes import Rounding, Shape, Shapes, most_tokens
@@ -30,7 +33,7 @@ from sdpo_jax.learner import make_explorer, make_learner
 from sdpo_jax.metrics import Writer, read, reduce
 from sdpo_jax.objectives.build import build_method
 from sdpo_jax.preemption import Notice
-from sdpo_jax.records import Rollout, Sampling, Status
+from sdpo_jax.records import Rollout, Sampling, Status, Task
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.rollout_log import rollout_lines
 from sdpo_jax.session import Session, open_session, same_rows, splits_of
@@ -66,10 +69,10 @@ def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
     before = steps.position(host)
     try:
       steps.check_stop()
-      groups = steps.collect(state, steps.next_tasks(), i)
+      groups = steps.collect(state, i)
       sampled = time.monotonic()
       packed = steps.make_batch(groups)
-      metrics = packed.metrics | rollout_metrics(groups) | count_rollouts(host, groups, i)
+      metrics = packed.metrics | rollout_metrics(groups, i) | count_rollouts(host, groups, i)
       unjudged = metrics["data/dropped"] == len(packed.rollouts)
       host["failed_batches"] = host["failed_batches"] + 1 if unjudged else 0
       limits.check_judging(host["failed_batches"], i, saved)
@@ -77,6 +80,7 @@ def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
       steps.check_stop()
     except Preempted as stop:  # this step begins anew
       save_and_stop(i - 1, state, before, steps, saved, stop)
+    steps.sample_ahead(state, i + 1)
     state, step_metrics = steps.step(state, packed.batch)  # the only line that changes weights
     metrics |= jax.device_get(step_metrics)
     metrics |= times(groups, begun, sampled, time.monotonic())
@@ -185,8 +189,8 @@ def count_rollouts(host: dict, groups: list[list[Rollout]], step: int) -> dict[s
   }
 
 
-def rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
-  """Returns means over the responses of a batch; rewards are those of judged ones."""
+def rollout_metrics(groups: list[list[Rollout]], step: int) -> dict[str, float]:
+  """Returns means over the responses of a step's batch; rewards are those of judged ones."""
   rollouts = [r for group in groups for r in group]
   judged = [r for r in rollouts if r.feedback.status is not Status.ENV_FAILED]
   truncated = [r.finish_reason == "length" for r in rollouts]
@@ -196,6 +200,9 @@ def rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
     "rollout/truncated": float(np.mean(truncated)),
     "rollout/timeouts": float(timeouts),
   }
+  versions = [c.version for r in rollouts for _, c in r.sampled or ()]
+  if versions:  # steps between the weights that sampled and those that are trained
+    metrics["rollout/lag"] = step - 1 - float(np.mean(versions))
   if judged:
     solved = [any(r.feedback.reward >= 1.0 for r in group) for group in groups]
     metrics["train/reward"] = float(np.mean([r.feedback.reward for r in judged]))
@@ -263,6 +270,7 @@ class Steps:
     self.learner = make_learner(c, session.model, session.join)
     self.shards = sharding.row_shards(session.mesh)
     self._check_packs()
+    self._check_lag()
     self.trainable, self.frozen = session.trainable(c.seed)
     self.stream = TaskStream(session.collector.env, "train", seed=c.seed)
     self.sampling = Sampling(
@@ -276,6 +284,9 @@ class Steps:
       second_model=session.second_model,
     )
     self.exploration = {}  # metrics of the last batch's alternatives
+    self.ahead = None  # the next batch, where it is sampled already
+    self._check_stop = session.collector.check_stop
+    self._copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))
     self._step = self._score = self.packer = self._writer = None
     self._saver = checkpoint.Saver(workdir, c.checkpoint.keep)
     self._history, self._signs = [], set()
@@ -292,16 +303,18 @@ class Steps:
     """
     host = {"tokens": 0, "alternatives": 0, "failed_batches": 0}
     host |= {"data": None, "shapes": [], "owed": 0.0, "unwritten": None, "best": None}
+    host |= {"ahead": None}
     steps = cls(c, workdir, session, host)
     steps.rows = same_rows(workdir, session.collector.env, splits_of(c), begun=latest is not None)
     method = steps.learner.method
     state = session.fresh_state(steps.trainable, steps.learner.tx, method.teacher_weights)
     if latest is not None:
-      steps.latest, state, stored = checkpoint.restore_newest(workdir, state)
-      stored = {"unwritten": None, "best": None} | stored  # earlier versions knew of neither
-      _check_version(workdir, stored, host)
-      steps.host = stored
-      steps.stream.restore(stored["data"])
+      steps.latest, state, found = checkpoint.restore_newest(workdir, state)
+      found = {"unwritten": None, "best": None, "ahead": None} | found  # earlier versions: none
+      _check_version(workdir, found, host)
+      steps.host = found
+      steps.stream.restore(found["data"])
+      steps.take_up(found.pop("ahead"))
     return steps, state
 
   def open(self, state, latest: int | None) -> None:
@@ -324,6 +337,13 @@ class Steps:
       self._writer.truncate(0 if latest is None else latest + is_written)
     # Lines as they stand in the file, so that a resumed run sees the same ones.
     self._history = read(self.workdir)
+
+  def take_up(self, groups: list | None) -> None:
+    """Takes up the batch that a checkpoint holds, sampled ahead; None: it holds none."""
+    if groups is not None:
+      position = self.stream.state()
+      rollouts = restored(self._next_tasks(), groups)
+      self.ahead = Ahead(position, lambda: rollouts)
 
   def _jit(self, state) -> None:
     """Every array of the state stays where it is."""
@@ -382,24 +402,46 @@ class Steps:
     is_first_of_rollouts = name == "rollouts" and i == 1
     return i == self.c.total_steps or i % every[name] == 0 or is_first_of_rollouts
 
-  def next_tasks(self):
-    """Returns the questions of the next batch."""
+  def collect(self, state, i: int) -> list[list[Rollout]]:
+    """Returns judged groups of rollouts, failed ones with their alternatives."""
+    if self.ahead is not None:
+      groups = self.ahead.groups()
+      self.ahead = None
+      return groups
+    params = self.session.weights(state.params, self.frozen)
+    groups = self._collect(params, self._next_tasks(), i, version=i - 1)
+    if self.explorer is not None:
+      self.exploration = self.explorer.explore(params, groups, sampling=self.sampling, step=i)
+    return groups
+
+  def sample_ahead(self, state, i: int) -> None:
+    """Begins to collect the batch of step i with these weights, if config.rollout.lag says so."""
+    if not self.c.rollout.lag or i > self.c.total_steps:
+      return
+    position, tasks = self.stream.state(), self._next_tasks()
+    # the step may overwrite the weights where they are
+    params = self._copy(self.session.weights(state.params, self.frozen))
+
+    def collect() -> list[list[Rollout]]:
+      # A run that has to stop saves the batch with the step, and so awaits it.
+      with self.session.collector.undisturbed():
+        return self._collect(params, tasks, i, version=i - 2)
+
+    self.ahead = Ahead(position, collect)
+
+  def _next_tasks(self) -> list[Task]:
     return self.stream.take(self.c.rollout.questions)
 
-  def collect(self, state, tasks, i: int) -> list[list[Rollout]]:
-    """Returns judged groups of rollouts, failed ones with their alternatives."""
-    params = self.session.weights(state.params, self.frozen)
-    groups = self.session.collector.collect(
+  def _collect(self, params, tasks: list[Task], i: int, *, version: int) -> list[list[Rollout]]:
+    """Returns judged groups of step i. version: of the weights, the steps that they have seen."""
+    return self.session.collector.collect(
       params,
       tasks,
       n=self.c.rollout.group,
       sampling=self.sampling,
       seeds=[prompt_seed(self.c.seed, "train", i, q) for q in range(len(tasks))],
-      version=i,
+      version=version,
     )
-    if self.explorer is not None:
-      self.exploration = self.explorer.explore(params, groups, sampling=self.sampling, step=i)
-    return groups
 
   def make_batch(self, groups: list[list[Rollout]]) -> Packed:
     """Packs the groups, and adds metrics of how they came about."""
@@ -422,6 +464,8 @@ class Steps:
 
   def evaluate(self, state, i: int) -> dict[str, float]:
     """Evaluates on the splits that are due at step i."""
+    if self.ahead is not None:
+      self.ahead.groups()  # one engine, one batch at a time
     settings = self.c.eval
     is_end = i in (0, self.c.total_steps)
     return evaluate(
@@ -472,18 +516,41 @@ class Steps:
 
   def check_stop(self) -> None:
     """Raises Preempted if the run has to stop."""
-    self.session.collector.check_stop()
+    self._check_stop()
 
   def position(self, host: dict) -> dict:
     """Returns the host's part of a checkpoint, as of now: where the run is in its data."""
     shapes = self.packer.shapes
     known = [tuple(shape) for shape in shapes.known]
-    return host | {"data": self.stream.state(), "shapes": known, "owed": shapes.owed}
+    position = host | {"shapes": known, "owed": shapes.owed, "ahead": self.ahead}
+    return position | {"data": self.stream.state() if self.ahead is None else self.ahead.data}
 
   def save(self, i: int, state, position: dict) -> None:
-    """Saves all that a resumed run needs, while the run goes on."""
+    """Saves all that a resumed run needs, while the run goes on.
+
+    What is being sampled ahead is part of it, and awaited.
+    """
+    ahead = position.get("ahead")
+    if ahead is not None:
+      position = position | {"ahead": stored(ahead.groups())}
     best = position.get("best")
     self._saver.save(i, state, position, keep_also=[best[0]] if best else [])
+
+  def _check_lag(self) -> None:
+    c = self.c
+    if not c.rollout.lag:
+      return
+    if self.learner.method.notes is not None:
+      raise ValueError(
+        f"config.rollout.lag={c.rollout.lag} samples while the batch before is trained on, and the "
+        "alternatives of config.method.counterfactual are sampled after their batch: use lag=0"
+      )
+    alone = self.session.mesh is None or c.rollout.engine != "local"
+    if not alone or jax.process_count() > 1:
+      raise ValueError(
+        f"config.rollout.lag={c.rollout.lag} needs devices that sample while others train: one "
+        "process, with servers (config.rollout.engine) or with a single device; use lag=0"
+      )
 
   def _check_packs(self) -> None:
     c = self.c
@@ -496,10 +563,10 @@ class Steps:
       )
 
 
-def _check_version(workdir: pathlib.Path, stored: dict, host: dict) -> None:
+def _check_version(workdir: pathlib.Path, found: dict, host: dict) -> None:
   """Refuses a checkpoint whose host part has other entries than those of this version."""
-  same_entries = stored.keys() == host.keys()
-  if not same_entries or any(len(sizes) != len(Shape._fields) for sizes in stored["shapes"]):
+  same_entries = found.keys() == host.keys()
+  if not same_entries or any(len(sizes) != len(Shape._fields) for sizes in found["shapes"]):
     raise ValueError(
       f"the checkpoint in {workdir} was written by another version of sdpo_jax: "
       "go on with that one, or choose another --workdir"

@@ -36,6 +36,7 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "checkpoint": 2,
   "rollout": 3,
   "hlo": 3,
+  "ahead": 3,
   "alternatives": 3.5,
   # config reads the METHODS table and the kernels' names alone; train asks it to validate
   "config": 4,

@@ -57,8 +57,8 @@ def run(
     return Packed(batch, rollouts, contexts, {"data/dropped": float(n)})
 
   steps = types.SimpleNamespace(
-    next_tasks=lambda: ["task"],
-    collect=lambda params, tasks, i: [[rollout(status, **more) for more in extra]],
+    sample_ahead=lambda state, i: None,
+    collect=lambda state, i: [[rollout(status, **more) for more in extra]],
     make_batch=make_batch,
     step=step,
     score=lambda state, batch: None,

@@ -1,0 +1,70 @@
+"""Samples the next batch while the present one is trained on: `config.rollout.lag=1`.
+
+One thread collects one batch, with a copy of the weights as they were before the present update.
+What it samples is thus one update old when it is trained on. Tokens keep their log-probabilities
+under the weights that sampled them, which the truncated importance weights of the loss read; the
+divergence is computed under the policy of the day. No sample spans a change of weights.
+
+A checkpoint holds the batch that was sampled ahead, so that a resumed run repeats it.
+"""
+
+from collections.abc import Callable
+import concurrent.futures
+from typing import Any
+
+from sdpo_jax.records import Completion, Feedback, Rollout, Segment, Status, Task
+
+
+class Ahead:
+  """One batch on its way. It knows where the run was in its data before it took the questions."""
+
+  def __init__(self, data: Any, collect: Callable[[], list[list[Rollout]]]):
+    """Begins to collect. data: the position before the batch, as a checkpoint stores it."""
+    self.data = data
+    self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    self._groups = self._pool.submit(collect)
+
+  def groups(self) -> list[list[Rollout]]:
+    """Waits for the batch and returns it. Raises what ended its collection."""
+    groups = self._groups.result()
+    self._pool.shutdown()
+    return groups
+
+
+def stored(groups: list[list[Rollout]]) -> list[list[dict]]:
+  """Returns rollouts, sampled in one piece and without alternatives, as JSON holds them."""
+  return [[_stored(rollout) for rollout in group] for group in groups]
+
+
+def _stored(rollout: Rollout) -> dict:
+  ((start, completion),) = rollout.sampled
+  assert start == 0 and not rollout.alternatives and rollout.weight is None
+  feedback = rollout.feedback
+  return {
+    "prompt": rollout.prompt_tokens,
+    "completion": completion._asdict(),
+    "text": rollout.text,
+    "feedback": [feedback.reward, feedback.text, feedback.status.value],
+  }
+
+
+def restored(tasks: list[Task], groups: list[list[dict]]) -> list[list[Rollout]]:
+  """Returns the rollouts that were stored. tasks: their questions."""
+  return [
+    [_restored(task, **row) for row in group] for task, group in zip(tasks, groups, strict=True)
+  ]
+
+
+def _restored(task: Task, prompt: list[int], completion: dict, text: str, feedback) -> Rollout:
+  c = Completion(**completion)
+  reward, words, status = feedback
+  return Rollout(
+    task,
+    prompt,
+    list(c.tokens),
+    list(c.logp),
+    c.finish_reason,
+    text,
+    Feedback(reward, words, Status(status)),
+    sampled=[Segment(0, c)],
+  )
