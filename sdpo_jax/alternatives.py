@@ -6,9 +6,8 @@ and all are judged in the same pool as rollouts (`rollout.Collector`):
   samples    M more responses to the question, drawn once and shared by its failed attempts
   model      likewise, from a second model through a collector of its own, whose engine and chat
              speak its tokens; only text and verdict are used, and the cost is counted in its tokens
-  branches   M continuations of each failed attempt from its most uncertain position on: where the
-             sampled token had the lowest log-probability, since the host knows that and not the
-             entropy; a branch may take another max_new_tokens from there
+  branches   M continuations of each failed attempt from the position on where the policy's entropy
+             was highest, the first such; a branch may take another max_new_tokens from there
   siblings   the other responses of the group, judged already: free
 
 Of alternatives that behave alike one counts, and one that behaves like the attempt does not count.
@@ -66,6 +65,7 @@ class Explorer:
       if failed(rollout, self.success_threshold)
     ]
     candidates = {place: [] for place in places}
+    sampling = dataclasses.replace(sampling, entropy=False)  # nothing branches off an alternative
     if places:
       self._draw_per_question("samples", self.collector, params, groups, candidates, sampling, step)
       if "model" in self.notes.sources:
@@ -127,13 +127,13 @@ class Explorer:
           candidates[place] += [Alternative(r, source) for r in rollouts]
 
   def _draw_branches(self, params, groups, candidates, sampling: Sampling, step) -> None:
-    """Draws M continuations of each failed attempt from its most uncertain position on."""
+    """Draws M continuations of each failed attempt from where the entropy was highest."""
     if "branches" not in self.notes.sources:
       return
     attempts = [groups[q][i] for q, i in candidates]
     heads = []
     for attempt in attempts:
-      length = least_likely(attempt)
+      length = most_uncertain(attempt)
       heads.append((attempt.tokens[:length], attempt.logp[:length]))
     drawn = self.collector.collect(
       params,
@@ -198,9 +198,10 @@ def charge(rollout: Rollout, *, tokens: int, calls: int = 0) -> None:
   rollout.extra_calls += calls
 
 
-def least_likely(rollout: Rollout) -> int:
-  """Returns the index of the response's least likely token."""
-  return min(range(len(rollout.logp)), key=rollout.logp.__getitem__)
+def most_uncertain(rollout: Rollout) -> int:
+  """Returns the index of the token at which the policy's entropy was highest, the first such."""
+  assert rollout.entropy is not None, "`Sampling.entropy` asks for what branches begin at"
+  return max(range(len(rollout.entropy)), key=rollout.entropy.__getitem__)
 
 
 def count_unjudged(candidates: dict[Place, list[Alternative]]) -> int:

@@ -75,6 +75,8 @@ class Rollout:
   # One weight >= 0 per token: 0 for what the policy did not sample (tool output) or is not trained
   # on. None: 1 for each.
   weight: list[float] | None = None
+  # nats, one per token, of the policy over the whole vocabulary; None: nobody asked for it
+  entropy: list[float] | None = None
   alternatives: list["Alternative"] = dataclasses.field(default_factory=list)
   # Tokens generated and responses judged to find alternatives and to imagine their feedback. What
   # the attempts at a question share is counted at its first failed one.
@@ -162,6 +164,7 @@ class Sampling:
   stop_strings: tuple[str, ...] = ()
   # False: nobody reads the log-probabilities, and an engine that cannot give them leaves them out
   wants_logp: bool = True
+  entropy: bool = False  # whether completions come with the entropy at each token
 
 
 class Request(NamedTuple):
@@ -183,6 +186,7 @@ class Completion(NamedTuple):
   logp: list[float]  # nats
   finish_reason: str  # "stop" | "length"
   version: int = 0  # of the weights that sampled it
+  entropy: list[float] | None = None  # nats, at each token; None where it was not asked for
 
 
 class Segment(NamedTuple):

@@ -94,7 +94,8 @@ class Collector:
     """Returns n judged rollouts of each task, as groups[q][g].
 
     seeds: one a task.
-    begun[q]: tokens, with their log-probabilities, that all responses to task q begin with.
+    begun[q]: tokens, with their log-probabilities, that all responses to task q begin with; their
+      entropy is nobody's, so that `sampling` asks for none then.
     version: of the weights.
     prompts: the ids of each task's prompt, for conversations; None: the environment's messages.
     Raises TaskError for a prompt that is too long.
@@ -102,6 +103,7 @@ class Collector:
     if prompts is None:
       prompts = [self.chat.prompt_tokens(self.env.prompt(task)) for task in tasks]
     self._check_lengths(tasks, prompts)
+    assert not (begun and sampling.entropy), "a response would have the entropy of its end alone"
     begun = begun or [([], [])] * len(tasks)
     self.engine.load(params, version)
     requests = [
@@ -133,6 +135,7 @@ class Collector:
         c.finish_reason,
         text,
         feedback[q, g],
+        entropy=c.entropy,
         sampled=[Segment(0, c)],
       )
 

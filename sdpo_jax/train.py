@@ -273,8 +273,13 @@ class Steps:
     self._check_lag()
     self.trainable, self.frozen = session.trainable(c.seed)
     self.stream = TaskStream(session.collector.env, "train", seed=c.seed)
+    notes = self.learner.method.notes
     self.sampling = Sampling(
-      c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, session.chat.stop_tokens
+      c.rollout.max_new_tokens,
+      c.rollout.temperature,
+      c.rollout.top_p,
+      session.chat.stop_tokens,
+      entropy=notes is not None and notes.branches,
     )
     self.explorer = make_explorer(
       c,

@@ -419,14 +419,17 @@ def test_an_alternative_that_could_not_be_judged_is_told_to_nobody_and_counted_o
   assert metrics["counterfactual/not_judged"] == 0.0
 
 
-def test_branches_begin_at_the_least_likely_token():
-  attempt = rollout("abc", logp=[-1.0, -3.0, -2.0, -0.5])
+def test_branches_begin_where_the_entropy_is_highest():
+  """At the first such token, however likely the one that was sampled."""
+  attempt = rollout("abc", logp=[-1.0, -0.1, -5.0, -0.5])
+  attempt.entropy = [0.5, 2.0, 1.5, 2.0]
   metrics, asked = explored([[attempt]], [[say("xy"), say("bc")]], {}, sources=("branches",))
   assert asked == [[attempt.prompt_tokens + CHAT.text_tokens("a")]]
   (branch,) = attempt.alternatives  # the other one is the attempt again
   assert (
     branch.rollout.text == "axy"
     and branch.rollout.logp == [-1.0] * 4
+    and branch.rollout.entropy is None
     and branch.rollout.feedback.text == "wrong: axy"
   )
   assert attempt.extra_tokens == 6 and metrics["counterfactual/env_calls"] == 2.0

@@ -10,10 +10,11 @@ import pytest
 from sdpo_jax import sharding
 from sdpo_jax.engine import local, programs
 from sdpo_jax.engine.local import LocalEngine, row_counts
+from sdpo_jax.kernels.token_logp import token_logp
 from sdpo_jax.model import decoder
 from sdpo_jax.records import Request, Sampling
 from tests import fakes
-from tests.test_decoder import LLAMA, OLMO, QWEN, logits, params_of
+from tests.test_decoder import LLAMA, OLMO, QWEN, jit, logits, params_of
 
 DICE = np.random.default_rng(0)
 PROMPTS = [DICE.integers(1, 60, count).tolist() for count in (3, 11, 1, 2, 17, 40, 5)]
@@ -87,6 +88,43 @@ def test_log_probabilities_are_the_trainers(temperature):
   """<= 1e-3 nats in float32."""
   done = run(requests(temperature=temperature))[0]
   check_against_the_trainer(done, QWEN, temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_the_entropy_is_the_trainers_where_it_is_asked_for(temperature):
+  """<= 1e-3 nats, as `make_score` computes it; a bias does not change it; others have none."""
+  asked = requests(temperature=temperature, entropy=True, logit_bias=((3, 2.0),))
+  asked[3] = asked[3]._replace(sampling=Sampling(8))
+  done = run(asked)[0]
+  for place, c in done.items():
+    if place[0] == 3:
+      assert c.entropy is None
+      continue
+    want = trainers_entropy(PROMPTS[place[0]], c.tokens, temperature or 1.0)
+    np.testing.assert_allclose(c.entropy, want, atol=1e-3)
+    assert len(c.entropy) == len(c.tokens)
+
+
+def test_entropy_ends_where_a_stop_string_ends_the_tokens():
+  asked = requests(entropy=True, stop_tokens=(), stop_strings=("7",))
+  done = run(asked, text_of=lambda tokens: " ".join(map(str, tokens)))[0]
+  stopped = [c for c in done.values() if c.finish_reason == "stop"]
+  assert stopped and all(len(c.entropy) == len(c.tokens) for c in done.values())
+
+
+def trainers_entropy(prompt, tokens, temperature):
+  row = np.zeros((1, 72), np.int32)
+  row[0, : len(prompt) + len(tokens)] = prompt + tokens
+  params = params_of(QWEN)
+  hidden_XD = hidden(params, QWEN, row)[0]
+  target_X = np.roll(row[0], -1)
+  _, entropy_X = token_logp(
+    hidden_XD, decoder.head(params, QWEN), target_X, temperature=temperature
+  )
+  return entropy_X[len(prompt) - 1 :][: len(tokens)]
+
+
+hidden = jit(decoder.hidden, static_argnums=1)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ caller can judge the first while the last are still being sampled. Every engine 
                      sampling temperature, before cuts and biases; at temperature 0, as at
                      temperature 1. In float32 they are within 1e-3 nats of those that training
                      computes. `[]` where nobody wants them and the engine has others.
+  entropy            Where `sampling.entropy` asks for it: the policy's at each token, in nats, of
+                     what the log-probabilities are of.
   stop tokens        A completion ends with its first stop token or with the token that completes a
                      stop string, which is part of it (`stop`), or has `sampling.max_new_tokens`
                      tokens (`length`).

@@ -71,6 +71,7 @@ class _Row:
   written: int  # tokens in them
   tokens: list[int]  # sampled
   logp: list[float]
+  entropy: list[float]  # empty where it is not asked for
   dice: np.random.Philox
   uniforms: np.ndarray  # drawn so far, one a token
   has_stop_string: bool = False
@@ -109,7 +110,8 @@ class _Row:
   def completion(self, version: int) -> Completion:
     """Returns what it has become, once it has ended. version: of the weights."""
     key, reason = self.request.key, self.finish_reason()
-    return Completion(key, self.sample_index, self.tokens, self.logp, reason, version)
+    entropy = self.entropy if self.request.sampling.entropy else None
+    return Completion(key, self.sample_index, self.tokens, self.logp, reason, version, entropy)
 
 
 @dataclasses.dataclass(eq=False)
@@ -132,7 +134,7 @@ def _new_row(request: Request, sample_index: int, cached: _Prompt | _Parked) -> 
     prompt, pages, written = cached, [], 0
   request = request._replace(prompt=list(request.prompt))  # the caller may go on with its own
   numbers = np.zeros(0, np.float32)
-  return _Row(request, prompt, sample_index, pages, written, [], [], dice, numbers)
+  return _Row(request, prompt, sample_index, pages, written, [], [], [], dice, numbers)
 
 
 def check(request: Request, vocab: int, *, has_text: bool) -> None:
@@ -586,14 +588,15 @@ class _Decoding:
     self.sizes = self._grown_sizes(B)
     self._give_pages(may_shrink=may_shrink)
     live = sum(len(rows) for rows in self.live)
-    is_sorted = any(needs_sorting(row.request.sampling) for rows in self.live for row in rows)
+    samplings = [row.request.sampling for rows in self.live for row in rows]
     result, self.own = programs.decode(
       self.params,
       self.shared,
       self.own,
       self._tables(),
       config=engine.config,
-      is_sorted=is_sorted,
+      is_sorted=any(map(needs_sorting, samplings)),
+      has_entropy=any(sampling.entropy for sampling in samplings),
     )
     result = jax.tree.map(np.asarray, result)
     self._add(result)
@@ -620,6 +623,8 @@ class _Decoding:
         count = chunk.count_ZB[z, b]
         row.tokens += chunk.token_ZBR[z, b, :count].tolist()
         row.logp += chunk.logp_ZBR[z, b, :count].tolist()
+        if row.request.sampling.entropy:
+          row.entropy += chunk.entropy_ZBR[z, b, :count].tolist()
         row.written += int(count)
         if row.request.sampling.stop_strings:
           self._cut_at_stop_string(row)
@@ -650,7 +655,7 @@ class _Decoding:
     if has_one(len(row.tokens)):
       length = bisect.bisect_left(range(len(row.tokens)), True, key=has_one)
       row.written -= len(row.tokens) - length
-      del row.tokens[length:], row.logp[length:]
+      del row.tokens[length:], row.logp[length:], row.entropy[length:]
       row.has_stop_string = True
 
   def _record(self, rows: int, live: int, steps: int) -> None:

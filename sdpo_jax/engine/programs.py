@@ -104,9 +104,12 @@ class Chunk(NamedTuple):
   token_ZBR: jax.Array  # int32
   logp_ZBR: jax.Array  # float32, nats
   count_ZB: jax.Array  # int32
+  entropy_ZBR: jax.Array | None  # float32, nats
 
 
-@functools.partial(jax.jit, static_argnames=("config", "is_sorted"), donate_argnames=("own",))
+@functools.partial(
+  jax.jit, static_argnames=("config", "is_sorted", "has_entropy"), donate_argnames=("own",)
+)
 def decode(
   params,
   shared: decoder.Pool,
@@ -115,8 +118,12 @@ def decode(
   *,
   config: ModelConfig,
   is_sorted: bool,
+  has_entropy: bool = False,
 ) -> tuple[Chunk, decoder.Pool]:
-  """Samples up to R tokens of each row, as many as there are random numbers."""
+  """Samples up to R tokens of each row, as many as there are random numbers.
+
+  is_sorted, has_entropy: whether some row needs a sorted vocabulary, or the entropy at its tokens.
+  """
   rows = tables.rows
   Z, B, chunk = rows.uniform_ZBR.shape
   C = decoder.columns_of(shared)
@@ -145,17 +152,25 @@ def decode(
     uniform_X = rows.uniform_ZBR[:, :, t].reshape(-1)
     token_X, logp_X = sampling.choose(logits_XV, uniform_X, rows.settings, is_sorted=is_sorted)
     token_ZB = token_X.reshape(Z, B)
+    entropy_ZBR = result.entropy_ZBR
+    if has_entropy:
+      entropy_X = sampling.entropy(logits_XV, rows.settings)
+      entropy_ZBR = entropy_ZBR.at[:, :, t].set(entropy_X.reshape(Z, B))
     result = Chunk(
       result.token_ZBR.at[:, :, t].set(token_ZB),
       result.logp_ZBR.at[:, :, t].set(logp_X.reshape(Z, B)),
       result.count_ZB + live_ZB,
+      entropy_ZBR,
     )
     is_stop_ZB = jnp.any(token_ZB[..., None] == rows.stop_ZBX, -1)
     live_ZB = live_ZB & ~is_stop_ZB & (t + 1 < rows.budget_ZB)
     return t + 1, own, token_ZB, live_ZB, result
 
   result = Chunk(
-    jnp.zeros((Z, B, chunk), jnp.int32), jnp.zeros((Z, B, chunk)), jnp.zeros((Z, B), jnp.int32)
+    jnp.zeros((Z, B, chunk), jnp.int32),
+    jnp.zeros((Z, B, chunk)),
+    jnp.zeros((Z, B), jnp.int32),
+    jnp.zeros((Z, B, chunk)) if has_entropy else None,
   )
   state = (jnp.int32(0), own, rows.token_ZB, rows.budget_ZB > 0, result)
   _, own, _, _, result = jax.lax.while_loop(is_wanted, step, state)

@@ -66,6 +66,17 @@ def choose(
   return token_B, logit_B - log_total_B
 
 
+def entropy(logits_BV: jax.Array, settings: Settings) -> jax.Array:
+  """Returns entropy_B in nats of what `choose` reports log-probabilities of.
+
+  That is the whole vocabulary at the temperature, before cuts and biases; at temperature 0, as at
+  temperature 1.
+  """
+  temperature_B = jnp.where(settings.temperature_B == 0, 1.0, settings.temperature_B)
+  logp_BV = jax.nn.log_softmax(logits_BV / temperature_B[:, None])
+  return -jnp.sum(jnp.exp(logp_BV) * logp_BV, -1)
+
+
 def _least_kept(logits_BV: jax.Array, settings: Settings) -> jax.Array:
   """Returns the least logit that top-k and then top-p keep, [B, 1]; the likeliest always stays."""
   V = logits_BV.shape[1]

@@ -60,8 +60,9 @@ class Notes:
 
   alternatives: M, the most that one failed attempt has.
   sources, in this order: "samples" (M draws a question, which its failed attempts share), "model"
-    (likewise, from a second model), "branches" (M continuations from the attempt's most uncertain
-    position, for each attempt), "siblings" (the rest of the group, free).
+    (likewise, from a second model), "branches" (M continuations from the position of the attempt
+    where the policy's entropy was highest, for each attempt), "siblings" (the rest of the group,
+    free).
   feedback: "verified" | "imagined"; siblings are verified in any case.
   kappa, imagined_tokens: the weight of imagined feedback and its greatest length; read with
     "imagined" alone.
@@ -93,6 +94,11 @@ class Notes:
   def teaches(self) -> bool:
     """Tells whether the settings ask for any note at all."""
     return bool(self.eta and self.alternatives and self.sources)
+
+  @property
+  def branches(self) -> bool:
+    """Tells whether attempts are gone on with from within, for which their entropy is read."""
+    return "branches" in self.sources
 
   @property
   def further_count(self) -> int:
