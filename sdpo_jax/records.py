@@ -165,6 +165,7 @@ class Sampling:
   # False: nobody reads the log-probabilities, and an engine that cannot give them leaves them out
   wants_logp: bool = True
   entropy: bool = False  # whether completions come with the entropy at each token
+  beams: int = 0  # the width of a beam search for the likeliest completions; 0: they are sampled
 
 
 class Request(NamedTuple):

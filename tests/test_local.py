@@ -257,6 +257,7 @@ def test_no_prompt_stays_in_the_cache_for_nobody():
     (dict(sampling=Sampling(5, banned_tokens=tuple(range(61)))), "every token banned"),
     (dict(sampling=Sampling(5, stop_strings=("x",))), "no text_of"),
     (dict(sampling=Sampling(5, stop_strings=("",))), "an empty stop string"),
+    (dict(sampling=Sampling(5, beams=2)), "beams=2, which `search` reads"),
     (dict(sampling=Sampling(5, logit_bias=((3, float("inf")),))), "not finite"),
   ],
 )

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 from sdpo_jax import sharding
-from sdpo_jax.engine import programs
+from sdpo_jax.engine import beams, programs
 from sdpo_jax.engine.pages import Book, pool_size, power_of_two
 from sdpo_jax.engine.requests import RequestQueue
 from sdpo_jax.engine.sampling import needs_sorting
@@ -137,8 +137,11 @@ def _new_row(request: Request, sample_index: int, cached: _Prompt | _Parked) -> 
   return _Row(request, prompt, sample_index, pages, written, [], [], [], dice, numbers)
 
 
-def check(request: Request, vocab: int, *, has_text: bool) -> None:
-  """Raises ValueError for a request that the engine cannot answer."""
+def check(request: Request, vocab: int, *, has_text: bool, searches: bool = False) -> None:
+  """Raises ValueError for a request that the engine cannot answer.
+
+  searches: whether beams may be asked for.
+  """
   sampling, tokens = request.sampling, request.prompt
   named = (*tokens, *sampling.banned_tokens, *(token for token, _ in sampling.logit_bias))
   problems = {
@@ -151,6 +154,7 @@ def check(request: Request, vocab: int, *, has_text: bool) -> None:
     f"min_p={sampling.min_p}": not 0 <= sampling.min_p <= 1,
     f"top_k={sampling.top_k}": sampling.top_k < 0,
     "a bias that is not finite": not all(math.isfinite(x) for _, x in sampling.logit_bias),
+    f"beams={sampling.beams}, which `search` reads": sampling.beams != 0 and not searches,
     "an empty stop string": "" in sampling.stop_strings,
     "stop strings, and the engine has no text_of": bool(sampling.stop_strings) and not has_text,
     "every token banned": len(set(sampling.banned_tokens)) >= vocab,
@@ -284,15 +288,41 @@ class LocalEngine:
     self.trace = []
     return self._completions(self._params, self._version, requests)
 
+  def search(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    """Returns an iterator over the n likeliest completions of each request (see `beams`).
+
+    `sampling.beams` is the width of the search. Raises ValueError for a request that cannot be.
+    """
+    assert self._params is not None, "`load` gives the engine its weights"
+    listed = list(requests)
+    for request in listed:
+      check(request, self.config.vocab, has_text=self.text_of is not None, searches=True)
+      beams.check(request, self.config.vocab)
+    setup = beams.Setup(
+      config=self.config,
+      params=self._for_decoding(self._params),
+      placed=self.placed,
+      stacked=self.stacked,
+      shards=self.shards,
+      rows=self.rows,
+      columns=self.columns,
+      chunk=self.chunk,
+      blocks=self.blocks,
+    )
+    return beams.search(setup, listed, version=self._version)
+
   def placed(self) -> contextlib.AbstractContextManager:
     """Sets the mesh, not to be held while a completion is handed out: the caller has another."""
     return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh.own)
 
+  def _for_decoding(self, params):
+    if self.stacked:
+      return params
+    with self.placed():
+      return programs.unstacked(params, config=self.config)
+
   def _completions(self, params, version: int, requests) -> Iterator[Completion]:
-    if not self.stacked:
-      with self.placed():
-        params = programs.unstacked(params, config=self.config)
-    yield from _Decoding(self, params, version).run(requests)
+    yield from _Decoding(self, self._for_decoding(params), version).run(requests)
 
 
 class _Decoding:
