@@ -8,6 +8,8 @@ and all are judged in the same pool as rollouts (`rollout.Collector`):
              speak its tokens; only text and verdict are used, and the cost is counted in its tokens
   branches   M continuations of each failed attempt from the position on where the policy's entropy
              was highest, the first such; a branch may take another max_new_tokens from there
+  beams      likewise, but the likeliest M that a beam search finds (engine/beams.py), by the sum of
+             their log-probabilities at the rollouts' temperature; rollout.top_p does not cut it
   siblings   the other responses of the group, judged already: free
 
 Of alternatives that behave alike one counts, and one that behaves like the attempt does not count.
@@ -71,7 +73,8 @@ class Explorer:
       if "model" in self.notes.sources:
         assert self.second_model is not None, "the source 'model' needs a second model"
         self._draw_per_question("model", *self.second_model, groups, candidates, sampling, step)
-      self._draw_branches(params, groups, candidates, sampling, step)
+      for source in ("branches", "beams"):
+        self._draw_branches(source, params, groups, candidates, sampling, step)
     dropped = 0
     if self.notes.feedback == "imagined":
       dropped = self._imagine(params, groups, candidates, sampling, step)
@@ -126,10 +129,14 @@ class Explorer:
         if place[0] == q:
           candidates[place] += [Alternative(r, source) for r in rollouts]
 
-  def _draw_branches(self, params, groups, candidates, sampling: Sampling, step) -> None:
-    """Draws M continuations of each failed attempt from where the entropy was highest."""
-    if "branches" not in self.notes.sources:
+  def _draw_branches(
+    self, source: str, params, groups, candidates, sampling: Sampling, step
+  ) -> None:
+    """Finds M continuations of each failed attempt from where the entropy was highest."""
+    if source not in self.notes.sources:
       return
+    if source == "beams":
+      sampling = dataclasses.replace(sampling, beams=self.notes.beam_width, top_p=1.0)
     attempts = [groups[q][i] for q, i in candidates]
     heads = []
     for attempt in attempts:
@@ -140,14 +147,14 @@ class Explorer:
       [attempt.task for attempt in attempts],
       n=self.notes.alternatives,
       sampling=sampling,
-      seeds=[prompt_seed(self.seed, "branches", step, q, i) for q, i in candidates],
+      seeds=[prompt_seed(self.seed, source, step, q, i) for q, i in candidates],
       version=step - 1,
       begun=heads,
     )
     for place, attempt, rollouts, (head, _) in zip(candidates, attempts, drawn, heads):
       tokens = sum(len(r.tokens) - len(head) for r in rollouts)
       charge(attempt, tokens=tokens, calls=len(rollouts))
-      candidates[place] += [Alternative(r, "branches") for r in rollouts]
+      candidates[place] += [Alternative(r, source) for r in rollouts]
 
   def _imagine(self, params, groups, candidates, sampling: Sampling, step) -> int:
     """Puts imagined feedback into the candidates, and drops those whose prompt is too long.

@@ -700,6 +700,12 @@ def _check_engine(c: ml_collections.ConfigDict) -> None:
     raise ValueError(
       f"config.rollout.server.model={server.model!r} would not be read: SGLang has one model"
     )
+  for source in ("branches", "beams"):
+    if source in c.method.counterfactual.get("sources", ()):
+      raise ValueError(
+        f"config.method.counterfactual.sources holds {source!r}, which needs the entropy of the "
+        f"policy, and config.rollout.engine={engine!r} reports none: use 'local'"
+      )
   if c.discover.parallel > 1:
     raise ValueError(
       f"config.discover.parallel={c.discover.parallel} with config.rollout.engine={engine!r}: "

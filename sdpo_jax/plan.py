@@ -423,6 +423,8 @@ def heading_lines(w: Workload, weights: dict) -> Iterator[str]:
     f"+ {w.tokens(c.rollout.max_new_tokens)} tokens, "
     f"teacher prompts of {w.tokens(c.data.max_teacher_tokens)}; remat {c.model.remat}"
   )
+  if "beams" in c.method.counterfactual.get("sources", ()):
+    yield "not counted: the beam search for alternatives"
   second = c.method.counterfactual.get("model")
   if second:
     yield f"not counted: weights and sampling of the second model, {second}"

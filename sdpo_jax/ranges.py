@@ -154,6 +154,7 @@ RANGES = {
   "method.counterfactual.alternatives": _whole(0, 1000),
   "method.counterfactual.kappa": Range(0, 1),
   "method.counterfactual.imagined_tokens": _COUNT,
+  "method.counterfactual.beam_width": _whole(1, 1000),
   "method.policy_share": Range(0, 1, remark=", or 'untaught'", also=("untaught",)),
   "pretrain.seed": _SEED,
   "pretrain.total_steps": _COUNT,

@@ -95,7 +95,7 @@ class Alternative:
   """
 
   rollout: Rollout
-  source: str  # samples | model | branches | siblings
+  source: str  # samples | model | branches | beams | siblings
   # The feedback that the policy imagined and the teacher reads; None: it reads the judge's.
   imagined: str | None = None
 

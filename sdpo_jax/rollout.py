@@ -45,6 +45,20 @@ class _Sampled(NamedTuple):
   text: str
   judgement: concurrent.futures.Future | None  # None: another process judges this response
 
+  def rollout(self, task: Task, prompt: list[int], feedback: Feedback) -> Rollout:
+    c = self.completion
+    return Rollout(
+      task,
+      prompt,
+      list(c.tokens),
+      list(c.logp),
+      c.finish_reason,
+      self.text,
+      feedback,
+      entropy=c.entropy,
+      sampled=[Segment(0, c)],
+    )
+
 
 class Collector:
   """Samples responses and has them judged. A run has one; `close` ends its threads."""
@@ -111,7 +125,8 @@ class Collector:
       for q, (prompt, (head, _), seed) in enumerate(zip(prompts, begun, seeds, strict=True))
     ]
     sampled = {}  # (q, g) -> _Sampled
-    for c in self.engine.generate(requests):
+    complete = self.engine.search if sampling.beams else self.engine.generate
+    for c in complete(requests):
       head, logp = begun[c.key]
       whole = c._replace(tokens=head + c.tokens, logp=logp + c.logp)
       index = c.key * n + c.sample_index
@@ -125,21 +140,10 @@ class Collector:
     self._judged = []
     self.check_stop()
 
-    def rollout(q: int, g: int) -> Rollout:
-      c, text, _ = sampled[q, g]
-      return Rollout(
-        tasks[q],
-        prompts[q],
-        list(c.tokens),
-        list(c.logp),
-        c.finish_reason,
-        text,
-        feedback[q, g],
-        entropy=c.entropy,
-        sampled=[Segment(0, c)],
-      )
-
-    return [[rollout(q, g) for g in range(n)] for q in range(len(tasks))]
+    return [
+      [sampled[q, g].rollout(task, prompts[q], feedback[q, g]) for g in range(n)]
+      for q, task in enumerate(tasks)
+    ]
 
   @contextlib.contextmanager
   def undisturbed(self):

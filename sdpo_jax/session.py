@@ -426,7 +426,7 @@ def longest_texts(c, notes: Notes | None) -> list[tuple[int, str]]:
   if notes is not None and notes.feedback == "imagined":
     imagined = f"{where}.imagined_tokens={notes.imagined_tokens}"
     texts.append((teacher_tokens + notes.imagined_tokens, f"{teacher} and {imagined}"))
-  if notes is not None and "branches" in notes.sources:
+  if notes is not None and notes.branches:
     # A branch begins with the attempt up to its position, and may be as long again.
     sources = f"{where}.sources={notes.sources}"
     texts.append((prompt_tokens + 2 * new_tokens, f"{prompt} and twice {new}, for {sources},"))

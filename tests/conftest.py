@@ -33,9 +33,9 @@ else:
 
 # Files that compile models or start whole runs. All other tests are `quick`.
 _COMPILING = set(
-  "assets attention bench_loss configs counterfactual decoder discover distill_kl distill_kl_gpu "
-  "distill_kl_topk distill_kl_tpu hf_weights local lora lora_run main mesh objectives plan "
-  "pretrain processes report sandbox_cases scripted server_runs train_step".split()
+  "assets attention beams bench_loss configs counterfactual decoder discover distill_kl "
+  "distill_kl_gpu distill_kl_topk distill_kl_tpu hf_weights local lora lora_run main mesh "
+  "objectives plan pretrain processes report sandbox_cases scripted server_runs train_step".split()
 )
 
 

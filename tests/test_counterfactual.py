@@ -2,7 +2,9 @@
 what that adds to the loss.
 """
 
+import dataclasses
 import functools
+import json
 import pathlib
 import re
 import shutil
@@ -13,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from sdpo_jax import alternatives, config, errors, learner, train
+from sdpo_jax import alternatives, config, errors, learner, main, train
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.shapes import Shapes
 from sdpo_jax.envs.tinycode import SHOWN, TinyCode, program
@@ -231,7 +233,7 @@ def explorer(collector, second_model=None, **settings):
   )
 
 
-def explored(groups, script, answers, other=None, **settings):
+def explored(groups, script, answers, other=None, sampling=SAMPLING, **settings):
   collector = Collector(
     fakes.ListEnv(answers),
     CHAT,
@@ -248,7 +250,7 @@ def explored(groups, script, answers, other=None, **settings):
   )[1]
   try:
     metrics = explorer(collector, other, **settings).explore(
-      None, groups, sampling=SAMPLING, step=1
+      None, groups, sampling=sampling, step=1
     )
   finally:
     collector.close()
@@ -433,6 +435,39 @@ def test_branches_begin_where_the_entropy_is_highest():
     and branch.rollout.feedback.text == "wrong: axy"
   )
   assert attempt.extra_tokens == 6 and metrics["counterfactual/env_calls"] == 2.0
+
+
+def test_beams_begin_there_too_and_are_searched_for(monkeypatch):
+  asked = []
+
+  def search(engine, requests):
+    asked.extend((r.prompt, r.n, r.sampling) for r in requests)
+    return engine.generate(requests)
+
+  monkeypatch.setattr(fakes.ScriptedEngine, "search", search, raising=False)
+  attempt = rollout("abc")
+  attempt.entropy = [0.5, 1.0, 1.5, 0.0]
+  script, settings = [[say("x"), say("cd")]], dict(sources=("beams",), beam_width=3)
+  sampling = dataclasses.replace(SAMPLING, top_p=0.5, entropy=True)
+  explored([[attempt]], script, {}, sampling=sampling, **settings)
+  prompt = attempt.prompt_tokens + CHAT.text_tokens("ab")
+  assert asked == [(prompt, 2, dataclasses.replace(SAMPLING, beams=3))]  # uncut
+  assert [(a.rollout.text, a.source) for a in attempt.alternatives] == [
+    ("abx", "beams"),
+    ("abcd", "beams"),
+  ]
+  for wrong in (dict(beam_width=5), dict(sources=("beams",), alternatives=5)):
+    with pytest.raises(ValueError, match="method.counterfactual.beam_width="):
+      Notes(**wrong)
+
+
+def test_a_run_learns_from_beams(tmp_path):
+  command = ["main", f"--config={ROOT}/configs/counterfactual.py:local", f"--workdir={tmp_path}"]
+  settings = {"method.counterfactual.sources": "('beams',)", "total_steps": 1, "mesh.fsdp": 1}
+  assert main.main(command + [f"--config.{key}={value}" for key, value in settings.items()]) == 0
+  lines = (tmp_path / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+  alternatives = [a for line in lines for a in json.loads(line).get("counterfactuals", ())]
+  assert alternatives and all(a["source"] == "beams" for a in alternatives)
 
 
 def test_imagined_feedback_is_asked_for_once_and_measured_against_the_judge():

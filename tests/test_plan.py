@@ -334,7 +334,7 @@ def test_a_topology_that_does_not_exist_is_named(name):
     plan.topology_devices(name)
 
 
-def test_a_second_model_is_said_not_to_be_counted(monkeypatch):
+def test_what_finds_alternatives_is_said_not_to_be_counted(monkeypatch):
   monkeypatch.setattr(plan, "topology_devices", lambda name: jax.devices())
   c = config.base()
   c.model.path = "qwen3-0.6b"
@@ -347,6 +347,8 @@ def test_a_second_model_is_said_not_to_be_counted(monkeypatch):
   assert "not counted" not in heading()
   c.method.counterfactual.update(sources=("model",), model="qwen3-8b")
   assert "not counted: weights and sampling of the second model, qwen3-8b" in heading()
+  c.method.counterfactual.update(sources=("beams",), model="")
+  assert "not counted: the beam search for alternatives" in heading()
 
 
 @pytest.mark.slow

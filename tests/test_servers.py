@@ -17,6 +17,7 @@ from sdpo_jax.engine.sglang import SglangEngine
 from sdpo_jax.engine.vllm import VllmEngine
 from sdpo_jax.errors import RunError
 from sdpo_jax.model import lora
+from sdpo_jax.objectives import build
 from sdpo_jax.records import Completion, Request, Sampling
 from tests import fakes
 from tests.servers import Drop, HashModel, SglangStandIn, Status, VllmStandIn
@@ -179,6 +180,7 @@ def test_every_setting_goes_to_its_field(make):
   [
     ("vllm", dict(banned_tokens=(3,)), "takes no banned_tokens"),
     ("sglang", dict(banned_tokens=(3,)), "takes no banned_tokens"),
+    ("vllm", dict(entropy=True), "takes no entropy"),
     ("vllm", dict(temperature=0.005), "temperature=0.005 .the least is 0.01"),
     ("vllm", dict(logit_bias=((3, 101.0),)), "a logit_bias beyond 100"),
     ("sglang", dict(logit_bias=((3, 1.0),)), "logit_bias with log-probabilities"),
@@ -482,6 +484,8 @@ def test_of_several_processes_the_first_asks_for_all(make, monkeypatch):
     list(engine.generate(RequestQueue(requests(1))))
 
 
+BRANCHING = {"method": build.method_row("counterfactual")}
+BRANCHING["method.counterfactual.sources"] = ("siblings", "beams")
 SETTINGS = [
   (dict(), {"rollout.server.model": "x"}, "server.model='x' would not be read"),
   (dict(engine="vlm"), {}, "did you mean 'vllm'"),
@@ -491,6 +495,7 @@ SETTINGS = [
   (dict(engine="vllm"), {"rollout.server.urls": ("http://a:1",)}, "lora.rank=0 trains all"),
   (dict(engine="sglang"), {"rollout.server.model": "x"}, "SGLang has one model"),
   (dict(engine="sglang"), {"discover.parallel": 2}, "discover.parallel=2"),
+  (dict(engine="sglang"), BRANCHING, "sources holds 'beams', which needs the entropy"),
   (dict(engine="sglang"), {"rollout.server.concurrency": 0}, "concurrency=0 must be at least 1"),
 ]
 

@@ -6,6 +6,11 @@ An engine is an object with three methods:
   generate(requests)      an iterator of Completion, n for each Request, as they end
   unload()                lets go of the weights
 
+The local engine has a fourth, which servers lack:
+
+  search(requests)        an iterator of the n likeliest completions of each Request that a beam
+                          search of width `sampling.beams` finds, the likeliest first (`beams`)
+
 Requests may come from a generator, of which the engine takes the next one when it has room; it must
 not wait for completions of the same call. Those that answer a completion (the next turn of a
 conversation) come through a `RequestQueue`. Completions come in no promised order, so that the

@@ -121,7 +121,8 @@ class _Search:
     """Yields what was found, the best first."""
     stop_tokens = self.request.sampling.stop_tokens
     for rank, (_, end) in enumerate(self.finished):
-      tokens, logp = [], []
+      tokens: list[int] = []
+      logp: list[float] = []
       node: _Node | None = end
       while node is not None:
         tokens.append(node.token)

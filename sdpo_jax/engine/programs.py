@@ -107,6 +107,13 @@ class Chunk(NamedTuple):
   entropy_ZBR: jax.Array | None  # float32, nats
 
 
+def _empty_chunk(sizes: tuple[int, int, int], *, has_entropy: bool) -> Chunk:
+  floats_ZBR = jnp.zeros(sizes)
+  count_ZB = jnp.zeros(sizes[:2], jnp.int32)
+  entropy_ZBR = floats_ZBR if has_entropy else None
+  return Chunk(floats_ZBR.astype(jnp.int32), floats_ZBR, count_ZB, entropy_ZBR)
+
+
 @functools.partial(
   jax.jit, static_argnames=("config", "is_sorted", "has_entropy"), donate_argnames=("own",)
 )
@@ -166,12 +173,7 @@ def decode(
     live_ZB = live_ZB & ~is_stop_ZB & (t + 1 < rows.budget_ZB)
     return t + 1, own, token_ZB, live_ZB, result
 
-  result = Chunk(
-    jnp.zeros((Z, B, chunk), jnp.int32),
-    jnp.zeros((Z, B, chunk)),
-    jnp.zeros((Z, B), jnp.int32),
-    jnp.zeros((Z, B, chunk)) if has_entropy else None,
-  )
+  result = _empty_chunk((Z, B, chunk), has_entropy=has_entropy)
   state = (jnp.int32(0), own, rows.token_ZB, rows.budget_ZB > 0, result)
   _, own, _, _, result = jax.lax.while_loop(is_wanted, step, state)
   return result, own

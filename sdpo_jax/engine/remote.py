@@ -315,7 +315,7 @@ class RemoteEngine(abc.ABC):
     self._check_sampling(request.sampling)
 
   def _check_sampling(self, sampling: Sampling) -> None:
-    missing = self.refuse(sampling)
+    missing = "entropy" if sampling.entropy else self.refuse(sampling)
     if missing is not None:
       raise ValueError(f"{self.servers[0].url} takes no {missing}: leave it out")
     if not sampling.wants_logp:

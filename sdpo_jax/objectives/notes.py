@@ -42,9 +42,9 @@ from sdpo_jax.objectives.teacher_context import (
 )
 from sdpo_jax.records import Alternative, Rollout, Status
 
-SOURCES = ("samples", "model", "branches", "siblings")
+SOURCES = ("samples", "model", "branches", "beams", "siblings")
 FORMS = ("each", "joint", "mixture")
-KAPPA, IMAGINED_TOKENS = 0.5, 64
+KAPPA, IMAGINED_TOKENS, BEAM_WIDTH = 0.5, 64, 4
 # The imagined feedback on an alternative without fault; the judge's own may be empty.
 CORRECT = "Correct"
 IMAGINE = (
@@ -61,11 +61,13 @@ class Notes:
   alternatives: M, the most that one failed attempt has.
   sources, in this order: "samples" (M draws a question, which its failed attempts share), "model"
     (likewise, from a second model), "branches" (M continuations from the position of the attempt
-    where the policy's entropy was highest, for each attempt), "siblings" (the rest of the group,
-    free).
+    where the policy's entropy was highest, for each attempt: samples), "beams" (likewise: the M
+    likeliest that a beam search finds), "siblings" (the rest of the group, free).
   feedback: "verified" | "imagined"; siblings are verified in any case.
   kappa, imagined_tokens: the weight of imagined feedback and its greatest length; read with
     "imagined" alone.
+  beam_width: the unfinished continuations that a beam search keeps, at least M; read with "beams"
+    alone.
   gate: counts only tokens on which the readings with and without notes agree in sign.
   form: see the top of this file.
   model: the second model, named as config.model.path names one. It is not trained, and may have
@@ -82,6 +84,7 @@ class Notes:
   gate: bool = False
   form: str = "joint"
   imagined_tokens: int = IMAGINED_TOKENS
+  beam_width: int = BEAM_WIDTH
   model: str = ""
 
   def __post_init__(self):
@@ -98,7 +101,7 @@ class Notes:
   @property
   def branches(self) -> bool:
     """Tells whether attempts are gone on with from within, for which their entropy is read."""
-    return "branches" in self.sources
+    return not {"branches", "beams"}.isdisjoint(self.sources)
 
   @property
   def further_count(self) -> int:
@@ -117,7 +120,7 @@ class Notes:
         raise ValueError(unknown(f"method.counterfactual.{name}", value, choices))
 
   def _check_ranges(self) -> None:
-    for name in ("eta", "alternatives", "kappa", "imagined_tokens"):
+    for name in ("eta", "alternatives", "kappa", "imagined_tokens", "beam_width"):
       ranges.check(f"method.counterfactual.{name}", getattr(self, name))
 
   def _check_combinations(self) -> None:
@@ -147,6 +150,19 @@ class Notes:
         raise ValueError(
           f"{where}.{name}={value!r} would not be read: {where}.feedback is 'verified'"
         )
+    self._check_beam_width(where)
+
+  def _check_beam_width(self, where: str) -> None:
+    if "beams" not in self.sources and self.beam_width != BEAM_WIDTH:
+      raise ValueError(
+        f"{where}.beam_width={self.beam_width} would not be read: "
+        f"sources={self.sources!r} does not hold 'beams'"
+      )
+    if "beams" in self.sources and self.beam_width < self.alternatives:
+      raise ValueError(
+        f"{where}.beam_width={self.beam_width} finds fewer continuations than "
+        f"{where}.alternatives={self.alternatives}"
+      )
 
 
 def none() -> None:
