@@ -32,7 +32,7 @@ from typing import Any
 from sdpo_jax.objectives.notes import Notes, distinct, failed, imagining, true_feedback
 from sdpo_jax.objectives.teacher_context import without_thinking
 from sdpo_jax.records import Alternative, Ratio, Request, Rollout, Sampling, Status
-from sdpo_jax.rollout import Collector, prompt_seed
+from sdpo_jax.rollout import Collector, prompt_seed, sample
 
 # The place of a failed attempt among the groups: (question, response).
 Place = tuple[int, int]
@@ -179,7 +179,7 @@ class Explorer:
       for n, (key, (_, prompt)) in enumerate(fitting.items())
     ]
     self.collector.engine.load(params, step - 1)
-    for completion in self.collector.engine.generate(requests):
+    for completion in sample(self.collector.engine, requests):
       text = self.collector.chat.response_text(completion.tokens, teacher=True)
       feedback[completion.key] = without_thinking(text).strip()
       charge(fitting[completion.key][0], tokens=len(completion.tokens))

@@ -680,7 +680,13 @@ def _check_engine(c: ml_collections.ConfigDict) -> None:
           f"config.rollout.server.{key}={server[key]!r} would not be read: "
           "config.rollout.engine is 'local'"
         )
-    return
+  else:
+    _check_addresses(engine, server)
+    _check_fit_for_servers(c)
+
+
+def _check_addresses(engine: str, server) -> None:
+  """Raises ValueError where servers cannot be found, or take no such setting."""
   for key in ("urls", "weights_dir"):
     if not server[key]:
       raise ValueError(f"config.rollout.engine={engine!r} needs config.rollout.server.{key}")
@@ -691,14 +697,19 @@ def _check_engine(c: ml_collections.ConfigDict) -> None:
       raise ValueError(
         f"config.rollout.server.urls: {url!r} must have the form http://HOST:PORT, without a path"
       )
+  if engine == "sglang" and server.model:
+    raise ValueError(
+      f"config.rollout.server.model={server.model!r} would not be read: SGLang has one model"
+    )
+
+
+def _check_fit_for_servers(c: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for what servers cannot do."""
+  engine = c.rollout.engine
   if engine == "vllm" and not c.model.lora.rank:
     raise ValueError(
       "config.rollout.engine='vllm' takes adapters, and config.model.lora.rank=0 trains all "
       "weights: set a rank, or use 'sglang'"
-    )
-  if engine == "sglang" and server.model:
-    raise ValueError(
-      f"config.rollout.server.model={server.model!r} would not be read: SGLang has one model"
     )
   for source in ("branches", "beams"):
     if source in c.method.counterfactual.get("sources", ()):

@@ -10,6 +10,7 @@ import re
 from typing import Iterator, NamedTuple
 
 import jax
+import jax.extend
 
 from sdpo_jax.model.config import ModelConfig
 

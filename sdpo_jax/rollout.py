@@ -21,7 +21,6 @@ import numbers
 import queue
 import threading
 import time
-from typing import NamedTuple
 import zlib
 
 import jax
@@ -38,26 +37,27 @@ def prompt_seed(seed: int, *path) -> int:
   return zlib.crc32(repr((seed, *path)).encode())
 
 
-class _Sampled(NamedTuple):
-  """One response while its judgement is awaited."""
+def sample(
+  engine, requests: list[Request], *, then: Callable[[Completion], None] = lambda completion: None
+) -> list[Completion]:
+  """Returns the completions of all requests, in their order; every process calls it alike.
 
-  completion: Completion
-  text: str
-  judgement: concurrent.futures.Future | None  # None: another process judges this response
-
-  def rollout(self, task: Task, prompt: list[int], feedback: Feedback) -> Rollout:
-    c = self.completion
-    return Rollout(
-      task,
-      prompt,
-      list(c.tokens),
-      list(c.logp),
-      c.finish_reason,
-      self.text,
-      feedback,
-      entropy=c.entropy,
-      sampled=[Segment(0, c)],
-    )
+  Each process samples a share of the requests on its own devices, or process 0 asks servers for
+  all. Only ids and what is known of them travel. then: called with each completion of this process
+  as it ends, while others are being sampled.
+  """
+  processes = jax.process_count() if engine.samples_alone else 1
+  shares = [list(range(p, len(requests), processes)) for p in range(processes)]
+  shares += [[] for _ in range(processes, jax.process_count())]
+  asked = [requests[r]._replace(key=r) for r in shares[jax.process_index()]]
+  has_beams = bool(requests) and requests[0].sampling.beams > 0
+  own = []
+  for completion in (engine.search if has_beams else engine.generate)(asked):
+    own.append(completion)
+    then(completion._replace(key=requests[completion.key].key))
+  done = [Completion(*fields) for share in hosts.share(own) for fields in share]
+  done.sort(key=lambda c: (c.key, c.sample_index))
+  return [c._replace(key=requests[c.key].key) for c in done]
 
 
 class Collector:
@@ -119,31 +119,48 @@ class Collector:
     self._check_lengths(tasks, prompts)
     assert not (begun and sampling.entropy), "a response would have the entropy of its end alone"
     begun = begun or [([], [])] * len(tasks)
-    self.engine.load(params, version)
     requests = [
       Request(q, prompt + head, n, sampling, seed)
       for q, (prompt, (head, _), seed) in enumerate(zip(prompts, begun, seeds, strict=True))
     ]
-    sampled = {}  # (q, g) -> _Sampled
-    complete = self.engine.search if sampling.beams else self.engine.generate
-    for c in complete(requests):
+    judgements: dict[tuple[int, int], concurrent.futures.Future] = {}  # those of this process
+
+    def whole(c: Completion) -> Completion:
       head, logp = begun[c.key]
-      whole = c._replace(tokens=head + c.tokens, logp=logp + c.logp)
-      index = c.key * n + c.sample_index
-      sampled[c.key, c.sample_index] = self._begin_judging(tasks[c.key], whole, index)
+      return c._replace(tokens=head + c.tokens, logp=logp + c.logp)
+
+    def begin_judging(c: Completion) -> None:
+      text = self.chat.response_text(whole(c).tokens)
+      judgements[c.key, c.sample_index] = self._submit(tasks[c.key], text, whole(c))
+
+    self.engine.load(params, version)
+    completions = sample(self.engine, requests, then=begin_judging)
     self.engine.unload()
-    self._check_stop_of(sampled)
+    self._check_stop_of(judgements)
     ended = time.monotonic()
-    feedback = self._await_feedback(tasks, sampled)
+    feedback = self._await_feedback(tasks, judgements)
     self._judge_wait_s += time.monotonic() - ended
     self._judge_hidden_s += busy_s(self._judged, ended)
     self._judged = []
     self.check_stop()
+    groups: list[list[Rollout]] = [[] for _ in tasks]
+    for c in completions:
+      q, g = c.key, c.sample_index
+      groups[q].append(self._rollout(tasks[q], prompts[q], whole(c), feedback[q, g]))
+    return groups
 
-    return [
-      [sampled[q, g].rollout(task, prompts[q], feedback[q, g]) for g in range(n)]
-      for q, task in enumerate(tasks)
-    ]
+  def _rollout(self, task: Task, prompt: list[int], c: Completion, feedback: Feedback) -> Rollout:
+    return Rollout(
+      task,
+      prompt,
+      list(c.tokens),
+      list(c.logp),
+      c.finish_reason,
+      self.chat.response_text(c.tokens),
+      feedback,
+      entropy=c.entropy,
+      sampled=[Segment(0, c)],
+    )
 
   @contextlib.contextmanager
   def undisturbed(self):
@@ -164,14 +181,13 @@ class Collector:
     self._judge_hidden_s = self._judge_wait_s = 0.0
     return {"time/judge_hidden_s": hidden, "time/judge_wait_s": wait}
 
-  def _check_stop_of(self, sampled: dict[tuple[int, int], _Sampled]) -> None:
+  def _check_stop_of(self, judgements: dict[tuple[int, int], concurrent.futures.Future]) -> None:
     """Calls check_stop; if that raises, no response is judged any more."""
     try:
       self.check_stop()
     except BaseException:
-      for response in sampled.values():
-        if response.judgement is not None:
-          response.judgement.cancel()
+      for judgement in judgements.values():
+        judgement.cancel()
       raise
 
   def _check_lengths(self, tasks: list[Task], prompts: list[list[int]]) -> None:
@@ -182,27 +198,14 @@ class Collector:
           f"more than config.data.max_prompt_tokens={self.max_prompt_tokens}"
         )
 
-  def _begin_judging(self, task: Task, completion: Completion, index: int) -> _Sampled:
-    """Hands a response to a judge's thread, if this process is the one that judges it.
-
-    Every process samples all responses and judges its share. index: the number of the response
-    among all.
-    """
-    text = self.chat.response_text(completion.tokens)
-    judgement = None
-    if index % jax.process_count() == jax.process_index():
-      judgement = self._submit(task, text, completion)
-    return _Sampled(completion, text, judgement)
-
   def _await_feedback(
-    self, tasks: list[Task], sampled: dict[tuple[int, int], _Sampled]
+    self, tasks: list[Task], judgements: dict[tuple[int, int], concurrent.futures.Future]
   ) -> dict[tuple[int, int], Feedback]:
     """Returns the feedback on all responses, those that other processes judged included."""
     own = []
-    for (q, g), response in sampled.items():
-      if response.judgement is not None:
-        f = self._await_one(tasks[q], response.judgement)
-        own.append([q, g, f.reward, f.text, f.status.value])  # JSON-able
+    for (q, g), judgement in judgements.items():
+      f = self._await_one(tasks[q], judgement)
+      own.append([q, g, f.reward, f.text, f.status.value])  # JSON-able
     return {
       (q, g): Feedback(reward, text, Status(status))
       for judged in hosts.share(own)

@@ -202,6 +202,8 @@ def make_packer(method, chat, messages, shapes, **settings) -> Packer:
 class ScriptedEngine:
   """Answers prompt p, sample s with script[p][s], whatever the weights."""
 
+  samples_alone = True
+
   def __init__(self, script: list[list[list[int]]]):
     self.script = script
 

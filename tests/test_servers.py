@@ -495,7 +495,7 @@ SETTINGS = [
   (dict(engine="vllm"), {"rollout.server.urls": ("http://a:1",)}, "lora.rank=0 trains all"),
   (dict(engine="sglang"), {"rollout.server.model": "x"}, "SGLang has one model"),
   (dict(engine="sglang"), {"discover.parallel": 2}, "discover.parallel=2"),
-  (dict(engine="sglang"), BRANCHING, "sources holds 'beams', which needs the entropy"),
+  (dict(engine="sglang"), BRANCHING, "sources holds 'beams'.*use 'local'"),
   (dict(engine="sglang"), {"rollout.server.concurrency": 0}, "concurrency=0 must be at least 1"),
 ]
 

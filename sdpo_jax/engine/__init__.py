@@ -1,12 +1,18 @@
 """Engines sample completions: requests with the ids of prompts in, `Completion` records out.
 
-An engine is an object with three methods:
+An engine is an object with three methods
 
   load(params, version)   the weights that are sampled from now on
   generate(requests)      an iterator of Completion, n for each Request, as they end
   unload()                lets go of the weights
 
-The local engine has a fourth, which servers lack:
+and with two marks:
+
+  samples_alone           True: each process of a run samples its share of the requests; False:
+                          process 0 asks for all
+  takes_adapters          whether `load` takes adapters, and not their sum with the base
+
+The local engine has a fourth method, which servers lack:
 
   search(requests)        an iterator of the n likeliest completions of each Request that a beam
                           search of width `sampling.beams` finds, the likeliest first (`beams`)

@@ -207,6 +207,7 @@ class LocalEngine:
   """Samples with the decoder itself. `sdpo_jax.engine` states what `generate` guarantees."""
 
   takes_adapters = False  # but the sum of adapters and base
+  samples_alone = True  # in each process, on the devices of its own
 
   def __init__(
     self,

@@ -73,6 +73,7 @@ class RemoteEngine(abc.ABC):
   """Samples by asking servers. `sdpo_jax.engine` states what `generate` guarantees."""
 
   takes_adapters: ClassVar[bool]  # and not the sum of adapters and base
+  samples_alone = False  # of several processes the first asks for all
   advice: ClassVar[str]  # how such a server is started so that it reports what is wanted
 
   def __init__(
@@ -192,20 +193,7 @@ class RemoteEngine(abc.ABC):
     server answers.
     """
     assert self._is_loaded, "`load` gives the engine its weights"
-    if jax.process_count() > 1:
-      return self._shared(requests)
     return self._completions(requests, self._weights)
-
-  def _shared(self, requests: Iterable[Request] | RequestQueue) -> Iterator[Completion]:
-    """As `generate`, in one of several processes: process 0 asks for all."""
-    if isinstance(requests, RequestQueue):
-      raise RunError("conversations on a server are for one process: run without --distributed")
-    requests = list(requests)
-    numbered = [request._replace(key=i) for i, request in enumerate(requests)]  # JSON-able keys
-    done = list(self._completions(numbered, self._weights)) if hosts.leads() else []
-    for fields in hosts.share(done)[0]:
-      completion = Completion(*fields)
-      yield completion._replace(key=requests[completion.key].key)
 
   def _completions(self, requests, weights: Weights) -> Iterator[Completion]:
     done: queue.SimpleQueue = queue.SimpleQueue()
