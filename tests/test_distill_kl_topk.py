@@ -1,5 +1,7 @@
 """Tests the top M with a bucket for the rest, against whole logits and the full divergence."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 
 from sdpo_jax.kernels import distill_kl_ref, distill_kl_xla
 from sdpo_jax.kernels.distill_kl_sweeps import Inputs
-from sdpo_jax.kernels.distill_topk import distill_topk, top_log_probs
+from sdpo_jax.kernels.distill_topk import TopLogProbs, distill_topk, in_buckets, top_log_probs
+from sdpo_jax.kernels.given_logp import given_log_probs
 
 
 @pytest.fixture(autouse=True)
@@ -150,3 +153,44 @@ def test_top_k_must_be_positive():
   arrays, target = problem()
   with pytest.raises(ValueError, match="top_k=0"):
     distill_topk(Inputs(*arrays, target), alpha=1, top_k=0)
+
+
+def given_buckets(index_XM, teacher_XM, teacher_X, *arrays, mesh=None, **settings):
+  """The bucketed divergence from a teacher whose numbers at the named entries are constants."""
+  hidden, head, _, _, target = arrays
+  temperature = settings.pop("temperature")
+  given = given_log_probs(hidden, head, target, index_XM, temperature=temperature, mesh=mesh)
+  top = TopLogProbs(given.logp_XM, teacher_XM, index_XM, given.logp_X, teacher_X, given.entropy_X)
+  return in_buckets(top, advantage_clip=None, **settings)
+
+
+@pytest.mark.parametrize("mesh_shape", (None, (1, 2, 2)))
+def test_entries_named_by_the_caller_give_the_same_value_and_gradients(mesh_shape):
+  """When they are the policy's own top M; each token's in another order, which must not matter."""
+  mesh = None
+  if mesh_shape:
+    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh(
+      mesh_shape, ("data", "fsdp", "tensor"), axis_types=axis_types, devices=jax.devices()[:4]
+    )
+  arrays, target = problem(V=304)
+  cotangents = np.random.default_rng(1).normal(size=(4, 9)).astype(np.float32)
+  shared = dict(alpha=0.5, add_tail=True, temperature=0.8)
+  want = value_and_gradients(topk, arrays, target, cotangents, top_k=7, **shared)
+  top = top_log_probs(Inputs(*arrays, target), top_k=7, temperature=0.8)
+  order_XM = np.random.default_rng(2).permuted(np.tile(np.arange(7), (9, 1)), axis=1)
+  index_XM, teacher_XM = (
+    np.take_along_axis(np.asarray(x), order_XM, 1) for x in (top.index_XM, top.logp_teacher_XM)
+  )
+  fn = functools.partial(given_buckets, index_XM, teacher_XM, np.asarray(top.logp_teacher_X))
+  got = value_and_gradients(fn, arrays, target, cotangents, mesh=mesh, **shared)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def test_entries_named_by_the_caller_need_not_be_likely():
+  arrays, target = problem()
+  index_XM = np.random.default_rng(3).integers(0, 300, (9, 4))
+  given = given_log_probs(arrays[0], arrays[1], target, index_XM)
+  logp_XV = np.asarray(jax.nn.log_softmax(arrays[0] @ arrays[1]))
+  np.testing.assert_allclose(given.logp_XM, np.take_along_axis(logp_XV, index_XM, 1), atol=1e-4)

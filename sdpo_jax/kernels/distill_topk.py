@@ -12,9 +12,7 @@ distill_kl_ref.py on the buckets.
 
 Sweeps. There is one sweep over blocks of the vocabulary forward and one backward. The best M so far
 travel along with the teacher's logits at the same entries.
-Gradient. With cotangents c_m of the policy's M log-probabilities, the gradient with respect to the
-logit of entry v is the sum over m of c_m (1[v = index_m] - pi_v). The choice of the M entries
-carries no gradient.
+Gradient. That of given_logp.py; the choice of the M entries carries none.
 Mesh. Layout and collectives are those of distill_kl_sweeps.py. Besides, each device offers its own
 best M, of which vocabulary_axis gathers 3 M numbers a token and shard.
 Numerics. As in distill_kl_xla.py; the bucket is log(-expm1(min(logsumexp, -1e-7))), as released.
@@ -32,6 +30,7 @@ from sdpo_jax.kernels import distill_kl_math as dm
 from sdpo_jax.kernels import distill_kl_xla as blocked
 from sdpo_jax.kernels.distill_kl_ref import DistillKL, divergence
 from sdpo_jax.kernels.distill_kl_sweeps import Inputs, Layout, input_gradients
+from sdpo_jax.kernels.given_logp import GivenLogProbs, policy_gradients
 
 
 class TopLogProbs(NamedTuple):
@@ -209,41 +208,8 @@ def _highest(arrays, count):
 def _backward_rule(plan, M, layout, saved, cotangents: TopLogProbs):
   del M
   policy, *_ = saved
-  backward = functools.partial(_backward, plan, layout)
-  policy_specs = layout.inputs._replace(teacher_hidden_XE=None, teacher_head_EV=None)
-  in_specs = (policy_specs, *[layout.tokens] * 3)
-  out_specs = (layout.tokens, layout.head_gradient)
-  gradients = layout.run(backward, in_specs, out_specs, *saved, cotangents)
-  return (input_gradients(policy, *gradients),)
-
-
-def _backward(plan, layout, policy, index_XM, scalars, cotangents: TopLogProbs):
-  """Returns the gradients of one device's tokens and rows of the head."""
-  hidden_XD, head_DV, target_X = policy.policy_hidden_XD, policy.policy_head_DV, policy.target_X
-  X, V = target_X.shape[0], head_DV.shape[1]
-  dtype = scalars.entropy.dtype
-  head_dtype = layout.head_gradient_dtype(head_DV.dtype, dtype)
-  g_logp = cotangents.logp_X[:, None]
-  g_entropy = cotangents.entropy_X[:, None]
-  g_all = g_logp + jnp.sum(cotangents.logp_XM, axis=1, keepdims=True)
-  if layout.mesh is not None:
-    index_XM = index_XM - V * lax.axis_index(layout.vocabulary_axis)
-  target_X = layout.own_targets(target_X, V)
-
-  def body(start, size, carry):
-    head = lax.dynamic_slice_in_dim(head_DV, start, size, axis=1)
-    log_pi = blocked.logits(plan, hidden_XD, head, dtype) - scalars.log_z_s
-    d = -jnp.exp(log_pi) * (g_entropy * (log_pi + scalars.entropy) + g_all)
-    d += jnp.where(blocked.is_target(target_X, start, size), g_logp, 0)
-    # Entries of other blocks get a column that does not exist, which the scatter drops.
-    is_here = (index_XM >= start) & (index_XM < start + size)
-    column = jnp.where(is_here, index_XM - start, size)
-    d = d.at[jnp.arange(X)[:, None], column].add(cotangents.logp_XM, mode="drop")
-    block_gradients = blocked.gradient_products(plan, d, hidden_XD, head, dtype)
-    return blocked.add_gradients(carry, block_gradients, start)
-
-  zero = jnp.zeros(hidden_XD.shape, dtype), jnp.zeros(head_DV.shape, head_dtype)
-  return layout.reduce_gradients(*blocked.over_blocks(V, plan.size, body, zero))
+  given = GivenLogProbs(cotangents.logp_XM, cotangents.logp_X, cotangents.entropy_X)
+  return (input_gradients(policy, *policy_gradients(plan, layout, saved, given)),)
 
 
 _top.defvjp(_forward_rule, _backward_rule)
