@@ -32,9 +32,9 @@ def export(
   """
   # here: a wrong argument answers at once, jax takes seconds to import
   from sdpo_jax import checkpoint
-  from sdpo_jax.config import model_location, model_of_run
+  from sdpo_jax.config import model_of_run
   from sdpo_jax.data.chat import load_tokenizer
-  from sdpo_jax.model import decoder, hf_weights, lora
+  from sdpo_jax.model import hf_weights, lora
 
   workdir, out = pathlib.Path(workdir), pathlib.Path(out)
   if not (workdir / "config.json").exists():
@@ -42,33 +42,53 @@ def export(
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise ValueError(f"--out={out} exists and is not an empty directory")
   settings = model_of_run(workdir)
-  source = hf_weights.local_directory(model_location(settings["path"]))
   trained_adapters = lora.from_settings(settings)
   if adapters and (trained_adapters is None or step == 0):
     reason = " at step 0" if trained_adapters else "; its run trained all weights"
     raise ValueError(f"--adapters: {workdir} has none{reason}")
   if step is None:
     step = checkpoint.latest_step(workdir)
-
-  if step == 0 or trained_adapters:
-    config, params = hf_weights.load_pretrained(source, dtype=settings["param_dtype"])
-  else:
-    config = hf_weights.read_config(source, dtype=settings["param_dtype"])
-  if step != 0 and trained_adapters:
-    shapes = lora.shapes(config, trained_adapters)
-    trained = checkpoint.restore_params(workdir, shapes, step)
-    if adapters:
-      lora.save_adapters(
-        out, config, trained_adapters, _cast(trained, dtype), base=settings["path"]
-      )
-      return step
-    params = lora.merge(params, trained, trained_adapters)
-  elif step != 0:
-    params = checkpoint.restore_params(workdir, decoder.shapes(config), step)
+  if adapters:
+    source, config = shape_of_run(settings)
+    trained = checkpoint.restore_params(workdir, lora.shapes(config, trained_adapters), step)
+    lora.save_adapters(out, config, trained_adapters, _cast(trained, dtype), base=settings["path"])
+    return step
+  source, config, params = policy_of_run(workdir, step)
   if dtype is not None:
     config = dataclasses.replace(config, param_dtype=dtype)
   hf_weights.save_pretrained(out, config, _cast(params, dtype), tokenizer=load_tokenizer(source))
   return step
+
+
+def shape_of_run(settings: dict):
+  """Returns (directory of the model that a run began with, its shape), from config.model."""
+  from sdpo_jax.config import model_location
+  from sdpo_jax.model import hf_weights
+
+  source = hf_weights.local_directory(model_location(settings["path"]))
+  return source, hf_weights.read_config(source, dtype=settings["param_dtype"])
+
+
+def policy_of_run(workdir, step: int | None):
+  """Returns (directory of the model that the run began with, its shape, the policy's weights).
+
+  step: of the checkpoint; 0: the model itself; None: the newest. Adapters are merged. ValueError,
+  FileNotFoundError or OSError of one line for what cannot be read.
+  """
+  from sdpo_jax import checkpoint
+  from sdpo_jax.config import model_of_run
+  from sdpo_jax.model import decoder, hf_weights, lora
+
+  settings = model_of_run(workdir)
+  source, config = shape_of_run(settings)
+  adapters = lora.from_settings(settings)
+  if step != 0 and adapters is None:
+    return source, config, checkpoint.restore_params(workdir, decoder.shapes(config), step)
+  config, params = hf_weights.load_pretrained(source, dtype=settings["param_dtype"])
+  if step != 0:
+    trained = checkpoint.restore_params(workdir, lora.shapes(config, adapters), step)
+    params = lora.merge(params, trained, adapters)
+  return source, config, params
 
 
 def _cast(params, dtype: str | None):

@@ -107,7 +107,7 @@ def evaluate_checkpoint(
   """
   workdir = pathlib.Path(workdir)
   with blame_settings():
-    model = _find(source)
+    model = find_model(source)
     if model.step is not None:
       # The run itself tells which model its checkpoint stands on, and with which adapters.
       c = c.copy_and_resolve_references()
@@ -146,7 +146,7 @@ def evaluate_checkpoint(
   return metrics
 
 
-class _Model(NamedTuple):
+class FoundModel(NamedTuple):
   """What --checkpoint names."""
 
   root: str
@@ -154,7 +154,7 @@ class _Model(NamedTuple):
   name: str
 
 
-def _find(source: str) -> _Model:
+def find_model(source: str) -> FoundModel:
   """Returns the checkpoint or directory that WORKDIR[:step] or a path names.
 
   ValueError where neither is there.
@@ -164,16 +164,16 @@ def _find(source: str) -> _Model:
   latest = checkpoint.latest_step(root)
   if latest is not None:
     step = latest if step is None else step
-    return _Model(root, step, f"step_{step:06d}")
+    return FoundModel(root, step, f"step_{step:06d}")
   if not (pathlib.Path(source) / "config.json").exists():
     raise ValueError(
       f"--checkpoint={source}: neither a work directory with a checkpoint "
       "nor a Hugging Face directory"
     )
-  return _Model(source, None, pathlib.Path(source).name)
+  return FoundModel(source, None, pathlib.Path(source).name)
 
 
-def _weights(c, session: Session, model: _Model) -> Any:
+def _weights(c, session: Session, model: FoundModel) -> Any:
   """Returns the weights as sampling wants them: the session's own, or those of the checkpoint."""
   if model.step is None:
     return session.params
