@@ -8,6 +8,10 @@
 
 Every completion is answered once, from any thread, at any time. The engine ends when no request
 waits, nothing is sampled and no answer is missing.
+
+A queue that is open takes new requests from any thread until it is closed, and the engine goes on
+so long: this is how a server feeds one. It is for an engine that goes by arrival
+(`deterministic=False`); one that does not would begin when the queue is closed.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,7 +24,8 @@ from sdpo_jax.records import Completion, Request
 class RequestQueue:
   """Hands requests to an engine in order: an answer has the place of its completion."""
 
-  def __init__(self, requests: Iterable[Request] = ()):
+  def __init__(self, requests: Iterable[Request] = (), *, is_open: bool = False):
+    self._is_open = is_open
     self._waiting = [(number, request) for number, request in enumerate(requests)]  # a heap
     self._next = len(self._waiting)
     self._unanswered: dict[tuple, int] = {}  # (key, sample) -> its place
@@ -46,6 +51,21 @@ class RequestQueue:
     for listener in self._listeners:
       listener()
 
+  def add(self, request: Request) -> None:
+    """Adds a request behind all that are there. Raises ValueError once the queue is closed."""
+    with self._changed:
+      if not self._is_open:
+        raise ValueError("this queue is closed: it takes answers alone")
+      heapq.heappush(self._waiting, (self._next, request))
+      self._next += 1
+      self._changed.notify_all()
+
+  def close(self) -> None:
+    """Takes no more new requests: the engine ends when it has done what is there."""
+    with self._changed:
+      self._is_open = False
+      self._changed.notify_all()
+
   # ---- what an engine asks
 
   def listen(self, listener: Callable[[], None]) -> None:
@@ -70,7 +90,10 @@ class RequestQueue:
       return dropped
 
   def wait(self, *, for_all: bool) -> None:
-    """Returns when a request waits or no answer is missing; for_all: only when none is missing."""
+    """Returns when a request waits or nothing can come; for_all: only when nothing can come.
+
+    What can come are answers that are missing, and new requests while the queue is open.
+    """
     with self._changed:
-      while self._unanswered and (for_all or not self._waiting):
+      while (self._unanswered or self._is_open) and (for_all or not self._waiting):
         self._changed.wait()
