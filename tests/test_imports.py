@@ -55,6 +55,7 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "pretrain": 5,
   "experiment": 5,
   "bench": 5,
+  "serve": 5,
   "main": 6,
 }
 FORBIDDEN = {  # on top of the levels; a folder's rule holds for its files
