@@ -4,6 +4,7 @@ import functools
 from typing import Any, Callable, NamedTuple
 
 from sdpo_jax.alternatives import Explorer
+from sdpo_jax.given_teacher import make_candidates, make_given_signals
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.objectives.build import Method, build_method
 from sdpo_jax.objectives.notes import further_readings
@@ -21,6 +22,9 @@ class Learner(NamedTuple):
   score: Callable  # (state, batch, frozen) -> Signals
   # Several updates a batch need log-probabilities from before the first one.
   score_first: bool
+  # (state, batch, frozen) -> index_CXM: the tokens that a teacher elsewhere is asked about; None:
+  # the teacher lives here
+  candidates: Callable | None = None
 
   @property
   def further_readings(self) -> Callable | None:
@@ -42,20 +46,23 @@ def make_learner(c, model: ModelConfig, join: Callable | None = None) -> Learner
   """
   method = build_method(c.method.to_dict())
   implementation = c.train.loss_implementation
-  signals = make_signals(
-    model,
-    method,
-    temperature=c.rollout.temperature,
-    remat=c.model.remat,
-    implementation=None if implementation == "auto" else implementation,
-    join=join,
-  )
+  shared = dict(temperature=c.rollout.temperature, join=join)
+  candidates = None
+  if method.teacher_weights.remote is None:
+    implementation = None if implementation == "auto" else implementation
+    signals = make_signals(
+      model, method, remat=c.model.remat, implementation=implementation, **shared
+    )
+  else:
+    signals = make_given_signals(model, method, remat=c.model.remat, **shared)
+    candidates = make_candidates(model, method, **shared)
   tx = make_optimizer(**c.optimizer)
   several_updates = c.train.updates_per_batch > 1
   step = make_train_step(
     signals, method, tx, updates=c.train.updates_per_batch, recompute_old=several_updates
   )
-  return Learner(method, tx, step, make_score(signals), score_first=several_updates)
+  score = make_score(signals)
+  return Learner(method, tx, step, score, score_first=several_updates, candidates=candidates)
 
 
 def make_explorer(

@@ -41,7 +41,7 @@ from sdpo_jax.hlo import OutOfMemory, Program, compile_for, kernels, logit_array
 from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.objectives import build
-from sdpo_jax.records import Reading, Rows, Sampling, TrainBatch
+from sdpo_jax.records import Reading, Rows, Sampling, Scored, TrainBatch
 from sdpo_jax.train_step import TrainState, init_state
 
 # ---- chips ---------------------------------------------------------------------------------------
@@ -169,8 +169,13 @@ def sampling_shapes(model: ModelConfig, mesh) -> dict:
   return _placed(cast, sharding.named(mesh, decoder.axes(model), sharding.GATHERED))
 
 
-def batch_shapes(mesh, shape: Shape, responses: int, further_readings: int = 0) -> TrainBatch:
-  """Returns a batch of `responses` in packs of this shape, and so many further readings of them."""
+def batch_shapes(
+  mesh, shape: Shape, responses: int, further_readings: int = 0, asked: int | None = None
+) -> TrainBatch:
+  """Returns a batch of `responses` in packs of this shape, and so many further readings of them.
+
+  asked: the tokens that a teacher elsewhere is asked about at each; None: the teacher lives here.
+  """
 
   def ints(*sizes):
     return jax.ShapeDtypeStruct(sizes, jnp.int32)
@@ -184,9 +189,14 @@ def batch_shapes(mesh, shape: Shape, responses: int, further_readings: int = 0) 
 
   policy, teacher, further = (texts(*size) for size in shape.row_sizes())
   B, R = responses, shape.responses
+  scored = None
+  if asked is not None:
+    sizes = shape.packs, shape.tokens, asked
+    scored = Scored(ints(*sizes), floats(*sizes), floats(*sizes[:2]))
+  plain = Reading(teacher, floats(B), scored)
   batch = TrainBatch(
     policy=policy,
-    readings=(Reading(teacher, floats(B)),) + (Reading(further, floats(B)),) * further_readings,
+    readings=(plain,) + (Reading(further, floats(B)),) * further_readings,
     start_B=ints(B),
     response_BR=ints(B, R),
     weight_BR=floats(B, R),
@@ -321,7 +331,11 @@ class Workload:
   def batch(self, rows: int) -> TrainBatch:
     """Returns the shapes of a generation batch of `rows` responses a pack."""
     responses = rows * self.micro_batches * self.shards
-    return batch_shapes(self.mesh, self.full_shape(rows), responses, self.learn.further_count)
+    method = self.learn.method
+    is_remote = method.teacher_weights.remote is not None
+    asked = min(method.divergence["top_k"], self.model.vocab) if is_remote else None
+    shape = self.full_shape(rows)
+    return batch_shapes(self.mesh, shape, responses, self.learn.further_count, asked)
 
   def state(self) -> TrainState:
     return state_shapes(

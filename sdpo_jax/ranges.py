@@ -136,6 +136,7 @@ RANGES = {
   # at 0 a response without any reward would be a success
   "method.teacher_context.success_threshold": _above(0, 1),
   "method.teacher_weights.rate": Range(0, 1),
+  "method.teacher_weights.timeout_s": _TIMEOUT_S,
   "method.token_signal.alpha": Range(
     0, 1, remark=": 0 is KL(teacher || policy), 1 is KL(policy || teacher)"
   ),

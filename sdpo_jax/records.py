@@ -120,6 +120,14 @@ class Rows(NamedTuple):
   at_CX: Array
 
 
+class Scored(NamedTuple):
+  """What a teacher that lives elsewhere says of response token x, at entries it was asked about."""
+
+  index_CXM: Array  # int32: the policy's likeliest tokens, as of before the batch's updates
+  logp_CXM: Array  # float32, nats: the teacher's there
+  logp_CX: Array  # float32, nats: the teacher's at the response token
+
+
 class Reading(NamedTuple):
   """One reading of a batch's responses by the teacher, under prompts that the policy never sees."""
 
@@ -127,6 +135,7 @@ class Reading(NamedTuple):
   # float32 >= 0: of the divergence from this reading; 0: the teacher has nothing to show, and no
   # row holds this response
   weight_B: Array
+  scored: Scored | None = None  # None: the teacher lives here and reads the rows
 
 
 class TrainBatch(NamedTuple):

@@ -34,6 +34,7 @@ from sdpo_jax.metrics import Writer, read, reduce
 from sdpo_jax.objectives.build import build_method
 from sdpo_jax.preemption import Notice
 from sdpo_jax.records import Rollout, Sampling, Status, Task
+from sdpo_jax.remote_teacher import RemoteTeacher
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.rollout_log import rollout_lines
 from sdpo_jax.session import Session, open_session, same_rows, splits_of
@@ -71,7 +72,7 @@ def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
       steps.check_stop()
       groups = steps.collect(state, i)
       sampled = time.monotonic()
-      packed = steps.make_batch(groups)
+      packed = steps.ask_teacher(state, steps.make_batch(groups))
       metrics = packed.metrics | rollout_metrics(groups, i) | count_rollouts(host, groups, i)
       unjudged = metrics["data/dropped"] == len(packed.rollouts)
       host["failed_batches"] = host["failed_batches"] + 1 if unjudged else 0
@@ -292,7 +293,8 @@ class Steps:
     self.ahead = None  # the next batch, where it is sampled already
     self._check_stop = session.collector.check_stop
     self._copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))
-    self._step = self._score = self.packer = self._writer = None
+    self.teacher = self._make_teacher()
+    self._step = self._score = self._candidates = self.packer = self._writer = None
     self._saver = checkpoint.Saver(workdir, c.checkpoint.keep)
     self._history, self._signs = [], set()
     self.latest = None  # the checkpoint's step that this start goes on from
@@ -358,6 +360,18 @@ class Steps:
     everywhere = self.session.everywhere
     self._step = jax.jit(self.learner.step, donate_argnums=0, out_shardings=(places, everywhere))
     self._score = jax.jit(self.learner.score, out_shardings=everywhere)
+    if self.learner.candidates is not None:
+      self._candidates = jax.jit(self.learner.candidates, out_shardings=everywhere)
+
+  def _make_teacher(self) -> RemoteTeacher | None:
+    """The teacher on another machine, which has been asked whether it can teach this run."""
+    remote = self.learner.method.teacher_weights.remote
+    if remote is None:
+      return None
+    c, session = self.c, self.session
+    teacher = RemoteTeacher(remote, temperature=c.rollout.temperature, vocab=session.model.vocab)
+    teacher.check(session.chat, c.data.max_teacher_tokens + c.rollout.max_new_tokens)
+    return teacher
 
   def _make_packer(self) -> Packer:
     """The packer, which goes on with the shapes that the run has used."""
@@ -458,6 +472,13 @@ class Steps:
       metrics["data/skipped_rows"] = float(env.skipped)
     metrics["data/copy_rate"] = monitors.copy_rate(packed.rollouts, packed.contexts[0], chat)
     return packed._replace(metrics=metrics)
+
+  def ask_teacher(self, state, packed: Packed) -> Packed:
+    """Returns the batch with what a teacher on another machine says of it, if the run has one."""
+    if self._candidates is None:
+      return packed
+    rows = sharding.put_rows(self.session.mesh, packed.batch)
+    return self.teacher.read(packed, hosts.to_host(self._candidates(state, rows, self.frozen)))
 
   def step(self, state, batch):
     """Makes one step; returns (state, metrics)."""

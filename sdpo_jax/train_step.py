@@ -169,13 +169,14 @@ def forward_pair(
     return decoder.hidden_pair(params, teacher, config, policy_inputs, teacher_inputs, remat=remat)
 
   policy_XD, teacher_XD = run_rows(hidden_pair, batch.policy, batch.readings[0].rows)
-  head_DV = _head(params, config)
-  teacher_head_DV = jax.lax.stop_gradient(_head(params if teacher is None else teacher, config))
+  head_DV = output_matrix(params, config)
+  teacher_params = params if teacher is None else teacher
+  teacher_head_DV = jax.lax.stop_gradient(output_matrix(teacher_params, config))
   if mix is None:
     return policy_XD, head_DV, teacher_XD, teacher_head_DV
   live = jax.lax.stop_gradient(params)
   teacher_XE = _beside_live(teacher_XD, live, config, batch.readings[0].rows, mix)
-  teacher_head_EV = jnp.concatenate([teacher_head_DV, _head(live, config)], axis=0)
+  teacher_head_EV = jnp.concatenate([teacher_head_DV, output_matrix(live, config)], axis=0)
   return policy_XD, head_DV, teacher_XE, teacher_head_EV
 
 
@@ -187,7 +188,7 @@ def read_again(
   Its output matrix is that of `forward_pair`.
   """
   weights = jax.lax.stop_gradient(params if teacher is None else teacher)
-  teacher_XD = _run_half(weights, config, rows)
+  teacher_XD = run_half(weights, config, rows)
   if mix is None:
     return teacher_XD
   return _beside_live(teacher_XD, jax.lax.stop_gradient(params), config, rows, mix)
@@ -195,11 +196,13 @@ def read_again(
 
 def _beside_live(teacher_XD, live, config: ModelConfig, rows: Rows, mix: float) -> jax.Array:
   """The two hidden states of a trust region side by side: [X, 2 D]."""
-  live_XD = _run_half(live, config, rows)
+  live_XD = run_half(live, config, rows)
   return jnp.concatenate([(1.0 - mix) * teacher_XD, mix * live_XD], axis=1)
 
 
-def _run_half(params, config: ModelConfig, rows: Rows, remat: str = "none") -> jax.Array:
+def run_half(params, config: ModelConfig, rows: Rows, remat: str = "none") -> jax.Array:
+  """Returns the hidden states [C * X, D] of the response tokens of packed rows."""
+
   def hidden(inputs):
     tokens_BT, positions_BT, segments_BT, prefixes_BT = inputs
     hidden_BTD = decoder.hidden(
@@ -217,7 +220,8 @@ def _run_half(params, config: ModelConfig, rows: Rows, remat: str = "none") -> j
   return half_XD
 
 
-def _head(params, config: ModelConfig) -> jax.Array:
+def output_matrix(params, config: ModelConfig) -> jax.Array:
+  """Returns the output matrix [D, V] in the type of the products."""
   return decoder.head(params, config).astype(config.dtype)
 
 
@@ -274,10 +278,10 @@ def _policy_signals(
   params, config: ModelConfig, batch: TrainBatch, *, temperature: float, remat: str
 ) -> Signals:
   """The signals of a method without a teacher: only the policy's half is run."""
-  policy_XD = _run_half(params, config, batch.policy, remat)
+  policy_XD = run_half(params, config, batch.policy, remat)
   logp_X, entropy_X = token_logp(
     policy_XD,
-    _head(params, config),
+    output_matrix(params, config),
     targets(batch.policy),
     temperature=temperature,
     mesh=sharding.current_mesh(),

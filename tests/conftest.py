@@ -35,7 +35,8 @@ else:
 _COMPILING = set(
   "assets attention beams bench_loss configs counterfactual decoder discover distill_kl "
   "distill_kl_gpu distill_kl_topk distill_kl_tpu hf_weights local lora lora_run main mesh "
-  "objectives plan pretrain processes report sandbox_cases scripted server_runs train_step".split()
+  "objectives plan pretrain processes remote_teacher report sandbox_cases scripted serve "
+  "server_runs train_step".split()
 )
 
 

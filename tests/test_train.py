@@ -60,6 +60,7 @@ def run(
     sample_ahead=lambda state, i: None,
     collect=lambda state, i: [[rollout(status, **more) for more in extra]],
     make_batch=make_batch,
+    ask_teacher=lambda state, packed: packed,
     step=step,
     score=lambda state, batch: None,
     evaluate=lambda state, i: log.evaluated.append(i) or {"eval/heldout/avg@k": 0.5},

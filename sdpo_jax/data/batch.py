@@ -48,6 +48,8 @@ class Packed(NamedTuple):
   # What the teacher reads at row b: in the plain reading, then in each further one; None: nothing.
   contexts: tuple[list[Context | None], ...]
   metrics: dict[str, float]  # counts of what was dropped, shortened, shown
+  # The tokens that the teacher reads at row b in the plain reading, its prompt first; []: nothing.
+  teacher_texts: Texts = Texts([], [])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +156,8 @@ class Packer:
     metrics = _measure(responses, batch)
     metrics["perf/compiles"] = float(len(self.shapes.known))  # earlier sessions included
     contexts = tuple(reading.contexts for reading in responses.readings)
-    return Packed(batch, responses.rollouts, contexts, metrics)
+    texts = responses.readings[0].texts
+    return Packed(batch, responses.rollouts, contexts, metrics, texts)
 
   def _read(self, groups: list[list[Rollout]]) -> Responses:
     """Renders the texts that policy and teacher read."""

@@ -111,6 +111,11 @@ def check(c) -> None:
   for arm in LEARNING:
     if arm in d.arms:
       _check_learning(c, arm)
+  if c.method.teacher_weights.name == "remote":
+    raise ValueError(
+      "config.method.teacher_weights.name='remote' is not for --mode=discover, whose teacher is "
+      "the model that learns: choose another one"
+    )
   if c.train.updates_per_batch != 1:
     raise ValueError(
       f"config.train.updates_per_batch={c.train.updates_per_batch} must be 1: --mode=discover "

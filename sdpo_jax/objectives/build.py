@@ -19,7 +19,7 @@ from sdpo_jax.errors import unknown
 from sdpo_jax.objectives.advantage import ADVANTAGES
 from sdpo_jax.objectives.methods import METHODS
 from sdpo_jax.objectives.notes import COUNTERFACTUALS, Notes
-from sdpo_jax.objectives.signals import DIVERGENCE, TOKEN_SIGNALS, Part
+from sdpo_jax.objectives.signals import DIVERGENCE, TEACHER_ENTROPY, TOKEN_SIGNALS, Part
 from sdpo_jax.objectives.surrogate import REDUCTIONS, SURROGATES
 from sdpo_jax.objectives.teacher_context import TEACHER_CONTEXTS, TEMPLATES
 from sdpo_jax.objectives.teacher_weights import TEACHER_WEIGHTS, TeacherWeights
@@ -120,6 +120,8 @@ def build_method(row: dict) -> Method:
   if notes is not None and not notes.teaches:
     notes = None
   check(row, notes)
+  if bound["teacher_weights"].remote is not None:
+    _check_remote(row, bound["teacher_weights"].remote.url, reads)
   if row["advantage"]["name"] == "question_spread":
     # One setting says what a success is: the teacher context's, where it has one.
     threshold = getattr(bound["teacher_context"], "success_threshold", None)
@@ -222,6 +224,30 @@ def _check_shares(row: dict) -> None:
     raise ValueError(
       f"method.policy_share={share!r} with surrogate {surrogate!r}: a share above 0 needs a "
       "surrogate, and a surrogate needs a share above 0"
+    )
+
+
+def _check_remote(row: dict, url: str, reads: set[str]) -> None:
+  """Refuses what a teacher that answers with a few log-probabilities cannot do."""
+  name = "method.teacher_weights.name='remote'"
+  if not url.startswith(("http://", "https://")):
+    raise ValueError(
+      f"method.teacher_weights.url={url!r} must be the address of a python -m sdpo_jax.serve, "
+      "such as http://10.0.0.2:8000"
+    )
+  if row["token_signal"]["name"] != "divergence" or row["token_signal"].get("top_k") is None:
+    raise ValueError(
+      f"{name} needs the token signal 'divergence' with a top_k: set method.token_signal.top_k"
+    )
+  if row["counterfactual"]["name"] != "none":
+    raise ValueError(
+      f"{name} has one reading; set method.counterfactual.name=none, "
+      f"not {row['counterfactual']['name']!r}"
+    )
+  if TEACHER_ENTROPY in reads:
+    raise ValueError(
+      f"{name} does not say its entropy, which method.token_weight.name="
+      f"{row['token_weight']['name']!r} reads: choose another token weight"
     )
 
 

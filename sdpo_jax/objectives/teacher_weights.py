@@ -9,12 +9,21 @@ from typing import NamedTuple
 from sdpo_jax import ranges
 
 
+class Remote(NamedTuple):
+  """Where a teacher lives that this run has no weights of."""
+
+  url: str
+  model: str  # its name there; "": the one that is served
+  timeout_s: float  # that it may be silent, a restart included
+
+
 class TeacherWeights(NamedTuple):
   """How the teacher's weights follow the policy's."""
 
   keep: bool  # a second tree of weights travels with the train state
   move: float = 0.0  # its rate towards the policy, once per generation batch
   mix: float | None = None  # the live policy's share in the teacher's logits; None: no trust region
+  remote: Remote | None = None  # who is asked instead; None: the teacher lives here
 
 
 def none() -> TeacherWeights:
@@ -42,6 +51,25 @@ def frozen() -> TeacherWeights:
   return TeacherWeights(keep=True)
 
 
+def remote(*, url: str = "", model: str = "", timeout_s: float = 300.0) -> TeacherWeights:
+  """Asks a teacher on another machine, `python -m sdpo_jax.serve` (remote_teacher.py).
+
+  Needs the token signal `divergence` with a top_k: the teacher is asked for its log-probabilities
+  at the policy's K likeliest tokens and at the sampled one, K + 1 numbers a token. K is top_k.
+
+  Staleness: which K tokens these are is found once a generation batch, before its first update, so
+  in the last one the choice is updates_per_batch - 1 updates old. The policy's log-probabilities
+  are today's in every update, over the same K tokens and one bucket for the rest. Whichever the K
+  tokens are, the bucketed divergence never exceeds the full one; an old choice sees less of it.
+
+  The teacher has to have the policy's tokenizer. A resumed run repeats itself as far as the server
+  does.
+  """
+  settings = Remote(url.rstrip("/"), model, timeout_s)
+  ranges.check("method.teacher_weights.timeout_s", timeout_s)
+  return TeacherWeights(keep=False, remote=settings)
+
+
 def _checked(rate: float) -> float:
   ranges.check("method.teacher_weights.rate", rate)
   return rate
@@ -53,4 +81,5 @@ TEACHER_WEIGHTS = {
   "ema": ema,
   "trust_region": trust_region,
   "frozen": frozen,
+  "remote": remote,
 }
