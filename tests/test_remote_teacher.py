@@ -13,11 +13,12 @@ import numpy as np
 import optax
 import pytest
 
-from sdpo_jax import main, metrics, remote_teacher
+from sdpo_jax import main, metrics
 from sdpo_jax.config import MODELS
 from sdpo_jax.data.batch import Packed
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.packing import Texts
+from sdpo_jax.engine import client
 from sdpo_jax.errors import RunError
 from sdpo_jax.given_teacher import make_candidates, make_given_signals
 from sdpo_jax.model.hf_weights import load_pretrained
@@ -179,7 +180,7 @@ def test_a_method_that_cannot_ask_is_refused(changes, words):
   "more, words",
   [
     (["--mode=discover"], "is not for --mode=discover"),
-    ([], "config.method.teacher_weights.url=http://127.0.0.1:9: it cannot be reached"),
+    ([], "config.method.teacher_weights.url=http://127.0.0.1:9: the server did not answer"),
   ],
 )
 def test_a_run_that_cannot_begin_is_one_line(tmp_path, capsys, more, words):
@@ -228,10 +229,10 @@ CHOICE = {"prompt_token_logprobs": [-1.0, -2.0], "prompt_id_logprobs": [[-3.0], 
   "answer, asked, longest, words",
   [
     ({"choices": [{"text": ""}]}, "m", 9, "without prompt_id_logprobs: it has to be a python -m"),
-    ({"choices": [CHOICE | {"prompt_token_ids": [1]}]}, "", 9, "tokenizer gives other ids"),
-    (400, "m", 9, "answers /v1/completions with status 400"),
-    (500, "m", 9, "answers /v1/completions with status 500"),
-    (400, "other", 9, r"serves \['m'\], not 'other'"),
+    ({"choices": [CHOICE | {"prompt_token_ids": [1]}]}, "", 9, "gives other ids to a text"),
+    (400, "m", 9, "answered /v1/completions with status 400"),
+    (500, "m", 9, "answered /v1/completions with status 500"),
+    (400, "other", 9, r"has \['m'\], not 'other'"),
     (400, "m", 101, "has 100 positions"),
   ],
 )
@@ -250,7 +251,7 @@ def one_row():
 
 
 def test_a_server_that_is_away_for_a_while_is_asked_again(monkeypatch):
-  monkeypatch.setattr(remote_teacher, "FIRST_PAUSE_S", 0.01)
+  monkeypatch.setattr(client, "_FIRST_DELAY_S", 0.01)
   with stand_in([503, 502, {"choices": [CHOICE]}]) as url:
     teacher = RemoteTeacher(Remote(url, "m", 30.0), temperature=1.0, vocab=300)
     scored = teacher.read(one_row(), np.zeros((1, 6, 1), np.int32)).batch.readings[0].scored
@@ -260,7 +261,7 @@ def test_a_server_that_is_away_for_a_while_is_asked_again(monkeypatch):
 
 @pytest.mark.parametrize("answer, words", [(503, "for 0.05 s; nothing of"), (422, "status 422")])
 def test_a_server_that_stays_away_ends_the_run(monkeypatch, answer, words):
-  monkeypatch.setattr(remote_teacher, "FIRST_PAUSE_S", 0.02)
+  monkeypatch.setattr(client, "_FIRST_DELAY_S", 0.02)
   with stand_in([answer] * 9) as url:
     teacher = RemoteTeacher(Remote(url, "m", 0.05), temperature=1.0, vocab=300)
     with pytest.raises(RunError, match=words):

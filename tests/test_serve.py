@@ -15,8 +15,10 @@ from sdpo_jax import checkpoint, train_step
 from sdpo_jax.config import MODELS
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.engine.local import LocalEngine
+from sdpo_jax.engine.remote import ServerSettings
 from sdpo_jax.engine.requests import RequestQueue
 from sdpo_jax.engine.scoring import TextScorer
+from sdpo_jax.engine.vllm import VllmEngine
 from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.hf_weights import load_pretrained
 from sdpo_jax.records import Request, Sampling
@@ -185,6 +187,27 @@ def test_a_wrong_token_is_refused(url):
   assert ask(url, "/health", token="wrong") == (200, {"status": "ok"})
   _, answer = ask(url, "/v1/models")
   assert answer["data"][0]["id"] == "tiny" and answer["data"][0]["max_model_len"] == 1024
+
+
+def test_the_engine_for_vllm_samples_from_it(url, tiny, monkeypatch, tmp_path):
+  """Its fields and its reading of answers fit; log-probabilities are the trainer's."""
+  config, params, _ = tiny
+  monkeypatch.setenv("SDPO_JAX_TOKEN", TOKEN)
+  settings = ServerSettings((url,), "tiny", str(tmp_path), 60.0, 30.0, 8)
+  engine = VllmEngine(config, settings, base=params, path="tiny", adapters=None)
+  sampling = Sampling(8, 1.0, stop_tokens=(5, 9))
+  engine.start(sampling)
+  engine.load(params, 3)
+  asked = [Request(key, prompt, 2, sampling, seed=key) for key, prompt in enumerate(PROMPTS)]
+  done = list(engine.generate(iter(asked)))
+  assert sorted((c.key, c.sample_index) for c in done) == [(k, s) for k in range(6) for s in (0, 1)]
+  for completion in done[:4]:
+    text = PROMPTS[completion.key] + completion.tokens
+    logp_TV = jax.nn.log_softmax(decoder.logits(params, config, np.array([text]))[0])
+    logp_TV = np.asarray(logp_TV)[len(PROMPTS[completion.key]) - 1 : -1]
+    wanted = logp_TV[range(len(completion.tokens)), completion.tokens]
+    np.testing.assert_allclose(completion.logp, wanted, atol=1e-3)
+    assert completion.version == 3
 
 
 def send_and_leave(url, **fields):

@@ -4,13 +4,15 @@
            later, by this server or another one
   Refused  an answer that asking again will not change
 
-Servers are asked directly, past any proxy that the environment names.
+Servers are asked directly, past any proxy that the environment names. They are shown the token that
+the variable SDPO_JAX_TOKEN holds, if it holds one.
 """
 
 import asyncio
 from collections.abc import Coroutine
 import concurrent.futures
 import functools
+import os
 import threading
 import time
 from typing import Any
@@ -67,7 +69,9 @@ class Server:
   @functools.cached_property
   def _client(self) -> httpx2.AsyncClient:
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-    return httpx2.AsyncClient(timeout=None, limits=limits, trust_env=False)
+    token = os.environ.get("SDPO_JAX_TOKEN")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return httpx2.AsyncClient(timeout=None, limits=limits, trust_env=False, headers=headers)
 
   @property
   def is_up(self) -> bool:

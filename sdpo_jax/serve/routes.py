@@ -16,7 +16,7 @@ from sdpo_jax.data.chat import Chat
 from sdpo_jax.engine.local import check
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.records import Completion, Request, Sampling
-from sdpo_jax.serve.answers import Writer
+from sdpo_jax.serve.bodies import Writer
 from sdpo_jax.serve.fields import ChatFields, CompletionFields, Refusal, read_fields
 from sdpo_jax.serve.worker import Stopped, Worker
 
