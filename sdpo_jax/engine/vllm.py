@@ -93,7 +93,7 @@ class VllmEngine(RemoteEngine):
       "seed": sample_seed(job.request.seed, job.sample_index),
       "stop_token_ids": list(sampling.stop_tokens),
       "ignore_eos": True,
-      "logprobs": 1,
+      "logprobs": int(top),  # besides the sampled token's
       "return_token_ids": True,
     }
     if sampling.stop_strings:
