@@ -112,7 +112,7 @@ def base() -> ml_collections.ConfigDict:
     server=dict(
       urls=(),  # "http://HOST:PORT" each
       model="",  # the name that vLLM serves it under; empty: model.path
-      # a directory that the servers see under the same path; the newest weights stay there
+      # a directory that the servers see under the same path; it has room for two sets of weights
       weights_dir="",
       timeout_s=600.0,  # of one response, or of reading weights
       patience_s=300.0,  # how long what failed is asked again

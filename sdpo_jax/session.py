@@ -138,7 +138,7 @@ def open_session(
       check_positions(longest_texts(c, notes), policy.model, path)
       second = load_second(c, notes.model, mesh) if notes is not None and notes.model else None
       env, isolation = _open_env(c, splits, stack, policy.chat, second and second.chat, method)
-      engine = _policy_engine(c, policy, path, mesh)
+      engine = _policy_engine(c, policy, path, mesh, stack)
       collector = stack.enter_context(_collecting(c, env, policy, engine, check_stop))
       second_model = None
       if second is not None:
@@ -299,8 +299,11 @@ def _collecting(
   return contextlib.closing(collector)
 
 
-def _policy_engine(c, policy: Loaded, path: str, mesh):
-  """Returns the engine of config.rollout.engine. Raises ValueError for servers that are not fit."""
+def _policy_engine(c, policy: Loaded, path: str, mesh, stack: contextlib.ExitStack):
+  """Returns the engine of config.rollout.engine; the stack closes one that asks servers.
+
+  Raises ValueError for servers that are not fit.
+  """
   if c.rollout.engine == "local":
     return _local_engine(c, policy, mesh)
   engine = ENGINES[c.rollout.engine](
@@ -310,11 +313,11 @@ def _policy_engine(c, policy: Loaded, path: str, mesh):
     path=path,
     adapters=lora.from_settings(c.model),
   )
-  engine.start(
-    Sampling(
-      c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, policy.chat.stop_tokens
-    )
+  stack.callback(engine.close)
+  sampling = Sampling(
+    c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, policy.chat.stop_tokens
   )
+  engine.start(sampling, c.data.max_prompt_tokens + c.rollout.max_new_tokens)
   return engine
 
 

@@ -243,7 +243,8 @@ class VllmStandIn(StandIn):
     self.weights = {self.name: 0}
 
   def models(self, _):
-    return {"object": "list", "data": [{"id": name, "object": "model"} for name in self.weights]}
+    cards = [{"id": name, "object": "model", "max_model_len": 1024} for name in self.weights]
+    return {"object": "list", "data": cards}
 
   def load(self, body):
     if body["lora_name"] in self.weights:
@@ -304,7 +305,7 @@ class SglangStandIn(StandIn):
   def __init__(self, model, **settings):
     self.routes = {
       "/model_info": (lambda _: {"weight_version": self.version, "is_generation": True}, None),
-      "/server_info": (lambda _: {"enable_deterministic_inference": True}, None),
+      "/server_info": (lambda _: INFO, None),
       "/generate": (self.complete, GENERATE),
       "/update_weights_from_disk": (
         self.update,
@@ -339,6 +340,11 @@ class SglangStandIn(StandIn):
     return {"text": "", "output_ids": tokens, "meta_info": info}
 
 
+INFO = {
+  "enable_deterministic_inference": True,
+  "context_length": None,
+  "max_req_input_len": 1023,
+}
 GENERATE = {
   "input_ids": list,
   "sampling_params": dict,

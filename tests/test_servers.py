@@ -42,7 +42,7 @@ def make(tmp_path):
       servers.append(new)
     engine = engine_for(kind, servers[-count:], tmp_path, **settings)
     if start is not None:
-      engine.start(start)
+      engine.start(start, 1024)
     return engine, servers[-count:]
 
   yield begin
@@ -278,8 +278,10 @@ def test_a_busy_server_is_asked_again(kind, make):
 
   def busy(path, body):
     said.append(path)
-    if len(said) in (2, 9, 15):
-      raise Status({2: 503, 9: 429, 15: 500}[len(said)], "busy")
+    if len(said) == 1:
+      raise Drop  # while it is given weights
+    if len(said) in (3, 9, 15):
+      raise Status({3: 503, 9: 429, 15: 500}[len(said)], "busy")
 
   server.before = busy
   assert by_place(engine.generate(requests())) == expected(weights, requests())
@@ -323,7 +325,7 @@ def test_a_server_that_lacks_something_is_refused_before_the_run(kind, edit, mes
   engine, (server,) = make(kind, start=None)
   server.edit = edit
   with pytest.raises(ValueError, match=message) as error:
-    engine.start(SAMPLING)
+    engine.start(SAMPLING, 1024)
   assert str(error.value).startswith(server.url) and "\n" not in str(error.value)
 
 
@@ -331,16 +333,33 @@ def test_a_server_without_adapters_or_a_field_is_refused_before_the_run(make):
   engine, (server,) = make("vllm", start=None)
   del server.routes["/v1/load_lora_adapter"], server.routes["/v1/unload_lora_adapter"]
   with pytest.raises(ValueError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
-    engine.start(SAMPLING)
+    engine.start(SAMPLING, 1024)
   engine, (server,) = make("vllm", start=None)
   fields = server.routes["/v1/completions"][1]
   known = {key: fields[key] for key in fields if key != "min_p"}
   server.routes["/v1/completions"] = (server.complete, known)
   with pytest.raises(ValueError, match="status 400: unknown field 'min_p'"):
-    engine.start(SAMPLING)
+    engine.start(SAMPLING, 1024)
   server.stop()
   with pytest.raises(ValueError, match="did not answer /v1/models .* config.rollout.server.urls"):
-    engine.start(SAMPLING)
+    engine.start(SAMPLING, 1024)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_and_weights_need_room(kind, make, tmp_path):
+  engine, _ = make(kind, start=None)
+  with pytest.raises(ValueError, match="has room for 1024 tokens, and .* makes 1025: start "):
+    engine.start(SAMPLING, 1025)
+  (tmp_path / "file").write_text("")
+  engine, _ = make(kind, start=None, weights_dir=str(tmp_path / "file"))
+  with pytest.raises(ValueError, match="config.rollout.server.weights_dir=.*file': File exists"):
+    engine.start(SAMPLING, 1024)
+  engine, _ = make(kind)
+  load(engine, kind)
+  (tmp_path / "weights").rename(tmp_path / "gone")
+  (tmp_path / "weights").write_text("")
+  with pytest.raises(RunError, match="the weights could not be written to .*weights_dir"):
+    engine.load(weights_of(kind, 2), 4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -438,6 +457,7 @@ def test_new_weights_replace_the_old_ones(kind, make):
     done = by_place(engine.generate(requests(2)))
     engine.unload()
     assert done == expected(weights, requests(2), version)
+  assert len(list(pathlib.Path(engine.settings.weights_dir).iterdir())) == 1
   handed_over = lambda: sum("load" in path or "update" in path for path, _, _ in server.asked)
   count = handed_over()
   engine.load(engine.params, 7)  # the same arrays
@@ -447,6 +467,8 @@ def test_new_weights_replace_the_old_ones(kind, make):
     assert len(server.weights) == 2  # the base, and one adapter
     engine.load(BASE, 8)
     assert by_place(engine.generate(requests(2))) == expected(0, requests(2), 8)
+  engine.close()
+  assert not list(pathlib.Path(engine.settings.weights_dir).iterdir())
 
 
 def test_a_consumer_that_stops_early_leaves_nothing_running(make):

@@ -111,8 +111,11 @@ class RemoteEngine(abc.ABC):
   # ---- what each kind of server has its own way for
 
   @abc.abstractmethod
-  async def examine(self, server: Server) -> None:
-    """Checks the server before the run. Raises Failed or Refused."""
+  async def examine(self, server: Server, longest: int) -> None:
+    """Checks the server before the run, whose longest text has so many tokens.
+
+    Raises Failed or Refused.
+    """
 
   @abc.abstractmethod
   def write(self, path: str, params) -> None:
@@ -145,16 +148,28 @@ class RemoteEngine(abc.ABC):
 
   # ---- the engine
 
-  def start(self, sampling: Sampling) -> None:
+  def start(self, sampling: Sampling, longest: int) -> None:
     """Checks that the servers are there and can do what will be asked of them.
 
-    Raises ValueError, one line, for one that lacks something; so does `generate`.
+    longest: tokens of a prompt and its response together. Raises ValueError, one line, for a server
+    that lacks something, or a directory that cannot be made.
     """
     if not hosts.leads():
       return
+    try:
+      os.makedirs(self.settings.weights_dir, exist_ok=True)
+    except OSError as error:
+      raise ValueError(
+        f"config.rollout.server.weights_dir={self.settings.weights_dir!r}: {error.strerror}"
+      ) from error
     run = self._in_background().run
-    self._reports = [run(self._examine(server, sampling.stop_tokens)) for server in self.servers]
+    stop_tokens = sampling.stop_tokens
+    self._reports = [run(self._examine(server, stop_tokens, longest)) for server in self.servers]
     self._check_sampling(sampling)
+
+  def close(self) -> None:
+    """Removes the files of the last weights. Servers keep what they have read."""
+    self._remove(self._weights)
 
   def load(self, params, version: int) -> None:
     """Takes the weights that are sampled from now on; writes them, if they are not there yet."""
@@ -179,8 +194,11 @@ class RemoteEngine(abc.ABC):
         ) from error
       self._weights = Weights(name, path, version)
     self._written = _references(params)
-    if former is not None and former.path is not None and hosts.leads():
-      shutil.rmtree(former.path, ignore_errors=True)
+    self._remove(former)
+
+  def _remove(self, weights: Weights | None) -> None:
+    if weights is not None and weights.path is not None and hosts.leads():
+      shutil.rmtree(weights.path, ignore_errors=True)
 
   def unload(self) -> None:
     """Lets go of the weights. Servers keep them: they are often asked for again."""
@@ -313,14 +331,14 @@ class RemoteEngine(abc.ABC):
       if problem:
         raise ValueError(f"{server.url} {problem}")
 
-  async def _examine(self, server: Server, stop_tokens: tuple[int, ...]) -> Reports:
+  async def _examine(self, server: Server, stop_tokens: tuple[int, ...], longest: int) -> Reports:
     """Returns which log-probabilities a server reports, after a few one-token questions.
 
     At a high temperature the likeliest token becomes less likely, and with top-k 1 certain, if the
     server takes them into account. Raises ValueError for a server that cannot be used.
     """
     try:
-      await self.examine(server)
+      await self.examine(server, longest)
       one = Sampling(1, stop_tokens=stop_tokens)
       plain = await self._first_top(server, one)
       hot = await self._first_top(server, dataclasses.replace(one, temperature=8.0))

@@ -36,10 +36,19 @@ class SglangEngine(RemoteEngine):
     """Whatever weights the server has."""
     return Weights("", None, 0)
 
-  async def examine(self, server: Server) -> None:
-    """Checks that the server knows versions, and says so where it does not heed seeds."""
+  async def examine(self, server: Server, longest: int) -> None:
+    """Checks that the server knows versions and has room; warns where it does not heed seeds."""
     field(await server.get("/model_info"), "weight_version")
-    if not (await server.get("/server_info")).get("enable_deterministic_inference"):
+    info = await server.get("/server_info")
+    # the first is null where the model's own length is taken; a prompt leaves room for one token
+    room = info.get("context_length") or field(info, "max_req_input_len") + 1
+    if room < longest:
+      raise Refused(
+        f"has room for {room} tokens, and config.data.max_prompt_tokens with "
+        f"config.rollout.max_new_tokens makes {longest}: start SGLang with a larger "
+        "--context-length"
+      )
+    if not info.get("enable_deterministic_inference"):
       logging.warning(
         "%s was started without --enable-deterministic-inference: "
         "its samples depend on more than their seeds, and a run does not repeat",

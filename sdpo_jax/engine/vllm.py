@@ -41,14 +41,20 @@ class VllmEngine(RemoteEngine):
     """The model that the servers were started with, by its served name."""
     return Weights(self.settings.model or self.path, None, 0)
 
-  async def examine(self, server: Server) -> None:
-    """Checks that the model is served, and that adapters can be loaded."""
+  async def examine(self, server: Server, longest: int) -> None:
+    """Checks that the model is served, has room, and that adapters can be loaded."""
     wanted = self.base_weights.name
     served = await self._served(server)
     if wanted not in served:
       raise Refused(
         f"serves {sorted(served)} and not {wanted!r} (config.rollout.server.model; empty: "
         "config.model.path)"
+      )
+    room = served[wanted].get("max_model_len")
+    if room is not None and room < longest:
+      raise Refused(
+        f"has room for {room} tokens, and config.data.max_prompt_tokens with "
+        f"config.rollout.max_new_tokens makes {longest}: start vLLM with a larger --max-model-len"
       )
     if self.adapters is None:
       return
@@ -71,7 +77,7 @@ class VllmEngine(RemoteEngine):
     if weights.name not in served:
       question = {"lora_name": weights.name, "lora_path": weights.path}
       await server.tell("/v1/load_lora_adapter", question)
-    for name in sorted(served - {weights.name}):
+    for name in sorted(served.keys() - {weights.name}):
       if name.startswith(f"{self.prefix}-"):
         await server.tell("/v1/unload_lora_adapter", {"lora_name": name})
 
@@ -136,7 +142,7 @@ class VllmEngine(RemoteEngine):
       return f"a logit_bias beyond {_MOST_BIAS:g}"
     return None
 
-  async def _served(self, server: Server) -> set[str]:
-    """Returns the names of the models and adapters that a server has."""
+  async def _served(self, server: Server) -> dict[str, dict]:
+    """Returns what a server says of each model and adapter that it has, by name."""
     models = field(await server.get("/v1/models"), "data")
-    return {field(model, "id") for model in models}
+    return {field(model, "id"): model for model in models}
