@@ -9,7 +9,7 @@ import time
 import jax
 import pytest
 
-from sdpo_jax import config, hosts
+from sdpo_jax import config, hosts, rollout
 from sdpo_jax.engine.answers import sample_seed
 from sdpo_jax.engine.remote import ServerSettings
 from sdpo_jax.engine.requests import RequestQueue
@@ -492,18 +492,16 @@ def test_of_several_processes_the_first_asks_for_all(make, monkeypatch):
 
   def share(value):
     sent.append(json.loads(json.dumps(value)))
-    return [sent[0]]
+    return [sent[0], []]
 
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr(hosts, "share", share)
   want = expected(weights, requests(2))
-  assert by_place(engine.generate(requests(2))) == want
-  monkeypatch.setattr(hosts, "leads", lambda: False)
+  assert by_place(rollout.sample(engine, requests(2))) == want
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
   count = len(server.asked)
-  assert by_place(engine.generate(requests(2))) == want and sent[1] == []
-  assert len(server.asked) == count
-  with pytest.raises(RunError, match="without --distributed"):
-    list(engine.generate(RequestQueue(requests(1))))
+  assert by_place(rollout.sample(engine, requests(2))) == want
+  assert sent[1] == [] and len(server.asked) == count
 
 
 BRANCHING = {"method": build.method_row("counterfactual")}
@@ -522,11 +520,11 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("rollout,settings,message", SETTINGS)
-def test_settings_that_cannot_be_are_refused(rollout, settings, message):
+@pytest.mark.parametrize("changes,settings,message", SETTINGS)
+def test_settings_that_cannot_be_are_refused(changes, settings, message):
   c = config.base()
-  c.rollout.update(rollout)
-  if "needs" not in message and rollout.get("engine") in KINDS:
+  c.rollout.update(changes)
+  if "needs" not in message and changes.get("engine") in KINDS:
     c.rollout.server.update(urls=("http://a:1",), weights_dir="/tmp/w")
   for path, value in settings.items():
     *sections, key = path.split(".")

@@ -13,7 +13,7 @@ A server that does not answer, or answers that it cannot now, is asked again aft
 another one is, until `patience_s` have passed. What cannot be answered at all ends in one RunError
 with the server's URL and the request's key. `start` finds most of that before the run.
 
-With several processes all call every method; process 0 asks, and shares the completions.
+With several processes all call every method, and process 0 asks for all (`rollout.sample`).
 """
 
 import abc
