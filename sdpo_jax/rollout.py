@@ -1,24 +1,13 @@
 """Collects rollouts: tasks go to the engine, responses to the judge, groups of Rollout come back.
 
-Judging runs in threads: each waits for a sandboxed process, none computes. It starts as each
-response finishes, while others are still being sampled.
-
-A judge that raises, hangs or returns a reward that is not a number in [0, 1] costs its own response
-only. That response becomes ENV_FAILED, is counted and never trained on. The text of a feedback is
-cleaned and bounded here, once for every environment (`text.py`).
-
-A judge sees text, not why it ended. The feedback on a response that ran into `max_new_tokens` is
-therefore preceded by that fact, for every environment alike. An empty feedback stays empty.
+A response is judged as it finishes, and a group that is judged is handed on, both while others are
+still being sampled.
 """
 
 from collections.abc import Callable
 import concurrent.futures
 import contextlib
-import dataclasses
-import logging
-import math
-import numbers
-import queue
+import functools
 import threading
 import time
 import zlib
@@ -28,8 +17,8 @@ import jax
 from sdpo_jax import hosts
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.errors import TaskError
+from sdpo_jax.judging import Judges, busy_s
 from sdpo_jax.records import Completion, Feedback, Request, Rollout, Sampling, Segment, Status, Task
-from sdpo_jax.text import MAX_CHARS, clean, cut
 
 
 def prompt_seed(seed: int, *path) -> int:
@@ -78,20 +67,13 @@ class Collector:
     self.env, self.chat, self.engine = env, chat, engine
     self.check_stop = check_stop
     self.max_prompt_tokens = max_prompt_tokens
-    self.judge_timeout_s = judge_timeout_s
-    self._judge_threads = judge_threads
-    self._waiting = queue.SimpleQueue()  # of (future, arguments of _judge); None ends a thread
-    self._alive = 0  # threads that take from it
-    self._is_closed = False
-    self._judged: list[tuple[float, float]] = []  # begin and end of each judging, in seconds
-    self._judge_hidden_s = self._judge_wait_s = 0.0
+    self._judges = Judges(env, threads=judge_threads, timeout_s=judge_timeout_s)
+    self._hand_on: Callable[[list[Rollout]], None] | None = None
+    self._times = dict.fromkeys(_TIMES, 0.0)
 
   def close(self) -> None:
-    """Ends the waiting threads. One that hangs in a judge is a daemon and ends with the process."""
-    self._is_closed = True
-    for _ in range(self._alive):
-      self._waiting.put(None)
-    self._alive = 0
+    """Ends the judging threads."""
+    self._judges.close()
 
   def collect(
     self,
@@ -123,44 +105,45 @@ class Collector:
       Request(q, prompt + head, n, sampling, seed)
       for q, (prompt, (head, _), seed) in enumerate(zip(prompts, begun, seeds, strict=True))
     ]
-    judgements: dict[tuple[int, int], concurrent.futures.Future] = {}  # those of this process
+    batch = _Batch(tasks, prompts, n, self._hand_on)
 
-    def whole(c: Completion) -> Completion:
-      head, logp = begun[c.key]
-      return c._replace(tokens=head + c.tokens, logp=logp + c.logp)
-
-    def begin_judging(c: Completion) -> None:
-      text = self.chat.response_text(whole(c).tokens)
-      judgements[c.key, c.sample_index] = self._submit(tasks[c.key], text, whole(c))
+    def judge(c: Completion) -> None:
+      c = _joined(begun, c)
+      text = self.chat.response_text(c.tokens)
+      then = functools.partial(batch.add, c, text)
+      judgement = self._judges.submit(tasks[c.key], text, c, then=then)
+      batch.judgements[c.key, c.sample_index] = judgement
 
     self.engine.load(params, version)
-    completions = sample(self.engine, requests, then=begin_judging)
+    completions = sample(self.engine, requests, then=judge)
     self.engine.unload()
-    self._check_stop_of(judgements)
+    self._check_stop_of(batch)
     ended = time.monotonic()
-    feedback = self._await_feedback(tasks, judgements)
-    self._judge_wait_s += time.monotonic() - ended
-    self._judge_hidden_s += busy_s(self._judged, ended)
-    self._judged = []
+    own = {
+      place: self._judges.feedback(tasks[place[0]], judgement)
+      for place, judgement in batch.judgements.items()
+    }
+    feedback = _shared(own)
+    self._note_times(batch, ended)
     self.check_stop()
     groups: list[list[Rollout]] = [[] for _ in tasks]
-    for c in completions:
-      q, g = c.key, c.sample_index
-      groups[q].append(self._rollout(tasks[q], prompts[q], whole(c), feedback[q, g]))
+    for completion in completions:
+      c = _joined(begun, completion)
+      groups[c.key].append(batch.rollout(c, feedback[c.key, c.sample_index], self.chat))
     return groups
 
-  def _rollout(self, task: Task, prompt: list[int], c: Completion, feedback: Feedback) -> Rollout:
-    return Rollout(
-      task,
-      prompt,
-      list(c.tokens),
-      list(c.logp),
-      c.finish_reason,
-      self.chat.response_text(c.tokens),
-      feedback,
-      entropy=c.entropy,
-      sampled=[Segment(0, c)],
-    )
+  @contextlib.contextmanager
+  def handing_on(self, hand_on: Callable[[list[Rollout]], None] | None):
+    """Has a function called meanwhile with each group that is judged, in a judge's thread.
+
+    On several processes only with those that this one has sampled; a group of which one response
+    was not judged in time may be left out.
+    """
+    self._hand_on = hand_on
+    try:
+      yield
+    finally:
+      self._hand_on = None
 
   @contextlib.contextmanager
   def undisturbed(self):
@@ -171,22 +154,28 @@ class Collector:
     finally:
       self.check_stop = check_stop
 
-  def take_judge_times(self) -> dict[str, float]:
-    """Returns the metrics of judging since the last call.
+  def take_times(self) -> dict[str, float]:
+    """Returns the metrics of what went on beside sampling since the last call.
 
     time/judge_hidden_s: while responses were still sampled, some judge was at work.
+    time/pack_hidden_s: while responses were still sampled, a group was being handed on.
     time/judge_wait_s: from the end of sampling to the last verdict.
     """
-    hidden, wait = self._judge_hidden_s, self._judge_wait_s
-    self._judge_hidden_s = self._judge_wait_s = 0.0
-    return {"time/judge_hidden_s": hidden, "time/judge_wait_s": wait}
+    times, self._times = self._times, dict.fromkeys(_TIMES, 0.0)
+    return times
 
-  def _check_stop_of(self, judgements: dict[tuple[int, int], concurrent.futures.Future]) -> None:
+  def _note_times(self, batch: "_Batch", ended: float) -> None:
+    """Adds up the times of a batch whose sampling has ended at a time of the clock."""
+    self._times["time/judge_wait_s"] += time.monotonic() - ended
+    self._times["time/judge_hidden_s"] += busy_s(self._judges.take_busy(), ended)
+    self._times["time/pack_hidden_s"] += busy_s(batch.busy, ended)
+
+  def _check_stop_of(self, batch: "_Batch") -> None:
     """Calls check_stop; if that raises, no response is judged any more."""
     try:
       self.check_stop()
     except BaseException:
-      for judgement in judgements.values():
+      for judgement in batch.judgements.values():
         judgement.cancel()
       raise
 
@@ -198,81 +187,68 @@ class Collector:
           f"more than config.data.max_prompt_tokens={self.max_prompt_tokens}"
         )
 
-  def _await_feedback(
-    self, tasks: list[Task], judgements: dict[tuple[int, int], concurrent.futures.Future]
-  ) -> dict[tuple[int, int], Feedback]:
-    """Returns the feedback on all responses, those that other processes judged included."""
-    own = []
-    for (q, g), judgement in judgements.items():
-      f = self._await_one(tasks[q], judgement)
-      own.append([q, g, f.reward, f.text, f.status.value])  # JSON-able
-    return {
-      (q, g): Feedback(reward, text, Status(status))
-      for judged in hosts.share(own)
-      for q, g, reward, text, status in judged
-    }
 
-  def _await_one(self, task: Task, judgement: concurrent.futures.Future) -> Feedback:
-    try:
-      return judgement.result(timeout=self.judge_timeout_s)
-    except concurrent.futures.TimeoutError:
-      logging.error("judging a response to %s took more than %g s", task.id, self.judge_timeout_s)
-      if not judgement.cancel():  # a thread hangs in it: another takes its place
-        self._alive -= 1
-      return Feedback(0.0, "the judge did not answer in time", Status.ENV_FAILED)
-
-  def _submit(self, *job) -> concurrent.futures.Future:
-    """Queues a job, the arguments of _judge, and sees that all threads run."""
-    while self._alive < self._judge_threads:
-      threading.Thread(target=self._work, name="judge", daemon=True).start()
-      self._alive += 1
-    future = concurrent.futures.Future()
-    self._waiting.put((future, job))
-    return future
-
-  def _work(self) -> None:
-    """Judges what is queued, until the queue gives None."""
-    while (item := self._waiting.get()) is not None:
-      future, job = item
-      if future.set_running_or_notify_cancel():
-        begun = time.monotonic()
-        feedback = self._judge(*job)
-        self._judged.append((begun, time.monotonic()))
-        future.set_result(feedback)
-
-  def _judge(self, task: Task, text: str, completion: Completion) -> Feedback:
-    """Returns the environment's feedback as the rest of the run may read it."""
-    try:
-      feedback = self.env.judge(task, text)
-      _check(feedback)
-    except Exception as error:  # whatever a judge throws, the run goes on without this row
-      if not self._is_closed:  # else nobody waits for it, and the sandbox is gone
-        logging.exception("judging a response to %s failed", task.id)
-      return Feedback(0.0, f"{type(error).__name__}: {error}", Status.ENV_FAILED)
-    message = cut(clean(feedback.text), MAX_CHARS)
-    was_cut_off = completion.finish_reason == "length"
-    if was_cut_off and message and feedback.status is not Status.ENV_FAILED:
-      count = len(completion.tokens)
-      message = f"The response was too long: it was cut off after {count} tokens.\n{message}"
-    return dataclasses.replace(feedback, reward=float(feedback.reward), text=message)
+_TIMES = ("time/judge_hidden_s", "time/pack_hidden_s", "time/judge_wait_s")
+Place = tuple[int, int]  # a response: (question, its number)
 
 
-def busy_s(spans: list[tuple[float, float]], until: float) -> float:
-  """Returns the seconds before `until` that at least one span (begin, end) covers."""
-  total, covered = 0.0, -math.inf
-  for begin, end in sorted(spans):
-    end = min(end, until)
-    total += max(0.0, end - max(begin, covered))
-    covered = max(covered, end)
-  return total
+class _Batch:
+  """The responses of this process, from their end to their verdict."""
+
+  def __init__(self, tasks, prompts, n: int, hand_on: Callable[[list[Rollout]], None] | None):
+    self._tasks, self._prompts, self._n, self._hand_on = tasks, prompts, n, hand_on
+    self.judgements: dict[Place, concurrent.futures.Future] = {}
+    self.busy: list[tuple[float, float]] = []  # when groups were handed on
+    self._judged: dict[Place, Rollout] = {}
+    self._lock = threading.Lock()
+
+  def add(self, c: Completion, text: str, feedback: Feedback) -> None:
+    """Adds a judged response, in a judge's thread, and hands its group on with the last one."""
+    q = c.key
+    rollout = _rollout(self._tasks[q], self._prompts[q], c, text, feedback)
+    with self._lock:
+      self._judged[q, c.sample_index] = rollout
+      group = [self._judged.get((q, g)) for g in range(self._n)]
+    if all(group) and self._hand_on is not None:
+      begun = time.monotonic()
+      with contextlib.suppress(Exception):  # what it stumbles over is met again in the main thread
+        self._hand_on(group)
+      self.busy.append((begun, time.monotonic()))
+
+  def rollout(self, c: Completion, feedback: Feedback, chat: Chat) -> Rollout:
+    """Returns a response with its feedback: the same object that was handed on, if it was."""
+    known = self._judged.get((c.key, c.sample_index))
+    if known is not None and known.feedback == feedback:
+      return known
+    text = chat.response_text(c.tokens)
+    return _rollout(self._tasks[c.key], self._prompts[c.key], c, text, feedback)
 
 
-def _check(feedback: Feedback) -> None:
-  """Raises ValueError for a reward that is no number in [0, 1], or a text that is no str."""
-  is_number = isinstance(feedback.reward, numbers.Real)
-  if is_number and 0.0 <= feedback.reward <= 1.0 and isinstance(feedback.text, str):
-    return
-  raise ValueError(
-    f"the judge returned reward {feedback.reward!r} and text {type(feedback.text).__name__}, "
-    "not a number in [0, 1] and a str"
+def _joined(begun: list[tuple[list[int], list[float]]], c: Completion) -> Completion:
+  """Returns a completion with the tokens that its response began with."""
+  head, logp = begun[c.key]
+  return c._replace(tokens=head + c.tokens, logp=logp + c.logp) if head else c
+
+
+def _rollout(task: Task, prompt: list[int], c: Completion, text: str, feedback) -> Rollout:
+  return Rollout(
+    task,
+    prompt,
+    list(c.tokens),
+    list(c.logp),
+    c.finish_reason,
+    text,
+    feedback,
+    entropy=c.entropy,
+    sampled=[Segment(0, c)],
   )
+
+
+def _shared(own: dict[Place, Feedback]) -> dict[Place, Feedback]:
+  """Returns the feedback of all processes."""
+  told = [[q, g, f.reward, f.text, f.status.value] for (q, g), f in own.items()]  # JSON-able
+  return {
+    (q, g): Feedback(reward, text, Status(status))
+    for judged in hosts.share(told)
+    for q, g, reward, text, status in judged
+  }

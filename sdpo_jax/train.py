@@ -453,21 +453,24 @@ class Steps:
 
   def _collect(self, params, tasks: list[Task], i: int, *, version: int) -> list[list[Rollout]]:
     """Returns judged groups of step i. version: of the weights, the steps that they have seen."""
-    return self.session.collector.collect(
-      params,
-      tasks,
-      n=self.c.rollout.group,
-      sampling=self.sampling,
-      seeds=[prompt_seed(self.c.seed, "train", i, q) for q in range(len(tasks))],
-      version=version,
-    )
+    collector = self.session.collector
+    # what alternatives add to a group comes later
+    prepare = self.packer.prepare if self.explorer is None else None
+    with collector.handing_on(prepare):
+      return collector.collect(
+        params,
+        tasks,
+        n=self.c.rollout.group,
+        sampling=self.sampling,
+        seeds=[prompt_seed(self.c.seed, "train", i, q) for q in range(len(tasks))],
+        version=version,
+      )
 
   def make_batch(self, groups: list[list[Rollout]]) -> Packed:
     """Packs the groups, and adds metrics of how they came about."""
     packed = self.packer.pack(groups)
     env, chat = self.session.collector.env, self.session.chat
-    judging = self.session.collector.take_judge_times()
-    metrics = packed.metrics | self.exploration | judging
+    metrics = packed.metrics | self.exploration | self.session.collector.take_times()
     if isinstance(env, RowEnv):
       metrics["data/skipped_rows"] = float(env.skipped)
     metrics["data/copy_rate"] = monitors.copy_rate(packed.rollouts, packed.contexts[0], chat)

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
+from sdpo_jax.data.batch import Packer
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.shapes import Rounding, Shapes, full_shape
 from sdpo_jax.objectives import build
@@ -95,6 +97,24 @@ def test_the_same_response_stands_under_both_prompts():
     and p.metrics["data/teacher_share"] == 0.75
     and p.metrics["data/solution_share"] == 0.75
   )
+
+
+def test_a_group_that_was_prepared_is_packed_as_it_would_have_been(monkeypatch):
+  """Nothing is rendered twice, and what another batch prepared is forgotten."""
+  expected = packed()
+  p = packer(fresh(), max_teacher_tokens=4096)
+  rendered = []
+  render = Packer._render
+  monkeypatch.setattr(Packer, "_render", lambda self, g: rendered.append(g) or render(self, g))
+  p.prepare(GROUP)
+  p.prepare([dataclasses.replace(r) for r in GROUP])
+  found = p.pack([GROUP])
+  assert len(rendered) == 2
+  for a, b in zip(jax.tree.leaves(found.batch), jax.tree.leaves(expected.batch), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert found.contexts == expected.contexts
+  p.pack([GROUP])
+  assert len(rendered) == 3
 
 
 def test_a_rollout_says_which_of_its_tokens_are_trained_on():

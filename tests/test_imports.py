@@ -37,6 +37,7 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "rollout": 3,
   "hlo": 3,
   "ahead": 3,
+  "judging": 2,
   "given_teacher": 2.5,
   "remote_teacher": 3,
   "alternatives": 3.5,

@@ -7,8 +7,9 @@ import pytest
 
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.errors import TaskError
+from sdpo_jax.judging import busy_s
 from sdpo_jax.records import Completion, Feedback, Sampling, Status
-from sdpo_jax.rollout import Collector, busy_s, prompt_seed
+from sdpo_jax.rollout import Collector, prompt_seed
 from tests import fakes
 
 CHAT = Chat(fakes.ByteTokenizer())
@@ -113,9 +114,40 @@ def test_what_judging_hides_behind_sampling_is_told():
   c = collector({"first": lambda: time.sleep(0.2) or Feedback(1.0, "")}, Sleeping([]))
   c.collect(None, [c.env.task("train", 0)], n=2, sampling=SAMPLING, seeds=[0])
   c.close()
-  told = c.take_judge_times()
+  told = c.take_times()
   assert told["time/judge_hidden_s"] >= 0.19 and told["time/judge_wait_s"] >= 0.0
-  assert set(c.take_judge_times().values()) == {0.0}
+  assert set(c.take_times().values()) == {0.0}
+
+
+def test_a_group_that_is_judged_is_handed_on_while_others_are_sampled():
+  handed = threading.Event()
+
+  class TwoGroups(fakes.ScriptedEngine):
+    def generate(self, requests):
+      for s in (1, 0):
+        yield Completion(0, s, say("first"), [-1.0] * 6, "stop")
+      assert handed.wait(5), "the first group was not handed on while the second was being sampled"
+      for s in (0, 1):
+        yield Completion(1, s, say("second"), [-1.0] * 7, "stop")
+
+  seen = []
+
+  def hand_on(group):
+    seen.append(group)
+    handed.set()
+    raise ValueError("who is handed a group may stumble: nothing is lost")
+
+  c = collector({}, TwoGroups([]))
+  tasks = [c.env.task("train", i) for i in (0, 1)]
+  settings = dict(n=2, sampling=SAMPLING, seeds=[0, 1])
+  with c.handing_on(hand_on):
+    groups = c.collect(None, tasks, **settings)
+  assert [r.text for group in groups for r in group] == ["first"] * 2 + ["second"] * 2
+  for group, same in zip(groups, sorted(seen, key=lambda g: g[0].text), strict=True):
+    assert all(a is b for a, b in zip(group, same, strict=True))
+  c.collect(None, tasks, **settings)  # nobody asks any more
+  c.close()
+  assert len(seen) == 2
 
 
 class Sleeping(fakes.ScriptedEngine):

@@ -37,7 +37,7 @@ from sdpo_jax.data.sampled import check_sampled
 from sdpo_jax.data.shapes import Load, Rounding, Shape, Shapes, choose_shape
 from sdpo_jax.data.teacher_prompt import teacher_prompt
 from sdpo_jax.objectives.teacher_context import Context
-from sdpo_jax.records import Reading, Rollout, Status, TrainBatch
+from sdpo_jax.records import Reading, Rollout, Status, Task, TrainBatch
 
 
 class Packed(NamedTuple):
@@ -142,6 +142,16 @@ class Packer:
   settings: PackSettings
   shapes: Shapes
   further_readings: Callable | None = None
+  # What `prepare` has rendered, by the identity of the group's rollouts; these are kept beside it,
+  # so that no other object has their identity.
+  _prepared: dict[tuple, tuple[list, list]] = dataclasses.field(default_factory=dict)
+
+  def prepare(self, group: list[Rollout]) -> None:
+    """Renders what the teacher reads of a judged group, so that `pack` finds it done.
+
+    It may be called in any thread, once the group is as it will be packed.
+    """
+    self._prepared[_identity(group)] = group, self._render(group)
 
   def pack(self, groups: list[list[Rollout]]) -> Packed:
     """Returns the batch of groups[q][g]; all groups have equally many rollouts.
@@ -155,6 +165,7 @@ class Packer:
     check_sampled(batch, responses.rollouts)
     metrics = _measure(responses, batch)
     metrics["perf/compiles"] = float(len(self.shapes.known))  # earlier sessions included
+    self._prepared.clear()
     contexts = tuple(reading.contexts for reading in responses.readings)
     texts = responses.readings[0].texts
     return Packed(batch, responses.rollouts, contexts, metrics, texts)
@@ -168,39 +179,60 @@ class Packer:
       [r.prompt_tokens + r.tokens if is_valid(r) else [] for r in rollouts],
       [len(r.prompt_tokens) for r in rollouts],
     )
-    places = [(group, i) for group in groups for i in range(len(group))]
+    by_group = []
+    for group in groups:
+      _, rendered = self._prepared.get(_identity(group), (None, None))
+      by_group.append(rendered or self._render(group))
+    readings = []
+    for shown_by_group in zip(*by_group, strict=True):
+      shown = [shown for group in shown_by_group for shown in group]
+      readings.append(_teacher_reading(rollouts, shown))
+    return Responses(rollouts, advantage_B, policy, readings)
+
+  def _render(self, group: list[Rollout]) -> list[list["_Shown | None"]]:
+    """Renders what the teacher reads of each rollout of a group, in each of its readings."""
     plain = []
-    for group, i in places:
-      context = self.teacher_context(group, i) if is_valid(group[i]) else None
+    for i, rollout in enumerate(group):
+      context = self.teacher_context(group, i) if is_valid(rollout) else None
       plain.append(None if context is None else (context, 1.0))
     readings = [plain]
     if self.further_readings is not None:
-      readings += zip(*(self.further_readings(group, i) for group, i in places), strict=True)
-    readings = [self._render_reading(rollouts, shown) for shown in readings]
-    return Responses(rollouts, advantage_B, policy, readings)
+      readings += zip(*(self.further_readings(group, i) for i in range(len(group))), strict=True)
+    return [
+      [
+        None if chosen is None else self._show(rollout.task, *chosen)
+        for rollout, chosen in zip(group, reading, strict=True)
+      ]
+      for reading in readings
+    ]
 
-  def _render_reading(
-    self, rollouts: list[Rollout], shown: list[tuple[Context, float] | None]
-  ) -> TeacherReading:
-    """Renders the teacher's prompts of one reading.
+  def _show(self, task: Task, context: Context, weight: float) -> "_Shown":
+    messages, limit = self.messages(task), self.settings.max_teacher_tokens
+    prompt, was_shortened = teacher_prompt(self.chat, messages, context, limit)
+    return _Shown(context, weight, prompt, was_shortened)
 
-    shown: context and weight of each rollout; None: the teacher reads nothing.
-    """
-    tokens, starts, shortened = [], [], 0
-    for rollout, context_and_weight in zip(rollouts, shown, strict=True):
-      if context_and_weight is None:
-        tokens.append([])
-        starts.append(0)
-        continue
-      context, _ = context_and_weight
-      messages, limit = self.messages(rollout.task), self.settings.max_teacher_tokens
-      prompt, was_shortened = teacher_prompt(self.chat, messages, context, limit)
-      tokens.append(prompt + rollout.tokens)
-      starts.append(len(prompt))
-      shortened += was_shortened
-    weight_B = np.array([0.0 if x is None else x[1] for x in shown], np.float32)
-    contexts = [None if x is None else x[0] for x in shown]
-    return TeacherReading(contexts, weight_B, Texts(tokens, starts), shortened)
+
+class _Shown(NamedTuple):
+  """What the teacher reads before one response."""
+
+  context: Context
+  weight: float
+  prompt: list[int]
+  was_shortened: bool
+
+
+def _identity(group: list[Rollout]) -> tuple[int, ...]:
+  return tuple(map(id, group))
+
+
+def _teacher_reading(rollouts: list[Rollout], shown: list[_Shown | None]) -> TeacherReading:
+  """Joins what the teacher reads before each response with the response; None: nothing."""
+  tokens = [s.prompt + r.tokens if s else [] for s, r in zip(shown, rollouts, strict=True)]
+  starts = [len(s.prompt) if s else 0 for s in shown]
+  weight_B = np.array([s.weight if s else 0.0 for s in shown], np.float32)
+  contexts = [s.context if s else None for s in shown]
+  shortened = sum(s.was_shortened for s in shown if s)
+  return TeacherReading(contexts, weight_B, Texts(tokens, starts), shortened)
 
 
 def _reward(rollout: Rollout) -> float:
