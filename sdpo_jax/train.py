@@ -335,6 +335,12 @@ class Steps:
         "mesh": None if mesh is None else dict(mesh.shape),
         "rows": self.rows,
       }
+      if self.c.rollout.top_p < 1:
+        facts["importance_weights"] = message = (
+          f"config.rollout.top_p={self.c.rollout.top_p:g} cuts what is sampled; log-probabilities "
+          "and importance weights are those of the uncut policy, and do not correct for it"
+        )
+        logging.warning(message)
       change = "" if latest is None else change_of_devices(self.workdir, facts["mesh"])
       if change:
         logging.warning("step %d: %s", latest, change)

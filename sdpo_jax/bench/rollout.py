@@ -28,6 +28,8 @@ Units and definitions:
   live             rows that live, mean over steps
   cache_peak       pages in memory over what the tokens in them need, when most is in memory
   cache_mean       likewise, means over steps
+  over_time        of each chunk of the measured run: steps, rows of the program, rows that live,
+                   bytes of the cache, bytes that its tokens need (in the JSON alone)
   programs         compiled in the first run, all of them
   compile_s        wall seconds of the compiler
   memory_gb_s      at which a product of one row reads a large matrix, in the same process
@@ -101,7 +103,7 @@ def main(argv):
   for mix in mixes:
     request = dict(mix=mix, device=args.device, shape=args.shape, rows=args.rows, lengths=heavy)
     result = child.measure("rollout", request)
-    print(json.dumps(result), flush=True)
+    print(json.dumps({k: v for k, v in result.items() if k != "over_time"}), flush=True)
     results.append(result)
   if args.json:
     with open(args.json, "w") as file:
@@ -181,6 +183,11 @@ def _measure(mix: str, device: str, shape: str, rows: int, lengths: list[int]) -
     memory_gb_s=memory / 1e9,
     matrix_gflops=matrix / 1e9,
   )
+  width = _bytes_per_token(model)
+  result["over_time"] = [
+    [s.steps, s.rows, s.live, s.pages * engine.columns * width, s.tokens * width]
+    for s in engine.trace
+  ]
   if mix == "group":
     result["alone_cpu_s"] = _alone(engine, requests[0])
   return result
@@ -216,7 +223,7 @@ def _floor(engine, requests, memory: float, matrix: float) -> float:
   model = engine.config
   weights = sum(x.size for x in jax.tree.leaves(decoder.shapes(model)))
   width = 2 if model.dtype == "bfloat16" else 4
-  per_token = 2 * model.layers * model.kv_heads * model.head_dim * width
+  per_token = _bytes_per_token(model)
   read = {tuple(request.prompt) for request in requests}
   seconds = sum(2 * weights * len(prompt) for prompt in read) / matrix
   for snapshot in engine.trace:
@@ -224,6 +231,12 @@ def _floor(engine, requests, memory: float, matrix: float) -> float:
     products = 2 * weights * snapshot.live
     seconds += snapshot.steps * max(moved / memory, products / matrix)
   return seconds
+
+
+def _bytes_per_token(model) -> int:
+  """Returns the bytes of the keys and values of one token."""
+  width = 2 if model.dtype == "bfloat16" else 4
+  return 2 * model.layers * model.kv_heads * model.head_dim * width
 
 
 def _memory_rate(dtype: str, on_cpu: bool) -> float:
