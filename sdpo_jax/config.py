@@ -102,7 +102,8 @@ def base() -> ml_collections.ConfigDict:
     # devices among which the weights are split while sampling; 0: config.mesh.tensor. Each group of
     # so many holds a copy of the weights and rows of its own
     tensor=0,
-    # 1: the next batch is sampled while this one is trained on, with weights one update old
+    # 1: the next batch is sampled while this one is trained on, with weights one update old. One
+    # process can, with servers or with a single device
     lag=0,
     # tokens between two looks at which responses are done
     chunk=16,
@@ -140,7 +141,7 @@ def base() -> ml_collections.ConfigDict:
     # generation batches without one judged response that stop the run
     max_env_failures_in_a_row=3,
     # nats a token, mean over a batch: a larger difference between the log-probabilities of the
-    # engine that sampled and those of the trainer stops the run
+    # engine that sampled and those of the trainer stops the run, unless the batch was sampled ahead
     max_rollout_gap=0.2,
     loss_implementation="auto",  # of kernels/distill_kl: auto | reference | xla | ...
   )
@@ -680,9 +681,14 @@ def _check_engine(c: ml_collections.ConfigDict) -> None:
           f"config.rollout.server.{key}={server[key]!r} would not be read: "
           "config.rollout.engine is 'local'"
         )
-  else:
-    _check_addresses(engine, server)
-    _check_fit_for_servers(c)
+    return
+  if c.rollout.tensor:
+    raise ValueError(
+      f"config.rollout.tensor={c.rollout.tensor} would not be read: config.rollout.engine="
+      f"{engine!r} samples on servers"
+    )
+  _check_addresses(engine, server)
+  _check_fit_for_servers(c)
 
 
 def _check_addresses(engine: str, server) -> None:

@@ -14,10 +14,30 @@ that climbs therefore means that the policy recites rather than solves.
 import functools
 
 from sdpo_jax.data.chat import Chat
+from sdpo_jax.errors import RunError
 from sdpo_jax.records import Ratio, Rollout
 
 WINDOW = 10  # steps
 NGRAM = 8  # tokens
+
+
+def check_engine(gap: float | None, limit: float, *, when: str, then: str) -> None:
+  """Raises RunError where what sampled is not the policy that is trained.
+
+  Args:
+    gap: the mean over a batch's tokens of |log pi_engine - log pi_trainer|, in nats; None: the
+      batch has no tokens. Healthy engines in bfloat16 differ by about .02.
+    limit: config.train.max_rollout_gap.
+    when: says which batch it is.
+    then: says what is left.
+  """
+  if gap is None or gap <= limit:  # NaN is neither
+    return
+  raise RunError(
+    f"the engine's log-probabilities differ from the trainer's by {gap:.3f} nats a token "
+    f"({when}), more than config.train.max_rollout_gap={limit:g}: it samples from other weights, "
+    f"another precision or other settings, and its samples would mislead; {then}"
+  )
 
 
 def copy_rate(rollouts: list[Rollout], contexts, chat: Chat) -> Ratio:

@@ -8,6 +8,7 @@ One process hears the signal itself. Of several, each machine may get it at anot
 preemption service makes them agree on the question at which all of them stop.
 """
 
+import os
 import signal
 
 import jax
@@ -41,6 +42,9 @@ class Notice:
       self._previous = None
 
   def _note(self, *_) -> None:
+    if not self._came:
+      # a signal may come in the middle of a print, which must not be entered twice
+      os.write(2, b"asked to stop (SIGTERM): this phase is finished, then the run is saved\n")
     self._came = True
 
   def check(self) -> None:

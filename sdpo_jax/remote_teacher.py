@@ -10,6 +10,7 @@ silent for too long, or refuses. A server that restarts within that time is aske
 """
 
 import asyncio
+import logging
 import time
 from typing import Any
 
@@ -49,7 +50,10 @@ class RemoteTeacher:
       self._run(self._check_model(longest))
       self._run(self._check_tokens(chat))
     except (Failed, Refused) as error:
-      raise ValueError(f"{SETTING}={self._remote.url}: the server {error}") from error
+      raise ValueError(
+        f"{SETTING}={self._remote.url}: the server {error}: start a python -m sdpo_jax.serve with "
+        "the teacher there, or name where one is"
+      ) from error
 
   async def _check_model(self, longest: int) -> None:
     listed = field(await self._server.get("/v1/models"), "data")
@@ -111,12 +115,14 @@ class RemoteTeacher:
       try:
         async with limit:
           choice = await self._complete({"prompt": text, "prompt_logprob_ids": ids})
-        return choice["prompt_id_logprobs"], choice["prompt_token_logprobs"]
+        return _checked(choice, ids)
       except Refused as error:
         raise RunError(f"{where} {error}; nothing of this step was trained") from error
       except Failed as error:
         now = time.monotonic()
-        until = until or now + self._remote.timeout_s
+        if until is None:
+          until = now + self._remote.timeout_s
+          logging.warning("%s %s; it is asked again for %g s", where, error, self._remote.timeout_s)
         if now >= until:
           raise RunError(
             f"{where} {error}, for {self._remote.timeout_s:g} s; nothing of this step was trained: "
@@ -133,6 +139,22 @@ class RemoteTeacher:
       if name not in choice:
         raise Refused(f"answers without {name}: it has to be a python -m sdpo_jax.serve")
     return choice
+
+
+def _checked(choice: dict[str, Any], ids: list[list[int]]) -> tuple[list, list]:
+  """Returns an answer's numbers; Refused unless there is a finite one for each that was asked."""
+  of_ids, of_tokens = choice["prompt_id_logprobs"], choice["prompt_token_logprobs"]
+  try:
+    there = np.shape(np.asarray(of_ids, np.float64)), np.shape(np.asarray(of_tokens, np.float64))
+    finite = np.isfinite(of_ids).all() and np.isfinite(of_tokens).all()
+  except (TypeError, ValueError):  # ragged, or no numbers
+    there, finite = ("ragged",), False
+  if there != ((len(ids), len(ids[0])), (len(ids),)) or not finite:
+    raise Refused(
+      f"answers with log-probabilities of shape {there}, or such as are not finite, where "
+      f"{len(ids)} positions x {len(ids[0])} ids were asked about"
+    )
+  return of_ids, of_tokens
 
 
 def _places(packed: Packed, packs: int) -> list[tuple[int, int]]:

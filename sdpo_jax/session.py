@@ -449,6 +449,11 @@ def check_sampling(c, model: ModelConfig, mesh) -> sharding.SamplingMesh | None:
   Raises ValueError where it does not divide the weights, or what is decoded together.
   """
   sampling = sharding.sampling_mesh(mesh, c.rollout.tensor)
+  if sampling is None and c.rollout.tensor > 1:
+    raise ValueError(
+      f"config.rollout.tensor={c.rollout.tensor} needs so many devices, and config.mesh lays the "
+      "run over one"
+    )
   if sampling is None:
     return None
   setting = "config.rollout" if c.rollout.tensor else "config.mesh"

@@ -27,11 +27,14 @@ _MAY_CHANGE = (
   "config.mesh.data",
   "config.mesh.fsdp",
   "config.mesh.tensor",
+  "config.rollout.tensor",
   "config.rollout.server.urls",
   "config.rollout.server.weights_dir",
   "config.rollout.server.timeout_s",
   "config.rollout.server.patience_s",
   "config.rollout.server.concurrency",
+  "config.method.teacher_weights.url",
+  "config.method.teacher_weights.timeout_s",
 )
 _PACKAGES = (
   "jax",

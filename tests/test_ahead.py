@@ -112,7 +112,7 @@ def test_what_ends_the_collection_is_raised_where_it_is_awaited():
 def test_it_needs_a_device_of_its_own_and_a_batch_in_one_piece(tmp_path, capsys):
   assert run(tmp_path / "a", "--config.mesh.fsdp=2", "--config.mesh.data=4") == 2
   assert (
-    "config.rollout.lag=1 needs devices that sample while others train" in capsys.readouterr().err
+    "config.rollout.lag=1 is for one process that samples on servers" in capsys.readouterr().err
   )
   assert run(tmp_path / "b", "--config=configs/tinycode.py:local,method=counterfactual") == 2
   assert "are sampled after their batch: use lag=0" in capsys.readouterr().err

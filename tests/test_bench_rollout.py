@@ -18,7 +18,11 @@ def test_mixes_hold_what_is_asked_for(mix, count, tokens):
 
 @pytest.mark.parametrize(
   "argument, words",
-  [("--mixes=even", "'even' must be one of equal"), ("--lengths=nowhere.json", "nowhere.json")],
+  [
+    ("--mixes=even", "'even' must be one of equal"),
+    ("--lengths=nowhere.json", "nowhere.json"),
+    ("--rows=0", "--rows=0 must be at least 1"),
+  ],
 )
 def test_a_wrong_argument_is_named(argument, words, capsys):
   with pytest.raises(SystemExit) as end:

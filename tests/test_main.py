@@ -472,7 +472,7 @@ def planned(monkeypatch, *settings):
 @pytest.mark.parametrize(
   "setting, message",
   [
-    ("rollout.rows=12", "config.rollout.rows=12 does not divide among the 8 row shards"),
+    ("rollout.rows=12", "config.rollout.rows=12 does not divide among the 8 parts"),
     ("rollout.max_new_tokens=50000", "together exceed the 40960 positions of qwen3-0.6b"),
   ],
 )

@@ -12,6 +12,9 @@ NAMES = ("loss", "step", "rollout", "sandbox")
 def main(argv):
   """Returns the exit status of the measurement, or 2 for a name that there is not."""
   name = argv[0] if argv else "(none)"
+  if name in ("-h", "--help"):
+    print(f"usage: python -m sdpo_jax.bench {{{','.join(NAMES)}}} [options]; NAME --help has these")
+    return 0
   if name not in NAMES:
     print(
       f"usage: python -m sdpo_jax.bench {{{','.join(NAMES)}}} [options]; "

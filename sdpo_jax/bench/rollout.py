@@ -86,6 +86,8 @@ def main(argv):
   if args.child:
     print(json.dumps(_measure(**json.loads(args.child))))
     return 0
+  if args.rows < 1:
+    parser.error(f"--rows={args.rows} must be at least 1")
   mixes = args.mixes.split(",")
   for mix in mixes:
     if mix not in MIXES:

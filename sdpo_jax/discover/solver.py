@@ -32,6 +32,7 @@ from sdpo_jax.discover.replay import AttemptLog
 from sdpo_jax.discover.turns import make_history
 from sdpo_jax.errors import RunError, blame_settings
 from sdpo_jax.learner import Learner, make_explorer, make_learner
+from sdpo_jax.monitors import check_engine
 from sdpo_jax.objectives import build
 from sdpo_jax.objectives.build import Method
 from sdpo_jax.records import Sampling, Task
@@ -289,7 +290,13 @@ class Solver:
 
   def _update(self, arm: LearningArm, state: TrainState, batch) -> TrainState:
     rows = sharding.put_rows(self.session.mesh, batch)
-    state, _ = arm.step(state, rows, self.frozen)
+    state, metrics = arm.step(state, rows, self.frozen)
+    check_engine(
+      jax.device_get(metrics["train/rollout_gap"]).mean,
+      self.c.train.max_rollout_gap,
+      when="an update of one question",
+      then="finished runs are intact",
+    )
     skipped = int(state.skipped_in_a_row)
     if not skipped:
       return state

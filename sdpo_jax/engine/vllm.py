@@ -19,7 +19,7 @@ because the model's generation_config.json may set others.
 from typing import Any
 
 from sdpo_jax.engine.answers import sample_seed
-from sdpo_jax.engine.client import Refused, Server, field
+from sdpo_jax.engine.client import Failed, Refused, Server, field
 from sdpo_jax.engine.remote import OtherWeights, RemoteEngine, Weights
 from sdpo_jax.engine.talks import Job
 from sdpo_jax.model import lora
@@ -118,6 +118,8 @@ class VllmEngine(RemoteEngine):
     model = field(answer, "model")
     if model != weights.name:
       raise OtherWeights(f"answers with model {model!r} where {weights.name!r} was asked for")
+    if field(answer, "choices", 0, "finish_reason") == "abort":  # it stops, or somebody pauses it
+      raise Failed("gave up a sample")
     tokens = field(answer, "choices", 0, "token_ids")
     logp = field(answer, "choices", 0, "logprobs", "token_logprobs")
     for x in range(len(logp)):

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from sdpo_jax import checkpoint, hosts
 from sdpo_jax.config import model_of_run
 from sdpo_jax.data.tasks import check_sources, first_tasks
-from sdpo_jax.errors import RunError, blame_settings
+from sdpo_jax.errors import RunError, SettingError, blame_settings
 from sdpo_jax.evaluation.files import EvalFiles
 from sdpo_jax.evaluation.scores import headline
 from sdpo_jax.evaluation.suites import Part, Suite, read_suites
@@ -122,6 +122,11 @@ def evaluate_checkpoint(
     f"the same command, with --workdir={workdir}, goes on with the questions that are missing"
   )
   path = None if model.step is not None else source
+  if path is not None and suites[0].c.rollout.engine == "vllm":
+    raise SettingError(
+      f"--checkpoint={source} is not what vLLM serves: it takes adapters of its own model alone; "
+      "use config.rollout.engine=local, or sglang"
+    )
   first, *others = suites
   with (
     open_session(first.c, path, splits=first.splits, check_stop=notice.check) as session,

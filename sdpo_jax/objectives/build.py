@@ -10,6 +10,7 @@ Errors: ValueError naming the setting, its value and the choices.
 import copy
 import functools
 import inspect
+import re
 import types
 import typing
 from typing import Any, Callable, NamedTuple
@@ -230,10 +231,10 @@ def _check_shares(row: dict) -> None:
 def _check_remote(row: dict, url: str, reads: set[str]) -> None:
   """Refuses what a teacher that answers with a few log-probabilities cannot do."""
   name = "method.teacher_weights.name='remote'"
-  if not url.startswith(("http://", "https://")):
+  if not re.fullmatch(r"https?://[^/?#\s]+/?", url):
     raise ValueError(
       f"method.teacher_weights.url={url!r} must be the address of a python -m sdpo_jax.serve, "
-      "such as http://10.0.0.2:8000"
+      "such as http://10.0.0.2:8000, without a path"
     )
   if row["token_signal"]["name"] != "divergence" or row["token_signal"].get("top_k") is None:
     raise ValueError(

@@ -95,7 +95,8 @@ class Routes:
       raise Refusal(f"the body is not JSON: {error}") from error
 
   def _check_token(self, http: HttpRequest) -> None:
-    shown = http.headers.get("authorization", "").removeprefix("Bearer ")
+    scheme, _, shown = http.headers.get("authorization", "").partition(" ")
+    shown = shown if scheme.lower() == "bearer" else ""
     if self._token and not secrets.compare_digest(shown.encode(), self._token.encode()):
       raise Refusal("a wrong token, or none: send `Authorization: Bearer TOKEN`", status=401)
 
