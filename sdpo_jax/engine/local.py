@@ -24,7 +24,6 @@ import collections
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +32,7 @@ import numpy as np
 from sdpo_jax import sharding
 from sdpo_jax.engine import beams, programs
 from sdpo_jax.engine.pages import Book, pool_size, power_of_two
-from sdpo_jax.engine.requests import RequestQueue
+from sdpo_jax.engine.requests import RequestQueue, check
 from sdpo_jax.engine.sampling import needs_sorting
 from sdpo_jax.kernels.paged_attention import Chain
 from sdpo_jax.kernels.target import target_platform
@@ -135,33 +134,6 @@ def _new_row(request: Request, sample_index: int, cached: _Prompt | _Parked) -> 
   request = request._replace(prompt=list(request.prompt))  # the caller may go on with its own
   numbers = np.zeros(0, np.float32)
   return _Row(request, prompt, sample_index, pages, written, [], [], [], dice, numbers)
-
-
-def check(request: Request, vocab: int, *, has_text: bool, searches: bool = False) -> None:
-  """Raises ValueError for a request that the engine cannot answer.
-
-  searches: whether beams may be asked for.
-  """
-  sampling, tokens = request.sampling, request.prompt
-  named = (*tokens, *sampling.banned_tokens, *(token for token, _ in sampling.logit_bias))
-  problems = {
-    "an empty prompt": not tokens,
-    f"a token that is not in [0, {vocab})": not all(0 <= token < vocab for token in named),
-    f"n={request.n}": request.n < 1,
-    f"max_new_tokens={sampling.max_new_tokens}": sampling.max_new_tokens < 1,
-    f"temperature={sampling.temperature}": not 0 <= sampling.temperature < math.inf,
-    f"top_p={sampling.top_p}": not 0 < sampling.top_p <= 1,
-    f"min_p={sampling.min_p}": not 0 <= sampling.min_p <= 1,
-    f"top_k={sampling.top_k}": sampling.top_k < 0,
-    "a bias that is not finite": not all(math.isfinite(x) for _, x in sampling.logit_bias),
-    f"beams={sampling.beams}, which `search` reads": sampling.beams != 0 and not searches,
-    "an empty stop string": "" in sampling.stop_strings,
-    "stop strings, and the engine has no text_of": bool(sampling.stop_strings) and not has_text,
-    "every token banned": len(set(sampling.banned_tokens)) >= vocab,
-  }
-  for problem, is_there in problems.items():
-    if is_there:
-      raise ValueError(f"request {request.key!r} has {problem}")
 
 
 class _Block(NamedTuple):

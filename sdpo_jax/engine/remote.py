@@ -35,8 +35,7 @@ import jax
 from sdpo_jax import hosts
 from sdpo_jax.engine.answers import Reports, check_answer, what_is_wrong
 from sdpo_jax.engine.client import Background, Failed, Refused, Server, delay_s
-from sdpo_jax.engine.local import check
-from sdpo_jax.engine.requests import RequestQueue
+from sdpo_jax.engine.requests import RequestQueue, check
 from sdpo_jax.engine.talks import Job, Jobs, Talk
 from sdpo_jax.errors import RunError
 from sdpo_jax.model.config import ModelConfig

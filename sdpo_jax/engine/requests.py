@@ -16,9 +16,37 @@ so long: this is how a server feeds one. It is for an engine that goes by arriva
 
 from collections.abc import Callable, Iterable
 import heapq
+import math
 import threading
 
 from sdpo_jax.records import Completion, Request
+
+
+def check(request: Request, vocab: int, *, has_text: bool, searches: bool = False) -> None:
+  """Raises ValueError for a request that the engine cannot answer.
+
+  searches: whether beams may be asked for.
+  """
+  sampling, prompt = request.sampling, request.prompt
+  named = (*prompt, *sampling.banned_tokens, *(token for token, _ in sampling.logit_bias), 0)
+  problems = {
+    "an empty prompt": not prompt,
+    f"a token that is not in [0, {vocab})": not 0 <= min(named) <= max(named) < vocab,
+    f"n={request.n}": request.n < 1,
+    f"max_new_tokens={sampling.max_new_tokens}": sampling.max_new_tokens < 1,
+    f"temperature={sampling.temperature}": not 0 <= sampling.temperature < math.inf,
+    f"top_p={sampling.top_p}": not 0 < sampling.top_p <= 1,
+    f"min_p={sampling.min_p}": not 0 <= sampling.min_p <= 1,
+    f"top_k={sampling.top_k}": sampling.top_k < 0,
+    "a bias that is not finite": not all(math.isfinite(x) for _, x in sampling.logit_bias),
+    f"beams={sampling.beams}, which `search` reads": sampling.beams != 0 and not searches,
+    "an empty stop string": "" in sampling.stop_strings,
+    "stop strings, and the engine has no text_of": bool(sampling.stop_strings) and not has_text,
+    "every token banned": len(set(sampling.banned_tokens)) >= vocab,
+  }
+  for problem, is_there in problems.items():
+    if is_there:
+      raise ValueError(f"request {request.key!r} has {problem}")
 
 
 class RequestQueue:

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from sdpo_jax.data.chat import Chat
-from sdpo_jax.engine.local import check
+from sdpo_jax.engine.requests import check
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.records import Completion, Request, Sampling
 from sdpo_jax.serve.bodies import Writer
