@@ -9,7 +9,8 @@ import pytest
 
 from sdpo_jax import sharding
 from sdpo_jax.engine import local, programs
-from sdpo_jax.engine.local import LocalEngine, row_counts
+from sdpo_jax.engine.decoding import row_counts
+from sdpo_jax.engine.local import LocalEngine
 from sdpo_jax.kernels.token_logp import token_logp
 from sdpo_jax.model import decoder
 from sdpo_jax.records import Request, Sampling
@@ -233,14 +234,13 @@ def test_prompts_of_one_token_need_no_pages():
 def test_no_prompt_stays_in_the_cache_for_nobody():
   """With several shards a prompt can be left behind where its last sample went elsewhere."""
   engine = LocalEngine(QWEN, rows=4, row_multiple=2, chunk=4, columns=8)
-  decoding = local._Decoding(engine, programs.unstacked(params_of(QWEN), config=QWEN), 0)
+  engine.load(params_of(QWEN), 0)
+  decoding = engine.decoding()
   for _ in decoding.run(requests(n=5)):
-    held = sum(prompt.rows for prompts in decoding.prompts for prompt in prompts)
-    assert held == sum(len(rows) for rows in decoding.live)
-  assert decoding.prompts == [[], []]
-  assert all(
-    book.used(z) == 0 for book in (decoding.shared_book, decoding.own_book) for z in (0, 1)
-  )
+    for shard in decoding.shards:
+      assert sum(prompt.rows for prompt in shard.prompts.values()) == len(shard.live)
+  for shard in decoding.shards:
+    assert not shard.prompts and shard.shared_book.used == shard.own_book.used == 0
 
 
 @pytest.mark.parametrize(

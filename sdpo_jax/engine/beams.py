@@ -13,11 +13,10 @@ Requests go in waves of as many as fill the engine's rows; a wave ends with its 
 pages of beams that died stay so long. What beams add starts small, and doubles.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Iterator
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,25 +24,12 @@ import numpy as np
 from sdpo_jax.engine import programs
 from sdpo_jax.engine.beam_step import Beams, Found, Tables, extend
 from sdpo_jax.engine.pages import pool_size, power_of_two
-from sdpo_jax.kernels.paged_attention import Chain, Readers
-from sdpo_jax.model import decoder
-from sdpo_jax.model.config import ModelConfig
+from sdpo_jax.engine.programs import Setup
+from sdpo_jax.engine.reading import read_prompts
+from sdpo_jax.engine.rows import Prompt
+from sdpo_jax.engine.tables import write_readers
+from sdpo_jax.kernels.paged_attention import Readers
 from sdpo_jax.records import Completion, Request, Sampling
-
-
-class Setup(NamedTuple):
-  """Holds what searches are computed with: weights, and settings of the engine."""
-
-  config: ModelConfig
-  params: Any
-  # sets the engine's mesh; not held while a completion is handed out
-  placed: Callable[[], contextlib.AbstractContextManager]
-  stacked: bool  # as for `decoder.init_pool`
-  shards: int
-  rows: int  # most beams of a shard that are extended together
-  columns: int  # tokens of a page
-  chunk: int  # most tokens that beams are extended by in one call
-  blocks: int  # most blocks of prompts that a shard reads in one call
 
 
 def check(request: Request, vocab: int) -> None:
@@ -135,7 +121,7 @@ class _Search:
 def _run_wave(setup: Setup, searches: list[_Search], width: int, per_shard: int) -> None:
   """Runs searches until all are done: the x-th as request x // Z of shard x % Z."""
   Z, C, B = setup.shards, setup.columns, width * per_shard
-  readers, blocks = _lay_out([searches[z::Z] for z in range(Z)], width, C)
+  prompts, readers = _lay_out([searches[z::Z] for z in range(Z)], width, C)
   beams, tables = _begin(setup, searches, readers, width, per_shard)
   longest = max(one.request.sampling.max_new_tokens for one in searches)
   pages, t = power_of_two(-(-min(setup.chunk, longest) // C)), 0  # pages: of each row
@@ -147,7 +133,7 @@ def _run_wave(setup: Setup, searches: list[_Search], width: int, per_shard: int)
     columns=C,
     stacked=setup.stacked,
   )
-  shared = _read(setup, shared, blocks)
+  shared = read_prompts(setup, shared, prompts)
   while not all(one.is_done for one in searches):
     count = min(setup.chunk, longest - t)
     need = power_of_two(-(-(t + count) // C))
@@ -179,12 +165,9 @@ def _begin(
   Z, Q, B = setup.shards, per_shard, width * per_shard
   stops = max(len(one.request.sampling.stop_tokens) for one in searches)
 
-  def ints(*shape: int, fill: int = 0) -> np.ndarray:
-    return np.full(shape, fill, np.int32)
-
-  beams = Beams(ints(Z, B), np.full((Z, B), -np.inf, np.float32), ints(Z, B, 0))
-  stop_ZQX = ints(Z, Q, power_of_two(stops), fill=-1)
-  tables = Tables(readers, ints(Z, B), np.ones((Z, Q), np.float32), stop_ZQX)
+  beams = Beams(programs.ints(Z, B), np.full((Z, B), -np.inf, np.float32), programs.ints(Z, B, 0))
+  stop_ZQX = programs.ints(Z, Q, power_of_two(stops), fill=-1)
+  tables = Tables(readers, programs.ints(Z, B), np.ones((Z, Q), np.float32), stop_ZQX)
   for x, one in enumerate(searches):
     z, q = x % Z, x // Z
     rows, sampling = slice(q * width, (q + 1) * width), one.request.sampling
@@ -203,71 +186,17 @@ def _with_columns(beams: Beams, columns: int) -> Beams:
   return beams._replace(slot_ZBT=np.append(beams.slot_ZBT, unwritten, -1))
 
 
-# ---- prompts
-
-
-class _Block(NamedTuple):
-  """A page of a prompt, to be read."""
-
-  tokens: list[int]
-  pages: np.ndarray  # those of the prompt up to this one
-  end: int  # the position behind the prompt
-
-
 def _lay_out(
   searches: list[list[_Search]], width: int, columns: int
-) -> tuple[Readers, list[list[_Block]]]:
-  """Gives pages to the prompts of each shard but for their last tokens, which their beams read.
-
-  Returns who reads the pages of their pool, and what is to be written into them.
-  """
+) -> tuple[list[list[Prompt]], Readers]:
+  """Returns the prompts of each shard, with pages, and the beams that read these."""
   Z, C = len(searches), columns
-  ends = [[len(one.request.prompt) - 1 for one in shard] for shard in searches]
-  size = pool_size(max(sum(-(-end // C) for end in shard) for shard in ends))
-  readers = Readers(
-    np.full((Z, size, width), -1, np.int32),
-    np.zeros((Z, size), np.int32),
-    np.zeros((Z, size), np.int32),
-  )
-  blocks: list[list[_Block]] = [[] for _ in range(Z)]
-  for z, shard in enumerate(searches):
-    first = 0
-    for q, (one, end) in enumerate(zip(shard, ends[z], strict=True)):
-      base = np.arange(0, end, C)
-      pages = first + np.arange(len(base))
-      first += len(base)
-      readers.row_ZWM[z, pages] = np.arange(q * width, (q + 1) * width)
-      readers.base_ZW[z, pages] = base
-      readers.fill_ZW[z, pages] = np.minimum(C, end - base)
-      tokens = one.request.prompt[:-1]
-      for i in range(len(pages)):
-        blocks[z].append(_Block(tokens[i * C : (i + 1) * C], pages[: i + 1], end))
-  return readers, blocks
-
-
-def _read(setup: Setup, shared: decoder.Pool, blocks: list[list[_Block]]) -> decoder.Pool:
-  """Returns the pool of prompts with what is to be written into it."""
-  while any(blocks):
-    now = _new_blocks(setup, [shard[: setup.blocks] for shard in blocks])
-    shared = programs.read_shared(setup.params, shared, now, config=setup.config)
-    blocks = [shard[setup.blocks :] for shard in blocks]
-  return shared
-
-
-def _new_blocks(setup: Setup, blocks: list[list[_Block]]) -> decoder.NewBlocks:
-  """Returns what the program reads."""
-  Z, Y, C = setup.shards, setup.blocks, setup.columns
-  longest = max(len(block.pages) for shard in blocks for block in shard)
-  page_ZYX = np.zeros((Z, Y, max(64, power_of_two(longest))), np.int32)
-  token_ZYC = np.zeros((Z, Y, C), np.int32)
-  base, count, end = (np.zeros((Z, Y), np.int32) for _ in range(3))
-  page = np.full((Z, Y), np.iinfo(np.int32).max, np.int32)  # beyond the pool: written nowhere
-  for z, shard in enumerate(blocks):
-    for y, block in enumerate(shard):
-      token_ZYC[z, y, : len(block.tokens)] = block.tokens
-      page_ZYX[z, y, : len(block.pages)] = block.pages
-      page[z, y], count[z, y], end[z, y] = block.pages[-1], len(block.pages), block.end
-      base[z, y] = (len(block.pages) - 1) * C
-  nothing = np.zeros((Z, Y), np.int32)  # blocks begin, and chains do, at a text's first column
-  chain = Chain(page_ZYX, count, nothing, end)
-  return decoder.NewBlocks(token_ZYC, nothing, page, base, (chain,))
+  prompts = [[Prompt(tuple(one.request.prompt)) for one in shard] for shard in searches]
+  size = pool_size(max(sum(-(-prompt.length // C) for prompt in shard) for shard in prompts))
+  readers = programs.no_readers(Z, size, width)
+  for z, shard in enumerate(prompts):
+    pages = iter(range(size))
+    for q, prompt in enumerate(shard):
+      prompt.pages = [next(pages) for _ in range(0, prompt.length, C)]
+      write_readers(readers, z, prompt, range(q * width, (q + 1) * width), C)
+  return prompts, readers

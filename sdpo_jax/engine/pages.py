@@ -20,42 +20,40 @@ def pool_size(need: int, *, parts: int = 1) -> int:
 
 
 class Book:
-  """Says which pages of one pool are free, for each shard of rows. Lowest numbers go first."""
+  """Says which pages of one shard of a pool are free. Lowest numbers go first."""
 
-  def __init__(self, shards: int):
-    self.size = 0  # pages of a shard
-    self._free: list[list[int]] = [[] for _ in range(shards)]  # heaps
+  def __init__(self) -> None:
+    self.size = 0
+    self._free: list[int] = []  # a heap
 
-  def used(self, z: int) -> int:
-    """Returns how many pages of a shard are in use."""
-    return self.size - len(self._free[z])
+  @property
+  def used(self) -> int:
+    """How many pages are in use."""
+    return self.size - len(self._free)
 
-  def take(self, z: int, count: int) -> list[int]:
-    """Returns so many free pages of a shard, which has them."""
-    return [heapq.heappop(self._free[z]) for _ in range(count)]
+  def take(self, count: int) -> list[int]:
+    """Returns so many free pages, which there must be."""
+    return [heapq.heappop(self._free) for _ in range(count)]
 
-  def give_back(self, z: int, pages: list[int]) -> None:
-    """Frees pages of a shard."""
+  def give_back(self, pages: list[int]) -> None:
+    """Frees pages."""
     for page in pages:
-      heapq.heappush(self._free[z], page)
+      heapq.heappush(self._free, page)
 
-  def resize(self, size: int, lists: list[list[list[int]]]) -> list[list[int]]:
+  def resize(self, size: int, holders: list[list[int]]) -> list[int]:
     """Renumbers the pages for a pool of another size.
 
     Args:
-      size: the new number of pages of a shard.
-      lists: for each shard, the lists of pages in use; they are changed in place.
+      size: the new number of pages.
+      holders: the lists of all pages in use; they are changed in place.
 
     Returns:
-      For each shard, the old page that each new one holds; 0 where the new one is free.
+      The old page that each new one holds; 0 where the new one is free.
     """
-    source = []
-    for z, owners in enumerate(lists):
-      old = [page for pages in owners for page in pages]
-      new = iter(range(len(old)))
-      for pages in owners:
-        pages[:] = [next(new) for _ in pages]
-      source.append(old + [0] * (size - len(old)))
-      self._free[z] = list(range(len(old), size))
+    old = [page for pages in holders for page in pages]
+    new = iter(range(len(old)))
+    for pages in holders:
+      pages[:] = [next(new) for _ in pages]
+    self._free = list(range(len(old), size))
     self.size = size
-    return source
+    return old + [0] * (size - len(old))

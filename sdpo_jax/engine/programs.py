@@ -7,8 +7,10 @@ rows can so be renumbered, dropped and added without any program for it.
 A program is compiled for the rows B, the pages W of both pools and the readers M of a shared page.
 """
 
+from collections.abc import Callable
+import contextlib
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,22 @@ from sdpo_jax.kernels.target import target_platform
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.records import Array
+
+
+class Setup(NamedTuple):
+  """Holds what one call of the engine computes with: weights, and settings."""
+
+  config: ModelConfig
+  params: Any  # as `decoder.unstacked` makes them where stacked is False
+  # sets the engine's mesh; not held while a completion is handed out, for the caller has another
+  placed: Callable[[], contextlib.AbstractContextManager]
+  stacked: bool  # as for `decoder.init_pool`
+  shards: int
+  rows: int  # most rows of a shard that are decoded together
+  columns: int  # tokens of a page
+  chunk: int  # most tokens that rows are extended by in one call of a program
+  # of tokens, that a shard reads in one call of a program; one is compiled for each of these counts
+  block_counts: tuple[int, ...]
 
 
 class Rows(NamedTuple):
@@ -63,18 +81,22 @@ class Sizes(NamedTuple):
   biases: int = 0  # most biased tokens of a row
 
 
+def ints(*shape: int, fill: int = 0) -> np.ndarray:
+  """Returns an array of int32 on the host."""
+  return np.full(shape, fill, np.int32)
+
+
+def no_readers(shards: int, pages: int, most: int) -> Readers:
+  """Returns a table on the host of pages that nobody reads, with room for some rows each."""
+  return Readers(ints(shards, pages, most, fill=-1), ints(shards, pages), ints(shards, pages))
+
+
 def empty_tables(sizes: Sizes) -> Tables:
   """Returns tables on the host, with every row free."""
   Z, B = sizes.shards, sizes.rows
 
-  def ints(*shape: int, fill: int = 0) -> np.ndarray:
-    return np.full(shape, fill, np.int32)
-
   def floats(value: float, *shape: int) -> np.ndarray:
     return np.full((Z * B, *shape), value, np.float32)
-
-  def no_readers(pages: int, most: int) -> Readers:
-    return Readers(ints(Z, pages, most, fill=-1), ints(Z, pages), ints(Z, pages))
 
   settings = sampling.Settings(
     temperature_B=floats(1.0),
@@ -94,8 +116,8 @@ def empty_tables(sizes: Sizes) -> Tables:
     uniform_ZBR=np.zeros((Z, B, sizes.chunk), np.float32),
     settings=settings,
   )
-  shared = no_readers(sizes.shared_pages, sizes.readers)
-  return Tables(rows, shared, no_readers(sizes.own_pages, 1), np.int32(1))
+  shared = no_readers(Z, sizes.shared_pages, sizes.readers)
+  return Tables(rows, shared, no_readers(Z, sizes.own_pages, 1), np.int32(1))
 
 
 class Chunk(NamedTuple):
