@@ -164,7 +164,6 @@ def _begin(
   """Returns one beam for each request, which is its prompt, and what holds for the whole wave."""
   Z, Q, B = setup.shards, per_shard, width * per_shard
   stops = max(len(one.request.sampling.stop_tokens) for one in searches)
-
   beams = Beams(programs.ints(Z, B), np.full((Z, B), -np.inf, np.float32), programs.ints(Z, B, 0))
   stop_ZQX = programs.ints(Z, Q, power_of_two(stops), fill=-1)
   tables = Tables(readers, programs.ints(Z, B), np.ones((Z, Q), np.float32), stop_ZQX)

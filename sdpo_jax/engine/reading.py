@@ -53,7 +53,7 @@ def read_given(
 ) -> decoder.Pool:
   """Returns the own pool with what rows of each shard are given written into their pages.
 
-  That is what stands there already (`row.written` tokens), and the rest but for the last token.
+  The first `row.written` tokens of `row.given` stand there already; the last one is not read.
   """
   C = setup.columns
   blocks = [
