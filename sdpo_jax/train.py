@@ -132,7 +132,7 @@ def save_and_stop(i: int, state, position: dict, steps, saved: int, stop: Preemp
   position: the host's part of the checkpoint.
   """
   if i > saved:
-    steps.save(i, state, position)
+    steps.save(i, state, position, at_once=True)
   then = f"goes on from step {i}, which is saved" if i else "begins anew: nothing was trained yet"
   raise Preempted(f"{stop}: the same command {then}") from stop
 
@@ -400,6 +400,8 @@ class Steps:
 
   def close(self) -> None:
     """Waits for the last checkpoint and closes the metrics files."""
+    if self.ahead is not None:
+      self.ahead.abandon()
     try:
       self._saver.close()
     finally:
@@ -445,7 +447,7 @@ class Steps:
       with self.session.collector.undisturbed():
         return self._collect(params, tasks, i, version=i - 2)
 
-    self.ahead = Ahead(position, collect)
+    self.ahead = Ahead(position, collect, self.session.collector.engine.interrupt)
 
   def _next_tasks(self) -> list[Task]:
     return self.stream.take(self.c.rollout.questions)
@@ -553,14 +555,15 @@ class Steps:
     position = host | {"shapes": known, "owed": shapes.owed, "ahead": self.ahead}
     return position | {"data": self.stream.state() if self.ahead is None else self.ahead.data}
 
-  def save(self, i: int, state, position: dict) -> None:
+  def save(self, i: int, state, position: dict, *, at_once: bool = False) -> None:
     """Saves all that a resumed run needs, while the run goes on.
 
-    What is being sampled ahead is part of it, and awaited.
+    What is being sampled ahead is part of it. It is awaited, unless all has to be saved at once.
     """
     ahead = position.get("ahead")
     if ahead is not None:
-      position = position | {"ahead": stored(ahead.groups())}
+      groups = ahead.groups_now() if at_once else ahead.groups()
+      position = position | {"ahead": None if groups is None else stored(groups)}
     best = position.get("best")
     self._saver.save(i, state, position, keep_also=[best[0]] if best else [])
 

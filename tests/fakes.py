@@ -213,6 +213,9 @@ class ScriptedEngine:
   def unload(self):
     pass
 
+  def interrupt(self):
+    pass
+
   def generate(self, requests):
     for p, request in enumerate(requests):
       for s in range(request.n):

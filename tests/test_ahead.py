@@ -1,5 +1,8 @@
 """Batches that are sampled ahead: what they are, and that a resumed run repeats them."""
 
+import threading
+import time
+
 from absl.testing import flagsaver
 import grain  # noqa: F401 - defines flags: imported first inside flagsaver, it would lose them
 import jax
@@ -8,7 +11,18 @@ import pytest
 
 from sdpo_jax import errors, main, metrics, preemption, train
 from sdpo_jax.ahead import Ahead, restored, stored
-from sdpo_jax.records import Completion, Feedback, Rollout, Segment, Status, Task
+from sdpo_jax.engine.local import LocalEngine
+from sdpo_jax.records import (
+  Completion,
+  Feedback,
+  Request,
+  Rollout,
+  Sampling,
+  Segment,
+  Status,
+  Task,
+)
+from tests.test_decoder import QWEN, params_of
 
 ARGS = [
   "--config=configs/tinycode.py:local",
@@ -87,7 +101,12 @@ def test_a_resumed_run_repeats_what_was_sampled_ahead(whole, tmp_path, monkeypat
     patch.setattr(preemption.Notice, "check", check)
     assert run(tmp_path) == (1 if end == "killed" else 143)
   assert run(tmp_path) == 0
-  assert lines(tmp_path) == lines(whole)
+  if end == "killed":  # at step 3, behind the checkpoint of step 2
+    assert lines(tmp_path) == lines(whole)
+  else:  # what was on its way is sampled anew
+    resumed, expected = lines(tmp_path), lines(whole)
+    assert resumed[:4] == expected[:4] and len(resumed) == len(expected)
+    assert [line["rollout/lag"] for line in resumed[4:]] in ([0, 1], [1, 1])
 
 
 def test_rollouts_come_back_as_they_were():
@@ -98,6 +117,34 @@ def test_rollouts_come_back_as_they_were():
     task, [1, 2], [5, 7], completion.logp, "stop", "ab", feedback, sampled=[Segment(0, completion)]
   )
   assert restored([task], stored([[rollout]])) == [[rollout]]
+
+
+def test_what_is_not_there_yet_is_abandoned():
+  interrupted = threading.Event()
+
+  def collect():
+    assert interrupted.wait(5)
+    raise errors.Preempted("interrupted")
+
+  ahead = Ahead(None, collect, interrupted.set)
+  assert ahead.groups_now() is None
+  ready = Ahead(None, lambda: [["group"]], pytest.fail)
+  assert ready.groups() == ready.groups_now() == [["group"]]
+  ready.abandon()
+
+
+def test_an_engine_can_be_interrupted_in_another_thread():
+  engine = LocalEngine(QWEN, rows=2, chunk=4, columns=8)
+  engine.load(params_of(QWEN), 0)
+  requests = [Request(i, [1, 2, 3], 1, Sampling(5), seed=i) for i in range(8)]
+  completions = engine.generate(requests)
+  next(completions)
+  threading.Thread(target=engine.interrupt).start()
+  with pytest.raises(errors.Preempted):
+    for _ in completions:
+      time.sleep(0.05)
+  with pytest.raises(errors.Preempted):
+    next(engine.generate(requests))
 
 
 def test_what_ends_the_collection_is_raised_where_it_is_awaited():

@@ -138,3 +138,18 @@ def test_an_answer_twice_or_to_nothing_is_named():
   assert queue.take_dropped() == [("q", 0)] and queue.take_dropped() == []
   with pytest.raises(ValueError, match="awaits no answer"):
     queue.answer(completion, None)
+
+
+def test_a_request_may_have_more_samples_than_there_are_rows():
+  """Nobody else asks or answers meanwhile, and the queue stays open."""
+  engine = LocalEngine(QWEN, rows=2, chunk=4, columns=8, deterministic=False)
+  engine.load(params_of(QWEN), 0)
+  queue = RequestQueue(is_open=True)
+  queue.add(Request("a", FIRST[0], 5, Sampling(3), seed=1))
+  found = []
+  for completion in engine.generate(queue):
+    found.append(completion.sample_index)
+    queue.answer(completion, None)
+    if len(found) == 5:
+      queue.close()
+  assert sorted(found) == list(range(5))

@@ -69,7 +69,7 @@ def run(
     write_rollouts=lambda i, *_: log.rollouts.append(i),
     position=dict,
     check_stop=lambda: None,
-    save=lambda i, state, host: log.saved.append((i, dict(host))),
+    save=lambda i, state, host, **_: log.saved.append((i, dict(host))),
   )
   state = train.run(
     types.SimpleNamespace(step=start, params=None, skipped_in_a_row=0),

@@ -1,10 +1,11 @@
 """Engines sample completions: requests with the ids of prompts in, `Completion` records out.
 
-An engine is an object with three methods
+An engine is an object with four methods
 
   load(params, version)   the weights that are sampled from now on
   generate(requests)      an iterator of Completion, n for each Request, as they end
   unload()                lets go of the weights
+  interrupt()             ends what other threads generate, with Preempted, and for good
 
 and with two marks:
 
@@ -12,7 +13,7 @@ and with two marks:
                           process 0 asks for all
   takes_adapters          whether `load` takes adapters, and not their sum with the base
 
-The local engine has a fourth method, which servers lack:
+The local engine has one more method, which servers lack:
 
   search(requests)        an iterator of the n likeliest completions of each Request that a beam
                           search of width `sampling.beams` finds, the likeliest first (`beams`)

@@ -25,6 +25,7 @@ from sdpo_jax.engine.requests import RequestQueue, check
 from sdpo_jax.engine.rows import Parked
 from sdpo_jax.engine.sampling import needs_sorting
 from sdpo_jax.engine.tables import grown_sizes, least_sizes, make_tables
+from sdpo_jax.errors import Preempted
 from sdpo_jax.records import Completion, Request
 
 
@@ -67,8 +68,10 @@ class Decoding:
     *,
     text_of: Callable[[list[int]], str] | None,
     deterministic: bool,
+    is_interrupted: Callable[[], bool] = lambda: False,
   ):
     """Takes the settings of the engine. version: of the weights in the setup."""
+    self.is_interrupted = is_interrupted
     self.setup, self.version = setup, version
     self.text_of, self.deterministic = text_of, deterministic
     self.cache = Cache(setup)
@@ -83,13 +86,15 @@ class Decoding:
     return self.cache.shards
 
   def run(self, requests: Iterable[Request] | RequestQueue) -> Iterator[Completion]:
-    """Yields all completions."""
+    """Yields all completions. Raises Preempted once it is interrupted, after a chunk at most."""
     queue: RequestQueue | None = None
     if isinstance(requests, RequestQueue):
       queue, take = requests, requests.take
     else:
       take = functools.partial(next, iter(requests), None)
     while True:
+      if self.is_interrupted():
+        raise Preempted("sampling was interrupted")
       if queue is not None:
         self._hear(queue)
       self._admit(take)
@@ -110,7 +115,8 @@ class Decoding:
 
   def _hear(self, queue: RequestQueue) -> None:
     """Waits for answers as far as it must, and frees what nothing follows."""
-    if self.deterministic or not self._has_live():
+    # what waits here is known to nobody else
+    if self.deterministic or not (self._has_live() or self._waiting):
       queue.wait(for_all=self.deterministic)
     dropped = queue.take_dropped()
     if dropped:

@@ -24,6 +24,7 @@ key; it is the same on every kind of device.
 
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
+import threading
 from typing import Any
 
 import jax
@@ -89,6 +90,7 @@ class LocalEngine:
     self._mesh: sharding.SamplingMesh | None = None  # None: one device
     self._params: Any = None
     self._version = 0
+    self._interrupted = threading.Event()
 
   @classmethod
   def on_mesh(
@@ -120,6 +122,10 @@ class LocalEngine:
     """Lets go of the weights."""
     self._params = None
 
+  def interrupt(self) -> None:
+    """Ends every `generate`, those of other threads too, with Preempted. For good."""
+    self._interrupted.set()
+
   def generate(self, requests: Iterable[Request] | RequestQueue) -> Iterator[Completion]:
     """Returns an iterator over the completions of all requests, as they end.
 
@@ -146,7 +152,11 @@ class LocalEngine:
   def decoding(self) -> Decoding:
     """Returns what samples for one call, with the weights as they are now."""
     return Decoding(
-      self._setup(), self._version, text_of=self.text_of, deterministic=self.deterministic
+      self._setup(),
+      self._version,
+      text_of=self.text_of,
+      deterministic=self.deterministic,
+      is_interrupted=self._interrupted.is_set,
     )
 
   def placed(self) -> contextlib.AbstractContextManager:

@@ -18,7 +18,7 @@ With several processes all call every method, and process 0 asks for all (`rollo
 
 import abc
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import concurrent.futures
 import dataclasses
 import itertools
@@ -37,7 +37,7 @@ from sdpo_jax.engine.answers import Reports, check_answer, what_is_wrong
 from sdpo_jax.engine.client import Background, Failed, Refused, Server, delay_s
 from sdpo_jax.engine.requests import RequestQueue, check
 from sdpo_jax.engine.talks import Job, Jobs, Talk
-from sdpo_jax.errors import RunError
+from sdpo_jax.errors import Preempted, RunError
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.model.lora import Lora
 from sdpo_jax.records import Completion, Request, Sampling
@@ -105,6 +105,8 @@ class RemoteEngine(abc.ABC):
     self._written: list[weakref.ref] = []  # the arrays of `_weights`
     self._is_loaded = False
     self._calls = 0  # of `generate` that are not over
+    self._wakers: list[Callable[[], None]] = []  # one a call
+    self._is_interrupted = False
     self._reports: list[Reports] = []  # of each server
 
   # ---- what each kind of server has its own way for
@@ -203,6 +205,12 @@ class RemoteEngine(abc.ABC):
     """Lets go of the weights. Servers keep them: they are often asked for again."""
     self._is_loaded = False
 
+  def interrupt(self) -> None:
+    """Ends every `generate`, those of other threads too, with Preempted. For good."""
+    self._is_interrupted = True
+    for wake in self._wakers:
+      wake()
+
   def generate(self, requests: Iterable[Request] | RequestQueue) -> Iterator[Completion]:
     """Returns an iterator over the completions of all requests, as they end.
 
@@ -218,6 +226,7 @@ class RemoteEngine(abc.ABC):
     running: dict[concurrent.futures.Future, Job] = {}
     background = self._in_background()
     self._calls += 1
+    self._wakers.append(lambda: done.put(_WAKE))
     try:
       while True:
         while len(running) < self.settings.concurrency and (job := jobs.take()) is not None:
@@ -227,6 +236,8 @@ class RemoteEngine(abc.ABC):
           future.add_done_callback(done.put)
         if running:
           future = done.get()
+          if self._is_interrupted:
+            raise Preempted("sampling was interrupted")
           if future is not _WAKE:
             job = running.pop(future)
             completion = future.result()
