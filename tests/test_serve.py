@@ -196,7 +196,7 @@ def test_the_engine_for_vllm_samples_from_it(url, tiny, monkeypatch, tmp_path):
   settings = ServerSettings((url,), "tiny", str(tmp_path), 60.0, 30.0, 8)
   engine = VllmEngine(config, settings, base=params, path="tiny", adapters=None)
   sampling = Sampling(8, 1.0, stop_tokens=(5, 9))
-  engine.start(sampling)
+  engine.start(sampling, 64)
   engine.load(params, 3)
   asked = [Request(key, prompt, 2, sampling, seed=key) for key, prompt in enumerate(PROMPTS)]
   done = list(engine.generate(iter(asked)))

@@ -160,10 +160,6 @@ def _measure(mix: str, device: str, shape: str, rows: int, lengths: list[int]) -
   programs = len(compiled), sum(compiled)
   tokens, cpu_s, time_s, first_s = _run(engine, requests)
   floor_s = _floor(engine, requests, memory, matrix)
-  steps = [snapshot.steps for snapshot in engine.trace]
-  held = [snapshot.pages * engine.columns for snapshot in engine.trace]
-  need = [snapshot.tokens for snapshot in engine.trace]
-  most = max(held)
   result = dict(
     mix=mix,
     device=jax.devices()[0].device_kind,
@@ -177,22 +173,32 @@ def _measure(mix: str, device: str, shape: str, rows: int, lengths: list[int]) -
     first_s=first_s,
     floor_s=floor_s,
     of_floor=floor_s / (cpu_s if on_cpu else time_s),
-    live=_mean([snapshot.live for snapshot in engine.trace], steps),
-    cache_peak=most / max(n for h, n in zip(held, need, strict=True) if h == most),
-    cache_mean=_mean(held, steps) / _mean(need, steps),
+    **_over_time(engine),
     programs=programs[0],
     compile_s=programs[1],
     memory_gb_s=memory / 1e9,
     matrix_gflops=matrix / 1e9,
   )
-  width = _bytes_per_token(model)
-  result["over_time"] = [
-    [s.steps, s.rows, s.live, s.pages * engine.columns * width, s.tokens * width]
-    for s in engine.trace
-  ]
   if mix == "group":
     result["alone_cpu_s"] = _alone(engine, requests[0])
   return result
+
+
+def _over_time(engine) -> dict:
+  """Returns the figures of rows and cache during the last run."""
+  width = _bytes_per_token(engine.config)
+  steps = [snapshot.steps for snapshot in engine.trace]
+  held = [snapshot.pages * engine.columns * width for snapshot in engine.trace]
+  need = [snapshot.tokens * width for snapshot in engine.trace]
+  most = max(held)
+  return dict(
+    live=_mean([snapshot.live for snapshot in engine.trace], steps),
+    cache_peak=most / max(n for h, n in zip(held, need, strict=True) if h == most),
+    cache_mean=_mean(held, steps) / _mean(need, steps),
+    over_time=[
+      [s.steps, s.rows, s.live, h, n] for s, h, n in zip(engine.trace, held, need, strict=True)
+    ],
+  )
 
 
 def _alone(engine, request) -> float:
