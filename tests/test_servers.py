@@ -378,6 +378,22 @@ def test_other_weights_than_were_asked_for_are_refused(kind, make):
     list(engine.generate(requests(1, n=1)))
 
 
+def test_a_sample_that_vllm_gives_up_is_asked_for_again(make):
+  engine, (server,) = make("vllm")
+  load(engine, "vllm")
+  (good,) = engine.generate(requests(1, n=1, sampling=Sampling(6)))
+  given_up = []
+
+  def edit(path, content):
+    if path == "/v1/completions" and not given_up:
+      given_up.append(path)
+      content["choices"][0] |= {"finish_reason": "abort", "token_ids": []}
+    return content
+
+  server.edit = edit
+  assert list(engine.generate(requests(1, n=1, sampling=Sampling(6)))) == [good] and given_up
+
+
 def test_an_answer_that_breaks_a_promise_is_refused(make):
   engine, (server,) = make("vllm")
   load(engine, "vllm")
@@ -400,7 +416,7 @@ def test_an_answer_that_breaks_a_promise_is_refused(make):
     (dict(token_ids=few, logp=good.logp[:3]), "after 3 of 6 tokens: its context"),
     (dict(token_ids=few), "6 log-probabilities for 3 tokens"),
     (dict(finish_reason="stop"), "which is none of the model's stop tokens"),
-    (dict(finish_reason="abort"), "finish_reason 'abort'"),
+    (dict(finish_reason="filtered"), "finish_reason 'filtered'"),
     (dict(logp=[None] * 6), r"token_logprobs\[0\]"),
     (dict(prompt_token_ids=[1]), "read a prompt of 1 tokens"),
   ):
