@@ -10,14 +10,15 @@ Other:  machine=v5e-64 for --topology=v5e:8x8, machine=v6e-16 for --topology=v6e
 Smoke:  --config=configs/plan_8b.py:local
 Cost:   4.7 CPU minutes for v5p:2x2x2, about half of them for the suggestion of a micro-batch;
         h200:8 40 CPU seconds in all.
-Result: peak GB per chip of the train step, and of the decode step of 64 responses with the rest of
-        the train state beside it; moving-average teacher.
+Result: peak GB per chip of the train step, and of the decode step of 64 responses with the train
+        state beside it; moving-average teacher. Each chip, or each `tensor` of them, has a copy of
+        the weights to sample with, and decodes without a collective. -: not compiled since.
 
                                Qwen3-8B        Olmo-3-7B       each chip has
-        v5p-16 (8 chips)       44.6  31.8      41.1  60.5      95
-        v5e-64 (64 chips)      10.1   4.1      10.1   7.8      16
-        v6e-16 (16 chips)      24.6  15.8      22.6  30.2      32
-        h200-8 (8 GPUs)        36.2  42.0      30.9  59.5      141, of which jax uses 105.8
+        v5p-16 (8 chips)       44.6  44.8      41.1     -      95
+        v5e-64 (64 chips)      10.1     -      10.1     -      16
+        v6e-16 (16 chips)      24.6     -      22.6     -      32
+        h200-8 (8 GPUs)        36.2  43.4      30.9     -      141, of which jax uses 105.8
 
         On h200-8 attention is by cuDNN and the divergence by `xla`; nothing has run on a GPU yet.
         No program holds an array of tokens x vocabulary. On v5e-64 the kernel's workspace holds the
