@@ -5,6 +5,7 @@ of tests: a second one takes a third of the time. SDPO_JAX_TEST_CACHE names anot
 them, or "off".
 """
 
+import gc
 import importlib.metadata
 import os
 import platform
@@ -31,6 +32,8 @@ else:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+import jax  # noqa: E402 - reads the variables above
+
 # Files that compile models or start whole runs. All other tests are `quick`.
 _COMPILING = set(
   "assets attention beams bench_loss configs counterfactual decoder discover distill_kl "
@@ -38,6 +41,25 @@ _COMPILING = set(
   "objectives plan pretrain processes remote_teacher report sandbox_cases scripted serve "
   "server_runs train_step".split()
 )
+
+
+# Linux gives a process 65,530 mappings of memory, and each compiled program takes several. At the
+# limit the compiler crashes.
+_MOST_MAPPINGS = 25_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_mappings():
+  """Forgets compiled programs between files where a process has many."""
+  yield
+  try:
+    with open("/proc/self/maps", "rb") as maps:
+      count = sum(1 for _ in maps)
+  except OSError:  # another system
+    return
+  if count > _MOST_MAPPINGS:
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_collection_modifyitems(items):
