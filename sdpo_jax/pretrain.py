@@ -354,8 +354,8 @@ def run(
       if last or (i + 1) % c.eval.every_steps == 0:
         accuracies = evaluate(state.params)
       if last or (i + 1) % c.log_every_steps == 0:
-        means = {name: ratio.mean for name, ratio in jax.device_get(measured).items()}
-        means = {name: means[key] for name, key in LOGGED.items()}
+        logged = jax.device_get({name: measured[key] for name, key in LOGGED.items()})
+        means = {name: ratio.mean for name, ratio in logged.items()}
         log.write(i + 1, means | counts | accuracies)
       is_due = last or (i + 1) % c.checkpoint_every_steps == 0
       save_where_due(workdir, i + 1, state, is_due, notice)

@@ -168,7 +168,9 @@ def test_a_resumed_run_sees_the_lines_up_to_its_checkpoint_alone(tmp_path, monke
     monkeypatch.setattr(train.Steps, name, lambda *_: None)
   monkeypatch.setattr(train, "describe_run", lambda *_: None)
   steps = train.Steps.__new__(train.Steps)
-  steps.c, steps.workdir = types.SimpleNamespace(total_steps=6), tmp_path
+  rollout = types.SimpleNamespace(top_p=1.0)
+  steps.c, steps.workdir = types.SimpleNamespace(total_steps=6, rollout=rollout), tmp_path
+  steps.ahead = None
   steps.session = types.SimpleNamespace(mesh=None, isolation="none")
   steps.rows = {}
   steps.host = {"unwritten": None}
