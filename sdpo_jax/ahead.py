@@ -14,7 +14,7 @@ from collections.abc import Callable
 import concurrent.futures
 from typing import Any
 
-from sdpo_jax.records import Completion, Feedback, Rollout, Segment, Status, Task
+from sdpo_jax.records import Completion, Feedback, Rollout, Status, Task
 
 
 class Ahead:
@@ -84,13 +84,4 @@ def restored(tasks: list[Task], groups: list[list[dict]]) -> list[list[Rollout]]
 def _restored(task: Task, prompt: list[int], completion: dict, text: str, feedback) -> Rollout:
   c = Completion(**completion)
   reward, words, status = feedback
-  return Rollout(
-    task,
-    prompt,
-    list(c.tokens),
-    list(c.logp),
-    c.finish_reason,
-    text,
-    Feedback(reward, words, Status(status)),
-    sampled=[Segment(0, c)],
-  )
+  return Rollout.of(task, prompt, c, text, Feedback(reward, words, Status(status)))

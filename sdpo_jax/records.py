@@ -86,6 +86,24 @@ class Rollout:
   # response comes from a file, or nothing sampled it.
   sampled: list["Segment"] | None = None
 
+  @classmethod
+  def of(
+    cls, task: Task, prompt: list[int], completion: "Completion", text: str, feedback: Feedback
+  ) -> "Rollout":
+    """Returns a response that was sampled in one piece. text: the completion's."""
+    c = completion
+    return cls(
+      task,
+      prompt,
+      list(c.tokens),
+      list(c.logp),
+      c.finish_reason,
+      text,
+      feedback,
+      entropy=c.entropy,
+      sampled=[Segment(0, c)],
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Alternative:

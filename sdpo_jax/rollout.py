@@ -18,7 +18,10 @@ from sdpo_jax import hosts
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.errors import TaskError
 from sdpo_jax.judging import Judges, busy_s
-from sdpo_jax.records import Completion, Feedback, Request, Rollout, Sampling, Segment, Status, Task
+from sdpo_jax.records import Completion, Feedback, Request, Rollout, Sampling, Status, Task
+
+_TIMES = ("time/judge_hidden_s", "time/pack_hidden_s", "time/judge_wait_s")
+Place = tuple[int, int]  # a response: (question, its number)
 
 
 def prompt_seed(seed: int, *path) -> int:
@@ -188,10 +191,6 @@ class Collector:
         )
 
 
-_TIMES = ("time/judge_hidden_s", "time/pack_hidden_s", "time/judge_wait_s")
-Place = tuple[int, int]  # a response: (question, its number)
-
-
 class _Batch:
   """The responses of this process, from their end to their verdict."""
 
@@ -205,7 +204,7 @@ class _Batch:
   def add(self, c: Completion, text: str, feedback: Feedback) -> None:
     """Adds a judged response, in a judge's thread, and hands its group on with the last one."""
     q = c.key
-    rollout = _rollout(self._tasks[q], self._prompts[q], c, text, feedback)
+    rollout = Rollout.of(self._tasks[q], self._prompts[q], c, text, feedback)
     with self._lock:
       self._judged[q, c.sample_index] = rollout
       group = [self._judged.get((q, g)) for g in range(self._n)]
@@ -221,27 +220,13 @@ class _Batch:
     if known is not None and known.feedback == feedback:
       return known
     text = chat.response_text(c.tokens)
-    return _rollout(self._tasks[c.key], self._prompts[c.key], c, text, feedback)
+    return Rollout.of(self._tasks[c.key], self._prompts[c.key], c, text, feedback)
 
 
 def _joined(begun: list[tuple[list[int], list[float]]], c: Completion) -> Completion:
   """Returns a completion with the tokens that its response began with."""
   head, logp = begun[c.key]
   return c._replace(tokens=head + c.tokens, logp=logp + c.logp) if head else c
-
-
-def _rollout(task: Task, prompt: list[int], c: Completion, text: str, feedback) -> Rollout:
-  return Rollout(
-    task,
-    prompt,
-    list(c.tokens),
-    list(c.logp),
-    c.finish_reason,
-    text,
-    feedback,
-    entropy=c.entropy,
-    sampled=[Segment(0, c)],
-  )
 
 
 def _shared(own: dict[Place, Feedback]) -> dict[Place, Feedback]:

@@ -227,13 +227,6 @@ def constrain_embeddings(x_BTD: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(x_BTD, PartitionSpec("data", None, WEIGHTS["D"]))
 
 
-def replicate(tree):
-  """Constrains all arrays of a tree to lie whole on every device."""
-  if current_mesh() is None:
-    return tree
-  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
-
-
 def constrain_rows(x: jax.Array, axis: int) -> jax.Array:
   """Constrains x to be split along `axis` alone, its rows or packs, over the row shards."""
   if current_mesh() is None:

@@ -15,7 +15,7 @@ from sdpo_jax.engine.remote import ServerSettings
 from sdpo_jax.engine.requests import RequestQueue
 from sdpo_jax.engine.sglang import SglangEngine
 from sdpo_jax.engine.vllm import VllmEngine
-from sdpo_jax.errors import RunError
+from sdpo_jax.errors import Preempted, RunError
 from sdpo_jax.model import lora
 from sdpo_jax.objectives import build
 from sdpo_jax.records import Completion, Request, Sampling
@@ -392,6 +392,16 @@ def test_a_sample_that_vllm_gives_up_is_asked_for_again(make):
 
   server.edit = edit
   assert list(engine.generate(requests(1, n=1, sampling=Sampling(6)))) == [good] and given_up
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_that_waits_for_a_server_is_interrupted(kind, make):
+  engine, (server,) = make(kind)
+  load(engine, kind)
+  server.edit = lambda path, answer: engine.interrupt() or answer
+  with pytest.raises(Preempted):
+    list(engine.generate(requests(8, n=4)))
+  assert not engine._wakers
 
 
 def test_an_answer_that_breaks_a_promise_is_refused(make):

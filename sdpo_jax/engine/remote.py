@@ -208,7 +208,7 @@ class RemoteEngine(abc.ABC):
   def interrupt(self) -> None:
     """Ends every `generate`, those of other threads too, with Preempted. For good."""
     self._is_interrupted = True
-    for wake in self._wakers:
+    for wake in list(self._wakers):  # calls end meanwhile
       wake()
 
   def generate(self, requests: Iterable[Request] | RequestQueue) -> Iterator[Completion]:
@@ -222,13 +222,19 @@ class RemoteEngine(abc.ABC):
 
   def _completions(self, requests, weights: Weights) -> Iterator[Completion]:
     done: queue.SimpleQueue = queue.SimpleQueue()
-    jobs = Jobs(requests, names=self._talk_names, wake=lambda: done.put(_WAKE))
+
+    def wake() -> None:
+      done.put(_WAKE)
+
+    jobs = Jobs(requests, names=self._talk_names, wake=wake)
     running: dict[concurrent.futures.Future, Job] = {}
     background = self._in_background()
     self._calls += 1
-    self._wakers.append(lambda: done.put(_WAKE))
+    self._wakers.append(wake)
     try:
       while True:
+        if self._is_interrupted:
+          raise Preempted("sampling was interrupted")
         while len(running) < self.settings.concurrency and (job := jobs.take()) is not None:
           self._check(job.request)
           future = background.submit(self._sample(job, weights))
@@ -236,8 +242,6 @@ class RemoteEngine(abc.ABC):
           future.add_done_callback(done.put)
         if running:
           future = done.get()
-          if self._is_interrupted:
-            raise Preempted("sampling was interrupted")
           if future is not _WAKE:
             job = running.pop(future)
             completion = future.result()
@@ -247,6 +251,7 @@ class RemoteEngine(abc.ABC):
           return
     finally:
       self._calls -= 1
+      self._wakers.remove(wake)
       for future in running:
         future.cancel()
 
