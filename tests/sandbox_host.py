@@ -1,5 +1,7 @@
 """What an attack on the sandbox might reach, and whether it did."""
 
+import contextlib
+import gc
 import os
 import pathlib
 import socket
@@ -7,6 +9,25 @@ import unicodedata
 import uuid
 
 import pytest
+
+
+def descriptors() -> dict[str, str]:
+  """Returns what each open descriptor of this process leads to.
+
+  Compare with `left_open`: what earlier tests of the same process left behind may be collected, and
+  so closed, at any moment.
+  """
+  gc.collect()
+  opened = {}
+  for fd in os.listdir("/proc/self/fd"):
+    with contextlib.suppress(FileNotFoundError):  # the one that lists them
+      opened[fd] = os.readlink(f"/proc/self/fd/{fd}")
+  return opened
+
+
+def left_open(before: dict[str, str]) -> dict[str, str]:
+  """Returns the descriptors that are open now and were not `before`."""
+  return dict(descriptors().items() - before.items())
 
 
 class Host:

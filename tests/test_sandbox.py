@@ -20,7 +20,7 @@ from sdpo_jax.sandbox import KINDS, Limits, Sandbox, TestCase, jail_worker, verd
 from sdpo_jax.sandbox import pool as sandbox_module
 from sdpo_jax.sandbox.compare import same_output, same_value
 from sdpo_jax.text import clean, cut
-from tests.sandbox_host import check_text, descendants
+from tests.sandbox_host import check_text, descendants, descriptors, left_open
 
 
 @pytest.fixture(scope="module")
@@ -581,7 +581,7 @@ def test_no_worker_or_no_memory_is_our_fault(monkeypatch):
 def test_no_descriptors_left_is_our_fault():
   """However few are left, there is a verdict, it is never one on the program, and none is lost."""
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  before, taken = len(os.listdir("/proc/self/fd")), []
+  opened, taken = descriptors(), []
   with Sandbox(workers=1) as pool:
     resource.setrlimit(
       resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, hard)
@@ -603,7 +603,7 @@ def test_no_descriptors_left_is_our_fault():
         os.close(fd)
       resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(kinds) > 4 and kinds == ["sandbox_failed"] * (len(kinds) - 1) + ["passed"]
-  assert len(os.listdir("/proc/self/fd")) == before
+  assert not left_open(opened)
 
 
 @pytest.mark.parametrize("isolation", ["bubblewrap", "landlock"])
@@ -803,7 +803,7 @@ def test_kinds_are_the_contract():
 @pytest.mark.slow
 @pytest.mark.parametrize("isolation", ["bubblewrap", "landlock"])
 def test_ten_thousand_programs_leave_nothing(isolation):
-  before, descriptors = descendants(), len(os.listdir("/proc/self/fd"))
+  before, opened = descendants(), descriptors()
   with Sandbox(workers=2, isolation=isolation) as pool:
     staged = pool._staged and pool._staged.name
     workers = descendants() - before
@@ -827,7 +827,7 @@ def test_ten_thousand_programs_leave_nothing(isolation):
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
       assert all(threads.map(job, range(10_000)))
     assert len(descendants() - before) == len(workers)
-  assert descendants() == before and len(os.listdir("/proc/self/fd")) == descriptors
+  assert descendants() == before and not left_open(opened)
   assert not staged or not os.path.exists(staged)
 
 

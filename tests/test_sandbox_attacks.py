@@ -6,13 +6,12 @@ the sandbox only.
 """
 
 import concurrent.futures
-import os
 import time
 
 import pytest
 
 from sdpo_jax.sandbox import KINDS, Limits, Sandbox, TestCase
-from tests.sandbox_host import Host, check_text, descendants, starved
+from tests.sandbox_host import Host, check_text, descendants, descriptors, left_open, starved
 
 LIMITS = Limits(time_s=0.5, memory_mb=256, output_kb=1024)
 # the verdict's time: the backstop, and the machine under six attacks at once
@@ -607,7 +606,7 @@ def attacks():
 def test_contained(isolation, tmp_path_factory, monkeypatch):
   host = Host(tmp_path_factory.mktemp("canary"))
   monkeypatch.setenv("SBX_CANARY", host.token)
-  before, descriptors = descendants(), len(os.listdir("/proc/self/fd"))
+  before, opened = descendants(), descriptors()
   try:
     pool = Sandbox(workers=6, isolation=isolation)
   except RuntimeError as e:
@@ -648,7 +647,7 @@ def test_contained(isolation, tmp_path_factory, monkeypatch):
       assert pool.run("print(int(input()) + 1)", [TestCase("1", "2")]).passed
     host.check()
   assert not descendants() - before
-  assert len(os.listdir("/proc/self/fd")) == descriptors
+  assert not left_open(opened)
 
 
 # (what one program does, what the next one on the same worker looks for, what it must print)

@@ -15,7 +15,7 @@ import time
 import pytest
 
 from sdpo_jax.sandbox import Limits, Sandbox, TestCase, installed
-from tests.sandbox_host import Host, check_text, descendants, starved
+from tests.sandbox_host import Host, check_text, descendants, descriptors, left_open, starved
 
 _DATA = os.environ.get("SDPO_JAX_DATA")
 _CASES = pathlib.Path(_DATA).parent / "sandbox_cases" if _DATA else None
@@ -77,7 +77,7 @@ def test_declared(sandbox, row):
 def test_attacks(isolation, tmp_path_factory, monkeypatch):
   host = Host(tmp_path_factory.mktemp("canary"))
   monkeypatch.setenv("SBX_CANARY", host.token)
-  before, descriptors = descendants(), len(os.listdir("/proc/self/fd"))
+  before, opened = descendants(), descriptors()
   try:
     # most of the time limits are waited out asleep
     pool = Sandbox(workers=6, isolation=isolation)
@@ -117,4 +117,4 @@ def test_attacks(isolation, tmp_path_factory, monkeypatch):
       assert sandbox.run("print(int(input()) + 1)", [TestCase("1", "2")]).passed
     host.check()
   assert not descendants() - before
-  assert len(os.listdir("/proc/self/fd")) == descriptors
+  assert not left_open(opened)

@@ -10,7 +10,7 @@ from sdpo_jax.sandbox.check_source import read_check
 from sdpo_jax.sandbox.checks import read_check_run
 from sdpo_jax.sandbox.jail_worker import CALLS, Job, WorkerLost, memory_file
 from sdpo_jax.sandbox.verdict import Outcome
-from tests.sandbox_host import check_text
+from tests.sandbox_host import check_text, descriptors
 
 LIMITS = Limits(time_s=1.0, memory_mb=256, output_kb=1024)
 
@@ -219,7 +219,7 @@ def test_that_a_check_has_called_is_known_however_it_ends(result, call):
 
 def test_a_worker_that_dies_during_a_check_leaves_no_descriptor():
   with Sandbox(workers=1) as pool:
-    before = len(os.listdir("/proc/self/fd"))
+    opened = descriptors()
     slot = pool._slots[0]
     for _ in range(3):
       worker = slot._worker(())
@@ -228,7 +228,7 @@ def test_a_worker_that_dies_during_a_check_leaves_no_descriptor():
         worker.kill()
       os.close(program)
     slot._worker(())
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(descriptors()) == len(opened)
 
 
 def test_a_worker_that_is_started_while_the_pool_closes_is_ended(monkeypatch):
