@@ -27,7 +27,7 @@ import functools
 import math
 import os
 import re
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import jax
 from jax.experimental import topologies
@@ -41,6 +41,7 @@ from sdpo_jax.hlo import OutOfMemory, Program, compile_for, kernels, logit_array
 from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.objectives import build
+from sdpo_jax.objectives.control import LEARN, Control
 from sdpo_jax.records import Reading, Rows, Sampling, Scored, TrainBatch
 from sdpo_jax.train_step import TrainState, init_state
 
@@ -145,14 +146,16 @@ def state_shapes(
   *,
   adapters: lora.Lora | None = None,
   keep_teacher: bool,
-  teacher_move: float = 0.0,
+  teacher_in_float32: bool = False,
 ) -> TrainState:
   """Returns the train state, of all weights or of adapters alone, as shapes with their places."""
   if adapters is None:
     params, axes = decoder.shapes(model), decoder.axes(model)
   else:
     params, axes = lora.shapes(model, adapters), lora.axes(model, adapters)
-  init = functools.partial(init_state, tx=tx, keep_teacher=keep_teacher, teacher_move=teacher_move)
+  init = functools.partial(
+    init_state, tx=tx, keep_teacher=keep_teacher, teacher_in_float32=teacher_in_float32
+  )
   state = jax.eval_shape(init, params)
   return _placed(state, sharding.state_shardings(mesh, state, axes))
 
@@ -170,11 +173,18 @@ def sampling_shapes(model: ModelConfig, mesh) -> dict:
 
 
 def batch_shapes(
-  mesh, shape: Shape, responses: int, further_readings: int = 0, asked: int | None = None
+  mesh,
+  shape: Shape,
+  responses: int,
+  further_readings: int = 0,
+  *,
+  asked: int | None = None,
+  control: Sequence[str] = (LEARN,),
 ) -> TrainBatch:
   """Returns a batch of `responses` in packs of this shape, and so many further readings of them.
 
   asked: the tokens that a teacher elsewhere is asked about at each; None: the teacher lives here.
+  control: the names of its scalars.
   """
 
   def ints(*sizes):
@@ -201,10 +211,12 @@ def batch_shapes(
     response_BR=ints(B, R),
     weight_BR=floats(B, R),
     advantage_B=floats(B),
+    route_B=floats(B),
     logp_rollout_BR=floats(B, R),
     logp_old_BR=floats(B, R),
+    control={name: floats() for name in control},
   )
-  return _placed(batch, jax.tree.map(lambda _: sharding.row_sharding(mesh), batch))
+  return _placed(batch, sharding.batch_shardings(mesh, batch))
 
 
 def decode_shapes(
@@ -335,7 +347,9 @@ class Workload:
     is_remote = method.teacher_weights.remote is not None
     asked = min(method.divergence["top_k"], self.model.vocab) if is_remote else None
     shape = self.full_shape(rows)
-    return batch_shapes(self.mesh, shape, responses, self.learn.further_count, asked)
+    control = Control(method).names()
+    further = self.learn.further_count
+    return batch_shapes(self.mesh, shape, responses, further, asked=asked, control=control)
 
   def state(self) -> TrainState:
     return state_shapes(
@@ -344,7 +358,7 @@ class Workload:
       self.mesh,
       adapters=self.adapters,
       keep_teacher=self.learn.method.teacher_weights.keep,
-      teacher_move=self.learn.method.teacher_weights.move,
+      teacher_in_float32=self.learn.method.teacher_weights.in_float32,
     )
 
 

@@ -68,7 +68,7 @@ LOGGED = {
 def supervised() -> Method:
   """Returns supervised training as a method: a surrogate alone, of which `nats` is the loss."""
 
-  def nats(signals, batch):
+  def nats(signals, batch, advantage_BR):
     return -signals.logp_BR
 
   return Method(
@@ -144,8 +144,10 @@ class Pack:
       response_BR=self.response_BR,
       weight_BR=self.weight_BR,
       advantage_B=np.zeros(B, np.float32),
+      route_B=np.zeros(B, np.float32),
       logp_rollout_BR=np.zeros((B, R), np.float32),
       logp_old_BR=np.zeros((B, R), np.float32),
+      control={},
     )
 
 

@@ -156,7 +156,7 @@ RANGES = {
   "method.counterfactual.kappa": Range(0, 1),
   "method.counterfactual.imagined_tokens": _COUNT,
   "method.counterfactual.beam_width": _whole(1, 1000),
-  "method.policy_share": Range(0, 1, remark=", or 'untaught'", also=("untaught",)),
+  "method.policy_share": Range(0, 1, remark=", or 'routed'", also=("routed",)),
   "pretrain.seed": _SEED,
   "pretrain.total_steps": _COUNT,
   "pretrain.log_every_steps": _COUNT,

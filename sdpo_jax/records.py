@@ -171,8 +171,12 @@ class TrainBatch(NamedTuple):
   response_BR: Array  # int32: the tokens being scored
   weight_BR: Array  # float32 >= 0: 0 marks padding, tool output and dropped rows
   advantage_B: Array  # float32
+  # float32: 1 gives the response to the divergence, 0 to the surrogate; read where the method's
+  # policy_share is "routed"
+  route_B: Array
   logp_rollout_BR: Array  # float32, nats: as the engine reported it
   logp_old_BR: Array  # float32, nats: the trainer's, before this batch's updates
+  control: dict[str, Array]  # float32 scalars that the host decides (objectives/control.py)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Session(NamedTuple):
   def fresh_state(self, trained, tx, teacher: TeacherWeights) -> TrainState:
     """Returns the state before the first step, each array made where it belongs."""
     make = functools.partial(
-      init_state, tx=tx, keep_teacher=teacher.keep, teacher_move=teacher.move
+      init_state, tx=tx, keep_teacher=teacher.keep, teacher_in_float32=teacher.in_float32
     )
     if self.mesh is None:
       return make(trained)

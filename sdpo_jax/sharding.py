@@ -180,12 +180,17 @@ def put_rows(mesh: jax.sharding.Mesh | None, batch):
   """
   if mesh is None:
     return batch
-  where = row_sharding(mesh)
 
-  def put(x):
+  def put(x, where):
     return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
-  return jax.tree.map(put, batch)
+  return jax.tree.map(put, batch, batch_shardings(mesh, batch))
+
+
+def batch_shardings(mesh: jax.sharding.Mesh, batch):
+  """Returns where the arrays of a batch lie: split by rows, a scalar whole on every device."""
+  rows, everywhere = row_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+  return jax.tree.map(lambda x: rows if x.ndim else everywhere, batch)
 
 
 def state_shardings(mesh: jax.sharding.Mesh, state, axes):

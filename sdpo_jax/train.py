@@ -32,6 +32,7 @@ from sdpo_jax.evaluation.evaluate import evaluate
 from sdpo_jax.learner import make_explorer, make_learner
 from sdpo_jax.metrics import Writer, read, reduce
 from sdpo_jax.objectives.build import build_method
+from sdpo_jax.objectives.control import Control
 from sdpo_jax.preemption import Notice
 from sdpo_jax.records import Rollout, Sampling, Status, Task
 from sdpo_jax.remote_teacher import RemoteTeacher
@@ -72,7 +73,7 @@ def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
       steps.check_stop()
       groups = steps.collect(state, i)
       sampled = time.monotonic()
-      packed = steps.ask_teacher(state, steps.make_batch(groups))
+      packed = steps.ask_teacher(state, steps.make_batch(groups, i))
       metrics = packed.metrics | rollout_metrics(groups, i) | count_rollouts(host, groups, i)
       unjudged = metrics["data/dropped"] == len(packed.rollouts)
       host["failed_batches"] = host["failed_batches"] + 1 if unjudged else 0
@@ -83,7 +84,7 @@ def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
       save_and_stop(i - 1, state, before, steps, saved, stop)
     steps.sample_ahead(state, i + 1)
     state, step_metrics = steps.step(state, packed.batch)  # the only line that changes weights
-    metrics |= jax.device_get(step_metrics)
+    metrics |= steps.note(state, jax.device_get(step_metrics))
     metrics |= times(groups, begun, sampled, time.monotonic())
     limits.check_gradients(int(state.skipped_in_a_row), i, saved)
     host["unwritten"] = reduce(metrics)
@@ -282,6 +283,7 @@ class Steps:
       seed=c.seed,
       second_model=session.second_model,
     )
+    self.control = Control(self.learner.method)
     self.exploration = {}  # metrics of the last batch's alternatives
     self.ahead = None  # the next batch, where it is sampled already
     self._check_stop = session.collector.check_stop
@@ -303,18 +305,20 @@ class Steps:
     """
     host = {"tokens": 0, "alternatives": 0, "failed_batches": 0}
     host |= {"data": None, "shapes": [], "owed": 0.0, "unwritten": None, "best": None}
-    host |= {"ahead": None}
+    host |= {"ahead": None, "control": None, "memory": None}
     steps = cls(c, workdir, session, host)
     steps.rows = same_rows(workdir, session.collector.env, splits_of(c), begun=latest is not None)
     method = steps.learner.method
     state = session.fresh_state(steps.trainable, steps.learner.tx, method.teacher_weights)
     if latest is not None:
       steps.latest, state, found = checkpoint.restore_newest(workdir, state)
-      found = {"unwritten": None, "best": None, "ahead": None} | found  # earlier versions: none
+      earlier = dict.fromkeys(("unwritten", "best", "ahead", "control", "memory"))
+      found = earlier | found  # earlier versions had none
       _check_version(workdir, found, host)
       steps.host = found
       steps.stream.restore(found["data"])
       steps.take_up(found.pop("ahead"))
+      steps.recall(found.pop("control"), found.pop("memory"))
     return steps, state
 
   def open(self, state, latest: int | None) -> None:
@@ -350,6 +354,13 @@ class Steps:
       position = self.stream.state()
       rollouts = restored(self._next_tasks(), groups)
       self.ahead = Ahead(position, lambda: rollouts)
+
+  def recall(self, control: dict | None, memory) -> None:
+    """Goes on with what controllers and memory had noted; None: nothing was."""
+    if control is not None:
+      self.control.restore(control)
+    if memory is not None:
+      self.learner.method.memory.restore(memory)
 
   def _jit(self, state) -> None:
     """Every array of the state stays where it is."""
@@ -391,8 +402,7 @@ class Steps:
     return Packer(
       self.session.chat,
       self.session.collector.env.prompt,
-      method.teacher_context,
-      method.advantage,
+      method,
       settings,
       shapes,
       self.learner.further_readings,
@@ -467,15 +477,16 @@ class Steps:
         version=version,
       )
 
-  def make_batch(self, groups: list[list[Rollout]]) -> Packed:
-    """Packs the groups, and adds metrics of how they came about."""
+  def make_batch(self, groups: list[list[Rollout]], i: int) -> Packed:
+    """Packs the groups of step i, and adds what the host decides, and metrics of both."""
     packed = self.packer.pack(groups)
+    scalars, reasons = self.control.begin(groups, i)
     env, chat = self.session.collector.env, self.session.chat
-    metrics = packed.metrics | self.exploration | self.session.collector.take_times()
+    metrics = packed.metrics | self.exploration | self.session.collector.take_times() | reasons
     if isinstance(env, RowEnv):
       metrics["data/skipped_rows"] = float(env.skipped)
     metrics["data/copy_rate"] = monitors.copy_rate(packed.rollouts, packed.contexts[0], chat)
-    return packed._replace(metrics=metrics)
+    return packed._replace(batch=packed.batch._replace(control=scalars), metrics=metrics)
 
   def ask_teacher(self, state, packed: Packed) -> Packed:
     """Returns the batch with what a teacher on another machine says of it, if the run has one."""
@@ -483,6 +494,11 @@ class Steps:
       return packed
     rows = sharding.put_rows(self.session.mesh, packed.batch)
     return self.teacher.read(packed, hosts.to_host(self._candidates(state, rows, self.frozen)))
+
+  def note(self, state, metrics: dict) -> dict:
+    """Tells the controllers what the step said, and returns it."""
+    self.control.end(metrics, applied=not int(state.skipped_in_a_row))
+    return metrics
 
   def step(self, state, batch):
     """Makes one step; returns (state, metrics)."""
@@ -552,7 +568,12 @@ class Steps:
     """Returns the host's part of a checkpoint, as of now: where the run is in its data."""
     shapes = self.packer.shapes
     known = [tuple(shape) for shape in shapes.known]
+    memory = self.learner.method.memory
     position = host | {"shapes": known, "owed": shapes.owed, "ahead": self.ahead}
+    position |= {
+      "control": self.control.state(),
+      "memory": None if memory is None else memory.state(),
+    }
     return position | {"data": self.stream.state() if self.ahead is None else self.ahead.data}
 
   def save(self, i: int, state, position: dict, *, at_once: bool = False) -> None:

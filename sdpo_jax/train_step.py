@@ -28,6 +28,7 @@ from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.objectives import loss
 from sdpo_jax.objectives.build import Method
+from sdpo_jax.objectives.control import LEARN
 from sdpo_jax.objectives.signals import TEACHER_ENTROPY, Signals
 from sdpo_jax.records import Ratio, Rows, TrainBatch
 
@@ -48,18 +49,18 @@ def init_state(
   tx: optax.GradientTransformation,
   *,
   keep_teacher: bool = False,
-  teacher_move: float = 0.0,
+  teacher_in_float32: bool = False,
 ) -> TrainState:
   """Returns the state before the first step.
 
   keep_teacher: a copy of `params` travels along as the teacher's weights (moving, frozen, or the
     anchor of a trust region).
-  teacher_move: a teacher that moves is kept in float32. A step of 1 % of a small difference
+  teacher_in_float32: for a teacher that moves in small steps. One of 1 % of a small difference
     vanishes in bfloat16, and the average would stand still.
   """
 
   def copied(p):
-    dtype = jnp.promote_types(p.dtype, jnp.float32) if teacher_move else p.dtype
+    dtype = jnp.promote_types(p.dtype, jnp.float32) if teacher_in_float32 else p.dtype
     return jnp.array(p, dtype=dtype)  # jnp.array copies, jnp.asarray would share
 
   teacher = jax.tree.map(copied, params) if keep_teacher else None
@@ -260,18 +261,62 @@ def make_signals(
     policy_XD, head_DV, teacher_XE, teacher_head_EV = forward_pair(
       params, teacher, config, batch, mix=mix, remat=remat
     )
-    target_X = targets(batch.policy)
-    inputs = Inputs(policy_XD, head_DV, teacher_XE, teacher_head_EV, target_X)
+    inputs = Inputs(policy_XD, head_DV, teacher_XE, teacher_head_EV, targets(batch.policy))
     readings = [inputs]
     for reading in batch.readings[1:]:
       again_XE = read_again(params, teacher, config, reading.rows, mix=mix)
       readings.append(inputs._replace(teacher_hidden_XE=again_XE))
+    if method.teacher_logits is not None:
+      coefficients = method.teacher_logits.coefficients(batch.control)
+      return (compare([virtual_teacher(readings, *coefficients, alone=teacher is None)], batch),)
     if method.mixes_readings:
       return (compare(readings, batch),)
-    further = [compare([reading], batch) for reading in readings[1:]]
-    return compare([inputs], batch), *further
+    plain = compare([inputs], batch)
+    if method.compares_further:
+      return plain, *(compare([reading], batch) for reading in readings[1:])
+    return plain, *(heard(plain, reading, batch, temperature) for reading in readings[1:])
 
   return signals
+
+
+def virtual_teacher(
+  readings: list[Inputs], of_policy, of_readings: tuple, *, alone: bool
+) -> Inputs:
+  """Returns one reading whose teacher has a sum of logits, times coefficients that may move.
+
+  of_policy: the factor on the policy's logits under its own prompt, detached; None: it has none.
+  alone: policy and teacher have one set of weights.
+  """
+  plain = readings[0]
+  hidden_XD, head_DV = jax.lax.stop_gradient((plain.policy_hidden_XD, plain.policy_head_DV))
+  scaled = [c * x.teacher_hidden_XE for c, x in zip(of_readings, readings, strict=True)]
+  teacher_XD = functools.reduce(jnp.add, scaled)
+  head_EV = plain.teacher_head_EV
+  if of_policy is not None and alone:
+    teacher_XD = teacher_XD + of_policy * hidden_XD
+  elif of_policy is not None:
+    teacher_XD = jnp.concatenate([teacher_XD, of_policy * hidden_XD], axis=1)
+    head_EV = jnp.concatenate([head_EV, head_DV], axis=0)
+  teacher_XD = teacher_XD.astype(hidden_XD.dtype)
+  return plain._replace(teacher_hidden_XE=teacher_XD, teacher_head_EV=head_EV)
+
+
+def heard(plain: Signals, reading: Inputs, batch: TrainBatch, temperature: float) -> Signals:
+  """Returns the signals of a further reading of which only log-probabilities are wanted."""
+  logp_X, entropy_X = _teacher_logp(reading, temperature)
+  return plain._replace(
+    divergence_BR=None,
+    logp_teacher_BR=by_response(logp_X, batch),
+    entropy_teacher_BR=by_response(entropy_X, batch),
+  )
+
+
+def _teacher_logp(reading: Inputs, temperature: float) -> tuple[jax.Array, jax.Array]:
+  """Returns (log q, H(q)) of the teacher at every response token."""
+  teacher_XE, head_EV = jax.lax.stop_gradient((reading.teacher_hidden_XE, reading.teacher_head_EV))
+  return token_logp(
+    teacher_XE, head_EV, reading.target_X, temperature=temperature, mesh=sharding.current_mesh()
+  )
 
 
 def _policy_signals(
@@ -303,9 +348,10 @@ def compare_heads(
   """
   mesh = sharding.current_mesh()
   plain = readings[0]
-  # Sampled-token signals name no divergence and use the other outputs of the kernel.
-  settings = method.divergence or {"alpha": 0.5, "top_k": None}
+  settings = method.divergence
   shared = dict(temperature=temperature, mesh=mesh)
+  if settings is None:
+    return _heard_both(plain, batch, temperature)
   if len(readings) > 1:
     out = distill_mixture(readings, mixture_weights(batch), **shared, **settings)
   elif settings["top_k"] is not None:
@@ -321,9 +367,21 @@ def compare_heads(
   per_token = [out.logp_X, out.entropy_X, out.divergence_X, out.logp_teacher_X]
   if TEACHER_ENTROPY in method.reads:
     # The plain reading's, also in a mixture.
-    teacher_XE, head_EV = jax.lax.stop_gradient((plain.teacher_hidden_XE, plain.teacher_head_EV))
-    per_token.append(token_logp(teacher_XE, head_EV, plain.target_X, **shared)[1])
+    per_token.append(_teacher_logp(plain, temperature)[1])
   return Signals(*(by_response(x_X, batch) for x_X in per_token))
+
+
+def _heard_both(plain: Inputs, batch: TrainBatch, temperature: float) -> Signals:
+  """Compares log-probabilities alone, for methods that read no divergence."""
+  logp_X, entropy_X = token_logp(
+    plain.policy_hidden_XD,
+    plain.policy_head_DV,
+    plain.target_X,
+    temperature=temperature,
+    mesh=sharding.current_mesh(),
+  )
+  policy = Signals(by_response(logp_X, batch), by_response(entropy_X, batch), None, None)
+  return heard(policy, plain, batch, temperature)
 
 
 # ---- the step -----------------------------------------------------------------------------------
@@ -335,9 +393,16 @@ def cut(batch: TrainBatch, pieces: int) -> TrainBatch:
   assert packs % pieces == 0, f"{packs} packs do not divide into {pieces} pieces"
 
   def split(x):
+    if not jnp.ndim(x):
+      return jnp.broadcast_to(x, (pieces,))
     return sharding.constrain_rows(jnp.reshape(x, (pieces, x.shape[0] // pieces, *x.shape[1:])), 1)
 
   return jax.tree.map(split, batch)
+
+
+def learns(batch: TrainBatch) -> jax.Array | bool:
+  """Tells whether the batch changes the state, or is a trial whose metrics are wanted."""
+  return batch.control[LEARN] > 0 if LEARN in batch.control else True
 
 
 def micro_batches(batch: TrainBatch) -> int:
@@ -391,7 +456,7 @@ def make_train_step(
 
   def mini_batch(state: TrainState, batch: TrainBatch, frozen):
     gradients, metrics = gradients_of(state, batch, frozen)
-    return apply_gradients(tx, state, gradients, metrics)
+    return apply_gradients(tx, state, gradients, metrics, learn=learns(batch))
 
   def step(state: TrainState, batch: TrainBatch, frozen=None):
     if updates == 1:
@@ -400,8 +465,9 @@ def make_train_step(
       one_update = functools.partial(mini_batch, frozen=frozen)
       state, metrics = jax.lax.scan(one_update, state, cut(batch, updates))
       metrics = jax.tree.map(lambda x: jnp.sum(x, 0), metrics)
-    state = move_teacher(state, method.teacher_weights.move)
-    return state._replace(step=state.step + 1), metrics
+    if method.teacher_weights.controller is not None:
+      state = move_teacher(state, batch.control["teacher_weights"] * learns(batch))
+    return state._replace(step=state.step + learns(batch)), metrics
 
   return step
 
@@ -436,35 +502,42 @@ def accumulated_gradients(
 
 
 def apply_gradients(
-  tx: optax.GradientTransformation, state: TrainState, gradients, metrics: dict
+  tx: optax.GradientTransformation, state: TrainState, gradients, metrics: dict, *, learn=True
 ) -> tuple[TrainState, dict]:
-  """Makes one optimizer update, or skips and counts it where the gradient is not finite."""
+  """Makes one optimizer update, or skips and counts it where the gradient is not finite.
+
+  learn: without it nothing of the state changes.
+  """
   norm = optax.tree.norm(gradients)
   finite = jnp.isfinite(norm)
   delta, opt_state = tx.update(gradients, state.opt_state, state.params)
   params = optax.apply_updates(state.params, delta)
+  in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
   state = state._replace(
-    params=_where(finite, params, state.params),
-    opt_state=_where(finite, opt_state, state.opt_state),
-    skipped=state.skipped + ~finite,
-    skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+    params=_where(finite & learn, params, state.params),
+    opt_state=_where(finite & learn, opt_state, state.opt_state),
+    skipped=state.skipped + (~finite & learn),
+    skipped_in_a_row=jnp.where(learn, in_a_row, state.skipped_in_a_row),
   )
   metrics["train/grad_norm"] = Ratio(jnp.where(finite, norm, 0.0), finite.astype(jnp.float32))
   metrics["train/update_skipped"] = Ratio((~finite).astype(jnp.float32), 1.0)
   return state, metrics
 
 
-def move_teacher(state: TrainState, rate: float) -> TrainState:
-  """Moves the teacher towards the policy by `rate`, unless the last gradient was not finite."""
-  if not rate:
-    return state
+def move_teacher(state: TrainState, rho: jax.Array) -> TrainState:
+  """Moves the teacher by the share rho of its way to the policy: 0 leaves it, 1 makes it a copy.
+
+  A last gradient that was not finite leaves it too. These are chosen, not computed: what is not
+  finite in an old teacher does not outlive a copy.
+  """
 
   def moved(teacher, policy):
-    return teacher + rate * (policy.astype(teacher.dtype) - teacher)
+    policy = policy.astype(teacher.dtype)
+    between = teacher + rho.astype(teacher.dtype) * (policy - teacher)
+    return jnp.where(stays, teacher, jnp.where(rho == 1, policy, between))
 
-  finite = state.skipped_in_a_row == 0
-  teacher = jax.tree.map(moved, state.teacher, state.params)
-  return state._replace(teacher=_where(finite, teacher, state.teacher))
+  stays = (rho == 0) | (state.skipped_in_a_row > 0)
+  return state._replace(teacher=jax.tree.map(moved, state.teacher, state.params))
 
 
 def _where(condition: jax.Array, new, old):

@@ -10,7 +10,7 @@ import resource
 import jax
 import numpy as np
 
-from sdpo_jax.data.batch import Packer, PackSettings
+from sdpo_jax.data.batch import Packed, Packer, PackSettings
 from sdpo_jax.data.packing import (
   PackSize,
   Texts,
@@ -22,6 +22,7 @@ from sdpo_jax.data.packing import (
 from sdpo_jax.data.shapes import Rounding
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
+from sdpo_jax.objectives.control import Control
 from sdpo_jax.records import Completion, Feedback, Reading, Rows, Status, Task, TrainBatch
 
 # Code feedback looks like this: braces, backslashes and chat tags are ordinary text in it.
@@ -134,8 +135,10 @@ def toy_batch(
     response_BR=zeros_BR.astype(np.int32),
     weight_BR=zeros_BR.copy(),
     advantage_B=rng.normal(size=rows).astype(np.float32),
+    route_B=np.zeros(rows, np.float32),
     logp_rollout_BR=zeros_BR.copy(),
     logp_old_BR=zeros_BR.copy(),
+    control={"teacher_weights": np.float32(0.05)},
   )
   policy, teacher = Texts([], []), Texts([], [])
   for b in range(rows):
@@ -161,6 +164,7 @@ def toy_batch(
   return batch._replace(
     policy=policy_rows,
     readings=(Reading(teacher_rows, has_teacher_B),),
+    route_B=has_teacher_B,
     start_B=np.array(sum(first, []), np.int32),
   )
 
@@ -191,12 +195,17 @@ def make_packer(method, chat, messages, shapes, **settings) -> Packer:
   return Packer(
     chat,
     messages,
-    method.teacher_context,
-    method.advantage,
+    method,
     settings,
     shapes,
     further_readings,
   )
+
+
+def controlled(packed: Packed, method, step=1) -> Packed:
+  """The batch with what the host decides for a step, as if nothing had been seen before it."""
+  scalars, _ = Control(method).begin([], step)
+  return packed._replace(batch=packed.batch._replace(control=scalars))
 
 
 class ScriptedEngine:

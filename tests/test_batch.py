@@ -105,7 +105,7 @@ def test_a_group_that_was_prepared_is_packed_as_it_would_have_been(monkeypatch):
   p = packer(fresh(), max_teacher_tokens=4096)
   rendered = []
   render = Packer._render
-  monkeypatch.setattr(Packer, "_render", lambda self, g: rendered.append(g) or render(self, g))
+  monkeypatch.setattr(Packer, "_render", lambda self, *a: rendered.append(a) or render(self, *a))
   p.prepare(GROUP)
   p.prepare([dataclasses.replace(r) for r in GROUP])
   found = p.pack([GROUP])

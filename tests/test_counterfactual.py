@@ -611,6 +611,7 @@ def test_without_weight_or_alternatives_it_is_sdpo_bit_for_bit():
   ended = []
   for method in rows:
     learn, packed = batches(method, [group])
+    packed = fakes.controlled(packed, learn.method)
     assert learn.further_readings is None and len(packed.batch.readings) == 1
     assert learner.make_explorer(config.base(), learn.method, None, seed=0) is None
     state, step, said = (

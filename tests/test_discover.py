@@ -74,7 +74,7 @@ def learn(outcomes, limit, size=4, tokens=None):
     budget,
     fresh_state=lambda: types.SimpleNamespace(params=None),
     collect=scripted(outcomes, size),
-    make_batch=lambda groups: batch,
+    make_batch=lambda groups, i: batch,
     step=lambda state, b: updates.append(1) or state,
   )
   return budget, len(updates)
@@ -133,7 +133,7 @@ def test_a_broken_sandbox_ends_the_run_and_no_update_is_made_without_a_verdict()
       budget,
       fresh_state=lambda: types.SimpleNamespace(params=None),
       collect=broken,
-      make_batch=lambda groups: batch,
+      make_batch=lambda groups, i: batch,
       step=step,
     )
   assert first_attempts == [0, 4, 8, 12] and updates == [1]

@@ -464,8 +464,10 @@ def test_clipped_surrogate_by_hand():
   batch = batch._replace(logp_old_BR=old, logp_rollout_BR=old)
   up = Signals(jnp.asarray(old + np.log(1.5), jnp.float32), None, None, None)
   down = Signals(jnp.asarray(old + np.log(0.5), jnp.float32), None, None, None)
-  np.testing.assert_allclose(surrogate.clipped(up, batch)[:, 0], [-1.28, 1.5], rtol=1e-6)
-  np.testing.assert_allclose(surrogate.clipped(down, batch)[:, 0], [-0.5, 0.8], rtol=1e-6)
+  advantage_B1 = batch.advantage_B[:, None]
+  gain_up, gain_down = (-surrogate.clipped(x, batch, advantage_B1)[:, 0] for x in (up, down))
+  np.testing.assert_allclose(gain_up, [1.28, -1.5], rtol=1e-6)
+  np.testing.assert_allclose(gain_down, [0.5, -0.8], rtol=1e-6)
 
 
 def test_group_mean_leaves_out_what_was_not_judged():
@@ -533,7 +535,8 @@ def test_srpo_by_hand():
   """
   batch, old = two_responses()
   batch = batch._replace(weight_BR=np.array([[1, 1, 0], [1, 0, 0]], np.float32))
-  batch = with_teacher(batch, np.array([1, 0], np.float32))
+  has_teacher_B = np.array([1, 0], np.float32)
+  batch = with_teacher(batch, has_teacher_B)._replace(route_B=has_teacher_B)
   method = build.build_method(build.method_row("srpo"))
   divergence, entropy = (
     np.array([[0.3, 0.7, 9], [9, 9, 9]], np.float32),
@@ -621,8 +624,8 @@ def test_blend_is_the_weighted_sum_of_its_two_losses():
     (dict(policy_share=0.5), "needs a surrogate"),
     (dict(policy_share=1.5), "must lie in [0, 1]"),
     (
-      dict(policy_share="routed"),
-      "method.policy_share='routed' must lie in [0, 1], or be 'untaught'",
+      dict(policy_share="both"),
+      "method.policy_share='both' must lie in [0, 1], or be 'routed'",
     ),
     (dict(advantage=dict(name="question_spread")), "set both or neither"),
     (

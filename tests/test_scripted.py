@@ -201,10 +201,9 @@ def batch_of(env, group, name, shape=SHAPE, **context):
   row = build.method_row(name)
   row["teacher_context"].update(context)
   shapes = Shapes((2000, 3000, 1000), [shape] if shape else [], limit=1 if shape else 2)
-  packer = fakes.make_packer(
-    build.build_method(row), CHAT, env.prompt, shapes, max_teacher_tokens=2000
-  )
-  return packer.pack([group])
+  method = build.build_method(row)
+  packer = fakes.make_packer(method, CHAT, env.prompt, shapes, max_teacher_tokens=2000)
+  return fakes.controlled(packer.pack([group]), method)
 
 
 def text_before(half, batch, b):

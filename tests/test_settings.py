@@ -402,13 +402,13 @@ def test_a_number_outside_the_range_of_an_environment_is_refused(name):
 @pytest.mark.parametrize("share", [*NO_NUMBERS, None, -0.1, 1.1])
 def test_a_share_is_a_number_or_its_one_word(share):
   row = build.method_row("sdpo_blend") | {"policy_share": share}
-  with pytest.raises(ValueError, match=r"policy_share=.* must lie in \[0, 1\], or be 'untaught'"):
+  with pytest.raises(ValueError, match=r"policy_share=.* must lie in \[0, 1\], or be 'routed'"):
     build.build_method(row)
   # a row whose share is the word can be given a number, and the reverse
   srpo = f"{TINYCODE}:method=srpo"
   assert checked(srpo, "--config.method.policy_share=0.25").method.policy_share == 0.25
   blend = f"{TINYCODE}:method=sdpo_blend"
-  assert checked(blend, "--config.method.policy_share=untaught").method.policy_share == "untaught"
+  assert checked(blend, "--config.method.policy_share=routed").method.policy_share == "routed"
 
 
 @pytest.mark.parametrize(

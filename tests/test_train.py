@@ -50,7 +50,7 @@ def run(
       step=state.step + 1, params=None, skipped_in_a_row=skipped * (state.step + 1)
     ), {"train/loss": Ratio(2.0, 4.0), "train/rollout_gap": Ratio(gap * (state.step + 1), 1.0)}
 
-  def make_batch(groups):
+  def make_batch(groups, i):
     n = sum(r.feedback.status is Status.ENV_FAILED for g in groups for r in g)
     rollouts = [r for g in groups for r in g]
     contexts = ([Context(feedback="f")] * len(rollouts),)
@@ -62,6 +62,7 @@ def run(
     make_batch=make_batch,
     ask_teacher=lambda state, packed: packed,
     step=step,
+    note=lambda state, metrics: metrics,
     score=lambda state, batch: None,
     evaluate=lambda state, i: log.evaluated.append(i) or {"eval/heldout/avg@k": 0.5},
     due=due,

@@ -95,7 +95,7 @@ def test_what_texts_share_may_stand_once():
 def test_row_order_changes_nothing():
   batch = fakes.toy_batch(packs=4)
   order = np.array([2, 0, 3, 1])
-  shuffled = jax.tree.map(lambda x: x[order], batch)
+  shuffled = jax.tree.map(lambda x: x[order] if x.ndim else x, batch)
   assert_same(grads_of()(batch), grads_of()(shuffled))
 
 
@@ -168,7 +168,7 @@ def test_the_moving_teacher_follows_once_per_generation_batch():
 def test_a_moving_average_of_bfloat16_weights_moves():
   """A hundredth of a small step is below bfloat16's resolution: the average is kept in float32."""
   params, tx = {"w": jnp.full(4, 1.0, jnp.bfloat16)}, optax.sgd(1.0)
-  state = init_state(params, tx, keep_teacher=True, teacher_move=0.01)
+  state = init_state(params, tx, keep_teacher=True, teacher_in_float32=True)
   assert (
     state.teacher["w"].dtype == jnp.float32
     and init_state(params, tx, keep_teacher=True).teacher["w"].dtype == jnp.bfloat16
@@ -177,8 +177,9 @@ def test_a_moving_average_of_bfloat16_weights_moves():
   row = build.method_row("sdpo") | dict(teacher_weights=dict(name="ema", rate=0.01))
   method = build.build_method(row)
   step = jax.jit(make_train_step(make_signals(config, method), method, tx))
-  before = init_state(weights, tx, keep_teacher=True, teacher_move=0.01)
-  after, _ = step(before, fakes.toy_batch())
+  before = init_state(weights, tx, keep_teacher=True, teacher_in_float32=True)
+  rho = {"teacher_weights": np.float32(0.01)}
+  after, _ = step(before, fakes.toy_batch()._replace(control=rho))
   jax.tree.map(
     lambda t, old, p: np.testing.assert_allclose(
       t, old + 0.01 * (p.astype(jnp.float32) - old), atol=1e-6

@@ -189,7 +189,7 @@ def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32):
 
   policy, teacher = texts([p for p, _, _ in lengths]), texts([q for _, q, _ in lengths])
   reading = TeacherReading([Context("a solution")] * B, np.ones(B, np.float32), teacher, 0)
-  responses = Responses(rollouts, np.zeros(B, np.float32), policy, [reading])
+  responses = Responses(rollouts, np.zeros(B), np.ones(B, np.float32), policy, [reading])
   longest = max(n for _, _, n in lengths)
   shapes = Shapes((max(policy.starts) + longest, max(teacher.starts) + longest, longest))
   rounding = Rounding(length_multiple, 8)
@@ -220,6 +220,7 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
 
   from sdpo_jax.model.config import ModelConfig
   from sdpo_jax.objectives import build
+  from sdpo_jax.objectives.control import Control
   from sdpo_jax.optimizer import make_optimizer
   from sdpo_jax.train_step import make_signals
 
@@ -238,7 +239,8 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
     share=device != "tpu",
     length_multiple=32 if on_cpu else 128,
   )
-  batch = jax.tree.map(jnp.asarray, packed)
+  scalars, _ = Control(method).begin([], 1)
+  batch = jax.tree.map(jnp.asarray, packed._replace(control=scalars))
   state, step = _compiled_step(model, method, tx, signals, batch)
   operations = needed_operations(model, method, tx, state, batch)
   wall_s, cpu_s, state = _time_steps(step, state, batch, repeats)

@@ -36,6 +36,9 @@ from sdpo_jax.data.packing import (
 from sdpo_jax.data.sampled import check_sampled
 from sdpo_jax.data.shapes import Load, Rounding, Shape, Shapes, choose_shape
 from sdpo_jax.data.teacher_prompt import teacher_prompt
+from sdpo_jax.objectives.build import Method
+from sdpo_jax.objectives.memory import Standing
+from sdpo_jax.objectives.route import Lot
 from sdpo_jax.objectives.teacher_context import Context
 from sdpo_jax.records import Reading, Rollout, Status, Task, TrainBatch
 
@@ -94,6 +97,7 @@ class Responses(NamedTuple):
 
   rollouts: list[Rollout]
   advantage_B: np.ndarray
+  route_B: np.ndarray
   policy: Texts
   readings: list[TeacherReading]  # the plain one first
 
@@ -102,6 +106,7 @@ class Responses(NamedTuple):
     return Responses(
       [self.rollouts[b] for b in order],
       self.advantage_B[order],
+      self.route_B[order],
       self.policy.in_order(order),
       [reading.in_order(order) for reading in self.readings],
     )
@@ -129,16 +134,16 @@ class Packer:
   """Packs the generation batches of a run. `shapes` may grow by one with each batch.
 
   messages(task): the chat messages that ask the question.
-  teacher_context(group, i): the teacher's context for rollout i of a group, or None.
-  advantage(reward_QG): advantage_QG; a reward that is missing is NaN.
+  method: of its parts, teacher_context(group, i), the teacher's context for rollout i of a group or
+    None; advantage(reward_QG), where a reward that is missing is NaN; route; and memory. Contexts
+    that need a memory are called with the question's standing as well.
   further_readings(group, i): (context, weight) or None for each further reading by the teacher,
     equally many for all rollouts; None: the method has none.
   """
 
   chat: Chat
   messages: Callable
-  teacher_context: Callable
-  advantage: Callable
+  method: Method
   settings: PackSettings
   shapes: Shapes
   further_readings: Callable | None = None
@@ -149,9 +154,11 @@ class Packer:
   def prepare(self, group: list[Rollout]) -> None:
     """Renders what the teacher reads of a judged group, so that `pack` finds it done.
 
-    It may be called in any thread, once the group is as it will be packed.
+    It may be called in any thread, once the group is as it will be packed. Where the teacher reads
+    what earlier groups have left in a memory, it is done by `pack` alone.
     """
-    self._prepared[_identity(group)] = group, self._render(group)
+    if self.method.memory is None:
+      self._prepared[_identity(group)] = group, self._render(group, None)
 
   def pack(self, groups: list[list[Rollout]]) -> Packed:
     """Returns the batch of groups[q][g]; all groups have equally many rollouts.
@@ -173,27 +180,47 @@ class Packer:
   def _read(self, groups: list[list[Rollout]]) -> Responses:
     """Renders the texts that policy and teacher read."""
     reward_QG = np.array([[_reward(r) for r in group] for group in groups], np.float32)
-    advantage_B = self.advantage(reward_QG).reshape(-1).astype(np.float32)
+    advantage_QG = self.method.advantage(reward_QG)
     rollouts = [r for group in groups for r in group]
     policy = Texts(
       [r.prompt_tokens + r.tokens if is_valid(r) else [] for r in rollouts],
       [len(r.prompt_tokens) for r in rollouts],
     )
-    by_group = []
+    by_group, lots_QG = [], []
     for group in groups:
+      lots, standing = self._route(group)
       _, rendered = self._prepared.get(_identity(group), (None, None))
-      by_group.append(rendered or self._render(group))
+      by_group.append(rendered or self._render(group, standing))
+      lots_QG.append(lots)
+    factor_QG = np.array([[lot.factor for lot in lots] for lots in lots_QG])
     readings = []
     for shown_by_group in zip(*by_group, strict=True):
       shown = [shown for group in shown_by_group for shown in group]
       readings.append(_teacher_reading(rollouts, shown))
-    return Responses(rollouts, advantage_B, policy, readings)
+    route_B = [
+      float(bool(weight) if lot.distils is None else lot.distils)
+      for lot, weight in zip(sum(lots_QG, []), readings[0].weight_B, strict=True)
+    ]
+    return Responses(
+      rollouts,
+      (advantage_QG * factor_QG).reshape(-1).astype(np.float32),
+      np.array(route_B, np.float32),
+      policy,
+      readings,
+    )
 
-  def _render(self, group: list[Rollout]) -> list[list["_Shown | None"]]:
+  def _route(self, group: list[Rollout]) -> tuple[list[Lot], Standing | None]:
+    """Notes the group in the memory, if there is one, and decides what its responses learn from."""
+    memory = self.method.memory
+    return self.method.route(group, None if memory is None else memory.visit(group))
+
+  def _render(self, group: list[Rollout], standing: Standing | None) -> list[list["_Shown | None"]]:
     """Renders what the teacher reads of each rollout of a group, in each of its readings."""
+    teacher_context = self.method.teacher_context
+    known = [standing] if getattr(teacher_context, "needs_memory", False) else []
     plain = []
     for i, rollout in enumerate(group):
-      context = self.teacher_context(group, i) if is_valid(rollout) else None
+      context = teacher_context(group, i, *known) if is_valid(rollout) else None
       plain.append(None if context is None else (context, 1.0))
     readings = [plain]
     if self.further_readings is not None:
@@ -342,8 +369,10 @@ def _lay_out_batch(
     response_BR=response_BR,
     weight_BR=weight_BR,
     advantage_B=deal.responses.advantage_B,
+    route_B=deal.responses.route_B,
     logp_rollout_BR=logp_BR,
     logp_old_BR=np.zeros_like(logp_BR),
+    control={},
   )
 
 

@@ -51,16 +51,17 @@ def solve_by_learning(
 ):
   """Learns between batches until a success or the budget's end, and returns the last state.
 
-  make_batch(groups) -> Packed; step(state, batch) -> state.
+  make_batch(groups, i) -> Packed, for the i-th update from 1; step(state, batch) -> state.
   """
-  state = fresh_state()
+  state, updates = fresh_state(), 0
   while not budget.solved and budget.attempts_left:
     groups = collect(state.params, [(task, budget.sampled)])
     budget.count(groups[0])
     # An update is wasted if no attempt follows it, and impossible without a verdict.
     run_goes_on = not budget.solved and budget.attempts_left
     if run_goes_on and any_judged(groups[0]):
-      batch = make_batch(groups).batch
+      updates += 1
+      batch = make_batch(groups, updates).batch
       budget.teacher_tokens += teacher_tokens(batch)
       state = step(state, batch)
   return state

@@ -116,6 +116,11 @@ def check(c) -> None:
       "config.method.teacher_weights.name='remote' is not for --mode=discover, whose teacher is "
       "the model that learns: choose another one"
     )
+  if c.method.memory.name != "none":
+    raise ValueError(
+      f"config.method.memory.name={c.method.memory.name!r} is not for --mode=discover, which "
+      "begins anew with each question: choose another method"
+    )
   if c.train.updates_per_batch != 1:
     raise ValueError(
       f"config.train.updates_per_batch={c.train.updates_per_batch} must be 1: --mode=discover "

@@ -35,6 +35,7 @@ from sdpo_jax.learner import Learner, make_explorer, make_learner
 from sdpo_jax.monitors import check_engine
 from sdpo_jax.objectives import build
 from sdpo_jax.objectives.build import Method
+from sdpo_jax.objectives.control import Control
 from sdpo_jax.records import Sampling, Task
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.session import Session
@@ -264,13 +265,14 @@ class Solver:
   def _learn(self, run: ArmRun, budget: Budget, log: AttemptLog, start) -> TrainState:
     arm = self.learning_arms[run.arm]
     collect = self._logged_collect(run, log, self.c.discover.rollouts, trained=True)
+    control = Control(arm.learner.method)
     return solve_by_learning(
       run.task,
       budget,
       fresh_state=functools.partial(self._fresh_state, arm.learner, start),
       collect=collect,
-      make_batch=functools.partial(self.learning_batch, arm),
-      step=functools.partial(self._update, arm),
+      make_batch=functools.partial(self.learning_batch, arm, control),
+      step=functools.partial(self._update, arm, control),
     )
 
   def _fresh_state(self, learner: Learner, params) -> TrainState:
@@ -278,21 +280,25 @@ class Solver:
     copied = jax.tree.map(lambda x: x.copy(), params)
     return self.session.fresh_state(copied, learner.tx, learner.method.teacher_weights)
 
-  def learning_batch(self, arm: LearningArm, groups) -> Packed:
-    """Packs judged attempts for an update.
+  def learning_batch(self, arm: LearningArm, control: Control, groups, step: int) -> Packed:
+    """Packs judged attempts for an update, the `step`-th on this question.
 
     The alternatives that a method may want are siblings, which cost nothing: finding them needs
     no weights and uses no seed.
     """
     if arm.explorer is not None:
       arm.explorer.explore(None, groups, sampling=self.sampling, step=0)
-    return arm.packer.pack(groups)
+    packed = arm.packer.pack(groups)
+    scalars, _ = control.begin(groups, step)
+    return packed._replace(batch=packed.batch._replace(control=scalars))
 
-  def _update(self, arm: LearningArm, state: TrainState, batch) -> TrainState:
+  def _update(self, arm: LearningArm, control: Control, state: TrainState, batch) -> TrainState:
     rows = sharding.put_rows(self.session.mesh, batch)
     state, metrics = arm.step(state, rows, self.frozen)
+    metrics = jax.device_get(metrics)
+    control.end(metrics, applied=not int(state.skipped_in_a_row))
     check_engine(
-      jax.device_get(metrics["train/rollout_gap"]).mean,
+      metrics["train/rollout_gap"].mean,
       self.c.train.max_rollout_gap,
       when="an update of one question",
       then="finished runs are intact",
@@ -319,8 +325,7 @@ class Solver:
     return Packer(
       self.session.chat,
       self.env.prompt,
-      method.teacher_context,
-      method.advantage,
+      method,
       settings,
       shapes,
       further_readings,

@@ -10,7 +10,6 @@ Errors: ValueError naming the setting, its value and the choices.
 import copy
 import functools
 import inspect
-import re
 import types
 import typing
 from typing import Any, Callable, NamedTuple
@@ -18,29 +17,46 @@ from typing import Any, Callable, NamedTuple
 from sdpo_jax import ranges
 from sdpo_jax.errors import unknown
 from sdpo_jax.objectives.advantage import ADVANTAGES
+from sdpo_jax.objectives.checks import check
+from sdpo_jax.objectives.credit import CREDITS, Credit
+from sdpo_jax.objectives.memory import MEMORIES, Memory
 from sdpo_jax.objectives.methods import METHODS
 from sdpo_jax.objectives.notes import COUNTERFACTUALS, Notes
-from sdpo_jax.objectives.signals import DIVERGENCE, TEACHER_ENTROPY, TOKEN_SIGNALS, Part
+from sdpo_jax.objectives.route import ROUTES
+from sdpo_jax.objectives.signals import DIVERGENCE, TOKEN_SIGNALS, Part
 from sdpo_jax.objectives.surrogate import REDUCTIONS, SURROGATES
-from sdpo_jax.objectives.teacher_context import TEACHER_CONTEXTS, TEMPLATES
+from sdpo_jax.objectives.teacher_context import TEACHER_CONTEXTS
+from sdpo_jax.objectives.teacher_logits import TEACHER_LOGITS, TeacherLogits
 from sdpo_jax.objectives.teacher_weights import TEACHER_WEIGHTS, TeacherWeights
 from sdpo_jax.objectives.token_weight import TOKEN_WEIGHTS
 
 AXES: dict[str, dict[str, Any]] = {
   "teacher_context": TEACHER_CONTEXTS,
   "teacher_weights": TEACHER_WEIGHTS,
+  "teacher_logits": TEACHER_LOGITS,
   "token_signal": TOKEN_SIGNALS,
   "token_weight": TOKEN_WEIGHTS,
   "advantage": ADVANTAGES,
+  "credit": CREDITS,
   "surrogate": SURROGATES,
   "reduction": REDUCTIONS,
   "counterfactual": COUNTERFACTUALS,
+  "memory": MEMORIES,
+  "route": ROUTES,
 }
 # Axes whose parts are made from their settings, once. Those of the others are functions to which
 # the settings are bound.
-MADE_ONCE = ("teacher_context", "teacher_weights", "counterfactual")
-# The settings of the token signal that the divergence kernel has to know.
-KERNEL_SETTINGS = ("alpha", "top_k", "add_tail", "advantage_clip")
+MADE_ONCE = (
+  "teacher_context",
+  "teacher_weights",
+  "teacher_logits",
+  "credit",
+  "counterfactual",
+  "memory",
+  "route",
+)
+# The settings of the token signal that the divergence kernel has to know; where it lacks one, so.
+KERNEL_DEFAULTS = {"alpha": 1.0, "top_k": None, "add_tail": True, "advantage_clip": None}
 
 
 class Method(NamedTuple):
@@ -51,18 +67,27 @@ class Method(NamedTuple):
   token_signal: Callable | None  # (Signals, TrainBatch) -> loss_BR
   token_weight: Callable  # (Signals, TrainBatch) -> factor_BR
   advantage: Callable  # reward_QG -> advantage_QG
-  surrogate: Callable | None  # (Signals, TrainBatch) -> loss_BR
+  surrogate: Callable | None  # (Signals, TrainBatch, advantage_BR) -> loss_BR
   reduction: Callable  # weight_BR -> (weight_BR, normaliser)
   notes: Notes | None
-  # Share of the surrogate in the loss. None ("untaught"): a response with a teacher has the token
-  # signal alone, any other response the surrogate alone.
+  # Share of the surrogate in the loss. None ("routed"): a response has the token signal alone or
+  # the surrogate alone, as the route says.
   policy_share: float | None
-  divergence: dict | None  # KERNEL_SETTINGS; None: no part reads the divergence
+  divergence: dict | None  # as KERNEL_DEFAULTS; None: no part reads the divergence
   reads: frozenset[str]  # what its parts declare
+  teacher_logits: TeacherLogits | None = None
+  credit: Credit | None = None
+  memory: Memory | None = None
+  route: Callable | None = None  # (group, Standing | None) -> (lots, Standing | None)
 
   @property
   def needs_teacher(self) -> bool:
-    return self.token_signal is not None
+    return bool(self.reads)
+
+  @property
+  def compares_further(self) -> bool:
+    """Tells whether each further reading has a divergence of its own, as a counterfactual's has."""
+    return self.notes is not None and self.notes.form != "mixture"
 
   @property
   def mixes_readings(self) -> bool:
@@ -98,13 +123,6 @@ def complete_part(axis: str, name: str, **given) -> dict:
   return copy.deepcopy(part | given)
 
 
-def part_settings(row: dict, axis: str) -> dict:
-  """Returns the settings of one part of a row, without its name, defaults filled in."""
-  settings = complete_part(axis, **row[axis])
-  del settings["name"]
-  return settings
-
-
 def build_method(row: dict) -> Method:
   """Builds a method from a row of METHODS, or from one like it."""
   bound, reads = {}, set()
@@ -115,14 +133,14 @@ def build_method(row: dict) -> Method:
     name = settings.pop("name")
     _check_settings(axis, name, settings)
     bound[axis] = _bind(axis, name, settings)
-    if isinstance(table[name], Part):
-      reads |= set(table[name].reads)
+    reads |= _reads(table[name], bound[axis], complete_part(axis, **row[axis]))
   notes = bound.pop("counterfactual")
   if notes is not None and not notes.teaches:
     notes = None
-  check(row, notes)
-  if bound["teacher_weights"].remote is not None:
-    _check_remote(row, bound["teacher_weights"].remote.url, reads)
+  if bound["credit"] is not None and bound["credit"].is_idle:
+    bound["credit"] = None
+  complete = row | {axis: complete_part(axis, **row[axis]) for axis in AXES}
+  check(complete, bound, notes, reads)
   if row["advantage"]["name"] == "question_spread":
     # One setting says what a success is: the teacher context's, where it has one.
     threshold = getattr(bound["teacher_context"], "success_threshold", None)
@@ -130,9 +148,10 @@ def build_method(row: dict) -> Method:
       bound["advantage"] = functools.partial(bound["advantage"], success_threshold=threshold)
   kernel = None
   if DIVERGENCE in reads:
-    settings = part_settings(row, "token_signal")
-    kernel = {key: settings[key] for key in KERNEL_SETTINGS}
-  share = None if row["policy_share"] == "untaught" else row["policy_share"]
+    kernel = KERNEL_DEFAULTS | {
+      key: value for key, value in complete["token_signal"].items() if key in KERNEL_DEFAULTS
+    }
+  share = None if row["policy_share"] == "routed" else row["policy_share"]
   return Method(**bound, notes=notes, policy_share=share, divergence=kernel, reads=frozenset(reads))
 
 
@@ -148,6 +167,15 @@ def _bind(axis: str, name: str, settings: dict):
   if function is None:
     return None
   return function(**settings) if axis in MADE_ONCE else functools.partial(function, **settings)
+
+
+def _reads(entry, part, settings: dict) -> set[str]:
+  """Returns what a part declares that it reads; an idle one reads nothing."""
+  if isinstance(entry, Part):
+    if not callable(entry.reads):
+      return set(entry.reads)
+    return set(entry.reads(**{key: v for key, v in settings.items() if key != "name"}))
+  return set() if getattr(part, "is_idle", False) else set(getattr(part, "reads", ()))
 
 
 def _check_settings(axis: str, name: str, settings: dict) -> None:
@@ -177,126 +205,3 @@ def _kinds(annotation) -> tuple[type, ...]:
     alternatives = typing.get_args(annotation)
   kinds = tuple(typing.get_origin(kind) or kind for kind in alternatives)
   return (int, *kinds) if float in kinds else kinds
-
-
-def check(row: dict, notes: Notes | None) -> None:
-  """Refuses combinations of parts that cannot mean anything."""
-  _check_divergence(row["token_signal"])
-  _check_shares(row)
-  if notes is not None:
-    _check_notes(row, notes)
-  _check_unread(row)
-
-
-def _check_divergence(part: dict) -> None:
-  alpha, top_k, clip = (part.get(key) for key in ("alpha", "top_k", "advantage_clip"))
-  if clip is not None and (top_k is None or alpha != 1.0):
-    raise ValueError(
-      f"method.token_signal.advantage_clip={clip!r} must be above 0 and needs alpha=1 (reverse KL) "
-      f"and a top_k, not alpha={alpha!r}, top_k={top_k!r}"
-    )
-
-
-def _check_shares(row: dict) -> None:
-  """Refuses a blend of which one side has no part, and a token signal without a teacher."""
-  share = row["policy_share"]
-  signal, surrogate = row["token_signal"]["name"], row["surrogate"]["name"]
-  context, weights = row["teacher_context"]["name"], row["teacher_weights"]["name"]
-  has_signal, has_surrogate = signal != "none", surrogate != "none"
-  if share == "untaught":
-    share = 0.5  # what follows is the same for every share between 0 and 1
-  if not ranges.RANGES["method.policy_share"].holds(share):
-    raise ValueError(f"method.policy_share={share!r} must lie in [0, 1], or be 'untaught'")
-  if has_signal and "none" in (context, weights):
-    raise ValueError(
-      f"method.token_signal.name={signal!r} needs a teacher, "
-      f"but teacher_context is {context!r} and teacher_weights {weights!r}"
-    )
-  if not has_signal and not has_surrogate:
-    raise ValueError(
-      "method.token_signal.name and method.surrogate.name are both 'none': nothing would be learned"
-    )
-  if (share < 1.0) != has_signal:
-    raise ValueError(
-      f"method.policy_share={share!r} with token_signal {signal!r}: a share below 1 needs a token "
-      "signal, and a token signal needs a share below 1"
-    )
-  if (share > 0.0) != has_surrogate:
-    raise ValueError(
-      f"method.policy_share={share!r} with surrogate {surrogate!r}: a share above 0 needs a "
-      "surrogate, and a surrogate needs a share above 0"
-    )
-
-
-def _check_remote(row: dict, url: str, reads: set[str]) -> None:
-  """Refuses what a teacher that answers with a few log-probabilities cannot do."""
-  name = "method.teacher_weights.name='remote'"
-  if not re.fullmatch(r"https?://[^/?#\s]+/?", url):
-    raise ValueError(
-      f"method.teacher_weights.url={url!r} must be the address of a python -m sdpo_jax.serve, "
-      "such as http://10.0.0.2:8000, without a path"
-    )
-  if row["token_signal"]["name"] != "divergence" or row["token_signal"].get("top_k") is None:
-    raise ValueError(
-      f"{name} needs the token signal 'divergence' with a top_k: set method.token_signal.top_k"
-    )
-  if row["counterfactual"]["name"] != "none":
-    raise ValueError(
-      f"{name} has one reading; set method.counterfactual.name=none, "
-      f"not {row['counterfactual']['name']!r}"
-    )
-  if TEACHER_ENTROPY in reads:
-    raise ValueError(
-      f"{name} does not say its entropy, which method.token_weight.name="
-      f"{row['token_weight']['name']!r} reads: choose another token weight"
-    )
-
-
-def _check_notes(row: dict, notes: Notes) -> None:
-  name, context = row["counterfactual"]["name"], row["teacher_context"]["name"]
-  if notes.form == "mixture" and row["token_signal"].get("top_k") is None:
-    raise ValueError(
-      "method.counterfactual.form='mixture' goes through the policy's likeliest tokens: "
-      "set method.token_signal.top_k"
-    )
-  if context != "feedback_or_solution" or row["policy_share"] == "untaught":
-    raise ValueError(
-      f"method.counterfactual.name={name!r} adds to the teacher context 'feedback_or_solution', "
-      f"not to {context!r}, and to a policy_share that is a number, not {row['policy_share']!r}"
-    )
-  reprompt = (TEMPLATES | part_settings(row, "teacher_context")["templates"])["reprompt"]
-  if "{notes}" not in reprompt:
-    raise ValueError(
-      f"method.teacher_context.templates.reprompt={reprompt!r} has no {{notes}}: "
-      f"the teacher would not read those of method.counterfactual.name={name!r}"
-    )
-
-
-def _check_unread(row: dict) -> None:
-  """Refuses a part that no other part would read."""
-  names = {axis: row[axis]["name"] for axis in AXES}
-  has_signal, has_surrogate = names["token_signal"] != "none", names["surrogate"] != "none"
-  spreads = names["advantage"] == "question_spread"
-  by_question = row["token_weight"].get("by_question")
-  if has_surrogate and names["advantage"] != "group_mean":
-    raise ValueError(
-      f"method.surrogate.name={names['surrogate']!r} needs the advantage 'group_mean', "
-      f"not {names['advantage']!r}"
-    )
-  if spreads != bool(by_question):
-    raise ValueError(
-      "method.advantage.name='question_spread' is a weight that "
-      "method.token_weight.by_question=True applies: set both or neither"
-    )
-  unread = []
-  if not has_signal and names["token_weight"] != "uniform":
-    unread.append(("token_weight", "token_signal"))
-  if not has_surrogate and names["reduction"] != "token_mean":
-    unread.append(("reduction", "surrogate"))
-  if not has_surrogate and names["advantage"] == "group_mean":
-    unread.append(("advantage", "surrogate"))
-  if unread:
-    axis, reader = unread[0]
-    raise ValueError(
-      f"method.{axis}.name={names[axis]!r} would not be read: method.{reader}.name is 'none'"
-    )

@@ -5,11 +5,13 @@ A loss is a sum of terms. Each term is a mean over its own tokens:
   loss = sum over terms of share * sum(loss_BR * weight_BR) / normaliser
 
   distill         the token signal of the plain reading, on responses whose teacher has a context
-  policy          the surrogate, on all responses; the method's reduction weighs and divides it
+  policy          the surrogate, on all responses, with the advantage of the response or the credit
+                  of each token; the method's reduction weighs and divides it
   counterfactual  the token signal of each further reading (`notes.py`), on its own responses
 
-With policy_share "untaught" every response belongs to one term alone: to `distill` if its teacher
-has a context, else to `policy`. Both sums are then divided by the tokens of the whole batch.
+With policy_share "routed" every response belongs to one term alone: to `distill` where route_B is
+1, else to `policy`. Both sums are then divided by the tokens of the whole batch. A response that is
+routed to `distill` without a reading is in neither.
 
 All further readings are divided by the same number, the tokens of responses that any reading
 weighs. A failed response adds D(plain) + sum over readings of weight * D(reading), all over it.
@@ -30,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from sdpo_jax.objectives.build import Method
+from sdpo_jax.objectives.credit import advantages
 from sdpo_jax.objectives.signals import Signals
 from sdpo_jax.objectives.surrogate import token_mean
 from sdpo_jax.records import BINS, LEAST, STEP, Histogram, Ratio, TrainBatch
@@ -57,7 +60,7 @@ def token_loss(
   signals, batch = zero_where_unweighted(signals, batch)
   loss: Any = 0.0
   sums: dict[str, list] = {}
-  for term in [*plain_terms(method, signals[0], batch), *further_terms(method, signals, batch)]:
+  for term in [*plain_terms(method, signals, batch), *further_terms(method, signals, batch)]:
     total = jnp.sum(term.loss_BR * term.weight_BR)
     loss += term.share * total / normalisers[term.name]
     sums.setdefault(term.name, []).append((total, jnp.sum(term.weight_BR)))
@@ -71,7 +74,7 @@ def token_loss(
 def normalisers(method: Method, batch: TrainBatch) -> dict[str, jax.Array]:
   """Returns what the sum of each term is divided by: a scalar over the whole batch."""
   divisors = {name: divisor for name, (_, divisor) in plain_weights(method, batch).items()}
-  if batch.readings[1:] and not method.mixes_readings:
+  if batch.readings[1:] and method.compares_further:
     has_weight_B = [reading.weight_B > 0 for reading in batch.readings]
     has_teacher_B = functools.reduce(jnp.maximum, has_weight_B)
     tokens = jnp.sum(batch.weight_BR * has_teacher_B[:, None])
@@ -102,11 +105,12 @@ def zero_where_unweighted(
 def plain_weights(method: Method, batch: TrainBatch) -> dict[str, tuple[jax.Array, jax.Array]]:
   """Returns {term: (weight_BR, normaliser)} of the terms `distill` and `policy`."""
   if method.policy_share is None:
-    has_teacher_B1 = (batch.readings[0].weight_B > 0)[:, None]
+    distils_B1 = (batch.route_B > 0)[:, None]
+    has_reading_B1 = (batch.readings[0].weight_B > 0)[:, None]
     weight_BR, normaliser = method.reduction(batch.weight_BR)
     return {
-      "distill": (weight_BR * has_teacher_B1, normaliser),
-      "policy": (weight_BR * ~has_teacher_B1, normaliser),
+      "distill": (weight_BR * (distils_B1 & has_reading_B1), normaliser),
+      "policy": (weight_BR * ~distils_B1, normaliser),
     }
   weights = {}
   if method.token_signal is not None:
@@ -116,21 +120,24 @@ def plain_weights(method: Method, batch: TrainBatch) -> dict[str, tuple[jax.Arra
   return weights
 
 
-def plain_terms(method: Method, signals: Signals, batch: TrainBatch) -> list[Term]:
+def plain_terms(method: Method, signals: tuple[Signals, ...], batch: TrainBatch) -> list[Term]:
   """Returns the terms of the plain reading: the token signal, the surrogate, or both."""
+  plain = signals[0]
   terms = []
   for name, (weight_BR, _) in plain_weights(method, batch).items():
     if name == "distill":
-      loss_BR = method.token_signal(signals, batch) * method.token_weight(signals, batch)
+      loss_BR = method.token_signal(plain, batch) * method.token_weight(plain, batch)
     else:
-      loss_BR = method.surrogate(signals, batch)
+      loss_BR = method.surrogate(plain, batch, advantages(method.credit, signals, batch))
     terms.append(Term(name, share_of(method, name), loss_BR, weight_BR))
   return terms
 
 
 def further_terms(method: Method, signals: tuple[Signals, ...], batch: TrainBatch) -> list[Term]:
-  """Returns one term for each further reading; none where the readings are mixed."""
-  terms = []
+  """Returns one term for each further reading that is compared."""
+  terms: list[Term] = []
+  if not method.compares_further:
+    return terms
   for reading, further in zip(batch.readings[1:], signals[1:]):
     weight_BR = batch.weight_BR * reading.weight_B[:, None]
     if method.notes.gate:
@@ -174,6 +181,12 @@ def diagnostics(
     weight_BR, _ = plain_weights(method, batch)["distill"]
     metrics["train/teacher_gap"] = weighted_mean(plain.gap_BR, weight_BR)
     metrics["train/teacher_gap_abs"] = weighted_mean(jnp.abs(plain.gap_BR), weight_BR)
+  if method.credit is not None:
+    has_reading_BR = batch.weight_BR * (batch.readings[0].weight_B > 0)[:, None]
+    change_BR = advantages(method.credit, signals, batch) - batch.advantage_B[:, None]
+    metrics["train/credit_change"] = weighted_mean(jnp.abs(change_BR), has_reading_BR)
+    metrics["train/teacher_gap"] = weighted_mean(plain.gap_BR, has_reading_BR)
+    metrics["train/teacher_gap_abs"] = weighted_mean(jnp.abs(plain.gap_BR), has_reading_BR)
   agreeing, compared = [], []
   for reading, further in zip(batch.readings[1:], signals[1:]):
     weight_BR = batch.weight_BR * reading.weight_B[:, None]

@@ -2,15 +2,19 @@
 
   axis             what it decides                                      table
   teacher_context  what the teacher reads (host: text)                  teacher_context.py
-  teacher_weights  which weights teach                                  teacher_weights.py
+  teacher_weights  which weights teach, and how they follow the policy  teacher_weights.py
+  teacher_logits   a teacher made of several readings' logits           teacher_logits.py
   token_signal     what a re-scored token contributes                   signals.py
   token_weight     a detached factor on it                              token_weight.py
   advantage        the baseline of a group's rewards (host: numpy)      advantage.py
+  credit           what a reading does to the advantage of each token   credit.py
   surrogate        the policy-gradient term that uses the advantage     surrogate.py
   reduction        how the tokens of that term add up                   surrogate.py
   counterfactual   what failed responses learn from alternatives        notes.py
-  policy_share     share of the surrogate in the loss; the token signal has the rest. "untaught":
-                   a response with a teacher has the signal alone, any other the surrogate alone
+  memory           what is remembered of each question (host)           memory.py
+  route            which responses learn from which term (host)         route.py
+  policy_share     share of the surrogate in the loss; the token signal has the rest. "routed": a
+                   response has the signal alone or the surrogate alone, as the route says
 
 SDPO and GRPO differ in what stands in their rows and in nothing else. A row names what its method
 is about; `build.method_row` fills in every other setting of its parts, so that all settings of a
@@ -20,23 +24,31 @@ run are visible and can be changed.
 _SDPO = dict(
   teacher_context=dict(name="feedback_or_solution"),
   teacher_weights=dict(name="ema", rate=0.05),
+  teacher_logits=dict(name="plain"),
   token_signal=dict(name="divergence", alpha=0.5),
   token_weight=dict(name="importance", is_clip=2.0, rollout_is_clip=2.0),
   advantage=dict(name="zero"),
   surrogate=dict(name="none"),
   reduction=dict(name="token_mean"),
+  credit=dict(name="none"),
   counterfactual=dict(name="none"),
+  memory=dict(name="none"),
+  route=dict(name="taught"),
   policy_share=0.0,
 )
 _GRPO = dict(
   teacher_context=dict(name="none"),
   teacher_weights=dict(name="none"),
+  teacher_logits=dict(name="plain"),
   token_signal=dict(name="none"),
   token_weight=dict(name="uniform"),
   advantage=dict(name="group_mean", normalize_std=False),
   surrogate=dict(name="clipped", low=0.2, high=0.28, rollout_is_clip=2.0),
   reduction=dict(name="token_mean"),
+  credit=dict(name="none"),
   counterfactual=dict(name="none"),
+  memory=dict(name="none"),
+  route=dict(name="taught"),
   policy_share=1.0,
 )
 _GRPO_TERM = dict(advantage=_GRPO["advantage"], surrogate=_GRPO["surrogate"])
@@ -60,7 +72,7 @@ METHODS: dict[str, dict] = {
   "srpo": _SDPO
   | _GRPO_TERM
   | dict(
-    policy_share="untaught",
+    policy_share="routed",
     teacher_context=dict(name="feedback_or_solution", only_failures=True),
     token_weight=dict(name="certainty", is_clip=2.0, rollout_is_clip=2.0),
   ),

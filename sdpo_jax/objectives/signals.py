@@ -20,15 +20,17 @@ import jax.numpy as jnp
 
 from sdpo_jax.records import TrainBatch
 
-# What a part may declare that it reads. The train step computes neither unless some part does.
-DIVERGENCE, TEACHER_ENTROPY = "divergence_BR", "entropy_teacher_BR"
+# What a part may declare that it reads. The train step computes none unless some part does, and
+# runs no teacher at all where no part reads any.
+DIVERGENCE, TEACHER_LOGP, TEACHER_ENTROPY = "divergence_BR", "logp_teacher_BR", "entropy_teacher_BR"
 
 
 class Part(NamedTuple):
   """One entry of a table of parts: a function of arrays, and the costly signals that it reads."""
 
   function: Callable | None  # None: the method has no such part
-  reads: tuple[str, ...] = ()  # of DIVERGENCE, TEACHER_ENTROPY
+  # of DIVERGENCE, TEACHER_LOGP, TEACHER_ENTROPY; a function of its settings where they decide
+  reads: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
 
 
 class Signals(NamedTuple):
@@ -91,6 +93,6 @@ def sequence(signals: Signals, batch: TrainBatch) -> jax.Array:
 TOKEN_SIGNALS = {
   "none": Part(None),
   "divergence": Part(divergence, reads=(DIVERGENCE,)),
-  "sampled_token": Part(sampled_token),
-  "sequence": Part(sequence),
+  "sampled_token": Part(sampled_token, reads=(TEACHER_LOGP,)),
+  "sequence": Part(sequence, reads=(TEACHER_LOGP,)),
 }

@@ -1,8 +1,9 @@
 """Policy-gradient surrogates, and the reductions that say how their tokens add up. Device code.
 
-A surrogate maps `Signals` and a batch to loss_BR, the loss of each token before weighting. Sources:
+A surrogate maps `Signals`, a batch and the advantage of each token, [B, R] or [B, 1], to loss_BR,
+the loss of each token before weighting. Sources:
 the clip of PPO with DAPO's asymmetric bounds (arXiv 2503.14476), GSPO (arXiv 2507.18071),
-CISPO (arXiv 2506.13585). r is pi / pi_old, A the advantage of the response.
+CISPO (arXiv 2506.13585). r is pi / pi_old, A the advantage.
 
 A reduction maps weight_BR to (weight_BR, normaliser): the loss of a batch is
 sum(loss_BR * weight_BR) / normaliser.
@@ -21,16 +22,16 @@ def _engine_ratio(batch: TrainBatch, cap: float | None) -> jax.Array:
   return capped_ratio(batch.logp_old_BR - batch.logp_rollout_BR, cap)
 
 
-def _clipped_gain(ratio_BR, batch: TrainBatch, low: float, high: float) -> jax.Array:
+def _clipped_gain(ratio_BR, advantage_BR, low: float, high: float) -> jax.Array:
   """PPO's pessimistic gain: min(r A, clip(r, 1 - low, 1 + high) A)."""
-  advantage_B1 = batch.advantage_B[:, None]
   clipped_BR = jnp.clip(ratio_BR, 1.0 - low, 1.0 + high)
-  return jnp.minimum(ratio_BR * advantage_B1, clipped_BR * advantage_B1)
+  return jnp.minimum(ratio_BR * advantage_BR, clipped_BR * advantage_BR)
 
 
 def clipped(
   signals: Signals,
   batch: TrainBatch,
+  advantage_BR: jax.Array,
   *,
   low: float = 0.2,
   high: float = 0.28,
@@ -38,12 +39,13 @@ def clipped(
 ) -> jax.Array:
   """Computes PPO's clipped surrogate with one ratio a token, times the engine-mismatch weight."""
   ratio_BR = jnp.exp(signals.logp_BR - batch.logp_old_BR)
-  return -_clipped_gain(ratio_BR, batch, low, high) * _engine_ratio(batch, rollout_is_clip)
+  return -_clipped_gain(ratio_BR, advantage_BR, low, high) * _engine_ratio(batch, rollout_is_clip)
 
 
 def gspo(
   signals: Signals,
   batch: TrainBatch,
+  advantage_BR: jax.Array,
   *,
   low: float = 3e-4,
   high: float = 4e-4,
@@ -59,12 +61,13 @@ def gspo(
   # The value is that of the sequence, the gradient that of the token's own log-probability.
   log_ratio_BR = jax.lax.stop_gradient(mean_B1) + signals.logp_BR
   ratio_BR = jnp.exp(log_ratio_BR - jax.lax.stop_gradient(signals.logp_BR))
-  return -_clipped_gain(ratio_BR, batch, low, high) * _engine_ratio(batch, rollout_is_clip)
+  return -_clipped_gain(ratio_BR, advantage_BR, low, high) * _engine_ratio(batch, rollout_is_clip)
 
 
 def cispo(
   signals: Signals,
   batch: TrainBatch,
+  advantage_BR: jax.Array,
   *,
   low: float = 1.0,
   high: float = 0.28,
@@ -73,7 +76,7 @@ def cispo(
   """Computes REINFORCE with a clipped, detached ratio, so that no token loses its gradient."""
   ratio_BR = jnp.exp(signals.logp_BR - batch.logp_old_BR)
   weight_BR = jax.lax.stop_gradient(jnp.clip(ratio_BR, 1.0 - low, 1.0 + high))
-  reinforce_BR = -weight_BR * batch.advantage_B[:, None] * signals.logp_BR
+  reinforce_BR = -weight_BR * advantage_BR * signals.logp_BR
   return reinforce_BR * _engine_ratio(batch, rollout_is_clip)
 
 

@@ -1,12 +1,21 @@
 """Teacher weights: which weights re-score the policy's responses.
 
-An entry of TEACHER_WEIGHTS makes the record that `train_step` applies.
+An entry of TEACHER_WEIGHTS makes the record that says so. A teacher with weights of its own follows
+the policy by a schedule: after the updates of each generation batch
+
+  teacher <- (1 - rho) teacher + rho policy,
+
+with one scalar rho a batch that the host decides (`control.py`). rho = 0 leaves the teacher as it
+is, rho = 1 makes it a copy. The program is the same for all schedules.
+
 Source: arXiv 2601.20802, section 3 (moving average, trust region); OPSD, arXiv 2601.18734 (frozen).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from sdpo_jax import ranges
+from sdpo_jax.objectives.control import Controller, Ramp, Scheduled
 
 
 class Remote(NamedTuple):
@@ -21,7 +30,10 @@ class TeacherWeights(NamedTuple):
   """How the teacher's weights follow the policy's."""
 
   keep: bool  # a second tree of weights travels with the train state
-  move: float = 0.0  # its rate towards the policy, once per generation batch
+  # Makes what decides rho; None: there are no such weights, or they anchor a trust region.
+  controller: Callable[[], Controller] | None = None
+  # rho may lie between 0 and 1: a step of 1 % of a small difference vanishes in bfloat16
+  in_float32: bool = False
   mix: float | None = None  # the live policy's share in the teacher's logits; None: no trust region
   remote: Remote | None = None  # who is asked instead; None: the teacher lives here
 
@@ -38,7 +50,10 @@ def live() -> TeacherWeights:
 
 def ema(*, rate: float = 0.05) -> TeacherWeights:
   """Moves the teacher once per generation batch: (1 - rate) teacher + rate policy."""
-  return TeacherWeights(keep=True, move=_checked(rate))
+  _checked(rate)
+  return TeacherWeights(
+    keep=True, controller=lambda: _constant(rate), in_float32=rate not in (0, 1)
+  )
 
 
 def trust_region(*, rate: float = 0.05) -> TeacherWeights:
@@ -48,7 +63,7 @@ def trust_region(*, rate: float = 0.05) -> TeacherWeights:
 
 def frozen() -> TeacherWeights:
   """Teaches with the weights that the run started from."""
-  return TeacherWeights(keep=True)
+  return TeacherWeights(keep=True, controller=lambda: _constant(0.0))
 
 
 def remote(*, url: str = "", model: str = "", timeout_s: float = 300.0) -> TeacherWeights:
@@ -68,6 +83,10 @@ def remote(*, url: str = "", model: str = "", timeout_s: float = 300.0) -> Teach
   settings = Remote(url.rstrip("/"), model, timeout_s)
   ranges.check("method.teacher_weights.timeout_s", timeout_s)
   return TeacherWeights(keep=False, remote=settings)
+
+
+def _constant(rate: float) -> Controller:
+  return Scheduled(Ramp(rate, rate, 0))
 
 
 def _checked(rate: float) -> float:

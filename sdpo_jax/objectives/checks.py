@@ -1,0 +1,221 @@
+"""Refuses rows whose parts cannot go together, or of which one would not be read.
+
+A row comes here with every setting of its parts. Each refusal is a ValueError of one line that
+names the setting, its value, and what to choose instead.
+"""
+
+from collections.abc import Mapping
+import re
+from typing import Any
+
+from sdpo_jax import ranges
+from sdpo_jax.objectives.notes import Notes
+from sdpo_jax.objectives.signals import TEACHER_ENTROPY
+from sdpo_jax.objectives.teacher_context import TEMPLATES
+
+
+def check(row: dict, parts: Mapping[str, Any], notes: Notes | None, reads: set[str]) -> None:
+  """Refuses combinations of parts that cannot mean anything.
+
+  parts: the part of each axis, built; reads: what they declare.
+  """
+  _check_divergence(row["token_signal"])
+  _check_shares(row)
+  _check_teacher(row, reads)
+  _check_further(row, parts, notes)
+  if notes is not None:
+    _check_notes(row, notes)
+  _check_unread(row)
+  _check_memory(row, parts)
+  if parts["teacher_weights"].remote is not None:
+    _check_remote(row, parts["teacher_weights"].remote.url, reads)
+
+
+def _check_divergence(part: dict) -> None:
+  alpha, top_k, clip = (part.get(key) for key in ("alpha", "top_k", "advantage_clip"))
+  if clip is not None and (top_k is None or alpha != 1.0):
+    raise ValueError(
+      f"method.token_signal.advantage_clip={clip!r} must be above 0 and needs alpha=1 (reverse KL) "
+      f"and a top_k, not alpha={alpha!r}, top_k={top_k!r}"
+    )
+
+
+def _check_shares(row: dict) -> None:
+  """Refuses a blend of which one side has no part."""
+  share = row["policy_share"]
+  signal, surrogate = row["token_signal"]["name"], row["surrogate"]["name"]
+  has_signal, has_surrogate = signal != "none", surrogate != "none"
+  if share == "routed":
+    share = 0.5  # what follows is the same for every share between 0 and 1
+  if not ranges.RANGES["method.policy_share"].holds(share):
+    raise ValueError(f"method.policy_share={share!r} must lie in [0, 1], or be 'routed'")
+  if not has_signal and not has_surrogate:
+    raise ValueError(
+      "method.token_signal.name and method.surrogate.name are both 'none': nothing would be learned"
+    )
+  if (share < 1.0) != has_signal:
+    raise ValueError(
+      f"method.policy_share={share!r} with token_signal {signal!r}: a share below 1 needs a token "
+      "signal, and a token signal needs a share below 1"
+    )
+  if (share > 0.0) != has_surrogate:
+    raise ValueError(
+      f"method.policy_share={share!r} with surrogate {surrogate!r}: a share above 0 needs a "
+      "surrogate, and a surrogate needs a share above 0"
+    )
+
+
+def _check_teacher(row: dict, reads: set[str]) -> None:
+  """Refuses what reads a teacher without one, and a teacher that nothing reads."""
+  context, weights = row["teacher_context"]["name"], row["teacher_weights"]["name"]
+  for axis in ("token_signal", "credit"):
+    name = row[axis]["name"]
+    if name != "none" and "none" in (context, weights):
+      raise ValueError(
+        f"method.{axis}.name={name!r} needs a teacher, "
+        f"but teacher_context is {context!r} and teacher_weights {weights!r}"
+      )
+  if row["credit"]["name"] != "none" and row["surrogate"]["name"] == "none":
+    raise ValueError(
+      f"method.credit.name={row['credit']['name']!r} would not be read: "
+      "method.surrogate.name is 'none'"
+    )
+  reader = {row["token_signal"]["name"], row["credit"]["name"]} - {"none"}
+  for axis, name in (("teacher_context", context), ("teacher_weights", weights)):
+    if name != "none" and not reader:
+      raise ValueError(
+        f"method.{axis}.name={name!r} would not be read: "
+        "method.token_signal.name and method.credit.name are 'none'"
+      )
+
+
+def _check_further(row: dict, parts: Mapping[str, Any], notes: Notes | None) -> None:
+  """Refuses readings beyond the plain one that nothing would read, and too few of them."""
+  name, context = row["teacher_logits"]["name"], row["teacher_context"]["name"]
+  has = getattr(parts["teacher_context"], "further_count", 0)
+  needs = max(getattr(parts[axis], "further_count", 0) for axis in ("teacher_logits", "credit"))
+  if needs != has and parts["credit"] is None and row["credit"]["name"] != "none":
+    return  # the credit is idle: nothing is read
+  if needs != has:
+    raise ValueError(
+      f"method.teacher_context.name={context!r} has {has} further readings, and "
+      f"method.credit.name={row['credit']['name']!r} with teacher_logits {name!r} reads {needs}"
+    )
+  if has and notes is not None:
+    raise ValueError(
+      f"method.teacher_context.name={context!r} has readings of its own: "
+      f"set method.counterfactual.name=none, not {row['counterfactual']['name']!r}"
+    )
+  if name == "plain":
+    return
+  weights = row["teacher_weights"]["name"]
+  if row["token_signal"]["name"] == "none" or weights in ("trust_region", "remote"):
+    raise ValueError(
+      f"method.teacher_logits.name={name!r} needs a token signal and teacher weights whose hidden "
+      f"states are here, not {row['token_signal']['name']!r} and {weights!r}"
+    )
+  if notes is not None:
+    raise ValueError(
+      f"method.teacher_logits.name={name!r} is one teacher: set method.counterfactual.name=none"
+    )
+
+
+def _check_remote(row: dict, url: str, reads: set[str]) -> None:
+  """Refuses what a teacher that answers with a few log-probabilities cannot do."""
+  name = "method.teacher_weights.name='remote'"
+  if not re.fullmatch(r"https?://[^/?#\s]+/?", url):
+    raise ValueError(
+      f"method.teacher_weights.url={url!r} must be the address of a python -m sdpo_jax.serve, "
+      "such as http://10.0.0.2:8000, without a path"
+    )
+  if row["token_signal"]["name"] != "divergence" or row["token_signal"].get("top_k") is None:
+    raise ValueError(
+      f"{name} needs the token signal 'divergence' with a top_k: set method.token_signal.top_k"
+    )
+  for axis in ("counterfactual", "credit"):
+    if row[axis]["name"] != "none":
+      raise ValueError(
+        f"{name} has one reading of the divergence; set method.{axis}.name=none, "
+        f"not {row[axis]['name']!r}"
+      )
+  if TEACHER_ENTROPY in reads:
+    raise ValueError(
+      f"{name} does not say its entropy, which method.token_weight.name="
+      f"{row['token_weight']['name']!r} reads: choose another token weight"
+    )
+
+
+def _check_notes(row: dict, notes: Notes) -> None:
+  name, context = row["counterfactual"]["name"], row["teacher_context"]["name"]
+  if notes.form == "mixture" and row["token_signal"].get("top_k") is None:
+    raise ValueError(
+      "method.counterfactual.form='mixture' goes through the policy's likeliest tokens: "
+      "set method.token_signal.top_k"
+    )
+  if context != "feedback_or_solution" or row["policy_share"] == "routed":
+    raise ValueError(
+      f"method.counterfactual.name={name!r} adds to the teacher context 'feedback_or_solution', "
+      f"not to {context!r}, and to a policy_share that is a number, not {row['policy_share']!r}"
+    )
+  if row["token_signal"]["name"] == "none":
+    raise ValueError(
+      f"method.counterfactual.name={name!r} would not be read: method.token_signal.name is 'none'"
+    )
+  reprompt = (TEMPLATES | row["teacher_context"]["templates"])["reprompt"]
+  if "{notes}" not in reprompt:
+    raise ValueError(
+      f"method.teacher_context.templates.reprompt={reprompt!r} has no {{notes}}: "
+      f"the teacher would not read those of method.counterfactual.name={name!r}"
+    )
+
+
+def _check_unread(row: dict) -> None:
+  """Refuses a part that no other part would read."""
+  names = {axis: part["name"] for axis, part in row.items() if isinstance(part, dict)}
+  has_signal, has_surrogate = names["token_signal"] != "none", names["surrogate"] != "none"
+  spreads = names["advantage"] == "question_spread"
+  by_question = row["token_weight"].get("by_question")
+  if has_surrogate and names["advantage"] != "group_mean":
+    raise ValueError(
+      f"method.surrogate.name={names['surrogate']!r} needs the advantage 'group_mean', "
+      f"not {names['advantage']!r}"
+    )
+  if spreads != bool(by_question):
+    raise ValueError(
+      "method.advantage.name='question_spread' is a weight that "
+      "method.token_weight.by_question=True applies: set both or neither"
+    )
+  unread = []
+  if not has_signal and names["token_weight"] != "uniform":
+    unread.append(("token_weight", "token_signal"))
+  if not has_surrogate and names["reduction"] != "token_mean":
+    unread.append(("reduction", "surrogate"))
+  if not has_surrogate and names["advantage"] == "group_mean":
+    unread.append(("advantage", "surrogate"))
+  if unread:
+    axis, reader = unread[0]
+    raise ValueError(
+      f"method.{axis}.name={names[axis]!r} would not be read: method.{reader}.name is 'none'"
+    )
+  if names["route"] != "taught" and row["policy_share"] != "routed":
+    raise ValueError(
+      f"method.route.name={names['route']!r} would not be read: "
+      f"method.policy_share is {row['policy_share']!r}, not 'routed'"
+    )
+
+
+def _check_memory(row: dict, parts: Mapping[str, Any]) -> None:
+  """Refuses a memory that nothing reads, and what reads one where there is none."""
+  name = row["memory"]["name"]
+  readers = [a for a in ("teacher_context", "route") if getattr(parts[a], "needs_memory", False)]
+  if name == "none" and readers:
+    axis = readers[0]
+    raise ValueError(
+      f"method.{axis}.name={row[axis]['name']!r} needs a memory of questions, "
+      "but method.memory.name is 'none'"
+    )
+  if name != "none" and not readers:
+    raise ValueError(
+      f"method.memory.name={name!r} would not be read: neither "
+      f"teacher_context {row['teacher_context']['name']!r} nor route {row['route']['name']!r} does"
+    )
