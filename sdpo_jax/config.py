@@ -572,7 +572,7 @@ def _check_path(c: ml_collections.ConfigDict, path: str) -> None:
     if not isinstance(node, ml_collections.ConfigDict):
       raise ValueError(f"{name}.{key} is not a setting: {name} has no parts")
     if key not in node:
-      raise ValueError(_not_a_setting(name, key, node))
+      raise ValueError(_not_of_this_part(name, key, node) or _not_a_setting(name, key, node))
     node = node[key]
     name = f"{name}.{key}"
 
@@ -580,6 +580,18 @@ def _check_path(c: ml_collections.ConfigDict, path: str) -> None:
 def _not_a_setting(path: str, key: str, choices) -> str:
   advice = did_you_mean(key, choices, prefix=f"{path}.")
   return f"{path}.{key} is not a setting{advice}; choose from {sorted(choices)}"
+
+
+def _not_of_this_part(path: str, key: str, part: ml_collections.ConfigDict) -> str:
+  """Returns the message on a setting that other parts of the axis have; "" where none has it."""
+  axis = path.removeprefix("config.method.")
+  owners = [name for name in build.AXES.get(axis, ()) if key in build.settings_of(axis, name)]
+  if not owners:
+    return ""
+  return (
+    f"{path}.{key} is not a setting of {part.name!r}; "
+    f"to set it, choose {path}.name from {sorted(owners)}"
+  )
 
 
 # ---- checks --------------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
 r"""Runs a grid of experiments, resumably, and then writes one report of all runs.
 
-  python -m sdpo_jax.experiment --config=configs/experiments/FILE.py --workdir=DIR [--jobs=2]
+  python -m sdpo_jax.experiment --config=configs/experiments/FILE.py[:local] --workdir=DIR \
+      [--jobs=2]
   python -m sdpo_jax.experiment --summary
 
 The file's `get_grid()` returns {run name: arguments of sdpo_jax.main}. Each run has its own process
 and its own directory under DIR. A grid that was killed therefore goes on where it was: finished
 runs are left alone, unfinished ones resume. With several jobs each gets its share of the cores.
+
+`--config=FILE.py:local` runs the file's `get_local()` instead, a grid of seconds that shows that
+the runs work; nothing is tuned for it.
 
 The file's `get_tuning()`, if it has one, returns trials that choose settings for the grid, on
 questions and seeds of their own (see tuning.py). They run first, under DIR/tuning/ARM/TRIAL.
@@ -54,17 +58,20 @@ class Experiment:
 
   def __init__(self, path: str):
     """Reads and checks the file; ValueError for what cannot be run, or is no fair comparison."""
-    self.path = path
-    if not os.path.isfile(path):
+    self.path, _, argument = path.partition(":")
+    self._maker = "get_local" if argument == "local" else "get_grid"
+    if argument not in ("", "local"):
+      raise ValueError(f"--config={path}: {argument!r} is unknown; choose from ['local']")
+    if not os.path.isfile(self.path):
       raise ValueError(f"--config={path}: no such file")
-    self._names = self._blaming_the_file(runpy.run_path, path)
-    if "get_grid" not in self._names:
+    self._names = self._blaming_the_file(runpy.run_path, self.path)
+    if self._maker not in self._names:
       is_run = "get_config" in self._names
       hint = "; a single run is for python -m sdpo_jax.main" if is_run else ""
-      raise ValueError(f"--config={path}: it has no get_grid(){hint}")
+      raise ValueError(f"--config={path}: it has no {self._maker}(){hint}")
     self.suites = self._read_suites()
     self.tuning: tuning.Tuning = {}
-    if "get_tuning" not in self._names:
+    if "get_tuning" not in self._names or argument:
       self.grid({})
       return
     self.tuning = tuning.read(self._blaming_the_file(self._names["get_tuning"]))
@@ -75,11 +82,11 @@ class Experiment:
   def grid(self, choice: dict[str, str]) -> Grid:
     """Returns the grid after a choice {arm: trial}, which is empty where nothing is tuned."""
     chosen = [tuning.arguments_of(self.tuning, choice)] if self.tuning else []
-    grid = self._blaming_the_file(self._names["get_grid"], *chosen)
+    grid = self._blaming_the_file(self._names[self._maker], *chosen)
     is_grid = isinstance(grid, dict) and all(isinstance(x, (list, tuple)) for x in grid.values())
     if not is_grid:
       raise ValueError(
-        f"--config={self.path}: get_grid() returns {type(grid).__name__}, "
+        f"--config={self.path}: {self._maker}() returns {type(grid).__name__}, "
         "not a dict of run names and lists of arguments"
       )
     if self.tuning:

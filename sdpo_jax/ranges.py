@@ -136,6 +136,15 @@ RANGES = {
   # at 0 a response without any reward would be a success
   "method.teacher_context.success_threshold": _above(0, 1),
   "method.teacher_weights.rate": Range(0, 1),
+  "method.teacher_weights.period": _COUNT,
+  "method.teacher_weights.share": _above(0, 1),
+  "method.teacher_weights.match_rate": _above(0, 1, remark=", or None: as share", also=(None,)),
+  "method.teacher_weights.check_every": _COUNT,
+  "method.teacher_weights.min_gap": _whole(0),
+  "method.teacher_weights.window": _whole(1, 10_000),
+  # rewards lie in [0, 1]: at -1 every reward above none at all opens the gate
+  "method.teacher_weights.reward_margin": Range(-1, 1),
+  "method.teacher_weights.max_tail": _above(1, 1_000_000),
   "method.teacher_weights.timeout_s": _TIMEOUT_S,
   "method.token_signal.alpha": Range(
     0, 1, remark=": 0 is KL(teacher || policy), 1 is KL(policy || teacher)"

@@ -200,6 +200,9 @@ def rollout_metrics(groups: list[list[Rollout]], step: int) -> dict[str, float]:
     metrics["rollout/lag"] = step - 1 - float(np.mean(versions))
   if judged:
     solved = [any(r.feedback.reward >= 1.0 for r in group) for group in groups]
+    lengths = [len(r.tokens) for r in judged]
+    if any(lengths):  # before a policy collapses, single responses run away from the others
+      metrics["rollout/length_tail"] = max(lengths) / float(np.mean(lengths))
     metrics["train/reward"] = float(np.mean([r.feedback.reward for r in judged]))
     metrics["train/solved_questions"] = float(np.mean(solved))
   return metrics

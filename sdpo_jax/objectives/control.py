@@ -46,6 +46,13 @@ class Controller(Protocol):
     """Goes on from a state."""
 
 
+class Curve(Protocol):
+  """A number that depends on the step alone."""
+
+  def at(self, step: int) -> float:
+    """Returns the value in a step, counted from 1."""
+
+
 class Ramp(NamedTuple):
   """A setting that moves linearly from its value in the first step to another one, and stays."""
 
@@ -62,11 +69,11 @@ class Ramp(NamedTuple):
 class Scheduled:
   """A scalar that depends on the step alone."""
 
-  def __init__(self, ramp: Ramp):
-    self.ramp = ramp
+  def __init__(self, curve: Curve):
+    self.curve = curve
 
   def begin(self, facts: Facts) -> tuple[float, dict[str, float]]:
-    return self.ramp.at(facts.step), {}
+    return self.curve.at(facts.step), {}
 
   def end(self, metrics: dict[str, Any], *, applied: bool) -> None:
     pass

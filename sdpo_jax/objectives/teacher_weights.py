@@ -8,14 +8,16 @@ the policy by a schedule: after the updates of each generation batch
 with one scalar rho a batch that the host decides (`control.py`). rho = 0 leaves the teacher as it
 is, rho = 1 makes it a copy. The program is the same for all schedules.
 
-Source: arXiv 2601.20802, section 3 (moving average, trust region); OPSD, arXiv 2601.18734 (frozen).
+Source: arXiv 2601.20802, section 3 (moving average, trust region); OPSD, arXiv 2601.18734 (frozen);
+`schedules.py` names those of the other schedules.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 from sdpo_jax import ranges
-from sdpo_jax.objectives.control import Controller, Ramp, Scheduled
+from sdpo_jax.objectives.control import Controller
+from sdpo_jax.objectives.schedules import Gated, GateSettings, constant, periodic
 
 
 class Remote(NamedTuple):
@@ -50,10 +52,67 @@ def live() -> TeacherWeights:
 
 def ema(*, rate: float = 0.05) -> TeacherWeights:
   """Moves the teacher once per generation batch: (1 - rate) teacher + rate policy."""
-  _checked(rate)
+  return _moving(_checked(rate))
+
+
+def lag_matched_ema(*, period: int = 50) -> TeacherWeights:
+  """Moves the teacher as `ema` does, lagging as much as a copy every `period` batches.
+
+  Before a batch, such a copy is (period - 1) / 2 batches old on average, and a moving average
+  (1 - rate) / rate; so rate = 2 / (period + 1).
+  """
+  return _moving(2.0 / (_checked_period(period) + 1))
+
+
+def every(*, period: int = 50) -> TeacherWeights:
+  """Copies the policy after every `period`-th generation batch (arXiv 2606.03532)."""
+  _checked_period(period)
+  return TeacherWeights(keep=True, controller=lambda: periodic(period, 1.0))
+
+
+def restart(
+  *, period: int = 10, share: float = 1.0, match_rate: float | None = None
+) -> TeacherWeights:
+  """Moves the teacher after every `period`-th batch and freezes it in between (StableSDPO).
+
+  share: of its way to the policy.
+  match_rate: takes the share from a moving average of this rate, 1 - (1 - rate)^period, which would
+    move a teacher as far to a policy that stands still. `share` is then not read, and stays 1.
+  """
+  _checked_period(period)
+  ranges.check("method.teacher_weights.share", share)
+  ranges.check("method.teacher_weights.match_rate", match_rate)
+  if match_rate is not None and share != 1:
+    raise ValueError(
+      f"method.teacher_weights.share={share!r} would not be read: "
+      f"match_rate={match_rate!r} decides the share; set one of the two"
+    )
+  moves_by = share if match_rate is None else 1.0 - (1.0 - match_rate) ** period
   return TeacherWeights(
-    keep=True, controller=lambda: _constant(rate), in_float32=rate not in (0, 1)
+    keep=True, controller=lambda: periodic(period, moves_by), in_float32=moves_by != 1
   )
+
+
+def gated(
+  *,
+  check_every: int = 5,
+  min_gap: int = 30,
+  window: int = 5,
+  reward_margin: float = 0.05,
+  max_tail: float = 3.2,
+) -> TeacherWeights:
+  """Copies the policy when rewards have risen and no response runs away (CGTR).
+
+  check_every: batches from one look at the gates to the next.
+  min_gap: batches that a teacher teaches at least.
+  window: batches over which reward and lengths are taken.
+  reward_margin: by which the mean reward has to exceed that of the last refresh.
+  max_tail: the ratio of the longest response to the mean one that closes the gate.
+  """
+  settings = GateSettings(check_every, min_gap, window, reward_margin, max_tail)
+  for name, value in settings._asdict().items():
+    ranges.check(f"method.teacher_weights.{name}", value)
+  return TeacherWeights(keep=True, controller=lambda: Gated(settings))
 
 
 def trust_region(*, rate: float = 0.05) -> TeacherWeights:
@@ -63,7 +122,7 @@ def trust_region(*, rate: float = 0.05) -> TeacherWeights:
 
 def frozen() -> TeacherWeights:
   """Teaches with the weights that the run started from."""
-  return TeacherWeights(keep=True, controller=lambda: _constant(0.0))
+  return TeacherWeights(keep=True, controller=lambda: constant(0.0))
 
 
 def remote(*, url: str = "", model: str = "", timeout_s: float = 300.0) -> TeacherWeights:
@@ -85,8 +144,8 @@ def remote(*, url: str = "", model: str = "", timeout_s: float = 300.0) -> Teach
   return TeacherWeights(keep=False, remote=settings)
 
 
-def _constant(rate: float) -> Controller:
-  return Scheduled(Ramp(rate, rate, 0))
+def _moving(rate: float) -> TeacherWeights:
+  return TeacherWeights(keep=True, controller=lambda: constant(rate), in_float32=0 < rate < 1)
 
 
 def _checked(rate: float) -> float:
@@ -94,10 +153,19 @@ def _checked(rate: float) -> float:
   return rate
 
 
+def _checked_period(period: int) -> int:
+  ranges.check("method.teacher_weights.period", period)
+  return period
+
+
 TEACHER_WEIGHTS = {
   "none": none,
   "live": live,
   "ema": ema,
+  "lag_matched_ema": lag_matched_ema,
+  "every": every,
+  "restart": restart,
+  "gated": gated,
   "trust_region": trust_region,
   "frozen": frozen,
   "remote": remote,

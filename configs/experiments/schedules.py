@@ -1,0 +1,53 @@
+r"""Trains SDPO on TinyCode for 600 steps under nine schedules of the teacher's weights.
+
+Run:    python -m sdpo_jax.experiment --config=configs/experiments/schedules.py \
+          --workdir=runs/schedules --jobs=2
+Smoke:  python -m sdpo_jax.experiment --config=configs/experiments/schedules.py:local \
+          --workdir=runs/schedules_local
+Grid:   nine schedules, three seeds. All else is configs/tinycode.py with its settings for SDPO, at
+        a constant learning rate: a teacher that runs away with the policy must not be saved by
+        steps that grow smaller. Nothing is tuned for a schedule.
+Look:   which runs collapse and when (eval/heldout/avg@k, train/reward, train/warnings), and how
+        many steps earlier rollout/length_tail rose. control/teacher_weights tells when the teacher
+        moved, control/gate_* what held the gated one.
+Cost:   not measured.
+Result: none yet.
+"""
+
+SCHEDULES = {
+  "every_1": dict(name="every", period=1),
+  "every_10": dict(name="every", period=10),
+  "every_50": dict(name="every", period=50),
+  "ema_0.01": dict(name="ema", rate=0.01),
+  "ema_0.05": dict(name="ema", rate=0.05),
+  "lag_matched_ema_50": dict(name="lag_matched_ema", period=50),
+  "frozen": dict(name="frozen"),
+  # a whole copy every 10 batches is every_10: this one moves as far as the faster average
+  "restart_10": dict(name="restart", period=10, match_rate=0.05),
+  "gated": dict(name="gated"),
+}
+STEPS = 600
+SEEDS = range(3)
+
+
+def get_grid():
+  return {
+    f"{name}_seed{seed}": [
+      f"--config=configs/tinycode.py:method=sdpo,seed={seed}",
+      f"--config.total_steps={STEPS}",
+      "--config.optimizer.decay_steps=0",
+      *_schedule(name),
+    ]
+    for seed in SEEDS
+    for name in SCHEDULES
+  }
+
+
+def get_local():
+  local = "--config=configs/tinycode.py:method=sdpo,local"
+  return {name: [local, *_schedule(name)] for name in ("every_1", "gated")}
+
+
+def _schedule(name: str) -> list[str]:
+  settings = SCHEDULES[name]
+  return [f"--config.method.teacher_weights.{key}={value}" for key, value in settings.items()]
