@@ -32,13 +32,14 @@ from sdpo_jax.evaluation.evaluate import evaluate
 from sdpo_jax.learner import make_explorer, make_learner
 from sdpo_jax.metrics import Writer, read, reduce
 from sdpo_jax.objectives.build import build_method
-from sdpo_jax.objectives.control import Control
+from sdpo_jax.objectives.control import Control, as_trial
 from sdpo_jax.preemption import Notice
 from sdpo_jax.records import Rollout, Sampling, Status, Task
 from sdpo_jax.remote_teacher import RemoteTeacher
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.rollout_log import rollout_lines
 from sdpo_jax.session import Session, open_session, same_rows, splits_of
+from sdpo_jax.teacher_gate import TeacherGate
 from sdpo_jax.workdir import (
   change_of_devices,
   check_same_run,
@@ -82,6 +83,7 @@ def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
       steps.check_stop()
     except Preempted as stop:  # this step begins anew
       save_and_stop(i - 1, state, before, steps, saved, stop)
+    state = steps.check_teacher(state, packed, i)
     steps.sample_ahead(state, i + 1)
     state, step_metrics = steps.step(state, packed.batch)  # the only line that changes weights
     metrics |= steps.note(state, jax.device_get(step_metrics))
@@ -328,6 +330,7 @@ class Steps:
     """Jits step and score, and opens the run's files, cut back to the step that it goes on from."""
     self._jit(state)
     self.packer = self._make_packer()
+    self.gate = TeacherGate(self.learner.method, self.packer)
     if hosts.leads():
       mesh = self.session.mesh
       facts = {
@@ -497,6 +500,17 @@ class Steps:
       return packed
     rows = sharding.put_rows(self.session.mesh, packed.batch)
     return self.teacher.read(packed, hosts.to_host(self._candidates(state, rows, self.frozen)))
+
+  def check_teacher(self, state, packed: Packed, i: int):
+    """Returns the state as it was, once the teacher of this start's first batch is tested."""
+    return self.gate.check(state, packed, self._trial, when=f"step {i}")
+
+  def _trial(self, state, packed: Packed) -> tuple:
+    """Returns the state as it was, and the metrics of a step that learns nothing."""
+    if packed.batch.readings[0].scored is None:  # of other prompts than it was asked about
+      packed = self.ask_teacher(state, packed)
+    state, metrics = self.step(state, as_trial(packed.batch))
+    return state, jax.device_get(metrics)
 
   def note(self, state, metrics: dict) -> dict:
     """Tells the controllers what the step said, and returns it."""

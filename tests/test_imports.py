@@ -40,6 +40,7 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "judging": 2,
   "given_teacher": 2.5,
   "remote_teacher": 3,
+  "teacher_gate": 3,
   "alternatives": 3.5,
   # config reads the METHODS table and the kernels' names alone; train asks it to validate
   "config": 4,

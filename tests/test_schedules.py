@@ -18,6 +18,7 @@ from sdpo_jax import experiment, main, metrics, train
 from sdpo_jax.objectives import build, schedules
 from sdpo_jax.objectives.control import Control, Facts, facts_of
 from sdpo_jax.records import Feedback, Rollout, Status, Task
+from sdpo_jax.teacher_gate import TeacherGate
 from sdpo_jax.train_step import init_state, make_signals, make_train_step, move_teacher
 from tests import fakes
 
@@ -266,6 +267,8 @@ GATED_RUN = [
   "--config.total_steps=4",
   "--config.checkpoint.every_steps=2",
   "--config.eval.every_steps=4",
+  "--config.eval.questions=2",
+  "--config.eval.samples=1",
   *(
     f"--config.method.teacher_weights.{setting}"
     for setting in ("name=gated", "check_every=1", "window=3", "min_gap=1")
@@ -304,23 +307,36 @@ class Killed(BaseException):
   """Stands for a kill: nothing may catch it."""
 
 
-def test_a_gated_run_that_is_killed_writes_the_same_metrics(tmp_path, monkeypatch):
-  """It dies in step 4, after the checkpoint of step 2, with a window that is not full."""
+def test_a_gated_run_that_is_killed_writes_the_same_metrics(tmp_path, monkeypatch, capsys):
+  """It dies in step 4, after the checkpoint of step 2, with a window that is not full.
+
+  The gate at its two starts changes nothing: the whole run, which it is compared with, has none.
+  """
   whole, killed = tmp_path / "whole", tmp_path / "killed"
-  command = ["main", *GATED_RUN, f"--compilation_cache={tmp_path}"]
-  assert main.main([*command, f"--workdir={whole}"]) == 0
+  command = ["main", *GATED_RUN]
+  monkeypatch.setattr(train.report, "write_report", lambda *_: None)
+  with monkeypatch.context() as patch:
+    patch.setattr(TeacherGate, "check", lambda self, state, *_, **__: state)
+    assert main.main([*command, f"--workdir={whole}"]) == 0
+  assert "the teacher reads" not in capsys.readouterr().err
   step = train.Steps.step
 
   def step_until_killed(steps, state, batch):
-    if int(state.step) == 3:
+    if int(state.step) == 3 and steps.latest is None:
       raise Killed
     return step(steps, state, batch)
 
-  monkeypatch.setattr(train.Steps, "step", step_until_killed)
-  with pytest.raises(Killed):
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(train.Steps, "step", step_until_killed)
     main.main([*command, f"--workdir={killed}"])
-  monkeypatch.undo()
   assert main.main([*command, f"--workdir={killed}"]) == 0
+  printed = capsys.readouterr().err
+  tested = [line for line in printed.splitlines() if "the teacher reads" in line]
+  assert [line.partition(":")[0] for line in tested] == ["step 1", "step 3"]
+  compiles = [
+    [line["perf/compiles"] for line in metrics.read(run) if line["step"]] for run in (whole, killed)
+  ]
+  assert compiles[0] == compiles[1]
   lines = [metrics.reproducible(line) for line in metrics.read(whole)]
   assert [metrics.reproducible(line) for line in metrics.read(killed)] == lines
   shares = [line["control/teacher_weights"] for line in lines if line["step"]]

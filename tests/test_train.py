@@ -61,6 +61,7 @@ def run(
     collect=lambda state, i: [[rollout(status, **more) for more in extra]],
     make_batch=make_batch,
     ask_teacher=lambda state, packed: packed,
+    check_teacher=lambda state, packed, i: state,
     step=step,
     note=lambda state, metrics: metrics,
     score=lambda state, batch: None,
@@ -172,6 +173,7 @@ def test_a_resumed_run_sees_the_lines_up_to_its_checkpoint_alone(tmp_path, monke
   rollout = types.SimpleNamespace(top_p=1.0)
   steps.c, steps.workdir = types.SimpleNamespace(total_steps=6, rollout=rollout), tmp_path
   steps.ahead = None
+  steps.learner = types.SimpleNamespace(method=types.SimpleNamespace(needs_teacher=False))
   steps.session = types.SimpleNamespace(mesh=None, isolation="none")
   steps.rows = {}
   steps.host = {"unwritten": None}

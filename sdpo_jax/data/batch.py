@@ -8,10 +8,12 @@ tokens.
 `Packer.pack` goes through these steps:
 
   read      what policy and teacher read of each response, as tokens         -> Responses
-  deal      responses to packs, for each number of packs that is allowed     -> _Deal
+  deal      responses to packs, for each number of packs that is allowed     -> Deal
   choose    the shape that all packs take (`data/shapes.py`)                 -> Shape
   lay out   the texts in rows, the responses in *_BR arrays                  -> TrainBatch
   check     that these hold what the engine returned (`data/sampled.py`)
+
+`Packer.emptied` lays the same responses out again under a teacher that reads no context.
 """
 
 import dataclasses
@@ -40,7 +42,7 @@ from sdpo_jax.objectives.build import Method
 from sdpo_jax.objectives.memory import Standing
 from sdpo_jax.objectives.route import Lot
 from sdpo_jax.objectives.teacher_context import Context
-from sdpo_jax.records import Reading, Rollout, Status, Task, TrainBatch
+from sdpo_jax.records import Reading, Rollout, Rows, Status, Task, TrainBatch
 
 
 class Packed(NamedTuple):
@@ -53,6 +55,7 @@ class Packed(NamedTuple):
   metrics: dict[str, float]  # counts of what was dropped, shortened, shown
   # The tokens that the teacher reads at row b in the plain reading, its prompt first; []: nothing.
   teacher_texts: Texts = Texts([], [])
+  deal: "Deal | None" = None  # from which the batch was laid out; None: by somebody else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,16 +169,50 @@ class Packer:
     Raises RunError for a batch that would train what was not sampled (data/sampled.py).
     """
     responses = self._read(groups)
-    batch, responses = pack_responses(
+    batch, deal = pack_responses(
       responses, len(groups[0]), self.settings, self.shapes, self.chat.pad_token
     )
+    responses = deal.responses
     check_sampled(batch, responses.rollouts)
     metrics = _measure(responses, batch)
     metrics["perf/compiles"] = float(len(self.shapes.known))  # earlier sessions included
     self._prepared.clear()
     contexts = tuple(reading.contexts for reading in responses.readings)
     texts = responses.readings[0].texts
-    return Packed(batch, responses.rollouts, contexts, metrics, texts)
+    return Packed(batch, responses.rollouts, contexts, metrics, texts, deal)
+
+  def emptied(self, packed: Packed) -> Packed:
+    """Returns the batch with a teacher that reads what the policy reads, in all of its readings.
+
+    Its arrays have the shapes that they had, unless a teacher's prompt is shorter than the policy's
+    and leaves too little room: then the reading has the shapes of the policy's rows.
+    """
+    policy, *teacher = packed.deal.packs
+    pad_token, share_prefixes = self.chat.pad_token, self.settings.share_prefixes
+    readings = []
+    for reading, packs in zip(packed.batch.readings, teacher, strict=True):
+      rows = _in_the_place_of(reading.rows, packs, policy, pad_token, share_prefixes=share_prefixes)
+      rows = packed.batch.policy if rows is None else rows
+      readings.append(reading._replace(rows=rows, scored=None))
+    texts = packed.deal.responses.policy.where(packed.teacher_texts)
+    return packed._replace(
+      batch=packed.batch._replace(readings=tuple(readings)), teacher_texts=texts
+    )
+
+  def silences(self, packed: Packed) -> list[bool]:
+    """Tells of each context with texts whether the teacher's prompt is the same without them.
+
+    Contexts whose words are all in their templates are left out.
+    """
+    silent = []
+    texts = packed.teacher_texts
+    for b, context in enumerate(packed.contexts[0]):
+      if context is None or context == context.without_texts():
+        continue
+      task = packed.rollouts[b].task
+      prompt = self._show(task, context.without_texts(), 1.0).prompt
+      silent.append(prompt == texts.tokens[b][: texts.starts[b]])
+    return silent
 
   def _read(self, groups: list[list[Rollout]]) -> Responses:
     """Renders the texts that policy and teacher read."""
@@ -268,20 +305,20 @@ def _reward(rollout: Rollout) -> float:
 
 def pack_responses(
   responses: Responses, group: int, settings: PackSettings, shapes: Shapes, pad_token: int
-) -> tuple[TrainBatch, Responses]:
+) -> tuple[TrainBatch, "Deal"]:
   """Deals responses to packs, chooses the shape and fills the arrays.
 
   group: so many consecutive responses answer one question. `shapes` may grow by one. Returns the
-  batch, and the responses in the order of its rows.
+  batch, and the deal that it holds, with the responses in the order of its rows.
   """
   dealing = _Dealing(responses, group, settings)
   shape = choose_shape(dealing.load, settings.pack_counts(), shapes, settings.rounding)
   deal = dealing.deal(shape.packs)
   batch = _lay_out_batch(deal, shape, pad_token, share_prefixes=settings.share_prefixes)
-  return batch, deal.responses
+  return batch, deal
 
 
-class _Deal(NamedTuple):
+class Deal(NamedTuple):
   """One way to cut a batch into packs."""
 
   responses: Responses  # in the order of the batch's rows
@@ -323,7 +360,7 @@ class _Dealing:
       responses=max(map(max, deal.lengths)),
     )
 
-  def _deal(self, packs: int) -> _Deal:
+  def _deal(self, packs: int) -> Deal:
     """Deals the responses to packs.
 
     With shared prefixes, groups stay whole if the largest pack gets no larger by it.
@@ -331,25 +368,23 @@ class _Dealing:
     if not self._settings.share_prefixes:
       return self._cut(packs, whole=False)
     ways = [self._cut(packs, whole=True), self._cut(packs, whole=False)]
-    return min(ways, key=_Deal.largest_work)
+    return min(ways, key=Deal.largest_work)
 
-  def _cut(self, packs: int, *, whole: bool) -> _Deal:
+  def _cut(self, packs: int, *, whole: bool) -> Deal:
     updates = self._settings.updates
     order = balanced_order(self._work, self._group, updates, packs // updates, whole=whole)
     responses = self._responses.in_order(order)
     questions = [b // self._group for b in order] if self._settings.share_prefixes else None
     lengths = responses.lengths()
     first = first_tokens(lengths, packs)
-    return _Deal(
+    return Deal(
       responses,
       in_packs(lengths, packs),
       [cut_into_packs(texts, first, questions) for texts in responses.texts()],
     )
 
 
-def _lay_out_batch(
-  deal: _Deal, shape: Shape, pad_token: int, *, share_prefixes: bool
-) -> TrainBatch:
+def _lay_out_batch(deal: Deal, shape: Shape, pad_token: int, *, share_prefixes: bool) -> TrainBatch:
   """Fills the arrays of a batch."""
   policy_size, plain_size, further_size = shape.row_sizes()
   sizes = [policy_size, plain_size] + [further_size] * (len(deal.packs) - 2)
@@ -374,6 +409,27 @@ def _lay_out_batch(
     logp_old_BR=np.zeros_like(logp_BR),
     control={},
   )
+
+
+def _in_the_place_of(
+  rows: Rows,
+  packs: list[PackTexts],
+  others: list[PackTexts],
+  pad_token: int,
+  *,
+  share_prefixes: bool,
+) -> Rows | None:
+  """Lays other texts of the same responses out where the texts of `packs` stand in `rows`.
+
+  None where they do not fit. They do where no prompt is longer than the one in whose place it
+  stands.
+  """
+  (_, P, T), X = rows.token_CPT.shape, rows.at_CX.shape[1]
+  placed = [first_fit(texts.extents, T) for texts in packs]
+  for texts, of_rows in zip(others, placed, strict=True):
+    if any(tokens_together([texts.extents[i] for i in row]) > T for row in of_rows):
+      return None
+  return lay_out(others, placed, PackSize(P, T, X), pad_token, share_prefixes=share_prefixes)
 
 
 def _response_arrays(rollouts: list[Rollout], responses: int) -> tuple[np.ndarray, ...]:

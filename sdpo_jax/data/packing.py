@@ -38,6 +38,13 @@ class Texts(NamedTuple):
     """Returns the texts with text order[b] at place b."""
     return Texts([self.tokens[b] for b in order], [self.starts[b] for b in order])
 
+  def where(self, others: "Texts") -> "Texts":
+    """Returns the texts whose responses have a text in `others` too, and no text for the rest."""
+    kept = [bool(text) for text in others.tokens]
+    tokens = [text if is_kept else [] for text, is_kept in zip(self.tokens, kept, strict=True)]
+    starts = [start * is_kept for start, is_kept in zip(self.starts, kept, strict=True)]
+    return Texts(tokens, starts)
+
 
 class PackTexts(NamedTuple):
   """The texts of one pack, a list entry for each of its responses; an empty text takes no room."""

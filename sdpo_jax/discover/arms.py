@@ -51,7 +51,7 @@ def solve_by_learning(
 ):
   """Learns between batches until a success or the budget's end, and returns the last state.
 
-  make_batch(groups, i) -> Packed, for the i-th update from 1; step(state, batch) -> state.
+  make_batch(groups, i) -> Packed, for the i-th update from 1; step(state, packed) -> state.
   """
   state, updates = fresh_state(), 0
   while not budget.solved and budget.attempts_left:
@@ -61,9 +61,9 @@ def solve_by_learning(
     run_goes_on = not budget.solved and budget.attempts_left
     if run_goes_on and any_judged(groups[0]):
       updates += 1
-      batch = make_batch(groups, updates).batch
-      budget.teacher_tokens += teacher_tokens(batch)
-      state = step(state, batch)
+      packed = make_batch(groups, updates)
+      budget.teacher_tokens += teacher_tokens(packed.batch)
+      state = step(state, packed)
   return state
 
 

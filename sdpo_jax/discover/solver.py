@@ -35,10 +35,11 @@ from sdpo_jax.learner import Learner, make_explorer, make_learner
 from sdpo_jax.monitors import check_engine
 from sdpo_jax.objectives import build
 from sdpo_jax.objectives.build import Method
-from sdpo_jax.objectives.control import Control
+from sdpo_jax.objectives.control import Control, as_trial
 from sdpo_jax.records import Sampling, Task
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.session import Session
+from sdpo_jax.teacher_gate import TeacherGate
 from sdpo_jax.train_step import TrainState, make_signals
 
 
@@ -56,6 +57,7 @@ class LearningArm(NamedTuple):
   step: Callable  # compiled
   packer: Packer  # with the shapes that it is compiled for
   explorer: Explorer | None  # None: the method has no alternatives
+  gate: TeacherGate  # passed by the first update of the solver's first question
 
 
 # Shares of the longest text that there are shapes for.
@@ -253,7 +255,7 @@ class Solver:
     # A run tries a question within its budget, so alternatives are siblings and need no seed.
     explorer = make_explorer(c, learner.method, session.collector, seed=0)
     packer = self._make_packer(learner.method, shapes, learner.further_readings)
-    return LearningArm(learner, step, packer, explorer)
+    return LearningArm(learner, step, packer, explorer, TeacherGate(learner.method, packer))
 
   def _fixed_shapes(self, *, has_readings: bool = False) -> Shapes:
     c = self.c
@@ -292,10 +294,12 @@ class Solver:
     scalars, _ = control.begin(groups, step)
     return packed._replace(batch=packed.batch._replace(control=scalars))
 
-  def _update(self, arm: LearningArm, control: Control, state: TrainState, batch) -> TrainState:
-    rows = sharding.put_rows(self.session.mesh, batch)
-    state, metrics = arm.step(state, rows, self.frozen)
-    metrics = jax.device_get(metrics)
+  def _update(
+    self, arm: LearningArm, control: Control, state: TrainState, packed: Packed
+  ) -> TrainState:
+    trial = functools.partial(self._trial, arm)
+    state = arm.gate.check(state, packed, trial, when="an update of one question")
+    state, metrics = self._step(arm, state, packed.batch)
     control.end(metrics, applied=not int(state.skipped_in_a_row))
     check_engine(
       metrics["train/rollout_gap"].mean,
@@ -313,6 +317,14 @@ class Solver:
         "lower config.optimizer.lr"
       )
     return state
+
+  def _step(self, arm: LearningArm, state: TrainState, batch) -> tuple[TrainState, dict]:
+    state, metrics = arm.step(state, sharding.put_rows(self.session.mesh, batch), self.frozen)
+    return state, jax.device_get(metrics)
+
+  def _trial(self, arm: LearningArm, state: TrainState, packed: Packed) -> tuple[TrainState, dict]:
+    """Returns the state as it was, and the metrics of an update that learns nothing."""
+    return self._step(arm, state, as_trial(packed.batch))
 
   def _make_packer(self, method: Method, shapes: Shapes, further_readings=None) -> Packer:
     data = self.c.data

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from sdpo_jax.records import Rollout, Status
+from sdpo_jax.records import Rollout, Status, TrainBatch
 
 # the axes of a method that may have a controller
 CONTROLLED = ("teacher_weights", "teacher_logits", "credit")
@@ -127,6 +127,11 @@ class Control:
     """Goes on from a state."""
     for axis, controller in self._controllers.items():
       controller.restore(state[axis])
+
+
+def as_trial(batch: TrainBatch) -> TrainBatch:
+  """Returns a batch whose step changes nothing, in the same program."""
+  return batch._replace(control=batch.control | {LEARN: np.float32(0)})
 
 
 def facts_of(groups: list[list[Rollout]], step: int) -> Facts:

@@ -58,6 +58,10 @@ class Context:
   templates: tuple[tuple[str, str], ...] = ()  # those that differ from TEMPLATES
   notes: str = ""  # what alternatives would have received, templates filled in
 
+  def without_texts(self) -> "Context":
+    """Returns the context whose templates have nothing to be filled with."""
+    return Context(templates=self.templates)
+
   def render(self, question: str) -> str:
     """Returns the teacher's user message: question, context, closing instruction."""
     templates = TEMPLATES | dict(self.templates)
