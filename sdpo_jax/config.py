@@ -25,7 +25,7 @@ from ml_collections import config_flags
 
 from sdpo_jax import ranges
 from sdpo_jax.engine import ENGINES
-from sdpo_jax.envs.base import check_env_numbers, env_settings
+from sdpo_jax.envs.base import check_env_numbers, env_settings, find_env
 from sdpo_jax.errors import did_you_mean, local_path, unknown
 from sdpo_jax.kernels.distill_kl import IMPLEMENTATIONS
 from sdpo_jax.objectives import build
@@ -80,6 +80,9 @@ def base() -> ml_collections.ConfigDict:
   c.data = dict(
     # "[SPLIT=]LOCATION[ xWEIGHT]" each (data/tasks.py); empty: the environment makes its own
     sources=(),
+    # of an environment that makes its own: so many come again and again, shuffled anew in each
+    # pass; 0: new ones without end
+    questions=0,
     # error | skip (and count): a row that the environment cannot use, or whose question is too
     # long
     on_bad_row="error",
@@ -217,6 +220,9 @@ def tiny(a: types.SimpleNamespace) -> ml_collections.ConfigDict:
     c.rollout.update(questions=8, group=8)
   if c.method.reduction.name == "constant":
     c.method.reduction.length = float(c.rollout.max_new_tokens)
+  if c.method.memory.name != "none":
+    # seven passes; what is remembered of a question is of use when it comes back
+    c.data.questions = 512
   if a.local:  # same path, toy sizes, seconds on a CPU
     c.total_steps = 2
     c.rollout.update(questions=2, group=4, rows=8)
@@ -681,6 +687,23 @@ def _check_loss_implementation(c: ml_collections.ConfigDict) -> None:
   raise ValueError(
     f"config.train.loss_implementation={implementation!r} would not be read: {reason}"
   )
+
+
+def check_questions(c: ml_collections.ConfigDict) -> None:
+  """Raises ValueError where training would not read the number of questions, or lacks it."""
+  questions, memory = c.data.questions, c.method.memory.name
+  has_rows = hasattr(find_env(c.env.name), "task_from_row")
+  if has_rows and questions:
+    raise ValueError(
+      f"config.data.questions={questions} would not be read: config.env.name={c.env.name!r} takes "
+      "the rows of config.data.sources"
+    )
+  if memory != "none" and not has_rows and not questions:
+    raise ValueError(
+      f"config.method.memory.name={memory!r} remembers questions that come back, and "
+      f"config.env.name={c.env.name!r} makes new ones without end: "
+      "set config.data.questions, to 512 for example"
+    )
 
 
 def _check_engine(c: ml_collections.ConfigDict) -> None:

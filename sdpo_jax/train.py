@@ -23,7 +23,7 @@ import numpy as np
 
 from sdpo_jax import checkpoint, hosts, monitors, report, sharding
 from sdpo_jax.ahead import Ahead, restored, stored
-from sdpo_jax.config import defaults_of, validate
+from sdpo_jax.config import check_questions, defaults_of, validate
 from sdpo_jax.data.batch import Packed, Packer, PackSettings
 from sdpo_jax.data.shapes import Rounding, Shape, Shapes, most_tokens
 from sdpo_jax.data.tasks import RowEnv, TaskStream
@@ -231,6 +231,7 @@ def train(c, workdir: str, begun: float | None = None) -> None:
   begun = time.monotonic() if begun is None else begun
   with blame_settings():
     validate(c)
+    check_questions(c)
     method = build_method(c.method.to_dict())
     latest = checkpoint.latest_step(workdir)
     check_same_run(workdir, c, begun=latest is not None, defaults=defaults_of(c))
@@ -272,7 +273,9 @@ class Steps:
     self._check_packs()
     self._check_lag()
     self.trainable, self.frozen = session.trainable(c.seed)
-    self.stream = TaskStream(session.collector.env, "train", seed=c.seed)
+    self.stream = TaskStream(
+      session.collector.env, "train", questions=c.data.questions, seed=c.seed
+    )
     notes = self.learner.method.notes
     self.sampling = Sampling(
       c.rollout.max_new_tokens,

@@ -348,14 +348,29 @@ class TaskStream:
   """
 
   def __init__(
-    self, env, split: str, *, seed: int = 0, process_index: int = 0, process_count: int = 1
+    self,
+    env,
+    split: str,
+    *,
+    questions: int = 0,
+    seed: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
   ):
+    """Begins a stream.
+
+    questions: of a generator, so many first tasks come again and again, shuffled anew in each pass;
+      0: each comes once, in its order. Rows are shuffled so in any case.
+    """
     if isinstance(env, RowEnv):
       sources = env.sources(split)
       dataset = _mixed(sources, seed)
       self._tasks = _checksum(sources)
     else:
-      dataset = grain.MapDataset.range(2**31 - 1).map(lambda i: env.task(split, int(i)))
+      numbers = grain.MapDataset.range(questions or 2**31 - 1)
+      if questions:
+        numbers = numbers.shuffle(seed=seed).repeat()
+      dataset = numbers.map(lambda i: env.task(split, int(i)))
       self._tasks = None
     dataset = dataset[process_index::process_count]
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)

@@ -126,13 +126,15 @@ def complete_part(axis: str, name: str, **given) -> dict:
 def build_method(row: dict) -> Method:
   """Builds a method from a row of METHODS, or from one like it."""
   bound, reads = {}, set()
-  for axis, table in AXES.items():
+  for axis, table in AXES.items():  # the teacher context comes first
     if axis not in row:
       raise ValueError(f"method.{axis} is missing; choose from {sorted(table)}")
     settings = dict(row[axis])
     name = settings.pop("name")
     _check_settings(axis, name, settings)
-    bound[axis] = _bind(axis, name, settings)
+    # One setting says what a success is: the teacher context's, where it has one.
+    threshold = getattr(bound.get("teacher_context"), "success_threshold", None)
+    bound[axis] = _bind(axis, name, settings, threshold)
     reads |= _reads(table[name], bound[axis], complete_part(axis, **row[axis]))
   notes = bound.pop("counterfactual")
   if notes is not None and not notes.teaches:
@@ -141,11 +143,6 @@ def build_method(row: dict) -> Method:
     bound["credit"] = None
   complete = row | {axis: complete_part(axis, **row[axis]) for axis in AXES}
   check(complete, bound, notes, reads)
-  if row["advantage"]["name"] == "question_spread":
-    # One setting says what a success is: the teacher context's, where it has one.
-    threshold = getattr(bound["teacher_context"], "success_threshold", None)
-    if threshold is not None:
-      bound["advantage"] = functools.partial(bound["advantage"], success_threshold=threshold)
   kernel = None
   if DIVERGENCE in reads:
     kernel = KERNEL_DEFAULTS | {
@@ -162,10 +159,14 @@ def _function(axis: str, name: str) -> Callable | None:
   return entry.function if isinstance(entry, Part) else entry
 
 
-def _bind(axis: str, name: str, settings: dict):
+def _bind(axis: str, name: str, settings: dict, success_threshold: float | None):
+  """Returns a part with its settings. What is told a threshold has it as an ordinary argument."""
   function = _function(axis, name)
   if function is None:
     return None
+  told = inspect.signature(function).parameters.keys() - settings_of(axis, name).keys()
+  if "success_threshold" in told and success_threshold is not None:
+    settings = settings | {"success_threshold": success_threshold}
   return function(**settings) if axis in MADE_ONCE else functools.partial(function, **settings)
 
 

@@ -4,6 +4,8 @@ Read where a method's `policy_share` is "routed". A part of this axis is made fr
 called as route(group, standing) -> (lots, standing): a `Lot` for each response of a group, and the
 standing of its question (`memory.py`) with what the route has decided about it; None without a
 memory. Host code.
+
+What a success is, the teacher context says where it has such a setting.
 """
 
 import dataclasses
@@ -30,4 +32,62 @@ class Taught:
     return [Lot(None)] * len(group), standing
 
 
-ROUTES = {"taught": Taught}
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """Gives the divergence to failures and the reward to successes (H2SD, arXiv 2607.18955)."""
+
+  success_threshold: float = 0.5
+
+  def __call__(
+    self, group: list[Rollout], standing: Standing | None
+  ) -> tuple[list[Lot], Standing | None]:
+    return [Lot(r.feedback.reward < self.success_threshold) for r in group], standing
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+  """Routes by stage, outcome and difficulty (DRIFT, arXiv 2606.30345, sections 3.1 and 3.2).
+
+  Stage 1, the first visits of each question: all its responses get the divergence. Stage 2:
+  failures get the divergence, successes the reward, times a factor for the question's level. It is
+  easy where the pass rate, this visit included, lies above `easy_above`, hard below `hard_below`,
+  else medium. The paper counts stages in epochs; the visits of a question are counted here.
+
+  warm_up_visits: so many visits are stage 1.
+  easy, medium, hard: the factors, at least 0.
+  """
+
+  success_threshold: float = 0.5
+  _: dataclasses.KW_ONLY
+  warm_up_visits: int = 2
+  hard_below: float = 0.2
+  easy_above: float = 0.8
+  easy: float = 0.5
+  medium: float = 1.0
+  hard: float = 0.0
+
+  needs_memory = True
+
+  def __post_init__(self):
+    if self.hard_below > self.easy_above:
+      raise ValueError(
+        f"method.route.hard_below={self.hard_below!r} must be at most "
+        f"method.route.easy_above={self.easy_above!r}"
+      )
+
+  def __call__(self, group: list[Rollout], standing: Standing) -> tuple[list[Lot], Standing]:
+    level = "medium"
+    if standing.pass_rate > self.easy_above:
+      level = "easy"
+    elif standing.pass_rate < self.hard_below:
+      level = "hard"
+    stage = 1 if standing.visits <= self.warm_up_visits else 2
+    standing = dataclasses.replace(standing, stage=stage, level=level)
+    if stage == 1:
+      return [Lot(True)] * len(group), standing
+    success = Lot(False, {"easy": self.easy, "medium": self.medium, "hard": self.hard}[level])
+    failed = [r.feedback.reward < self.success_threshold for r in group]
+    return [Lot(True) if has_failed else success for has_failed in failed], standing
+
+
+ROUTES = {"taught": Taught, "outcome": Outcome, "drift": Drift}
