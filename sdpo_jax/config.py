@@ -229,6 +229,10 @@ def tiny(a: types.SimpleNamespace) -> ml_collections.ConfigDict:
     c.eval.update(every_steps=2, questions=4, samples=2, final_splits=("heldout",))
     c.checkpoint.every_steps = 2
     c.log.rollouts_every_steps = 1
+    if c.method.memory.name != "none":  # both questions come back in the second step
+      c.data.questions = 2
+    if c.method.route.name == "drift":  # ... which is of the second stage
+      c.method.route.warm_up_visits = 1
   return c
 
 

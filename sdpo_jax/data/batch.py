@@ -40,7 +40,7 @@ from sdpo_jax.data.shapes import Load, Rounding, Shape, Shapes, choose_shape
 from sdpo_jax.data.teacher_prompt import teacher_prompt
 from sdpo_jax.objectives.build import Method
 from sdpo_jax.objectives.memory import Standing
-from sdpo_jax.objectives.route import Lot
+from sdpo_jax.objectives.route import Lot, measure
 from sdpo_jax.objectives.teacher_context import Context
 from sdpo_jax.records import Reading, Rollout, Rows, Status, Task, TrainBatch
 
@@ -103,6 +103,7 @@ class Responses(NamedTuple):
   route_B: np.ndarray
   policy: Texts
   readings: list[TeacherReading]  # the plain one first
+  standings: list[Standing]  # of the questions; empty without a memory
 
   def in_order(self, order: list[int]) -> "Responses":
     """Returns the same with response order[b] at row b."""
@@ -112,6 +113,7 @@ class Responses(NamedTuple):
       self.route_B[order],
       self.policy.in_order(order),
       [reading.in_order(order) for reading in self.readings],
+      self.standings,
     )
 
   def texts(self) -> list[Texts]:
@@ -174,7 +176,7 @@ class Packer:
     )
     responses = deal.responses
     check_sampled(batch, responses.rollouts)
-    metrics = _measure(responses, batch)
+    metrics = _measure(responses, batch) | self._measure_routes(responses)
     metrics["perf/compiles"] = float(len(self.shapes.known))  # earlier sessions included
     self._prepared.clear()
     contexts = tuple(reading.contexts for reading in responses.readings)
@@ -223,9 +225,10 @@ class Packer:
       [r.prompt_tokens + r.tokens if is_valid(r) else [] for r in rollouts],
       [len(r.prompt_tokens) for r in rollouts],
     )
-    by_group, lots_QG = [], []
+    by_group, lots_QG, standings = [], [], []
     for group in groups:
       lots, standing = self._route(group)
+      standings += [standing] if standing else []
       _, rendered = self._prepared.get(_identity(group), (None, None))
       by_group.append(rendered or self._render(group, standing))
       lots_QG.append(lots)
@@ -244,12 +247,25 @@ class Packer:
       np.array(route_B, np.float32),
       policy,
       readings,
+      standings,
     )
 
   def _route(self, group: list[Rollout]) -> tuple[list[Lot], Standing | None]:
     """Notes the group in the memory, if there is one, and decides what its responses learn from."""
     memory = self.method.memory
     return self.method.route(group, None if memory is None else memory.visit(group))
+
+  def _measure_routes(self, responses: Responses) -> dict[str, float]:
+    """Measures what responses learn from, where routes decide it, and what is remembered."""
+    metrics = {}
+    plain, memory = responses.readings[0], self.method.memory
+    if self.method.policy_share is None:
+      is_judged_B = np.array([is_valid(r) for r in responses.rollouts])
+      metrics = measure(responses.standings, responses.route_B, plain.weight_B > 0, is_judged_B)
+    if memory is not None:
+      read = sum(context is not None and context.remembered for context in plain.contexts)
+      metrics |= memory.metrics() | {"memory/read": float(read)}
+    return metrics
 
   def _render(self, group: list[Rollout], standing: Standing | None) -> list[list["_Shown | None"]]:
     """Renders what the teacher reads of each rollout of a group, in each of its readings."""

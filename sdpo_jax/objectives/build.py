@@ -22,6 +22,7 @@ from sdpo_jax.objectives.credit import CREDITS, Credit
 from sdpo_jax.objectives.memory import MEMORIES, Memory
 from sdpo_jax.objectives.methods import METHODS
 from sdpo_jax.objectives.notes import COUNTERFACTUALS, Notes
+from sdpo_jax.objectives.outcome_context import OUTCOME_CONTEXTS
 from sdpo_jax.objectives.route import ROUTES
 from sdpo_jax.objectives.signals import DIVERGENCE, TOKEN_SIGNALS, Part
 from sdpo_jax.objectives.surrogate import REDUCTIONS, SURROGATES
@@ -31,7 +32,7 @@ from sdpo_jax.objectives.teacher_weights import TEACHER_WEIGHTS, TeacherWeights
 from sdpo_jax.objectives.token_weight import TOKEN_WEIGHTS
 
 AXES: dict[str, dict[str, Any]] = {
-  "teacher_context": TEACHER_CONTEXTS,
+  "teacher_context": TEACHER_CONTEXTS | OUTCOME_CONTEXTS,
   "teacher_weights": TEACHER_WEIGHTS,
   "teacher_logits": TEACHER_LOGITS,
   "token_signal": TOKEN_SIGNALS,
@@ -125,7 +126,8 @@ def complete_part(axis: str, name: str, **given) -> dict:
 
 def build_method(row: dict) -> Method:
   """Builds a method from a row of METHODS, or from one like it."""
-  bound, reads = {}, set()
+  bound: dict[str, Any] = {}
+  reads: set[str] = set()
   for axis, table in AXES.items():  # the teacher context comes first
     if axis not in row:
       raise ValueError(f"method.{axis} is missing; choose from {sorted(table)}")

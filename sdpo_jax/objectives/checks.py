@@ -27,6 +27,7 @@ def check(row: dict, parts: Mapping[str, Any], notes: Notes | None, reads: set[s
     _check_notes(row, notes)
   _check_unread(row)
   _check_memory(row, parts)
+  _check_successes(row, parts)
   if parts["teacher_weights"].remote is not None:
     _check_remote(row, parts["teacher_weights"].remote.url, reads)
 
@@ -202,6 +203,18 @@ def _check_unread(row: dict) -> None:
       f"method.route.name={names['route']!r} would not be read: "
       f"method.policy_share is {row['policy_share']!r}, not 'routed'"
     )
+
+
+def _check_successes(row: dict, parts: Mapping[str, Any]) -> None:
+  """Refuses a credit for readings that there are not, and readings that no credit reads."""
+  context, credit = row["teacher_context"], row["credit"]["name"]
+  if "medium_successes" not in context or context["medium_successes"] == (credit != "none"):
+    return
+  raise ValueError(
+    f"method.teacher_context.medium_successes={context['medium_successes']!r} of "
+    f"{context['name']!r} are the readings that a credit needs, and nothing else reads them: "
+    f"it does not go with method.credit.name={credit!r}"
+  )
 
 
 def _check_memory(row: dict, parts: Mapping[str, Any]) -> None:

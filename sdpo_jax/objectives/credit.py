@@ -16,6 +16,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from sdpo_jax.objectives.rhythm import Rhythm
 from sdpo_jax.objectives.signals import Signals
 from sdpo_jax.records import TrainBatch
 
@@ -47,4 +48,4 @@ def advantages(credit: Credit | None, signals: tuple[Signals, ...], batch: Train
   return jax.lax.stop_gradient(credited_BR)
 
 
-CREDITS = {"none": none}
+CREDITS = {"none": none, "rhythm": Rhythm}

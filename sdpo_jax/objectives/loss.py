@@ -183,8 +183,9 @@ def diagnostics(
     metrics["train/teacher_gap_abs"] = weighted_mean(jnp.abs(plain.gap_BR), weight_BR)
   if method.credit is not None:
     has_reading_BR = batch.weight_BR * (batch.readings[0].weight_B > 0)[:, None]
+    is_credited_BR = has_reading_BR * (plain_weights(method, batch)["policy"][0] > 0)
     change_BR = advantages(method.credit, signals, batch) - batch.advantage_B[:, None]
-    metrics["train/credit_change"] = weighted_mean(jnp.abs(change_BR), has_reading_BR)
+    metrics["train/credit_change"] = weighted_mean(jnp.abs(change_BR), is_credited_BR)
     metrics["train/teacher_gap"] = weighted_mean(plain.gap_BR, has_reading_BR)
     metrics["train/teacher_gap_abs"] = weighted_mean(jnp.abs(plain.gap_BR), has_reading_BR)
   agreeing, compared = [], []

@@ -1,7 +1,8 @@
 """METHODS: a method is a row of parts. A new method is a new row, and at most one new function.
 
   axis             what it decides                                      table
-  teacher_context  what the teacher reads (host: text)                  teacher_context.py
+  teacher_context  what the teacher reads (host: text)                  teacher_context.py,
+                                                                        outcome_context.py
   teacher_weights  which weights teach, and how they follow the policy  teacher_weights.py
   teacher_logits   a teacher made of several readings' logits           teacher_logits.py
   token_signal     what a re-scored token contributes                   signals.py
@@ -54,6 +55,16 @@ _GRPO = dict(
 _GRPO_TERM = dict(advantage=_GRPO["advantage"], surrogate=_GRPO["surrogate"])
 _NORMALIZED = dict(name="group_mean", normalize_std=True)
 _SYMMETRIC_CLIP = dict(name="clipped", low=0.2, high=0.2)
+_DRIFT = (
+  _SDPO
+  | _GRPO_TERM
+  | dict(
+    policy_share="routed",
+    teacher_context=dict(name="drift"),
+    memory=dict(name="questions"),
+    route=dict(name="drift"),
+  )
+)
 
 METHODS: dict[str, dict] = {
   # SDPO, arXiv 2601.20802.
@@ -76,6 +87,12 @@ METHODS: dict[str, dict] = {
     teacher_context=dict(name="feedback_or_solution", only_failures=True),
     token_weight=dict(name="certainty", is_clip=2.0, rollout_is_clip=2.0),
   ),
+  # DRIFT, arXiv 2606.30345, with every factor M = 1: SDPO on all responses at first, then on
+  # failures alone, while successes get the surrogate by how hard their question is.
+  "drift": _DRIFT,
+  # The same with its rhythm gate, section 3.3 (rhythm.py).
+  "drift_gate": _DRIFT
+  | dict(teacher_context=dict(name="drift", medium_successes=True), credit=dict(name="rhythm")),
   # SC-SDPO, arXiv 2605.27765: questions count by the spread of their rewards.
   "sc_sdpo": _SDPO
   | dict(

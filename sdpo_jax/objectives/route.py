@@ -11,6 +11,8 @@ What a success is, the teacher context says where it has such a setting.
 import dataclasses
 from typing import NamedTuple
 
+import numpy as np
+
 from sdpo_jax.objectives.memory import Standing
 from sdpo_jax.records import Rollout
 
@@ -20,6 +22,25 @@ class Lot(NamedTuple):
 
   distils: bool | None  # the divergence, if a reading exists; None: if a reading exists, it does
   factor: float = 1.0  # at least 0, on its advantage
+
+
+def measure(
+  standings: list[Standing], route_B: np.ndarray, is_read_B: np.ndarray, is_judged_B: np.ndarray
+) -> dict[str, float]:
+  """Returns where the questions of a batch stand, and what its judged responses learn from.
+
+  is_read_B: the teacher has a reading. Values of which nothing was counted are left out.
+  """
+  metrics = {}
+  if is_judged_B.any():
+    goes_to_teacher_B = (route_B > 0)[is_judged_B]
+    metrics["route/distilled"] = float(np.mean(goes_to_teacher_B & is_read_B[is_judged_B]))
+    metrics["route/neither"] = float(np.mean(goes_to_teacher_B & ~is_read_B[is_judged_B]))
+  if standings:
+    metrics["route/first_stage"] = float(np.mean([s.stage == 1 for s in standings]))
+    for level in ("easy", "medium", "hard"):
+      metrics[f"route/{level}"] = float(np.mean([s.level == level for s in standings]))
+  return metrics
 
 
 @dataclasses.dataclass(frozen=True)

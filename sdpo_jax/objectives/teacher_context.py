@@ -57,6 +57,7 @@ class Context:
   attempt: str = ""
   templates: tuple[tuple[str, str], ...] = ()  # those that differ from TEMPLATES
   notes: str = ""  # what alternatives would have received, templates filled in
+  remembered: bool = False  # the solution is of an earlier visit to the question
 
   def without_texts(self) -> "Context":
     """Returns the context whose templates have nothing to be filled with."""
