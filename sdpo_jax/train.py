@@ -33,6 +33,7 @@ from sdpo_jax.learner import make_explorer, make_learner
 from sdpo_jax.metrics import Writer, read, reduce
 from sdpo_jax.objectives.build import build_method
 from sdpo_jax.objectives.control import Control, as_trial
+from sdpo_jax.objectives.memory import check_ids
 from sdpo_jax.preemption import Notice
 from sdpo_jax.records import Rollout, Sampling, Status, Task
 from sdpo_jax.remote_teacher import RemoteTeacher
@@ -276,6 +277,7 @@ class Steps:
     self.stream = TaskStream(
       session.collector.env, "train", questions=c.data.questions, seed=c.seed
     )
+    self._check_ids()
     notes = self.learner.method.notes
     self.sampling = Sampling(
       c.rollout.max_new_tokens,
@@ -625,6 +627,11 @@ class Steps:
         f"(config.rollout.engine) or has a single device; this run has {jax.process_count()} "
         f"processes and {size} devices: use lag=0"
       )
+
+  def _check_ids(self) -> None:
+    env = self.session.collector.env
+    if self.learner.method.memory is not None and isinstance(env, RowEnv):
+      check_ids(task for source in env.sources("train") for task in source.tasks)
 
   def _check_packs(self) -> None:
     c = self.c

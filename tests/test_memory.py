@@ -15,7 +15,7 @@ from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.shapes import Shapes
 from sdpo_jax.data.tasks import TaskStream
 from sdpo_jax.objectives import build
-from sdpo_jax.objectives.memory import Questions
+from sdpo_jax.objectives.memory import Questions, check_ids
 from sdpo_jax.records import Feedback, Rollout, Status, Task
 from tests import fakes, test_mesh
 
@@ -131,12 +131,15 @@ def test_a_state_is_a_copy_and_all_there_is():
 def test_questions_have_ids_of_their_own():
   memory = Questions()
   memory.visit(group(1))
-  with pytest.raises(errors.RunError, match="this one has none: 'question '; the environment must"):
+  with pytest.raises(errors.RunError, match="Task.id, and '' is that of none, 'question ' for one"):
     memory.visit(group(1, task=""))
   (other,) = group(1)
   other.task = dataclasses.replace(other.task, prompt="another one")
-  with pytest.raises(errors.RunError, match="have the id 'a', one of them 'another one'"):
+  with pytest.raises(errors.RunError, match="and 'a' is that of two, 'another one' for one"):
     memory.visit([other])
+  check_ids(r.task for r in group(1, 0) + group(1, task="b"))
+  with pytest.raises(ValueError, match="and 'a' is that of two, 'another one' for one"):
+    check_ids(r.task for r in [*group(1), other])
 
 
 def test_a_generator_asks_its_first_questions_again():
@@ -280,6 +283,16 @@ def test_a_memory_that_would_be_of_no_use_is_refused(tmp_path, capsys, more, sai
   assert run(tmp_path, *more) == 2
   lines = capsys.readouterr().err.splitlines()
   assert [said in line for line in lines if not line.startswith("work directory: ")] == [True]
+
+
+def test_rows_with_one_id_are_refused_before_the_run(tmp_path, capsys):
+  rows = [{"idx": 7, "question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in (1, 2)]
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  args = ["--config=configs/math_qa.py:method=drift,local", "--config.train.updates_per_batch=1"]
+  sources = f"--config.data.sources=('train={path}', 'test={path}')"
+  assert run(tmp_path / "run", *args, sources) == 2
+  assert "Task.id, and 'math/train/7' is that of two, 'What is 2 + 1?" in capsys.readouterr().err
 
 
 def test_the_threshold_of_the_context_is_that_of_memory_and_route():

@@ -274,6 +274,19 @@ def test_rows_and_generators_do_not_mix(two):
     with_rows(MathQA(), two, splits=("train",), on_bad_row="ignore")
 
 
+def test_a_column_of_hints_is_in_the_data_of_any_task(tmp_path):
+  row = {"question": "1 + 1?", "answer": "#### 2"}
+  lines = [row | {"hint": "Count."}, row, row | {"hint": ""}, row | {"hint": 3}]
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
+  env = with_rows(MathQA(), (f"train={path}",), splits=("train",))
+  hints = [env.task("train", i).data.get("hint") for i in range(3)]
+  assert hints == ["Count.", None, None]
+  path.write_text(json.dumps(lines[3]) + "\n")
+  with pytest.raises(ValueError, match="line 1: the hint is of type int: '3'"):
+    with_rows(MathQA(), (f"train={path}",), splits=("train",))
+
+
 def test_an_environment_says_what_a_response_does_with_rows_as_without(two):
   class Knows(MathQA):
     def behaviour(self, task, response):

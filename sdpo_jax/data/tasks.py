@@ -16,7 +16,8 @@ unless SPLIT= names one. Examples:
 Rows become tasks by the environment's `task_from_row`, all at once when the source is opened, and
 stay in memory. A malformed row is an error there, with file, line and field, before anything is
 trained; or it is skipped and counted. So is a question that is too long for the run. A row for
-which `task_from_row` returns None (outside a window of dates) is not part of the set.
+which `task_from_row` returns None (outside a window of dates) is not part of the set. A column
+`hint` goes into `Task.data` of any environment.
 
 The stream is grain's. It draws from the sources of a split by weight (equal by default), each
 shuffled anew in each pass, and deals the questions to the processes in turn. Its position is
@@ -82,6 +83,8 @@ class RowEnv:
   def _task_from_row(self, row: dict, split: str) -> Task | None:
     task = self.env.task_from_row(row, split)
     if task is not None:
+      if row.get("hint"):  # of whatever environment; a teacher may read it
+        task = dataclasses.replace(task, data={"hint": row["hint"]} | task.data)
       _check_texts(task)
       if self._check is not None:
         self._check(task)
@@ -251,8 +254,9 @@ def _tasks(
 
 def _check_texts(task: Task) -> None:
   """Raises ValueError for a task without a question, or with what no tokenizer can read."""
-  for name in ("prompt", "system", "solution"):
-    text = getattr(task, name)
+  texts = {name: getattr(task, name) for name in ("prompt", "system", "solution")}
+  texts["hint"] = task.data.get("hint")
+  for name, text in texts.items():
     if text is None and name != "prompt":
       continue
     if not isinstance(text, str):

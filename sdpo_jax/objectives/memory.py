@@ -16,9 +16,11 @@ successes of earlier visits. Source: DRIFT, arXiv 2606.30345, sections 3.2 and 3
   * Equal texts are kept once, and of equal rewards the one kept longest goes (decided here).
   * A response that was not judged does not count. A visit without any verdict is none.
 
-Errors: RunError for a question without an id, and for one id with two prompts.
+Errors: for a question without an id, and for one id with two prompts, ValueError where the
+questions are known before the run (`check_ids`), else RunError.
 """
 
+from collections.abc import Iterable
 import dataclasses
 import math
 from typing import Any, NamedTuple, Protocol
@@ -111,7 +113,10 @@ class Questions:
 
   def visit(self, group: list[Rollout]) -> Standing:
     task = group[0].task
-    known, earlier = self._recalled(task), self._solutions.get(task.id, ())
+    known = self._known.get(task.id) or Known(_checksum(task), 0.0, 0)
+    earlier = self._solutions.get(task.id, ())
+    if _is_mistaken(task, known.prompt):
+      raise RunError(_mistake(task))
     judged = [r for r in group if _is_judged(r)]
     if judged:
       successes = [r for r in judged if r.feedback.reward >= self._success_threshold]
@@ -136,22 +141,6 @@ class Questions:
       task_id: tuple(Solution(*s) for s in solutions) for task_id, solutions in state["solutions"]
     }
     self._bytes = sum(map(_bytes, self._solutions.values()))
-
-  def _recalled(self, task: Task) -> Known:
-    """What is known of a question before this visit. RunError where its id does not tell it."""
-    if not task.id:
-      raise RunError(
-        f"config.method.memory tells questions by Task.id, and this one has none: "
-        f"{task.prompt[:80]!r}; the environment must give every question an id of its own"
-      )
-    prompt = zlib.crc32(f"{task.system}\n{task.prompt}".encode(errors="replace"))
-    known = self._known.get(task.id, Known(prompt, 0.0, 0))
-    if known.prompt != prompt:
-      raise RunError(
-        f"config.method.memory tells questions by Task.id, and two of them have the id "
-        f"{task.id!r}, one of them {task.prompt[:80]!r}; the environment must give each its own"
-      )
-    return known
 
   def _after(self, known: Known, pass_rate: float) -> Known:
     """What is known of a question after a visit with this share of successes."""
@@ -191,6 +180,31 @@ class Questions:
     while self._bytes > self._most_bytes:
       longest_ago = next(iter(self._solutions))
       self._bytes -= _bytes(self._solutions.pop(longest_ago))
+
+
+def check_ids(tasks: Iterable[Task]) -> None:
+  """Raises ValueError for a question without an id, and for two with one id."""
+  prompts: dict[str, int] = {}
+  for task in tasks:
+    if _is_mistaken(task, prompts.setdefault(task.id, _checksum(task))):
+      raise ValueError(_mistake(task))
+
+
+def _is_mistaken(task: Task, prompt: int) -> bool:
+  """Tells whether an id does not tell which question it is. prompt: that of the same id."""
+  return not task.id or prompt != _checksum(task)
+
+
+def _mistake(task: Task) -> str:
+  return (
+    f"config.method.memory tells questions by Task.id, and {task.id!r} is that of "
+    f"{'two' if task.id else 'none'}, {task.prompt[:80]!r} for one: "
+    "the environment must give each an id of its own"
+  )
+
+
+def _checksum(task: Task) -> int:
+  return zlib.crc32(f"{task.system}\n{task.prompt}".encode(errors="replace"))
 
 
 def _is_judged(rollout: Rollout) -> bool:

@@ -99,8 +99,8 @@ class Drift:
 class RephraseOrHint:
   """Shows a success its own response, to be said in other words, and a failure a hint.
 
-  The hint is `hint` in the task's data; without one, the task's solution; without that, the first
-  success of the group.
+  The hint is `hint` in the task's data, which a column of that name fills (data/tasks.py). Without
+  one it is the task's solution, and without that the first success of the group.
 
   rephrase: the whole message that a success reads, with {prompt} and {solution}.
   hint: how a hint stands in the message, with {text}.
@@ -121,7 +121,7 @@ class RephraseOrHint:
       own = without_thinking(rollout.text)
       return Context(own, templates=self.templates) if own else None
     if task.data.get("hint"):
-      return Context(str(task.data["hint"]), templates=self._hint)
+      return Context(task.data["hint"], templates=self._hint)
     solution = without_thinking(task.solution or "")
     successes = _successes(group, i, self.success_threshold)
     if not solution and successes:
