@@ -207,6 +207,29 @@ def test_the_loss_by_hand():
     assert float(loss_of(method, (signals,), routed)) == pytest.approx(want, abs=1e-6)
 
 
+def test_h2sd_by_hand():
+  """A success has A clip(e^gap, 1 +- 0.2) on each token, a failure its divergence; one divisor."""
+  batch, old = two_responses()  # lengths 1 and 3, advantages 1 and -1
+  batch = with_teacher(batch, np.ones(2, np.float32))
+  batch = batch._replace(route_B=np.array([0, 1], np.float32), control={"credit": np.float32(1.0)})
+  method = build.build_method(build.method_row("h2sd"))
+  divergence = jnp.asarray([[9.0, 0, 0], [0.1, 0.2, 0.6]])
+  for gap, factor in ((0.1, np.exp(0.1)), (-0.1, np.exp(-0.1)), (3.0, 1.2), (-3.0, 0.8)):
+    signals = Signals(jnp.asarray(old), jnp.zeros((2, 3)), divergence, jnp.asarray(old) + gap)
+    assert float(loss_of(method, (signals,), batch)) == pytest.approx((0.9 - factor) / 4, abs=1e-6)
+
+
+def test_a_batch_of_h2sd():
+  task = Task("t/0", "Write f.", data={"hint": "Think."})
+  group = [dataclasses.replace(r, task=task) for r in (GROUP[0], GROUP[2])]
+  _, p = packed("h2sd", [group])
+  rows = [p.rollouts.index(r) for r in group]
+  assert p.batch.route_B[rows].tolist() == [0, 1]
+  assert p.batch.readings[0].weight_B[rows].tolist() == [1, 1]
+  assert [p.contexts[0][b].solution for b in rows] == ["the long one", "Think."]
+  assert p.metrics["route/distilled"] == 0.5 and p.metrics["route/neither"] == 0
+
+
 # ---- the gate ------------------------------------------------------------------------------------
 
 

@@ -93,6 +93,20 @@ METHODS: dict[str, dict] = {
   # The same with its rhythm gate, section 3.3 (rhythm.py).
   "drift_gate": _DRIFT
   | dict(teacher_context=dict(name="drift", medium_successes=True), credit=dict(name="rhythm")),
+  # H2SD, arXiv 2607.18955, section 4.2: a success gets RLSD's credit from a teacher that is to
+  # rephrase it, a failure the reverse KL to one that reads a hint. Decided here: both over all
+  # tokens, the whole vocabulary, and the importance weights of SDPO.
+  "h2sd": _SDPO
+  | dict(
+    policy_share="routed",
+    teacher_context=dict(name="rephrase_or_hint"),
+    teacher_weights=dict(name="frozen"),
+    token_signal=dict(name="divergence", alpha=1.0),
+    advantage=_NORMALIZED,
+    surrogate=_SYMMETRIC_CLIP,
+    credit=dict(name="rlsd", share=1.0, share_end=1.0, epsilon=0.2),
+    route=dict(name="outcome"),
+  ),
   # SC-SDPO, arXiv 2605.27765: questions count by the spread of their rewards.
   "sc_sdpo": _SDPO
   | dict(
