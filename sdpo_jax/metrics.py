@@ -37,7 +37,9 @@ MACHINE = ("time*", "perf/*", "*per_s*")
 
 
 def reduce(metrics) -> dict[str, float | int]:
-  """Turns Ratios into means, Histograms into 99th percentiles, others into numbers of Python.
+  """Turns Ratios into means, Histograms into percentiles, others into numbers of Python.
+
+  The name of a Histogram ends in the percentile: `train/rollout_gap_p99`.
 
   Values that are missing, empty or not finite are left out. The order of the keys is kept.
   """
@@ -46,7 +48,7 @@ def reduce(metrics) -> dict[str, float | int]:
     if isinstance(value, Ratio):
       value = value.mean
     elif isinstance(value, Histogram):
-      value = value.quantile(0.99)
+      value = value.quantile(int(name.rpartition("p")[2]) / 100)
     if value is None:
       continue
     value = np.asarray(value).item()

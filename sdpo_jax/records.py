@@ -228,30 +228,36 @@ class Segment(NamedTuple):
   completion: Completion
 
 
-BINS = 128  # of a Histogram
-LEAST = 1e-6  # the end of its bin 0; each further one ends at STEP times the end of the one before
-STEP = 10 ** (1 / 16)
+LEAST = 1e-6  # the end of a Histogram's bin 0
+DECADES = 8  # from there to the end of its last bin
 
 
 class Histogram(NamedTuple):
   """A metric as counts of values >= 0, of which quantiles are taken.
 
-  Micro-batches and hosts add up exactly.
+  Micro-batches and hosts add up exactly. The bins are equally wide on a logarithmic scale over
+  DECADES decades, so that their number says how fine they are.
   """
 
-  count_X: Any  # whole numbers, BINS of them
+  count_X: Any  # whole numbers; the last bin holds all that lies above it too
 
   def quantile(self, share: float) -> float | None:
-    """Returns the end of the bin that holds the quantile: at most a sixth above it.
+    """Returns the end of the bin that holds the quantile, at most one bin above it.
 
-    None where nothing was counted.
+    A bin's end is a sixth above its beginning with 128 bins, and 1 % with 2048. None where nothing
+    was counted.
     """
     total, below = sum(int(count) for count in self.count_X), 0
     for i, count in enumerate(self.count_X):
       below += int(count)
       if total and below >= share * total:
-        return LEAST * STEP**i
+        return LEAST * bin_ratio(len(self.count_X)) ** i
     return None
+
+
+def bin_ratio(bins: int) -> float:
+  """Returns the end of a bin of a Histogram of so many, as a multiple of its beginning."""
+  return 10 ** (DECADES / bins)
 
 
 class Ratio(NamedTuple):

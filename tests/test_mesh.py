@@ -20,12 +20,12 @@ import numpy as np
 import optax
 import pytest
 
-from sdpo_jax import hlo, hosts, metrics, records, sharding
+from sdpo_jax import hlo, hosts, metrics, sharding
 from sdpo_jax.kernels import token_logp
 from sdpo_jax.kernels.distill_kl import distill_kl_sharded
 from sdpo_jax.kernels.distill_kl_sweeps import Inputs
 from sdpo_jax.model import decoder
-from sdpo_jax.objectives import build
+from sdpo_jax.objectives import build, loss
 from sdpo_jax.train_step import (
   forward_pair,
   init_state,
@@ -298,7 +298,7 @@ def test_no_activation_is_gathered_over_the_rows(method):
   assert batch.policy.at_CX.size // 2 // 8 * config.width > tokens
   weights = weight_shapes(config, mesh)
   moved = collectives(compiled_step(mesh, config, method, batch))
-  counts = (records.BINS,)
+  counts = (loss.COARSE,)
   assert not [m for m in moved if math.prod(m[2]) > tokens and m[2] not in {*weights, counts}]
 
 

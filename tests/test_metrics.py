@@ -1,5 +1,6 @@
 """metrics.jsonl, its TensorBoard twin and the progress line: what is written, cut and shown."""
 
+import functools
 import glob
 import io
 import json
@@ -13,8 +14,8 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from sdpo_jax import metrics
-from sdpo_jax.objectives.loss import histogram
-from sdpo_jax.records import STEP, Ratio
+from sdpo_jax.objectives import loss
+from sdpo_jax.records import Ratio, bin_ratio
 from tests.fakes import no_file_beyond
 
 
@@ -48,7 +49,9 @@ def test_reduce():
   assert [type(value) for value in reduced.values()] == [float, int, float, int]
 
 
-def test_quantiles_add_up_over_parts():
+@pytest.mark.parametrize("bins", [loss.COARSE, loss.FINE])
+def test_quantiles_add_up_over_parts(bins):
+  histogram = functools.partial(loss.histogram, bins=bins)
   values = np.random.default_rng(0).lognormal(-4, 2, 4000).astype(np.float32)
   values[:40] = 0.0  # below the first bin
   is_counted = np.arange(len(values)) % 7 > 0
@@ -58,8 +61,9 @@ def test_quantiles_add_up_over_parts():
   assert int(whole.count_X.sum()) == is_counted.sum()
   for share in (0.5, 0.9, 0.99):
     exact = np.quantile(values[is_counted], share, method="inverted_cdf")
-    assert exact <= whole.quantile(share) <= exact * STEP
-  assert metrics.reduce({"a/p99": whole}) == {"a/p99": whole.quantile(0.99)}
+    assert exact <= whole.quantile(share) <= exact * bin_ratio(bins) * 1.0001
+  reduced = metrics.reduce({"a/p99": whole, "a/b_p50": whole})
+  assert reduced == {"a/p99": whole.quantile(0.99), "a/b_p50": whole.quantile(0.5)}
   assert not metrics.reduce({"a/p99": histogram(values, np.zeros(4000, bool))})
 
 

@@ -18,7 +18,8 @@ weighs. A failed response adds D(plain) + sum over readings of weight * D(readin
 With `gate` a token counts only where sign(log q - log pi) is the same in the plain and the further
 reading. The metric `counterfactual/agreement` is the share of such tokens among those with both
 readings, gate or not. In a mixture the further readings are part of the teacher, and there is
-neither this term nor the metric.
+neither this term nor the metric. The further reading of a credit, whose metric it is too, has no
+term.
 
 The normalisers depend on the batch alone. They are taken over the whole batch before it is cut into
 micro-batches, so that the cut changes neither loss nor gradient.
@@ -33,9 +34,12 @@ import jax.numpy as jnp
 
 from sdpo_jax.objectives.build import Method
 from sdpo_jax.objectives.credit import advantages
-from sdpo_jax.objectives.signals import Signals
+from sdpo_jax.objectives.signals import TEACHER_ENTROPY, Signals
 from sdpo_jax.objectives.surrogate import token_mean
-from sdpo_jax.records import BINS, LEAST, STEP, Histogram, Ratio, TrainBatch
+from sdpo_jax.records import LEAST, Histogram, Ratio, TrainBatch, bin_ratio
+
+# of histograms: a sixth a bin, and 1 % a bin where small changes of a quantile decide something
+COARSE, FINE = 128, 2048
 
 
 class Term(NamedTuple):
@@ -175,7 +179,7 @@ def diagnostics(
     "train/entropy": weighted_mean(plain.entropy_BR, batch.weight_BR),
     "train/rollout_kl": weighted_mean(rollout_gap_BR, batch.weight_BR),
     "train/rollout_gap": weighted_mean(jnp.abs(rollout_gap_BR), batch.weight_BR),
-    "train/rollout_gap_p99": histogram(jnp.abs(rollout_gap_BR), batch.weight_BR > 0),
+    "train/rollout_gap_p99": histogram(jnp.abs(rollout_gap_BR), batch.weight_BR > 0, COARSE),
   }
   if method.token_signal is not None:
     weight_BR, _ = plain_weights(method, batch)["distill"]
@@ -188,6 +192,10 @@ def diagnostics(
     metrics["train/credit_change"] = weighted_mean(jnp.abs(change_BR), is_credited_BR)
     metrics["train/teacher_gap"] = weighted_mean(plain.gap_BR, has_reading_BR)
     metrics["train/teacher_gap_abs"] = weighted_mean(jnp.abs(plain.gap_BR), has_reading_BR)
+  if TEACHER_ENTROPY in method.reads:
+    is_read_BR = (batch.weight_BR > 0) & (batch.readings[0].weight_B > 0)[:, None]
+    entropies = histogram(plain.entropy_teacher_BR, is_read_BR, FINE)
+    metrics["train/teacher_entropy_p50"] = entropies
   agreeing, compared = [], []
   for reading, further in zip(batch.readings[1:], signals[1:]):
     weight_BR = batch.weight_BR * reading.weight_B[:, None]
@@ -199,11 +207,12 @@ def diagnostics(
   return metrics
 
 
-def histogram(x_BR: jax.Array, is_counted_BR: jax.Array) -> Histogram:
-  """Counts values >= 0."""
-  place_BR = jnp.floor(jnp.log(x_BR / LEAST) / math.log(STEP) + 1)
-  place_BR = jnp.clip(place_BR, 0, BINS - 1).astype(jnp.int32)
-  counts = jnp.zeros(BINS, jnp.int32).at[place_BR].add(is_counted_BR.astype(jnp.int32))
+def histogram(x_BR: jax.Array, is_counted_BR: jax.Array, bins: int) -> Histogram:
+  """Counts values >= 0; one that rounding has put below 0 counts as 0."""
+  x_BR = jnp.maximum(x_BR, 0.0)
+  place_BR = jnp.floor(jnp.log(x_BR / LEAST) / math.log(bin_ratio(bins)) + 1)
+  place_BR = jnp.clip(place_BR, 0, bins - 1).astype(jnp.int32)
+  counts = jnp.zeros(bins, jnp.int32).at[place_BR].add(is_counted_BR.astype(jnp.int32))
   return Histogram(counts)
 
 
