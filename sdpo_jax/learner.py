@@ -30,15 +30,13 @@ class Learner(NamedTuple):
   def further_readings(self) -> Callable | None:
     """For the packer: (group, i) -> the context and weight of each further reading."""
     if self.method.notes is None:
-      return self.method.teacher_context.further if self.further_count else None
+      return self.method.teacher_context.further if self.method.further_count else None
     return functools.partial(further_readings, self.method.notes, self.method.teacher_context)
 
   @property
   def further_count(self) -> int:
     """Further readings by the teacher of each batch."""
-    if self.method.notes is not None:
-      return self.method.notes.further_count
-    return getattr(self.method.teacher_context, "further_count", 0)
+    return self.method.further_count
 
 
 def make_learner(c, model: ModelConfig, join: Callable | None = None) -> Learner:

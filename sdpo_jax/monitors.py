@@ -95,7 +95,8 @@ class Trends:
     self._first, self._last = steps[:WINDOW], steps[-WINDOW:]
     reward = self.means("train/reward")
     self.better = reward is not None and reward[1] > reward[0] + 0.02
-    self.has_teacher = any("train/loss_distill" in line for line in self._last)
+    of_teacher = {"train/loss_distill", "train/credit_change"}
+    self.has_teacher = any(of_teacher & line.keys() for line in self._last)
 
   def means(self, name: str) -> tuple[float, float] | None:
     """Returns a metric's mean over the first and over the last window; None if one has none."""

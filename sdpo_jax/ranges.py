@@ -158,6 +158,15 @@ RANGES = {
   "method.token_weight.rollout_is_clip": _CLIP,
   "method.advantage.epsilon": _above(0, 1),  # at 0 a group of equal rewards would divide by 0
   "method.advantage.clip": _CLIP,
+  "method.credit.share": Range(0, 1),
+  "method.credit.share_end": Range(0, 1),
+  "method.credit.share_steps": _whole(0, remark="; 0: share_end from the first step on"),
+  "method.credit.epsilon": Range(0, 1),  # beyond it a weight turns the sign of an advantage
+  "method.credit.warmup_steps": _COUNT,
+  "method.credit.entropy_floor": _above(0, 1),
+  "method.credit.threshold": Range(0, 1000),
+  "method.credit.rate": Range(0, 1_000_000),
+  "method.credit.depth": Range(0, 1, below=True),  # at 1 a token could lose all of its weight
   "method.surrogate.low": Range(0, 1),  # ratios are held above 1 - low
   "method.surrogate.high": Range(0),
   "method.surrogate.rollout_is_clip": _CLIP,

@@ -249,8 +249,11 @@ class _LengthCheck:
     self._rendered_roles: set[tuple[str, ...]] = set()
     # The shortest prompt that the teacher can have: all that may be shortened is left out.
     self._empty_context = None
-    if method is not None and c.method.teacher_context.name != "none":
-      self._empty_context = Context(templates=getattr(method.teacher_context, "templates", ()))
+    if method is not None and method.needs_teacher:
+      self._empty_context = Context(
+        templates=getattr(method.teacher_context, "templates", ()),
+        remark=getattr(method.teacher_context, "remark", ""),
+      )
 
   def check(self, task: Task) -> None:
     """Raises ValueError for a question that is too long for one of its readers.

@@ -138,7 +138,7 @@ def toy_batch(
     route_B=np.zeros(rows, np.float32),
     logp_rollout_BR=zeros_BR.copy(),
     logp_old_BR=zeros_BR.copy(),
-    control={"teacher_weights": np.float32(0.05)},
+    control={"teacher_weights": np.float32(0.05), "credit": np.float32(0.5)},
   )
   policy, teacher = Texts([], []), Texts([], [])
   for b in range(rows):

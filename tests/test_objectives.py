@@ -517,7 +517,8 @@ def test_rewards_that_are_not_numbers_change_nothing_else(name):
   without = with_teacher(without, alone.readings[0].weight_B[keep])
 
   def value_and_grad(signals, batch):
-    loss = lambda x: loss_of(method, (Signals(*x[:4], x[4]),), batch)
+    readings = 1 + method.further_count
+    loss = lambda x: loss_of(method, (Signals(*x[:4], x[4]),) * readings, batch)
     return jax.value_and_grad(loss)(jnp.asarray(signals))
 
   (got, got_grad), (want, want_grad) = (
@@ -647,4 +648,5 @@ def test_a_row_that_cannot_be_built_says_why(change, named):
 def test_every_row_builds(name):
   method = build.build_method(build.method_row(name))
   assert {*method._fields, "counterfactual"} >= set(build.AXES)
-  assert method.needs_teacher == (methods.METHODS[name]["token_signal"]["name"] != "none")
+  axes = ("token_signal", "credit")
+  assert method.needs_teacher == any(methods.METHODS[name][x]["name"] != "none" for x in axes)

@@ -92,7 +92,8 @@ def test_another_part_makes_a_working_row_or_one_clear_line(row):
       assert "config.method." in str(error) and "\n" not in str(error)
       continue
     method = build.build_method(c.method.to_dict())
-    assert jnp.isfinite(token_loss(method, (signals,), batch, normalisers(method, batch))[0])
+    readings = (signals,) * (1 + method.further_count)
+    assert jnp.isfinite(token_loss(method, readings, batch, normalisers(method, batch))[0])
     worked += 1
   assert worked >= len(build.AXES)  # its own parts, at least
 

@@ -155,10 +155,10 @@ def _check_choices(d) -> None:
 
 
 def _check_learning(c, arm: str) -> None:
-  if not build_method(c.method.to_dict()).needs_teacher:
+  if build_method(c.method.to_dict()).token_signal is None:
     raise ValueError(
-      f"config.discover.arms holds {arm!r}, but config.method has no teacher to learn from: its "
-      "reward is 0 until the first success; choose one that has"
+      f"config.discover.arms holds {arm!r}, but config.method learns from the reward alone, which "
+      "is 0 until the first success: choose a method with a token signal"
     )
   sources = method_of(c, arm)["counterfactual"].get("sources", ())
   others = sorted(set(sources) - {"siblings"})

@@ -26,9 +26,10 @@ from sdpo_jax.objectives.outcome_context import OUTCOME_CONTEXTS
 from sdpo_jax.objectives.route import ROUTES
 from sdpo_jax.objectives.signals import DIVERGENCE, TOKEN_SIGNALS, Part
 from sdpo_jax.objectives.surrogate import REDUCTIONS, SURROGATES
-from sdpo_jax.objectives.teacher_context import TEACHER_CONTEXTS
+from sdpo_jax.objectives.teacher_context import TEACHER_CONTEXTS, NoTeacher
 from sdpo_jax.objectives.teacher_logits import TEACHER_LOGITS, TeacherLogits
 from sdpo_jax.objectives.teacher_weights import TEACHER_WEIGHTS, TeacherWeights
+from sdpo_jax.objectives.teacher_weights import none as no_weights
 from sdpo_jax.objectives.token_weight import TOKEN_WEIGHTS
 
 AXES: dict[str, dict[str, Any]] = {
@@ -84,6 +85,13 @@ class Method(NamedTuple):
   @property
   def needs_teacher(self) -> bool:
     return bool(self.reads)
+
+  @property
+  def further_count(self) -> int:
+    """The readings by the teacher that each batch has beside the plain one."""
+    if self.notes is not None:
+      return self.notes.further_count
+    return getattr(self.teacher_context, "further_count", 0)
 
   @property
   def compares_further(self) -> bool:
@@ -145,6 +153,9 @@ def build_method(row: dict) -> Method:
     bound["credit"] = None
   complete = row | {axis: complete_part(axis, **row[axis]) for axis in AXES}
   check(complete, bound, notes, reads)
+  if not reads:
+    # of an idle credit: the row is that of its surrogate alone
+    bound["teacher_context"], bound["teacher_weights"] = NoTeacher(), no_weights()
   kernel = None
   if DIVERGENCE in reads:
     kernel = KERNEL_DEFAULTS | {

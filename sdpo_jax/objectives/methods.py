@@ -113,6 +113,48 @@ METHODS: dict[str, dict] = {
     advantage=dict(name="question_spread"),
     token_weight=dict(name="importance", is_clip=2.0, rollout_is_clip=2.0, by_question=True),
   ),
+  # RLSD, arXiv 2604.03128. Decided here: the mean over tokens.
+  "rlsd": _GRPO
+  | dict(
+    advantage=_NORMALIZED,
+    surrogate=_SYMMETRIC_CLIP,
+    teacher_context=dict(name="reference_solution"),
+    teacher_weights=dict(name="frozen"),
+    credit=dict(name="rlsd", share=0.5, share_end=0.0, share_steps=50, epsilon=0.2),
+  ),
+  # RLRT, arXiv 2605.10781, section 5, for base models. Decided here: the success shown is another
+  # one, and a success without another keeps its advantage.
+  "rlrt": _GRPO
+  | dict(
+    advantage=_NORMALIZED,
+    teacher_context=dict(name="feedback_or_solution", feedback="never", only_successes=True),
+    teacher_weights=dict(name="live"),
+    credit=dict(name="rlrt", share=0.5, epsilon=1.0),
+  ),
+  # Anti-SD, arXiv 2605.11609, section 3.2. Decided here: the live policy teaches, for the gate
+  # watches a teacher that grows surer with the policy; normalised advantages, the mean over tokens.
+  "anti_sd": _GRPO
+  | dict(
+    advantage=_NORMALIZED,
+    surrogate=_SYMMETRIC_CLIP,
+    teacher_context=dict(name="solution_and_verdict"),
+    teacher_weights=dict(name="live"),
+    credit=dict(name="anti_sd", share=0.5),
+  ),
+  # CSCR, arXiv 2607.27888, sections 2 and 3. The words are ours; the clip is GRPO's.
+  "cscr": _GRPO
+  | dict(
+    advantage=_NORMALIZED,
+    surrogate=_SYMMETRIC_CLIP,
+    reduction=dict(name="sequence_mean"),
+    teacher_context=dict(
+      name="instruction",
+      text="Every step of the response below is right, and so is its answer.",
+      further_texts=("Every step of the response below is wrong, and so is its answer.",),
+    ),
+    teacher_weights=dict(name="live"),
+    credit=dict(name="cscr", threshold=0.05, rate=10.0, depth=0.2),
+  ),
   # Derived here: notes on what alternatives would have received (notes.py).
   "counterfactual": _SDPO | dict(counterfactual=dict(name="notes")),
   # GRPO as SDPO's paper runs it: no standard deviation, token mean, asymmetric clip.

@@ -13,6 +13,8 @@ Source: templates and rules of SDPO, arXiv 2601.20802 (section 3 and its release
   * The attempt itself is not shown by default (their Table 6: it lowers accuracy from 48.3 to
     44.5).
 `ReferenceSolution` shows the task's own solution instead, as OPSD does (arXiv 2601.18734).
+`SolutionAndVerdict` adds a line that says whether the attempt was right, and `Instruction` shows
+nothing but a text of the method's own.
 
 Templates are settings, in which a name in braces stands for a text. They are split, never
 formatted, and what is put in is not looked at again: braces, backslashes and chat tags in a program
@@ -42,7 +44,7 @@ TEMPLATES = {
 }
 # The names that a template may put in braces; those that are not listed here take {text}.
 TEXTS = {
-  "reprompt": ("prompt", "attempt", "solution", "feedback", "notes"),
+  "reprompt": ("prompt", "attempt", "solution", "feedback", "notes", "remark"),
   "note": ("alternative", "attempt", "feedback"),
 }
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -50,13 +52,14 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """The privileged part of one teacher prompt. Solution, feedback and notes are not all empty."""
+  """The privileged part of one teacher prompt; not all of its texts are empty."""
 
   solution: str = ""
   feedback: str = ""
   attempt: str = ""
   templates: tuple[tuple[str, str], ...] = ()  # those that differ from TEMPLATES
   notes: str = ""  # what alternatives would have received, templates filled in
+  remark: str = ""  # a text of the method's own, which is never shortened
   remembered: bool = False  # the solution is of an earlier visit to the question
 
   def without_texts(self) -> "Context":
@@ -66,7 +69,7 @@ class Context:
   def render(self, question: str) -> str:
     """Returns the teacher's user message: question, context, closing instruction."""
     templates = TEMPLATES | dict(self.templates)
-    texts = {"prompt": question, "notes": self.notes}
+    texts = {"prompt": question, "notes": self.notes, "remark": self.remark}
     for name in ("attempt", "solution", "feedback"):
       text = getattr(self, name)
       texts[name] = fill(templates[name], {"text": text}) if text else ""
@@ -124,7 +127,7 @@ class FeedbackOrSolution:
   demonstration: which success is shown: "first" | "shortest" | "random"; random shows the same one
     whenever the same rollout is looked at.
   feedback: when it is shown: "without_solution" | "always" | "never".
-  only_failures: a success has no teacher.
+  only_failures, only_successes: the other responses have no teacher.
   templates: replaces entries of TEMPLATES.
   """
 
@@ -137,20 +140,28 @@ class FeedbackOrSolution:
     feedback: str = "without_solution",
     show_attempt: bool = False,
     only_failures: bool = False,
+    only_successes: bool = False,
     templates: dict[str, str] = TEMPLATES,
   ):
     _choose("feedback", feedback, ("always", "never", "without_solution"))
     _choose("demonstration", demonstration, ("first", "random", "shortest"))
+    if only_failures and only_successes:
+      raise ValueError(
+        "method.teacher_context.only_failures and only_successes leave nothing to teach: "
+        "set one of them to False"
+      )
     self.success_threshold, self.use_solution = success_threshold, use_solution
     self.demonstration, self.feedback = demonstration, feedback
-    self.show_attempt, self.only_failures = show_attempt, only_failures
+    self.show_attempt = show_attempt
+    self.only_failures, self.only_successes = only_failures, only_successes
     self.templates = changed_templates(templates)
 
   def __call__(self, group: list[Rollout], i: int) -> Context | None:
     rollout = group[i]
     if rollout.feedback.status is Status.ENV_FAILED:
       return None
-    if self.only_failures and self.succeeded(rollout):
+    is_left_out = self.only_failures if self.succeeded(rollout) else self.only_successes
+    if is_left_out:
       return None
     solution = self._solution(group, i) if self.use_solution else ""
     shows_feedback = self.feedback == "always" or (
@@ -196,6 +207,65 @@ class ReferenceSolution:
     return Context(solution, templates=self.templates)
 
 
+class SolutionAndVerdict:
+  """Shows another success of the group, or else the task's own solution, and the attempt's outcome.
+
+  Source: Anti-SD, arXiv 2605.11609. The words are ours. A response whose question has neither a
+  solution of its own nor another success has no teacher.
+  """
+
+  RIGHT = "Your earlier attempt at the question was right."
+  WRONG = "Your earlier attempt at the question was wrong."
+
+  def __init__(self, *, success_threshold: float = 0.5):
+    self.success_threshold = success_threshold
+    self._group = FeedbackOrSolution(success_threshold=success_threshold, feedback="never")
+    self._reference = ReferenceSolution()
+    self.templates = (("reprompt", "{prompt}{solution}\n\n{remark}" + CLOSING),)
+    self.remark = max(self.RIGHT, self.WRONG, key=len)  # the longest there is
+
+  def __call__(self, group: list[Rollout], i: int) -> Context | None:
+    context = self._group(group, i) or self._reference(group, i)
+    if context is None:
+      return None
+    remark = self.RIGHT if self._group.succeeded(group[i]) else self.WRONG
+    return dataclasses.replace(context, remark=remark, templates=self.templates)
+
+
+class Instruction:
+  """Shows the question and a text of the method's own, the same for every response (CRISP, CSCR).
+
+  text: of the plain reading.
+  further_texts: of further readings, one each, for a credit that compares them with the plain one.
+
+  Sources: CRISP, arXiv 2603.05433; CSCR, arXiv 2607.27888.
+  """
+
+  def __init__(self, *, text: str, further_texts: tuple[str, ...] = ()):
+    for setting, value in [("text", text), *(("further_texts", x) for x in further_texts)]:
+      if not value.strip():
+        raise ValueError(
+          f"method.teacher_context.{setting}={value!r} must say something to the teacher"
+        )
+    self.templates = (("reprompt", "{prompt}\n\n{remark}"),)
+    self.further_count = len(further_texts)
+    self.remark = max(text, *further_texts, key=len)  # the longest there is
+    self._text, self._further_texts = text, further_texts
+
+  def __call__(self, group: list[Rollout], i: int) -> Context | None:
+    return self._context(group[i], self._text)
+
+  def further(self, group: list[Rollout], i: int) -> list[tuple[Context, float] | None]:
+    """Returns the context of each further reading of rollout i, with its weight."""
+    contexts = [self._context(group[i], text) for text in self._further_texts]
+    return [None if context is None else (context, 1.0) for context in contexts]
+
+  def _context(self, rollout: Rollout, text: str) -> Context | None:
+    if rollout.feedback.status is Status.ENV_FAILED:
+      return None
+    return Context(remark=text, templates=self.templates)
+
+
 def _choose(setting: str, value: str, choices: tuple[str, ...]) -> None:
   if value not in choices:
     raise ValueError(unknown(f"method.teacher_context.{setting}", value, choices))
@@ -205,4 +275,6 @@ TEACHER_CONTEXTS = {
   "none": NoTeacher,
   "feedback_or_solution": FeedbackOrSolution,
   "reference_solution": ReferenceSolution,
+  "solution_and_verdict": SolutionAndVerdict,
+  "instruction": Instruction,
 }
