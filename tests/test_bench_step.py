@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from sdpo_jax.bench import step
+from sdpo_jax.bench import relative, step
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.objectives import build
@@ -62,7 +62,7 @@ def test_operations_are_those_of_a_step_that_computes_nothing_twice():
   )
   method = build.build_method(build.method_row("sdpo"))
   tx = make_optimizer(**step.OPTIMIZER)
-  batch = step.make_batch(step.lengths_of("equal", 16), V, 2)
+  batch = step.device_batch(model, method, step.lengths_of("equal", 16), 2, "cpu")
   state = jax.eval_shape(
     lambda key: init_state(decoder.init(model, key), tx, keep_teacher=True), jax.random.key(0)
   )
@@ -79,7 +79,29 @@ def test_operations_are_those_of_a_step_that_computes_nothing_twice():
   assert counted == products + blocks * 2 * N * 64 * 64 * H
 
 
-@pytest.mark.parametrize("wrong", ["--cases=huge:equal", "--cases=tiny:odd", "--micro_batches=5"])
+def test_methods_are_compared_on_the_same_texts(monkeypatch):
+  """Each with the readings that it has; sdpo is there whether asked for or not, and 1."""
+  sizes = dict(width=16, layers=1, heads=2, kv_heads=1, head_dim=8, ff_width=32, vocab=97)
+  monkeypatch.setitem(step.SHAPES, "tiny", sizes)
+  request = dict(device="cpu", responses=8, micro_batches=1, remat="none", repeats=2)
+  methods = ["grpo", "cscr"]
+  result = relative.measure(case="tiny:equal", **request, methods=methods)
+  lines = relative.rows(result)
+  assert [(line["method"], line["readings"]) for line in lines] == [
+    ("sdpo", 1),
+    ("grpo", 0),
+    ("cscr", 2),
+  ]
+  assert lines[0]["relative"] == lines[0]["relative_cpu"] == 1.0
+  assert all(line["relative"] > 0 and line["time_s"] > 0 for line in lines)
+  plain, further = step.make_batch(step.lengths_of("equal", 8), 97, 1, further=1).readings
+  assert plain.rows.token_CPT.shape == further.rows.token_CPT.shape
+  assert not np.array_equal(plain.rows.token_CPT, further.rows.token_CPT)
+
+
+@pytest.mark.parametrize(
+  "wrong", ["--cases=huge:equal", "--cases=tiny:odd", "--micro_batches=5", "--methods=sdop"]
+)
 def test_a_wrong_case_is_named(wrong, capsys):
   with pytest.raises(SystemExit) as stop:
     step.main([wrong])

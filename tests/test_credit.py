@@ -498,7 +498,8 @@ def test_a_resumed_run_repeats_itself(name, tmp_path, monkeypatch):
   )
   assert whole == killed
   steps = whole[1:]
-  assert all(line["train/grad_norm"] > 0 for line in steps)
+  # the groups of step 2 have one outcome each
+  assert [line["train/grad_norm"] > 0 for line in steps[2:]] == [True] * 3
   shares = [line["control/credit"] for line in steps]
   if name == "anti_sd":
     assert shares[:3] == [0, 0, 0] and shares[3] == 0.5

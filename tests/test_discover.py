@@ -397,7 +397,11 @@ def test_batches_on_disk_are_not_sampled_again(tmp_path):
 @pytest.mark.parametrize(
   "config, override, words",
   [
-    ("tinycode.py:method=grpo", "--config.discover.seeds=1", "config.method has no teacher"),
+    (
+      "tinycode.py:method=grpo",
+      "--config.discover.seeds=1",
+      "config.method learns from the reward alone",
+    ),
     ("discover.py:local", "--config.train.updates_per_batch=2", "config.train.updates_per_batch=2"),
     ("discover.py:local", "--config.discover.indices=(3,-1)", "config.discover.indices=(3, -1)"),
     (

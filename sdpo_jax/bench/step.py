@@ -1,7 +1,7 @@
 r"""Measures time and memory of one optimiser step of SDPO on the present device.
 
   python -m sdpo_jax.bench step [--device=cpu|gpu|tpu] [--cases=small:equal,small:heavy,...] \
-      [--micro_batches=1] [--remat=dots] [--json=FILE]
+      [--micro_batches=1] [--remat=dots] [--methods=grpo,rlsd,...] [--json=FILE]
 
 A step is both forward passes, loss, backward pass and update. A case is SHAPE:LENGTHS. Shapes are
 those of SHAPES, with random weights and an EMA teacher. Every case runs in a child process of its
@@ -35,6 +35,9 @@ Units and definitions:
 
 MB = 10^6 bytes.
 
+--methods measures something else instead: the time of a step of each of these rows of
+objectives/methods.py relative to that of `sdpo` (see relative.py).
+
 results/step_cpu.json holds small:equal with --micro_batches=4 and small:heavy with 2, on one core
 of a Xeon at real-time priority. On CPU a batch of SHAPE:equal wants --micro_batches=4, a group
 each: logits of few tokens are kept instead of computed twice.
@@ -43,9 +46,10 @@ each: logits of few tokens are kept instead of computed twice.
 import argparse
 import json
 
-from sdpo_jax.bench import child
+from sdpo_jax.bench import child, relative
 from sdpo_jax.bench.timing import best
-from sdpo_jax.errors import local_path
+from sdpo_jax.errors import local_path, unknown
+from sdpo_jax.objectives.methods import METHODS
 
 # the parent measures nothing: what needs jax is imported in the functions of the child
 
@@ -107,6 +111,7 @@ def main(argv):
   parser.add_argument("--micro_batches", type=int, default=1)
   parser.add_argument("--remat", choices=("none", "dots", "block"), default="dots")
   parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--methods", help="comma-separated names of rows, to compare with sdpo")
   parser.add_argument(
     "--json",
     metavar="FILE",
@@ -117,7 +122,8 @@ def main(argv):
   parser.add_argument("--child", help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
   if args.child:
-    print(json.dumps(_measure(**json.loads(args.child))))
+    request = json.loads(args.child)
+    print(json.dumps(relative.measure(**request) if "methods" in request else _measure(**request)))
     return 0
   cases = (args.cases or CASES[args.device]).split(",")
   for case in cases:
@@ -130,25 +136,31 @@ def main(argv):
     parser.error(
       f"--micro_batches={args.micro_batches} does not divide --responses={args.responses}"
     )
+  shared = dict(
+    device=args.device,
+    responses=args.responses,
+    micro_batches=args.micro_batches,
+    remat=args.remat,
+    repeats=args.repeats,
+  )
+  if args.methods:
+    shared["methods"] = methods = args.methods.split(",")
+    for name in methods:
+      if name not in METHODS:
+        parser.error(f"--methods: {unknown('method', name, sorted(METHODS))}")
   results = []
   for case in cases:
-    result = child.measure(
-      "step",
-      dict(
-        case=case,
-        device=args.device,
-        responses=args.responses,
-        micro_batches=args.micro_batches,
-        remat=args.remat,
-        repeats=args.repeats,
-      ),
-    )
+    result = child.measure("step", dict(case=case, **shared))
     print(json.dumps(result), flush=True)
     results.append(result)
   if args.json:
     with open(args.json, "w") as file:
       json.dump(results, file, indent=1)
-  print(child.table(COLUMNS, results, error_in="time_s"))
+  if args.methods:
+    lines = [line for result in results for line in relative.rows(result)]
+    print(child.table(relative.COLUMNS, lines, error_in="time_s"))
+  else:
+    print(child.table(COLUMNS, results, error_in="time_s"))
   return 1 if any("error" in result for result in results) else 0
 
 
@@ -163,10 +175,11 @@ def lengths_of(kind, responses, seed=0):
   return [(128, 256, int(n)) for n in np.minimum(drawn, 1000)]
 
 
-def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32):
+def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32, further=0):
   """Makes a batch of random tokens with these lengths, packed as training packs them.
 
-  `group` consecutive rows answer one question; share: its prompt stands once a row.
+  `group` consecutive rows answer one question; share: its prompt stands once a row. further: so
+  many more readings by the teacher.
   """
   import numpy as np
 
@@ -188,8 +201,11 @@ def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32):
     return Texts(tokens, starts)
 
   policy, teacher = texts([p for p, _, _ in lengths]), texts([q for _, q, _ in lengths])
-  reading = TeacherReading([Context("a solution")] * B, np.ones(B, np.float32), teacher, 0)
-  responses = Responses(rollouts, np.zeros(B), np.ones(B, np.float32), policy, [reading])
+  readings = []
+  for read in [teacher, *(texts([q for _, q, _ in lengths]) for _ in range(further))]:
+    contexts = [Context("a solution")] * B
+    readings.append(TeacherReading(contexts, np.ones(B, np.float32), read, 0))
+  responses = Responses(rollouts, np.zeros(B), np.ones(B, np.float32), policy, readings)
   longest = max(n for _, _, n in lengths)
   shapes = Shapes((max(policy.starts) + longest, max(teacher.starts) + longest, longest))
   rounding = Rounding(length_multiple, 8)
@@ -216,37 +232,24 @@ def needed_operations(model, method, tx, state, batch):
 def _measure(*, case, device, responses, micro_batches, remat, repeats):
   """Returns the figures of one case, measured in this process."""
   import jax
-  import jax.numpy as jnp
 
-  from sdpo_jax.model.config import ModelConfig
   from sdpo_jax.objectives import build
-  from sdpo_jax.objectives.control import Control
   from sdpo_jax.optimizer import make_optimizer
   from sdpo_jax.train_step import make_signals
 
   shape, kind = case.split(":")
-  on_cpu = device == "cpu"
-  dtype = "float32" if on_cpu else "bfloat16"
-  model = ModelConfig(family="qwen3", qk_norm="head", tied=True, dtype=dtype, **SHAPES[shape])
+  model = model_of(shape, device)
   method = build.build_method(build.method_row("sdpo"))
   tx = make_optimizer(**OPTIMIZER)
   signals = make_signals(model, method, remat=remat)
   lengths = lengths_of(kind, responses)
-  packed = make_batch(
-    lengths,
-    model.vocab,
-    micro_batches,
-    share=device != "tpu",
-    length_multiple=32 if on_cpu else 128,
-  )
-  scalars, _ = Control(method).begin([], 1)
-  batch = jax.tree.map(jnp.asarray, packed._replace(control=scalars))
-  state, step = _compiled_step(model, method, tx, signals, batch)
+  batch = device_batch(model, method, lengths, micro_batches, device)
+  state, step = compiled_step(model, method, tx, signals, batch)
   operations = needed_operations(model, method, tx, state, batch)
   wall_s, cpu_s, state = _time_steps(step, state, batch, repeats)
   peak = _peak_bytes()  # before the programs below
   parts = _time_parts(model, signals, state, batch, micro_batches, repeats)
-  rate = matrix_rate(2048 if on_cpu else 8192, dtype, repeats)
+  rate = matrix_rate(2048 if device == "cpu" else 8192, model.dtype, repeats)
   halves = (batch.policy, batch.readings[0].rows)
   used = sum((half.segment_CPT > 0).sum() for half in halves)
   return dict(
@@ -255,7 +258,7 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
     responses=responses,
     micro_batches=micro_batches,
     remat=remat,
-    dtype=dtype,
+    dtype=model.dtype,
     time_s=wall_s,
     cpu_s=cpu_s,
     tokens_per_s=sum(prompt + response for prompt, _, response in lengths) / wall_s,
@@ -270,7 +273,34 @@ def _measure(*, case, device, responses, micro_batches, remat, repeats):
   )
 
 
-def _compiled_step(model, method, tx, signals, batch):
+def model_of(shape, device):
+  """Returns the decoder of a shape, in the type that a device multiplies in."""
+  from sdpo_jax.model.config import ModelConfig
+
+  dtype = "float32" if device == "cpu" else "bfloat16"
+  return ModelConfig(family="qwen3", qk_norm="head", tied=True, dtype=dtype, **SHAPES[shape])
+
+
+def device_batch(model, method, lengths, micro_batches, device, further=0):
+  """Returns `make_batch` on the device, with what the host decides for a method's first step."""
+  import jax
+  import jax.numpy as jnp
+
+  from sdpo_jax.objectives.control import Control
+
+  packed = make_batch(
+    lengths,
+    model.vocab,
+    micro_batches,
+    share=device != "tpu",
+    length_multiple=32 if device == "cpu" else 128,
+    further=further,
+  )
+  scalars, _ = Control(method).begin([], 1)
+  return jax.tree.map(jnp.asarray, packed._replace(control=scalars))
+
+
+def compiled_step(model, method, tx, signals, batch):
   """Returns a fresh train state and the compiled step, which takes over its state."""
   import jax
 
@@ -278,8 +308,11 @@ def _compiled_step(model, method, tx, signals, batch):
   from sdpo_jax.model import decoder
   from sdpo_jax.train_step import init_state, make_train_step
 
+  weights = method.teacher_weights
+
   def fresh(key):
-    return init_state(decoder.init(model, key), tx, keep_teacher=True)
+    params = decoder.init(model, key)
+    return init_state(params, tx, keep_teacher=weights.keep, teacher_in_float32=weights.in_float32)
 
   step = make_train_step(signals, method, tx)
   with session.released_by_the_compiler():  # as in training
