@@ -137,6 +137,8 @@ RANGES = {
   # at 0 a response without any reward would be a success
   "method.teacher_context.success_threshold": _above(0, 1),
   "method.teacher_context.delta": Range(0, 1),
+  "method.teacher_context.solutions": _whole(1, 1000),
+  "method.teacher_context.failures": _whole(0, 1000),
   "method.teacher_weights.rate": Range(0, 1),
   "method.teacher_weights.period": _COUNT,
   "method.teacher_weights.share": _above(0, 1),
@@ -148,14 +150,21 @@ RANGES = {
   "method.teacher_weights.reward_margin": Range(-1, 1),
   "method.teacher_weights.max_tail": _above(1, 1_000_000),
   "method.teacher_weights.timeout_s": _TIMEOUT_S,
+  "method.teacher_logits.share": Range(0, 1),
+  "method.teacher_logits.share_end": Range(0, 1),
+  "method.teacher_logits.share_steps": _whole(0),
+  "method.teacher_logits.beta": _above(0, 1_000_000),
   "method.token_signal.alpha": Range(
     0, 1, remark=": 0 is KL(teacher || policy), 1 is KL(policy || teacher)"
   ),
   "method.token_signal.top_k": _whole(1, remark=", or None for the whole vocabulary", also=(None,)),
   "method.token_signal.clip": _CLIP,
   "method.token_signal.advantage_clip": _CLIP,
+  "method.token_signal.gamma": Range(0, 1, remark=": the discount of a later token's gap"),
   "method.token_weight.is_clip": _CLIP,
   "method.token_weight.rollout_is_clip": _CLIP,
+  "method.token_weight.gamma": Range(0, 1000),
+  "method.token_weight.share": _above(0, 1),
   "method.advantage.epsilon": _above(0, 1),  # at 0 a group of equal rewards would divide by 0
   "method.advantage.clip": _CLIP,
   "method.credit.share": Range(0, 1),

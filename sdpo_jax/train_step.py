@@ -289,8 +289,11 @@ def virtual_teacher(
   """
   plain = readings[0]
   hidden_XD, head_DV = jax.lax.stop_gradient((plain.policy_hidden_XD, plain.policy_head_DV))
-  scaled = [c * x.teacher_hidden_XE for c, x in zip(of_readings, readings, strict=True)]
-  teacher_XD = functools.reduce(jnp.add, scaled)
+  # Rounded once, after the sum: where the readings agree, most of it cancels.
+  wide = jnp.promote_types(hidden_XD.dtype, jnp.float32)
+  teacher_XD = sum(
+    c * x.teacher_hidden_XE.astype(wide) for c, x in zip(of_readings, readings, strict=True)
+  )
   head_EV = plain.teacher_head_EV
   if of_policy is not None and alone:
     teacher_XD = teacher_XD + of_policy * hidden_XD

@@ -20,6 +20,7 @@ def check(row: dict, parts: Mapping[str, Any], notes: Notes | None, reads: set[s
   parts: the part of each axis, built; reads: what they declare.
   """
   _check_divergence(row["token_signal"])
+  _check_sampled_token(row["token_signal"])
   _check_shares(row)
   _check_teacher(row, reads)
   _check_further(row, parts, notes)
@@ -38,6 +39,20 @@ def _check_divergence(part: dict) -> None:
     raise ValueError(
       f"method.token_signal.advantage_clip={clip!r} must be above 0 and needs alpha=1 (reverse KL) "
       f"and a top_k, not alpha={alpha!r}, top_k={top_k!r}"
+    )
+
+
+def _check_sampled_token(part: dict) -> None:
+  alpha, corrected, baseline = (part.get(key) for key in ("alpha", "corrected", "baseline"))
+  if corrected is False and alpha == 1.0:
+    raise ValueError(
+      "method.token_signal.corrected=False would not be read: with alpha=1.0 (reverse KL) both "
+      "forms are one"
+    )
+  if baseline and alpha != 1.0:
+    raise ValueError(
+      "method.token_signal.baseline=True is known for alpha=1.0 (reverse KL) alone, "
+      f"not for alpha={alpha!r}"
     )
 
 

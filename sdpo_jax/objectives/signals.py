@@ -6,13 +6,15 @@ It is named by the granularity of its credit, as in SDPO (arXiv 2601.20802, sect
   divergence     logit level: D(policy, teacher) over the whole vocabulary (the default),
                  or over the policy's top K entries and a tail
   sampled_token  token level: sg(log pi(y) - log q(y)) * log pi(y),
-                 the score-function form of reverse KL
+                 the score-function form of reverse KL; and such forms of the other divergences
+  return_to_go   the same with what the tokens after it add, discounted
   sequence       the mean token advantage of the response as one scalar:
                  -sg(mean_t (log q - log pi)) * log pi(y)
 
 The teacher carries no gradient in any of them.
 """
 
+import math
 from typing import Callable, NamedTuple
 
 import jax
@@ -80,9 +82,89 @@ def divergence(
   return jnp.minimum(signals.divergence_BR, clip)
 
 
-def sampled_token(signals: Signals, batch: TrainBatch) -> jax.Array:
-  """Weighs the log-probability of each sampled token by how much less the teacher likes it."""
-  return -signals.gap_BR * signals.logp_BR
+def sampled_token(
+  signals: Signals,
+  batch: TrainBatch,
+  *,
+  alpha: float = 1.0,
+  corrected: bool = True,
+  baseline: bool = False,
+) -> jax.Array:
+  """Weighs the log-probability of each sampled token by how much more the teacher likes it.
+
+  alpha: of the divergence whose gradient this has in the mean over the tokens that the policy may
+    sample (OPD+, arXiv 2606.01039, section 3).
+  corrected: without it the value of the divergence is taken as a reward. The mean is then another
+    gradient unless alpha is 1: a control.
+  baseline: subtracts from the gap its mean under the policy, -KL(pi || q), which the kernel knows;
+    the mean stays, the variance falls (vOPD, arXiv 2605.07865). Needs alpha = 1.
+  """
+  gain_BR = token_gain(signals.gap_BR, alpha) if corrected else token_reward(signals.gap_BR, alpha)
+  if baseline:
+    gain_BR = gain_BR + jax.lax.stop_gradient(signals.divergence_BR)
+  return -gain_BR * signals.logp_BR
+
+
+def sampled_token_reads(*, baseline: bool, **_) -> tuple[str, ...]:
+  """Returns what `sampled_token` reads with these settings."""
+  return (TEACHER_LOGP, DIVERGENCE) if baseline else (TEACHER_LOGP,)
+
+
+def token_gain(gap: jax.Array, alpha: float) -> jax.Array:
+  """Returns the advantage of a token whose mean is the gradient of a divergence D.
+
+  For logits z of the policy, sum_v pi_v gain(v) (1[v = j] - pi_j) = -dD/dz_j. With u = q/pi that is
+  u f'(u) - f(u) for D = E_pi f(u): ln u for reverse KL, u for forward KL, and the mixture form's
+  (1 - alpha) ln(1 - alpha + alpha u), which is derived here. The mean of forward KL's, 1, is taken
+  off. A constant does not change the sum, so that of reverse KL is left out.
+
+  gap: ln u. It is held within +-20 where u itself is formed.
+  """
+  if alpha == 1:
+    return gap
+  if alpha == 0:
+    return jnp.expm1(jnp.clip(gap, -20.0, 20.0))
+  return (1.0 - alpha) * _log_mixture(gap, alpha)
+
+
+def token_reward(gap: jax.Array, alpha: float) -> jax.Array:
+  """Returns -f(u), where the divergence is E_pi f(u): what a token takes off it.
+
+  As an advantage its mean is not the gradient of the divergence, since f depends on the policy too;
+  with reverse KL it is.
+  """
+  if alpha == 1:
+    return gap
+  gap = jnp.clip(gap, -20.0, 20.0)
+  if alpha == 0:
+    return -jnp.exp(gap) * gap
+  log_mixture = _log_mixture(gap, alpha)
+  return (1.0 - alpha) * log_mixture - alpha * jnp.exp(gap) * (gap - log_mixture)
+
+
+def _log_mixture(gap: jax.Array, alpha: float) -> jax.Array:
+  """ln(m/pi) of the mixture m = (1 - alpha) pi + alpha q."""
+  gap = jnp.clip(gap, -20.0, 20.0)
+  return jnp.logaddexp(math.log1p(-alpha), math.log(alpha) + gap)
+
+
+def return_to_go(signals: Signals, batch: TrainBatch, *, gamma: float = 0.99) -> jax.Array:
+  """Weighs each sampled token by its gap and those of the tokens after it, discounted.
+
+  The weight is sum over s >= t of gamma^(s - t) gap_s (beta-OPSD, arXiv 2607.28582, eq. 17-25);
+  gamma = 0 is `sampled_token`. The sum begins anew behind a token without a weight: what follows
+  the answer of a tool is another turn's.
+  """
+  counts_BR = batch.weight_BR > 0
+
+  def join(later, earlier):
+    (later_decay, later_sum), (decay, own_sum) = later, earlier
+    return decay * later_decay, own_sum + decay * later_sum
+
+  decay_BR = jnp.where(counts_BR, gamma, 0.0)
+  gap_BR = jnp.where(counts_BR, signals.gap_BR, 0.0)
+  _, return_BR = jax.lax.associative_scan(join, (decay_BR, gap_BR), reverse=True, axis=1)
+  return -return_BR * signals.logp_BR
 
 
 def sequence(signals: Signals, batch: TrainBatch) -> jax.Array:
@@ -93,6 +175,7 @@ def sequence(signals: Signals, batch: TrainBatch) -> jax.Array:
 TOKEN_SIGNALS = {
   "none": Part(None),
   "divergence": Part(divergence, reads=(DIVERGENCE,)),
-  "sampled_token": Part(sampled_token, reads=(TEACHER_LOGP,)),
+  "sampled_token": Part(sampled_token, reads=sampled_token_reads),
+  "return_to_go": Part(return_to_go, reads=(TEACHER_LOGP,)),
   "sequence": Part(sequence, reads=(TEACHER_LOGP,)),
 }
