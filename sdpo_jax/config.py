@@ -279,9 +279,15 @@ def paper(a: types.SimpleNamespace, *, rich_feedback: bool) -> ml_collections.Co
 
 
 def _papers_method(method, a: types.SimpleNamespace, rich_feedback: bool) -> None:
-  """Sets the paper's column of the method; rows with other teachers keep their own settings."""
-  if method.teacher_weights.name == "ema":
+  """Sets the paper's column of the method.
+
+  Rows with other teachers, or with a divergence that is not SDPO's, keep their own settings.
+  """
+  is_papers_teacher = method.teacher_weights.name == "ema"
+  if is_papers_teacher:
     method.teacher_weights.rate = 0.01 if rich_feedback else 0.05
+  papers_signal = build.method_row("sdpo")["token_signal"]
+  if is_papers_teacher and method.token_signal.to_dict() == papers_signal:
     method.token_signal.alpha = 1.0 if rich_feedback else 0.5
     method.token_signal.top_k = a.top_k or None
   elif method.token_signal.name != "divergence":

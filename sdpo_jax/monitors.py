@@ -55,7 +55,8 @@ def copy_rate(rollouts: list[Rollout], contexts, chat: Chat) -> Ratio:
   for rollout, context in zip(rollouts, contexts):
     if context is None:
       continue
-    readable = ngrams_of(context.solution) | ngrams_of(context.feedback)
+    shown = (context.solution, context.more_solutions, context.feedback)
+    readable = frozenset().union(*map(ngrams_of, shown))
     of_question = set(ngrams(rollout.prompt_tokens))
     of_response = ngrams(rollout.tokens)
     copied += sum(gram in readable and gram not in of_question for gram in of_response)

@@ -1,7 +1,7 @@
 """Renders the teacher's prompt: the question with its context, shortened where there is no room.
 
-The feedback gives way before the solution does. The question, the closing instruction and the
-header of the assistant's turn are never touched.
+The feedback gives way before the solution does, and peers' failures before their successes. The
+question, the closing instruction and the header of the assistant's turn are never touched.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from sdpo_jax.objectives.teacher_context import Context
 
 CUT = "\n[...]\n"
 # The fields of a context that may be shortened, in this order.
-SHORTENED_FIRST = ("notes", "attempt", "feedback", "solution")
+SHORTENED_FIRST = ("notes", "attempt", "failures", "feedback", "more_solutions", "solution")
 
 
 def shorten(text: str, keep: int) -> str:
@@ -35,11 +35,17 @@ def teacher_prompt(
 ) -> tuple[list[int], bool]:
   """Returns the tokens of the teacher's prompt, and whether a text of it had to be shortened.
 
-  The user's last message carries the context. TaskError if the prompt is too long even without it.
+  The user's last message carries the context. Where the context hides the question, what was said
+  before it goes too; system messages stay. TaskError if the prompt is too long even without the
+  context.
   """
   *earlier, question = messages
+  if context.question == "hidden":
+    earlier = [message for message in earlier if message["role"] == "system"]
 
   def render(c: Context) -> list[int]:
+    if c.question == "alone":
+      return chat.prompt_tokens(messages)
     last = question | {"content": c.render(question["content"])}
     return chat.prompt_tokens([*earlier, last], teacher=True)
 

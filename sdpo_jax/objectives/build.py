@@ -18,22 +18,22 @@ from sdpo_jax import ranges
 from sdpo_jax.errors import unknown
 from sdpo_jax.objectives.advantage import ADVANTAGES
 from sdpo_jax.objectives.checks import check
+from sdpo_jax.objectives.contexts import TEACHER_CONTEXTS
 from sdpo_jax.objectives.credit import CREDITS, Credit
 from sdpo_jax.objectives.memory import MEMORIES, Memory
 from sdpo_jax.objectives.methods import METHODS
 from sdpo_jax.objectives.notes import COUNTERFACTUALS, Notes
-from sdpo_jax.objectives.outcome_context import OUTCOME_CONTEXTS
 from sdpo_jax.objectives.route import ROUTES
 from sdpo_jax.objectives.signals import DIVERGENCE, TOKEN_SIGNALS, Part
 from sdpo_jax.objectives.surrogate import REDUCTIONS, SURROGATES
-from sdpo_jax.objectives.teacher_context import TEACHER_CONTEXTS, NoTeacher
+from sdpo_jax.objectives.teacher_context import NoTeacher
 from sdpo_jax.objectives.teacher_logits import TEACHER_LOGITS, TeacherLogits
 from sdpo_jax.objectives.teacher_weights import TEACHER_WEIGHTS, TeacherWeights
 from sdpo_jax.objectives.teacher_weights import none as no_weights
 from sdpo_jax.objectives.token_weight import TOKEN_WEIGHTS
 
 AXES: dict[str, dict[str, Any]] = {
-  "teacher_context": TEACHER_CONTEXTS | OUTCOME_CONTEXTS,
+  "teacher_context": TEACHER_CONTEXTS,
   "teacher_weights": TEACHER_WEIGHTS,
   "teacher_logits": TEACHER_LOGITS,
   "token_signal": TOKEN_SIGNALS,

@@ -1,8 +1,7 @@
 """METHODS: a method is a row of parts. A new method is a new row, and at most one new function.
 
   axis             what it decides                                      table
-  teacher_context  what the teacher reads (host: text)                  teacher_context.py,
-                                                                        outcome_context.py
+  teacher_context  what the teacher reads (host: text)                  contexts.py
   teacher_weights  which weights teach, and how they follow the policy  teacher_weights.py
   teacher_logits   a teacher made of several readings' logits           teacher_logits.py
   token_signal     what a re-scored token contributes                   signals.py
@@ -66,19 +65,29 @@ _DRIFT = (
   )
 )
 
+_OPSD = _SDPO | dict(
+  teacher_context=dict(name="reference_solution"),
+  teacher_weights=dict(name="frozen"),
+  token_weight=dict(name="uniform"),
+)
+_SAMPLED = dict(token_signal=dict(name="sampled_token"))
+
 METHODS: dict[str, dict] = {
   # SDPO, arXiv 2601.20802.
   "sdpo": _SDPO,
   # Its blend with GRPO; policy_share is the paper's lambda.
   "sdpo_blend": _SDPO | _GRPO_TERM | dict(policy_share=0.9),
   # OPSD, arXiv 2601.18734: the frozen initial model reads the task's own solution.
-  "opsd": _SDPO
+  "opsd": _OPSD | dict(token_signal=dict(name="divergence", alpha=0.5, clip=0.05)),
+  # beta-OPSD, arXiv 2607.28582, section 4: OPSD with a teacher between policy and reading, and
+  # returns to go. Decided here: OPSD's frozen weights read, and its token mean adds up.
+  "beta_opsd": _OPSD
   | dict(
-    teacher_context=dict(name="reference_solution"),
-    teacher_weights=dict(name="frozen"),
-    token_signal=dict(name="divergence", alpha=0.5, clip=0.05),
-    token_weight=dict(name="uniform"),
+    teacher_logits=dict(name="tilt"),
+    token_signal=dict(name="return_to_go", gamma=0.99),
   ),
+  # The PMI target, arXiv 2607.02234, section 4, without its tanh.
+  "pmi": _OPSD | dict(teacher_context=dict(name="pmi"), teacher_logits=dict(name="pmi")),
   # SRPO, arXiv 2604.02288: failures get the token signal, successes the surrogate.
   "srpo": _SDPO
   | _GRPO_TERM
@@ -154,6 +163,29 @@ METHODS: dict[str, dict] = {
     ),
     teacher_weights=dict(name="live"),
     credit=dict(name="cscr", threshold=0.05, rate=10.0, depth=0.2),
+  ),
+  # DistIL, arXiv 2606.05152, without its future term, whose estimator is not printed: forward KL.
+  "sdpo_forward_kl": _SDPO | dict(token_signal=dict(name="divergence", alpha=0.0)),
+  # MOPD, arXiv 2605.12652, section 4: two successes and a failure of peers.
+  "mopd": _SDPO | dict(teacher_context=dict(name="peers")),
+  # OPD+, arXiv 2606.01039, section 3: JSD's gradient from the sampled token alone.
+  "opd_plus": _SDPO | dict(token_signal=dict(name="sampled_token", alpha=0.5)),
+  # vOPD, arXiv 2605.07865: reverse KL's, with the baseline that is known in closed form. Decided
+  # here: the teacher is SDPO's, and no task's reward is added.
+  "vopd": _SDPO | dict(token_signal=dict(name="sampled_token", baseline=True)),
+  # Position weights, arXiv 2606.22600, section 4; the teacher is SDPO's (decided here).
+  "position": _SDPO | _SAMPLED | dict(token_weight=dict(name="prefix_gap", gamma=0.5)),
+  # The same paper's Prefix-30.
+  "prefix_30": _SDPO | _SAMPLED | dict(token_weight=dict(name="first_share", share=0.3)),
+  # dGRPO, arXiv 2605.12227, eq. 6, times 2/3: L_PG + 0.5 KL(pi || q). Its sequence mean is that of
+  # the surrogate alone, and the teacher is SDPO's (decided here).
+  "dgrpo": _SDPO
+  | dict(
+    token_signal=dict(name="divergence", alpha=1.0),
+    advantage=_NORMALIZED,
+    surrogate=_SYMMETRIC_CLIP,
+    reduction=dict(name="sequence_mean"),
+    policy_share=2 / 3,
   ),
   # Derived here: notes on what alternatives would have received (notes.py).
   "counterfactual": _SDPO | dict(counterfactual=dict(name="notes")),

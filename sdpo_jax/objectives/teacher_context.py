@@ -14,7 +14,8 @@ Source: templates and rules of SDPO, arXiv 2601.20802 (section 3 and its release
     44.5).
 `ReferenceSolution` shows the task's own solution instead, as OPSD does (arXiv 2601.18734).
 `SolutionAndVerdict` adds a line that says whether the attempt was right, and `Instruction` shows
-nothing but a text of the method's own.
+nothing but a text of the method's own. Further contexts have files of their own; `contexts.py`
+lists all.
 
 Templates are settings, in which a name in braces stands for a text. They are split, never
 formatted, and what is put in is not looked at again: braces, backslashes and chat tags in a program
@@ -33,9 +34,12 @@ SOLUTION = "\nCorrect solution:\n\n"
 FEEDBACK = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
 CLOSING = "\n\nCorrectly solve the original question."
 TEMPLATES = {
-  "reprompt": "{prompt}{attempt}{solution}{feedback}{notes}" + CLOSING,
+  "reprompt": "{prompt}{attempt}{solution}{more_solutions}{failures}{feedback}{notes}" + CLOSING,
   "attempt": "\nYour earlier attempt:\n\n{text}",
   "solution": SOLUTION + "{text}",
+  # of `objectives/contexts_peers.py`
+  "more_solution": "\nAnother correct solution:\n\n{text}",
+  "failure": "\nA wrong answer, which does not solve the question:\n\n{text}",
   "feedback": FEEDBACK + "{text}",
   # of `objectives/notes.py`
   "note": (
@@ -44,7 +48,16 @@ TEMPLATES = {
 }
 # The names that a template may put in braces; those that are not listed here take {text}.
 TEXTS = {
-  "reprompt": ("prompt", "attempt", "solution", "feedback", "notes", "remark"),
+  "reprompt": (
+    "prompt",
+    "attempt",
+    "solution",
+    "more_solutions",
+    "failures",
+    "feedback",
+    "notes",
+    "remark",
+  ),
   "note": ("alternative", "attempt", "feedback"),
 }
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -52,7 +65,7 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """The privileged part of one teacher prompt; not all of its texts are empty."""
+  """The privileged part of one teacher prompt."""
 
   solution: str = ""
   feedback: str = ""
@@ -60,6 +73,10 @@ class Context:
   templates: tuple[tuple[str, str], ...] = ()  # those that differ from TEMPLATES
   notes: str = ""  # what alternatives would have received, templates filled in
   remark: str = ""  # a text of the method's own, which is never shortened
+  more_solutions: str = ""  # beside the first one, templates filled in
+  failures: str = ""  # wrong answers to the question, templates filled in
+  # "shown"; "hidden": it stands nowhere in the prompt; "alone": the prompt is the policy's own
+  question: str = "shown"
   remembered: bool = False  # the solution is of an earlier visit to the question
 
   def without_texts(self) -> "Context":
@@ -68,8 +85,12 @@ class Context:
 
   def render(self, question: str) -> str:
     """Returns the teacher's user message: question, context, closing instruction."""
+    if self.question == "alone":
+      return question
     templates = TEMPLATES | dict(self.templates)
-    texts = {"prompt": question, "notes": self.notes, "remark": self.remark}
+    texts = {"prompt": "" if self.question == "hidden" else question}
+    for name in ("notes", "more_solutions", "failures", "remark"):
+      texts[name] = getattr(self, name)
     for name in ("attempt", "solution", "feedback"):
       text = getattr(self, name)
       texts[name] = fill(templates[name], {"text": text}) if text else ""
@@ -269,12 +290,3 @@ class Instruction:
 def _choose(setting: str, value: str, choices: tuple[str, ...]) -> None:
   if value not in choices:
     raise ValueError(unknown(f"method.teacher_context.{setting}", value, choices))
-
-
-TEACHER_CONTEXTS = {
-  "none": NoTeacher,
-  "feedback_or_solution": FeedbackOrSolution,
-  "reference_solution": ReferenceSolution,
-  "solution_and_verdict": SolutionAndVerdict,
-  "instruction": Instruction,
-}

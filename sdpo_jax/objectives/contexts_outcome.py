@@ -146,6 +146,3 @@ def _entropy(rollout: Rollout) -> float:
   if rollout.weight is not None:
     logp = logp[np.array(rollout.weight) > 0]
   return -float(logp.mean()) if len(logp) else 0.0
-
-
-OUTCOME_CONTEXTS = {"drift": Drift, "rephrase_or_hint": RephraseOrHint}
