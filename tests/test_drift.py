@@ -10,9 +10,9 @@ import pytest
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.shapes import Shapes
 from sdpo_jax.objectives import build
+from sdpo_jax.objectives.contexts_outcome import Drift, RephraseOrHint
 from sdpo_jax.objectives.credit import advantages
 from sdpo_jax.objectives.memory import Standing
-from sdpo_jax.objectives.contexts_outcome import Drift, RephraseOrHint
 from sdpo_jax.objectives.rhythm import Rhythm
 from sdpo_jax.objectives.route import Drift as DriftRoute
 from sdpo_jax.objectives.route import Lot, Outcome
