@@ -218,6 +218,8 @@ class FeedbackOrSolution:
 class ReferenceSolution:
   """Shows the task's own solution, where it has one (OPSD)."""
 
+  needs_solution = True
+
   def __init__(self, *, templates: dict[str, str] = TEMPLATES):
     self.templates = changed_templates(templates)
 

@@ -1,0 +1,88 @@
+"""The page of methods: `python -m sdpo_jax.objectives.methods` prints it, and the README shows it.
+
+What a row changes, and what it needs, is read off the rows. Where a row comes from, and how
+faithful it is, stands beside it in `methods.ABOUT`.
+"""
+
+from typing import Iterator
+
+from sdpo_jax.objectives.build import AXES, build_method, complete_part, method_row
+from sdpo_jax.objectives.methods import ABOUT, METHODS
+
+# A row is told by what it changes against one of these, whichever is nearer; the second against the
+# first.
+BASES = ("sdpo", "grpo")
+HEADER = "| method | changes | needs | arXiv | decided here |\n|---|---|---|---|---|\n"
+FOOTER = (
+  "\nA row without an entry in the last column is exact to its paper. None has been measured at "
+  "scale by\nthis project; what each does on TinyCode is in RESULTS.md.\n"
+)
+
+
+def page() -> str:
+  """Returns the table of all methods in Markdown."""
+  return HEADER + "".join(_line(name) for name in METHODS) + FOOTER
+
+
+def changes(name: str) -> tuple[str, list[str]]:
+  """Returns (base, what the row changes against it), one text for each axis."""
+  if name == BASES[0]:
+    return name, []
+  bases = BASES[:1] if name in BASES else BASES
+  found = [(base, list(_differences(METHODS[base], METHODS[name]))) for base in bases]
+  return min(found, key=lambda pair: len(pair[1]))
+
+
+def needs(name: str) -> list[str]:
+  """Returns what the row asks for beyond the responses, their rewards and feedback."""
+  row = method_row(name)
+  method = build_method(row)
+  found = []
+  if method.teacher_weights.keep:
+    found.append("weights of a teacher")
+  further = getattr(method.teacher_context, "further_count", 0)
+  if method.notes is not None:
+    further = method.notes.further_count
+    found.append("more responses")
+  if further:
+    found.append(f"{further} more {'reading' if further == 1 else 'readings'}")
+  if method.memory is not None:
+    found.append("questions that come back")
+  if getattr(method.teacher_context, "needs_solution", False):
+    found.append("reference solutions")
+  return found
+
+
+def _differences(base: dict, row: dict) -> Iterator[str]:
+  for axis in AXES:
+    if complete_part(axis, **row[axis]) != complete_part(axis, **base[axis]):
+      yield f"{axis} {_part(axis, row[axis], base[axis])}"
+  if row["policy_share"] != base["policy_share"]:
+    share = row["policy_share"]
+    yield f"policy_share {share if isinstance(share, str) else format(share, '.3g')}"
+
+
+def _part(axis: str, part: dict, base: dict) -> str:
+  """Writes a part with the settings that are not its own defaults, nor the base's."""
+  own = complete_part(axis, part["name"])
+  if part["name"] == base["name"]:
+    own = complete_part(axis, **base)
+  complete = complete_part(axis, **part)
+  settings = [_setting(k, complete[k]) for k in complete if complete[k] != own[k]]
+  return f"`{part['name']}`" + (f" ({', '.join(settings)})" if settings else "")
+
+
+def _setting(key: str, value) -> str:
+  """Writes a setting; of one that is a text for the teacher, its name alone."""
+  is_text = isinstance(value, str) and " " in value or isinstance(value, tuple)
+  return key if is_text else f"{key}={value}"
+
+
+def _line(name: str) -> str:
+  about = ABOUT[name]
+  base, differences = changes(name)
+  told = "; ".join(differences) if differences else "–"
+  if differences and base != BASES[0]:
+    told = f"against `{base}`: {told}"
+  cells = [f"`{name}`", told, ", ".join(needs(name)) or "–", about.source, about.decided or "–"]
+  return "| " + " | ".join(cells) + " |\n"
