@@ -101,7 +101,7 @@ class TeacherGate:
     if full.gap is not None and full.gap <= ROUNDING_NATS:
       cause = self._cause(packed, emptied)
       raise _refusal(when, f"the teacher equals the policy everywhere: {cause}")
-    if full.credit == 0:
+    if full.credit == 0 and self._method.token_signal is None:
       return state, "its credit changes no advantage"
     if full.gradient == 0:
       if not packed.batch.advantage_B.any() and self._method.advantage.func is not zero:
@@ -204,7 +204,8 @@ def _why_untested(method: Method, packed: Packed) -> str:
   if method.policy_share is None:
     distils_B &= batch.route_B > 0
   if distils_B.any():
-    return ""
+    is_off = batch.control.get("teacher_logits", 1.0) == 0
+    return "its share of the teacher's logits is 0" if is_off else ""
   if method.credit is not None:
     if batch.control.get("credit", 1.0) == 0:
       return "its credit is switched off"

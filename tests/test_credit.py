@@ -11,11 +11,13 @@ import optax
 import pytest
 
 from sdpo_jax import config, errors, hlo, main, metrics, monitors, train
+from sdpo_jax.bench import step as bench_step
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.shapes import Shapes
 from sdpo_jax.data.teacher_prompt import teacher_prompt
 from sdpo_jax.discover import mode
 from sdpo_jax.kernels import token_logp
+from sdpo_jax.model import decoder
 from sdpo_jax.objectives import build, credit, loss, teacher_context
 from sdpo_jax.objectives.control import Control
 from sdpo_jax.objectives.signals import Signals
@@ -334,6 +336,27 @@ def test_a_step_holds_no_array_of_tokens_and_vocabulary(monkeypatch):
     return hlo.logit_arrays(text, tokens, vocab, model)
 
   assert 32 < tokens and not logits(tokens // 8) and logits(tokens)
+
+
+def test_a_reading_costs_at_most_a_third_of_sdpos_step():
+  """In operations of the step's matrix products, at the shape of the benchmark's small:equal."""
+  model, tx = bench_step.model_of("small", "cpu"), optax.sgd(0.01)
+  lengths = bench_step.lengths_of("equal", 8)
+
+  def operations(name):
+    method = build.build_method(build.method_row(name))
+    further = method.further_count
+    batch = bench_step.device_batch(model, method, lengths, 1, "cpu", further=further)
+    step = make_train_step(make_signals(model, method, remat="dots"), method, tx)
+    keep = method.teacher_weights.keep
+    state = jax.eval_shape(
+      lambda key: init_state(decoder.init(model, key), tx, keep_teacher=keep), jax.random.key(0)
+    )
+    return hlo.operations(jax.make_jaxpr(step)(state, batch).jaxpr)
+
+  of_sdpo = operations("sdpo")
+  assert operations("rlsd") <= 1.01 * of_sdpo  # one reading, without a divergence
+  assert 1.1 * of_sdpo < operations("cscr") <= 1.35 * of_sdpo  # two
 
 
 # ---- what the teacher reads ----------------------------------------------------------------------

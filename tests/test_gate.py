@@ -3,19 +3,22 @@
 import dataclasses
 import functools
 import logging
+import pathlib
+import types
 
 import jax
 import numpy as np
 import optax
 import pytest
 
-from sdpo_jax import sharding
+from sdpo_jax import checkpoint, main, metrics, sharding
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.shapes import Shapes
+from sdpo_jax.discover import solver
 from sdpo_jax.errors import RunError
 from sdpo_jax.model import decoder, lora
 from sdpo_jax.objectives import build
-from sdpo_jax.objectives.control import as_trial
+from sdpo_jax.objectives.control import Control, as_trial
 from sdpo_jax.objectives.teacher_context import Context
 from sdpo_jax.optimizer import make_optimizer
 from sdpo_jax.records import Feedback, Ratio, Rollout, Status, Task
@@ -23,6 +26,7 @@ from sdpo_jax.teacher_gate import MOST_TRIALS, TeacherGate
 from sdpo_jax.train_step import init_state, make_score, make_signals, make_train_step
 from tests import fakes
 
+ROOT = pathlib.Path(__file__).parent.parent
 CHAT = Chat(fakes.ByteTokenizer())
 # parts of the same shapes and the same program, for one compilation
 LIVE = build.method_row("sdpo") | dict(teacher_weights=dict(name="live"))
@@ -361,3 +365,37 @@ def test_a_trial_leaves_every_bit_of_the_state(kind):
   after, metrics = step(learned, as_trial(broken), frozen)
   assert_same_bits(learned, after)
   assert metrics["train/grad_norm"].mean is None
+
+
+# ---- in a run ------------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_signal_ends_before_its_first_update(tmp_path, capsys):
+  template = "--config.method.teacher_context.templates.reprompt={prompt} Think twice."
+  small = ["--config.eval.splits=()", "--config.mesh.fsdp=1", template]
+  local = f"--config={ROOT}/configs/tinycode.py:local"
+  assert main.main(["main", local, *small, f"--workdir={tmp_path}"]) == 1
+  *_, line = capsys.readouterr().err.splitlines()
+  assert line.startswith(
+    "sdpo_jax: step 1: the gradient is the same where the teacher reads no context: its prompts "
+    "show nothing of the context"
+  )
+  assert checkpoint.latest_step(tmp_path) is None
+  assert all(line["step"] == 0 for line in metrics.read(tmp_path))
+
+
+def test_the_first_update_of_discovery_tests_the_teacher():
+  packed, packer = batch_of()
+  step, state = step_of("live")
+  arm = solver.LearningArm(None, step, packer, None, TeacherGate(packer.method, packer))
+  its = solver.Solver.__new__(solver.Solver)
+  its.session, its.frozen = types.SimpleNamespace(mesh=None), None
+  its.c = types.SimpleNamespace(train=types.SimpleNamespace(max_rollout_gap=100.0))
+  learns = []
+  its._step = lambda arm, state, batch: (
+    learns.append(float(batch.control["learn"])) or solver.Solver._step(its, arm, state, batch)
+  )
+  control = Control(packer.method)
+  for _ in range(2):
+    state = its._update(arm, control, state, packed)
+  assert learns == [0, 0, 1, 1] and int(state.step) == 2

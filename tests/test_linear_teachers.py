@@ -104,8 +104,9 @@ def test_at_share_1_the_tilted_teacher_is_the_plain_one_and_at_0_the_policy_itse
   _, teacher = fakes.toy_model(1, **SMALL)
   batch = fakes.toy_batch(vocab=64)
   row = TILT | dict(teacher_weights=dict(name="frozen"))
-  tilted = make_signals(config, build.build_method(row))
-  plain = make_signals(config, build.build_method(row | dict(teacher_logits=dict(name="plain"))))
+  tilted = jax.jit(make_signals(config, build.build_method(row)))
+  plain_row = row | dict(teacher_logits=dict(name="plain"))
+  plain = jax.jit(make_signals(config, build.build_method(plain_row)))
   counted = batch.weight_BR * batch.readings[0].weight_B[:, None] > 0
   (want,) = plain(params, teacher, batch)
   (whole,) = tilted(params, teacher, with_share(batch, 1.0))

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import socket
 
 from absl.testing import flagsaver
@@ -306,27 +305,28 @@ def test_the_threshold_of_the_context_is_that_of_memory_and_route():
 
 @pytest.mark.slow
 def test_two_processes_remember_what_one_does(tmp_path):
-  """The same metrics and the same memory; and one process goes on with what two have saved."""
-  extra = ["--config=configs/tinycode.py:method=drift,local"]
+  """Likewise where one process goes on with what two have saved."""
+  drift = "--config=configs/tinycode.py:method=drift,local"
+  one, two = tmp_path / "one", tmp_path / "two"
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    together = f"--distributed=127.0.0.1:{s.getsockname()[1]},2,"
 
   def finish(*processes):
     for process in processes:
       _, err = process.communicate(timeout=900)
       assert process.returncode == 0, err
 
-  finish(test_mesh.start(tmp_path / "one", 4, *extra))
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    port = s.getsockname()[1]
-  extra.append("--distributed=127.0.0.1:{},2,{}")
-  both = [
-    test_mesh.start(tmp_path / "two", 2, extra[0], extra[1].format(port, rank)) for rank in range(2)
-  ]
-  finish(*both)
-  one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
-  for a, b in zip(one, two, strict=True):
-    assert {k: v for k, v in a.items() if k.startswith(("memory/", "route/"))} == {
-      k: v for k, v in b.items() if k.startswith(("memory/", "route/"))
-    }
-  assert remembered(tmp_path / "one") == remembered(tmp_path / "two")
-  assert os.path.exists(tmp_path / "two" / "report" / "index.html")
+  def noted(workdir):
+    return [
+      {key: x for key, x in line.items() if key.startswith(("memory/", "route/"))}
+      for line in lines(workdir)
+    ]
+
+  finish(test_mesh.start(one, 4, drift))
+  finish(*(test_mesh.start(two, 2, drift, f"{together}{rank}") for rank in range(2)))
+  assert remembered(one) == remembered(two) and visits(one) == [2, 2]
+  for workdir in (one, two):
+    finish(test_mesh.start(workdir, 4, drift, "--config.total_steps=3"))
+  assert remembered(one) == remembered(two) and visits(two) == [3, 3]
+  assert noted(one) == noted(two) and len(noted(two)) == 4

@@ -275,7 +275,7 @@ def compiled_step(mesh, config, name, batch):
       jax.jit(step)
       .lower(
         put(state, sharding.state_shardings(mesh, state, decoder.axes(config))),
-        put(batch, jax.tree.map(lambda _: sharding.row_sharding(mesh), batch)),
+        put(batch, sharding.batch_shardings(mesh, batch)),
       )
       .compile()
       .as_text()

@@ -119,10 +119,10 @@ def loss_of(method, readings, batch):
 
 def test_the_sampled_token_with_a_baseline_of_a_real_batch_is_that_of_its_logits():
   """Value and gradient, with logits written out."""
-  small = dict(layers=1, width=16, heads=2, kv_heads=1)
+  small = dict(vocab=64, layers=1, width=16, heads=2, kv_heads=1)
   config, params = fakes.toy_model(0, **small)
   _, teacher = fakes.toy_model(1, **small)
-  batch = fakes.toy_batch()
+  batch = fakes.toy_batch(vocab=64)
   method = build.build_method(build.method_row("vopd") | dict(token_weight=dict(name="uniform")))
   weight_BR = batch.weight_BR * batch.readings[0].weight_B[:, None]
 

@@ -125,9 +125,11 @@ def run(workdir, *more):
     )
 
 
-def test_two_steps_of_the_main_job(url, tmp_path):
+def test_two_steps_of_the_main_job(url, tmp_path, capsys):
   where = f"--config.method.teacher_weights.url={url}"
   assert run(tmp_path, where, "--config.mesh.fsdp=1") == 0
+  # it was asked about the policy's own prompts too, before the first update
+  assert "emptying its context changes the gradient's norm by 100 %" in capsys.readouterr().err
   steps = metrics.read(tmp_path)[1:]
   assert len(steps) == 2 and any(line["data/teacher_share"] > 0 for line in steps)
   for line in steps:

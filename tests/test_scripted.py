@@ -202,7 +202,7 @@ def batch_of(env, group, name, shape=SHAPE, **context):
   row["teacher_context"].update(context)
   shapes = Shapes((2000, 3000, 1000), [shape] if shape else [], limit=1 if shape else 2)
   method = build.build_method(row)
-  further = method.teacher_context.further if row["credit"]["name"] == "cscr" else None
+  further = getattr(method.teacher_context, "further", None)
   packer = fakes.make_packer(
     method, CHAT, env.prompt, shapes, max_teacher_tokens=2000, further_readings=further
   )

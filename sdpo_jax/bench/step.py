@@ -100,6 +100,35 @@ COLUMNS = (
 
 def main(argv):
   """Runs every case in a child process and prints the results; returns 1 if one has failed."""
+  parser = _parser()
+  args = parser.parse_args(argv)
+  if args.child:
+    request = json.loads(args.child)
+    print(json.dumps(relative.measure(**request) if "methods" in request else _measure(**request)))
+    return 0
+  cases = (args.cases or CASES[args.device]).split(",")
+  _check(parser, args, cases)
+  names = ("device", "responses", "micro_batches", "remat", "repeats")
+  request = {name: getattr(args, name) for name in names}
+  if args.methods:
+    request["methods"] = args.methods.split(",")
+  results = []
+  for case in cases:
+    result = child.measure("step", dict(case=case, **request))
+    print(json.dumps(result), flush=True)
+    results.append(result)
+  if args.json:
+    with open(args.json, "w") as file:
+      json.dump(results, file, indent=1)
+  if args.methods:
+    lines = [line for result in results for line in relative.rows(result)]
+    print(child.table(relative.COLUMNS, lines, error_in="time_s"))
+  else:
+    print(child.table(COLUMNS, results, error_in="time_s"))
+  return 1 if any("error" in result for result in results) else 0
+
+
+def _parser():
   parser = argparse.ArgumentParser(
     prog="python -m sdpo_jax.bench step",
     description=__doc__,
@@ -120,12 +149,11 @@ def main(argv):
   )
   # one measurement, as JSON: what the parent starts
   parser.add_argument("--child", help=argparse.SUPPRESS)
-  args = parser.parse_args(argv)
-  if args.child:
-    request = json.loads(args.child)
-    print(json.dumps(relative.measure(**request) if "methods" in request else _measure(**request)))
-    return 0
-  cases = (args.cases or CASES[args.device]).split(",")
+  return parser
+
+
+def _check(parser, args, cases):
+  """Ends the program with one line for a case, a method or a division that cannot be."""
   for case in cases:
     shape, _, lengths = case.partition(":")
     if shape not in SHAPES or lengths not in ("equal", "heavy"):
@@ -136,32 +164,10 @@ def main(argv):
     parser.error(
       f"--micro_batches={args.micro_batches} does not divide --responses={args.responses}"
     )
-  shared = dict(
-    device=args.device,
-    responses=args.responses,
-    micro_batches=args.micro_batches,
-    remat=args.remat,
-    repeats=args.repeats,
-  )
-  if args.methods:
-    shared["methods"] = methods = args.methods.split(",")
-    for name in methods:
-      if name not in METHODS:
-        parser.error(f"--methods: {unknown('method', name, sorted(METHODS))}")
-  results = []
-  for case in cases:
-    result = child.measure("step", dict(case=case, **shared))
-    print(json.dumps(result), flush=True)
-    results.append(result)
-  if args.json:
-    with open(args.json, "w") as file:
-      json.dump(results, file, indent=1)
-  if args.methods:
-    lines = [line for result in results for line in relative.rows(result)]
-    print(child.table(relative.COLUMNS, lines, error_in="time_s"))
-  else:
-    print(child.table(COLUMNS, results, error_in="time_s"))
-  return 1 if any("error" in result for result in results) else 0
+  methods = args.methods.split(",") if args.methods else ()
+  for name in methods:
+    if name not in METHODS:
+      parser.error(f"--methods: {unknown('method', name, sorted(METHODS))}")
 
 
 def lengths_of(kind, responses, seed=0):

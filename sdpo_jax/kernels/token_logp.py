@@ -20,8 +20,12 @@ import jax.numpy as jnp
 from sdpo_jax.kernels import distill_kl_math as dm
 from sdpo_jax.kernels import distill_kl_xla as blocked
 from sdpo_jax.kernels.distill_kl_sweeps import Layout
+from sdpo_jax.kernels.target import target_platform
 
 BLOCK_BYTES = 64 * 2**20  # float32 logits that a device holds at a time
+# Of logits that are kept a CPU may hold so many times more, 256 MB as in distill_kl_xla.py: there
+# they are worth less than the product that makes them again.
+MORE_ON_CPU = 4
 
 
 def token_logp(
@@ -44,7 +48,8 @@ def token_logp(
   V = head_DV.shape[1]
   shapes = hidden_XD.shape, head_DV.shape, target_X.shape
   assert head_DV.shape[0] == D and target_X.shape == (X,), shapes
-  if mesh is None and 4 * X * V <= BLOCK_BYTES:
+  kept_bytes = BLOCK_BYTES * (MORE_ON_CPU if target_platform() == "cpu" else 1)
+  if mesh is None and 4 * X * V <= kept_bytes:
     return _all_at_once(hidden_XD, head_DV, target_X, temperature)
   layout = Layout(mesh, tuple(token_axes), vocabulary_axis, head_axis)
   rows, _ = layout.sizes(X, D, V)
