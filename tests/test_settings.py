@@ -202,7 +202,7 @@ def test_a_setting_without_a_default_must_be_given():
     ),
     (
       ["--config.method.name=sdop"],
-      "config.method.name='sdop' is unknown; did you mean 'sdpo'; choose from ['cispo'",
+      "config.method.name='sdop' is unknown; did you mean 'sdpo'; choose from ['anti_sd'",
     ),
     (
       ["--config.method.reducton.name=constant"],
@@ -253,7 +253,7 @@ def test_a_wrong_setting_is_named(arguments, message):
 @pytest.mark.parametrize(
   "argument, message",
   [
-    ("method=sdop", "method='sdop' is unknown; did you mean 'sdpo'; choose from ['cispo'"),
+    ("method=sdop", "method='sdop' is unknown; did you mean 'sdpo'; choose from ['anti_sd'"),
     ("method=xyz", "method='xyz' is unknown; choose from"),
     ("mehtod=sdpo", "argument 'mehtod' of the config file is unknown; did you mean 'method'; "),
     ("level=hrd", "level='hrd' is unknown; did you mean 'hard'; choose from ['default'"),
