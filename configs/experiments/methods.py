@@ -1,0 +1,53 @@
+r"""Compares every row of METHODS on TinyCode: two learning rates each, three seeds.
+
+Run:    python -m sdpo_jax.experiment --config=configs/experiments/methods.py \
+          --workdir=runs/methods --jobs=2
+Smoke:  python -m sdpo_jax.experiment --config=configs/experiments/methods.py:local \
+          --workdir=runs/methods_local
+Grid:   all rows, at TinyCode's default level, 240 steps of 64 responses. Before it, two learning
+        rates an arm on one seed of its own, judged on the split tune at their end: the rates that
+        headline.py found best for SDPO and for GRPO. All else is configs/tinycode.py, which gives
+        rows of the reward alone larger groups.
+End:    the last checkpoints answer 100 questions of each split 16 times at temperature 1, and once
+        greedily.
+Cost:   not measured.
+Result: none yet.
+"""
+
+from sdpo_jax.objectives.methods import METHODS
+
+SUITES = "configs/eval/tinycode.py"
+
+RATES = (5e-4, 1.5e-3)
+SEEDS = range(3)
+TUNING_SEED = 100
+
+
+def get_tuning():
+  return {arm: {f"lr_{rate:g}": _trial(arm, rate) for rate in RATES} for arm in METHODS}
+
+
+def _trial(arm: str, rate: float) -> list[str]:
+  """Returns the arguments of a trial; it is evaluated at its end alone."""
+  return [
+    f"--config=configs/tinycode.py:method={arm},seed={TUNING_SEED}",
+    f"--config.optimizer.lr={rate:g}",
+    "--config.eval.splits=()",
+    "--config.eval.final_splits=('tune',)",
+  ]
+
+
+def get_grid(chosen):
+  return {
+    f"{arm}_seed{seed}": [
+      f"--config=configs/tinycode.py:method={arm},seed={seed}",
+      *(x for x in chosen[arm] if x.startswith("--config.optimizer.lr=")),
+      "--config.eval.every_steps=60",
+    ]
+    for seed in SEEDS
+    for arm in METHODS
+  }
+
+
+def get_local():
+  return {arm: [f"--config=configs/tinycode.py:method={arm},local"] for arm in METHODS}
