@@ -15,6 +15,7 @@ import functools
 
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.errors import RunError
+from sdpo_jax.objectives.teacher_context import without_thinking
 from sdpo_jax.records import Ratio, Rollout
 
 WINDOW = 10  # steps
@@ -53,8 +54,8 @@ def copy_rate(rollouts: list[Rollout], contexts, chat: Chat) -> Ratio:
 
   copied = total = 0
   for rollout, context in zip(rollouts, contexts):
-    if context is None:
-      continue
+    if context is None or context.solution == without_thinking(rollout.text):
+      continue  # a success that is to say itself once more copies nobody
     shown = (context.solution, context.more_solutions, context.feedback)
     readable = frozenset().union(*map(ngrams_of, shown))
     of_question = set(ngrams(rollout.prompt_tokens))
@@ -148,7 +149,7 @@ def _entropy(trends: Trends) -> str | None:
   if last > 3.0 * max(first, 0.05):
     return (
       f"the policy's entropy grew from {first:.3f} to {last:.3f} nats a token: "
-      "lower config.optimizer.lr, or slow the teacher down (config.method.teacher_weights.rate)"
+      "lower config.optimizer.lr, or slow the teacher down (config.method.teacher_weights.name)"
     )
   if last < 0.1 * first and not trends.better:
     return (
@@ -169,7 +170,7 @@ def _gap(trends: Trends) -> str | None:
       f"policy and teacher hardly differ any more ({first:.3f} to {last:.3f} nats a token) "
       "and the reward did not rise: the context teaches nothing new; "
       "look at teacher_context in rollouts/, "
-      "or slow the teacher down (config.method.teacher_weights.rate)"
+      "or slow the teacher down (config.method.teacher_weights.name)"
     )
   if last > 3.0 * max(first, 0.01):
     return (
@@ -184,12 +185,20 @@ def _teacher_share(trends: Trends) -> str | None:
   means = trends.means("data/teacher_share")
   if means is None or not trends.has_teacher:
     return None
+  neither = trends.means("route/neither")
+  if neither is not None:  # a response that learns from the reward may well have none
+    if neither[1] > 0.9:
+      return (
+        f"{neither[1]:.0%} of the responses learn from nothing, for the teacher has nothing to "
+        "show them: raise config.rollout.group so that some succeed, or begin with easier questions"
+      )
+    return None
   _, last = means
   if last < 0.1:
     return (
       f"only {last:.0%} of the responses have a teacher: "
       "raise config.rollout.group so that some succeed, "
-      "show feedback (config.method.teacher_context.feedback=without_solution), "
+      "show feedback (config.method.teacher_context.name=feedback_or_solution), "
       "or begin with easier questions"
     )
   return None
@@ -204,7 +213,7 @@ def _copy_rate(trends: Trends) -> str | None:
     return (
       f"{last:.0%} of what the responses say stands word for word in what their teachers read, "
       f"{first:.0%} at first: show another success each time "
-      "(config.method.teacher_context.demonstration=random) "
+      "(config.method.teacher_context.demonstration=random, where the context has it) "
       "or feedback alone (config.method.teacher_context.use_solution=False)"
     )
   return None

@@ -54,7 +54,10 @@ TRAINING = {  # metric -> title, unit
   "train/loss": ("Training loss", "loss"),
   "train/entropy": ("Policy entropy", "nats a token"),
   "train/teacher_gap_abs": ("Distance of teacher and policy", "mean |log-prob. gap|, nats a token"),
+  "train/credit_change": ("What the credit changes", "mean |change of the advantage|"),
+  "control/teacher_weights": ("How far the teacher moves", "share of its way to the policy"),
   "rollout/length": ("Response length", "tokens"),
+  "rollout/length_tail": ("Longest response over the mean one", "ratio"),
 }
 # Okabe and Ito's colours: readers with any colour vision can tell them apart
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")

@@ -4,6 +4,7 @@
 
   step, task_id, prompt, response, reward, status, finish_reason, feedback, tokens
   teacher_context          what the teacher read; null: nothing
+  learns_from              "teacher" | "reward" | null: neither; where responses are routed to one
   teacher_gap              log q - log pi of each token in nats, where the response has a teacher
   counterfactuals          the alternatives to a failed attempt: source, response, reward, feedback,
                            imagined
@@ -33,6 +34,8 @@ def rollout_lines(
   plain, *further = packed.contexts
   for b, rollout in enumerate(packed.rollouts[:kept]):
     line = _line(step, rollout, plain[b], chat)
+    if "route/neither" in packed.metrics:
+      line["learns_from"] = _term(packed.batch.route_B[b], plain[b])
     if gap_BR is not None and plain[b] is not None:
       gaps = gap_BR[b, : len(rollout.tokens)]
       line["teacher_gap"] = [round(float(gap), 4) for gap in gaps]
@@ -57,6 +60,13 @@ def _line(step: int, rollout: Rollout, context, chat: Chat) -> dict:
     "teacher_context": None if context is None else context.render(rollout.task.prompt),
     "tokens": chat.token_strings(rollout.tokens),
   }
+
+
+def _term(route: float, context) -> str | None:
+  """Names the term of the loss that a routed response is in."""
+  if not route:
+    return "reward"
+  return None if context is None else "teacher"
 
 
 def _alternative(alternative: Alternative) -> dict:

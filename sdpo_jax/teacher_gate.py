@@ -1,8 +1,8 @@
 """The gate against silent nothing: before the first update, a teacher must have something to teach.
 
 A template that drops the context, feedback that is cut away, a teacher that sees the policy's own
-prompt: such a run has a finite loss, and learns nothing, or something else. So every start of a
-run whose method reads a teacher makes two trials on its first batch that has something to show:
+prompt: such a run has a finite loss, and learns nothing, or something else. So every run whose
+method reads a teacher makes two trials on its first batch that has something to show:
 
   as it is   the teacher must differ from the policy somewhere, and the gradient must not be zero
   emptied    with a teacher that reads the policy's own prompts, the gradient must be another one
@@ -12,9 +12,11 @@ returns the state as it was, so the run computes what it would without the gate.
 steps.
 
 What is no failure: a batch without a context, or one whose credits have no advantage to act on.
-Then the next batch is tested. The gate does not tell whether what the teacher says is right.
+Then the next batch is tested, and this one is trained. That a run has passed is in its checkpoint:
+a policy that has collapsed onto its teacher since then ends no resumed run. The gate does not tell
+whether what the teacher says is right.
 
-Errors: RunError of one line that says what is missing, before anything of this start is trained.
+Errors: RunError of one line that says what is missing, before the tested batch is trained.
 """
 
 import logging
@@ -37,6 +39,8 @@ ROUNDING_NATS = 1e-6
 ROUNDING = 1e-5
 # Batches that are tried and tell nothing, until the gate gives up.
 MOST_TRIALS = 8
+# How many batches have told nothing when it is said
+SAID_AFTER = (1, 10, 100, 1000)
 
 _SAME = "the gradient is the same where the teacher reads no context"
 Trial = Callable[[Any, Packed], tuple[Any, dict[str, Ratio]]]
@@ -64,13 +68,17 @@ class Outcome(NamedTuple):
 
 
 class TeacherGate:
-  """Tests the teacher of one start of a run, once."""
+  """Tests the teacher of a run, once.
 
-  def __init__(self, method: Method, packer: Packer):
+  passed: whether the run has been tested, or has nothing to test, as its checkpoint holds it.
+  """
+
+  def __init__(self, method: Method, packer: Packer, *, passed: bool = False):
     self._method, self._packer = method, packer
-    self._is_open = not method.needs_teacher
-    self._has_warned = False
+    self.passed = passed or not method.needs_teacher
     self._trials = 0
+    self._untested = 0  # batches
+    self._reason = ""  # why the last of them told nothing
 
   def check(self, state, packed: Packed, trial: Trial, *, when: str):
     """Returns the state as it was, once the teacher of a batch has been tested, or could not be.
@@ -79,7 +87,7 @@ class TeacherGate:
     when: begins what is said of the batch, such as "step 3".
     Raises RunError where the teacher has nothing to teach.
     """
-    if self._is_open:
+    if self.passed:
       return state
     reason = _why_untested(self._method, packed)
     if not reason:
@@ -87,8 +95,15 @@ class TeacherGate:
     if reason:
       self._postpone(reason, when)
     else:
-      self._is_open = True
+      self.passed = True
     return state
+
+  def end(self) -> None:
+    """Says at the end of a run if its teacher was never tested."""
+    if not self.passed and self._untested and hosts.leads():
+      logging.warning(
+        "the teacher was never tested, in %d batches: %s", self._untested, self._reason
+      )
 
   def _try(self, state, packed: Packed, trial: Trial, when: str) -> tuple[Any, str]:
     """Returns the state as it was, and why the trials tell nothing; "": the teacher can teach."""
@@ -101,7 +116,7 @@ class TeacherGate:
     if full.gap is not None and full.gap <= ROUNDING_NATS:
       cause = self._cause(packed, emptied)
       raise _refusal(when, f"the teacher equals the policy everywhere: {cause}")
-    if full.credit == 0 and self._method.token_signal is None:
+    if full.credit == 0 and not _distilled(self._method, packed.batch).any():
       return state, "its credit changes no advantage"
     if full.gradient == 0:
       if not packed.batch.advantage_B.any() and self._method.advantage.func is not zero:
@@ -149,13 +164,15 @@ class TeacherGate:
     )
 
   def _postpone(self, reason: str, when: str) -> None:
-    """Says once why a batch does not test the teacher, and gives up after too many trials."""
-    self._is_open = gives_up = self._trials >= MOST_TRIALS
-    if not hosts.leads() or (self._has_warned and not gives_up):
+    """Says why a batch does not test the teacher, now and then; gives up after too many trials."""
+    self._untested, self._reason = self._untested + 1, reason
+    self.passed = gives_up = self._trials >= MOST_TRIALS
+    if not hosts.leads() or not (gives_up or self._untested in SAID_AFTER):
       return
-    self._has_warned = True
-    then = f"given up after {self._trials} trials" if gives_up else "a later one will"
-    logging.warning("%s: this batch cannot test the teacher: %s; %s", when, reason, then)
+    which = "this batch" if self._untested == 1 else f"none of {self._untested} batches"
+    cannot = "cannot" if self._untested == 1 else "could"
+    then = f"given up after {self._trials} trials" if gives_up else "the next one is tried"
+    logging.warning("%s: %s %s test the teacher: %s; %s", when, which, cannot, reason, then)
 
 
 def _refusal(when: str, what: str) -> RunError:
@@ -200,19 +217,25 @@ def _why_untested(method: Method, packed: Packed) -> str:
       f"no response has a context ({len(judged)} judged, {rewarded} with a reward, "
       f"{with_feedback} with feedback)"
     )
-  distils_B = has_reading_B & (method.token_signal is not None)
-  if method.policy_share is None:
-    distils_B &= batch.route_B > 0
-  if distils_B.any():
+  if _distilled(method, batch).any():
     is_off = batch.control.get("teacher_logits", 1.0) == 0
     return "its share of the teacher's logits is 0" if is_off else ""
   if method.credit is not None:
     if batch.control.get("credit", 1.0) == 0:
-      return "its credit is switched off"
+      return "its credit has a share of 0 in this step"
     if (has_reading_B & (batch.advantage_B != 0)).any():
       return ""
-    return "no response with a context has an advantage"
+    return (
+      "no response with a context has an advantage, since the responses to a question all have the "
+      "same reward; raise config.rollout.group, or begin with easier questions"
+    )
   return "no response with a context is routed to it"
+
+
+def _distilled(method: Method, batch: TrainBatch) -> np.ndarray:
+  """Tells which responses the divergence acts on."""
+  distils_B = _has_reading(batch) & (method.token_signal is not None)
+  return distils_B & (batch.route_B > 0) if method.policy_share is None else distils_B
 
 
 def _has_reading(batch: TrainBatch) -> np.ndarray:

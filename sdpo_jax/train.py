@@ -252,6 +252,7 @@ def train(c, workdir: str, begun: float | None = None) -> None:
         try:
           steps.open(state, steps.latest)
           run(state, steps.host, steps, total_steps=c.total_steps, limits=limits)
+          steps.gate.end()
         finally:
           steps.close()
   if not hosts.leads():
@@ -277,7 +278,7 @@ class Steps:
     self.stream = TaskStream(
       session.collector.env, "train", questions=c.data.questions, seed=c.seed
     )
-    self._check_ids()
+    self._check_questions()
     notes = self.learner.method.notes
     self.sampling = Sampling(
       c.rollout.max_new_tokens,
@@ -315,7 +316,7 @@ class Steps:
     """
     host = {"tokens": 0, "alternatives": 0, "failed_batches": 0}
     host |= {"data": None, "shapes": [], "owed": 0.0, "unwritten": None, "best": None}
-    host |= {"ahead": None, "control": None, "memory": None}
+    host |= {"ahead": None, "control": None, "memory": None, "taught": False}
     steps = cls(c, workdir, session, host)
     steps.rows = same_rows(workdir, session.collector.env, splits_of(c), begun=latest is not None)
     method = steps.learner.method
@@ -323,7 +324,7 @@ class Steps:
     if latest is not None:
       steps.latest, state, found = checkpoint.restore_newest(workdir, state)
       earlier = dict.fromkeys(("unwritten", "best", "ahead", "control", "memory"))
-      found = earlier | found  # earlier versions had none
+      found = earlier | {"taught": True} | found  # earlier versions had none of them
       _check_version(workdir, found, host)
       steps.host = found
       steps.stream.restore(found["data"])
@@ -335,7 +336,7 @@ class Steps:
     """Jits step and score, and opens the run's files, cut back to the step that it goes on from."""
     self._jit(state)
     self.packer = self._make_packer()
-    self.gate = TeacherGate(self.learner.method, self.packer)
+    self.gate = TeacherGate(self.learner.method, self.packer, passed=self.host["taught"])
     if hosts.leads():
       mesh = self.session.mesh
       facts = {
@@ -507,7 +508,7 @@ class Steps:
     return self.teacher.read(packed, hosts.to_host(self._candidates(state, rows, self.frozen)))
 
   def check_teacher(self, state, packed: Packed, i: int):
-    """Returns the state as it was, once the teacher of this start's first batch is tested."""
+    """Returns the state as it was, once the teacher of the run's first batch is tested."""
     return self.gate.check(state, packed, self._trial, when=f"step {i}")
 
   def _trial(self, state, packed: Packed) -> tuple:
@@ -594,6 +595,7 @@ class Steps:
     position = host | {"shapes": known, "owed": shapes.owed, "ahead": self.ahead}
     position |= {
       "control": self.control.state(),
+      "taught": self.gate.passed,
       "memory": None if memory is None else memory.state(),
     }
     return position | {"data": self.stream.state() if self.ahead is None else self.ahead.data}
@@ -628,10 +630,22 @@ class Steps:
         f"processes and {size} devices: use lag=0"
       )
 
-  def _check_ids(self) -> None:
-    env = self.session.collector.env
-    if self.learner.method.memory is not None and isinstance(env, RowEnv):
-      check_ids(task for source in env.sources("train") for task in source.tasks)
+  def _check_questions(self) -> None:
+    """Refuses questions without what the method reads of them, as far as they are known."""
+    env, method = self.session.collector.env, self.learner.method
+    if isinstance(env, RowEnv):
+      tasks = [task for source in env.sources("train") for task in source.tasks]
+      if method.memory is not None:
+        check_ids(tasks)
+    else:
+      tasks = [env.task("train", i) for i in range(8)]
+    has_solution = any(task.solution for task in tasks)
+    if getattr(method.teacher_context, "needs_solution", False) and not has_solution:
+      raise ValueError(
+        f"config.method.teacher_context.name={self.c.method.teacher_context.name!r} shows the "
+        f"solution that comes with a question, and none of {len(tasks)} questions for training has "
+        "one: choose another method, or fill the rows' solution"
+      )
 
   def _check_packs(self) -> None:
     c = self.c

@@ -48,6 +48,10 @@ _PACKAGES = (
 )
 
 
+# What a value was called in work directories that earlier versions began.
+_RENAMED = {("config.method.policy_share", "untaught"): "routed"}
+
+
 def check_same_run(workdir: pathlib.Path, c, *, begun: bool, defaults: dict) -> None:
   """Raises ValueError, naming the first difference, if `workdir` was begun with other settings.
 
@@ -59,6 +63,7 @@ def check_same_run(workdir: pathlib.Path, c, *, begun: bool, defaults: dict) -> 
   if not begun or not path.exists():
     return
   before, now = _flat(json.loads(path.read_text())), _stored(c.to_dict())
+  before = {key: _RENAMED.get((key, str(value)), value) for key, value in before.items()}
   before = {key: value for key, value in _stored(defaults).items() if key in now} | before
   for key in sorted(before.keys() | now.keys()):
     if key not in _MAY_CHANGE and before.get(key) != now.get(key):

@@ -108,7 +108,7 @@ BAD = {
   ),
   "unknown_method": (
     [f"--config={ROOT}/configs/tinycode.py:method=gspoo"],
-    "method='gspoo' is unknown; did you mean 'gspo'; choose from ['cispo', 'counterfactual'",
+    "method='gspoo' is unknown; did you mean 'gspo'; choose from ['anti_sd', 'beta_opsd'",
   ),
   "unknown_mode": ([TINY, "--mode=training"], "choose from ['train', 'eval', 'discover', 'plan']"),
   "unknown_flag": ([TINY, "--nonsense"], "nonsense"),

@@ -62,6 +62,60 @@ def test_what_a_row_needs_is_read_off_it(name, needs):
   assert page.needs(name) == needs
 
 
+@pytest.mark.parametrize(
+  "name, change, named",
+  [
+    (
+      "srpo",
+      dict(credit=dict(name="rlsd")),
+      "no response that learns from the reward has a reading",
+    ),
+    ("h2sd", dict(route=dict(name="taught")), "no response that learns from the reward"),
+    ("grpo", dict(credit=dict(name="rlsd")), "needs a teacher"),
+    ("grpo", dict(teacher_context=dict(name="reference_solution")), "would not be read"),
+    ("grpo", dict(teacher_weights=dict(name="frozen")), "would not be read"),
+    ("sdpo", dict(credit=dict(name="rlsd")), "method.surrogate.name is 'none'"),
+    ("rlsd", dict(credit=dict(name="cscr")), "has 0 further readings"),
+    ("beta_opsd", dict(teacher_logits=dict(name="tilt", share_steps=0)), "would not be read"),
+    (
+      "beta_opsd",
+      dict(teacher_logits=dict(name="tilt", share=0.0, share_end=0.0)),
+      "makes the teacher the policy itself",
+    ),
+    ("sdpo", dict(route=dict(name="outcome")), "not 'routed'"),
+    ("sdpo", dict(memory=dict(name="questions")), "would not be read"),
+    ("drift", dict(memory=dict(name="none")), "needs a memory of questions"),
+  ],
+)
+def test_a_row_whose_parts_do_not_meet_is_refused_in_one_line(name, change, named):
+  with pytest.raises(ValueError) as error:
+    build.build_method(build.method_row(name) | change)
+  assert named in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["cscr", "pmi"])
+def test_a_reward_that_is_not_finite_drops_its_response_from_every_reading(name):
+  method = build.build_method(build.method_row(name))
+  chat, task = Chat(fakes.ByteTokenizer()), Task("q", "question", solution="four")
+  group = [
+    Rollout(task, [1, 2], [3] * n, [-1.0] * n, "stop", "x" * n, Feedback(reward, ""))
+    for n, reward in ((3, 1.0), (5, np.nan), (2, 0.0))
+  ]
+  packer = fakes.make_packer(
+    method,
+    chat,
+    lambda task: [{"role": "user", "content": task.prompt}],
+    Shapes((200, 300, 40)),
+    max_teacher_tokens=200,
+    further_readings=method.teacher_context.further,
+  )
+  packed = packer.pack([group])
+  assert packed.metrics["data/dropped"] == 1
+  assert len(packed.batch.readings) == 1 + method.further_count
+  for reading in packed.batch.readings:
+    assert sorted(reading.weight_B) == [0, 1, 1]
+
+
 class Doubled:
   """A credit of a user's own: twice the advantage where the teacher likes a token better."""
 

@@ -64,6 +64,18 @@ def test_each_sign_is_seen_and_says_what_to_change(last, sign, says):
       config.validate(c)
 
 
+def test_a_routed_run_whose_responses_succeed_needs_no_teacher():
+  """What counts is whether the others learn from anything."""
+
+  def routed(neither):
+    routes = {"data/teacher_share": 0.02, "route/neither": neither}
+    return [line | routes for line in history()]
+
+  assert not monitors.warnings(routed(0.0))
+  said = monitors.warnings(routed(0.98))["teacher_share"]
+  assert said.startswith("98% of the responses learn from nothing")
+
+
 def test_a_healthy_run_and_one_that_improves_are_left_alone():
   assert monitors.warnings(history()) == {} and monitors.warnings([]) == {}
   # what success looks like

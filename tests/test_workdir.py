@@ -45,6 +45,17 @@ def refused(capsys, workdir, *arguments):
 # ---- settings ------------------------------------------------------------------------------------
 
 
+def test_a_run_of_an_earlier_version_that_called_a_value_otherwise_goes_on(tmp_path):
+  c = parsed(f"--config={ROOT}/configs/tinycode.py:method=srpo,local")
+  begun(tmp_path, c)
+  path = tmp_path / "config.json"
+  path.write_text(
+    path.read_text().replace('"policy_share": "routed"', '"policy_share": "untaught"')
+  )
+  assert "untaught" in path.read_text()
+  check_same_run(tmp_path, c, begun=True, defaults=config.defaults_of(c))
+
+
 @pytest.mark.parametrize(
   "path, changed",
   [
@@ -273,7 +284,8 @@ def test_a_resumed_run_whose_rows_changed_says_so(maths, capsys):
 
 def test_questions_of_discovery_may_not_change_either(maths, capsys):
   settings, workdir, path, _ = maths
-  arguments = ["--mode=discover", *settings, "--config.train.updates_per_batch=1"]
+  shown = "--config.method.teacher_context.feedback=without_solution"
+  arguments = ["--mode=discover", *settings, "--config.train.updates_per_batch=1", shown]
   c = parsed(*arguments)
   env = RowEnv(MathQA(), c.data.sources, splits=("test",))
   begun(workdir, c)

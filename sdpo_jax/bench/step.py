@@ -211,7 +211,7 @@ def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32, f
   for read in [teacher, *(texts([q for _, q, _ in lengths]) for _ in range(further))]:
     contexts = [Context("a solution")] * B
     readings.append(TeacherReading(contexts, np.ones(B, np.float32), read, 0))
-  responses = Responses(rollouts, np.zeros(B), np.ones(B, np.float32), policy, readings)
+  responses = Responses(rollouts, np.zeros(B), np.ones(B, np.float32), policy, readings, [])
   longest = max(n for _, _, n in lengths)
   shapes = Shapes((max(policy.starts) + longest, max(teacher.starts) + longest, longest))
   rounding = Rounding(length_multiple, 8)

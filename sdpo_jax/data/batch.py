@@ -277,7 +277,11 @@ class Packer:
       plain.append(None if context is None else (context, 1.0))
     readings = [plain]
     if self.further_readings is not None:
-      readings += zip(*(self.further_readings(group, i) for i in range(len(group))), strict=True)
+      nothing = [None] * self.method.further_count
+      readings += zip(
+        *(self.further_readings(group, i) if is_valid(r) else nothing for i, r in enumerate(group)),
+        strict=True,
+      )
     return [
       [
         None if chosen is None else self._show(rollout.task, *chosen)

@@ -155,10 +155,17 @@ def _check_choices(d) -> None:
 
 
 def _check_learning(c, arm: str) -> None:
-  if build_method(c.method.to_dict()).token_signal is None:
+  method = build_method(c.method.to_dict())
+  if method.token_signal is None:
     raise ValueError(
       f"config.discover.arms holds {arm!r}, but config.method learns from the reward alone, which "
       "is 0 until the first success: choose a method with a token signal"
+    )
+  if getattr(method.teacher_context, "needs_success", False):
+    raise ValueError(
+      f"config.discover.arms holds {arm!r}, but config.method.teacher_context.name="
+      f"{c.method.teacher_context.name!r} shows successes alone, and --mode=discover ends with the "
+      "first one: choose a context with feedback or a reference"
     )
   sources = method_of(c, arm)["counterfactual"].get("sources", ())
   others = sorted(set(sources) - {"siblings"})

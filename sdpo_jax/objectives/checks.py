@@ -96,6 +96,13 @@ def _check_teacher(row: dict, reads: set[str]) -> None:
       f"method.credit.name={row['credit']['name']!r} would not be read: "
       "method.surrogate.name is 'none'"
     )
+  acts_on_none = row["route"]["name"] == "taught" or row["teacher_context"].get("only_failures")
+  if row["credit"]["name"] != "none" and row["policy_share"] == "routed" and acts_on_none:
+    raise ValueError(
+      f"method.credit.name={row['credit']['name']!r} would not be read: with "
+      f"policy_share='routed', route {row['route']['name']!r} and teacher_context {context!r} no "
+      "response that learns from the reward has a reading"
+    )
   reader = {row["token_signal"]["name"], row["credit"]["name"]} - {"none"}
   for axis, name in (("teacher_context", context), ("teacher_weights", weights)):
     if name != "none" and not reader:

@@ -106,6 +106,8 @@ class RephraseOrHint:
   hint: how a hint stands in the message, with {text}.
   """
 
+  reads_hints = True
+
   def __init__(self, *, success_threshold: float = 0.5, rephrase: str = REPHRASE, hint: str = HINT):
     fill(rephrase, {"prompt": "", "solution": ""})
     fill(hint, {"text": ""})

@@ -25,6 +25,8 @@ class Peers:
   templates: replaces entries of TEMPLATES.
   """
 
+  needs_success = True
+
   def __init__(
     self,
     *,

@@ -46,6 +46,15 @@ class Controller(Protocol):
     """Goes on from a state."""
 
 
+def check_ramp(axis: str, share: float, share_end: float, share_steps: int) -> None:
+  """Raises ValueError for the settings of a ramp of which the first would not be read."""
+  if share_steps == 0 and share != share_end:
+    raise ValueError(
+      f"{axis}.share={share!r} would not be read: with {axis}.share_steps=0 the share is "
+      f"{axis}.share_end={share_end!r} from the first step on"
+    )
+
+
 class Curve(Protocol):
   """A number that depends on the step alone."""
 

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.objectives.control import Controller, Facts, Ramp, Scheduled
+from sdpo_jax.objectives.control import Controller, Facts, Ramp, Scheduled, check_ramp
 from sdpo_jax.objectives.rhythm import Rhythm
 from sdpo_jax.objectives.signals import TEACHER_ENTROPY, TEACHER_LOGP, Signals
 from sdpo_jax.records import TrainBatch
@@ -101,11 +101,7 @@ class Rlsd:
     epsilon: float = 0.2,
     negative_only: bool = False,
   ):
-    if share_steps == 0 and share != share_end:
-      raise ValueError(
-        f"method.credit.share={share!r} would not be read: with method.credit.share_steps=0 the "
-        f"share is method.credit.share_end={share_end!r} from the first step on"
-      )
+    check_ramp("method.credit", share, share_end, share_steps)
     self._ramp = Ramp(share, share_end, share_steps)
     self._epsilon, self._negative_only = epsilon, negative_only
 

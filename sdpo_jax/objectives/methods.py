@@ -109,11 +109,13 @@ _ROWS: dict[str, tuple[dict, About]] = {
       advantage=dict(name="question_spread"),
       token_weight=dict(name="importance", is_clip=2.0, rollout_is_clip=2.0, by_question=True),
     ),
-    About("2605.27765"),
+    About("2605.27765", "the whole vocabulary"),
   ),
   "mopd": (
     _SDPO | dict(teacher_context=dict(name="peers")),
-    About("2605.12652, section 4", "peers are taken in the order of the group; the template"),
+    About(
+      "2605.12652, section 4", "the whole vocabulary; peers in the order of the group; the template"
+    ),
   ),
   "crisp": (
     _SDPO

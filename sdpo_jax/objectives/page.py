@@ -15,7 +15,7 @@ BASES = ("sdpo", "grpo")
 HEADER = "| method | changes | needs | arXiv | decided here |\n|---|---|---|---|---|\n"
 FOOTER = (
   "\nA row without an entry in the last column is exact to its paper. None has been measured at "
-  "scale by\nthis project; what each does on TinyCode is in RESULTS.md.\n"
+  "scale by\nthis project; RESULTS.md has what was measured on TinyCode.\n"
 )
 
 
@@ -50,6 +50,8 @@ def needs(name: str) -> list[str]:
     found.append("questions that come back")
   if getattr(method.teacher_context, "needs_solution", False):
     found.append("reference solutions")
+  if getattr(method.teacher_context, "reads_hints", False):
+    found.append("hints, else reference solutions")
   return found
 
 

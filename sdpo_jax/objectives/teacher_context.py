@@ -129,7 +129,10 @@ def changed_templates(templates: dict[str, str]) -> tuple[tuple[str, str], ...]:
         f"method.teacher_context.templates.{name} is not a template; "
         f"choose from {sorted(TEMPLATES)}"
       )
-    fill(template, dict.fromkeys(TEXTS.get(name, ("text",)), ""))
+    try:
+      fill(template, dict.fromkeys(TEXTS.get(name, ("text",)), ""))
+    except ValueError as error:
+      raise ValueError(f"method.teacher_context.templates.{name}: {error}") from error
     if template != TEMPLATES[name]:
       changed.append((name, template))
   return tuple(changed)
@@ -192,6 +195,11 @@ class FeedbackOrSolution:
     if not solution and not feedback:
       return None
     return dataclasses.replace(self.silent(rollout), solution=solution, feedback=feedback)
+
+  @property
+  def needs_success(self) -> bool:
+    """Tells whether nothing is shown before a response of the group succeeds."""
+    return self.feedback == "never"
 
   def silent(self, rollout: Rollout) -> Context:
     """Returns the context that reveals nothing: the attempt, if it is shown, and the templates."""

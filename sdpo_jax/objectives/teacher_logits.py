@@ -13,7 +13,7 @@ from typing import Protocol
 
 import jax
 
-from sdpo_jax.objectives.control import Controller, Ramp, Scheduled
+from sdpo_jax.objectives.control import Controller, Ramp, Scheduled, check_ramp
 
 
 class TeacherLogits(Protocol):
@@ -41,6 +41,11 @@ class Tilt:
   further_count = 0
 
   def __init__(self, *, share: float = 0.5, share_end: float = 0.8, share_steps: int = 200):
+    check_ramp("method.teacher_logits", share, share_end, share_steps)
+    if share == share_end == 0:
+      raise ValueError(
+        "method.teacher_logits.share=0 to share_end=0 makes the teacher the policy itself"
+      )
     self._ramp = Ramp(share, share_end, share_steps)
 
   def controller(self) -> Controller:
