@@ -147,7 +147,7 @@ def compiled_passes(mesh, config, batch, remat):
     lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places
   )
   params = place(decoder.shapes(config), where)
-  rows = place(batch, jax.tree.map(lambda _: sharding.row_sharding(mesh), batch))
+  rows = place(batch, sharding.batch_shardings(mesh, batch))
   one = lambda p, half: run_rows(
     lambda x: [
       decoder.hidden(p, config, x[0], positions_BT=x[1], segment_ids_BT=x[2], remat=remat)
