@@ -176,7 +176,7 @@ def test_a_resumed_run_sees_the_lines_up_to_its_checkpoint_alone(tmp_path, monke
   steps.learner = types.SimpleNamespace(method=types.SimpleNamespace(needs_teacher=False))
   steps.session = types.SimpleNamespace(mesh=None, isolation="none")
   steps.rows = {}
-  steps.host = {"unwritten": None}
+  steps.host = {"unwritten": None, "taught": True}
   steps._saver = checkpoint.Saver(tmp_path)
   steps.open(None, latest=2)
   steps.close()
