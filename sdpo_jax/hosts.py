@@ -14,6 +14,7 @@ coordinator, and that looks after them:
   the coordinator is gone   jax aborts the process, with the same status
 """
 
+import atexit
 import itertools
 import json
 import math
@@ -68,7 +69,9 @@ def start(address: str, peer_timeout_s: int = PEER_TIMEOUT_S) -> None:
   finally:
     patience.cancel()
   if jax.process_count() > 1:
-    _Watch(peer_timeout_s).start()
+    watch = _Watch(peer_timeout_s)
+    watch.start()
+    atexit.register(watch.end)
 
 
 def _give_up(address: str, waited_s: int) -> None:
@@ -196,12 +199,24 @@ class _Watch(threading.Thread):
   def __init__(self, timeout_s: float):
     super().__init__(name="peers", daemon=True)
     self.timeout_s = timeout_s
+    self._is_over = threading.Event()
     self._beats = {}  # rank -> (its last beat, when it was first seen here)
 
+  def end(self) -> None:
+    """Leaves the run with all others, watched up to then, and waits until the thread is through.
+
+    A thread that still calls the coordinator while the interpreter ends would abort the process.
+    """
+    try:
+      jax.distributed.shutdown()  # waits for the others
+    finally:
+      self._is_over.set()
+      self.join()
+
   def run(self):
-    """Beats and looks until the process ends."""
+    """Beats and looks until the process leaves the run."""
     beat = 0
-    while True:
+    while not self._is_over.is_set():
       beat += 1
       try:
         _set("beat", str(beat))
@@ -210,7 +225,7 @@ class _Watch(threading.Thread):
         return
       self._follow(ended)
       self._miss(beats)
-      time.sleep(_BEAT_S)
+      self._is_over.wait(_BEAT_S)
 
   def _follow(self, ended: dict[int, str]) -> None:
     """Ends this process if another one has failed."""
