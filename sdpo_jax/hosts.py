@@ -177,6 +177,26 @@ def blames_a_peer(error: BaseException) -> bool:
   return False
 
 
+def follow_a_peer() -> None:
+  """Ends this process as another one has ended, if that one has said why; else it returns.
+
+  What a process says stands in the store before its connections close.
+  """
+  try:
+    ended = _get("ended")
+  except Exception:  # the coordinator is gone, and with it what it knew
+    return
+  _follow(ended)
+
+
+def _follow(ended: dict[int, str]) -> None:
+  ended.pop(_rank(), None)
+  for rank, text in sorted(ended.items()):
+    status, message = json.loads(text)
+    print(f"sdpo_jax: process {rank} of this run ended: {message}", file=sys.stderr)
+    leave(status, f"process {rank} ended")
+
+
 def leave(status: int, message: str) -> None:
   """Ends this process, and with it the others, with this exit status and message.
 
@@ -223,17 +243,9 @@ class _Watch(threading.Thread):
         ended, beats = _get("ended"), _get("beat")
       except Exception:  # the coordinator is gone or leaving: jax ends this process
         return
-      self._follow(ended)
+      _follow(ended)
       self._miss(beats)
       self._is_over.wait(_BEAT_S)
-
-  def _follow(self, ended: dict[int, str]) -> None:
-    """Ends this process if another one has failed."""
-    ended.pop(_rank(), None)
-    for rank, text in sorted(ended.items()):
-      status, message = json.loads(text)
-      print(f"sdpo_jax: process {rank} of this run ended: {message}", file=sys.stderr)
-      leave(status, f"process {rank} ended")
 
   def _miss(self, beats: dict[int, str]) -> None:
     """Ends this process if another one has been silent for too long."""

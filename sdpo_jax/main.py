@@ -193,6 +193,7 @@ def end(error: Exception) -> int:
   status = status_of(error)
   are_several = hosts.are_several()
   if are_several and hosts.blames_a_peer(error):
+    hosts.follow_a_peer()
     status = hosts.LOST_PEER
     error = RunError(
       f"another process of this run is lost ({error}); the same command, in all processes, goes on "
