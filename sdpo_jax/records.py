@@ -26,6 +26,7 @@ A digit is an axis of that length. Log-probabilities and divergences are in nats
 
 import dataclasses
 import enum
+import math
 from typing import Any, NamedTuple
 
 # numpy on the host, jax on the device. This file imports neither's arrays by name.
@@ -85,6 +86,12 @@ class Rollout:
   # The parts of the response that the engine sampled, in order; all else has weight 0. None: the
   # response comes from a file, or nothing sampled it.
   sampled: list["Segment"] | None = None
+
+  @property
+  def is_judged(self) -> bool:
+    """Tells whether there is a verdict, and so a reward that may be trained on."""
+    judged = self.feedback.status is not Status.ENV_FAILED
+    return judged and math.isfinite(self.feedback.reward)
 
   @classmethod
   def of(

@@ -121,17 +121,12 @@ class Responses(NamedTuple):
     return [self.policy, *(reading.texts for reading in self.readings)]
 
   def lengths(self) -> list[int]:
-    """Returns the response tokens of each row; 0 for a response that was not judged."""
-    return [len(r.tokens) if is_valid(r) else 0 for r in self.rollouts]
+    """Returns the response tokens of each row.
 
-
-def is_valid(rollout: Rollout) -> bool:
-  """Tells whether a rollout was judged.
-
-  Others lie in no pack, and may be longer than all that do.
-  """
-  judged = rollout.feedback.status is not Status.ENV_FAILED
-  return judged and bool(np.isfinite(rollout.feedback.reward))
+    They are 0 for a response that was not judged: it lies in no pack, and may be longer than all
+    that do.
+    """
+    return [len(r.tokens) if r.is_judged else 0 for r in self.rollouts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +217,7 @@ class Packer:
     advantage_QG = self.method.advantage(reward_QG)
     rollouts = [r for group in groups for r in group]
     policy = Texts(
-      [r.prompt_tokens + r.tokens if is_valid(r) else [] for r in rollouts],
+      [r.prompt_tokens + r.tokens if r.is_judged else [] for r in rollouts],
       [len(r.prompt_tokens) for r in rollouts],
     )
     by_group, lots_QG, standings = [], [], []
@@ -260,7 +255,7 @@ class Packer:
     metrics = {}
     plain, memory = responses.readings[0], self.method.memory
     if self.method.policy_share is None:
-      is_judged_B = np.array([is_valid(r) for r in responses.rollouts])
+      is_judged_B = np.array([r.is_judged for r in responses.rollouts])
       metrics = measure(responses.standings, responses.route_B, plain.weight_B > 0, is_judged_B)
     if memory is not None:
       read = sum(context is not None and context.remembered for context in plain.contexts)
@@ -273,13 +268,13 @@ class Packer:
     known = [standing] if getattr(teacher_context, "needs_memory", False) else []
     plain = []
     for i, rollout in enumerate(group):
-      context = teacher_context(group, i, *known) if is_valid(rollout) else None
+      context = teacher_context(group, i, *known) if rollout.is_judged else None
       plain.append(None if context is None else (context, 1.0))
     readings = [plain]
     if self.further_readings is not None:
       nothing = [None] * self.method.further_count
       readings += zip(
-        *(self.further_readings(group, i) if is_valid(r) else nothing for i, r in enumerate(group)),
+        *(self.further_readings(group, i) if r.is_judged else nothing for i, r in enumerate(group)),
         strict=True,
       )
     return [
@@ -458,7 +453,7 @@ def _response_arrays(rollouts: list[Rollout], responses: int) -> tuple[np.ndarra
   weight_BR = np.zeros(response_BR.shape, np.float32)
   logp_BR = np.zeros(response_BR.shape, np.float32)
   for b, r in enumerate(rollouts):
-    if is_valid(r):
+    if r.is_judged:
       n = len(r.tokens)
       response_BR[b, :n] = r.tokens
       logp_BR[b, :n] = r.logp
@@ -476,7 +471,7 @@ def _measure(responses: Responses, batch: TrainBatch) -> dict[str, float]:
   columns = sum(rows.segment_CPT.size for rows in read_rows)
   has_solution = [c is not None and bool(c.solution) for c in plain.contexts]
   metrics = {
-    "data/dropped": float(sum(not is_valid(r) for r in responses.rollouts)),
+    "data/dropped": float(sum(not r.is_judged for r in responses.rollouts)),
     "data/teacher_share": float(plain.weight_B.mean()),
     "data/teacher_shortened": float(plain.shortened),
     "data/solution_share": float(np.mean(has_solution)),

@@ -9,12 +9,11 @@ A part that has such a scalar says how it comes about by `controller()`, which r
 own batches, which every process knows, so that all processes decide alike.
 """
 
-import math
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from sdpo_jax.records import Rollout, Status, TrainBatch
+from sdpo_jax.records import Rollout, TrainBatch
 
 # the axes of a method that may have a controller
 CONTROLLED = ("teacher_weights", "teacher_logits", "credit")
@@ -145,10 +144,6 @@ def as_trial(batch: TrainBatch) -> TrainBatch:
 
 def facts_of(groups: list[list[Rollout]], step: int) -> Facts:
   """Returns what is known of a batch of judged groups."""
-  judged = []
-  for group in groups:
-    for rollout in group:
-      reward = rollout.feedback.reward
-      if rollout.feedback.status is not Status.ENV_FAILED and math.isfinite(reward):
-        judged.append((float(reward), len(rollout.tokens)))
-  return Facts(step, tuple(r for r, _ in judged), tuple(n for _, n in judged))
+  judged = [rollout for group in groups for rollout in group if rollout.is_judged]
+  rewards = tuple(float(rollout.feedback.reward) for rollout in judged)
+  return Facts(step, rewards, tuple(len(rollout.tokens) for rollout in judged))

@@ -22,14 +22,13 @@ questions are known before the run (`check_ids`), else RunError.
 
 from collections.abc import Iterable
 import dataclasses
-import math
 from typing import Any, NamedTuple, Protocol
 import zlib
 
 from sdpo_jax import ranges
 from sdpo_jax.errors import RunError, unknown
 from sdpo_jax.objectives.teacher_context import without_thinking
-from sdpo_jax.records import Rollout, Status, Task
+from sdpo_jax.records import Rollout, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +116,7 @@ class Questions:
     earlier = self._solutions.get(task.id, ())
     if _is_mistaken(task, known.prompt):
       raise RunError(_mistake(task))
-    judged = [r for r in group if _is_judged(r)]
+    judged = [r for r in group if r.is_judged]
     if judged:
       successes = [r for r in judged if r.feedback.reward >= self._success_threshold]
       known = self._after(known, len(successes) / len(judged))
@@ -205,11 +204,6 @@ def _mistake(task: Task) -> str:
 
 def _checksum(task: Task) -> int:
   return zlib.crc32(f"{task.system}\n{task.prompt}".encode(errors="replace"))
-
-
-def _is_judged(rollout: Rollout) -> bool:
-  feedback = rollout.feedback
-  return feedback.status is not Status.ENV_FAILED and math.isfinite(feedback.reward)
 
 
 def _bytes(solutions: tuple[Solution, ...]) -> int:
