@@ -40,6 +40,19 @@ OLMO = dataclasses.replace(
   sliding_rope=Rope(7e3),
 )
 YARN = dataclasses.replace(OLMO, rope=dataclasses.replace(OLMO.rope, truncate=False))
+GEMMA = dataclasses.replace(
+  QWEN,
+  family="gemma3_text",
+  norm_placement="both",
+  norm_plus_one=True,
+  scaled_embedding=True,
+  activation="gelu_tanh",
+  query_scale=1.25,
+  sliding=(True, False, True),
+  sliding_window=5,
+  rope=Rope(5e4, "linear", factor=4.0),
+  sliding_rope=Rope(7e3),
+)
 LLAMA = dataclasses.replace(
   QWEN, family="llama", qk_norm="none", rope=Rope(3e4, "llama3", factor=4.0, original_positions=64)
 )
@@ -56,7 +69,8 @@ def params_of(config):
 
   def draw(x, axes):
     scale = 0.3 * rng.standard_normal(x.shape)
-    return jnp.asarray(scale + (axes in ("D", "LD", "LH", "LNH", "LKH")), x.dtype)
+    is_scale = axes in ("D", "LD", "LH", "LNH", "LKH") and not config.norm_plus_one
+    return jnp.asarray(scale + is_scale, x.dtype)
 
   return jax.tree.map(draw, decoder.shapes(config), decoder.axes(config))
 
@@ -66,7 +80,7 @@ def tokens(rows, length, seed=0):
 
 
 def test_init_agrees_with_the_declared_axes_and_shapes():
-  for config in (QWEN, OLMO, dataclasses.replace(QWEN, qkv_bias=True, param_dtype="bfloat16")):
+  for config in (QWEN, OLMO, GEMMA, dataclasses.replace(QWEN, qkv_bias=True, param_dtype="bfloat16")):
     params = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
       lambda x: (x.shape, x.dtype), decoder.shapes(config)
@@ -76,7 +90,7 @@ def test_init_agrees_with_the_declared_axes_and_shapes():
     )
 
 
-@pytest.mark.parametrize("config", [QWEN, OLMO], ids=["qwen", "olmo"])
+@pytest.mark.parametrize("config", [QWEN, OLMO, GEMMA], ids=["qwen", "olmo", "gemma"])
 def test_a_later_token_cannot_change_an_earlier_logit(config):
   before = tokens(2, 16)
   after = before.copy()
@@ -86,7 +100,7 @@ def test_a_later_token_cannot_change_an_earlier_logit(config):
   assert np.all(np.max(np.abs(a[:, 9:] - b[:, 9:]), axis=-1)[:, 0] > 1e-3)
 
 
-@pytest.mark.parametrize("config", [QWEN, OLMO], ids=["qwen", "olmo"])
+@pytest.mark.parametrize("config", [QWEN, OLMO, GEMMA], ids=["qwen", "olmo", "gemma"])
 def test_packed_and_padded_rows_equal_rows_alone(config):
   a, b = tokens(1, 9, seed=1), tokens(1, 12, seed=2)
   params = params_of(config)
@@ -109,7 +123,7 @@ def halves():
   return (policy_tokens, None, None), (teacher, None, teacher_segments)
 
 
-@pytest.mark.parametrize("config", [QWEN, OLMO], ids=["qwen", "olmo"])
+@pytest.mark.parametrize("config", [QWEN, OLMO, GEMMA], ids=["qwen", "olmo", "gemma"])
 @pytest.mark.parametrize("ema", [False, True], ids=["live", "ema"])
 def test_the_pair_equals_two_passes_and_only_the_policy_is_differentiated(config, ema):
   params, (policy_rows, teacher) = params_of(config), halves()
@@ -208,7 +222,7 @@ def test_program_size_does_not_grow_with_depth():
   assert abs(size(3) - size(30)) <= 2
 
 
-@pytest.mark.parametrize("config", [QWEN, OLMO], ids=["qwen", "olmo"])
+@pytest.mark.parametrize("config", [QWEN, OLMO, GEMMA], ids=["qwen", "olmo", "gemma"])
 def test_sharded_equals_unsharded(config):
   """Values and gradients on data 2 x fsdp 2 x tensor 2.
 
@@ -298,6 +312,10 @@ CHANGED = {  # same weights, other output: (base, changes)
   "sliding_window": (OLMO, dict(sliding_window=6)),
   "sliding": (OLMO, dict(sliding=(True, True, True))),
   "norm_placement": (QWEN, dict(norm_placement="post")),
+  "norm_plus_one": (GEMMA, dict(norm_plus_one=False)),
+  "scaled_embedding": (GEMMA, dict(scaled_embedding=False)),
+  "activation": (GEMMA, dict(activation="silu")),
+  "query_scale": (GEMMA, dict(query_scale=1.0)),
   "dtype": (QWEN, dict(dtype="bfloat16")),
   "rope.theta": (QWEN, dict(rope=Rope(2e4))),
   "rope.kind": (LLAMA, dict(rope=dataclasses.replace(LLAMA.rope, kind="yarn"))),

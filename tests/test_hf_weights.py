@@ -80,12 +80,29 @@ MODELS = {
     tie_word_embeddings=True,
     layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
   ),
+  "gemma3": dict(
+    sliding_window=19,
+    num_hidden_layers=7,  # the sixth is the first that does not slide
+    query_pre_attn_scalar=20,
+    rope_parameters=dict(
+      full_attention=dict(rope_type="linear", rope_theta=5e4, factor=8.0),
+      sliding_attention=dict(rope_type="default", rope_theta=7e3),
+    ),
+  ),
+  "gemma3-untied": dict(
+    sliding_window=31,
+    query_pre_attn_scalar=12,
+    rope_parameters=dict(full_attention=DEFAULT, sliding_attention=DEFAULT),
+    tie_word_embeddings=False,
+    layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+  ),
 }
 CONFIGS = dict(
   qwen2=transformers.Qwen2Config,
   qwen3=transformers.Qwen3Config,
   llama=transformers.LlamaConfig,
   olmo3=transformers.Olmo3Config,
+  gemma3=transformers.Gemma3TextConfig,
 )
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 logits = jit(decoder.logits, static_argnums=1)
@@ -98,7 +115,8 @@ def build(name, **changes):
   model = transformers.AutoModelForCausalLM.from_config(hf).eval()
   with torch.no_grad():
     for p in model.parameters():
-      p.copy_(torch.randn_like(p) * 0.15 + (p.ndim == 1))
+      is_scale = p.ndim == 1 and not name.startswith("gemma3")  # its norms add the one
+      p.copy_(torch.randn_like(p) * 0.15 + is_scale)
   return model
 
 
@@ -233,6 +251,16 @@ FIELDS = {
     "olmo3",
     dict(rope_parameters=dict(MODELS["olmo3"]["rope_parameters"], sliding_attention=DEFAULT)),
   ),
+  "query_pre_attn_scalar": ("gemma3", dict(query_pre_attn_scalar=5)),
+  "linear.factor": (
+    "gemma3",
+    dict(
+      rope_parameters=dict(
+        MODELS["gemma3"]["rope_parameters"],
+        full_attention=dict(rope_type="linear", rope_theta=5e4, factor=2.0),
+      )
+    ),
+  ),
 }
 
 
@@ -338,6 +366,25 @@ def test_the_real_olmo3_spelling_equals_transformers():
   assert model_config.from_hf(hub).sliding_rope == model_config.Rope(500000.0)
 
 
+def test_the_real_gemma3_spelling_equals_transformers():
+  """Fields of Gemma 3 as published: a pattern, and a base of its own for the sliding layers."""
+  hub = dict(
+    build("gemma3").config.to_dict(),
+    num_hidden_layers=13,
+    rope_theta=1000000,
+    rope_local_base_freq=10000,
+    rope_scaling=dict(rope_type="linear", factor=8.0),
+    sliding_window_pattern=6,
+  )
+  del hub["rope_parameters"], hub["layer_types"], hub["tie_word_embeddings"]
+  theirs = transformers.Gemma3TextConfig.from_dict(dict(hub)).to_dict()
+  config = model_config.from_hf(hub)
+  assert config == model_config.from_hf(theirs)
+  assert config.tied and config.sliding_rope == model_config.Rope(10000.0)
+  assert config.rope == model_config.Rope(1e6, "linear", 8.0)
+  assert [i for i, slides in enumerate(config.sliding) if not slides] == [5, 11]
+
+
 @pytest.mark.parametrize(
   "name, changes, words",
   [
@@ -352,11 +399,10 @@ def test_the_real_olmo3_spelling_equals_transformers():
       dict(rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5)),
       "partial_rotary_factor=0.5",
     ),
-    (
-      "llama",
-      dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)),
-      "rope_type='linear'",
-    ),
+    ("gemma3", dict(hidden_activation="gelu"), "hidden_activation='gelu'"),
+    ("gemma3", dict(final_logit_softcapping=30.0), "final_logit_softcapping=30.0"),
+    ("gemma3", dict(use_bidirectional_attention=True), "use_bidirectional_attention=True"),
+    ("gemma3", dict(rope_local_base_freq=8e3), "rope_local_base_freq=8000.0"),
     (
       "qwen2",
       dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
@@ -396,7 +442,7 @@ def leaves_equal(a, b):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["qwen2", "olmo3"])
+@pytest.mark.parametrize("name", ["qwen2", "olmo3", "gemma3"])
 def test_import_export_import_is_exact_and_transformers_agrees(checkpoint, tmp_path, name, dtype):
   directory, model = checkpoint(name)
   if dtype == jnp.bfloat16:
@@ -444,7 +490,7 @@ def test_stop_tokens_come_from_the_generation_config(checkpoint, tmp_path):
   assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [5, 7]
 
 
-@pytest.mark.parametrize("name", ["qwen2", "olmo3"])
+@pytest.mark.parametrize("name", ["qwen2", "olmo3", "gemma3"])
 def test_loading_onto_a_mesh(checkpoint, tmp_path, name):
   directory, _ = checkpoint(name)
   mesh = jax.make_mesh(

@@ -1,16 +1,17 @@
 """The shape of a decoder, and its translation from and to a Hugging Face `config.json`.
 
-One `ModelConfig` describes Qwen2 / Qwen2.5, Qwen3, Llama 3 and Olmo 3. Families differ by
-fields, never by code: what a family fixes is one `Family` record in `FAMILIES`. A new
+One `ModelConfig` describes Qwen2 / Qwen2.5, Qwen3, Llama 3, Olmo 3 and Gemma 3 (text). Families
+differ by fields, never by code: what a family fixes is one `Family` record in `FAMILIES`. A new
 family is a record there, and the names of its tensors in `hf_weights`. A `ModelConfig` is
 frozen and hashable, so it can be a static argument of `jax.jit`. This file imports no jax
 and no transformers.
 
 Rotary settings exist in two spellings, and both are read:
   the hub's          `rope_theta`, `rope_scaling`
-  transformers 5's   `rope_parameters`, which Olmo 3 nests by layer type
-Where a file has both, they must agree. In the hub's spelling Olmo 3's `rope_scaling`
-concerns the full-attention layers only, and its `rope_theta` concerns all layers.
+  transformers 5's   `rope_parameters`, which Olmo 3 and Gemma 3 nest by layer type
+Where a file has both, they must agree. In the hub's spelling the `rope_scaling` of these two
+concerns the full-attention layers only. Olmo 3's `rope_theta` concerns all layers; Gemma 3's
+sliding layers have `rope_local_base_freq` instead.
 
 Errors: ValueError names the field and its value, for every setting that would change the
 output and is not implemented.
@@ -25,8 +26,9 @@ from typing import Any
 class Rope:
   """Describes a rotary position embedding.
 
-  `kind` is "default", "llama3" (Llama 3.1) or "yarn" (arXiv:2309.00071). `theta` is the base,
-  `factor` the context extension, `original_positions` the context length before it.
+  `kind` is "default", "linear" (positions divided by `factor`), "llama3" (Llama 3.1) or "yarn"
+  (arXiv:2309.00071). `theta` is the base, `factor` the context extension, `original_positions`
+  the context length before it, which linear does not read.
   llama3 reads `low_freq_factor` and `high_freq_factor`. yarn reads `beta_fast`, `beta_slow`
   and `truncate`, and multiplies cos and sin by `attention_factor`.
   """
@@ -51,16 +53,26 @@ class Family:
   qkv_bias: bool = False
   qk_norm: str = "none"
   norm_placement: str = "pre"
+  norm_plus_one: bool = False
+  scaled_embedding: bool = False
+  activation: str = "silu"
+  activation_key: str = "hidden_act"  # config.json's name for it
+  # the head size whose root divides attention's logits is a setting of config.json
+  query_pre_attn_scalar: bool = False
   # Which layers slide. "never": none; "optional": with use_sliding_window those from
-  # max_window_layers on; "always": three of four. A file's layer_types may choose others.
+  # max_window_layers on; "always": all but each `full_every`-th. A file's layer_types may choose
+  # others.
   windows: str = "never"
+  full_every: int = 4
   # rope_parameters are nested by layer type: sliding layers have rotary settings of their own
   rope_by_layer_type: bool = False
   # transformers' defaults where the file is silent
   norm_eps: float = 1e-6
   rope_theta: float = 10000.0
+  sliding_rope_theta: float | None = None  # None: rope_theta
   head_dim: int | None = None  # None: width / heads
   max_positions: int = 32768
+  tied: bool = False
 
 
 # model_type -> Family.
@@ -77,6 +89,24 @@ FAMILIES = {
     norm_eps=1e-5,
     rope_theta=500000.0,
     max_positions=2048,
+  ),
+  "gemma3_text": Family(
+    "Gemma3ForCausalLM",
+    qk_norm="head",
+    norm_placement="both",
+    norm_plus_one=True,
+    scaled_embedding=True,
+    activation="gelu_tanh",
+    activation_key="hidden_activation",
+    query_pre_attn_scalar=True,
+    windows="always",
+    full_every=6,
+    rope_by_layer_type=True,
+    rope_theta=1e6,
+    sliding_rope_theta=1e4,
+    head_dim=256,
+    max_positions=131072,
+    tied=True,
   ),
 }
 
@@ -100,7 +130,14 @@ class ModelConfig:
   sliding: tuple[bool, ...] = ()  # which layers slide; () = none
   qk_norm: str = "none"  # "head": each head by itself (Qwen3); "all": all together (Olmo 3)
   qkv_bias: bool = False  # Qwen2
-  norm_placement: str = "pre"  # "pre": x + f(norm(x));  "post": x + norm(f(x)) (Olmo 3)
+  # "pre": x + f(norm(x)); "post": x + norm(f(x)) (Olmo 3); "both": x + norm(f(norm(x))) (Gemma 3)
+  norm_placement: str = "pre"
+  norm_plus_one: bool = False  # norms multiply by 1 + their weight (Gemma 3)
+  scaled_embedding: bool = False  # embeddings are multiplied by the root of the width (Gemma 3)
+  activation: str = "silu"  # of the gate; "gelu_tanh" (Gemma 3)
+  # Queries are multiplied by it after their rotation, before attention divides by the root of the
+  # head size.
+  query_scale: float = 1.0
   tied: bool = False  # the output matrix is the transposed embedding
   # activations and matrix products; norms, softmax and logits are always float32
   dtype: str = "float32"
@@ -114,7 +151,8 @@ class ModelConfig:
     choices = {
       "family": tuple(FAMILIES),
       "qk_norm": ("none", "head", "all"),
-      "norm_placement": ("pre", "post"),
+      "norm_placement": ("pre", "post", "both"),
+      "activation": ("silu", "gelu_tanh"),
       "dtype": ("float32", "bfloat16", "float16"),
       "param_dtype": ("float32", "bfloat16", "float16"),
     }
@@ -165,11 +203,47 @@ PRESETS = {
     sliding=tuple(i % 4 != 3 for i in range(32)),
     max_positions=65536,
   ),
+  "smollm2-135m": ModelConfig(
+    family="llama",
+    vocab=49152,
+    width=576,
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    ff_width=1536,
+    norm_eps=1e-5,
+    rope=Rope(1e5),
+    tied=True,
+    max_positions=8192,
+  ),
+  "gemma3-270m": ModelConfig(
+    family="gemma3_text",
+    vocab=262144,
+    width=640,
+    layers=18,
+    heads=4,
+    kv_heads=1,
+    head_dim=256,
+    ff_width=2048,
+    qk_norm="head",
+    norm_placement="both",
+    norm_plus_one=True,
+    scaled_embedding=True,
+    activation="gelu_tanh",
+    rope=Rope(1e6),
+    sliding_rope=Rope(1e4),
+    sliding_window=512,
+    sliding=tuple(i % 6 != 5 for i in range(18)),
+    tied=True,
+  ),
 }
+
+# Names of the activations in config.json; the first is written.
+_ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
 
 # Fields that would change the output, with the only values that mean "absent".
 _ABSENT = {
-  "hidden_act": ("silu", "swish"),
   "attention_bias": (False,),
   "mlp_bias": (False,),
   "partial_rotary_factor": (1, None),
@@ -181,11 +255,13 @@ _ABSENT = {
   "logit_scale": (1, None),
   "attn_logit_softcapping": (None,),
   "final_logit_softcapping": (None,),
+  "use_bidirectional_attention": (False, None),
 }
 
 # Settings that each rope_type reads.
 _ROPE_KEYS = {
   "default": {"rope_theta"},
+  "linear": {"rope_theta", "factor"},
   "llama3": {
     "rope_theta",
     "factor",
@@ -228,6 +304,7 @@ def from_hf(
 
   rope, sliding_rope = _ropes_from_hf(hf, name)
   heads = hf["num_attention_heads"]
+  head_dim = hf.get("head_dim") or family.head_dim or hf["hidden_size"] // heads
   sliding = _sliding_from_hf(hf, name)
   windows = {}
   if any(sliding):
@@ -240,14 +317,18 @@ def from_hf(
     layers=hf["num_hidden_layers"],
     heads=heads,
     kv_heads=hf.get("num_key_value_heads") or heads,
-    head_dim=hf.get("head_dim") or family.head_dim or hf["hidden_size"] // heads,
+    head_dim=head_dim,
     ff_width=hf["intermediate_size"],
     norm_eps=hf.get("rms_norm_eps", family.norm_eps),
     rope=rope,
     qk_norm=family.qk_norm,
     qkv_bias=family.qkv_bias,
     norm_placement=family.norm_placement,
-    tied=bool(hf.get("tie_word_embeddings", False)),
+    norm_plus_one=family.norm_plus_one,
+    scaled_embedding=family.scaled_embedding,
+    activation=family.activation,
+    query_scale=_query_scale(hf, family, head_dim),
+    tied=bool(hf.get("tie_word_embeddings", family.tied)),
     dtype=dtype,
     param_dtype=param_dtype,
     max_positions=hf.get("max_position_embeddings", family.max_positions),
@@ -260,7 +341,9 @@ def from_hf(
 
 def _check_supported(hf: dict, name: str) -> None:
   """Raises ValueError for a setting that is not implemented, or a size that is missing."""
-  for field, absent in _ABSENT.items():
+  family = FAMILIES[name]
+  only = _ABSENT | {family.activation_key: _ACTIVATIONS[family.activation]}
+  for field, absent in only.items():
     if hf.get(field, absent[0]) not in absent:
       raise ValueError(
         f"{field}={hf[field]!r} is not supported for model_type={name!r} (only {absent[0]!r})"
@@ -268,6 +351,13 @@ def _check_supported(hf: dict, name: str) -> None:
   for field in _REQUIRED:
     if hf.get(field) is None:
       raise ValueError(f"config.json lacks {field}")
+
+
+def _query_scale(hf: dict, family: Family, head_dim: int) -> float:
+  """Returns what queries are multiplied by, given that attention divides by the head size's root."""
+  if not family.query_pre_attn_scalar:
+    return 1.0
+  return math.sqrt(head_dim / hf.get("query_pre_attn_scalar", 256))
 
 
 def _eos_ids(hf: dict) -> tuple[int, ...]:
@@ -295,7 +385,8 @@ def _sliding_from_hf(hf: dict, name: str) -> tuple[bool, ...]:
       raise ValueError(f"sliding_window={window} is set, but model_type={name!r} has no windows")
     return ()
   if types is None and windows == "always":
-    types = ["full_attention" if i % 4 == 3 else "sliding_attention" for i in range(layers)]
+    every = hf.get("sliding_window_pattern") or FAMILIES[name].full_every
+    types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
   elif types is None:
     first = hf.get("max_window_layers", 28)
     types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
@@ -329,7 +420,11 @@ def _ropes_from_hf(hf: dict, name: str) -> tuple[Rope, Rope | None]:
     raise ValueError(f"rope_scaling={old} and rope_parameters={new} disagree")
   if theta is not None and spellings[0][0].theta != theta:
     raise ValueError(f"rope_theta={theta} and rope_parameters={new} disagree")
-  return spellings[0]
+  full, sliding = spellings[0]
+  local = hf.get("rope_local_base_freq")
+  if local is not None and sliding is not None and sliding.theta != local:
+    raise ValueError(f"rope_local_base_freq={local} and rope_parameters={new} disagree")
+  return full, sliding
 
 
 def _flat_spellings(hf: dict, name: str) -> list[tuple[Rope, None]]:
@@ -353,7 +448,11 @@ def _nested_spellings(hf: dict, name: str) -> list[tuple[Rope, Rope]]:
   for settings, where in full_groups:
     full = _rope_from_hf(hf, name, settings, where)
     sliding_where = "rope_parameters.sliding_attention"
-    sliding = _rope_from_hf(hf, name, by_type.get("sliding_attention"), sliding_where)
+    sliding_settings = by_type.get("sliding_attention") or {}
+    sliding_theta = hf.get("rope_local_base_freq", FAMILIES[name].sliding_rope_theta)
+    if sliding_theta is not None:
+      sliding_settings = {"rope_theta": sliding_theta} | sliding_settings
+    sliding = _rope_from_hf(hf, name, sliding_settings, sliding_where)
     spellings.append((full, sliding))
   # transformers reads truncate from the wrong level and so ignores it: nobody knows what is meant
   if not all(full.truncate for full, _ in spellings):
@@ -381,6 +480,11 @@ def _rope_from_hf(hf: dict, name: str, settings: dict | None, where: str) -> Rop
   if kind == "default":
     return Rope(theta)
 
+  if "factor" not in given:
+    raise ValueError(f"{where} lacks factor, which rope_type={kind!r} needs")
+  if kind == "linear":
+    return Rope(theta, kind, float(given["factor"]))
+
   outer_original = hf.get("original_max_position_embeddings")
   if outer_original is not None:  # transformers lets it win, and only sometimes
     raise ValueError(
@@ -388,11 +492,8 @@ def _rope_from_hf(hf: dict, name: str, settings: dict | None, where: str) -> Rop
     )
   positions = hf.get("max_position_embeddings", FAMILIES[name].max_positions)
   original = int(given.get("original_max_position_embeddings", positions))
-  required = ["factor"]
-  if kind == "llama3":
-    required += ["low_freq_factor", "high_freq_factor"]
-  for key in required:
-    if key not in given:
+  for key in ("low_freq_factor", "high_freq_factor"):
+    if kind == "llama3" and key not in given:
       raise ValueError(f"{where} lacks {key}, which rope_type={kind!r} needs")
 
   factor = float(given["factor"])
@@ -439,7 +540,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     "num_attention_heads": config.heads,
     "num_key_value_heads": config.kv_heads,
     "head_dim": config.head_dim,
-    "hidden_act": "silu",
+    family.activation_key: _ACTIVATIONS[config.activation][0],
     "rms_norm_eps": config.norm_eps,
     "max_position_embeddings": config.max_positions,
     "tie_word_embeddings": config.tied,
@@ -460,6 +561,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
       "full_attention": rope,
       "sliding_attention": _rope_to_hf(config.sliding_rope or config.rope),
     }
+  if family.sliding_rope_theta is not None:
+    hf["rope_local_base_freq"] = (config.sliding_rope or config.rope).theta
+  if family.query_pre_attn_scalar:
+    # an integer in transformers; the root's rounding must not make it 255.99...
+    hf["query_pre_attn_scalar"] = round(config.head_dim / config.query_scale**2)
   if family.windows != "never":
     sliding = config.sliding or (False,) * config.layers
     hf["layer_types"] = ["sliding_attention" if s else "full_attention" for s in sliding]
@@ -474,7 +580,9 @@ def _rope_to_hf(rope: Rope) -> dict[str, Any]:
   """Returns the settings of one rotary embedding in transformers 5's spelling."""
   hf = {"rope_type": rope.kind, "rope_theta": rope.theta}
   if rope.kind != "default":
-    hf |= {"factor": rope.factor, "original_max_position_embeddings": rope.original_positions}
+    hf["factor"] = rope.factor
+  if rope.kind in ("llama3", "yarn"):
+    hf["original_max_position_embeddings"] = rope.original_positions
   if rope.kind == "llama3":
     hf |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
   if rope.kind == "yarn":

@@ -1,6 +1,6 @@
 """The decoder: weights with their axes, hidden states, logits, and the cached step of sampling.
 
-One causal transformer (RMSNorm, rotary positions, grouped-query attention, SwiGLU) serves
+One causal transformer (RMSNorm, rotary positions, grouped-query attention, gated MLP) serves
 training, teacher scoring and sampling; families differ by fields of `ModelConfig`. `params`
 is a nested dict. Its `layers` are stacked along a leading axis L and scanned, so that compile
 time does not grow with depth.
@@ -14,6 +14,7 @@ float32.
 Errors: AssertionError with both shapes, while tracing, where inputs disagree.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from sdpo_jax.records import Array
 
 Initializer = jax.nn.initializers.Initializer
 _FAR = 1 << 30  # a window that reaches every position
+_ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 
 
 class Weight(NamedTuple):
@@ -37,6 +39,12 @@ class Weight(NamedTuple):
 
   axes: str  # axis letters of records.py, one a dimension
   init: Initializer
+
+
+def _scale(c: ModelConfig, axes: str) -> Weight:
+  """Declares the weight of a norm, which starts as a factor of one."""
+  neutral = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
+  return Weight(axes, neutral)
 
 
 def _attention_weights(c: ModelConfig) -> dict[str, Weight]:
@@ -56,11 +64,10 @@ def _attention_weights(c: ModelConfig) -> dict[str, Weight]:
       "k_bias": Weight("KH", zeros),
       "v_bias": Weight("KH", zeros),
     }
-  ones = nn.initializers.ones
   if c.qk_norm == "head":
-    weights |= {"q_norm": Weight("H", ones), "k_norm": Weight("H", ones)}
+    weights |= {"q_norm": _scale(c, "H"), "k_norm": _scale(c, "H")}
   elif c.qk_norm == "all":
-    weights |= {"q_norm": Weight("NH", ones), "k_norm": Weight("KH", ones)}
+    weights |= {"q_norm": _scale(c, "NH"), "k_norm": _scale(c, "KH")}
   return weights
 
 
@@ -75,16 +82,16 @@ def _mlp_weights(c: ModelConfig) -> dict[str, Weight]:
 
 
 def _norm_weights(c: ModelConfig) -> dict[str, Weight]:
-  return {
-    "attn_norm": Weight("D", nn.initializers.ones),
-    "mlp_norm": Weight("D", nn.initializers.ones),
-  }
+  names = ["attn_norm", "mlp_norm"]
+  if c.norm_placement == "both":  # then these come before, and two more behind
+    names += ["attn_out_norm", "mlp_out_norm"]
+  return {name: _scale(c, "D") for name in names}
 
 
 def _outer_weights(c: ModelConfig) -> dict[str, Weight]:
   weights = {
     "embed": Weight("VD", nn.initializers.normal(0.02)),
-    "norm": Weight("D", nn.initializers.ones),
+    "norm": _scale(c, "D"),
   }
   if not c.tied:
     weights["head"] = Weight("DV", nn.initializers.normal(0.02))
@@ -159,6 +166,12 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+def _norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
+  """Applies the RMSNorm of a model's weight."""
+  scale = weight.astype(jnp.float32) + 1.0 if config.norm_plus_one else weight
+  return rms_norm(x, scale, config.norm_eps)
+
+
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
   """Returns the radians per position of each of the H/2 pairs, float32, after rope's scaling."""
   freq = 1.0 / np.float64(rope.theta) ** (np.arange(0, head_dim, 2) / head_dim)
@@ -168,6 +181,8 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     span = rope.high_freq_factor - rope.low_freq_factor
     keep = np.clip((turns - rope.low_freq_factor) / span, 0, 1)
     freq = (1 - keep) * freq / rope.factor + keep * freq
+  elif rope.kind == "linear":
+    freq = freq / rope.factor
   elif rope.kind == "yarn":
     stretch = _yarn_stretch(rope, head_dim)
     freq = stretch * freq / rope.factor + (1 - stretch) * freq
@@ -199,11 +214,12 @@ def _rotation(rope: Rope, head_dim: int, positions_BT: jax.Array) -> tuple[jax.A
   return jnp.cos(angle) * rope.attention_factor, jnp.sin(angle) * rope.attention_factor
 
 
-def _rotate(x_BTNH: jax.Array, rotation) -> jax.Array:
-  """Rotates pair (h, h + H/2) by its angle."""
+def _rotate(x_BTNH: jax.Array, rotation, scale: float = 1.0) -> jax.Array:
+  """Rotates pair (h, h + H/2) by its angle, and multiplies by `scale` before the one rounding."""
   cos, sin = rotation
   a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return (rotated * scale).astype(x_BTNH.dtype)
 
 
 def _product(x: jax.Array, w: jax.Array, contracted: int = 1) -> jax.Array:
@@ -230,20 +246,22 @@ class Attention(nn.Module):
     if c.qkv_bias:
       q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
     if c.qk_norm != "none":
-      q, k = rms_norm(q, w["q_norm"], c.norm_eps), rms_norm(k, w["k_norm"], c.norm_eps)
-    out_BTNH, memory = attend(_rotate(q, rotation), _rotate(k, rotation), v)
+      q, k = _norm(q, w["q_norm"], c), _norm(k, w["k_norm"], c)
+    q, k = _rotate(q, rotation, c.query_scale), _rotate(k, rotation)
+    out_BTNH, memory = attend(q, k, v)
     return _product(out_BTNH, w["o"], contracted=2), memory
 
 
 class Mlp(nn.Module):
-  """Computes SwiGLU."""
+  """Computes the gated MLP: SwiGLU, or GeGLU where the activation is GELU."""
 
   config: ModelConfig
 
   @nn.compact
   def __call__(self, x_BTD):
     w = _declare(self, _mlp_weights(self.config), self.config)
-    return _product(nn.silu(_product(x_BTD, w["gate"])) * _product(x_BTD, w["up"]), w["down"])
+    gate = _ACTIVATIONS[self.config.activation](_product(x_BTD, w["gate"]))
+    return _product(gate * _product(x_BTD, w["up"]), w["down"])
 
 
 class Block(nn.Module):
@@ -263,12 +281,16 @@ class Block(nn.Module):
     mlp = Mlp(c, name="mlp")
 
     def norm(x, name):
-      return rms_norm(x, w[name], c.norm_eps)
+      return _norm(x, w[name], c)
 
     if c.norm_placement == "pre":
       out, memory = attn(norm(x_BTD, "attn_norm"), rotation, attend)
       x_BTD = x_BTD + out
       x_BTD = x_BTD + mlp(norm(x_BTD, "mlp_norm"))
+    elif c.norm_placement == "both":
+      out, memory = attn(norm(x_BTD, "attn_norm"), rotation, attend)
+      x_BTD = x_BTD + norm(out, "attn_out_norm")
+      x_BTD = x_BTD + norm(mlp(norm(x_BTD, "mlp_norm")), "mlp_out_norm")
     else:
       out, memory = attn(x_BTD, rotation, attend)
       x_BTD = x_BTD + norm(out, "attn_norm")
@@ -355,6 +377,8 @@ def _stream(
   segment_BT=None,
 ) -> _Stream:
   embedded_BTD = params["embed"][tokens_BT].astype(config.dtype)
+  if config.scaled_embedding:  # the factor is rounded as well: models were trained with it
+    embedded_BTD *= jnp.asarray(math.sqrt(config.width), config.dtype)
   x_BTD = sharding.constrain(sharding.constrain_embeddings(embedded_BTD), "BTD")
   rotation = sliding_rotation = _rotation(config.rope, config.head_dim, positions_BT)
   if config.sliding_rope is not None:
@@ -467,7 +491,7 @@ def _scan(body, carry, xs, remat: str):
 
 
 def _final_norm(params: dict, config: ModelConfig, x_BTD) -> jax.Array:
-  return rms_norm(x_BTD, params["norm"], config.norm_eps)
+  return _norm(x_BTD, params["norm"], config)
 
 
 def hidden(

@@ -65,7 +65,7 @@ _QK_NORM = {
   ],
 }
 
-# The same name means another norm in the two placements.
+# The same name means another norm in the placements.
 _NORM = {
   "pre": [
     (_L + r"input_layernorm\.weight", "layers/attn_norm", "D"),
@@ -74,6 +74,12 @@ _NORM = {
   "post": [
     (_L + r"post_attention_layernorm\.weight", "layers/attn_norm", "D"),
     (_L + r"post_feedforward_layernorm\.weight", "layers/mlp_norm", "D"),
+  ],
+  "both": [
+    (_L + r"input_layernorm\.weight", "layers/attn_norm", "D"),
+    (_L + r"post_attention_layernorm\.weight", "layers/attn_out_norm", "D"),
+    (_L + r"pre_feedforward_layernorm\.weight", "layers/mlp_norm", "D"),
+    (_L + r"post_feedforward_layernorm\.weight", "layers/mlp_out_norm", "D"),
   ],
 }
 
