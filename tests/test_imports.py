@@ -49,6 +49,7 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "learner": 4.5,
   "session": 4.5,
   "export": 4.5,
+  "import_gguf": 4.5,
   "evaluation": 4.7,
   "final_scores": 4.8,
   "summary": 4.9,
@@ -85,8 +86,8 @@ WITHOUT_JAX = (
   "discover/results",
   "objectives/teacher_context",
 )
-# corpus makes the tokenizer of the tiny model
-HUGGING_FACE = {"data/chat", "data/corpus", "model/hf_weights"}
+# corpus makes the tokenizer of the tiny model, import_gguf that of a GGUF file
+HUGGING_FACE = {"data/chat", "data/corpus", "import_gguf", "model/hf_weights"}
 
 FILES = sorted(
   str(path.relative_to(PACKAGE).with_suffix(""))

