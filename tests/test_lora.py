@@ -18,6 +18,7 @@ from sdpo_jax.engine.local import LocalEngine
 from sdpo_jax.model import decoder, hf_weights, lora
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.records import Request, Sampling
+from tests.test_decoder import GEMMA, params_of
 
 CONFIG = ModelConfig(
   family="qwen3",
@@ -73,10 +74,13 @@ def test_each_target_is_the_weight_plus_its_product(target):
   assert jax.tree.all(jax.tree.map(np.array_equal, merged, PARAMS))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_attached_equals_merged_in_training_and_sampling(dtype):
-  config = dataclasses.replace(CONFIG, dtype=dtype, param_dtype=dtype)
-  params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+@pytest.mark.parametrize(
+  "dtype, base", [("float32", CONFIG), ("bfloat16", CONFIG), ("float32", GEMMA)]
+)
+def test_attached_equals_merged_in_training_and_sampling(dtype, base):
+  config = dataclasses.replace(base, vocab=CONFIG.vocab, dtype=dtype, param_dtype=dtype)
+  weights = PARAMS if base == CONFIG else params_of(config)
+  params = jax.tree.map(lambda x: x.astype(dtype), weights)
   attached, merged = lora.attach(params, ADAPTERS, LORA), lora.merge(params, ADAPTERS, LORA)
   np.testing.assert_allclose(logits(attached, config, ROW), logits(merged, config, ROW), atol=1e-5)
   assert not np.allclose(logits(params, config, ROW), logits(merged, config, ROW), atol=0.1)

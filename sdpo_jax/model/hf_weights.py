@@ -312,7 +312,7 @@ def local_directory(path_or_hub_id) -> str:
     huggingface_hub.errors.LocalEntryNotFoundError,
     OSError,
   ) as e:
-    reason = str(e).strip().splitlines()[0]
+    reason = str(e).strip().splitlines()[0].rstrip(".")
     raise CheckpointError(
       f"{path}: no such directory, and the hub does not give it: {reason}{_without_hub(path)}"
     ) from e
