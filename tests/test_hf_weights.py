@@ -90,13 +90,6 @@ MODELS = {
       sliding_attention=dict(rope_type="default", rope_theta=7e3),
     ),
   ),
-  "gemma3-untied": dict(
-    sliding_window=31,
-    query_pre_attn_scalar=12,
-    rope_parameters=dict(full_attention=DEFAULT, sliding_attention=DEFAULT),
-    tie_word_embeddings=False,
-    layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
-  ),
 }
 CONFIGS = dict(
   qwen2=transformers.Qwen2Config,
