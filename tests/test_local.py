@@ -1,8 +1,8 @@
 """The local engine says what the trainer would say; a response depends on its seed alone."""
 
 import dataclasses
-import itertools
 import functools
+import itertools
 
 import jax
 import numpy as np
