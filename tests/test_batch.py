@@ -9,6 +9,7 @@ import pytest
 from sdpo_jax.data.batch import Packer
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.shapes import Rounding, Shapes, full_shape
+from sdpo_jax.data.teacher_prompt import TeacherReader
 from sdpo_jax.objectives import build
 from sdpo_jax.records import Feedback, Rollout, Status, Task
 from tests import fakes
@@ -104,8 +105,10 @@ def test_a_group_that_was_prepared_is_packed_as_it_would_have_been(monkeypatch):
   expected = packed()
   p = packer(fresh(), max_teacher_tokens=4096)
   rendered = []
-  render = Packer._render
-  monkeypatch.setattr(Packer, "_render", lambda self, *a: rendered.append(a) or render(self, *a))
+  render = TeacherReader.of_group
+  monkeypatch.setattr(
+    TeacherReader, "of_group", lambda self, *a: rendered.append(a) or render(self, *a)
+  )
   p.prepare(GROUP)
   p.prepare([dataclasses.replace(r) for r in GROUP])
   found = p.pack([GROUP])

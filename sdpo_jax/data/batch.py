@@ -37,12 +37,12 @@ from sdpo_jax.data.packing import (
 )
 from sdpo_jax.data.sampled import check_sampled
 from sdpo_jax.data.shapes import Load, Rounding, Shape, Shapes, choose_shape
-from sdpo_jax.data.teacher_prompt import teacher_prompt
+from sdpo_jax.data.teacher_prompt import Shown, TeacherReader
 from sdpo_jax.objectives.build import Method
 from sdpo_jax.objectives.memory import Standing
 from sdpo_jax.objectives.route import Lot, measure
 from sdpo_jax.objectives.teacher_context import Context
-from sdpo_jax.records import Reading, Rollout, Rows, Status, Task, TrainBatch
+from sdpo_jax.records import Reading, Rollout, Rows, Status, TrainBatch
 
 
 class Packed(NamedTuple):
@@ -158,7 +158,7 @@ class Packer:
     what earlier groups have left in a memory, it is done by `pack` alone.
     """
     if self.method.memory is None:
-      self._prepared[_identity(group)] = group, self._render(group, None)
+      self._prepared[_identity(group)] = group, self._reader.of_group(group)
 
   def pack(self, groups: list[list[Rollout]]) -> Packed:
     """Returns the batch of groups[q][g]; all groups have equally many rollouts.
@@ -207,9 +207,20 @@ class Packer:
       if context is None or context == context.without_texts():
         continue
       task = packed.rollouts[b].task
-      prompt = self._show(task, context.without_texts(), 1.0).prompt
-      silent.append(prompt == texts.tokens[b][: texts.starts[b]])
+      prompt = texts.tokens[b][: texts.starts[b]]
+      silent.append(self._reader.says_nothing(task, context, prompt))
     return silent
+
+  @property
+  def _reader(self) -> TeacherReader:
+    return TeacherReader(
+      self.chat,
+      self.messages,
+      self.method.teacher_context,
+      self.settings.max_teacher_tokens,
+      self.further_readings,
+      self.method.further_count,
+    )
 
   def _read(self, groups: list[list[Rollout]]) -> Responses:
     """Renders the texts that policy and teacher read."""
@@ -225,7 +236,7 @@ class Packer:
       lots, standing = self._route(group)
       standings += [standing] if standing else []
       _, rendered = self._prepared.get(_identity(group), (None, None))
-      by_group.append(rendered or self._render(group, standing))
+      by_group.append(rendered or self._reader.of_group(group, standing))
       lots_QG.append(lots)
     factor_QG = np.array([[lot.factor for lot in lots] for lots in lots_QG])
     readings = []
@@ -262,49 +273,12 @@ class Packer:
       metrics |= memory.metrics() | {"memory/read": float(read)}
     return metrics
 
-  def _render(self, group: list[Rollout], standing: Standing | None) -> list[list["_Shown | None"]]:
-    """Renders what the teacher reads of each rollout of a group, in each of its readings."""
-    teacher_context = self.method.teacher_context
-    known = [standing] if getattr(teacher_context, "needs_memory", False) else []
-    plain = []
-    for i, rollout in enumerate(group):
-      context = teacher_context(group, i, *known) if rollout.is_judged else None
-      plain.append(None if context is None else (context, 1.0))
-    readings = [plain]
-    if self.further_readings is not None:
-      nothing = [None] * self.method.further_count
-      readings += zip(
-        *(self.further_readings(group, i) if r.is_judged else nothing for i, r in enumerate(group)),
-        strict=True,
-      )
-    return [
-      [
-        None if chosen is None else self._show(rollout.task, *chosen)
-        for rollout, chosen in zip(group, reading, strict=True)
-      ]
-      for reading in readings
-    ]
-
-  def _show(self, task: Task, context: Context, weight: float) -> "_Shown":
-    messages, limit = self.messages(task), self.settings.max_teacher_tokens
-    prompt, was_shortened = teacher_prompt(self.chat, messages, context, limit)
-    return _Shown(context, weight, prompt, was_shortened)
-
-
-class _Shown(NamedTuple):
-  """What the teacher reads before one response."""
-
-  context: Context
-  weight: float
-  prompt: list[int]
-  was_shortened: bool
-
 
 def _identity(group: list[Rollout]) -> tuple[int, ...]:
   return tuple(map(id, group))
 
 
-def _teacher_reading(rollouts: list[Rollout], shown: list[_Shown | None]) -> TeacherReading:
+def _teacher_reading(rollouts: list[Rollout], shown: list[Shown | None]) -> TeacherReading:
   """Joins what the teacher reads before each response with the response; None: nothing."""
   tokens = [s.prompt + r.tokens if s else [] for s, r in zip(shown, rollouts, strict=True)]
   starts = [len(s.prompt) if s else 0 for s in shown]

@@ -1,18 +1,87 @@
-"""Renders the teacher's prompt: the question with its context, shortened where there is no room.
+"""Renders what the teacher reads: the question with its context, shortened where there is no room.
 
-The feedback gives way before the solution does, and peers' failures before their successes. The
+`TeacherReader` goes over the responses to a question, `teacher_prompt` renders one prompt. The
+feedback gives way before the solution does, and peers' failures before their successes. The
 question, the closing instruction and the header of the assistant's turn are never touched.
 """
 
 import dataclasses
+from typing import Callable, NamedTuple
 
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.errors import TaskError
+from sdpo_jax.objectives.memory import Standing
 from sdpo_jax.objectives.teacher_context import Context
+from sdpo_jax.records import Rollout, Task
 
 CUT = "\n[...]\n"
 # The fields of a context that may be shortened, in this order.
 SHORTENED_FIRST = ("notes", "attempt", "failures", "feedback", "more_solutions", "solution")
+
+
+class Shown(NamedTuple):
+  """What the teacher reads before one response."""
+
+  context: Context
+  weight: float
+  prompt: list[int]
+  was_shortened: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherReader:
+  """Renders what a teacher reads of responses.
+
+  messages(task): the chat messages that ask the question.
+  teacher_context(group, i): what it reads of rollout i of a group beside the question, or None.
+  max_tokens: of a prompt.
+  further_readings(group, i): (context, weight) or None for each of further_count more readings;
+    None: there are none.
+  """
+
+  chat: Chat
+  messages: Callable
+  teacher_context: Callable
+  max_tokens: int
+  further_readings: Callable | None = None
+  further_count: int = 0
+
+  def of_group(
+    self, group: list[Rollout], standing: Standing | None = None
+  ) -> list[list[Shown | None]]:
+    """Returns what is read before each rollout of a group, in each of the readings.
+
+    The plain reading comes first. None: the teacher has nothing to read there. standing: the
+    question's in the memory, for contexts that need one.
+    """
+    teacher_context = self.teacher_context
+    known = [standing] if getattr(teacher_context, "needs_memory", False) else []
+    plain = []
+    for i, rollout in enumerate(group):
+      context = teacher_context(group, i, *known) if rollout.is_judged else None
+      plain.append(None if context is None else (context, 1.0))
+    readings = [plain]
+    if self.further_readings is not None:
+      nothing = [None] * self.further_count
+      readings += zip(
+        *(self.further_readings(group, i) if r.is_judged else nothing for i, r in enumerate(group)),
+        strict=True,
+      )
+    return [
+      [
+        None if chosen is None else self._show(rollout.task, *chosen)
+        for rollout, chosen in zip(group, reading, strict=True)
+      ]
+      for reading in readings
+    ]
+
+  def says_nothing(self, task: Task, context: Context, prompt: list[int]) -> bool:
+    """Tells whether the prompt of a context is the same without the context's texts."""
+    return self._show(task, context.without_texts(), 1.0).prompt == prompt
+
+  def _show(self, task: Task, context: Context, weight: float) -> Shown:
+    prompt, was_shortened = teacher_prompt(self.chat, self.messages(task), context, self.max_tokens)
+    return Shown(context, weight, prompt, was_shortened)
 
 
 def shorten(text: str, keep: int) -> str:
