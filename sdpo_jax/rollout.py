@@ -96,12 +96,13 @@ class Collector:
     begun[q]: tokens, with their log-probabilities, that all responses to task q begin with; their
       entropy is nobody's, so that `sampling` asks for none then.
     version: of the weights.
-    prompts: the ids of each task's prompt, for conversations; None: the environment's messages.
-    Raises TaskError for a prompt that is too long.
+    prompts: the ids of each task's prompt, as long as their maker allows; None: the environment's
+      messages.
+    Raises TaskError for messages that are too long.
     """
     if prompts is None:
       prompts = [self.chat.prompt_tokens(self.env.prompt(task)) for task in tasks]
-    self._check_lengths(tasks, prompts)
+      self._check_lengths(tasks, prompts)
     assert not (begun and sampling.entropy), "a response would have the entropy of its end alone"
     begun = begun or [([], [])] * len(tasks)
     requests = [

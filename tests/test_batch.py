@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from sdpo_jax.data.batch import Packer
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.shapes import Rounding, Shapes, full_shape
 from sdpo_jax.data.teacher_prompt import TeacherReader

@@ -30,7 +30,8 @@ from typing import NamedTuple
 from sdpo_jax import thought
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.errors import SettingError
-from sdpo_jax.records import Completion, Segment
+from sdpo_jax.objectives.teacher_context import CLOSING, TEMPLATES, fill
+from sdpo_jax.records import Completion, Rollout, Segment
 
 SENTINEL, MESSAGE = "SENTINEL", "MESSAGE"  # words that no template holds
 SPACED = f" \n{MESSAGE}\n "
@@ -170,6 +171,22 @@ class Conversation:
 
 def _empty_row(prompt: list[int]) -> Row:
   return Row(prompt, [], [], [], [])
+
+
+def converse(
+  continuation: Continuation, messages: list[dict[str, str]], turns: list[Rollout]
+) -> Conversation:
+  """Returns the conversation of a question, attempts at it and the feedback on each.
+
+  The feedback stands in the words that a teacher reads by default.
+  """
+  conversation = Conversation(continuation, messages)
+  for turn in turns:
+    completion = Completion(turn.task.id, 0, turn.tokens, turn.logp, turn.finish_reason)
+    conversation.add_response(completion)
+    feedback = fill(TEMPLATES["feedback"], {"text": turn.feedback.text})
+    conversation.add_message(feedback.lstrip() + CLOSING)
+  return conversation
 
 
 # ---- what a template does between turns ----------------------------------------------------------

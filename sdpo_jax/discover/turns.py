@@ -9,9 +9,9 @@ attempt_and_feedback  a conversation (data/conversation.py): the attempts are th
 import dataclasses
 from typing import Callable
 
-from sdpo_jax.data.conversation import Continuation, Conversation
-from sdpo_jax.objectives.teacher_context import CLOSING, TEMPLATES, Context, fill
-from sdpo_jax.records import Completion, Rollout, Task
+from sdpo_jax.data.conversation import Continuation, converse
+from sdpo_jax.objectives.teacher_context import Context
+from sdpo_jax.records import Rollout, Task
 
 HISTORIES = ("feedback", "attempt_and_feedback")
 
@@ -69,16 +69,3 @@ def with_feedback(task: Task, turns: list[Rollout]) -> Task:
     return task
   feedback = "\n\n".join(turn.feedback.text for turn in turns)
   return dataclasses.replace(task, prompt=Context(feedback=feedback).render(task.prompt))
-
-
-def converse(
-  continuation: Continuation, messages: list[dict[str, str]], turns: list[Rollout]
-) -> Conversation:
-  """Returns the conversation of a question, attempts at it and the feedback on each."""
-  conversation = Conversation(continuation, messages)
-  for turn in turns:
-    completion = Completion(turn.task.id, 0, turn.tokens, turn.logp, turn.finish_reason)
-    conversation.add_response(completion)
-    feedback = fill(TEMPLATES["feedback"], {"text": turn.feedback.text})
-    conversation.add_message(feedback.lstrip() + CLOSING)
-  return conversation
