@@ -7,6 +7,7 @@ DIR/index.html and the curves as PNG files beside it. DIR is WORKDIR/report by d
 for several work directories. The page carries its pictures inside, so it can be sent as one file.
 The command needs no accelerator and no jax, and works while a run goes on. The page leaves out
 what is missing and says so. Its HTML is assets/report.html; this file computes what stands in it.
+Cards of responses are as other pages have them too (assets/parts.html).
 
 The rollout files' field names (`prompt`, `tokens`, `teacher_gap`, ...) are written by
 rollout_log.py and shared with it by string only: rename them in both files.
@@ -219,12 +220,12 @@ def write_report(workdirs, out, tuned: dict[pathlib.Path, str] | None = None) ->
     run.tuned = (tuned or {}).get(run.workdir, "")
   _label(runs)
   out.mkdir(parents=True, exist_ok=True)
-  page = _template().render(
+  page = template("report.html").render(
     title=_title(runs),
     results=_results(runs),
     tasks=_tasks(runs, out),
     rollouts=[_rollouts(run) for run in runs],
-    legend=[(f"{gap:+g}", _paint(gap)) for gap in LEGEND_GAPS],
+    legend=legend(),
     settings=[_settings(run) for run in runs],
   )
   path = out / "index.html"
@@ -233,7 +234,8 @@ def write_report(workdirs, out, tuned: dict[pathlib.Path, str] | None = None) ->
   return path
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+  """Returns a page of assets/, whose values are escaped as they are printed."""
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(ASSETS),
     autoescape=True,
@@ -242,7 +244,7 @@ def _template() -> jinja2.Template:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  return environment.get_template("report.html")
+  return environment.get_template(name)
 
 
 def _printable(value):
@@ -623,11 +625,11 @@ def _rollouts(run: Run) -> dict:
     "label": run.label,
     "seed": run.config.get("seed", "?"),
     "workdir": run.workdir,
-    "cards": [_card(rollout) for rollout in run.rollouts],
+    "cards": [card(rollout) for rollout in run.rollouts],
   }
 
 
-def _card(rollout: dict) -> dict:
+def card(rollout: dict) -> dict:
   """Returns what the page shows of one line of a rollout file; any field may be missing."""
   tokens, gaps = rollout.get("tokens"), rollout.get("teacher_gap")
   has_gaps = isinstance(tokens, list) and isinstance(gaps, list) and len(tokens) == len(gaps)
@@ -663,6 +665,11 @@ def _token(token, gap) -> dict:
   if not isinstance(gap, (int, float)) or not math.isfinite(gap):
     return {"lines": lines, "style": None}
   return {"lines": lines, "style": _paint(gap), "title": f"{gap:+.2f} nats"}
+
+
+def legend() -> list[tuple[str, str]]:
+  """Returns (text, CSS) of the colours that tokens have."""
+  return [(f"{gap:+g}", _paint(gap)) for gap in LEGEND_GAPS]
 
 
 def _paint(gap: float) -> str:

@@ -1,0 +1,1 @@
+"""What can learn here, measured before anything is trained: `--mode=diagnose`."""
