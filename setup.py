@@ -20,7 +20,7 @@ setup(
   packages=find_packages(include=["sdpo_jax", "sdpo_jax.*"]),
   package_data={
     "sdpo_jax": [
-      "assets/report.html",
+      "assets/*.html",
       "assets/tiny/*",
       "assets/tiny_notes/*",
       "assets/tiny_arithmetic/*",

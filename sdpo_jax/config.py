@@ -161,6 +161,10 @@ def base() -> ml_collections.ConfigDict:
     # --mode=eval: also the likeliest response to each question
     greedy=False,
   )
+  c.diagnose = dict(  # --mode=diagnose: what can learn here
+    responses=640,  # the budget; a third is the policy's own, the rest makes attempts again
+    texts=32,  # attempts that are read token by token; 0: none
+  )
   c.discover = dict(  # --mode=discover: test-time self-distillation
     arms=("sdpo", "best_of_k"),  # of sdpo, counterfactual, best_of_k, multi_turn
     split="heldout",

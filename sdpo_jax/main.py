@@ -1,11 +1,12 @@
-r"""The command line of training, evaluation, discovery and planning.
+r"""The command line of training, evaluation, diagnosis, discovery and planning.
 
   python -m sdpo_jax.main --config=configs/FILE.py[:key=value,...] --workdir=DIR \
-      [--mode=train|eval|discover|plan] [--config.section.key=value ...]
+      [--mode=train|eval|diagnose|discover|plan] [--config.section.key=value ...]
 
   train     (default) runs, resumes if the work directory holds a checkpoint, ends with a report
   eval      scores a checkpoint: --checkpoint=WORKDIR[:step] or a Hugging Face directory, on the
             final splits or on --suites=configs/eval/FILE.py[:key=value,...]
+  diagnose  says in minutes, without training, what can learn here and what would hurt
   discover  is test-time self-distillation on single hard questions
   plan      compiles the train and decode steps for --topology (v5p:2x2x2, v5e:8x8, v6e:4x4,
             h200:8), without the hardware, and says whether they fit
@@ -40,7 +41,7 @@ from sdpo_jax.errors import (
 
 # jax takes seconds to import: whatever needs it is imported after the checks that do not
 
-MODES = ("train", "eval", "discover", "plan")
+MODES = ("train", "eval", "diagnose", "discover", "plan")
 # flag -> (the mode that reads it, what to do instead in another one)
 _FLAGS_OF_ONE_MODE = {
   "suites": ("eval", ""),
@@ -269,8 +270,9 @@ def print_plan(c, topology: str) -> None:
 
 
 def run(f: flags.FlagValues, c, workdir: str, begun: float) -> None:
-  """Trains, evaluates or discovers, and prints the summary."""
+  """Trains, evaluates, diagnoses or discovers, and prints the summary."""
   from sdpo_jax import checkpoint, metrics, train
+  from sdpo_jax.diagnose import mode as diagnose_mode
   from sdpo_jax.discover import mode as discover_mode
   from sdpo_jax.discover import results as discover_results
   from sdpo_jax.evaluation import evaluate
@@ -287,10 +289,14 @@ def run(f: flags.FlagValues, c, workdir: str, begun: float) -> None:
     elif f.mode == "eval":
       scores = evaluate.evaluate_checkpoint(c, workdir, f.checkpoint, f.suites)
       lines = evaluate.summary_lines(scores, {})
+    elif f.mode == "diagnose":
+      lines = diagnose_mode.summary_lines(diagnose_mode.diagnose(c, workdir))
     else:
       lines = discover_results.summary_lines(discover_mode.discover(c, workdir))
     for line in lines:
       print(line)
+  if f.mode == "diagnose":
+    print(f"page: {os.path.join(workdir, 'diagnose', 'index.html')}")
   if f.mode == "train":
     print(f"      report  {os.path.join(workdir, 'report', 'index.html')}")
   else:  # only now: a mode that is refused prints one line

@@ -120,6 +120,8 @@ RANGES = {
   "eval.samples": _COUNT,
   "eval.temperature": Range(0.001, 100, remark=", or 0: the likeliest token", also=(0,)),
   "eval.top_p": _above(0, 1),
+  "diagnose.responses": _COUNT,
+  "diagnose.texts": _whole(0),
   "discover.questions": _COUNT,
   "discover.seeds": _COUNT,
   "discover.indices": Range(0, LARGEST_WHOLE, whole=True, each=True),

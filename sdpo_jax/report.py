@@ -644,6 +644,7 @@ def card(rollout: dict) -> dict:
     "feedback": rollout.get("feedback") or NONE,
     "teacher_context": rollout.get("teacher_context"),
     "alternatives": rollout.get("counterfactual_contexts") or (),
+    "answers": rollout.get("answers") or (),
     # token by token where there is a gap for each, else as plain text
     "response": rollout.get("response", ""),
     "tokens": [_token(token, gap) for token, gap in zip(tokens, gaps)] if has_gaps else None,

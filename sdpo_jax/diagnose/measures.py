@@ -22,16 +22,16 @@ from sdpo_jax.diagnose.prompts import ABOUT, CONTROL, OWN, Prompt
 from sdpo_jax.records import Rollout
 
 
-def of_policy(groups: list[list[Rollout]], *, at_temperature_one_uncut: bool) -> dict:
+def of_policy(groups: list[list[Rollout]], *, is_uncut: bool) -> dict:
   """Returns the figures of the policy's own responses.
 
-    reward        interval
-    solved        share of questions that a response of the group solves
-    mixed         interval: share of groups whose rewards differ, from which alone GRPO learns
-    spread        mean over groups of the rewards' standard deviation
-    entropy       nats a token, as the mean of -log p over what was sampled; null where top_p cuts
-    truncated, length_mean, length_p90, length_tail
-    responses, questions, unjudged
+  reward        interval
+  solved        share of questions that a response of the group solves
+  mixed         interval: share of groups whose rewards differ, from which alone GRPO learns
+  spread        mean over groups of the rewards' standard deviation
+  entropy       nats a token, as the mean of -log p over what was sampled; null where top_p cuts
+  truncated, length_mean, length_p90, length_tail
+  responses, questions, unjudged
   """
   judged = [[r for r in group if r.is_judged] for group in groups]
   judged = [group for group in judged if group]
@@ -47,7 +47,7 @@ def of_policy(groups: list[list[Rollout]], *, at_temperature_one_uncut: bool) ->
     "length_mean": float(lengths.mean()),
     "length_p90": float(np.quantile(lengths, 0.9)),
     "length_tail": float(lengths.max() / max(lengths.mean(), 1.0)),
-    "entropy": -float(np.mean(logp)) if logp and at_temperature_one_uncut else None,
+    "entropy": -float(np.mean(logp)) if logp and is_uncut else None,
   }
   if not judged:
     return figures
@@ -99,6 +99,7 @@ def of_again(made: list[Again], succeeded, chat: Chat) -> dict:
     reward       interval, of the answers to this prompt
     control      interval, of the control's on the same attempts
     difference   of the two
+    against_own  the same, minus the own prompt's; null for "own", and where no attempt has both
     attempts, questions
     copied       share of the answers' 8-grams that stand in what was shown; null without a context
   """
@@ -112,28 +113,27 @@ def of_again(made: list[Again], succeeded, chat: Chat) -> dict:
   }
 
 
-def gain(made: list[Again], name: str) -> stats.Difference | None:
-  """Returns the reward under a prompt minus the control's; None where no attempt has both."""
-  pairs = _pairs(name, made)
+def gain(made: list[Again], name: str, base: str = CONTROL) -> stats.Difference | None:
+  """Returns the reward under a prompt minus that under another; None where no attempt has both."""
+  pairs = _pairs(name, base, made)
   if not pairs:
     return None
-  values_Q = _by_question(pairs)
-  return stats.paired_bootstrap(*np.array(values_Q).T)
+  return stats.paired_bootstrap(*np.array(_by_question(pairs)).T)
 
 
 def _figures(name: str, made: list[Again], chat: Chat) -> dict | None:
-  pairs = _pairs(name, made)
+  pairs = _pairs(name, CONTROL, made)
   if not pairs:
     return None
   answered_Q, control_Q = np.array(_by_question(pairs)).T
-  found = gain(made, name)
   answers = [again for again in made if name in again.answers]
   contexts = [again.prompts[name].shown and again.prompts[name].shown.context for again in answers]
   copies = monitors.copy_rate([_as_policys(again, name) for again in answers], contexts, chat)
   return {
     "reward": _interval(answered_Q),
     "control": _interval(control_Q),
-    "difference": {"mean": found.difference, "low": found.low, "high": found.high},
+    "difference": _bounds(gain(made, name)),
+    "against_own": _bounds(None if name == OWN else gain(made, name, OWN)),
     "attempts": len(pairs),
     "questions": len(answered_Q),
     "copied": copies.mean,
@@ -154,22 +154,26 @@ def _as_policys(again: Again, name: str) -> Rollout:
   )
 
 
-def _pairs(name: str, made: list[Again]) -> list[tuple[str, float, float]]:
-  """Returns (question, reward, the control's) of the attempts with both verdicts."""
+def _pairs(name: str, base: str, made: list[Again]) -> list[tuple[str, float, float]]:
+  """Returns (question, reward, that under another prompt) of the attempts with both verdicts."""
   pairs = []
   for again in made:
-    answer, control = again.answers.get(name), again.answers.get(CONTROL)
-    if answer is not None and control is not None and answer.is_judged and control.is_judged:
-      pairs.append((again.attempt.task.id, answer.feedback.reward, control.feedback.reward))
+    answer, other = again.answers.get(name), again.answers.get(base)
+    if answer is not None and other is not None and answer.is_judged and other.is_judged:
+      pairs.append((again.attempt.task.id, answer.feedback.reward, other.feedback.reward))
   return pairs
 
 
 def _by_question(pairs: list[tuple[str, float, float]]) -> list[tuple[float, float]]:
   """Returns the two means of each question."""
   of_question = collections.defaultdict(list)
-  for question, answered, control in pairs:
-    of_question[question].append((answered, control))
+  for question, answered, other in pairs:
+    of_question[question].append((answered, other))
   return [tuple(np.mean(values, axis=0)) for values in of_question.values()]
+
+
+def _bounds(found: stats.Difference | None) -> dict | None:
+  return None if found is None else {"mean": found.difference, "low": found.low, "high": found.high}
 
 
 def _interval(values_Q) -> dict:

@@ -26,7 +26,7 @@ BLIND = ("feedback", "attempt")
 class Reading(NamedTuple):
   """One attempt as policy and teacher read it."""
 
-  question: str
+  attempt: Rollout
   strings: list[str]  # the text of each token
   gap: list[float]  # log q - log pi of each token
   top_differs: list[bool]  # the likeliest token is another one
@@ -54,7 +54,7 @@ class TokenReader:
     logp, top = self._read(attempt.prompt_tokens, attempt.tokens)
     logp_teacher, top_teacher = self._read(prompt.tokens, attempt.tokens)
     return Reading(
-      attempt.task.id,
+      attempt,
       self._chat.token_strings(attempt.tokens),
       (logp_teacher - logp).tolist(),
       (top != top_teacher).tolist(),
@@ -115,10 +115,10 @@ def read_attempts(
 def figures(readings: list[Reading], answers: dict[str, list[Answer]]) -> dict:
   """Returns the figures of a diagnosis.
 
-    gap            mean |log q - log pi|; null where nothing was read
-    gap_by_part    the same in each tenth of the response
-    top_differs    share of tokens
-    right          {prompt: {"policy", "teacher", "difference" with its interval, "answers"}}
+  gap            mean |log q - log pi|; null where nothing was read
+  gap_by_part    the same in each tenth of the response
+  top_differs    share of tokens
+  right          {prompt: {"policy", "teacher", "difference" with its interval, "answers"}}
   """
   gaps = np.abs(np.concatenate([r.gap for r in readings])) if readings else np.array([])
   part = np.concatenate([_parts(len(r.gap)) for r in readings]) if readings else gaps

@@ -1,0 +1,251 @@
+r"""Runs --mode=diagnose: says in minutes, and without training, what can learn here.
+
+  python -m sdpo_jax.main --config=FILE --mode=diagnose --workdir=DIR
+
+It samples groups of responses to questions for training, as a step would. It makes some of these
+attempts again under other prompts (`again.py`): the question alone, what the teacher would read,
+and what else could be shown. It reads some of them token by token (`tokens.py`). What it finds
+(`measures.py`) goes through the rules of `verdict.py`.
+
+config.diagnose.responses is the budget: a third is spent on groups, the rest on attempts that are
+made again. The teacher's weights are the policy's, as at the beginning of a run. A method without a
+teacher is diagnosed beside SDPO's teacher, as the method that it might be exchanged for. The
+alternatives of a counterfactual method are not generated.
+
+Files, in the directory diagnose/ of the work directory; a second start writes them anew:
+  index.json             all figures, and the verdict
+  index.html, tokens.png what a person reads; the page carries its picture inside
+  config.json, run.json  settings and circumstances
+
+Errors: SettingError for what cannot be diagnosed. RunError where no response could be judged.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+
+from sdpo_jax import hosts
+from sdpo_jax.config import validate
+from sdpo_jax.data.tasks import RowEnv, TaskStream
+from sdpo_jax.diagnose import measures, tokens
+from sdpo_jax.diagnose.again import Again, choose, make_again
+from sdpo_jax.diagnose.page import write_page
+from sdpo_jax.diagnose.prompts import ABOUT, CONTROL, PromptMaker
+from sdpo_jax.diagnose.verdict import Learning, verdict
+from sdpo_jax.engine.scoring import TextScorer
+from sdpo_jax.errors import RunError, blame_settings
+from sdpo_jax.objectives import build
+from sdpo_jax.preemption import Notice
+from sdpo_jax.records import Rollout, Sampling
+from sdpo_jax.rollout import prompt_seed
+from sdpo_jax.session import Session, open_session
+from sdpo_jax.workdir import describe_run, write_atomically
+
+SPLIT = "train"
+
+
+@dataclasses.dataclass
+class Samples:
+  """What a diagnosis has sampled."""
+
+  groups: list[list[Rollout]]
+  prompts_QG: list[list[dict]]  # the prompts of each response
+  made: list[Again]
+
+
+def diagnose(c, workdir: str) -> dict:
+  """Diagnoses a configuration, writes diagnose/ and returns what stands in its index.json."""
+  directory = pathlib.Path(workdir) / "diagnose"
+  with blame_settings():
+    check(c)
+    method = build.build_method(teacher_row(c.method.to_dict()))
+  notice = Notice("nothing is kept: the same command begins anew")
+  splits = {SPLIT: "--mode=diagnose"}
+  with (
+    open_session(c, method=method, splits=splits, check_stop=notice.check) as session,
+    notice,
+  ):
+    with blame_settings():
+      maker = PromptMaker(
+        session.chat, session.collector.env.prompt, method, c.data.max_teacher_tokens
+      )
+    samples = sample(c, session, maker)
+    readings, answers = read_tokens(c, session, samples, maker)
+    facts = {"sandbox_isolation": session.isolation, "conversations": maker.conversations}
+    sizes = [leaf.size for leaf in jax.tree.leaves(session.params)]
+  figures = figures_of(c, samples, maker) | {
+    "tokens": tokens.figures(readings, answers),
+    "parameters": int(sum(sizes)),
+  }
+  learning = Learning.of(c.method.to_dict())
+  found = figures | {"verdict": verdict(figures, learning, c.method.name)}
+  if hosts.leads():
+    directory.mkdir(parents=True, exist_ok=True)
+    describe_run(directory, c, facts)
+    write_atomically(directory / "index.json", json.dumps(found, indent=2) + "\n")
+    write_page(found, summary_lines(found), readings, samples.made, session.chat, directory)
+  return found
+
+
+def check(c) -> None:
+  """Raises ValueError for settings that this mode cannot run with."""
+  validate(c)
+  if c.method.teacher_weights.name == "remote":
+    raise ValueError(
+      "config.method.teacher_weights.name='remote' is not for --mode=diagnose, which samples from "
+      "the teacher, and its teacher is the model itself: choose frozen"
+    )
+  least = 4 * c.rollout.group
+  if c.diagnose.responses < least:
+    raise ValueError(
+      f"config.diagnose.responses={c.diagnose.responses} is too small for groups of "
+      f"config.rollout.group={c.rollout.group}: at least {least}"
+    )
+
+
+def teacher_row(row: dict) -> dict:
+  """Returns a method's row, or SDPO's if it has no teacher."""
+  if build.build_method(row).needs_teacher:
+    return row
+  return build.method_row("sdpo")
+
+
+def sample(c, session: Session, maker: PromptMaker) -> Samples:
+  """Samples groups, and makes attempts again, within the budget."""
+  env, group = session.collector.env, c.rollout.group
+  questions = max(1, c.diagnose.responses // 3 // group)
+  if isinstance(env, RowEnv):
+    questions = min(questions, env.size(SPLIT))
+  tasks = TaskStream(env, SPLIT, questions=c.data.questions, seed=c.seed).take(questions)
+  sampling = Sampling(
+    c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, session.chat.stop_tokens
+  )
+  groups = session.collector.collect(
+    session.params,
+    tasks,
+    n=group,
+    sampling=sampling,
+    seeds=[prompt_seed(c.seed, "diagnose", q) for q in range(len(tasks))],
+  )
+  if not any(r.is_judged for rollouts in groups for r in rollouts):
+    raise RunError(
+      f"none of {len(tasks) * group} responses could be judged; the log above says why"
+    )
+  prompts_QG = [maker.of_group(rollouts) for rollouts in groups]
+  chosen = choose(prompts_QG, c.diagnose.responses - questions * group)
+  made = make_again(
+    session.collector,
+    session.params,
+    {(q, g): (groups[q][g], prompts_QG[q][g]) for q, g in chosen},
+    sampling=sampling,
+    path=(c.seed, "diagnose again"),
+  )
+  return Samples(groups, prompts_QG, made)
+
+
+def read_tokens(c, session: Session, samples: Samples, maker: PromptMaker):
+  """Returns (readings, answers) of `tokens.read_attempts`; none on several devices."""
+  if session.mesh is not None:  # a text is read by itself, and a mesh has no row of it
+    return [], {}
+  scorer = TextScorer(session.model)
+  scorer.load(session.params)
+  return tokens.read_attempts(
+    tokens.TokenReader(scorer, session.chat, c.rollout.temperature),
+    samples.groups,
+    samples.prompts_QG,
+    maker.succeeded,
+    session.chat,
+    c.diagnose.texts,
+  )
+
+
+def figures_of(c, samples: Samples, maker: PromptMaker) -> dict:
+  """Returns the figures that need no weights."""
+  has_entropy = c.rollout.top_p == 1.0 and c.rollout.temperature > 0
+  return {
+    "policy": measures.of_policy(samples.groups, is_uncut=has_entropy),
+    "prompts": measures.of_prompts(samples.groups, samples.prompts_QG, maker.succeeded),
+    "again": measures.of_again(samples.made, maker.succeeded, maker.chat),
+  }
+
+
+# ---- what is printed ----------------------------------------------------------------------------
+
+
+def summary_lines(found: dict) -> list[str]:
+  """Returns what is printed of a diagnosis; points are hundredths of the reward."""
+  return [*_policy_lines(found["policy"]), *_again_lines(found), *_verdict_lines(found["verdict"])]
+
+
+def _policy_lines(policy: dict) -> list[str]:
+  reward = f"reward {_percent(policy['reward'])}" if "reward" in policy else "no verdict"
+  entropy = "" if policy["entropy"] is None else f", {policy['entropy']:.2f} nats a token"
+  lines = [
+    f"policy: {reward}, {policy['responses']} responses to {policy['questions']} questions"
+    f"{entropy}, {policy['length_mean']:.0f} tokens, {policy['truncated']:.0%} cut off"
+  ]
+  if "mixed" in policy:
+    lines.append(
+      f"groups: {_percent(policy['mixed'])} hold better and worse responses, "
+      f"{policy['solved']:.0%} a solution"
+    )
+  return lines
+
+
+def _again_lines(found: dict) -> list[str]:
+  failed, prompts = found["again"]["failed"], found["prompts"]
+  if not failed:
+    return ["no attempt failed: there is nothing to make again"]
+  lines = [f"failed attempts, made again; {'':20} reward              against the question alone"]
+  for name, figure in failed.items():
+    line = f"  {ABOUT[name]:<34} {_percent(figure['reward']):<20}"
+    if name != CONTROL:
+      share = prompts[name]["share_of_failed"]
+      line += f" {_points(figure['difference']):<20} {share:.0%} of the failed have it"
+    lines.append(line.rstrip())
+  for key, what in (("solved", "solved attempts, own prompt"), ("all", "all attempts, own prompt")):
+    figure = found["again"][key]
+    if figure is not None:
+      lines.append(f"  {what:<34} {_percent(figure['reward']):<20} {_points(figure['difference'])}")
+  lines += _token_lines(found["tokens"])
+  return lines
+
+
+def _token_lines(read: dict) -> list[str]:
+  if read["gap"] is None:
+    return []
+  lines = [
+    f"teacher and policy: {read['gap']:.2g} nats a token apart, another likeliest token in "
+    f"{read['top_differs']:.0%}"
+  ]
+  for name, right in read["right"].items():
+    lines.append(
+      f"  likeliest token right in a right answer, shown {ABOUT[name]}: {right['teacher']:.0%}, "
+      f"policy {right['policy']:.0%}"
+    )
+  return lines
+
+
+def _verdict_lines(said: dict) -> list[str]:
+  lines = [f"verdict on method={said['method']}: {said['outlook']}"]
+  lines += [f"  {x['text']}  ({x['rule']}; {x['source']})" for x in said["reasons"]]
+  order = " > ".join(" = ".join(tied) for tied in said["ranking"])
+  lines.append(f"  likely order: {order}")
+  lines += [f"  change: {x['text']}  ({x['rule']}; {x['source']})" for x in said["advice"]]
+  return lines
+
+
+def _percent(interval: dict) -> str:
+  text = f"{interval['mean']:.1%}"
+  if interval["low"] is not None:
+    text += f" [{interval['low']:.0%}, {interval['high']:.0%}]"
+  return text
+
+
+def _points(difference: dict) -> str:
+  text = f"{100 * difference['mean']:+.1f}"
+  if difference["low"] is not None:
+    text += f" [{100 * difference['low']:+.0f}, {100 * difference['high']:+.0f}]"
+  return text

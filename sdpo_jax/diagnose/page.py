@@ -1,0 +1,85 @@
+"""Writes the page of a diagnosis: diagnose/index.html, with its picture inside."""
+
+import base64
+import pathlib
+
+from matplotlib.figure import Figure
+
+from sdpo_jax import report
+from sdpo_jax.data.chat import Chat
+from sdpo_jax.diagnose.again import Again
+from sdpo_jax.diagnose.prompts import ABOUT, CONTROL, OWN, TURN
+from sdpo_jax.diagnose.tokens import PARTS, Reading
+
+CARDS = 8  # attempts that are shown
+COLOUR, GREY = "#0072b2", "#999999"
+
+
+def write_page(
+  found: dict,
+  lines: list[str],
+  readings: list[Reading],
+  made: list[Again],
+  chat: Chat,
+  directory: pathlib.Path,
+) -> None:
+  """Writes index.html and tokens.png. lines: what is printed of the diagnosis."""
+  picture = directory / "tokens.png"
+  draw(found, picture)
+  gaps = {id(reading.attempt): reading for reading in readings}
+  page = report.template("diagnose.html").render(
+    verdict=found["verdict"],
+    lines=lines,
+    picture=base64.b64encode(picture.read_bytes()).decode(),
+    cards=[_card(again, gaps.get(id(again.attempt)), chat) for again in made[:CARDS]],
+    legend=report.legend(),
+  )
+  (directory / "index.html").write_bytes(page.encode("utf-8", "replace"))
+
+
+def draw(found: dict, path: pathlib.Path) -> None:
+  """Draws what each prompt is worth, and where in a response teacher and policy disagree."""
+  figure = Figure(figsize=(10.5, 3.4), dpi=110, layout="constrained")
+  left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+  failed = found["again"]["failed"]
+  for y, (name, of_name) in enumerate(reversed(failed.items())):
+    reward = of_name["reward"]
+    colour = GREY if name == CONTROL else COLOUR
+    left.plot(reward["mean"], y, "o", color=colour)
+    if reward["low"] is not None:
+      left.plot([reward["low"], reward["high"]], [y, y], color=colour, linewidth=2)
+  left.set_yticks(range(len(failed)), [ABOUT[name] for name in reversed(failed)])
+  left.set(xlim=(-0.02, 1.02), xlabel="reward of failed attempts, made again (95 %)")
+  gaps = [gap or 0.0 for gap in found["tokens"]["gap_by_part"]]
+  right.bar(range(1, PARTS + 1), gaps, color=COLOUR)
+  right.set(xlabel="tenth of the response", ylabel="|teacher - policy|, nats a token")
+  for plot in (left, right):
+    plot.grid(alpha=0.25)
+    plot.spines[["top", "right"]].set_visible(False)
+  figure.savefig(path, format="png")
+
+
+def _card(again: Again, reading: Reading | None, chat: Chat) -> dict:
+  """Returns an attempt as the report shows responses, with the answers to its other prompts."""
+  attempt, own = again.attempt, again.prompts.get(OWN)
+  answers = [
+    {"shown": ABOUT[name], "reward": f"{answer.feedback.reward:g}", "text": answer.text}
+    for name, answer in again.answers.items()
+  ]
+  turn = again.prompts.get(TURN)
+  context = own.tokens if own else turn.tokens if turn else None
+  return report.card(
+    {
+      "step": 0,
+      "task_id": attempt.task.id,
+      "status": attempt.feedback.status.value,
+      "reward": attempt.feedback.reward,
+      "prompt": chat.plain_text(attempt.prompt_tokens),
+      "feedback": attempt.feedback.text,
+      "teacher_context": None if context is None else chat.plain_text(context),
+      "response": attempt.text,
+      "tokens": None if reading is None else reading.strings,
+      "teacher_gap": None if reading is None else reading.gap,
+      "answers": answers,
+    }
+  )
