@@ -148,6 +148,10 @@ def base() -> ml_collections.ConfigDict:
     # nats a token, mean over a batch: a larger difference between the log-probabilities of the
     # engine that sampled and those of the trainer stops the run, unless the batch was sampled ahead
     max_rollout_gap=0.2,
+    # 0: off; so often the teacher answers some attempts anew, and so does the policy: the teacher
+    # has to be better (diagnose/probe.py). Each time 2 x probe_attempts responses are sampled
+    probe_teacher_every_steps=0,
+    probe_attempts=16,
     loss_implementation="auto",  # of kernels/distill_kl: auto | reference | xla | ...
   )
   c.eval = dict(

@@ -115,6 +115,8 @@ RANGES = {
   "train.max_skipped_in_a_row": _COUNT,
   "train.max_env_failures_in_a_row": _COUNT,
   "train.max_rollout_gap": _above(0, 1000),
+  "train.probe_teacher_every_steps": _whole(0, remark=" (0: off)"),
+  "train.probe_attempts": _COUNT,
   "eval.every_steps": _COUNT,
   "eval.questions": _COUNT,
   "eval.samples": _COUNT,

@@ -27,6 +27,7 @@ from sdpo_jax.config import check_questions, defaults_of, validate
 from sdpo_jax.data.batch import Packed, Packer, PackSettings
 from sdpo_jax.data.shapes import Rounding, Shape, Shapes, most_tokens
 from sdpo_jax.data.tasks import RowEnv, TaskStream
+from sdpo_jax.diagnose.probe import probe_teacher
 from sdpo_jax.errors import Preempted, RunError, blame_settings
 from sdpo_jax.evaluation.evaluate import evaluate
 from sdpo_jax.learner import make_explorer, make_learner
@@ -81,6 +82,7 @@ def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
       host["failed_batches"] = host["failed_batches"] + 1 if unjudged else 0
       limits.check_judging(host["failed_batches"], i, saved)
       packed = score_where_due(state, packed, steps, i)
+      metrics |= steps.probe_teacher(state, packed, i)
       steps.check_stop()
     except Preempted as stop:  # this step begins anew
       save_and_stop(i - 1, state, before, steps, saved, stop)
@@ -274,6 +276,7 @@ class Steps:
     self.shards = sharding.row_shards(session.mesh)
     self._check_packs()
     self._check_lag()
+    self._check_probe()
     self.trainable, self.frozen = session.trainable(c.seed)
     self.stream = TaskStream(
       session.collector.env, "train", questions=c.data.questions, seed=c.seed
@@ -507,6 +510,24 @@ class Steps:
     rows = sharding.put_rows(self.session.mesh, packed.batch)
     return self.teacher.read(packed, hosts.to_host(self._candidates(state, rows, self.frozen)))
 
+  def probe_teacher(self, state, packed: Packed, i: int) -> dict[str, float]:
+    """Measures, where it is due, whether the teacher knows more than the policy."""
+    every = self.c.train.probe_teacher_every_steps
+    if not every or i % every:
+      return {}
+    begun = time.monotonic()
+    teacher = state.params if state.teacher is None else state.teacher
+    metrics = probe_teacher(
+      self.session.collector,
+      self.session.weights(state.params, self.frozen),
+      self.session.weights(teacher, self.frozen),
+      packed,
+      most=self.c.train.probe_attempts,
+      sampling=self.sampling,
+      path=(self.c.seed, "probe", i),
+    )
+    return metrics | {"time/probe_s": time.monotonic() - begun}
+
   def check_teacher(self, state, packed: Packed, i: int):
     """Returns the state as it was, once the teacher of the run's first batch is tested."""
     return self.gate.check(state, packed, self._trial, when=f"step {i}")
@@ -628,6 +649,16 @@ class Steps:
         f"config.rollout.lag={c.rollout.lag} is for one process that samples on servers "
         f"(config.rollout.engine) or has a single device; this run has {jax.process_count()} "
         f"processes and {size} devices: use lag=0"
+      )
+
+  def _check_probe(self) -> None:
+    every, method = self.c.train.probe_teacher_every_steps, self.learner.method
+    setting = f"config.train.probe_teacher_every_steps={every}"
+    if every and not method.needs_teacher:
+      raise ValueError(f"{setting} would not be read: method={self.c.method.name} has no teacher")
+    if every and method.teacher_weights.remote is not None:
+      raise ValueError(
+        f"{setting} is for a teacher that is sampled from here, and it lives elsewhere"
       )
 
   def _check_questions(self) -> None:

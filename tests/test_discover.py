@@ -21,14 +21,14 @@ import pytest
 
 from sdpo_jax import checkpoint, main, session, stats, workdir
 from sdpo_jax.data.chat import Chat
-from sdpo_jax.data.conversation import Continuation
+from sdpo_jax.data.conversation import Continuation, converse
 from sdpo_jax.discover import arms, difficulty, replay, results, solver
 from sdpo_jax.discover.arms import solve_by_learning, solve_by_sampling, solve_by_turns
 from sdpo_jax.discover.budget import Budget
 from sdpo_jax.discover.difficulty import calibrate
 from sdpo_jax.discover.replay import AttemptLog
 from sdpo_jax.discover.results import compare, summarise
-from sdpo_jax.discover.turns import converse, make_history, with_feedback
+from sdpo_jax.discover.turns import make_history, with_feedback
 from sdpo_jax.errors import RunError
 from sdpo_jax.records import Feedback, Rollout, Status, Task
 from sdpo_jax.rollout import Collector

@@ -56,7 +56,7 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "tuning": 4.7,
   "plan": 4.7,
   "train": 5,
-  "diagnose": 5,
+  "diagnose": 4.7,
   "discover": 5,
   "pretrain": 5,
   "experiment": 5,

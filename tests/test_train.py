@@ -62,6 +62,7 @@ def run(
     make_batch=make_batch,
     ask_teacher=lambda state, packed: packed,
     check_teacher=lambda state, packed, i: state,
+    probe_teacher=lambda state, packed, i: {},
     step=step,
     note=lambda state, metrics: metrics,
     score=lambda state, batch: None,

@@ -1,0 +1,438 @@
+"""Tests the check before a run: prompts, attempts made again, figures, rules, and the whole mode."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+from sdpo_jax import main
+from sdpo_jax.config import ASSETS
+from sdpo_jax.data.chat import Chat, load_tokenizer
+from sdpo_jax.data.packing import Texts
+from sdpo_jax.data.teacher_prompt import teacher_prompt
+from sdpo_jax.diagnose import measures, mode, probe, tokens, verdict
+from sdpo_jax.diagnose.again import Again, choose, make_again
+from sdpo_jax.diagnose.prompts import ABOUT, CONTROL, OWN, TURN, Prompt, PromptMaker
+from sdpo_jax.objectives import build
+from sdpo_jax.objectives.teacher_context import Context
+from sdpo_jax.records import Feedback, Rollout, Sampling, Status, Task
+
+TASK = Task("q", "Write f(x).", solution="def f(x): return x")
+
+
+@pytest.fixture(scope="module")
+def chat():
+  return Chat(load_tokenizer(f"{ASSETS}/tiny"))
+
+
+def messages(task):
+  return [{"role": "user", "content": task.prompt}]
+
+
+def rollout(chat, reward, text="a wrong answer", feedback="It fails.", task=TASK, **fields):
+  ids = chat.text_tokens(text)
+  return Rollout(
+    task,
+    chat.prompt_tokens(messages(task)),
+    ids,
+    [-1.0] * len(ids),
+    "stop",
+    text,
+    Feedback(reward, "" if reward >= 1 else feedback, **fields),
+  )
+
+
+def maker(chat, max_tokens=512, **changes):
+  row = build.method_row("sdpo")
+  for axis, settings in changes.items():
+    row[axis] |= settings
+  return PromptMaker(chat, messages, build.build_method(row), max_tokens)
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+
+def test_a_failed_attempt_has_every_prompt_and_a_success_the_teachers_alone(chat):
+  group = [rollout(chat, 0.0), rollout(chat, 1.0, "f = 1"), rollout(chat, 1.0, "f = 2")]
+  failed, solved, _ = maker(chat).of_group(group)
+  assert list(failed) == list(ABOUT)
+  assert list(solved) == [CONTROL, OWN]
+  assert failed[CONTROL].tokens == group[0].prompt_tokens
+  shown = {
+    "feedback": Context(feedback="It fails."),
+    "solution": Context(solution="f = 1"),
+    "reference": Context(solution=TASK.solution),
+    "both": Context(solution="f = 1", feedback="It fails."),
+    "attempt": Context(attempt="a wrong answer", feedback="It fails."),
+    OWN: Context(solution="f = 1"),
+  }
+  for name, context in shown.items():
+    assert failed[name].tokens == teacher_prompt(chat, messages(TASK), context, 512)[0], name
+  text = chat.plain_text(failed[TURN].tokens)
+  assert text.index("Write f(x).") < text.index("a wrong answer") < text.index("It fails.")
+
+
+def test_prompts_without_anything_to_show_are_left_out(chat):
+  task = Task("q", "Write f(x).")
+  lone = [rollout(chat, 0.0, task=task), rollout(chat, 0.0, task=task, feedback="")]
+  first, second = maker(chat).of_group(lone)
+  assert set(first) == {CONTROL, OWN, "feedback", "attempt", TURN}
+  assert set(second) == {CONTROL}
+  unjudged = [rollout(chat, 0.0, status=Status.ENV_FAILED)]
+  assert maker(chat).of_group(unjudged) == [{}]
+
+
+def test_a_conversation_without_room_is_left_out(chat):
+  (prompts,) = maker(chat, max_tokens=48).of_group([rollout(chat, 0.0, "word " * 40)])
+  assert TURN not in prompts and "feedback" in prompts
+
+
+def test_a_context_whose_template_shows_nothing_says_nothing(chat):
+  templates = dict(build.method_row("sdpo")["teacher_context"]["templates"])
+  templates["reprompt"] = "{prompt} Solve it."
+  (prompts,) = maker(chat, teacher_context=dict(templates=templates)).of_group([rollout(chat, 0.0)])
+  assert prompts[OWN].says_nothing
+  (prompts,) = maker(chat).of_group([rollout(chat, 0.0)])
+  assert not prompts[OWN].says_nothing
+
+
+# ---- attempts made again -------------------------------------------------------------------------
+
+
+def prompts_of(*names_and_ids):
+  return {name: Prompt(list(ids), None) for name, ids in names_and_ids}
+
+
+def test_attempts_at_many_questions_come_first_and_the_budget_holds():
+  two = prompts_of((CONTROL, [1]), (OWN, [2]), ("feedback", [2]))  # two distinct prompts
+  prompts_QG = [[two, two], [two, two], [{}, two]]
+  assert choose(prompts_QG, 4) == [(0, 0), (1, 0)]
+  assert choose(prompts_QG, 5) == [(0, 0), (1, 0)]
+  assert choose(prompts_QG, 100) == [(0, 0), (1, 0), (0, 1), (1, 1), (2, 1)]
+  assert choose(prompts_QG, 1) == []
+
+
+class Echo:
+  """A collector whose answers tell prompt and seed."""
+
+  def __init__(self):
+    self.asked = []
+
+  def collect(self, params, tasks, *, n, sampling, seeds, version, prompts):
+    self.asked += list(zip(map(tuple, prompts), seeds, strict=True))
+    return [
+      [Rollout(task, ids, [1], [0.0], "stop", f"{ids} {seed}", Feedback(0.0, ""))]
+      for task, ids, seed in zip(tasks, prompts, seeds, strict=True)
+    ]
+
+
+def test_equal_prompts_are_answered_once_and_each_attempt_has_a_control_of_its_own(chat):
+  prompts = prompts_of((CONTROL, [1]), (OWN, [2]), ("feedback", [2]))
+  attempts = {(0, g): (rollout(chat, 0.0), prompts) for g in range(2)}
+  echo = Echo()
+  first, second = make_again(echo, None, attempts, sampling=Sampling(1), path=(0,))
+  assert len(echo.asked) == 4 and len(set(echo.asked)) == 4
+  assert first.answers[OWN] is first.answers["feedback"]
+  assert first.answers[CONTROL].text != second.answers[CONTROL].text
+  assert make_again(echo, None, {}, sampling=Sampling(1), path=(0,)) == []
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def made(chat, question, reward, **answers):
+  """An attempt at a question with the reward of the answer to each prompt."""
+  task = Task(question, "?")
+  attempt = rollout(chat, reward, task=task)
+  return Again(
+    attempt,
+    {name: Prompt([1], None) for name in answers},
+    {name: rollout(chat, x, task=task) for name, x in answers.items()},
+  )
+
+
+def succeeded(r):
+  return r.is_judged and r.feedback.reward >= 0.5
+
+
+def test_what_a_prompt_is_worth_by_hand(chat):
+  attempts = [
+    made(chat, "a", 0.0, control=0.0, own=1.0),
+    made(chat, "a", 0.0, control=1.0, own=1.0),
+    made(chat, "b", 0.0, control=0.0, own=0.0, turn=1.0),
+    made(chat, "b", 1.0, control=1.0, own=0.0),
+  ]
+  found = measures.of_again(attempts, succeeded, chat)
+  own = found["failed"][OWN]
+  assert (own["reward"]["mean"], own["control"]["mean"]) == (0.5, 0.25)  # questions count alike
+  assert own["difference"]["mean"] == 0.25 and own["against_own"] is None
+  assert (own["attempts"], own["questions"]) == (3, 2)
+  assert found["failed"][TURN]["against_own"] == {"mean": 1.0, "low": None, "high": None}
+  assert found["solved"]["difference"]["mean"] == -1.0
+  assert found["all"]["difference"]["mean"] == pytest.approx((0.5 - 0.5) / 2)
+
+
+def test_answers_without_a_verdict_are_left_out(chat):
+  again = made(chat, "a", 0.0, control=0.0, own=1.0)
+  again.answers[OWN] = rollout(chat, 0.0, status=Status.ENV_FAILED)
+  assert measures.of_again([again], succeeded, chat)["all"] is None
+
+
+def test_the_policys_figures_by_hand(chat):
+  groups = [
+    [rollout(chat, 1.0), rollout(chat, 0.0)],
+    [rollout(chat, 0.0), rollout(chat, 0.0, status=Status.ENV_FAILED)],
+  ]
+  found = measures.of_policy(groups, is_uncut=True)
+  assert found["reward"]["mean"] == 0.25 and found["mixed"]["mean"] == 0.5
+  assert found["solved"] == 0.5 and found["spread"] == 0.25 and found["unjudged"] == 1
+  assert found["entropy"] == pytest.approx(1.0) and found["truncated"] == 0.0
+  assert measures.of_policy(groups, is_uncut=False)["entropy"] is None
+
+
+def test_the_interval_of_a_difference_covers_at_its_level(chat):
+  """Questions differ in how hard they are, and in what the prompt is worth there."""
+  rng = np.random.default_rng(0)
+  truth = 0.15 * (1 - 0.2)  # the prompt solves 15 % of what the control does not
+  covered, simulations = 0, 300
+  attempts = [made(chat, str(q), 0.0, control=0.0, own=0.0) for q in range(30) for _ in range(2)]
+  for _ in range(simulations):
+    hard_Q = rng.beta(1, 4, 30)  # mean .2
+    control_QA = rng.random((30, 2)) < hard_Q[:, None]
+    own_QA = rng.random((30, 2)) < (hard_Q + 0.15 * (1 - hard_Q))[:, None]
+    for again, control, own in zip(attempts, control_QA.ravel(), own_QA.ravel(), strict=True):
+      for name, value in ((CONTROL, control), (OWN, own)):
+        object.__setattr__(again.answers[name].feedback, "reward", float(value))
+    found = measures.gain(attempts, OWN)
+    covered += found.low <= truth <= found.high
+  assert 0.92 <= covered / simulations <= 0.98  # 95 % but for three standard errors
+
+
+def test_known_answers_are_a_success_of_the_group_or_the_questions_own(chat):
+  right = rollout(chat, 1.0, "f = 1")
+  assert tokens.known_answer([rollout(chat, 0.0), right], succeeded, chat) == right.tokens
+  own = tokens.known_answer([rollout(chat, 0.0)], succeeded, chat)
+  assert own == chat.text_tokens(TASK.solution)
+  task = Task("q", "?")
+  assert tokens.known_answer([rollout(chat, 0.0, task=task)], succeeded, chat) is None
+
+
+def test_figures_of_tokens_by_hand(chat):
+  attempt = rollout(chat, 0.0)
+  readings = [
+    tokens.Reading(attempt, list("abcd"), [0.0, 0.0, 1.0, -3.0], [False, False, True, True]),
+    tokens.Reading(attempt, ["a"], [2.0], [True]),
+  ]
+  answers = {"feedback": [tokens.Answer("a", 0.5, 1.0), tokens.Answer("b", 0.0, 0.5)]}
+  found = tokens.figures(readings, answers)
+  assert found["gap"] == pytest.approx(6 / 5) and found["top_differs"] == pytest.approx(3 / 5)
+  by_part = found["gap_by_part"]
+  assert by_part[0] == pytest.approx((0 + 2) / 2) and by_part[5] == 1.0 and by_part[7] == 3.0
+  assert found["right"]["feedback"]["difference"]["mean"] == 0.5
+  assert tokens.figures([], {})["gap"] is None
+
+
+# ---- rules ---------------------------------------------------------------------------------------
+
+
+def figures(low=0.1, mean=0.2, high=0.3, *, mixed=0.5, gap=0.5, questions=20, **own):
+  """Figures as a diagnosis has them: what the teacher adds, and how many groups are mixed."""
+  interval = {"mean": 0.3, "low": 0.2, "high": 0.4}
+  worth = {
+    "reward": interval,
+    "control": interval,
+    "difference": {"mean": mean, "low": low, "high": high},
+    "against_own": None,
+    "questions": questions,
+    "copied": 0.0,
+  }
+  nothing = {"share": 1.0, "says_nothing": 0.0, "same_as_policy": 0.0, "shortened": 0.0}
+  return {
+    "policy": {
+      "mixed": {"mean": mixed, "low": None, "high": None},
+      "reward": interval,
+      "solved": 0.6,
+      "truncated": 0.0,
+      "entropy": 0.5,
+      "unjudged": 0,
+    },
+    "prompts": {OWN: nothing | own},
+    "again": {"failed": {OWN: worth}, "solved": None, "all": worth},
+    "tokens": {"gap": gap, "right": {}},
+    "parameters": 135e6,
+  }
+
+
+BETTER = dict(low=0.1, mean=0.2, high=0.3)
+LITTLE = dict(low=0.01, mean=0.03, high=0.05)
+NO_BETTER = dict(low=-0.1, mean=0.0, high=0.1)
+WORSE = dict(low=-0.3, mean=-0.2, high=-0.1)
+
+
+@pytest.mark.parametrize(
+  "case, teacher, first, outlooks",
+  [
+    (BETTER, "better", "sdpo", ("learns from the teacher", "learns from rewards")),
+    (LITTLE, "better", "sdpo_blend", ("learns from the teacher", "learns from rewards")),
+    (BETTER | dict(mixed=0.0), "better", "sdpo", ("learns from the teacher", "inert: no group")),
+    (NO_BETTER, "no better", "grpo", ("would hurt", "learns from rewards")),
+    (WORSE, "worse", "grpo", ("would hurt", "learns from rewards")),
+    (BETTER | dict(gap=0.0), "inert", "grpo", ("inert", "learns from rewards")),
+    (BETTER | dict(share=0.02), "inert", "grpo", ("inert", "learns from rewards")),
+    (BETTER | dict(says_nothing=1.0), "inert", "grpo", ("inert", "learns from rewards")),
+    (BETTER | dict(same_as_policy=1.0), "inert", "grpo", ("inert", "learns from rewards")),
+    (BETTER | dict(questions=3), "unknown", "grpo", ("unknown", "learns from rewards")),
+    (BETTER | dict(mixed=0.05), "better", "sdpo", ("learns from the teacher", "learns slowly")),
+  ],
+)
+def test_each_state_has_its_words_and_its_order(case, teacher, first, outlooks):
+  said = verdict.verdict(figures(**case), verdict.RANKED["sdpo"], "sdpo")
+  assert said["teacher"] == teacher
+  assert first in said["ranking"][0]
+  assert sorted(sum(said["ranking"], [])) == sorted(verdict.RANKED)
+  for name, words in zip(("sdpo", "grpo"), outlooks, strict=True):
+    assert said["outlooks"][name].startswith(words)
+  assert said["outlook"] == said["outlooks"]["sdpo"]
+
+
+def test_a_frozen_teacher_that_knows_nothing_harms_less_than_a_moving_one():
+  said = verdict.verdict(figures(**NO_BETTER), verdict.RANKED["sdpo"], "sdpo")
+  assert said["outlooks"]["sdpo, frozen teacher"] == "hardly moves"
+  assert "held back" in said["outlooks"]["sdpo_blend"]
+
+
+@pytest.mark.parametrize("name", sorted(build.METHODS))
+def test_every_method_is_read_from_its_row(name):
+  learning = verdict.Learning.of(build.method_row(name))
+  method = build.build_method(build.method_row(name))
+  assert learning.rewards == (method.surrogate is not None)
+  assert learning.credit == (method.credit is not None)
+  assert not learning.teacher or method.needs_teacher
+
+
+def test_advice_names_what_is_seen_and_the_setting():
+  changed = figures(**NO_BETTER)
+  changed["policy"] |= {"truncated": 0.6, "entropy": 3.3, "solved": 0.01, "unjudged": 2}
+  worth = changed["again"]["failed"][OWN]
+  changed["again"]["failed"]["attempt"] = worth | {
+    "against_own": {"mean": 0.3, "low": 0.1, "high": 0.5}
+  }
+  right = {"policy": 0.6, "teacher": 0.4, "difference": {"mean": -0.2, "low": -0.3, "high": -0.1}}
+  changed["tokens"]["right"] = {"feedback": right}
+  text = " ".join(line.text for line in verdict.advice(changed))
+  for words in (
+    "2 responses have no verdict",
+    "60% of the responses are cut off: raise config.rollout.max_new_tokens",
+    "3.30 nats a token",
+    "begin with easier ones",
+    "show_attempt=True",
+    "feedback misleads this model",
+    "135 M parameters",
+  ):
+    assert words in text
+  assert not verdict.advice(figures(**BETTER))
+
+
+# ---- the whole mode ------------------------------------------------------------------------------
+
+
+def diagnose(tmp_path, *settings, config="configs/tinycode.py:local"):
+  argv = ["sdpo_jax", f"--config={config}", "--mode=diagnose", f"--workdir={tmp_path / 'run'}"]
+  return main.main([*argv, *settings])
+
+
+def found_in(tmp_path):
+  return json.loads((tmp_path / "run" / "diagnose" / "index.json").read_text())
+
+
+def test_a_diagnosis_writes_its_page_and_keeps_its_budget(tmp_path, capsys):
+  assert diagnose(tmp_path, "--config.diagnose.responses=72") == 0
+  out = capsys.readouterr().out
+  assert "verdict on method=sdpo: " in out and "likely order: " in out
+  found = found_in(tmp_path)
+  assert found["policy"]["responses"] == 24
+  again = found["again"]["failed"]
+  assert again[CONTROL]["attempts"] >= 5
+  page = (tmp_path / "run" / "diagnose" / "index.html").read_text()
+  assert found["verdict"]["outlook"] in page and "Made again, shown feedback" in page
+  first = (tmp_path / "run" / "diagnose" / "index.json").read_bytes()
+  assert diagnose(tmp_path, "--config.diagnose.responses=72") == 0
+  assert (tmp_path / "run" / "diagnose" / "index.json").read_bytes() == first
+
+
+def test_a_teacher_whose_context_is_emptied_is_inert(tmp_path, capsys):
+  empty = "--config.method.teacher_context.templates.reprompt={prompt} Solve it."
+  assert diagnose(tmp_path, "--config.diagnose.responses=48", empty) == 0
+  assert "verdict on method=sdpo: inert" in capsys.readouterr().out
+  assert found_in(tmp_path)["verdict"]["reasons"][0]["rule"] == "empty_context"
+
+
+def test_a_method_without_a_teacher_is_diagnosed_beside_sdpos(tmp_path):
+  config = "configs/tinycode.py:method=grpo,local"
+  assert diagnose(tmp_path, "--config.diagnose.responses=48", config=config) == 0
+  found = found_in(tmp_path)
+  assert found["verdict"]["method"] == "grpo" and OWN in found["prompts"]
+
+
+REMOTE = (
+  "--config.method.teacher_weights.name=remote",
+  "--config.method.teacher_weights.url=http://127.0.0.1:1",
+  "--config.method.token_signal.top_k=4",
+)
+
+
+@pytest.mark.parametrize(
+  "settings, words",
+  [
+    (("--config.diagnose.responses=8",), "config.diagnose.responses=8 is too small"),
+    (REMOTE, "is not for --mode=diagnose"),
+  ],
+)
+def test_what_cannot_be_diagnosed_is_refused(tmp_path, capsys, settings, words):
+  assert diagnose(tmp_path, *settings) == 2
+  assert words in capsys.readouterr().err
+
+
+def test_the_methods_for_a_teacher_are_found():
+  assert mode.teacher_row(build.method_row("grpo")) == build.method_row("sdpo")
+  assert mode.teacher_row(build.method_row("mopd")) == build.method_row("mopd")
+
+
+# ---- the probe during a run ----------------------------------------------------------------------
+
+
+def train(directory, *settings, config="configs/tinycode.py:local"):
+  status = main.main(["sdpo_jax", f"--config={config}", f"--workdir={directory}", *settings])
+  lines = (directory / "metrics.jsonl").read_text().splitlines() if status == 0 else []
+  return status, [json.loads(line) for line in lines]
+
+
+def test_a_probe_compares_teacher_and_policy_and_leaves_the_run_as_it_is(tmp_path):
+  probing = "--config.train.probe_teacher_every_steps=1", "--config.train.probe_attempts=3"
+  _, plain = train(tmp_path / "plain")
+  _, probed = train(tmp_path / "probed", *probing)
+  for before, line in zip(plain[1:], probed[1:], strict=True):
+    assert line["train/loss"] == before["train/loss"]
+    assert line["train/reward"] == before["train/reward"]
+    assert line["probe/attempts"] <= 3
+    gained = line["probe/teacher_reward"] - line["probe/policy_reward"]
+    assert -1 <= line["probe/teacher_gain"] <= 1 and abs(gained) <= 1
+  assert "probe/teacher_gain" not in plain[-1]
+
+
+def test_a_probe_reads_what_the_teacher_reads(chat):
+  rows = [rollout(chat, 0.0), rollout(chat, 0.0), rollout(chat, 1.0)]
+  texts = Texts([[7, 8, 9], [], [5, 6, 9]], [2, 0, 1])
+  contexts = ([Context(feedback="no"), None, Context(solution="f")],)
+  packed = types.SimpleNamespace(rollouts=rows, contexts=contexts, teacher_texts=texts)
+  found = probe.attempts_of(packed, 4)
+  assert [(place, ids) for place, (_, ids) in found.items()] == [((0, 0), [7, 8]), ((0, 2), [5])]
+  assert len(probe.attempts_of(packed, 1)) == 1
+
+
+def test_a_probe_that_nothing_would_read_is_refused(tmp_path, capsys):
+  config = "configs/tinycode.py:method=grpo,local"
+  settings = "--config.train.probe_teacher_every_steps=1"
+  assert train(tmp_path / "run", settings, config=config)[0] == 2
+  assert "has no teacher" in capsys.readouterr().err
