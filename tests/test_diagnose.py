@@ -1,4 +1,4 @@
-"""Tests the check before a run: prompts, attempts made again, figures, rules, and the whole mode."""
+"""Tests the check before a run: prompts, attempts made again, figures, rules, the whole mode."""
 
 import json
 import types

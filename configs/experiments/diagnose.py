@@ -1,0 +1,69 @@
+r"""Trains what --mode=diagnose puts in order, on three tasks of the tiny models.
+
+Run:    python -m sdpo_jax.experiment --config=configs/experiments/diagnose.py \
+          --workdir=runs/diagnose --jobs=2
+        for t in tinycode notes arithmetic; do python -m sdpo_jax.main --mode=diagnose \
+          --workdir=runs/diagnosis_$t --config=configs/experiments/diagnose.py:task=$t; done
+Smoke:  python -m sdpo_jax.experiment --config=configs/experiments/diagnose.py:local \
+          --workdir=runs/diagnose_local
+Grid:   SDPO, SDPO with a frozen teacher, GRPO and their blend, three seeds. All else is
+        configs/tinycode.py, and the two domains of configs/counterfactual.py; nothing is tuned.
+        The fourth task, with a real model, is configs/experiments/instructions.py.
+Look:   whether the order of the diagnosis is that of held-out accuracy at the end. The rules of
+        sdpo_jax/diagnose/verdict.py were written down before these runs.
+Cost:   not measured.
+Result: none yet.
+"""
+
+from sdpo_jax import config
+
+TASKS = {
+  "tinycode": "configs/tinycode.py:method=sdpo",
+  "notes": "configs/counterfactual.py:domain=tinycode,arm=sdpo",
+  "arithmetic": "configs/counterfactual.py:domain=arithmetic,arm=sdpo",
+}
+GRPO = {
+  "tinycode": "configs/tinycode.py:method=grpo",
+  "notes": "configs/counterfactual.py:domain=tinycode,arm=grpo",
+  "arithmetic": "configs/counterfactual.py:domain=arithmetic,arm=grpo",
+}
+SEEDS = range(3)
+# arm -> changes to SDPO; the blend is the row sdpo_blend
+ARMS = {
+  "sdpo": [],
+  "frozen": ["--config.method.teacher_weights.name=frozen"],
+  "blend": [
+    "--config.method.advantage.name=group_mean",
+    "--config.method.surrogate.name=clipped",
+    "--config.method.policy_share=0.9",
+  ],
+  "grpo": None,
+}
+
+
+def get_config(arg: str = ""):
+  """Returns the configuration that is diagnosed: SDPO on one of the tasks."""
+  a = config.parse_arg(arg, task="tinycode")
+  if a.task not in TASKS:
+    raise ValueError(f"task={a.task!r} is unknown; choose from {list(TASKS)}")
+  return config.load(TASKS[a.task])
+
+
+def get_grid():
+  return {
+    f"{task}_{arm}_seed{seed}": _arguments(task, arm, f",seed={seed}")
+    for seed in SEEDS
+    for task in TASKS
+    for arm in ARMS
+  }
+
+
+def get_local():
+  return {f"{task}_{arm}": _arguments(task, arm, ",local") for task in TASKS for arm in ARMS}
+
+
+def _arguments(task: str, arm: str, more: str) -> list[str]:
+  label = f"--config.label={task}_{arm}"
+  if arm == "grpo":
+    return [f"--config={GRPO[task]}{more}", label]
+  return [f"--config={TASKS[task]}{more}", *ARMS[arm], label]
