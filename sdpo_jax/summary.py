@@ -32,6 +32,8 @@ SPLITS = ("heldout", "unseen", "adversarial")
 BASELINES = ("sdpo", "sdpo_extra")
 # The arms whose last evaluation others have to reach
 TARGETS = ("sdpo", "grpo")
+FEW_ARMS = 6  # of which every pair is compared
+MANY_ROWS = 40  # a longer table is folded
 NONE = "–"
 INTRODUCTION = """\
 # Results
@@ -162,19 +164,27 @@ class Run(NamedTuple):
     return self.evaluations(split)[-1][f"eval/{split}/avg@k"]
 
 
-def _read_run(entry: dict) -> Run:
-  """Reads an entry of curves.json or scores.json.
+def _read_run(name: str, entry: dict) -> Run:
+  """Reads an entry of curves.json or scores.json, and the name of its run.
 
-  Its arguments name a configuration file and the file's keys.
+  The arguments name a configuration file and the file's keys. Their values name the arm, unless the
+  run is called [DOMAIN_]ARM_seedN.
   """
   keys = dict(pair.split("=", 1) for pair in entry["arguments"][0].rpartition(":")[2].split(","))
   domain, seed = keys.pop("domain", ""), int(keys.pop("seed"))
-  return Run(domain, ", ".join(keys.values()), seed, entry.get("tuning"), entry.get("points", []))
+  arm = name.removesuffix(f"_seed{seed}")
+  if arm == name:
+    arm = ", ".join(keys.values())
+  elif domain and arm.startswith(f"{domain}_"):
+    arm = arm.removeprefix(f"{domain}_")
+  else:
+    domain = ""
+  return Run(domain, arm, seed, entry.get("tuning"), entry.get("points", []))
 
 
 def _curves(entries: dict) -> list[str]:
   """Returns the tables of a grid, for each domain apart."""
-  runs = [_read_run(entry) for entry in entries.values()]
+  runs = [_read_run(name, entry) for name, entry in entries.items()]
   times = [run.points[-1]["time_s"] for run in runs]
   parts = [
     f"Recorded: {len(runs)} runs, {sum(times) / 3600:.1f} hours in all, "
@@ -395,8 +405,8 @@ def _run_score(run: Run, split: str) -> str:
 def _finals(entries: dict) -> list[str]:
   """Returns the tables of the last checkpoints: each arm, and the differences between arms."""
   runs = []
-  for entry in entries.values():
-    run = _read_run(entry)
+  for name, entry in entries.items():
+    run = _read_run(name, entry)
     runs.append((run.arm, run.seed, entry["splits"]))
   splits = [split for split in SPLITS if any(split in run[2] for run in runs)]
   rows, differences = [], []
@@ -406,7 +416,7 @@ def _finals(entries: dict) -> list[str]:
     rows += [_final_row(split, arm, samples) for arm in arms.values()]
     differences += [
       (split, f"`{a.name}` minus `{b.name}`", *compared)
-      for a, b in itertools.combinations(arms.values(), 2)
+      for a, b in _pairs(arms)
       for compared in _differences(a, b, samples)
     ]
   head = ["split", "arm", "avg@n", "seeds", "greedy", "pass@n", "entropy", "tokens", "cut off"]
@@ -417,7 +427,19 @@ def _finals(entries: dict) -> list[str]:
     for (split, arms, what, difference), p in zip(differences, corrected, strict=True)
   ]
   head_of_compared = ["split", "arms", "of", "difference", "interval", "p", "p, Holm"]
-  return [FINALS_LEGEND, _table(head, rows), _table(head_of_compared, compared_rows)]
+  compared = _table(head_of_compared, compared_rows)
+  if len(compared_rows) > MANY_ROWS:
+    compared = _folded(f"All {len(compared_rows)} comparisons", compared)
+  return [FINALS_LEGEND, _table(head, rows), compared]
+
+
+def _pairs(arms: dict[str, final_scores.Arm]) -> list[tuple]:
+  """Returns the arms that are compared: all pairs of a few, else each with the baselines."""
+  if len(arms) <= FEW_ARMS:
+    return list(itertools.combinations(arms.values(), 2))
+  baselines = [arms[name] for name in TARGETS if name in arms]
+  pairs = [(arm, other) for other in baselines for arm in arms.values() if arm not in baselines]
+  return pairs + list(itertools.combinations(baselines, 2))
 
 
 def _final_row(split: str, arm: final_scores.Arm, samples: int) -> list[str]:

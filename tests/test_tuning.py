@@ -350,7 +350,7 @@ def test_results_tell_of_the_tuning(tmp_path, tuned):
   for name in ("curves.json", "tuning.json"):
     (folder / name).write_text((tmp_path / "runs" / name).read_text())
   page = summary.text(tmp_path)
-  assert "- `sdpo`, `grpo`: tuned: 3 trials on the tune split, chosen lr_0.002." in page
+  assert "- `a`, `b`: tuned: 3 trials on the tune split, chosen lr_0.002." in page
   assert "- `dapo`: not tuned." in page
   assert "| `b` | `lr_0.002` | 100 | 75.0 [10.0, 80.0] | chosen |" in page
   assert "| `b` | `lr_0.004` | 100 | 25.0 [10.0, 80.0] |  |" in page

@@ -51,7 +51,7 @@ def get_config(arg: str = ""):
 
 def get_grid():
   return {
-    f"{task}_{arm}_seed{seed}": _arguments(task, arm, f",seed={seed}")
+    f"{arm}_on_{task}_seed{seed}": _arguments(task, arm, f",seed={seed}")
     for seed in SEEDS
     for task in TASKS
     for arm in ARMS
@@ -59,11 +59,11 @@ def get_grid():
 
 
 def get_local():
-  return {f"{task}_{arm}": _arguments(task, arm, ",local") for task in TASKS for arm in ARMS}
+  return {f"{arm}_on_{task}": _arguments(task, arm, ",local") for task in TASKS for arm in ARMS}
 
 
 def _arguments(task: str, arm: str, more: str) -> list[str]:
-  label = f"--config.label={task}_{arm}"
+  label = f"--config.label={arm}_on_{task}"
   if arm == "grpo":
     return [f"--config={GRPO[task]}{more}", label]
   return [f"--config={TASKS[task]}{more}", *ARMS[arm], label]
