@@ -7,6 +7,8 @@ A folder results/NAME/ may hold
   scores.json      what the last checkpoints can do (final_scores.py), likewise
   tuning.json      the trials that chose the grid's settings, likewise
   discover.json    the summary of a session of --mode=discover
+  diagnosis_*.json what --mode=diagnose said of a task; its runs are those of curves.json that are
+                   called ARM_on_TASK, else those of results/TASK
   notes.md         facts that the committed data does not hold, in prose
   *.png            plots
 
@@ -26,6 +28,7 @@ import re
 from typing import NamedTuple
 
 from sdpo_jax import final_scores, stats
+from sdpo_jax.diagnose import agreement
 
 SPLITS = ("heldout", "unseen", "adversarial")
 # The arms that others are compared with, where an experiment has them
@@ -50,6 +53,10 @@ FINALS_LEGEND = """\
 The last checkpoints on the same questions, n samples a question at temperature 1, in per cent; the
 column "seeds" has the lowest and the highest avg@n. Intervals of 95 % and p-values draw seeds and
 questions both. Holm's correction is over the whole second table. Entropy is in nats a token."""
+DIAGNOSIS_LEGEND = """\
+What `--mode=diagnose` said before training, against held-out accuracy at the end, in per cent. Tau
+is Kendall's (tau-b) between the likely order and the measured means: 1 is the same order, -1 the
+reverse. The last column is that of a constant answer, "grpo first, of the others no opinion"."""
 PACE_LEGEND = """\
 Held-out questions, and how soon a run is good at them. "After a quarter" and "after half" hold
 the mean over seeds (lowest to highest) at the last evaluation within that share of a run's steps.
@@ -91,6 +98,8 @@ def _section(root: pathlib.Path, folder: pathlib.Path) -> str:
     parts.append(_trials(json.loads((folder / "tuning.json").read_text(encoding="utf-8"))))
   if (folder / "discover.json").exists():
     parts += _discover(json.loads((folder / "discover.json").read_text(encoding="utf-8")))
+  if any(folder.glob("diagnosis_*.json")):
+    parts += _diagnoses(folder)
   if name == "bench":
     parts += _benchmarks(root / "sdpo_jax" / "bench" / "results")
   parts += [f"![{path.stem}]({path.relative_to(root)})" for path in sorted(folder.glob("*.png"))]
@@ -469,6 +478,50 @@ def _difference_cells(difference: stats.Difference) -> list[str]:
   points = _percent(difference.difference, "+")
   interval = _interval(difference.low, difference.high, "+")
   return [points, interval, _number(difference.p_value, ".4f")]
+
+
+# What a diagnosis said, and what training then did: diagnosis_TASK.json
+
+
+def _diagnoses(folder: pathlib.Path) -> list[str]:
+  """Returns the table that holds each diagnosis against the runs on its task."""
+  rows, taus = [], []
+  for path in sorted(folder.glob("diagnosis_*.json")):
+    task = path.stem.removeprefix("diagnosis_")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    scores = _scores_on(task, folder)
+    said = " > ".join(" = ".join(tied) for tied in found["verdict"]["ranking"])
+    row = [task, found["verdict"]["teacher"], found["verdict"]["rewards"], said]
+    if len(scores) < 2:
+      rows.append([*row, NONE, NONE, NONE])
+      continue
+    mean = {name: sum(values) / len(values) for name, values in scores.items()}
+    measured = ", ".join(
+      f"{name} {_percent(mean[name])} ({_range(scores[name])})" for name in agreement.by_score(mean)
+    )
+    both = agreement.compare(found["verdict"]["ranking"], mean)
+    taus.append([0.0 if tau is None else tau for tau in both])
+    rows.append([*row, measured, *(_number(tau, ".2f") for tau in both)])
+  if taus:
+    means = [f"**{sum(column) / len(taus):.2f}**" for column in zip(*taus, strict=True)]
+    rows.append([f"mean of {len(taus)}", "", "", "", "", *means])
+  head = ["task", "teacher", "groups", "likely order", "held-out at the end (lowest to highest)"]
+  return [DIAGNOSIS_LEGEND, _table([*head, "tau", "tau of grpo first"], rows)]
+
+
+def _scores_on(task: str, folder: pathlib.Path) -> dict[str, list[float]]:
+  """Returns {method as a diagnosis calls it: the last score of each seed}."""
+  scores: dict[str, list[float]] = {}
+  for place, suffix in ((folder, f"_on_{task}"), (folder.parent / task, "")):
+    path = place / "curves.json"
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for run in (_read_run(name, entry) for name, entry in entries.items()):
+      name = agreement.CALLED.get(run.arm.removesuffix(suffix))
+      if name is not None and run.arm.endswith(suffix):
+        scores.setdefault(name, []).append(run.last(SPLITS[0]))
+    if scores:
+      break
+  return scores
 
 
 # Test-time self-distillation: discover.json

@@ -6,12 +6,12 @@ import types
 import numpy as np
 import pytest
 
-from sdpo_jax import main
+from sdpo_jax import main, summary
 from sdpo_jax.config import ASSETS
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.packing import Texts
 from sdpo_jax.data.teacher_prompt import teacher_prompt
-from sdpo_jax.diagnose import measures, mode, probe, tokens, verdict
+from sdpo_jax.diagnose import agreement, measures, mode, probe, tokens, verdict
 from sdpo_jax.diagnose.again import Again, choose, make_again
 from sdpo_jax.diagnose.prompts import ABOUT, CONTROL, OWN, TURN, Prompt, PromptMaker
 from sdpo_jax.objectives import build
@@ -436,3 +436,38 @@ def test_a_probe_that_nothing_would_read_is_refused(tmp_path, capsys):
   settings = "--config.train.probe_teacher_every_steps=1"
   assert train(tmp_path / "run", settings, config=config)[0] == 2
   assert "has no teacher" in capsys.readouterr().err
+
+
+# ---- what was said, and what happened ------------------------------------------------------------
+
+
+def test_orders_are_compared_by_hand():
+  scores = {"sdpo": 0.9, "sdpo_blend": 0.7, "sdpo, frozen teacher": 0.6, "grpo": 0.5}
+  order = [["sdpo"], ["sdpo_blend"], ["sdpo, frozen teacher"], ["grpo"]]
+  assert agreement.compare(order, scores) == (1.0, pytest.approx(-3 / (6 * 3) ** 0.5))
+  # two of six pairs are the other way round
+  swapped = [["sdpo_blend"], ["sdpo"], ["grpo"], ["sdpo, frozen teacher"]]
+  assert agreement.tau(swapped, scores) == pytest.approx((4 - 2) / 6)
+  assert agreement.tau([list(scores)], scores) is None
+
+
+def test_results_hold_a_diagnosis_against_its_runs(tmp_path):
+  folder = tmp_path / "results" / "diagnose"
+  folder.mkdir(parents=True)
+  said = verdict.verdict(figures(**BETTER), verdict.RANKED["sdpo"], "sdpo")
+  (folder / "diagnosis_notes.json").write_text(json.dumps({"verdict": said}))
+  scores = {"sdpo": (0.8, 1.0), "frozen": (0.6, 0.6), "blend": (0.7, 0.7), "grpo": (0.5, 0.5)}
+  entries = {}
+  for arm, by_seed in scores.items():
+    for seed, score in enumerate(by_seed):
+      points = [
+        {"step": step, "time_s": 1.0, "train/generations": 1, "train/sampled_tokens": 1}
+        | {f"eval/heldout/avg@k{end}": score for end in ("", "_low", "_high")}
+        for step in (0, 1)
+      ]
+      argument = f"--config=configs/tinycode.py:method=x,seed={seed}"
+      entries[f"{arm}_on_notes_seed{seed}"] = {"arguments": [argument], "points": points}
+  (folder / "curves.json").write_text(json.dumps(entries))
+  page = summary.text(tmp_path)
+  assert "sdpo 90.0 (80.0 to 100.0), sdpo_blend 70.0" in page
+  assert "| 1.00 | -0.71 |" in page and "| **1.00** | **-0.71** |" in page
