@@ -26,14 +26,13 @@ import dataclasses
 import functools
 import math
 import os
-import re
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
 
 from sdpo_jax import learner, session, sharding
+from sdpo_jax.chips import CHIPS, Chip, topology_devices, usable_share
 from sdpo_jax.data.shapes import Rounding, Shape, bucket, full_shape, most_tokens
 from sdpo_jax.engine import programs
 from sdpo_jax.engine.sampling import needs_sorting
@@ -44,97 +43,6 @@ from sdpo_jax.objectives import build
 from sdpo_jax.objectives.control import LEARN, Control
 from sdpo_jax.records import Reading, Rows, Sampling, Scored, TrainBatch
 from sdpo_jax.train_step import TrainState, init_state
-
-# ---- chips ---------------------------------------------------------------------------------------
-
-
-class Chip(NamedTuple):
-  """A chip as its maker states it.
-
-  links_gb_s adds up all links of a chip, one direction each; of a GPU, those within its node.
-  """
-
-  memory_gb: float
-  tflops: float  # bfloat16
-  memory_gb_s: float
-  links_gb_s: float
-
-
-CHIPS = {
-  "v4": Chip(32, 275, 1228, 300),
-  "v5e": Chip(16, 197, 819, 200),
-  "v5p": Chip(95, 459, 2765, 600),
-  "v6e": Chip(32, 918, 1640, 448),
-  "h100": Chip(80, 989, 3350, 450),
-  "h200": Chip(141, 989, 4800, 450),
-}
-GPUS = ("h100", "h200")
-
-# what the compiler for GPUs asks a device, answered for one that is not there
-# (XLA: tools/hlo_opt/gpu_specs)
-HOPPER = """
-gpu_device_info {{
-  cuda_compute_capability {{ major: 9 }}
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  l2_cache_size: 52428800 memory_bandwidth: {memory_gb_s}000000000
-  device_memory_size: {memory_gb}000000000
-}}
-platform_name: "CUDA"
-runtime_version {{ major: 13 }}
-dnn_version_info {{ major: 9 minor: 10 }}
-device_description_str: "{name}"
-"""
-
-
-def topology_devices(name: str):
-  """Returns the devices of a topology such as "v5p:2x2x2", or "h200:2x8", two nodes of eight.
-
-  ValueError with the choices if there is no such topology, or no compiler for it here.
-  """
-  chip, _, shape = name.partition(":")
-  is_gpu = chip in GPUS
-  sizes = r"[1-9]\d*(x[1-9]\d*)?" if is_gpu else r"[1-9]\d*(x[1-9]\d*)*"
-  if chip not in CHIPS or not re.fullmatch(sizes, shape):
-    raise ValueError(
-      f"--topology={name!r} must look like v5p:2x2x2, v5e:8x8, v6e:4x4, h200:8 or h200:2x8; "
-      f"choose the chip from {sorted(CHIPS)}"
-    )
-  try:
-    if not is_gpu:
-      return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    slices_nodes_gpus = f"1x{shape}" if "x" in shape else f"1x1x{shape}"
-    return topologies.get_topology_desc(
-      platform="cuda",
-      topology_name=name,
-      topology=slices_nodes_gpus,
-      target_config=HOPPER.format(name=chip, **CHIPS[chip]._asdict()),
-    ).devices
-  except (RuntimeError, ValueError, NotImplementedError) as error:
-    extra = "cuda13" if is_gpu else "tpu"
-    raise ValueError(
-      f"--topology={name!r}: {str(error).splitlines()[0]} "
-      f'(plan needs the compiler: pip install "jax[{extra}]")'
-    ) from error
-
-
-def usable_share(chip: str) -> float:
-  """Returns the share of a chip's memory that jax gives a program."""
-  # its new name, and the one that most people know
-  setting = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get(
-    "XLA_PYTHON_CLIENT_MEM_FRACTION"
-  )
-  try:
-    return float(setting or 0.75) if chip in GPUS else 1.0
-  except ValueError:
-    raise ValueError(
-      f"XLA_PYTHON_CLIENT_MEM_FRACTION={setting!r} must be a number, such as 0.9"
-    ) from None
-
 
 # ---- shapes --------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "workdir": 0,
   "sharding": 0,
   "hosts": 0,
+  "chips": 0,
   "preemption": 0.5,
   "compilation": 0,
   "kernels": 0,

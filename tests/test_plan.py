@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sdpo_jax import config, hlo, main, plan, session, sharding
+from sdpo_jax import chips, config, hlo, main, plan, session, sharding
 from sdpo_jax.engine import programs
 from sdpo_jax.kernels import attention
 from sdpo_jax.model import decoder, lora
@@ -292,7 +292,7 @@ def test_a_topology_of_gpus_is_slices_x_nodes_x_gpus(name, shape, monkeypatch):
     request.update(kwargs)
     return jax.sharding.Mesh(jax.devices(), "x")
 
-  monkeypatch.setattr(plan.topologies, "get_topology_desc", get_topology_desc)
+  monkeypatch.setattr(chips.topologies, "get_topology_desc", get_topology_desc)
   plan.topology_devices(name)
   assert request["platform"] == "cuda"
   assert request["topology"] == "x".join(map(str, shape))
