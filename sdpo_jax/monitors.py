@@ -1,10 +1,10 @@
 """Reads signs that a run goes wrong off its metrics, each with the setting to change.
 
 This is host code, and pure functions. `warnings` compares the last WINDOW steps of metrics.jsonl
-with the first WINDOW; it reports nothing before there are two windows. Its limits are rules of
-thumb, not measurements: they ask a person to look, and change nothing. A fall in length or entropy
-is a sign only while the reward has not risen: SDPO's responses grow shorter as they get better
-(arXiv 2601.20802).
+with the first WINDOW, and the latest evaluation with that of the base model; of steps it reports
+nothing before there are two windows. Its limits are rules of thumb: they ask a person to look, and
+change nothing. A fall in length or entropy, or more copies, is a sign only while the reward has not
+risen: SDPO's responses grow shorter as they get better (arXiv 2601.20802).
 
 The copy rate is the share of a response's n-grams of tokens that also stand in what its teacher
 read, a solution or feedback, and not in the question. The policy has not read that text. A rate
@@ -12,6 +12,8 @@ that climbs therefore means that the policy recites rather than solves.
 """
 
 import functools
+import math
+import statistics
 
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.errors import RunError
@@ -73,21 +75,27 @@ def ngrams(tokens: list[int]) -> list[tuple[int, ...]]:
 def warnings(history: list[dict]) -> dict[str, str]:
   """Returns {sign: what is seen and what to change} at the last of these lines of metrics.jsonl.
 
-  Lines of an evaluation alone do not count.
+  Lines of an evaluation alone count for `worse` only.
   """
   steps = [line for line in history if "train/loss" in line]
-  if len(steps) < 2 * WINDOW:
-    return {}
-  trends = Trends(steps)
-  signs = {
+  signs = {"worse": _worse(history)}
+  if len(steps) >= 2 * WINDOW:
+    signs |= _signs_of_steps(Trends(steps))
+  return {name: text for name, text in signs.items() if text is not None}
+
+
+def _signs_of_steps(trends: "Trends") -> dict[str, str | None]:
+  """Returns every sign that is read off the steps, seen or not."""
+  return {
+    "reward": _reward(trends),
     "length": _length(trends),
+    "length_tail": _length_tail(trends),
     "truncated": _truncated(trends),
     "entropy": _entropy(trends),
     "gap": _gap(trends),
     "teacher_share": _teacher_share(trends),
     "copy_rate": _copy_rate(trends),
   }
-  return {name: text for name, text in signs.items() if text is not None}
 
 
 class Trends:
@@ -97,21 +105,81 @@ class Trends:
     self._first, self._last = steps[:WINDOW], steps[-WINDOW:]
     reward = self.means("train/reward")
     self.better = reward is not None and reward[1] > reward[0] + 0.02
-    of_teacher = {"train/loss_distill", "train/credit_change"}
-    self.has_teacher = any(of_teacher & line.keys() for line in self._last)
+    self.has_teacher = _has_teacher(self._last)
 
   def means(self, name: str) -> tuple[float, float] | None:
     """Returns a metric's mean over the first and over the last window; None if one has none."""
-    first, last = _mean(name, self._first), _mean(name, self._last)
-    return None if first is None or last is None else (first, last)
+    first, last = _values(name, self._first), _values(name, self._last)
+    return (statistics.fmean(first), statistics.fmean(last)) if first and last else None
+
+  def most_at_first(self, name: str) -> float:
+    """Returns the largest value of a metric in the first window, which has one."""
+    return max(_values(name, self._first))
+
+  def noise(self, name: str) -> float:
+    """Returns the standard error of the difference of the means; infinite with less than two."""
+    first, last = _values(name, self._first), _values(name, self._last)
+    if min(len(first), len(last)) < 2:
+      return math.inf
+    return math.sqrt(sum(statistics.variance(values) / len(values) for values in (first, last)))
 
 
-def _mean(name: str, lines: list[dict]) -> float | None:
-  values = [line[name] for line in lines if name in line]
-  return sum(values) / len(values) if values else None
+def _values(name: str, lines: list[dict]) -> list[float]:
+  return [line[name] for line in lines if name in line]
+
+
+def _has_teacher(lines: list[dict]) -> bool:
+  """Tells whether the steps learn from a teacher."""
+  of_teacher = {"train/loss_distill", "train/credit_change"}
+  return any(of_teacher & line.keys() for line in lines)
 
 
 # One function for each sign: what is seen and what to change, or None.
+
+_SLOWER = (
+  "slow the teacher down (config.method.teacher_weights.name=frozen), "
+  "keep rewards in the loss (method=sdpo_blend), learn from them alone (method=grpo), "
+  "or lower config.optimizer.lr"
+)
+
+
+def _worse(history: list[dict]) -> str | None:
+  """Looks at the latest evaluation of each split, paired with the base model's by question."""
+  advice = _SLOWER if _has_teacher(history) else "lower config.optimizer.lr"
+  latest = {}
+  for line in history:
+    for name in line:
+      if name.startswith("eval/") and name.endswith("/gain_high"):
+        latest[name.removesuffix("/gain_high")] = line
+  for split, line in latest.items():
+    gain, low, high = (line[f"{split}/gain{end}"] for end in ("", "_low", "_high"))
+    if high < 0:
+      now = line[f"{split}/avg@k"]
+      return (
+        f"{split}/avg@k is {now:.1%} at step {line['step']}, the base model's {now - gain:.1%}: "
+        f"on the same questions {gain:+.1%} [{low:+.1%}, {high:+.1%}]. Training makes the model "
+        f"worse: {advice}; config.train.stop_when_worse ends such a run"
+      )
+  return None
+
+
+def _reward(trends: Trends) -> str | None:
+  means = trends.means("train/reward")
+  if means is None:
+    return None
+  first, last = means
+  # three standard errors: runs are looked at after every step
+  if last > first - max(0.05, 3 * trends.noise("train/reward")):
+    return None
+  seen = f"the reward fell from {first:.3f} to {last:.3f}"
+  divergence = trends.means("train/loss_distill")
+  if divergence is not None and divergence[1] < divergence[0]:
+    return (
+      f"{seen} while the divergence from the teacher fell from {divergence[0]:.4f} to "
+      f"{divergence[1]:.4f} nats a token: the policy agrees ever more with a teacher that is no "
+      f"longer right: {_SLOWER}"
+    )
+  return f"{seen}: {_SLOWER if trends.has_teacher else 'lower config.optimizer.lr'}"
 
 
 def _length(trends: Trends) -> str | None:
@@ -123,6 +191,28 @@ def _length(trends: Trends) -> str | None:
     return (
       f"responses shrank from {first:.0f} to {last:.0f} tokens and the reward did not rise: "
       "lower config.optimizer.lr, or keep rewards in the loss with method=sdpo_blend"
+    )
+  return None
+
+
+def _length_tail(trends: Trends) -> str | None:
+  """Asks whether single responses run away from the others (arXiv 2606.03532).
+
+  There they do some 35 steps before the policy collapses. A ratio of few tokens jumps, so it has to
+  leave the range of the first window; and the longest responses have to be longer than at first,
+  since the ratio also grows where most responses become shorter.
+  """
+  tails, lengths = trends.means("rollout/length_tail"), trends.means("rollout/length")
+  if tails is None or lengths is None:
+    return None
+  first, last = tails
+  is_out_of_range = last > max(1.3 * first, trends.most_at_first("rollout/length_tail"))
+  if is_out_of_range and last * lengths[1] > first * lengths[0]:
+    return (
+      f"the longest response of a step is {last:.1f} times the mean one, {first:.1f} times at "
+      "first, and longer: single responses run away, which may come before a collapse: look at "
+      "rollouts/ for repetition; slow the teacher down (config.method.teacher_weights.name), "
+      "or lower config.optimizer.lr"
     )
   return None
 
@@ -206,7 +296,7 @@ def _teacher_share(trends: Trends) -> str | None:
 
 def _copy_rate(trends: Trends) -> str | None:
   means = trends.means("data/copy_rate")
-  if means is None:
+  if means is None or trends.better:
     return None
   first, last = means
   if last > 0.5 and last > first + 0.25:

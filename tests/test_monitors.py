@@ -17,6 +17,7 @@ HEALTHY = {
   "train/loss_distill": 0.1,
   "train/reward": 0.4,
   "rollout/length": 200.0,
+  "rollout/length_tail": 1.5,
   "rollout/truncated": 0.1,
   "train/entropy": 0.5,
   "train/teacher_gap_abs": 0.2,
@@ -37,6 +38,13 @@ def history(steps=30, **last):
   "last, sign, says",
   [
     ({"rollout/length": 30.0}, "length", "from 200 to 30 tokens"),
+    ({"train/reward": 0.2}, "reward", "fell from 0.400 to 0.200: "),
+    (
+      {"train/reward": 0.2, "train/loss_distill": 0.04},
+      "reward",
+      "fell from 0.400 to 0.200 while the divergence from the teacher fell from 0.1000 to 0.0400",
+    ),
+    ({"rollout/length_tail": 4.0}, "length_tail", "4.0 times the mean one, 1.5 times at first"),
     ({"rollout/truncated": 0.8}, "truncated", "80% of the responses"),
     ({"train/entropy": 0.01}, "entropy", "fell from 0.500 to 0.010"),
     ({"train/entropy": 2.0}, "entropy", "grew from 0.500 to 2.000"),
@@ -55,13 +63,14 @@ def test_each_sign_is_seen_and_says_what_to_change(last, sign, says):
   rows = re.findall(r"(?<!\.)\bmethod=(\w+)", signs[sign])
   assert named or rows
   # each can be typed as it stands there; without a value, with the one that it has
-  for row in rows or ["sdpo"]:
-    for path, value in named:
-      _, c = main.parse(["main", f"{TINYCODE}:method={row}"])
-      for key in path.split(".")[1:]:
-        c = c[key]
-      _, c = main.parse(["main", f"{TINYCODE}:method={row}", f"--{path}={value or c}"])
-      config.validate(c)
+  for row in rows:
+    config.validate(main.parse(["main", f"{TINYCODE}:method={row}"])[1])
+  for path, value in named:
+    _, c = main.parse(["main", f"{TINYCODE}:method=sdpo"])
+    for key in path.split(".")[1:]:
+      c = c[key]
+    _, c = main.parse(["main", f"{TINYCODE}:method=sdpo", f"--{path}={value or c}"])
+    config.validate(c)
 
 
 def test_a_routed_run_whose_responses_succeed_needs_no_teacher():
@@ -84,8 +93,57 @@ def test_a_healthy_run_and_one_that_improves_are_left_alone():
     "rollout/length": 30.0,
     "train/entropy": 0.01,
     "train/teacher_gap_abs": 0.001,
+    "data/copy_rate": 0.9,
+    # the longest responses are as long as before, the others are not
+    "rollout/length_tail": 9.0,
   }
   assert monitors.warnings(history(**better)) == {}
+
+
+def test_what_jumps_from_step_to_step_is_no_sign():
+  """Rewards of few responses, and the length tail of responses of few tokens."""
+  noisy = history(**{"train/reward": 0.3, "rollout/length_tail": 2.4})
+  for i, line in enumerate(noisy[1:]):
+    swing = -1 if i % 2 else 1
+    line["train/reward"] += 0.2 * swing
+    line["rollout/length_tail"] += swing
+  assert monitors.warnings(noisy) == {}
+  for line in noisy[1:11]:  # the first window alone is quiet
+    line |= {"train/reward": 0.6, "rollout/length_tail": 1.5}
+  assert set(monitors.warnings(noisy)) == {"reward", "length_tail"}
+
+
+def evaluated(gains, split="heldout"):
+  """A step 0 at 40 %, and an evaluation at every tenth step: (gain, low, high) each."""
+  lines = [{"step": 0, f"eval/{split}/avg@k": 0.4}]
+  for i, (gain, low, high) in enumerate(gains, start=1):
+    values = {"avg@k": 0.4 + gain, "gain": gain, "gain_low": low, "gain_high": high}
+    line = {f"eval/{split}/{name}": value for name, value in values.items()}
+    lines.append({"step": 10 * i} | HEALTHY | line)
+  return lines
+
+
+def test_an_evaluation_below_the_base_model_is_seen_at_once_and_until_the_next():
+  worse, unsure = (-0.2, -0.3, -0.1), (-0.2, -0.5, 0.1)
+  lines = evaluated([unsure, worse])
+  assert monitors.warnings(lines[:2]) == {}
+  text = monitors.warnings(lines)["worse"]
+  assert text.startswith(
+    "eval/heldout/avg@k is 20.0% at step 20, the base model's 40.0%: "
+    "on the same questions -20.0% [-30.0%, -10.0%]"
+  )
+  assert "teacher_weights.name=frozen" in text and "method=grpo" in text
+  assert "worse" in monitors.warnings([*lines, {"step": 21} | HEALTHY])
+  assert monitors.warnings(evaluated([worse, unsure])) == {}
+  # of a split that is evaluated at the end alone as well
+  lines[-1] |= evaluated([(0.1, 0.0, 0.2)], "unseen")[-1] | {"step": 20}
+  assert "eval/heldout" in monitors.warnings(lines)["worse"]
+
+
+def test_rewards_alone_have_no_teacher_to_slow_down():
+  lines = evaluated([(-0.2, -0.3, -0.1)])
+  lines[-1].pop("train/loss_distill")
+  assert "teacher" not in monitors.warnings(lines)["worse"]
 
 
 def test_a_method_without_a_teacher_is_not_told_that_it_has_none():
