@@ -152,6 +152,9 @@ def base() -> ml_collections.ConfigDict:
     # has to be better (diagnose/probe.py). Each time 2 x probe_attempts responses are sampled
     probe_teacher_every_steps=0,
     probe_attempts=16,
+    # evaluations in a row with the first of eval.splits below the base model, on the same questions
+    # beyond the interval, that end the run; 0: it goes on
+    stop_when_worse=0,
     loss_implementation="auto",  # of kernels/distill_kl: auto | reference | xla | ...
   )
   c.eval = dict(
@@ -196,8 +199,9 @@ def base() -> ml_collections.ConfigDict:
     # matters
     warm_start=False,
   )
-  # best: a metric, such as eval/heldout/avg@k; the checkpoint with its highest value is kept too
-  c.checkpoint = dict(every_steps=20, keep=2, best="")
+  # best: a metric, such as train/reward; the checkpoint with its highest value is kept too. auto:
+  # avg@k of the first of eval.splits, at steps with a checkpoint; empty: none
+  c.checkpoint = dict(every_steps=20, keep=2, best="auto")
   # rollout files: how often, how many rows
   c.log = dict(rollouts_every_steps=10, rollouts_kept=16)
   return c
@@ -646,6 +650,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
   _check_loss_implementation(c)
   _check_batch(c)
   _check_engine(c)
+  _check_evaluated(c)
   check_optimizer(c.optimizer)
 
 
@@ -782,6 +787,27 @@ def _check_fit_for_servers(c: ml_collections.ConfigDict) -> None:
     raise ValueError(
       f"config.discover.parallel={c.discover.parallel} with config.rollout.engine={engine!r}: "
       "servers have the weights of one question at a time; use 1"
+    )
+
+
+def _check_evaluated(c: ml_collections.ConfigDict) -> None:
+  """Raises ValueError where what a run is to be judged by is never measured."""
+  splits, best = tuple(c.eval.splits), c.checkpoint.best
+  if best.startswith("eval/"):
+    all_splits = dict.fromkeys((*splits, *c.eval.final_splits))
+    choices = [f"eval/{split}/{kind}" for split in all_splits for kind in ("avg@k", "pass@k")]
+    if best not in choices:
+      raise ValueError(unknown("config.checkpoint.best", best, ["auto", "", *choices]))
+  elif best not in ("", "auto") and "/" not in best:
+    raise ValueError(
+      f"config.checkpoint.best={best!r} must be auto, empty, or the name of a metric, group/name"
+    )
+  # step 0, the base model, is evaluated on the final splits
+  if c.train.stop_when_worse and not set(splits[:1]) & set(c.eval.final_splits):
+    raise ValueError(
+      f"config.train.stop_when_worse={c.train.stop_when_worse} compares the first of "
+      f"config.eval.splits={splits} with the base model, which is evaluated on "
+      f"config.eval.final_splits={tuple(c.eval.final_splits)}: it has to be one of them"
     )
 
 

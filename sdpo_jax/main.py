@@ -13,6 +13,10 @@ r"""The command line of training, evaluation, diagnosis, discovery and planning.
 
 Without --workdir a fresh directory under runs/ is made and printed.
 
+train ends early where config.train.stop_when_worse says so. That is a success: the command says
+why, run.json holds it under `ended`, and the same command again trains nothing. The best checkpoint
+by config.checkpoint.best is kept beside the last ones, and named at the end.
+
 Exit status: 0 success, 2 a wrong command line or setting (one line on stderr), 1 a failed run; of a
 full disk it says so in a line. 143: stopped by SIGTERM and saved, 134: another process of the run
 is lost; after these two the same command goes on.
@@ -271,7 +275,7 @@ def print_plan(c, topology: str) -> None:
 
 def run(f: flags.FlagValues, c, workdir: str, begun: float) -> None:
   """Trains, evaluates, diagnoses or discovers, and prints the summary."""
-  from sdpo_jax import checkpoint, metrics, train
+  from sdpo_jax import checkpoint, ending, metrics, train
   from sdpo_jax.diagnose import mode as diagnose_mode
   from sdpo_jax.discover import mode as discover_mode
   from sdpo_jax.discover import results as discover_results
@@ -286,6 +290,7 @@ def run(f: flags.FlagValues, c, workdir: str, begun: float) -> None:
       train.train(c, workdir, begun)
       steps = metrics.read(workdir)
       lines = evaluate.summary_lines(steps[-1], steps[0])  # step 0 is the base model
+      lines += ending.closing_lines(pathlib.Path(workdir), c, steps)
     elif f.mode == "eval":
       scores = evaluate.evaluate_checkpoint(c, workdir, f.checkpoint, f.suites)
       lines = evaluate.summary_lines(scores, {})

@@ -114,6 +114,7 @@ RANGES = {
   "train.micro_batches": _COUNT,
   "train.max_skipped_in_a_row": _COUNT,
   "train.max_env_failures_in_a_row": _COUNT,
+  "train.stop_when_worse": _whole(0, remark="; 0 never stops"),
   "train.max_rollout_gap": _above(0, 1000),
   "train.probe_teacher_every_steps": _whole(0, remark=" (0: off)"),
   "train.probe_attempts": _COUNT,

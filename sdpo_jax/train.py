@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax import checkpoint, hosts, monitors, report, sharding
+from sdpo_jax import checkpoint, ending, hosts, monitors, report, sharding
 from sdpo_jax.ahead import Ahead, restored, stored
 from sdpo_jax.config import check_questions, defaults_of, validate
 from sdpo_jax.data.batch import Packed, Packer, PackSettings
@@ -30,6 +30,7 @@ from sdpo_jax.data.tasks import RowEnv, TaskStream
 from sdpo_jax.diagnose.probe import probe_teacher
 from sdpo_jax.errors import Preempted, RunError, blame_settings
 from sdpo_jax.evaluation.evaluate import evaluate
+from sdpo_jax.evaluation.scores import gain
 from sdpo_jax.learner import make_explorer, make_learner
 from sdpo_jax.metrics import Writer, read, reduce
 from sdpo_jax.objectives.build import build_method
@@ -52,7 +53,7 @@ from sdpo_jax.workdir import (
 
 
 def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
-  """Trains `state` to total_steps and returns it.
+  """Trains `state` to total_steps, or until the run stops itself, and returns it.
 
   steps: the collaborators (see `Steps`); due(name, i) tells whether step i calls for one of them.
   host: what the checkpoint holds beside the state. The loop keeps "tokens" (sampled so far),
@@ -70,6 +71,8 @@ def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
   elif host["unwritten"] is not None:
     finish_step(state, host, steps, first, saved)
   for i in range(first + 1, total_steps + 1):
+    if steps.has_stopped():
+      break
     begun = time.monotonic()
     before = steps.position(host)
     try:
@@ -227,8 +230,9 @@ def train(c, workdir: str, begun: float | None = None) -> None:
   """Trains or resumes the run of a configuration, and writes its report.
 
   begun: when the command began, by the monotonic clock; None: now.
-  A finished run is left as it is. Raises SettingError for what cannot run, RunError for a run that
-  cannot go on, and Preempted for one that was stopped and saved.
+  A finished run is left as it is, and so is one that has stopped itself. Raises SettingError for
+  what cannot run, RunError for a run that cannot go on, and Preempted for one that was stopped and
+  saved.
   """
   workdir = pathlib.Path(workdir)
   begun = time.monotonic() if begun is None else begun
@@ -238,9 +242,8 @@ def train(c, workdir: str, begun: float | None = None) -> None:
     method = build_method(c.method.to_dict())
     latest = checkpoint.latest_step(workdir)
     check_same_run(workdir, c, begun=latest is not None, defaults=defaults_of(c))
-    is_finished = latest is not None and latest >= c.total_steps
-    # of a run that was stopped in its last evaluation, the last metrics are not written yet
-    is_finished = is_finished and checkpoint.read_host(workdir).get("unwritten") is None
+    host = _host_at_end(workdir, c, latest)
+  is_finished = host is not None
   if not is_finished:
     notice = Notice()
     with open_session(c, method=method, check_stop=notice.check) as session:
@@ -253,18 +256,37 @@ def train(c, workdir: str, begun: float | None = None) -> None:
       with notice:  # until the last checkpoint is written: the signal may come twice
         try:
           steps.open(state, steps.latest)
-          run(state, steps.host, steps, total_steps=c.total_steps, limits=limits)
+          state = run(state, steps.host, steps, total_steps=c.total_steps, limits=limits)
           steps.gate.end()
         finally:
           steps.close()
+    latest, host = int(state.step), steps.host
   if not hosts.leads():
     return
   if is_finished:
     checkpoint.remove_deleted(workdir)  # it may have been killed while it did so
-    print(finished(workdir, latest, c.total_steps), file=sys.stderr)
+    print(finished(workdir, latest, c.total_steps, _why_stopped(c, latest, host)), file=sys.stderr)
+  ending.note_in_run_file(workdir, c, latest, host)
   # A finished run lacks its report where it was killed between the last step and the report.
   if not is_finished or not (workdir / "report" / "index.html").exists():
     report.write_report([workdir], workdir / "report")
+
+
+def _host_at_end(workdir: pathlib.Path, c, latest: int | None) -> dict | None:
+  """Returns the host's part of the last checkpoint of a run that has ended; None: it goes on.
+
+  A run that was stopped in its last evaluation goes on: the last metrics are not written yet.
+  """
+  if latest is None or latest < c.total_steps and not ending.of_run_file(workdir).get("stopped"):
+    return None
+  host = {"best": None, "worse": 0} | checkpoint.read_host(workdir)
+  is_over = latest >= c.total_steps or ending.has_stopped(c, host)
+  return host if is_over and host.get("unwritten") is None else None
+
+
+def _why_stopped(c, latest: int, host: dict) -> str:
+  """Returns why a run has ended before its last step; "" where it has not."""
+  return ending.why_stopped(c, latest) if latest < c.total_steps else ""
 
 
 class Steps:
@@ -319,6 +341,7 @@ class Steps:
     """
     host = {"tokens": 0, "alternatives": 0, "failed_batches": 0}
     host |= {"data": None, "shapes": [], "owed": 0.0, "unwritten": None, "best": None}
+    host |= {"base": None, "worse": 0}
     host |= {"ahead": None, "control": None, "memory": None, "taught": False}
     steps = cls(c, workdir, session, host)
     steps.rows = same_rows(workdir, session.collector.env, splits_of(c), begun=latest is not None)
@@ -326,8 +349,8 @@ class Steps:
     state = session.fresh_state(steps.trainable, steps.learner.tx, method.teacher_weights)
     if latest is not None:
       steps.latest, state, found = checkpoint.restore_newest(workdir, state)
-      earlier = dict.fromkeys(("unwritten", "best", "ahead", "control", "memory"))
-      found = earlier | {"taught": True} | found  # earlier versions had none of them
+      earlier = dict.fromkeys(("unwritten", "best", "base", "ahead", "control", "memory"))
+      found = earlier | {"worse": 0, "taught": True} | found  # earlier versions had none of them
       _check_version(workdir, found, host)
       steps.host = found
       steps.stream.restore(found["data"])
@@ -436,7 +459,10 @@ class Steps:
   # ---- what the loop calls ----
 
   def due(self, name: str, i: int) -> bool:
-    """Tells whether step i calls for "eval", "checkpoint", "rollouts" or "score"."""
+    """Tells whether step i calls for "eval", "checkpoint", "rollouts" or "score".
+
+    The checkpoint of a step at which the run stops itself is due once that is noted.
+    """
     if name == "score":  # a pass of its own, only where somebody reads it
       return self.learner.score_first or self.due("rollouts", i)
     every = {
@@ -445,7 +471,12 @@ class Steps:
       "rollouts": self.c.log.rollouts_every_steps,
     }
     is_first_of_rollouts = name == "rollouts" and i == 1
-    return i == self.c.total_steps or i % every[name] == 0 or is_first_of_rollouts
+    is_last = i == self.c.total_steps or name == "checkpoint" and self.has_stopped()
+    return is_last or i % every[name] == 0 or is_first_of_rollouts
+
+  def has_stopped(self) -> bool:
+    """Tells whether the run has stopped itself: every process finds the same."""
+    return ending.has_stopped(self.c, self.host)
 
   def collect(self, state, i: int) -> list[list[Rollout]]:
     """Returns judged groups of rollouts, failed ones with their alternatives."""
@@ -553,12 +584,12 @@ class Steps:
     return self._score(state, sharding.put_rows(self.session.mesh, batch), self.frozen)
 
   def evaluate(self, state, i: int) -> dict[str, float]:
-    """Evaluates on the splits that are due at step i."""
+    """Evaluates on the splits that are due at step i, and compares with the base model."""
     if self.ahead is not None:
       self.ahead.groups()  # one engine, one batch at a time
     settings = self.c.eval
     is_end = i in (0, self.c.total_steps)
-    return evaluate(
+    metrics, means = evaluate(
       self.session.collector,
       self.session.weights(state.params, self.frozen),
       splits=settings.final_splits if is_end else settings.splits,
@@ -566,10 +597,16 @@ class Steps:
       samples=settings.samples,
       sampling=self.session.eval_sampling,
     )
+    if i == 0:
+      self.host["base"] = means
+    base = self.host["base"] or {}  # a checkpoint of an earlier version has none
+    for split in base.keys() & means.keys() if i else ():
+      metrics |= gain(f"eval/{split}", means[split], base[split])
+    return metrics
 
   def write(self, i: int, metrics: dict) -> None:
     """Writes the metrics of step i, and logs the signs of collapse that are new."""
-    self._note_best(i, metrics)
+    ending.note(self.c, self.host, i, metrics, has_checkpoint=self.due("checkpoint", i))
     if not hosts.leads():
       return
     if i and self.begun is not None:
@@ -582,17 +619,8 @@ class Steps:
       logging.warning("step %d: %s", i, warnings[sign])
     self._signs = set(warnings)
     self._writer.write(i, metrics | {"train/warnings": len(warnings)})
-
-  def _note_best(self, i: int, metrics: dict) -> None:
-    """Notes a step that will have a checkpoint, if its value of config.checkpoint.best is highest.
-
-    Of equal ones the first is kept. Every process finds the same.
-    """
-    value = reduce(metrics).get(self.c.checkpoint.best)
-    if i == 0 or value is None or not self.due("checkpoint", i):
-      return
-    if self.host["best"] is None or value > self.host["best"][1]:
-      self.host["best"] = [i, value]
+    if self.has_stopped():
+      logging.warning(ending.why_stopped(self.c, i))
 
   def write_rollouts(self, i: int, packed: Packed, scores) -> None:
     """Writes the first rollouts of step i."""

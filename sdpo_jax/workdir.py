@@ -1,8 +1,8 @@
 """The files that describe a run in its work directory, and how such files are written and read.
 
 config.json  every setting, resolved
-run.json     command, commit, package versions, devices, seed, when each start was, and `rows`:
-             a fingerprint of the rows of each split (data/fingerprint.py)
+run.json     command, commit, package versions, devices, seed, when each start was, `rows`: a
+             fingerprint of the rows of each split (data/fingerprint.py), and `ended` (ending.py)
 """
 
 import datetime
@@ -19,10 +19,12 @@ import sys
 from flax.traverse_util import flatten_dict
 import jax
 
-# settings that may change while a run goes on: how far it goes, how many questions at a time, and
-# over which devices and servers
+# settings that may change while a run goes on: how far it goes, which checkpoint is kept, how many
+# questions at a time, and over which devices and servers
 _MAY_CHANGE = (
   "config.total_steps",
+  "config.train.stop_when_worse",
+  "config.checkpoint.best",
   "config.discover.parallel",
   "config.mesh.data",
   "config.mesh.fsdp",
@@ -55,9 +57,9 @@ _RENAMED = {("config.method.policy_share", "untaught"): "routed"}
 def check_same_run(workdir: pathlib.Path, c, *, begun: bool, defaults: dict) -> None:
   """Raises ValueError, naming the first difference, if `workdir` was begun with other settings.
 
-  A work directory belongs to one configuration. Only the number of steps, that of questions at
-  a time, the mesh and the servers may change. A setting that is younger than the work directory
-  has to be at its default.
+  A work directory belongs to one configuration. Only the number of steps, when the run stops
+  itself, which checkpoint is best, the number of questions at a time, the mesh and the servers may
+  change. A setting that is younger than the work directory has to be at its default.
   """
   path = workdir / "config.json"
   if not begun or not path.exists():
@@ -93,8 +95,16 @@ def _why_not(key: str, before) -> str:
   )
 
 
-def finished(workdir, latest: int, total_steps: int) -> str:
-  """Says why nothing is trained: the run has come as far as it is asked to, or further."""
+def finished(workdir, latest: int, total_steps: int, why_stopped: str = "") -> str:
+  """Says why nothing is trained: the run has come as far as it is asked to, or further.
+
+  why_stopped: says why a run ended before that; "": it did not.
+  """
+  if why_stopped:
+    return (
+      f"finished: {workdir} {why_stopped}: nothing is trained; "
+      "to go on all the same, set that to 0, or higher"
+    )
   return (
     f"finished: {workdir} holds the checkpoint of step {latest} and config.total_steps is "
     f"{total_steps}: nothing is trained"

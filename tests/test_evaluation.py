@@ -11,7 +11,7 @@ import pytest
 from sdpo_jax import config, main
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.errors import RunError, SettingError
-from sdpo_jax.evaluation import evaluate
+from sdpo_jax.evaluation import evaluate, scores
 from sdpo_jax.evaluation.files import EvalFiles
 from sdpo_jax.evaluation.scores import headline, summarise
 from sdpo_jax.evaluation.suites import Suite, read_suites
@@ -308,7 +308,7 @@ def test_training_computes_its_headline_from_the_same_lines(whole):
   collector = collector_of(RoundingEngine())
   sampling = Sampling(24, temperature=1.0, stop_tokens=(257,))
   try:
-    metrics = evaluate.evaluate(
+    metrics, means = evaluate.evaluate(
       collector, None, splits=("heldout",), questions=10, samples=2, sampling=sampling
     )
   finally:
@@ -316,6 +316,8 @@ def test_training_computes_its_headline_from_the_same_lines(whole):
   assert metrics == {key: whole[1][key] for key in metrics}
   names = ("avg@k", "avg@k_low", "avg@k_high", "pass@k")
   assert metrics.keys() == {f"eval/heldout/{name}" for name in names}
+  assert len(means["heldout"]) == 10
+  assert np.mean(means["heldout"]) == pytest.approx(metrics["eval/heldout/avg@k"], abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -381,3 +383,23 @@ def test_a_batch_without_a_verdict_stops_and_is_not_written(whole, tmp_path):
   one.eval.questions = 1  # its fault, perhaps
   metrics = finish(tmp_path / "one", RoundingEngine(), one, answers=broken)
   assert metrics["eval/heldout/env_failed"] == 2.0 and "eval/heldout/avg@k" not in metrics
+
+
+def test_the_gain_over_the_base_model_is_paired_by_question():
+  base, now = [0.0, 0.5, 1.0, None, 0.5], [0.5, 0.5, 1.0, 1.0, None]
+  gained = scores.gain("eval/x", now, base)
+  assert gained["eval/x/gain"] == pytest.approx(0.5 / 3)  # of the three with both verdicts
+  # forty questions that spread widely, each a little worse
+  spread = np.linspace(0.1, 1.0, 40)
+  worse = spread - np.where(np.arange(40) % 2, 0.02, 0.06)
+  gained = scores.gain("eval/x", list(worse), list(spread))
+  assert gained["eval/x/gain_low"] < -0.04 < gained["eval/x/gain_high"] < -0.03
+
+
+def test_a_difference_that_few_questions_cannot_tell_has_no_bounds():
+  assert scores.gain("x", [None], [1.0]) == {}
+  assert scores.gain("x", [0.0], [1.0]) == {"x/gain": -1.0}
+  # three that all fell could be chance, eight could not; none that moved is no difference
+  assert scores.gain("x", [0.0] * 3, [1.0] * 3) == {"x/gain": -1.0}
+  assert scores.gain("x", [0.0] * 8, [1.0] * 8)["x/gain_high"] == -1.0
+  assert scores.gain("x", [1.0] * 8, [1.0] * 8) == {"x/gain": 0.0}

@@ -29,6 +29,7 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "envs": 1,
   "data/chat": 1,
   "metrics": 1,
+  "ending": 1.5,
   "engine": 2,
   "monitors": 2,
   "optimizer": 2,

@@ -41,6 +41,7 @@ def run(
   alternatives=0,
   due=lambda name, i: name != "score",
   gap=0.0,
+  stops_at=None,
 ):
   log = types.SimpleNamespace(written={}, saved=[], rollouts=[], evaluated=[])
   batch = types.SimpleNamespace()
@@ -67,7 +68,8 @@ def run(
     note=lambda state, metrics: metrics,
     score=lambda state, batch: None,
     evaluate=lambda state, i: log.evaluated.append(i) or {"eval/heldout/avg@k": 0.5},
-    due=due,
+    due=lambda name, i: due(name, i) or (name == "checkpoint" and steps.has_stopped()),
+    has_stopped=lambda: stops_at in log.written,
     write=lambda i, m: log.written.__setitem__(i, m),
     write_rollouts=lambda i, *_: log.rollouts.append(i),
     position=dict,
@@ -126,6 +128,14 @@ def test_a_resumed_run_goes_on_where_it_was():
   assert list(log.written) == [3] and log.evaluated == [3]
 
 
+def test_a_run_that_stops_itself_saves_the_step_and_makes_no_other():
+  never = lambda name, i: False
+  state, log = run(total_steps=5, due=never, stops_at=2)
+  assert state.step == 2 and list(log.written) == [1, 2] and [i for i, _ in log.saved] == [2]
+  # the last step is no reason to stop
+  assert run(total_steps=2, stops_at=2)[0].step == 2
+
+
 def test_a_judge_that_always_fails_stops_the_run():
   with pytest.raises(
     errors.RunError,
@@ -182,26 +192,6 @@ def test_a_resumed_run_sees_the_lines_up_to_its_checkpoint_alone(tmp_path, monke
   steps.open(None, latest=2)
   steps.close()
   assert [line["step"] for line in steps._history] == [0, 1, 2]
-
-
-def test_the_best_checkpoint_is_the_first_with_the_highest_value():
-  steps = train.Steps.__new__(train.Steps)
-  steps.host = {"best": None}
-  steps.c = types.SimpleNamespace(
-    total_steps=9,
-    checkpoint=types.SimpleNamespace(every_steps=2, best="eval/heldout/avg@k"),
-    eval=types.SimpleNamespace(every_steps=1),
-    log=types.SimpleNamespace(rollouts_every_steps=1),
-  )
-  found = []
-  for i, value in enumerate([0.9, 0.8, 0.3, 0.9, 0.5, None, 0.5, 0.9, 0.4]):
-    steps._note_best(i, {"train/loss": 1.0, "eval/heldout/avg@k": value})
-    found.append(steps.host["best"] and steps.host["best"][0])
-  # step 0 has no checkpoint, and neither have odd steps
-  assert found == [None, None, 2, 2, 4, 4, 4, 4, 4] and steps.host["best"] == [4, 0.5]
-  steps.c.checkpoint.best = ""
-  steps._note_best(8, {"eval/heldout/avg@k": 1.0})
-  assert steps.host["best"] == [4, 0.5]
 
 
 def test_rollout_files_hold_what_was_said_and_read():

@@ -25,7 +25,7 @@ from sdpo_jax.config import model_of_run
 from sdpo_jax.data.tasks import check_sources, first_tasks
 from sdpo_jax.errors import RunError, SettingError, blame_settings
 from sdpo_jax.evaluation.files import EvalFiles
-from sdpo_jax.evaluation.scores import headline
+from sdpo_jax.evaluation.scores import headline, mean_rewards
 from sdpo_jax.evaluation.suites import Part, Suite, read_suites
 from sdpo_jax.preemption import Notice
 from sdpo_jax.records import Rollout, Sampling, Status, Task
@@ -36,14 +36,18 @@ from sdpo_jax.workdir import write_atomically
 
 def evaluate(
   collector: Collector, params, *, splits, questions: int, samples: int, sampling: Sampling
-) -> dict[str, float]:
-  """Returns the headline metrics eval/<split>/... of `scores.py`, with k = samples."""
-  metrics = {}
+) -> tuple[dict[str, float], dict[str, list[float | None]]]:
+  """Returns the headline metrics eval/<split>/... of `scores.py`, with k = samples.
+
+  Beside them it returns the mean reward of each question, by split.
+  """
+  metrics, means = {}, {}
   for split in splits:
     tasks = dict(enumerate(first_tasks(collector.env, split, questions)))
     lines = question_lines(collector, params, split, tasks, samples=samples, sampling=sampling)
     metrics |= headline(f"eval/{split}", lines)
-  return metrics
+    means[split] = mean_rewards(lines)
+  return metrics, means
 
 
 def question_lines(

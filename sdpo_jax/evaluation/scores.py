@@ -49,6 +49,34 @@ def headline(name: str, lines: list[dict]) -> dict[str, float]:
   return metrics | {f"{name}/pass@k": solved / len(rewards_of_lines)}
 
 
+def mean_rewards(lines: list[dict]) -> list[float | None]:
+  """Returns the mean reward of each question, None for one without a verdict."""
+  means = []
+  for line in lines:
+    rewards = rewards_of(line)
+    means.append(float(np.mean(rewards)) if rewards else None)
+  return means
+
+
+def gain(name: str, now_Q: list[float | None], base_Q: list[float | None]) -> dict[str, float]:
+  """Returns NAME/gain: the mean reward on the same questions, less that of the base model.
+
+  With it go `_low` and `_high`, a paired bootstrap over questions (95 %). They are missing where
+  the questions are too few to tell a difference from none. A question counts if both have a
+  verdict. {} where none has.
+  """
+  pairs = [pair for pair in zip(now_Q, base_Q, strict=True) if None not in pair]
+  if not pairs:
+    return {}
+  difference = stats.paired_bootstrap(*zip(*pairs))
+  metrics = {f"{name}/gain": difference.difference}
+  # where all questions differ by the same the bounds have no width, however few they are
+  has_width = difference.low != difference.high
+  if difference.low is not None and (has_width or difference.p_value < 0.05):
+    metrics |= {f"{name}/gain_low": difference.low, f"{name}/gain_high": difference.high}
+  return metrics
+
+
 def summarise(name: str, lines: list[dict], *, has_entropy: bool) -> dict[str, float]:
   """Returns all metrics of one split: the headline, and what is behind it.
 
