@@ -403,13 +403,19 @@ def attempt_decoding(w: Workload, state: TrainState, frozen: dict | None) -> Out
   """Compiles a decode step of one token of config.rollout.rows responses at their longest.
 
   It reads a copy of the weights, which lies beside the state; with adapters, beside the weights
-  that these stand on, and the sum of both.
+  that these stand on, and the sum of both. A single chip whose products are in the weights' type
+  copies nothing: it reads the state's weights, or that sum.
 
   It is compiled for all chips. The processes of a run, each of which compiles it for its own, have
   the same arrays on each chip.
   """
   rollout = w.c.rollout
-  resident = _bytes_per_chip((state, frozen, frozen))
+  if w.model.dtype != w.model.param_dtype or w.mesh.size > 1:
+    resident = _bytes_per_chip((state, frozen, frozen))
+  elif frozen is None:
+    resident = _bytes_per_chip(state._replace(params=None))
+  else:
+    resident = _bytes_per_chip((state, frozen))
   mesh = sharding.sampling_mesh(w.mesh, rollout.tensor).whole
   arguments = decode_shapes(
     w.model,

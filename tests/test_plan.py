@@ -26,6 +26,10 @@ ROOT = os.path.dirname(os.path.dirname(__file__))
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler"
 )
+needs_gpu_compiler = pytest.mark.skipif(
+  importlib.util.find_spec("jax_cuda13_plugin") is None,
+  reason="jax's CUDA plugin is not installed: no compiler for GPUs",
+)
 
 
 def test_operations_count_scans_branches_and_shards():
@@ -129,7 +133,7 @@ def planned(monkeypatch):
   Programs are traced, and given this peak.
   """
 
-  def run(topology, *arguments, peak=1e9):
+  def run(topology, *arguments, peak=1e9, chips=8):
     _, c = main.parse(["main", f"--config={ROOT}/configs/tinycode.py:local", *arguments])
     compiled = []
 
@@ -139,7 +143,7 @@ def planned(monkeypatch):
       compiled.append(args)
       return hlo.Program(0.0, 0.0, peak, 1.0, {}, "")
 
-    monkeypatch.setattr(plan, "topology_devices", lambda name: jax.devices())
+    monkeypatch.setattr(plan, "topology_devices", lambda name: jax.devices()[:chips])
     monkeypatch.setattr(plan, "compile_for", compile_for)
     return list(plan.report_lines(c, topology)), compiled
 
@@ -169,6 +173,24 @@ def test_adapters_train_on_weights_that_stand_beside_them(planned):
   assert any("weights that its adapters stand on" in line for line in lines) and not any(
     "adapters" in line for line in whole
   )
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_single_chip_copies_no_weights_of_the_type_of_its_products(planned, monkeypatch, rank):
+  """Adapters are summed with their weights even so."""
+  residents, attempt = [], plan.attempt
+
+  def noting(resident, *arguments, **named):
+    residents.append(resident)
+    return attempt(resident, *arguments, **named)
+
+  monkeypatch.setattr(plan, "attempt", noting)
+  for dtype in ("float32", "bfloat16"):
+    settings = [f"--config.model.lora.rank={rank}", f"--config.model.dtype={dtype}"]
+    planned("v5p:1x1x1", *settings, chips=1)
+  _, same, _, cast = residents  # beside a train step and a decode step each
+  weights = sum(x.size * 4 for x in jax.tree.leaves(decoder.shapes(session.model_shape("tiny"))))
+  assert cast - same == weights
 
 
 def test_the_suggestion_is_a_setting_that_validates(planned):
@@ -284,7 +306,9 @@ collective-permute-start(%e), source_target_pairs={{0,1}}
   }
 
 
-@pytest.mark.parametrize("name, shape", [("h200:8", (1, 1, 8)), ("h100:2x8", (1, 2, 8))])
+@pytest.mark.parametrize(
+  "name, shape", [("h200:8", (1, 1, 8)), ("h100:2x8", (1, 2, 8)), ("l4:1", (1, 1, 1))]
+)
 def test_a_topology_of_gpus_is_slices_x_nodes_x_gpus(name, shape, monkeypatch):
   request = {}
 
@@ -296,7 +320,27 @@ def test_a_topology_of_gpus_is_slices_x_nodes_x_gpus(name, shape, monkeypatch):
   plan.topology_devices(name)
   assert request["platform"] == "cuda"
   assert request["topology"] == "x".join(map(str, shape))
-  assert f'"{name[:4]}"' in request["target_config"]
+  assert f'"{name.partition(":")[0]}"' in request["target_config"]
+  capability = "major: 8 minor: 9" if name.startswith("l4") else "major: 9"
+  assert f"cuda_compute_capability {{ {capability} }}" in request["target_config"]
+
+
+def test_a_description_of_a_gpu_has_whole_bytes():
+  text = chips.description("rtx4080")
+  assert "memory_bandwidth: 716800000000\n" in text
+  assert "device_memory_size: 16000000000\n" in text
+
+
+@pytest.mark.slow
+@needs_gpu_compiler
+@pytest.mark.parametrize("topology, machine", [("rtx4080:1", "gpu-16"), ("l4:1", "gpu-24")])
+@pytest.mark.parametrize("model", ["qwen3-0.6b", "qwen3-1.7b"])
+def test_the_recipes_for_a_small_gpu_fit(topology, machine, model, monkeypatch):
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
+  settings = f"configs/small_gpu.py:machine={machine},model={model}"
+  c = config.load(os.path.join(ROOT, settings))
+  *_, last = plan.report_lines(c, topology)
+  assert last.startswith("plan: fits ("), last
 
 
 @needs_libtpu
@@ -365,10 +409,7 @@ def test_what_finds_alternatives_is_said_not_to_be_counted(monkeypatch):
       "h200:8",
       "105.8",
       ["cudnn$fmhaScaleBiasSoftmaxBackward"],
-      marks=pytest.mark.skipif(
-        importlib.util.find_spec("jax_cuda13_plugin") is None,
-        reason="jax's CUDA plugin is not installed: no compiler for GPUs",
-      ),
+      marks=needs_gpu_compiler,
     ),
   ],
 )
