@@ -349,11 +349,20 @@ def _result_row(run: Run, splits: list[str], several_tasks: bool) -> dict:
     "tuned": run.tuned,
     "place": f"{run.task}: {run.workdir}" if several_tasks else str(run.workdir),
     "seed": run.config.get("seed", "?"),
-    "done": f"{last.get('step', 0)} / {run.config.get('total_steps', '?')}",
+    "done": f"{last.get('step', 0)} / {run.config.get('total_steps', '?')}{_ended(run)}",
     "generated": f"{generated:,}",
     "time": _duration(last.get("time_s")),
     "evaluations": [_evaluations(run, f"eval/{split}/avg@k") for split in splits],
   }
+
+
+def _ended(run: Run) -> str:
+  """Returns what run.json says about the end of a run beyond its last step; "" for nothing."""
+  ended = run.about.get("ended") or {}
+  stopped = ", stopped: worse than the base model" if ended.get("stopped") else ""
+  best = ended.get("best") or {}
+  is_earlier = best and best["step"] != ended["step"]
+  return stopped + (f", best at {best['step']}" if is_earlier else "")
 
 
 def _evaluations(run: Run, name: str) -> dict | None:

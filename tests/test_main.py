@@ -190,6 +190,45 @@ def test_a_process_alone_can_say_that_its_disk_is_full(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_run_that_gets_worse_stops_and_a_resumed_one_alike(tmp_path, capsys):
+  """Steps of this size spoil the model at once."""
+  spoiling = ["--config.optimizer.lr=0.1", "--config.optimizer.warmup_steps=0"]
+  often = ["--config.eval.every_steps=1", "--config.eval.questions=16"]
+  stopping = ["--config.train.stop_when_worse=2", "--config.mesh.fsdp=1"]
+
+  def trained(name, total, *settings):
+    arguments = [f"--config={ROOT}/configs/tinycode.py:method=grpo,local", *spoiling, *often]
+    arguments += [*stopping, f"--config.total_steps={total}", *settings]
+    assert main.main(["main", *arguments, f"--workdir={tmp_path / name}"]) == 0
+    return capsys.readouterr(), repeatable(tmp_path / name)
+
+  said, lines = trained("whole", 5)
+  assert [line["step"] for line in lines] == [0, 1, 2]
+  assert "stopped at step 2 of 5" in said.out and "no checkpoint is better" in said.out
+  page = (tmp_path / "whole" / "report" / "index.html").read_text()
+  assert "2 / 5, stopped: worse than the base model" in page
+  # ended between the two evaluations
+  trained("parts", 1)
+  assert trained("parts", 5)[1] == lines
+  # the same command again
+  about = (tmp_path / "whole" / "run.json").read_text()
+  said, again = trained("whole", 5)
+  assert again == lines and "finished: " in said.err and "set that to 0, or higher" in said.err
+  assert (tmp_path / "whole" / "run.json").read_text() == about
+  # killed before run.json was written
+  shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+  ended = json.loads(about)
+  ended.pop("ended")
+  (tmp_path / "killed" / "run.json").write_text(json.dumps(ended))
+  assert trained("killed", 5)[1] == lines
+  assert json.loads((tmp_path / "killed" / "run.json").read_text())["ended"]["stopped"]
+  # on all the same
+  _, longer = trained("whole", 3, "--config.train.stop_when_worse=0")
+  assert [line["step"] for line in longer] == [0, 1, 2, 3]
+  assert not json.loads((tmp_path / "whole" / "run.json").read_text())["ended"]["stopped"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", range(5))
 def test_kill_at_random_moments(whole, tmp_path, moment):
   rng = random.Random(f"moment/{moment}")

@@ -124,6 +124,20 @@ def workdir(
   return path
 
 
+def test_a_run_that_stopped_itself_says_so_and_which_checkpoint_is_best(tmp_path):
+  run = workdir(tmp_path / "run")
+  about = json.loads((run / "run.json").read_text())
+  best = {"step": 1, "value": 0.5, "metric": "eval/heldout/avg@k"}
+  about["ended"] = {"step": 2, "stopped": True, "best": best}
+  (run / "run.json").write_text(json.dumps(about))
+  page = Page(report.write_report([run], tmp_path / "out"))
+  assert page.has("2 / 2, stopped: worse than the base model, best at 1")
+  about["ended"] |= {"stopped": False, "best": best | {"step": 2}}
+  (run / "run.json").write_text(json.dumps(about))
+  page = Page(report.write_report([run], tmp_path / "out"))
+  assert page.has("2 / 2") and not page.has("2 / 2, ")
+
+
 def test_a_run(tmp_path):
   run = workdir(
     tmp_path / "run",
