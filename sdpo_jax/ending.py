@@ -58,9 +58,11 @@ def why_stopped(c, step: int) -> str:
 
 
 def note_in_run_file(workdir: pathlib.Path, c, step: int, host: dict) -> None:
-  """Writes into run.json how the run ended, if that is not there."""
+  """Writes into run.json, if there is one, how the run ended, unless it says so."""
   path = workdir / "run.json"
-  about = json.loads(path.read_text()) if path.exists() else {}
+  if not path.exists():
+    return
+  about = json.loads(path.read_text())
   best = host.get("best")
   ended = {
     "step": step,
