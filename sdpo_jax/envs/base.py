@@ -65,6 +65,7 @@ from sdpo_jax import ranges
 from sdpo_jax.envs.arithmetic import Arithmetic
 from sdpo_jax.envs.coding import Coding
 from sdpo_jax.envs.ifeval import IFEval
+from sdpo_jax.envs.instructions import Instructions
 from sdpo_jax.envs.math_qa import MathQA
 from sdpo_jax.envs.mcq import MCQ
 from sdpo_jax.envs.pairwise import Pairwise
@@ -81,6 +82,7 @@ ENVS = {
   "math_qa": MathQA,
   "tool_use": ToolUse,
   "ifeval": IFEval,
+  "instructions": Instructions,
   "pairwise": Pairwise,
 }
 
