@@ -35,6 +35,7 @@ MODELS = {  # name: Hugging Face hub id; the tiny ones ship with the package
   "tiny": os.path.join(ASSETS, "tiny"),
   "tiny_notes": os.path.join(ASSETS, "tiny_notes"),
   "tiny_arithmetic": os.path.join(ASSETS, "tiny_arithmetic"),
+  "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
   "qwen3-0.6b": "Qwen/Qwen3-0.6B",
   "qwen3-1.7b": "Qwen/Qwen3-1.7B",
   "qwen3-4b": "Qwen/Qwen3-4B",
@@ -167,6 +168,12 @@ def base() -> ml_collections.ConfigDict:
     top_p=0.95,
     # --mode=eval: also the likeliest response to each question
     greedy=False,
+    # Of answers as language (evaluation/fluency.py). keep_texts: the lines of --mode=eval and
+    # eval/texts/ of a run (first and last evaluation) hold them, and distinct_2 is computed.
+    # base_logp: the base model reads them too, in a run those of the first and the last evaluation;
+    # it costs a pass over them, and without adapters a second set of weights as long as it takes
+    keep_texts=False,
+    base_logp=False,
   )
   c.diagnose = dict(  # --mode=diagnose: what can learn here
     responses=640,  # the budget; a third is the policy's own, the rest makes attempts again

@@ -30,7 +30,8 @@ from sdpo_jax.data.tasks import RowEnv, TaskStream
 from sdpo_jax.diagnose.probe import probe_teacher
 from sdpo_jax.errors import Preempted, RunError, blame_settings
 from sdpo_jax.evaluation.evaluate import evaluate
-from sdpo_jax.evaluation.scores import gain
+from sdpo_jax.evaluation.fluency import Fluency
+from sdpo_jax.evaluation.scores import gain, mean_rewards
 from sdpo_jax.learner import make_explorer, make_learner
 from sdpo_jax.metrics import Writer, read, reduce
 from sdpo_jax.objectives.build import build_method
@@ -589,13 +590,25 @@ class Steps:
       self.ahead.groups()  # one engine, one batch at a time
     settings = self.c.eval
     is_end = i in (0, self.c.total_steps)
-    metrics, means = evaluate(
+    splits = settings.final_splits if is_end else settings.splits
+    fluency = Fluency(settings.keep_texts)
+    if is_end:
+      # steps overwrite the weights that the session began with
+      fluency = Fluency.of(self.c, self.session, holds_base=False)
+    means = {}
+
+    def keep(split: str, lines: list[dict]) -> None:
+      means[split] = mean_rewards(lines)
+      self._keep_texts(i, split, lines)
+
+    metrics = evaluate(
       self.session.collector,
       self.session.weights(state.params, self.frozen),
-      splits=settings.final_splits if is_end else settings.splits,
-      questions=settings.questions,
-      samples=settings.samples,
+      settings,
+      splits=splits,
       sampling=self.session.eval_sampling,
+      fluency=fluency,
+      keep=keep,
     )
     if i == 0:
       self.host["base"] = means
@@ -603,6 +616,15 @@ class Steps:
     for split in base.keys() & means.keys() if i else ():
       metrics |= gain(f"eval/{split}", means[split], base[split])
     return metrics
+
+  def _keep_texts(self, i: int, split: str, lines: list[dict]) -> None:
+    """Keeps the answers of the first and the last evaluation, if config.eval asks."""
+    is_end = i in (0, self.c.total_steps)
+    if is_end and self.c.eval.keep_texts and hosts.leads():
+      directory = self.workdir / "eval" / "texts"
+      directory.mkdir(parents=True, exist_ok=True)
+      text = "".join(json.dumps(line) + "\n" for line in lines)
+      write_atomically(directory / f"{split}.step_{i:06d}.jsonl", text)
 
   def write(self, i: int, metrics: dict) -> None:
     """Writes the metrics of step i, and logs the signs of collapse that are new."""

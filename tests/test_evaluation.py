@@ -308,16 +308,23 @@ def test_training_computes_its_headline_from_the_same_lines(whole):
   collector = collector_of(RoundingEngine())
   sampling = Sampling(24, temperature=1.0, stop_tokens=(257,))
   try:
-    metrics, means = evaluate.evaluate(
-      collector, None, splits=("heldout",), questions=10, samples=2, sampling=sampling
+    kept = {}
+    metrics = evaluate.evaluate(
+      collector,
+      None,
+      settings().eval,
+      splits=("heldout",),
+      sampling=sampling,
+      keep=kept.__setitem__,
     )
   finally:
     collector.close()
   assert metrics == {key: whole[1][key] for key in metrics}
   names = ("avg@k", "avg@k_low", "avg@k_high", "pass@k")
   assert metrics.keys() == {f"eval/heldout/{name}" for name in names}
-  assert len(means["heldout"]) == 10
-  assert np.mean(means["heldout"]) == pytest.approx(metrics["eval/heldout/avg@k"], abs=1e-12)
+  means = scores.mean_rewards(kept["heldout"])
+  assert len(means) == 10
+  assert np.mean(means) == pytest.approx(metrics["eval/heldout/avg@k"], abs=1e-12)
 
 
 @pytest.mark.parametrize(

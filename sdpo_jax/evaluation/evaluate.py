@@ -15,6 +15,7 @@ that are there. RunError where a batch of several questions has not one verdict:
 at fault, and nothing of that batch is written.
 """
 
+from collections.abc import Callable
 import contextlib
 import json
 import pathlib
@@ -25,7 +26,8 @@ from sdpo_jax.config import model_of_run
 from sdpo_jax.data.tasks import check_sources, first_tasks
 from sdpo_jax.errors import RunError, SettingError, blame_settings
 from sdpo_jax.evaluation.files import EvalFiles
-from sdpo_jax.evaluation.scores import headline, mean_rewards
+from sdpo_jax.evaluation.fluency import NOTHING, Fluency
+from sdpo_jax.evaluation.scores import headline, of_fluency
 from sdpo_jax.evaluation.suites import Part, Suite, read_suites
 from sdpo_jax.preemption import Notice
 from sdpo_jax.records import Rollout, Sampling, Status, Task
@@ -35,19 +37,27 @@ from sdpo_jax.workdir import write_atomically
 
 
 def evaluate(
-  collector: Collector, params, *, splits, questions: int, samples: int, sampling: Sampling
-) -> tuple[dict[str, float], dict[str, list[float | None]]]:
-  """Returns the headline metrics eval/<split>/... of `scores.py`, with k = samples.
+  collector: Collector,
+  params,
+  settings,
+  *,
+  splits,
+  sampling: Sampling,
+  fluency: Fluency = NOTHING,
+  keep: Callable[[str, list[dict]], None] = lambda split, lines: None,
+) -> dict[str, float]:
+  """Returns the headline metrics eval/<split>/... of `scores.py`, with k = settings.samples.
 
-  Beside them it returns the mean reward of each question, by split.
+  settings: config.eval. keep: called with each split and its lines.
   """
-  metrics, means = {}, {}
+  metrics = {}
   for split in splits:
-    tasks = dict(enumerate(first_tasks(collector.env, split, questions)))
-    lines = question_lines(collector, params, split, tasks, samples=samples, sampling=sampling)
-    metrics |= headline(f"eval/{split}", lines)
-    means[split] = mean_rewards(lines)
-  return metrics, means
+    tasks = dict(enumerate(first_tasks(collector.env, split, settings.questions)))
+    sampled = {"samples": settings.samples, "sampling": sampling, "fluency": fluency}
+    lines = question_lines(collector, params, split, tasks, **sampled)
+    metrics |= headline(f"eval/{split}", lines) | of_fluency(f"eval/{split}", lines)
+    keep(split, lines)
+  return metrics
 
 
 def question_lines(
@@ -58,13 +68,14 @@ def question_lines(
   *,
   samples: int,
   sampling: Sampling,
+  fluency: Fluency = NOTHING,
 ) -> list[dict]:
   """Returns a line (`scores.py`) of each question of a split, by its place there."""
   seeds = [prompt_seed(0, "eval", split, place) for place in tasks]
   groups = collector.collect(
     params, list(tasks.values()), n=samples, sampling=sampling, seeds=seeds
   )
-  return [
+  lines = [
     {
       "question": place,
       "id": task.id,
@@ -75,6 +86,22 @@ def question_lines(
     }
     for (place, task), seed, group in zip(tasks.items(), seeds, groups, strict=True)
   ]
+  _add_fluency(lines, groups, fluency)
+  return lines
+
+
+def _add_fluency(lines: list[dict], groups: list[list[Rollout]], fluency: Fluency) -> None:
+  """Adds to the lines what `fluency` asks for, as `scores.py` lists it."""
+  if fluency.keeps_texts:
+    for line, group in zip(lines, groups, strict=True):
+      line["prompt"] = group[0].task.prompt
+      for response, rollout in zip(line["responses"], group, strict=True):
+        response["text"] = rollout.text
+  if fluency.base is not None:
+    means = iter(fluency.base.mean_logp([rollout for group in groups for rollout in group]))
+    for line in lines:
+      for response in line["responses"]:
+        response["base_logp"] = next(means)
 
 
 def _label(value):
@@ -144,9 +171,10 @@ def evaluate_checkpoint(
     with blame_settings():
       params = _weights(c, session, model)
       files.check_weights(checkpoint.checksums(params))
-    for suite, collector in zip(suites, collectors, strict=True):
+      fluencies = _fluencies(c, suites, session, model)
+    for suite, collector, fluency in zip(suites, collectors, fluencies, strict=True):
       for part in suite.parts():
-        _finish(part, suite, collector, params, files)
+        _finish(part, suite, collector, params, files, fluency)
   metrics = files.metrics(part for suite in suites for part in suite.parts())
   if hosts.leads():
     about = {"checkpoint": source} | _about(suites)
@@ -190,7 +218,27 @@ def _weights(c, session: Session, model: FoundModel) -> Any:
   return session.weights(checkpoint.restore_params(model.root, trainable, model.step), frozen)
 
 
-def _finish(part: Part, suite: Suite, collector: Collector, params, files: EvalFiles) -> None:
+def _fluencies(c, suites: list[Suite], session: Session, model: FoundModel) -> list[Fluency]:
+  """Returns what each suite notes of its answers as language; the base model is loaded once.
+
+  `c` names it: the model of the run, or config.model.path where a directory is evaluated.
+  """
+  settings = c.copy_and_resolve_references()
+  settings.eval.base_logp = any(suite.c.eval.base_logp for suite in suites)
+  base = Fluency.of(settings, session, holds_base=model.step is not None).base
+  return [
+    Fluency(suite.c.eval.keep_texts, base if suite.c.eval.base_logp else None) for suite in suites
+  ]
+
+
+def _finish(
+  part: Part,
+  suite: Suite,
+  collector: Collector,
+  params,
+  files: EvalFiles,
+  fluency: Fluency = NOTHING,
+) -> None:
   """Samples the questions of a part that have no line yet."""
   c = suite.c
   tasks = first_tasks(collector.env, part.split, c.eval.questions)
@@ -210,9 +258,8 @@ def _finish(part: Part, suite: Suite, collector: Collector, params, files: EvalF
     if done.issuperset(places):
       continue
     batch = {place: tasks[place] for place in places}
-    lines = question_lines(
-      collector, params, part.split, batch, samples=part.samples, sampling=sampling
-    )
+    sampled = {"samples": part.samples, "sampling": sampling, "fluency": fluency}
+    lines = question_lines(collector, params, part.split, batch, **sampled)
     _check_verdicts(part, lines)
     files.append(part, [line for line in lines if line["question"] not in done])
 
@@ -268,4 +315,10 @@ def _figures(metrics: dict[str, float], key: str) -> str:
   if length is not None:
     cut_off = metrics[key.replace("avg@k", "cut_off")]
     text += f" {length:.0f} tokens ({cut_off:.1%} cut off)"
+  distinct_2 = metrics.get(key.replace("avg@k", "distinct_2"))
+  if distinct_2 is not None:
+    text += f" distinct-2 {distinct_2:.2f}"
+  base_logp = metrics.get(key.replace("avg@k", "base_logp"))
+  if base_logp is not None:
+    text += f" base model's log-prob. {base_logp:.2f} nats a token"
   return text

@@ -32,7 +32,7 @@ _SETTINGS = {
   "model": ("dtype", "param_dtype", "thinking", "lora"),
   "data": ("sources", "on_bad_row", "max_prompt_tokens"),
   "rollout": ("max_new_tokens", "rows", "chunk"),
-  "eval": ("questions", "samples", "temperature", "top_p"),
+  "eval": ("questions", "samples", "temperature", "top_p", "keep_texts", "base_logp"),
 }
 # Where a judge is and how often it is asked, not who it is.
 _ADDRESS = ("url", "key_variable", "timeout_s", "retries")

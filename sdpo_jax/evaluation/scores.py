@@ -6,12 +6,15 @@ A line holds
   kind, difficulty
                as the task says in `Task.data`; null where it does not
   seed         of its samples
+  prompt       the question, where config.eval.keep_texts says so
   responses    a list, in the order of sampling:
     reward, status, finish_reason
     length     in tokens, the stop token included
     mean_logp  the mean over its tokens, in nats, as the engine gave them; null where it gave none
     answer     the final answer, null if there is none in the form asked for; the field is missing
                where the environment extracts none
+    text       where config.eval.keep_texts says so
+    base_logp  as in `fluency.py`, where config.eval.base_logp says so; null without a token
 
 Responses without a verdict (env_failed) are left out of all that is made of rewards, and counted.
 Lengths and log-probabilities are those of all responses.
@@ -21,6 +24,8 @@ token, -log p of a sample has that distribution's entropy as its mean, if it was
 that distribution: at temperature 1, without top_p cuts. It is not computed for anything else.
 """
 
+import collections
+import itertools
 import math
 
 import numpy as np
@@ -77,6 +82,32 @@ def gain(name: str, now_Q: list[float | None], base_Q: list[float | None]) -> di
   return metrics
 
 
+def of_fluency(name: str, lines: list[dict]) -> dict[str, float]:
+  """Returns metrics of the answers as language, those for which the lines hold what it takes.
+
+  NAME/distinct_2   the share of different ones among all bigrams of words of all answers. It
+                    falls where answers repeat themselves or each other, and by itself with their
+                    number and length: compare like with like
+  NAME/base_logp    the mean over answers of `base_logp`, with an interval as that of avg@k
+  """
+  responses = [response for line in lines for response in line["responses"]]
+  share = distinct_2([response["text"] for response in responses if "text" in response])
+  metrics = {} if share is None else {f"{name}/distinct_2": share}
+  means = [r["base_logp"] for r in responses if r.get("base_logp") is not None]
+  return metrics | ({f"{name}/base_logp": float(np.mean(means))} if means else {})
+
+
+def distinct_2(texts: list[str]) -> float | None:
+  """Returns the share of different bigrams among all of the texts; None where there are none.
+
+  Words are what white space divides, as they stand.
+  """
+  counts: collections.Counter = collections.Counter()
+  for text in texts:
+    counts.update(itertools.pairwise(text.split()))
+  return len(counts) / counts.total() if counts else None
+
+
 def summarise(name: str, lines: list[dict], *, has_entropy: bool) -> dict[str, float]:
   """Returns all metrics of one split: the headline, and what is behind it.
 
@@ -91,11 +122,12 @@ def summarise(name: str, lines: list[dict], *, has_entropy: bool) -> dict[str, f
     NAME/length_mean, length_p50, length_p90, length_p99, cut_off
                                        tokens, and the share of responses cut off at the limit
     NAME/entropy                       nats a token
+    NAME/distinct_2, base_logp         as `of_fluency` says
     NAME/kind/KIND/..., NAME/difficulty/DIFFICULTY/...
                                        headline and number of questions of each group
   """
   metrics = headline(name, lines) | _pass_at(name, lines) | _maj_at(name, lines)
-  metrics |= _counts(name, lines)
+  metrics |= _counts(name, lines) | of_fluency(name, lines)
   responses = [response for line in lines for response in line["responses"]]
   if responses:
     metrics |= _lengths(name, responses)

@@ -6,7 +6,7 @@ A file of suites has `get_suites(argument)`, which returns {name: suite}. A suit
   data, rollout
               changes to these sections of the configuration. With `env`, the sources of the
               configuration are not kept
-  splits, questions, samples, greedy, temperature, top_p
+  splits, questions, samples, greedy, temperature, top_p, keep_texts, base_logp
               as config.eval; splits are final_splits
 
 What it does not hold is as in the configuration. Without a file there is one suite without a name:
@@ -25,7 +25,16 @@ from sdpo_jax.config import call_file, complete_parts, validate
 from sdpo_jax.errors import did_you_mean
 
 _SECTIONS = ("env", "data", "rollout")
-_EVAL = ("splits", "questions", "samples", "greedy", "temperature", "top_p")
+_EVAL = (
+  "splits",
+  "questions",
+  "samples",
+  "greedy",
+  "temperature",
+  "top_p",
+  "keep_texts",
+  "base_logp",
+)
 _OWN_NAME = "config"  # in the names of files, of the suite without a name
 
 

@@ -1,0 +1,112 @@
+"""Notes of answers how they read as language, since rewards are also won by text that nobody reads.
+
+Their texts are kept, or the base model reads them, or both. It is the weights that the run began
+with, at temperature 1. What it says of an answer is the mean log-probability, in nats, over the
+tokens that the policy sampled, the stop token included.
+
+The base model reads each answer after its prompt, one pass over the texts. With adapters its
+weights are there. Otherwise they are loaded for the evaluation and given back after it: so long
+one more set of weights is in memory.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdpo_jax import hosts, sharding
+from sdpo_jax.config import model_location
+from sdpo_jax.engine.pages import power_of_two
+from sdpo_jax.kernels.token_logp import token_logp
+from sdpo_jax.model import decoder
+from sdpo_jax.model.config import ModelConfig
+from sdpo_jax.records import Rollout
+from sdpo_jax.session import Session, load
+from sdpo_jax.train_step import output_matrix
+
+ROWS = 8  # texts that each shard of the mesh reads at a time
+LEAST_TOKENS = 128  # that a text is padded to
+LEAST_RESPONSE = 16  # likewise for the response
+
+
+class BaseReader:
+  """Reads responses with the weights that a run began with."""
+
+  def __init__(self, model: ModelConfig, params: Any, mesh: jax.sharding.Mesh | None):
+    self._model, self._params, self._mesh = model, params, mesh
+
+  def mean_logp(self, rollouts: list[Rollout]) -> list[float | None]:
+    """Returns each response's mean log-probability per token; None for one without tokens."""
+    size = ROWS * sharding.row_shards(self._mesh)
+    means: list[float | None] = []
+    for first in range(0, len(rollouts), size):
+      means += self._of_batch(rollouts[first : first + size], size)
+    return means
+
+  def _of_batch(self, rollouts: list[Rollout], size: int) -> list[float | None]:
+    """Returns the means of at most `size` responses."""
+    texts = [rollout.prompt_tokens + rollout.tokens for rollout in rollouts]
+    T = max(LEAST_TOKENS, power_of_two(max(map(len, texts))))
+    R = max(LEAST_RESPONSE, power_of_two(max(len(rollout.tokens) for rollout in rollouts)))
+    token_BT, at_BR = np.zeros((size, T), np.int32), np.zeros((size, R), np.int32)
+    for b, (text, rollout) in enumerate(zip(texts, rollouts, strict=True)):
+      token_BT[b, : len(text)] = text
+      # a token is predicted by the column before it
+      at_BR[b, : len(rollout.tokens)] = np.arange(len(rollout.prompt_tokens) - 1, len(text) - 1)
+    rows = sharding.put_rows(self._mesh, (token_BT, at_BR))
+    logp_BR = hosts.to_host(_logp(self._params, *rows, config=self._model))
+    return [
+      _mean_of_sampled(rollout, logp_R) for rollout, logp_R in zip(rollouts, logp_BR, strict=False)
+    ]
+
+
+def _mean_of_sampled(rollout: Rollout, logp_R: np.ndarray) -> float | None:
+  """Returns the mean over the tokens that the policy sampled: tools write some of a talk."""
+  weights = rollout.weight or [1.0] * len(rollout.tokens)
+  sampled = [logp for logp, weight in zip(logp_R, weights, strict=False) if weight]
+  return float(np.mean(sampled, dtype=np.float64)) if sampled else None
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _logp(params, token_BT, at_BR, *, config: ModelConfig) -> jax.Array:
+  """Returns the log-probabilities [B, R] of the tokens that follow the columns at_BR."""
+  hidden_BTD = decoder.hidden(params, config, token_BT)
+  hidden_BRD = jnp.take_along_axis(hidden_BTD, at_BR[..., None], axis=1)
+  target_BR = jnp.take_along_axis(token_BT, at_BR + 1, axis=1)
+  B, R, D = hidden_BRD.shape
+  mesh = sharding.current_mesh()
+  logp_X, _ = token_logp(
+    hidden_BRD.reshape(B * R, D),
+    output_matrix(params, config),
+    target_BR.reshape(-1),
+    mesh=mesh,
+  )
+  logp_BR = logp_X.reshape(B, R)
+  # every process reads all of them
+  return logp_BR if mesh is None else jax.lax.with_sharding_constraint(logp_BR, jax.P())
+
+
+class Fluency(NamedTuple):
+  """Says what an evaluation notes of its answers as language."""
+
+  keeps_texts: bool = False
+  base: BaseReader | None = None  # None: no base model reads them
+
+  @classmethod
+  def of(cls, c, session: Session, *, holds_base: bool) -> "Fluency":
+    """Returns what config.eval asks for.
+
+    holds_base: whether the session's weights are those that the run began with, and still there.
+    """
+    if not c.eval.base_logp:
+      return cls(c.eval.keep_texts)
+    if holds_base or session.adapters is not None:
+      params = session.params
+    else:
+      params = load(c, model_location(c.model.path), session.mesh).params
+    return cls(c.eval.keep_texts, BaseReader(session.model, params, session.mesh))
+
+
+NOTHING = Fluency()
