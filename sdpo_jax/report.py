@@ -2,7 +2,8 @@ r"""Writes one HTML page from work directories: learning curves, results with in
 
   python -m sdpo_jax.report WORKDIR [WORKDIR ...] [--out=DIR]
 
-The command reads config.json, run.json, metrics.jsonl and rollouts/step_*.jsonl. It writes
+The command reads config.json, run.json, metrics.jsonl, rollouts/step_*.jsonl and eval/texts/,
+which a run keeps where config.eval.keep_texts says so. It writes
 DIR/index.html and the curves as PNG files beside it. DIR is WORKDIR/report by default, or report/
 for several work directories. The page carries its pictures inside, so it can be sent as one file.
 The command needs no accelerator and no jax, and works while a run goes on. The page leaves out
@@ -33,6 +34,7 @@ import io
 import json
 import math
 import pathlib
+import random
 import sys
 import textwrap
 from typing import Any, Iterable, NamedTuple
@@ -67,6 +69,7 @@ FULL_COLOUR_NATS = 2.0  # a gap this large is painted at full strength
 LEGEND_GAPS = (-2, -1, -0.5, 0, 0.5, 1, 2)  # nats
 ROLLOUT_FILES_SHOWN = 4  # of each run
 ROLLOUTS_SHOWN = 16  # of each run
+QUESTIONS_SHOWN = 10  # of each split, with the answers before and after
 NONE = "–"
 # Settings in which runs may differ and still have learned in the same way
 NOT_OF_LEARNING = ("seed", "checkpoint.", "log.", "sandbox.")
@@ -84,6 +87,8 @@ class Run:
   lines: list[dict]  # metrics.jsonl
   rollouts: list[dict]  # a sample, oldest first
   skipped: int  # lines that could not be read
+  # split -> step -> lines (evaluation/scores.py) of the evaluations whose texts were kept
+  texts: dict[str, dict[int, list[dict]]] = dataclasses.field(default_factory=dict)
   not_numbers: int = 0  # values of metrics that are not finite numbers
   label: str = ""  # name in comparisons; runs of one label differ in the seed only
   tuned: str = ""  # how its settings were chosen; empty: nobody told
@@ -127,13 +132,15 @@ def read_run(workdir) -> Run:
   lines = [line for line in lines if isinstance(line.get("step"), int)]
   finite_lines = [_finite(line) for line in lines]
   rollouts, bad_rollouts = _rollout_sample(workdir / "rollouts")
+  texts, bad_texts = _kept_texts(workdir / "eval" / "texts")
   return Run(
     workdir=workdir,
     config=_json_file(workdir / "config.json"),
     about=_json_file(workdir / "run.json"),
     lines=finite_lines,
     rollouts=rollouts,
-    skipped=bad_lines + bad_rollouts,
+    skipped=bad_lines + bad_rollouts + bad_texts,
+    texts=texts,
     not_numbers=sum(map(len, lines)) - sum(map(len, finite_lines)),
   )
 
@@ -159,6 +166,19 @@ def _rollout_sample(folder: pathlib.Path) -> tuple[list[dict], int]:
     rollouts += _spread(lines, ROLLOUTS_SHOWN // len(files))
     skipped += bad
   return rollouts, skipped
+
+
+def _kept_texts(folder: pathlib.Path) -> tuple[dict[str, dict[int, list[dict]]], int]:
+  """Returns {split: {step: lines}} of the files SPLIT.step_N.jsonl, and how many were bad."""
+  texts: dict[str, dict[int, list[dict]]] = {}
+  skipped = 0
+  for path in sorted(folder.glob("*.step_*.jsonl")):
+    split, _, step = path.stem.rpartition(".step_")
+    if step.isdecimal():
+      lines, bad = _json_lines(path)
+      texts.setdefault(split, {})[int(step)] = lines
+      skipped += bad
+  return texts, skipped
 
 
 def _spread(items: list, count: int) -> list:
@@ -224,6 +244,7 @@ def write_report(workdirs, out, tuned: dict[pathlib.Path, str] | None = None) ->
     title=_title(runs),
     results=_results(runs),
     tasks=_tasks(runs, out),
+    answers=[_answers(run) for run in runs],
     rollouts=[_rollouts(run) for run in runs],
     legend=legend(),
     settings=[_settings(run) for run in runs],
@@ -636,6 +657,43 @@ def _rollouts(run: Run) -> dict:
     "workdir": run.workdir,
     "cards": [card(rollout) for rollout in run.rollouts],
   }
+
+
+# Answers: what the base model and the last evaluation say to the same random questions.
+
+
+def _answers(run: Run) -> dict:
+  splits = []
+  for split, by_step in run.texts.items():
+    last = max(by_step)
+    pairs = _pairs(by_step[0], by_step[last]) if 0 in by_step and last else []
+    if pairs:
+      splits.append({"name": split, "last": last, "pairs": pairs})
+  return {"label": run.label, "seed": run.config.get("seed", "?"), "splits": splits}
+
+
+def _pairs(before: list[dict], after: list[dict]) -> list[dict]:
+  """Returns random questions, the same ones in every report, with the first answer to each."""
+  firsts, lasts = _first_answers(before), _first_answers(after)
+  questions = [question for question in firsts if question in lasts]
+  chosen = random.Random(0).sample(questions, min(QUESTIONS_SHOWN, len(questions)))
+  return [
+    {"prompt": prompt, "before": firsts[place, prompt], "after": lasts[place, prompt]}
+    for place, prompt in chosen
+  ]
+
+
+def _first_answers(lines: list[dict]) -> dict[tuple, dict]:
+  """Returns {(place, question): text and badge of its first answer} of lines that hold texts."""
+  answers = {}
+  for line in lines:
+    responses = line.get("responses")
+    first = responses[0] if isinstance(responses, list) and responses else None
+    if isinstance(first, dict) and isinstance(line.get("prompt"), str) and "text" in first:
+      badge, reward = _reward(first.get("reward"))
+      answer = {"badge": badge, "reward": reward, "text": first["text"]}
+      answers[line.get("question"), line["prompt"]] = answer
+  return answers
 
 
 def card(rollout: dict) -> dict:

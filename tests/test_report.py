@@ -55,6 +55,20 @@ class Page(html.parser.HTMLParser):
     return [attrs["src"] for tag, attrs in self.tags if tag == "img"]
 
 
+def kept_texts(path, step, count=12, **changes):
+  """Writes what a run keeps of an evaluation after a step."""
+  folder = path / "eval" / "texts"
+  folder.mkdir(parents=True, exist_ok=True)
+  lines = [
+    {"question": i, "prompt": f"Question {i}?"}
+    | {"responses": [{"reward": i % 2, "text": f"Answer {i} of step {step}."}]}
+    | changes
+    for i in range(count)
+  ]
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (folder / f"heldout.step_{step:06d}.jsonl").write_text(text)
+
+
 def rollout(step, **changes):
   return {
     "step": step,
@@ -546,3 +560,32 @@ def test_values_that_are_no_numbers_are_left_out_and_counted(tmp_path, plots):
   assert line.get_xdata().tolist() == [1, 3, 7]
   assert line.get_ydata().tolist() == pytest.approx([0.5, 0.7, 0.9])
   assert page.has("4 values of metrics left out: not a finite number.")
+
+
+def test_answers_before_and_after_stand_side_by_side(tmp_path):
+  run = workdir(tmp_path / "A")
+  kept_texts(run, 0)
+  kept_texts(run, 2)
+  page = Page(report.write_report([run], tmp_path / "out"))
+  shown = [i for i in range(12) if page.has(f"Question {i}?")]
+  assert len(shown) == report.QUESTIONS_SHOWN
+  for i in range(12):
+    both = page.has(f"Answer {i} of step 0."), page.has(f"Answer {i} of step 2.")
+    assert both == (i in shown,) * 2
+  again = Page(report.write_report([run], tmp_path / "again"))
+  assert again.source.partition("<h2>Rollouts")[0] == page.source.partition("<h2>Rollouts")[0]
+  kept_texts(run, 2, responses=[{"reward": None, "text": NASTY}])
+  assert "&lt;script&gt;" in Page(report.write_report([run], tmp_path / "nasty")).source
+
+
+@pytest.mark.parametrize("damage", ["one end", "no texts", "not JSON", "another set"])
+def test_answers_are_left_out_where_they_cannot_be_compared(tmp_path, damage):
+  run = workdir(tmp_path / "A")
+  kept_texts(run, 0)
+  if damage != "one end":
+    kept_texts(run, 2, **({"responses": [{"reward": 1.0}]} if damage == "no texts" else {}))
+  if damage == "not JSON":
+    (run / "eval" / "texts" / "heldout.step_000002.jsonl").write_text('{"question": 0\n')
+  if damage == "another set":
+    kept_texts(run, 2, prompt="Another?")
+  assert "Answers before" not in Page(report.write_report([run], tmp_path / "out")).source
