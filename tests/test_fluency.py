@@ -10,6 +10,7 @@ import pytest
 from sdpo_jax import main, metrics, sharding
 from sdpo_jax.evaluation.fluency import BaseReader
 from sdpo_jax.evaluation.scores import distinct_2, of_fluency, summarise
+from sdpo_jax.evaluation.suites import read_suites
 from sdpo_jax.model import decoder
 from sdpo_jax.records import Feedback, Rollout, Task
 from tests import fakes
@@ -116,6 +117,25 @@ def test_a_run_keeps_answers_and_evaluates_as_its_checkpoint_does(tmp_path, caps
       last[f"eval/heldout/{name}"], rel=1e-3
     )
   assert "eval/instructions.adversarial/base_logp" in scores
+
+
+def test_the_suites_measure_the_task_and_what_it_may_carry_over_to():
+  _, c = main.parse(["main", f"--config={ROOT}/configs/instructions.py"])
+  own, *others = read_suites(f"{ROOT}/configs/eval/instructions.py:data=/d,questions=7", c)
+  assert own.c.eval.keep_texts and own.c.eval.base_logp and own.c.rollout.max_new_tokens == 64
+  assert [part.name for part in own.parts()] == [
+    f"instructions.{split}" for split in ("heldout", "unseen", "adversarial")
+  ]
+  assert [(suite.name, suite.c.data.sources) for suite in others] == [
+    ("ifeval", ("test=/d/ifeval.jsonl",)),
+    ("gsm8k", ("test=/d/gsm8k.test.jsonl",)),
+  ]
+  for suite in others:
+    (part,) = suite.parts()
+    assert part.decoding == "greedy" and suite.c.eval.questions == 7
+    assert not suite.c.eval.keep_texts and not suite.c.eval.base_logp
+  with pytest.raises(ValueError, match="data='/d' .* transfer=false reads no files"):
+    read_suites(f"{ROOT}/configs/eval/instructions.py:data=/d,transfer=false", c)
 
 
 def test_a_method_that_shows_solutions_is_refused(tmp_path, capsys):
