@@ -41,7 +41,6 @@ MODELS = {  # name: Hugging Face hub id; the tiny ones ship with the package
   "qwen3-4b": "Qwen/Qwen3-4B",
   "qwen3-8b": "Qwen/Qwen3-8B",
   "olmo3-7b-instruct": "allenai/Olmo-3-7B-Instruct",
-  "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
   "gemma3-270m": "google/gemma-3-270m-it",
 }
 

@@ -15,6 +15,7 @@ import functools
 import math
 import statistics
 
+from sdpo_jax import stats
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.errors import RunError
 from sdpo_jax.objectives.teacher_context import without_thinking
@@ -22,6 +23,7 @@ from sdpo_jax.records import Ratio, Rollout
 
 WINDOW = 10  # steps
 NGRAM = 8  # tokens
+PROBES = 5  # of the teacher, before they are read
 
 
 def check_engine(gap: float | None, limit: float, *, when: str, then: str) -> None:
@@ -78,7 +80,7 @@ def warnings(history: list[dict]) -> dict[str, str]:
   Lines of an evaluation alone count for `worse` only.
   """
   steps = [line for line in history if "train/loss" in line]
-  signs = {"worse": _worse(history)}
+  signs = {"worse": _worse(history), "teacher_knows": _teacher_knows(steps)}
   if len(steps) >= 2 * WINDOW:
     signs |= _signs_of_steps(Trends(steps))
   return {name: text for name, text in signs.items() if text is not None}
@@ -161,6 +163,22 @@ def _worse(history: list[dict]) -> str | None:
         f"worse: {advice}; config.train.stop_when_worse ends such a run"
       )
   return None
+
+
+def _teacher_knows(steps: list[dict]) -> str | None:
+  """Looks at the last probes of the teacher (diagnose/probe.py), while the reward has not risen."""
+  gains = _values("probe/teacher_gain", steps)[-PROBES:]
+  if len(gains) < PROBES or Trends(steps).better:
+    return None
+  found = stats.paired_bootstrap(gains, [0.0] * PROBES)
+  if found.low > 0:
+    return None
+  return (
+    f"the teacher's own answers beat the policy's by {found.difference:+.1%} "
+    f"[{found.low:+.1%}, {found.high:+.1%}] in the last {PROBES} probes: it is not shown to know "
+    f"more, and pulls the policy nowhere in particular; ask --mode=diagnose what else it could "
+    f"read, or {_SLOWER}"
+  )
 
 
 def _reward(trends: Trends) -> str | None:

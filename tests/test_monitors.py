@@ -180,3 +180,21 @@ def test_copy_rate_by_hand():
   # 01234567, 12345678, 23456789; what stands in the question is not copied
   assert (rate.total, rate.count) == (3, 10)
   assert monitors.copy_rate(rows[2:3], [None], chat).mean is None
+
+
+def test_a_teacher_that_knows_no_more_is_told_after_some_probes():
+  def probed(gains, rewards=None):
+    return [
+      {"step": i, "train/loss": 1.0, "train/reward": 0.5 if rewards is None else rewards[i]}
+      | {"probe/teacher_gain": gain}
+      for i, gain in enumerate(gains)
+    ]
+
+  unsure = [0.1, -0.1, 0.0, 0.05, -0.05]
+  (said,) = monitors.warnings(probed(unsure)).values()
+  assert "is not shown to know more" in said and "method=grpo" in said
+  assert not monitors.warnings(probed(unsure[:4]))
+  assert not monitors.warnings(probed([0.3, 0.4, 0.5, 0.4, 0.3]))
+  # old probes do not count, and a policy that has caught up is no bad sign
+  assert monitors.warnings(probed([0.4] * 5 + unsure))
+  assert not monitors.warnings(probed([0.4] * 10 + unsure * 2, [0.2] * 10 + [0.9] * 10))
