@@ -77,10 +77,14 @@ def ngrams(tokens: list[int]) -> list[tuple[int, ...]]:
 def warnings(history: list[dict]) -> dict[str, str]:
   """Returns {sign: what is seen and what to change} at the last of these lines of metrics.jsonl.
 
-  Lines of an evaluation alone count for `worse` only.
+  Lines of an evaluation alone count for `worse` and `fallen` only.
   """
   steps = [line for line in history if "train/loss" in line]
-  signs = {"worse": _worse(history), "teacher_knows": _teacher_knows(steps)}
+  signs = {
+    "worse": _worse(history),
+    "fallen": _fallen(history),
+    "teacher_knows": _teacher_knows(steps),
+  }
   if len(steps) >= 2 * WINDOW:
     signs |= _signs_of_steps(Trends(steps))
   return {name: text for name, text in signs.items() if text is not None}
@@ -179,6 +183,30 @@ def _teacher_knows(steps: list[dict]) -> str | None:
     f"more, and pulls the policy nowhere in particular; ask --mode=diagnose what else it could "
     f"read, or {_SLOWER}"
   )
+
+
+def _fallen(history: list[dict]) -> str | None:
+  """Looks at the latest evaluation of each split beside the best one before it.
+
+  The best of several was lucky too; but it has to lie beyond an interval that also holds the
+  questions' luck, which both share.
+  """
+  advice = _SLOWER if _has_teacher(history) else "lower config.optimizer.lr"
+  lines_of_splits: dict[str, list[dict]] = {}
+  for line in history:
+    for name in line:
+      if name.startswith("eval/") and name.endswith("/avg@k_high"):
+        lines_of_splits.setdefault(name.removesuffix("_high"), []).append(line)
+  for name, (*_, last) in lines_of_splits.items():
+    best = max(lines_of_splits[name], key=lambda line: line[name])
+    # below the base model is another sign
+    if best["step"] and last[f"{name}_high"] < best[name]:
+      return (
+        f"{name} fell from {best[name]:.1%} at step {best['step']} to {last[name]:.1%} "
+        f"[{last[f'{name}_low']:.1%}, {last[f'{name}_high']:.1%}] at step {last['step']}: "
+        f"{advice}; config.checkpoint.best says which checkpoint is kept"
+      )
+  return None
 
 
 def _reward(trends: Trends) -> str | None:

@@ -140,6 +140,21 @@ def test_an_evaluation_below_the_base_model_is_seen_at_once_and_until_the_next()
   assert "eval/heldout" in monitors.warnings(lines)["worse"]
 
 
+def test_an_evaluation_below_the_best_one_is_seen():
+  name = "eval/heldout/avg@k"
+  scores = [(0, 0.2), (10, 0.6), (20, 0.7), (30, 0.55), (40, 0.4)]
+  lines = [
+    {"step": i, name: value, f"{name}_low": value - 0.2, f"{name}_high": value + 0.2} | HEALTHY
+    for i, value in scores
+  ]
+  assert monitors.warnings(lines[:4]) == {}  # within the interval
+  text = monitors.warnings(lines)["fallen"]
+  assert text.startswith(f"{name} fell from 70.0% at step 20 to 40.0% [20.0%, 60.0%] at step 40: ")
+  # the base model is no checkpoint
+  lines[0][name] = 0.9
+  assert monitors.warnings(lines) == {}
+
+
 def test_rewards_alone_have_no_teacher_to_slow_down():
   lines = evaluated([(-0.2, -0.3, -0.1)])
   lines[-1].pop("train/loss_distill")

@@ -42,6 +42,7 @@ def run(
   due=lambda name, i: name != "score",
   gap=0.0,
   stops_at=None,
+  unwritten=None,
 ):
   log = types.SimpleNamespace(written={}, saved=[], rollouts=[], evaluated=[])
   batch = types.SimpleNamespace()
@@ -78,7 +79,7 @@ def run(
   )
   state = train.run(
     types.SimpleNamespace(step=start, params=None, skipped_in_a_row=0),
-    {"tokens": tokens, "alternatives": alternatives, "failed_batches": 0, "unwritten": None},
+    {"tokens": tokens, "alternatives": alternatives, "failed_batches": 0, "unwritten": unwritten},
     steps,
     total_steps=total_steps,
     limits=train.Limits(skipped=2, env_failures=2, rollout_gap=0.2),
@@ -132,6 +133,9 @@ def test_a_run_that_stops_itself_saves_the_step_and_makes_no_other():
   never = lambda name, i: False
   state, log = run(total_steps=5, due=never, stops_at=2)
   assert state.step == 2 and list(log.written) == [1, 2] and [i for i, _ in log.saved] == [2]
+  # one that had to end before that evaluation makes it, and no other step
+  state, log = run(total_steps=5, start=2, stops_at=2, unwritten={"train/loss": 0.5})
+  assert state.step == 2 and log.evaluated == [2] and list(log.written) == [2] and not log.saved
   # the last step is no reason to stop
   assert run(total_steps=2, stops_at=2)[0].step == 2
 

@@ -252,6 +252,7 @@ def maths(tmp_path, monkeypatch):
   def loop(state, host, steps, *, total_steps, limits):
     trained.append(total_steps)
     steps.save(total_steps, state, steps.position(host))
+    return state
 
   monkeypatch.setattr(train, "run", loop)
   monkeypatch.setattr(train.report, "write_report", lambda *_: None)

@@ -2,10 +2,11 @@ r"""Trains what --mode=diagnose puts in order, on three tasks of the tiny models
 
 Run:    python -m sdpo_jax.experiment --config=configs/experiments/diagnose.py \
           --workdir=runs/diagnose --jobs=2
-        for t in tinycode notes arithmetic; do python -m sdpo_jax.main --mode=diagnose \
-          --workdir=runs/diagnosis_$t --config=configs/experiments/diagnose.py:task=$t; done
 Smoke:  python -m sdpo_jax.experiment --config=configs/experiments/diagnose.py:local \
           --workdir=runs/diagnose_local
+Before: python -m sdpo_jax.main --mode=diagnose --workdir=runs/diagnosis_notes \
+          --config=configs/experiments/diagnose.py:task=notes
+        and likewise for the tasks tinycode and arithmetic.
 Grid:   SDPO, SDPO with a frozen teacher, GRPO and their blend, three seeds. All else is
         configs/tinycode.py, and the two domains of configs/counterfactual.py; nothing is tuned.
         The fourth task, with a real model, is configs/experiments/instructions.py.
