@@ -61,25 +61,23 @@ def draw(found: dict, path: pathlib.Path) -> None:
 
 def _card(again: Again, reading: Reading | None, chat: Chat) -> dict:
   """Returns an attempt as the report shows responses, with the answers to its other prompts."""
-  attempt, own = again.attempt, again.prompts.get(OWN)
-  answers = [
-    {"shown": ABOUT[name], "reward": f"{answer.feedback.reward:g}", "text": answer.text}
-    for name, answer in again.answers.items()
-  ]
-  turn = again.prompts.get(TURN)
-  context = own.tokens if own else turn.tokens if turn else None
-  return report.card(
-    {
-      "step": 0,
-      "task_id": attempt.task.id,
-      "status": attempt.feedback.status.value,
-      "reward": attempt.feedback.reward,
-      "prompt": chat.plain_text(attempt.prompt_tokens),
-      "feedback": attempt.feedback.text,
-      "teacher_context": None if context is None else chat.plain_text(context),
-      "response": attempt.text,
-      "tokens": None if reading is None else reading.strings,
-      "teacher_gap": None if reading is None else reading.gap,
-      "answers": answers,
-    }
-  )
+  attempt = again.attempt
+  shown = again.prompts.get(OWN, again.prompts.get(TURN))
+  rollout = {
+    "step": 0,
+    "task_id": attempt.task.id,
+    "status": attempt.feedback.status.value,
+    "reward": attempt.feedback.reward,
+    "prompt": chat.plain_text(attempt.prompt_tokens),
+    "feedback": attempt.feedback.text,
+    "response": attempt.text,
+    "answers": [
+      {"shown": ABOUT[name], "reward": f"{answer.feedback.reward:g}", "text": answer.text}
+      for name, answer in again.answers.items()
+    ],
+  }
+  if shown is not None:
+    rollout["teacher_context"] = chat.plain_text(shown.tokens)
+  if reading is not None:
+    rollout |= {"tokens": reading.strings, "teacher_gap": reading.gap}
+  return report.card(rollout)

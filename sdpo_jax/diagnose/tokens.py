@@ -120,19 +120,29 @@ def figures(readings: list[Reading], answers: dict[str, list[Answer]]) -> dict:
   top_differs    share of tokens
   right          {prompt: {"policy", "teacher", "difference" with its interval, "answers"}}
   """
-  gaps = np.abs(np.concatenate([r.gap for r in readings])) if readings else np.array([])
-  part = np.concatenate([_parts(len(r.gap)) for r in readings]) if readings else gaps
+  right = {name: _right(of_name) for name, of_name in answers.items()}
+  if not readings:
+    return {
+      "attempts": 0,
+      "gap": None,
+      "gap_by_part": [None] * PARTS,
+      "top_differs": None,
+      "right": right,
+    }
+  gaps = np.abs(np.concatenate([reading.gap for reading in readings]))
+  parts = np.concatenate([_parts(len(reading.gap)) for reading in readings])
+  differs = np.concatenate([reading.top_differs for reading in readings])
   return {
     "attempts": len(readings),
-    "gap": float(gaps.mean()) if gaps.size else None,
-    "gap_by_part": [
-      float(gaps[part == i].mean()) if (part == i).any() else None for i in range(PARTS)
-    ],
-    "top_differs": (
-      float(np.mean(np.concatenate([r.top_differs for r in readings]))) if readings else None
-    ),
-    "right": {name: _right(of_name) for name, of_name in answers.items()},
+    "gap": float(gaps.mean()),
+    "gap_by_part": [_mean(gaps[parts == i]) for i in range(PARTS)],
+    "top_differs": float(differs.mean()),
+    "right": right,
   }
+
+
+def _mean(values: np.ndarray) -> float | None:
+  return float(values.mean()) if values.size else None
 
 
 def _parts(length: int) -> np.ndarray:

@@ -122,7 +122,9 @@ def state_of_rewards(figures: dict) -> tuple[str, Line]:
   if mixed is None:
     return NEVER, Line("no response was judged", "groups_mixed", "arXiv 2402.03300")
   share = mixed["mean"]
-  state = OFTEN if share >= MIXED else RARELY if share >= RARELY_MIXED else NEVER
+  state = OFTEN if share >= MIXED else RARELY
+  if share < RARELY_MIXED:
+    state = NEVER
   text = f"{share:.0%} of the groups hold both better and worse responses"
   return state, Line(text, "groups_mixed", "arXiv 2402.03300")
 
