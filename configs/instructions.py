@@ -12,7 +12,7 @@ Task:   envs/instructions.py makes the questions. It was fixed before anything w
 Kept:   eval/texts/ has the answers of the first and the last evaluation, and the report ten of them
         side by side; the metrics eval/SPLIT/distinct_2 and eval/SPLIT/base_logp tell whether they
         are still language (evaluation/scores.py).
-Cost:   meant for half an hour on two CPU cores: not measured. 4 GB of memory, 2 GB of disk.
+Cost:   meant for half an hour on two CPU cores: not measured. 7 GB of memory, 2 GB of disk.
 Result: not measured.
 """
 
