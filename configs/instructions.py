@@ -36,7 +36,7 @@ def get_config(arg: str = ""):
   c.rollout.update(questions=8, group=6, max_new_tokens=64, temperature=0.7, rows=48)
   c.optimizer.update(lr=2e-5, warmup_steps=2)
   c.eval.update(every_steps=10, questions=60, samples=1, temperature=0.7, top_p=1.0)
-  c.checkpoint.keep = 1  # 1.6 GB each
+  c.checkpoint.update(every_steps=10, keep=1)  # at each evaluation; 1.6 GB each
   # whether what was learned is language
   c.eval.update(keep_texts=True, base_logp=True)
   if c.method.reduction.name == "constant":

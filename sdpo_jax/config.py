@@ -153,7 +153,8 @@ def base() -> ml_collections.ConfigDict:
     probe_teacher_every_steps=0,
     probe_attempts=16,
     # evaluations in a row with the first of eval.splits below the base model, on the same questions
-    # beyond the interval, that end the run; 0: it goes on
+    # beyond the interval, that end the run; 0: it goes on. In 20 evaluations of 60 answers chance
+    # ends a run that is as good as its base model in about 20 % of cases at 1, 6 % at 2, 2 % at 3
     stop_when_worse=0,
     loss_implementation="auto",  # of kernels/distill_kl: auto | reference | xla | ...
   )

@@ -107,12 +107,13 @@ def _lines_on_best(
         f"python -m sdpo_jax.export --workdir={workdir} --step={step} --out=DIR",
       )
     ]
-  if value > last.get(f"{metric}_high", value):
+  lowest = of_step.get(step, {}).get(f"{metric}_low", value)  # the best of several was lucky too
+  if lowest > last.get(f"{metric}_high", lowest):
     low, now, high = (last[metric + end] for end in ("_low", "", "_high"))
     lines.append(
       (
         "note",
-        f"the last checkpoint, step {last_step}, is below it beyond its interval: "
+        f"the last checkpoint, step {last_step}, is below it beyond both intervals: "
         f"{now:.3f} [{low:.3f}, {high:.3f}]",
       )
     )

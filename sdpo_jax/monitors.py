@@ -23,7 +23,8 @@ from sdpo_jax.records import Ratio, Rollout
 
 WINDOW = 10  # steps
 NGRAM = 8  # tokens
-PROBES = 5  # of the teacher, before they are read
+PROBES = (5, 20)  # of the teacher: so many at least are read, and the last so many at most
+MUCH = 0.1  # reward that a teacher adds
 
 
 def check_engine(gap: float | None, limit: float, *, when: str, then: str) -> None:
@@ -45,10 +46,13 @@ def check_engine(gap: float | None, limit: float, *, when: str, then: str) -> No
   )
 
 
-def copy_rate(rollouts: list[Rollout], contexts, chat: Chat) -> Ratio:
+def copy_rate(
+  rollouts: list[Rollout], contexts, chat: Chat, *, skips_recitals: bool = True
+) -> Ratio:
   """Returns copied n-grams over all n-grams of the responses that have a teacher.
 
   contexts[b] is what the teacher of rollouts[b] read, or None if it has no teacher.
+  skips_recitals: leaves out responses that are the solution shown.
   """
 
   # cached, since the teachers of a group read one solution for many responses
@@ -58,7 +62,9 @@ def copy_rate(rollouts: list[Rollout], contexts, chat: Chat) -> Ratio:
 
   copied = total = 0
   for rollout, context in zip(rollouts, contexts):
-    if context is None or context.solution == without_thinking(rollout.text):
+    if context is None:
+      continue
+    if skips_recitals and context.solution == without_thinking(rollout.text):
       continue  # a success that is to say itself once more copies nobody
     shown = (context.solution, context.more_solutions, context.feedback)
     readable = frozenset().union(*map(ngrams_of, shown))
@@ -171,25 +177,25 @@ def _worse(history: list[dict]) -> str | None:
 
 def _teacher_knows(steps: list[dict]) -> str | None:
   """Looks at the last probes of the teacher (diagnose/probe.py), while the reward has not risen."""
-  gains = _values("probe/teacher_gain", steps)[-PROBES:]
-  if len(gains) < PROBES or Trends(steps).better:
+  least, most = PROBES
+  gains = _values("probe/teacher_gain", steps)[-most:]
+  if len(gains) < least or Trends(steps).better:
     return None
-  found = stats.paired_bootstrap(gains, [0.0] * PROBES)
-  if found.low > 0:
+  found = stats.paired_bootstrap(gains, [0.0] * len(gains))
+  if found.high >= MUCH:
     return None
   return (
     f"the teacher's own answers beat the policy's by {found.difference:+.1%} "
-    f"[{found.low:+.1%}, {found.high:+.1%}] in the last {PROBES} probes: it is not shown to know "
-    f"more, and pulls the policy nowhere in particular; ask --mode=diagnose what else it could "
-    f"read, or {_SLOWER}"
+    f"[{found.low:+.1%}, {found.high:+.1%}] in the last {len(gains)} probes: it knows hardly more; "
+    f"ask --mode=diagnose what else it could read, or {_SLOWER}"
   )
 
 
 def _fallen(history: list[dict]) -> str | None:
   """Looks at the latest evaluation of each split beside the best one before it.
 
-  The best of several was lucky too; but it has to lie beyond an interval that also holds the
-  questions' luck, which both share.
+  The best of several was lucky too. So their intervals must not even meet, although both are of
+  the same questions.
   """
   advice = _SLOWER if _has_teacher(history) else "lower config.optimizer.lr"
   lines_of_splits: dict[str, list[dict]] = {}
@@ -200,7 +206,7 @@ def _fallen(history: list[dict]) -> str | None:
   for name, (*_, last) in lines_of_splits.items():
     best = max(lines_of_splits[name], key=lambda line: line[name])
     # below the base model is another sign
-    if best["step"] and last[f"{name}_high"] < best[name]:
+    if best["step"] and last[f"{name}_high"] < best[f"{name}_low"]:
       return (
         f"{name} fell from {best[name]:.1%} at step {best['step']} to {last[name]:.1%} "
         f"[{last[f'{name}_low']:.1%}, {last[f'{name}_high']:.1%}] at step {last['step']}: "

@@ -72,6 +72,7 @@ class Collector:
     self.max_prompt_tokens = max_prompt_tokens
     self._judges = Judges(env, threads=judge_threads, timeout_s=judge_timeout_s)
     self._hand_on: Callable[[list[Rollout]], None] | None = None
+    self._by_teacher = False  # the prompts were rendered for the teacher
     self._times = dict.fromkeys(_TIMES, 0.0)
 
   def close(self) -> None:
@@ -113,7 +114,7 @@ class Collector:
 
     def judge(c: Completion) -> None:
       c = _joined(begun, c)
-      text = self.chat.response_text(c.tokens)
+      text = self.chat.response_text(c.tokens, teacher=self._by_teacher)
       then = functools.partial(batch.add, c, text)
       judgement = self._judges.submit(tasks[c.key], text, c, then=then)
       batch.judgements[c.key, c.sample_index] = judgement
@@ -133,7 +134,8 @@ class Collector:
     groups: list[list[Rollout]] = [[] for _ in tasks]
     for completion in completions:
       c = _joined(begun, completion)
-      groups[c.key].append(batch.rollout(c, feedback[c.key, c.sample_index], self.chat))
+      text = self.chat.response_text(c.tokens, teacher=self._by_teacher)
+      groups[c.key].append(batch.rollout(c, feedback[c.key, c.sample_index], text))
     return groups
 
   @contextlib.contextmanager
@@ -148,6 +150,15 @@ class Collector:
       yield
     finally:
       self._hand_on = None
+
+  @contextlib.contextmanager
+  def read_by_teacher(self, by_teacher: bool = True):
+    """Reads what is sampled meanwhile as answers to prompts that were rendered for the teacher."""
+    before, self._by_teacher = self._by_teacher, by_teacher
+    try:
+      yield
+    finally:
+      self._by_teacher = before
 
   @contextlib.contextmanager
   def undisturbed(self):
@@ -215,12 +226,11 @@ class _Batch:
         self._hand_on(group)
       self.busy.append((begun, time.monotonic()))
 
-  def rollout(self, c: Completion, feedback: Feedback, chat: Chat) -> Rollout:
+  def rollout(self, c: Completion, feedback: Feedback, text: str) -> Rollout:
     """Returns a response with its feedback: the same object that was handed on, if it was."""
     known = self._judged.get((c.key, c.sample_index))
     if known is not None and known.feedback == feedback:
       return known
-    text = chat.response_text(c.tokens)
     return Rollout.of(self._tasks[c.key], self._prompts[c.key], c, text, feedback)
 
 

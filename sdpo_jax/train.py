@@ -594,7 +594,7 @@ class Steps:
     fluency = Fluency(settings.keep_texts)
     if is_end:
       # steps overwrite the weights that the session began with
-      fluency = Fluency.of(self.c, self.session, holds_base=False)
+      fluency = Fluency.of(self.c, self.session, holds_base=i == 0)
     means = {}
 
     def keep(split: str, lines: list[dict]) -> None:

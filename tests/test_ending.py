@@ -110,7 +110,7 @@ def test_a_run_that_stopped_says_why_and_which_checkpoint_is_left(tmp_path):
     f"        best  step 2: {SCORE} 0.570; --mode=eval --checkpoint={tmp_path}:2"
   )
   assert f"python -m sdpo_jax.export --workdir={tmp_path} --step=2 --out=DIR" in best
-  assert note.endswith("step 6, is below it beyond its interval: 0.230 [0.150, 0.310]")
+  assert note.endswith("step 6, is below it beyond both intervals: 0.230 [0.150, 0.310]")
   about = json.loads((tmp_path / "run.json").read_text())
   assert about["seed"] == 0 and about["ended"] == {
     "step": 6,

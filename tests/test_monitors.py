@@ -144,12 +144,12 @@ def test_an_evaluation_below_the_best_one_is_seen():
   name = "eval/heldout/avg@k"
   scores = [(0, 0.2), (10, 0.6), (20, 0.7), (30, 0.55), (40, 0.4)]
   lines = [
-    {"step": i, name: value, f"{name}_low": value - 0.2, f"{name}_high": value + 0.2} | HEALTHY
+    {"step": i, name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1} | HEALTHY
     for i, value in scores
   ]
-  assert monitors.warnings(lines[:4]) == {}  # within the interval
+  assert monitors.warnings(lines[:4]) == {}  # the intervals meet
   text = monitors.warnings(lines)["fallen"]
-  assert text.startswith(f"{name} fell from 70.0% at step 20 to 40.0% [20.0%, 60.0%] at step 40: ")
+  assert text.startswith(f"{name} fell from 70.0% at step 20 to 40.0% [30.0%, 50.0%] at step 40: ")
   # the base model is no checkpoint
   lines[0][name] = 0.9
   assert monitors.warnings(lines) == {}
@@ -197,7 +197,7 @@ def test_copy_rate_by_hand():
   assert monitors.copy_rate(rows[2:3], [None], chat).mean is None
 
 
-def test_a_teacher_that_knows_no_more_is_told_after_some_probes():
+def test_a_teacher_that_knows_hardly_more_is_told_once_that_is_sure():
   def probed(gains, rewards=None):
     return [
       {"step": i, "train/loss": 1.0, "train/reward": 0.5 if rewards is None else rewards[i]}
@@ -205,11 +205,13 @@ def test_a_teacher_that_knows_no_more_is_told_after_some_probes():
       for i, gain in enumerate(gains)
     ]
 
-  unsure = [0.1, -0.1, 0.0, 0.05, -0.05]
-  (said,) = monitors.warnings(probed(unsure)).values()
-  assert "is not shown to know more" in said and "method=grpo" in said
-  assert not monitors.warnings(probed(unsure[:4]))
-  assert not monitors.warnings(probed([0.3, 0.4, 0.5, 0.4, 0.3]))
+  idle = [0.05, -0.05, 0.0, 0.05, -0.05]
+  (said,) = monitors.warnings(probed(idle)).values()
+  assert "it knows hardly more" in said and "method=grpo" in said
+  assert not monitors.warnings(probed(idle[:4]))
+  # nothing is said of a good teacher, or of one of whom little is known
+  assert not monitors.warnings(probed([0.3, 0.1, 0.5, 0.0, 0.3]))
+  assert not monitors.warnings(probed([0.4, -0.4, 0.3, -0.3, 0.0]))
   # old probes do not count, and a policy that has caught up is no bad sign
-  assert monitors.warnings(probed([0.4] * 5 + unsure))
-  assert not monitors.warnings(probed([0.4] * 10 + unsure * 2, [0.2] * 10 + [0.9] * 10))
+  assert monitors.warnings(probed([0.9] * 5 + idle * 4))
+  assert not monitors.warnings(probed([0.4] * 10 + idle * 2, [0.2] * 10 + [0.9] * 10))

@@ -10,7 +10,7 @@ Two prompts of an attempt that read alike are answered once.
 
 from typing import NamedTuple
 
-from sdpo_jax.diagnose.prompts import Prompt
+from sdpo_jax.diagnose.prompts import CONTROL, TURN, Prompt
 from sdpo_jax.records import Rollout, Sampling
 from sdpo_jax.rollout import Collector, prompt_seed
 
@@ -30,7 +30,8 @@ def choose(prompts_QG: list[list[dict[str, Prompt]]], budget: int) -> list[Place
   """Returns the attempts that are made again with at most `budget` responses.
 
   They are the first ones of all questions, then the second ones, and so on: attempts at one
-  question tell less than attempts at many. The choice does not look at how they were judged.
+  question tell less than attempts at many. The first one that the budget cannot pay ends the
+  choice; a failed one has more prompts, and so costs more.
   """
   chosen: list[Place] = []
   for g in range(max(map(len, prompts_QG), default=0)):
@@ -72,18 +73,24 @@ def make_again(
     for place, (_, prompts) in attempts.items()
     for tokens, name in _distinct(prompts).items()
   ]
-  if not asked:
-    return []
-  groups = collector.collect(
-    params,
-    [attempts[place][0].task for place, _, _ in asked],
-    n=1,
-    sampling=sampling,
-    seeds=[prompt_seed(*path, name, *place) for place, name, _ in asked],
-    version=version,
-    prompts=[tokens for _, _, tokens in asked],
-  )
-  answers = {(place, name): group[0] for (place, name, _), group in zip(asked, groups, strict=True)}
+  answers = {}
+  # a chat template may let the teacher think where the policy does not
+  for by_teacher in (False, True):
+    of_reader = [x for x in asked if (x[1] not in (CONTROL, TURN)) == by_teacher]
+    if not of_reader:
+      continue
+    with collector.read_by_teacher(by_teacher):
+      groups = collector.collect(
+        params,
+        [attempts[place][0].task for place, _, _ in of_reader],
+        n=1,
+        sampling=sampling,
+        seeds=[prompt_seed(*path, name, *place) for place, name, _ in of_reader],
+        version=version,
+        prompts=[tokens for _, _, tokens in of_reader],
+      )
+    for (place, name, _), (answer,) in zip(of_reader, groups, strict=True):
+      answers[place, name] = answer
   made = []
   for place, (attempt, prompts) in attempts.items():
     names = _distinct(prompts)

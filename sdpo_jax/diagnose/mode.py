@@ -32,8 +32,8 @@ from sdpo_jax.data.tasks import RowEnv, TaskStream
 from sdpo_jax.diagnose import measures, tokens
 from sdpo_jax.diagnose.again import Again, choose, make_again
 from sdpo_jax.diagnose.page import write_page
-from sdpo_jax.diagnose.prompts import ABOUT, CONTROL, PromptMaker
-from sdpo_jax.diagnose.verdict import Learning, verdict
+from sdpo_jax.diagnose.prompts import ABOUT, CONTROL, OWN, SDPO, PromptMaker
+from sdpo_jax.diagnose.verdict import verdict
 from sdpo_jax.engine.scoring import TextScorer
 from sdpo_jax.errors import RunError, blame_settings
 from sdpo_jax.objectives import build
@@ -78,9 +78,9 @@ def diagnose(c, workdir: str) -> dict:
   figures = figures_of(c, samples, maker) | {
     "tokens": tokens.figures(readings, answers),
     "parameters": int(sum(sizes)),
+    "on_one_device": session.mesh is None,
   }
-  learning = Learning.of(c.method.to_dict())
-  found = figures | {"verdict": verdict(figures, learning, c.method.name)}
+  found = figures | {"verdict": verdict(figures, c.method.to_dict())}
   if hosts.leads():
     directory.mkdir(parents=True, exist_ok=True)
     describe_run(directory, c, facts)
@@ -116,8 +116,8 @@ def sample(c, session: Session, maker: PromptMaker) -> Samples:
   """Samples groups, and makes attempts again, within the budget."""
   env, group = session.collector.env, c.rollout.group
   questions = max(1, c.diagnose.responses // 3 // group)
-  if isinstance(env, RowEnv):
-    questions = min(questions, env.size(SPLIT))
+  limit = env.size(SPLIT) if isinstance(env, RowEnv) else c.data.questions
+  questions = min(questions, limit or questions)
   tasks = TaskStream(env, SPLIT, questions=c.data.questions, seed=c.seed).take(questions)
   sampling = Sampling(
     c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, session.chat.stop_tokens
@@ -165,7 +165,7 @@ def figures_of(c, samples: Samples, maker: PromptMaker) -> dict:
   """Returns the figures that need no weights."""
   has_entropy = c.rollout.top_p == 1.0 and c.rollout.temperature > 0
   return {
-    "policy": measures.of_policy(samples.groups, is_uncut=has_entropy),
+    "policy": measures.of_policy(samples.groups, maker.succeeded, is_uncut=has_entropy),
     "prompts": measures.of_prompts(samples.groups, samples.prompts_QG, maker.succeeded),
     "again": measures.of_again(samples.made, maker.succeeded, maker.chat),
   }
@@ -200,17 +200,24 @@ def _again_lines(found: dict) -> list[str]:
     return ["no attempt failed: there is nothing to make again"]
   lines = [f"failed attempts, made again; {'':20} reward              against the question alone"]
   for name, figure in failed.items():
+    if name == SDPO and prompts[name]["same_as_own"] == 1:
+      continue  # said already
     line = f"  {ABOUT[name]:<34} {_percent(figure['reward']):<20}"
     if name != CONTROL:
       share = prompts[name]["share_of_failed"]
       line += f" {_points(figure['difference']):<20} {share:.0%} of the failed have it"
     lines.append(line.rstrip())
-  for key, what in (("solved", "solved attempts, own prompt"), ("all", "all attempts, own prompt")):
-    figure = found["again"][key]
+  of_all = found["again"]["all"]
+  for what, figure in (
+    ("successes, own prompt", found["again"]["solved"]),
+    ("all attempts, own prompt", of_all[OWN]),
+    ("all attempts, SDPO's prompt", None if of_all[SDPO] == of_all[OWN] else of_all[SDPO]),
+  ):
     if figure is not None:
       lines.append(f"  {what:<34} {_percent(figure['reward']):<20} {_points(figure['difference'])}")
-  lines += _token_lines(found["tokens"])
-  return lines
+  if not found["on_one_device"]:
+    return [*lines, "token by token: not read, as the model lies on several devices"]
+  return [*lines, *_token_lines(found["tokens"])]
 
 
 def _token_lines(read: dict) -> list[str]:
@@ -231,8 +238,9 @@ def _token_lines(read: dict) -> list[str]:
 def _verdict_lines(said: dict) -> list[str]:
   lines = [f"verdict on method={said['method']}: {said['outlook']}"]
   lines += [f"  {x['text']}  ({x['rule']}; {x['source']})" for x in said["reasons"]]
-  order = " > ".join(" = ".join(tied) for tied in said["ranking"])
-  lines.append(f"  likely order: {order}")
+  if said["ranking"]:
+    order = " > ".join(" = ".join(tied) for tied in said["ranking"])
+    lines.append(f"  likely order: {order}")
   lines += [f"  change: {x['text']}  ({x['rule']}; {x['source']})" for x in said["advice"]]
   return lines
 

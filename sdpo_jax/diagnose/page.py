@@ -51,7 +51,10 @@ def draw(found: dict, path: pathlib.Path) -> None:
   left.set_yticks(range(len(failed)), [ABOUT[name] for name in reversed(failed)])
   left.set(xlim=(-0.02, 1.02), xlabel="reward of failed attempts, made again (95 %)")
   gaps = [gap or 0.0 for gap in found["tokens"]["gap_by_part"]]
-  right.bar(range(1, PARTS + 1), gaps, color=COLOUR)
+  if found["tokens"]["attempts"]:
+    right.bar(range(1, PARTS + 1), gaps, color=COLOUR)
+  else:
+    right.text(0.5, 0.5, "not read", ha="center", transform=right.transAxes)
   right.set(xlabel="tenth of the response", ylabel="|teacher - policy|, nats a token")
   for plot in (left, right):
     plot.grid(alpha=0.25)

@@ -22,7 +22,7 @@ def attempts_of(packed: Packed, most: int) -> dict[tuple[int, int], tuple[Rollou
   They lie at even distances in the batch, so that they belong to many questions.
   """
   rows = [b for b, context in enumerate(packed.contexts[0]) if context is not None]
-  rows = rows[:: max(1, -(-len(rows) // most))]
+  rows = [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else rows
   texts = packed.teacher_texts
   return {(0, b): (packed.rollouts[b], texts.tokens[b][: texts.starts[b]]) for b in rows}
 

@@ -2,6 +2,7 @@
 
   control    the question alone, as the policy reads it
   own        what the configured teacher reads
+  sdpo       what SDPO's teacher reads: another success of the group, else the feedback
   feedback   the feedback on the attempt
   solution   another success of the group
   reference  the solution that comes with the question
@@ -10,8 +11,9 @@
   turn       the attempt and the feedback on it, as a conversation
 
 Every prompt but the last is rendered as the teacher's are in training, from the contexts of
-`objectives/contexts.py`, in the templates of the configured one. An attempt lacks the prompts for
-which there is nothing to show. Host code.
+`objectives/contexts.py`; in the templates of the configured one, if it is SDPO's or shows a
+reference. An attempt lacks the prompts that would show nothing, but for the configured one. Host
+code.
 """
 
 import dataclasses
@@ -22,13 +24,15 @@ from sdpo_jax.data.conversation import Continuation, converse
 from sdpo_jax.data.teacher_prompt import Shown, TeacherReader
 from sdpo_jax.objectives.build import Method
 from sdpo_jax.objectives.contexts import TEACHER_CONTEXTS
+from sdpo_jax.objectives.teacher_context import FeedbackOrSolution, ReferenceSolution
 from sdpo_jax.records import Rollout, Task
 
-CONTROL, OWN, TURN = "control", "own", "turn"
+CONTROL, OWN, SDPO, TURN = "control", "own", "sdpo", "turn"
 # name -> what the page and the table say of it
 ABOUT = {
   CONTROL: "the question alone",
   OWN: "what the configured teacher reads",
+  SDPO: "another success, else feedback",
   "feedback": "feedback",
   "solution": "another success",
   "reference": "the question's own solution",
@@ -39,6 +43,7 @@ ABOUT = {
 # name -> (context of `TEACHER_CONTEXTS`, its settings): how config.method.teacher_context would be
 # set so that the teacher reads this
 CONTEXTS = {
+  SDPO: ("feedback_or_solution", {}),
   "feedback": ("feedback_or_solution", dict(use_solution=False, feedback="always")),
   "solution": ("feedback_or_solution", dict(feedback="never")),
   "reference": ("reference_solution", {}),
@@ -76,7 +81,8 @@ class PromptMaker:
     own = self.method.teacher_context
     self.success_threshold = getattr(own, "success_threshold", 0.5)
     self._own = self._reader(own)
-    templates = {"templates": dict(getattr(own, "templates", ()))}
+    has_plain_templates = isinstance(own, (FeedbackOrSolution, ReferenceSolution))
+    templates = {"templates": dict(own.templates)} if has_plain_templates else {}
     self._readers = {}
     for name, (context, settings) in CONTEXTS.items():
       settings = settings | templates
@@ -115,14 +121,15 @@ class PromptMaker:
     prompts = {CONTROL: Prompt(rollout.prompt_tokens, None)}
     if own is not None:
       prompts[OWN] = self._prompt(rollout.task, own)
-    if not self.succeeded(rollout):  # nobody needs to be told what solved it
-      both = others["both"]
-      if both is not None and not (both.context.solution and both.context.feedback):
-        others = others | {"both": None}
-      prompts |= {name: self._prompt(rollout.task, x) for name, x in others.items() if x}
-      turn = self._turn(rollout)
-      prompts |= {TURN: Prompt(turn, None)} if turn else {}
-    return prompts
+    both = others["both"]
+    if both is not None and not (both.context.solution and both.context.feedback):
+      others = others | {"both": None}
+    if self.succeeded(rollout):  # nobody needs to be told what solved it
+      others = {SDPO: others[SDPO]}
+    shown = {name: self._prompt(rollout.task, x) for name, x in others.items() if x}
+    prompts |= {name: prompt for name, prompt in shown.items() if not prompt.says_nothing}
+    turn = None if self.succeeded(rollout) else self._turn(rollout)
+    return prompts | ({TURN: Prompt(turn, None)} if turn else {})
 
   def _reader(self, context: Callable) -> TeacherReader:
     return TeacherReader(self.chat, self.messages, context, self.max_tokens)

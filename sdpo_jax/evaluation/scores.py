@@ -88,7 +88,7 @@ def of_fluency(name: str, lines: list[dict]) -> dict[str, float]:
   NAME/distinct_2   the share of different ones among all bigrams of words of all answers. It
                     falls where answers repeat themselves or each other, and by itself with their
                     number and length: compare like with like
-  NAME/base_logp    the mean over answers of `base_logp`, with an interval as that of avg@k
+  NAME/base_logp    the mean over answers of `base_logp`, nats a token
   """
   responses = [response for line in lines for response in line["responses"]]
   share = distinct_2([response["text"] for response in responses if "text" in response])
