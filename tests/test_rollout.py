@@ -59,6 +59,27 @@ def test_a_judge_that_raises_hangs_or_returns_nan_costs_its_own_row():
   assert group[0].tokens[-1] == 257
 
 
+def test_an_answer_to_a_teachers_prompt_is_read_as_the_teachers():
+  """A chat template may open a thought for one of the two readers alone."""
+
+  class Thinks(Chat):
+    def response_text(self, tokens, *, teacher=False):
+      return ("<think>" if teacher else "") + super().response_text(tokens)
+
+  answers = {"four": Feedback(1.0, ""), "<think>four": Feedback(0.0, "unfinished")}
+  c = collector(answers, fakes.ScriptedEngine([[say("four")]] * 3))
+  c.chat = Thinks(fakes.ByteTokenizer())
+  found = []
+  try:
+    for by_teacher in (False, True, False):
+      with c.read_by_teacher(by_teacher):
+        ((r,),) = c.collect(None, [c.env.task("train", 0)], n=1, sampling=SAMPLING, seeds=[0])
+      found.append((r.text, r.feedback.reward))
+  finally:
+    c.close()
+  assert found == [("four", 1.0), ("<think>four", 0.0), ("four", 1.0)]
+
+
 def test_a_response_that_was_cut_off_is_told_so():
   """The engine's word alone decides it.
 
@@ -193,15 +214,16 @@ def test_a_rollout_keeps_what_the_engine_returned():
     assert completion.tokens == head + say(text) and completion.logp[0] != rollout.logp[0]
 
 
-def test_prompts_may_be_given_as_ids():
+def test_prompts_may_be_given_as_ids_that_their_maker_limits():
   prompts, limit = [[7, 8, 9], [1] * 5], 4
-  c = collector({}, fakes.ScriptedEngine([[say("yes")]]), max_prompt_tokens=limit)
+  c = collector({}, fakes.ScriptedEngine([[say("yes")], [say("yes")]]), max_prompt_tokens=limit)
   settings = dict(n=1, sampling=SAMPLING, seeds=[0])
   task = c.env.task("train", 0)
   try:
-    ((rollout,),) = c.collect(None, [task], prompts=prompts[:1], **settings)
-    assert rollout.prompt_tokens == prompts[0]
-    with pytest.raises(TaskError, match="takes 5 tokens, more than"):
-      c.collect(None, [task], prompts=prompts[1:], **settings)
+    for prompt in prompts:
+      ((rollout,),) = c.collect(None, [task], prompts=[prompt], **settings)
+      assert rollout.prompt_tokens == prompt
+    with pytest.raises(TaskError, match="more than config.data.max_prompt_tokens=4"):
+      c.collect(None, [task], **settings)
   finally:
     c.close()
