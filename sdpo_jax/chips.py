@@ -118,9 +118,10 @@ def topology_devices(name: str):
     ).devices
   except (RuntimeError, ValueError, NotImplementedError) as error:
     extra = "cuda13" if is_gpu else "tpu"
+    python = ", with Python 3.12" if is_gpu else ""
     raise ValueError(
-      f"--topology={name!r}: {str(error).splitlines()[0]} "
-      f'(plan needs the compiler: pip install "jax[{extra}]")'
+      f'--topology={name!r}: plan needs the compiler: pip install "jax[{extra}]"{python} '
+      f"({str(error).splitlines()[0]})"
     ) from error
 
 

@@ -700,7 +700,7 @@ def card(rollout: dict) -> dict:
   """Returns what the page shows of one line of a rollout file; any field may be missing."""
   tokens, gaps = rollout.get("tokens"), rollout.get("teacher_gap")
   has_gaps = isinstance(tokens, list) and isinstance(gaps, list) and len(tokens) == len(gaps)
-  step = f"step {rollout.get('step', '?')}"
+  step = f"step {rollout['step']}" if "step" in rollout else ""
   head = (step, rollout.get("task_id", ""), rollout.get("status", ""))
   badge, reward = _reward(rollout.get("reward"))
   return {

@@ -9,6 +9,7 @@ from sdpo_jax.diagnose.prompts import ABOUT, OWN
 from sdpo_jax.diagnose.states import (
   COPIED,
   FEW_QUESTIONS,
+  GATE,
   MUCH,
   NO_BETTER,
   OWN_RUNS,
@@ -39,7 +40,7 @@ def _truncated(figures: dict) -> Line | None:
   share = figures["policy"]["truncated"]
   if share < TRUNCATED:
     return None
-  text = f"{share:.0%} of the responses are cut off: raise config.rollout.max_new_tokens"
+  text = f"{share:.0%} of the responses are cut off: raise --config.rollout.max_new_tokens"
   return Line(text, f"truncated >= {TRUNCATED:g}", "arXiv 2503.14476")
 
 
@@ -47,12 +48,12 @@ def _entropy(figures: dict) -> Line | None:
   entropy = figures["policy"]["entropy"]
   if entropy is not None and entropy > NATS_HIGH:
     text = (
-      f"{entropy:.2f} nats a token: the text is hardly coherent; lower config.rollout.temperature"
+      f"{entropy:.2f} nats a token: the text is hardly coherent; lower --config.rollout.temperature"
     )
     return Line(text, f"entropy > {NATS_HIGH:g}", OWN_RUNS)
   if entropy is not None and entropy < NATS_LOW:
     text = (
-      f"{entropy:.3f} nats a token: the samples are one answer; raise config.rollout.temperature"
+      f"{entropy:.3f} nats a token: the samples are one answer; raise --config.rollout.temperature"
     )
     return Line(text, f"entropy < {NATS_LOW:g}", "arXiv 2503.14476")
   return None
@@ -74,7 +75,19 @@ def _unjudged(figures: dict) -> Line | None:
   if not unjudged:
     return None
   text = f"{unjudged} responses have no verdict: the log above says what the environment lacks"
-  return Line(text, "unjudged > 0", "records.py")
+  return Line(text, "unjudged > 0", "verdicts of the environment")
+
+
+def _silent(figures: dict) -> Line | None:
+  own = figures["prompts"].get(OWN)
+  if own is None or own["says_nothing"] < 0.1:
+    return None
+  text = (
+    f"{own['says_nothing']:.0%} of the teacher's prompts show nothing of their context: "
+    "--config.method.teacher_context.templates must keep {solution} and {feedback} in reprompt, "
+    "and {text} in those two"
+  )
+  return Line(text, "says_nothing >= 0.1", GATE)
 
 
 def _shortened(figures: dict) -> Line | None:
@@ -82,9 +95,10 @@ def _shortened(figures: dict) -> Line | None:
   if own is None or own["shortened"] < 0.1:
     return None
   text = (
-    f"{own['shortened']:.0%} of the teacher's prompts are cut: raise config.data.max_teacher_tokens"
+    f"{own['shortened']:.0%} of the teacher's prompts are cut: raise "
+    "--config.data.max_teacher_tokens"
   )
-  return Line(text, "shortened >= 0.1", "data/teacher_prompt.py")
+  return Line(text, "shortened >= 0.1", "prompts as they were rendered")
 
 
 def _better_prompt(figures: dict, context: str) -> Line | None:
@@ -107,25 +121,31 @@ def _better_prompt(figures: dict, context: str) -> Line | None:
   best = max(better, key=lambda name: better[name])
   where, settings = _AS_CONTEXT[best]
   if context != where:
-    settings = f"name={where}" + (f" with {settings}" if settings else "")
+    settings = (f"name={where}", *settings)
+  flags = " ".join(f"--config.method.teacher_context.{setting}" for setting in settings)
   text = (
     f"{ABOUT[best]} is worth {100 * better[best]:.0f} points more than what the teacher reads, on "
-    f"the same attempts: set config.method.teacher_context.{settings}"
+    f"the same attempts: {flags or 'use the plain settings of method=sdpo'}"
   )
   recited = failed[best]["recited"] or 0.0
   if recited >= COPIED:
     text += f"; but {recited:.0%} of the right answers recite what was shown"
-  return Line(text, f"adds {MUCH:g} or more, p <= {LEVEL:g} after Holm", "measures.py")
+  return Line(
+    text, f"adds {MUCH:g} or more, p <= {LEVEL:g} after Holm", "paired, on the same attempts"
+  )
 
 
 # prompt -> the context that shows it, and its settings
 _AS_CONTEXT = {
-  "sdpo": ("feedback_or_solution", ""),
-  "feedback": ("feedback_or_solution", "use_solution=False, .feedback=always"),
-  "solution": ("feedback_or_solution", "feedback=never"),
-  "reference": ("reference_solution", ""),
-  "both": ("feedback_or_solution", "feedback=always"),
-  "attempt": ("feedback_or_solution", "show_attempt=True, .use_solution=False, .feedback=always"),
+  "sdpo": ("feedback_or_solution", ()),
+  "feedback": ("feedback_or_solution", ("use_solution=False", "feedback=always")),
+  "solution": ("feedback_or_solution", ("feedback=never",)),
+  "reference": ("reference_solution", ()),
+  "both": ("feedback_or_solution", ("feedback=always",)),
+  "attempt": (
+    "feedback_or_solution",
+    ("show_attempt=True", "use_solution=False", "feedback=always"),
+  ),
 }
 
 
@@ -140,7 +160,7 @@ def _copied(figures: dict) -> Line | None:
     f"{copied:.0%} of what the teacher answers stands word for word in what it was shown: it may "
     "recite, and recitals are learned too; watch data/copy_rate, or show feedback alone"
   )
-  return Line(text, f"copied or recited >= {COPIED:g}", "monitors.py")
+  return Line(text, f"copied or recited >= {COPIED:g}", "word for word")
 
 
 def _blind_teacher(figures: dict) -> Line | None:
@@ -152,7 +172,7 @@ def _blind_teacher(figures: dict) -> Line | None:
     f"shown feedback, the teacher's likeliest token is right in {right['teacher']:.0%} of a right "
     f"answer's tokens, the policy's in {right['policy']:.0%}: feedback misleads this model"
   )
-  return Line(text, "right tokens fall", "tokens.py")
+  return Line(text, "right tokens fall", "known right answers")
 
 
 def _small_model(figures: dict) -> Line | None:
@@ -162,10 +182,10 @@ def _small_model(figures: dict) -> Line | None:
   millions = figures["parameters"] / 1e6
   text = (
     f"a model of {millions:.0f} M parameters: self-teaching grows with size, and below a billion "
-    "SDPO was at or under GRPO; try method=grpo, a larger model, or a blend (method=sdpo_blend)"
+    "SDPO was at or under GRPO: try a larger model"
   )
   return Line(text, "fewer than 1e9 parameters", f"{PAPER}, models of several sizes")
 
 
 _POLICY_RULES = (_unjudged, _difficulty, _truncated, _entropy)
-_PROMPT_RULES = (_shortened, _copied, _blind_teacher, _small_model)
+_PROMPT_RULES = (_silent, _shortened, _copied, _blind_teacher, _small_model)

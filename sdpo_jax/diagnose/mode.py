@@ -23,6 +23,7 @@ Errors: SettingError for what cannot be diagnosed. RunError where no response co
 import dataclasses
 import json
 import pathlib
+import sys
 
 import jax
 
@@ -79,6 +80,7 @@ def diagnose(c, workdir: str) -> dict:
     "tokens": tokens.figures(readings, answers),
     "parameters": int(sum(sizes)),
     "on_one_device": session.mesh is None,
+    "has_teacher": build.build_method(c.method.to_dict()).needs_teacher,
   }
   found = figures | {"verdict": verdict(figures, c.method.to_dict())}
   if hosts.leads():
@@ -122,6 +124,7 @@ def sample(c, session: Session, maker: PromptMaker) -> Samples:
   sampling = Sampling(
     c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, session.chat.stop_tokens
   )
+  say(f"{len(tasks)} questions, {group} responses each")
   groups = session.collector.collect(
     session.params,
     tasks,
@@ -135,6 +138,7 @@ def sample(c, session: Session, maker: PromptMaker) -> Samples:
     )
   prompts_QG = [maker.of_group(rollouts) for rollouts in groups]
   chosen = choose(prompts_QG, c.diagnose.responses - questions * group)
+  say(f"{len(chosen)} attempts are made again, each under several prompts")
   made = make_again(
     session.collector,
     session.params,
@@ -145,10 +149,17 @@ def sample(c, session: Session, maker: PromptMaker) -> Samples:
   return Samples(groups, prompts_QG, made)
 
 
+def say(what: str) -> None:
+  """Says on stderr what is done next; some of it takes minutes."""
+  if hosts.leads():
+    print(f"diagnose: {what}", file=sys.stderr)
+
+
 def read_tokens(c, session: Session, samples: Samples, maker: PromptMaker):
   """Returns (readings, answers) of `tokens.read_attempts`; none on several devices."""
   if session.mesh is not None:  # a text is read by itself, and a mesh has no row of it
     return [], {}
+  say(f"{c.diagnose.texts} attempts are read token by token")
   scorer = TextScorer(session.model)
   scorer.load(session.params)
   return tokens.read_attempts(
@@ -176,7 +187,7 @@ def figures_of(c, samples: Samples, maker: PromptMaker) -> dict:
 
 def summary_lines(found: dict) -> list[str]:
   """Returns what is printed of a diagnosis; points are hundredths of the reward."""
-  return [*_policy_lines(found["policy"]), *_again_lines(found), *_verdict_lines(found["verdict"])]
+  return [*_verdict_lines(found["verdict"]), *_policy_lines(found["policy"]), *_again_lines(found)]
 
 
 def _policy_lines(policy: dict) -> list[str]:
@@ -198,14 +209,18 @@ def _again_lines(found: dict) -> list[str]:
   failed, prompts = found["again"]["failed"], found["prompts"]
   if not failed:
     return ["no attempt failed: there is nothing to make again"]
-  lines = [f"failed attempts, made again; {'':20} reward              against the question alone"]
+  lines = [f"failed attempts, made again; shown  reward{'':14} against the question alone"]
+  # of two equal prompts one is told; a method without a teacher has SDPO's as its own
+  skipped = OWN if not found["has_teacher"] else ""
+  if SDPO in failed and prompts[SDPO]["same_as_own"] == 1 and not skipped:
+    skipped = SDPO
   for name, figure in failed.items():
-    if name == SDPO and prompts[name]["same_as_own"] == 1:
-      continue  # said already
+    if name == skipped:
+      continue
     line = f"  {ABOUT[name]:<34} {_percent(figure['reward']):<20}"
     if name != CONTROL:
       share = prompts[name]["share_of_failed"]
-      line += f" {_points(figure['difference']):<20} {share:.0%} of the failed have it"
+      line += f" {_points(figure['difference']):<20} possible for {share:.0%} of the failed"
     lines.append(line.rstrip())
   of_all = found["again"]["all"]
   for what, figure in (
@@ -224,13 +239,13 @@ def _token_lines(read: dict) -> list[str]:
   if read["gap"] is None:
     return []
   lines = [
-    f"teacher and policy: {read['gap']:.2g} nats a token apart, another likeliest token in "
+    f"teacher and policy: {read['gap']:.2g} nats a token apart, with another likeliest token at "
     f"{read['top_differs']:.0%}"
   ]
   for name, right in read["right"].items():
     lines.append(
-      f"  likeliest token right in a right answer, shown {ABOUT[name]}: {right['teacher']:.0%}, "
-      f"policy {right['policy']:.0%}"
+      f"  of a right answer, its likeliest token is the right one in {right['teacher']:.0%} (shown "
+      f"{ABOUT[name]}), the policy's in {right['policy']:.0%}"
     )
   return lines
 

@@ -67,7 +67,6 @@ def _card(again: Again, reading: Reading | None, chat: Chat) -> dict:
   attempt = again.attempt
   shown = again.prompts.get(OWN, again.prompts.get(TURN))
   rollout = {
-    "step": 0,
     "task_id": attempt.task.id,
     "status": attempt.feedback.status.value,
     "reward": attempt.feedback.reward,

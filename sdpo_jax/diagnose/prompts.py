@@ -30,7 +30,7 @@ from sdpo_jax.records import Rollout, Task
 CONTROL, OWN, SDPO, TURN = "control", "own", "sdpo", "turn"
 # name -> what the page and the table say of it
 ABOUT = {
-  CONTROL: "the question alone",
+  CONTROL: "the question alone (the policy)",
   OWN: "what the configured teacher reads",
   SDPO: "another success, else feedback",
   "feedback": "feedback",

@@ -13,6 +13,7 @@ ALL_SILENT = 0.99  # of the prompts that say nothing
 ROUNDING_NATS = 1e-6
 MIXED, RARELY_MIXED = 0.1, 0.02  # shares of groups
 MUCH = 0.1  # reward that a teacher adds
+WIDE = 0.3  # of an interval of the reward that tells nothing
 COPIED = 0.5  # share of 8-grams, or of right answers
 
 INERT, BETTER, WORSE, UNKNOWN = "inert", "better", "worse", "unknown"
@@ -20,7 +21,7 @@ NO_BETTER, UNCLEAR = "no better", "unclear"
 OFTEN, RARELY, NEVER = "mixed", "rarely mixed", "not mixed"
 
 PAPER = "arXiv 2601.20802"
-GATE = "sdpo_jax/teacher_gate.py"
+GATE = "the gate of training, teacher_gate.py"
 OWN_RUNS = "this project's runs with SmolLM2-135M, RESULTS.md"
 
 
@@ -50,8 +51,8 @@ def state_of_teacher(figures: dict, name: str) -> tuple[str, Line]:
     return INERT, Line(text, "equal_teacher", GATE)
   if worth is None or worth["questions"] < FEW_QUESTIONS:
     count = worth["questions"] if worth else 0
-    text = f"only {count} questions were tried again: raise config.diagnose.responses"
-    return UNKNOWN, Line(text, "few_questions", "stats.py")
+    text = f"only {count} questions were tried again: raise --config.diagnose.responses"
+    return UNKNOWN, Line(text, "few_questions", "a bootstrap over questions")
   return _state_of_answers(worth)
 
 
@@ -70,8 +71,10 @@ def _state_of_answers(worth: dict) -> tuple[str, Line]:
     return NO_BETTER, Line(text, "teacher_no_better", OWN_RUNS)
   text = (
     f"the teacher is not shown to know more than the policy: {told}; four times the responses "
-    "(config.diagnose.responses) halve the interval"
+    "(--config.diagnose.responses) halve the interval"
   )
+  if found["high"] - found["low"] > WIDE:
+    return UNKNOWN, Line(text, f"an interval wider than {WIDE:g}", "a bootstrap over questions")
   return UNCLEAR, Line(text, "teacher_unclear", OWN_RUNS)
 
 

@@ -17,7 +17,7 @@ What a method can learn from is of two kinds:
                       hold it, and hardly moves it if frozen: the interval holds 0 and ends below .1
   unclear             may hurt, likewise: the interval holds 0 and more than .1; a larger budget
                       tells
-  unknown             nobody knows: too few questions
+  unknown             nobody knows: too few questions, or an interval wider than .3 that holds 0
 
   rewards             what a surrogate does
   mixed               learns: at least a tenth of the groups differ

