@@ -109,8 +109,10 @@ def _better_prompt(figures: dict, context: str) -> Line | None:
     for name, figure in failed.items()
     if name in _AS_CONTEXT and figure["against_own"] and figure["questions"] >= FEW_QUESTIONS
   }
+  if not compared:
+    return None
   p_values = [figure["against_own"]["p"] for figure in compared.values()]
-  sure = stats.holm([1.0 if p is None else p for p in p_values]) <= LEVEL if compared else []
+  sure = stats.holm([1.0 if p is None else p for p in p_values]) <= LEVEL
   better = {
     name: figure["against_own"]["mean"]
     for (name, figure), is_sure in zip(compared.items(), sure, strict=True)

@@ -199,12 +199,10 @@ def _bounds(found: stats.Difference | None) -> dict | None:
   """Returns a difference of rewards, which lie in [0, 1], with its bounds."""
   if found is None:
     return None
-  low, high = found.low, found.high
-  return {
-    "mean": found.difference,
-    "low": None if low is None else max(low, -1.0),
-    "high": None if high is None else min(high, 1.0),
-  }
+  bounds = {"mean": found.difference, "low": found.low, "high": found.high}
+  if found.low is not None:
+    bounds |= {"low": max(found.low, -1.0), "high": min(found.high, 1.0)}
+  return bounds
 
 
 def _tested(found: stats.Difference | None) -> dict | None:
