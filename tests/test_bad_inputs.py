@@ -110,7 +110,10 @@ BAD = {
     [f"--config={ROOT}/configs/tinycode.py:method=gspoo"],
     "method='gspoo' is unknown; did you mean 'gspo'; choose from ['anti_sd', 'beta_opsd'",
   ),
-  "unknown_mode": ([TINY, "--mode=training"], "choose from ['train', 'eval', 'discover', 'plan']"),
+  "unknown_mode": (
+    [TINY, "--mode=training"],
+    "choose from ['train', 'eval', 'diagnose', 'discover', 'plan']",
+  ),
   "unknown_flag": ([TINY, "--nonsense"], "nonsense"),
   "eval_of_nothing": ([TINY, "--mode=eval"], "--checkpoint"),
   "flag_of_another_mode": ([TINY, "--topology=v5e:8x8"], "--topology would not be read"),

@@ -364,7 +364,7 @@ def test_a_second_model_is_loaded_and_asked_beside_the_policy(monkeypatch, tmp_p
   monkeypatch.setattr(
     train,
     "run",
-    lambda state, host, steps, **_: seen.extend(steps.collect(state, 1)),
+    lambda state, host, steps, **_: seen.extend(steps.collect(state, 1)) or state,
   )
   monkeypatch.setattr(train.report, "write_report", lambda *_: None)
   train.train(c, tmp_path)

@@ -564,7 +564,7 @@ def test_summary_lines_show_both_models_with_intervals():
     "[5.0%,",
     "15.0%]",
   ]
-  assert main.MODES == ("train", "eval", "discover", "plan")
+  assert main.MODES == ("train", "eval", "diagnose", "discover", "plan")
 
 
 def test_a_tilde_in_a_path_is_the_home_directory(tmp_path, monkeypatch, capsys):

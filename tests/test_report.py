@@ -447,8 +447,8 @@ def test_command(tmp_path):
 
 def test_the_package_ships_the_page():
   root = pathlib.Path(__file__).parent.parent
-  assert '"assets/report.html"' in (root / "setup.py").read_text(encoding="utf-8")
-  assert (report.ASSETS / "report.html").exists()
+  assert '"assets/*.html"' in (root / "setup.py").read_text(encoding="utf-8")
+  assert (report.ASSETS / "report.html").exists() and (report.ASSETS / "parts.html").exists()
 
 
 def test_needs_no_jax():

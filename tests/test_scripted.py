@@ -118,6 +118,15 @@ CASES = {
     "",
     "The response is empty.",
   ),
+  "instructions": (  # small letters, and a paragraph that begins with one word
+    {},
+    None,
+    lambda s: s + " too",
+    "A LOUD ENGINE!",
+    "change_case:english_lowercase",
+    "",
+    "The response is empty.",
+  ),
   "pairwise": (
     dict(judge="tests.fakes:longer_is_better"),
     "pairwise",
@@ -150,7 +159,8 @@ def judged(name, sandbox, tmp_path, *, broken=None):
     splits=("train",),
   )
   task = first_tasks(env, "train", 1)[0]
-  right = task.solution or "Water falls from the clouds."
+  steam = "honestly, steam pushes a piston."
+  right = steam if name == "instructions" else task.solution or "Water falls from the clouds."
   thought = "" if name in ("tinycode", "arithmetic") else "<think>\nhm, 5?\n</think>\n\n"
   responses = [thought + right, wrong, again(right), malformed]
   if broken:
