@@ -6,7 +6,8 @@ Smoke:  python -m sdpo_jax.experiment --config=configs/experiments/diagnose.py:l
           --workdir=runs/diagnose_local
 Before: python -m sdpo_jax.main --mode=diagnose --workdir=runs/diagnosis_notes \
           --config=configs/experiments/diagnose.py:task=notes
-        and likewise for the tasks tinycode and arithmetic.
+        and likewise for the tasks tinycode and arithmetic, 20 s each on two cores. What it said is
+        in results/diagnose, from before any of these runs.
 Grid:   SDPO, SDPO with a frozen teacher, GRPO and their blend, three seeds. All else is
         configs/tinycode.py, and the two domains of configs/counterfactual.py; nothing is tuned.
         The fourth task, with a real model, is configs/experiments/instructions.py.
