@@ -46,7 +46,7 @@ def import_gguf(source: str, out, *, dtype: str = "bfloat16"):
   out = pathlib.Path(out)
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise ValueError(f"--out={out} exists and is not an empty directory")
-  gguf_file.library()
+  gguf_file.gguf_package()
   files = gguf_file.find(source)
   out.absolute().parent.mkdir(parents=True, exist_ok=True)
   partial = out.absolute().with_name(f"{out.name}.partial-{os.getpid()}")

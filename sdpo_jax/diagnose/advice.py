@@ -5,7 +5,7 @@ names them.
 """
 
 from sdpo_jax import stats
-from sdpo_jax.diagnose.prompts import ABOUT, OWN
+from sdpo_jax.diagnose.prompts import ABOUT, CONTEXTS, OWN
 from sdpo_jax.diagnose.states import (
   COPIED,
   FEW_QUESTIONS,
@@ -107,7 +107,7 @@ def _better_prompt(figures: dict, context: str) -> Line | None:
   compared = {
     name: figure
     for name, figure in failed.items()
-    if name in _AS_CONTEXT and figure["against_own"] and figure["questions"] >= FEW_QUESTIONS
+    if name in CONTEXTS and figure["against_own"] and figure["questions"] >= FEW_QUESTIONS
   }
   if not compared:
     return None
@@ -121,10 +121,10 @@ def _better_prompt(figures: dict, context: str) -> Line | None:
   if not better:
     return None
   best = max(better, key=lambda name: better[name])
-  where, settings = _AS_CONTEXT[best]
+  where, settings = CONTEXTS[best]
   if context != where:
-    settings = (f"name={where}", *settings)
-  flags = " ".join(f"--config.method.teacher_context.{setting}" for setting in settings)
+    settings = {"name": where} | settings
+  flags = " ".join(f"--config.method.teacher_context.{key}={x}" for key, x in settings.items())
   text = (
     f"{ABOUT[best]} is worth {100 * better[best]:.0f} points more than what the teacher reads, on "
     f"the same attempts: {flags or 'use the plain settings of method=sdpo'}"
@@ -135,20 +135,6 @@ def _better_prompt(figures: dict, context: str) -> Line | None:
   return Line(
     text, f"adds {MUCH:g} or more, p <= {LEVEL:g} after Holm", "paired, on the same attempts"
   )
-
-
-# prompt -> the context that shows it, and its settings
-_AS_CONTEXT = {
-  "sdpo": ("feedback_or_solution", ()),
-  "feedback": ("feedback_or_solution", ("use_solution=False", "feedback=always")),
-  "solution": ("feedback_or_solution", ("feedback=never",)),
-  "reference": ("reference_solution", ()),
-  "both": ("feedback_or_solution", ("feedback=always",)),
-  "attempt": (
-    "feedback_or_solution",
-    ("show_attempt=True", "use_solution=False", "feedback=always"),
-  ),
-}
 
 
 def _copied(figures: dict) -> Line | None:

@@ -60,7 +60,7 @@ class GgufFile(NamedTuple):
     return self.metadata[key]
 
 
-def library():
+def gguf_package():
   """Returns the package `gguf`, which nothing else needs."""
   try:
     import gguf
@@ -188,7 +188,7 @@ def _join(paths: tuple[str, ...], out: str) -> str:
 
 def _read_header(path: str, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
   """Returns the metadata and the tensors of one GGUF file; `name` is for errors."""
-  gguf = library()
+  gguf = gguf_package()
   with open(path, "rb") as f:
     if f.read(4) != b"GGUF":
       raise GgufError(f"{name} is not a GGUF file: it does not begin with GGUF")
@@ -214,7 +214,7 @@ def _read_header(path: str, name: str) -> tuple[dict[str, Any], dict[str, Tensor
 
 def _check_kind(kind, name: str) -> None:
   """Raises GgufError for a quantisation that cannot be undone."""
-  gguf = library()
+  gguf = gguf_package()
   _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
   try:
     gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
@@ -226,7 +226,7 @@ def _check_kind(kind, name: str) -> None:
 
 def blocks(tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
   """Yields (index of the first row, rows as float32) of a tensor, in blocks of bounded size."""
-  gguf = library()
+  gguf = gguf_package()
   columns = tensor.shape[-1]
   rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
   row_bytes = tensor.nbytes // rows

@@ -207,7 +207,7 @@ def tensors_by_slot(file: GgufFile, config: ModelConfig) -> list[tuple[Slot, Ten
 
   GgufError for anything left over on either side, and for a shape that does not fit.
   """
-  gguf = gguf_file.library()
+  gguf = gguf_file.gguf_package()
   architecture = gguf.MODEL_ARCH[file.metadata["general.architecture"].upper()]
   names = gguf.get_tensor_name_map(architecture, config.layers)
   pairs = []
