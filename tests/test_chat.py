@@ -278,7 +278,7 @@ def test_an_unfinished_thought_is_no_answer_in_any_environment(name):
     task = env.task_from_row({"idx": 0} | row, "train")
   else:
     task = env.task("train", 0)
-    answer = task.solution or "honestly, steam pushes a piston."  # of instructions
+    answer = task.solution or "honestly, an engine pushes pistons."  # of instructions
   try:
     for opening, closing, _ in thought.FORMS:
       for text in (f"{opening}{answer}", f"\n{opening}\nwell{closing}no {opening}\n{answer}\n"):

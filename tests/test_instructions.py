@@ -7,7 +7,13 @@ import random
 import pytest
 
 from sdpo_jax.envs import ifeval_conflicts
-from sdpo_jax.envs.instruction_words import DISTRACTIONS, KINDS, REQUESTS, TOPICS
+from sdpo_jax.envs.instruction_words import (
+  DISTRACTIONS,
+  KINDS,
+  REQUESTS,
+  TOPIC_WORD,
+  TOPICS,
+)
 from sdpo_jax.envs.instructions import COUNTS, SPLITS, Instructions, has_unseen_pair
 from sdpo_jax.records import Task
 
@@ -52,9 +58,8 @@ def test_no_two_constraints_exclude_each_other():
   for task in itertools.chain(*MANY.values()):
     assert ifeval_conflicts.find(task.data["constraints"]) is None, task.prompt
     groups = [KINDS[kind].group for kind in kinds_of(task)]
-    assert (
-      len(set(groups)) == len(groups) == task.data["difficulty"] == len(task.data["constraints"])
-    )
+    assert len(set(groups)) == len(groups) == task.data["difficulty"]
+    assert len(task.data["constraints"]) == task.data["difficulty"] + 1
 
 
 def test_every_kind_and_number_of_constraints_occurs():
@@ -65,25 +70,55 @@ def test_every_kind_and_number_of_constraints_occurs():
       assert all(counts[n] == pytest.approx(2000 * COUNTS[n], abs=80) for n in COUNTS)
 
 
-SENTENCE = "A calm day by the sea is a joy"  # eight words, no comma, no full stop
-FOLLOWED = {  # kind: an answer that follows it with these arguments, and one that does not
-  "small_letters": lambda: ("a calm day by the sea is a joy.", f"{SENTENCE}."),
+def test_every_question_demands_a_word_of_its_topic():
+  """No text that stays the same is right for more than a few questions."""
+  env = Instructions()
+  for split, tasks in MANY.items():
+    for task in tasks:
+      name, arguments = task.data["constraints"][0]
+      (word,) = arguments["keywords"]
+      assert name == "keywords:existence" and word.lower() == task.data["topic"].split()[-1]
+      assert word in task.prompt
+      assert env.judge(task, "").reward == 0.0, (split, task.prompt)
+  constant = '"* warm\n* calm"'  # two bullets in quotation marks
+  tasks = MANY["heldout"]
+  assert sum(env.judge(task, constant).reward for task in tasks) / len(tasks) < 0.02
+
+
+def test_a_text_that_is_demanded_has_the_case_that_is_demanded():
+  for task in itertools.chain(*MANY.values()):
+    texts = []
+    for _, arguments in task.data["constraints"]:
+      for key, value in arguments.items():
+        texts += value if isinstance(value, list) else [value] if isinstance(value, str) else []
+        if key == "relation":
+          assert texts.pop() in ("less than", "at least")
+    small, capital = (kind in kinds_of(task) for kind in ("small_letters", "capitals"))
+    assert not small or all(text == text.lower() for text in texts), task.prompt
+    assert not capital or all(text == text.upper() for text in texts), task.prompt
+
+
+SENTENCE = "A @ day by the sea is a joy"  # no comma, no full stop
+# kind: an answer that follows it with these arguments, and one that does not; @ stands for the word
+# of the topic
+FOLLOWED = {
+  "small_letters": lambda: ("a @ day by the sea is a joy.", f"{SENTENCE}."),
   "capitals": lambda: (f"{SENTENCE}.".upper(), f"{SENTENCE}."),
-  "no_comma": lambda: (SENTENCE, "Calm, warm and bright."),
-  "few_words": lambda num_words, relation: ("word " * (num_words - 1), "word " * num_words),
-  "many_words": lambda num_words, relation: ("word " * num_words, "word " * (num_words - 1)),
+  "no_comma": lambda: (SENTENCE, "A @, warm and bright."),
+  "few_words": lambda num_words, relation: ("@ " * (num_words - 1), "@ " * num_words),
+  "many_words": lambda num_words, relation: ("@ " * num_words, "@ " * (num_words - 1)),
   "few_sentences": lambda num_sentences, relation: (
-    "It is calm. " * (num_sentences - 1),
-    "It is calm. " * num_sentences,
+    "It is @. " * (num_sentences - 1),
+    "It is @. " * num_sentences,
   ),
-  "bullets": lambda num_bullets: ("* calm\n" * num_bullets, "* calm\n" * (num_bullets + 1)),
+  "bullets": lambda num_bullets: ("* @\n" * num_bullets, "* @\n" * (num_bullets + 1)),
   "keywords": lambda keywords: (f"{SENTENCE}: {' '.join(keywords)}", SENTENCE),
-  "repeated": lambda keyword, frequency, relation: (f"{keyword} {keyword}", keyword),
+  "repeated": lambda keyword, frequency, relation: (f"@: {keyword} {keyword}", f"@: {keyword}"),
   "forbidden": lambda forbidden_words: (SENTENCE, f"{SENTENCE} {forbidden_words[-1]}."),
   "quotation": lambda: (f'"{SENTENCE}."', f'"{SENTENCE}." That is it.'),
   "ending": lambda end_phrase: (f"{SENTENCE}. {end_phrase}", f"{end_phrase} {SENTENCE}."),
   "title": lambda: (f"<<Calm>>\n{SENTENCE}.", f"<Calm>\n{SENTENCE}."),
-  "first_word": lambda first_word, **_: (f"{first_word} it rains.", f"It rains {first_word}."),
+  "first_word": lambda first_word, **_: (f"{first_word} @ it rains.", f"@ rains {first_word}."),
 }
 
 
@@ -93,8 +128,9 @@ def test_the_judge_knows_right_from_wrong(kind):
   assert len(tasks) > 20
   env = Instructions()
   for task in tasks[:20]:
-    ((name, arguments),) = task.data["constraints"]
-    right, wrong = FOLLOWED[kind](**arguments)
+    (_, topic), (name, arguments) = task.data["constraints"]
+    (word,) = topic["keywords"]
+    right, wrong = (text.replace("@", word) for text in FOLLOWED[kind](**arguments))
     assert env.judge(task, right).reward == 1.0, (task.prompt, right)
     feedback = env.judge(task, wrong)
     assert feedback.reward == 0.0 and f"- {name}: " in feedback.text
@@ -103,21 +139,21 @@ def test_the_judge_knows_right_from_wrong(kind):
 
 def test_a_question_with_several_constraints_wants_them_all():
   task = next(t for t in MANY["unseen"] if t.data["kind"] == "bullets + no_comma")
-  (count,) = (a["num_bullets"] for _, a in task.data["constraints"] if a)
+  (count,) = (a["num_bullets"] for _, a in task.data["constraints"] if "num_bullets" in a)
   env = Instructions()
-  assert env.judge(task, "- calm\n" * count).reward == 1.0
-  assert "1 of 2" in env.judge(task, "- calm, warm\n" * count).text
+  word = task.data["topic"].split()[-1]
+  assert env.judge(task, f"- {word}\n" * count).reward == 1.0
+  assert "1 of 3" in env.judge(task, f"- {word}, warm\n" * count).text
 
 
 def words_of(task: Task, wordings):
   """The given wordings of the constraints of a task, with its arguments."""
-  by_name = dict(task.data["constraints"])
-  for kind in kinds_of(task):
-    arguments = {
-      key: ", ".join(value) if isinstance(value, list) else value
-      for key, value in by_name[KINDS[kind].constraint].items()
-    }
-    yield [text.format(**arguments) for text in wordings(KINDS[kind])]
+  topic, *others = task.data["constraints"]
+  by_name = {KINDS[kind].constraint: KINDS[kind] for kind in kinds_of(task)}
+  kinds = [(TOPIC_WORD, topic[1]), *((by_name[name], arguments) for name, arguments in others)]
+  for kind, arguments in kinds:
+    texts = {k: ", ".join(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    yield [text.format(**texts) for text in wordings(kind)]
 
 
 def test_adversarial_questions_say_it_otherwise():

@@ -159,7 +159,7 @@ def judged(name, sandbox, tmp_path, *, broken=None):
     splits=("train",),
   )
   task = first_tasks(env, "train", 1)[0]
-  steam = "honestly, steam pushes a piston."
+  steam = "honestly, an engine pushes pistons."
   right = steam if name == "instructions" else task.solution or "Water falls from the clouds."
   thought = "" if name in ("tinycode", "arithmetic") else "<think>\nhm, 5?\n</think>\n\n"
   responses = [thought + right, wrong, again(right), malformed]

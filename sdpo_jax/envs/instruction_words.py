@@ -308,3 +308,15 @@ KINDS = {
     ),
   ),
 }
+
+# What every question demands besides: a word of its topic, so that no text answers them all.
+TOPIC_WORD = Kind(
+  "keywords:existence",
+  "topic",
+  _nothing,  # the topic itself gives the word
+  ("Use the word {keywords}.", "The word {keywords} must be in it."),
+  (
+    "I stop reading where {keywords} is not mentioned by name.",
+    "It only counts if {keywords} turns up in it.",
+  ),
+)

@@ -1,8 +1,13 @@
 """Makes short instructions that a program can check, in IFEval's form, for a real model.
 
-A question asks for a few words on a topic and puts one to three constraints on them:
+A question asks for a few words on a topic, among them a word that names it, and puts one to three
+constraints on them:
 
-    Write a short note about a lost key. Do not use any commas. Use less than 20 words.
+    Write a short note about a lost key. Use the word key. Do not use any commas. Use less than 20
+    words.
+
+Without the word, one text that follows many kinds of constraint would be right for a third of the
+questions, and a model could earn its reward without reading them.
 
 The checks, the feedback and the reward are IFEval's (`ifeval.py`). `instruction_words.py` has the
 topics, the requests and the constraints, fourteen kinds of them, each in two wordings and in two
@@ -20,8 +25,9 @@ heldout, tune and adversarial, so that no question is in two of them:
 A question has at most one constraint of a group (case, length, words, frame, marks), and no two
 that exclude each other (`ifeval_conflicts.py`).
 
-`Task.data` says `difficulty`, the number of constraints, and `kind`, their names in alphabetical
-order. Everything is a pure function of split and index.
+A text that a question demands has the case that it demands. `Task.data` says `difficulty`, the
+number of constraints beside the word, and `kind`, their names in alphabetical order. Everything is
+a pure function of split and index.
 """
 
 import dataclasses
@@ -31,7 +37,7 @@ import zlib
 
 from sdpo_jax.envs import ifeval_conflicts
 from sdpo_jax.envs.ifeval import IFEval
-from sdpo_jax.envs.instruction_words import DISTRACTIONS, KINDS, REQUESTS, TOPICS
+from sdpo_jax.envs.instruction_words import DISTRACTIONS, KINDS, REQUESTS, TOPIC_WORD, TOPICS, Kind
 from sdpo_jax.errors import unknown
 from sdpo_jax.records import Feedback, Task
 
@@ -74,12 +80,12 @@ class Instructions:
       raise ValueError(unknown("split", split, SPLITS))
     rng = random.Random(f"instructions/{split}/{index}")
     topic, kinds = _draw_combination(rng, split)
-    arguments = _draw_arguments(rng, kinds)
+    constraints = _draw_arguments(rng, topic, kinds)
     row = {
       "key": index,
-      "prompt": _text(rng, split, topic, list(zip(kinds, arguments, strict=True))),
-      "instruction_id_list": [KINDS[kind].constraint for kind in kinds],
-      "kwargs": arguments,
+      "prompt": _text(rng, split, topic, constraints),
+      "instruction_id_list": [kind.constraint for kind, _ in constraints],
+      "kwargs": [arguments for _, arguments in constraints],
     }
     task = self._ifeval.task_from_row(row, split)
     task.data.update(kind=" + ".join(sorted(kinds)), difficulty=len(kinds), topic=topic)
@@ -105,21 +111,41 @@ def _draw_combination(rng: random.Random, split: str) -> tuple[str, list[str]]:
       return topic, kinds
 
 
-def _draw_arguments(rng: random.Random, kinds: list[str]) -> list[dict]:
+def _draw_arguments(rng: random.Random, topic: str, kinds: list[str]) -> list[tuple[Kind, dict]]:
   """Draws arguments of each constraint until a response can follow them all."""
+  topic_word = (TOPIC_WORD, {"keywords": [topic.split()[-1]]})
   while True:
-    arguments = [KINDS[kind].draw(rng) for kind in kinds]
-    names = [KINDS[kind].constraint for kind in kinds]
-    if ifeval_conflicts.find(list(zip(names, arguments, strict=True))) is None:
-      return arguments
+    drawn = [topic_word, *((KINDS[kind], KINDS[kind].draw(rng)) for kind in kinds)]
+    constraints = [(kind, _in_case(arguments, kinds)) for kind, arguments in drawn]
+    if (
+      ifeval_conflicts.find([(kind.constraint, arguments) for kind, arguments in constraints])
+      is None
+    ):
+      return constraints
 
 
-def _text(rng: random.Random, split: str, topic: str, constraints: list[tuple[str, dict]]) -> str:
+def _in_case(arguments: dict, kinds: list[str]) -> dict:
+  """Returns the arguments with their texts in the case that the question demands, if any."""
+  if "small_letters" not in kinds and "capitals" not in kinds:
+    return arguments
+  change = str.lower if "small_letters" in kinds else str.upper
+
+  def changed(name, value):
+    if name == "relation":  # of two numbers
+      return value
+    if isinstance(value, list):
+      return [change(text) for text in value]
+    return change(value) if isinstance(value, str) else value
+
+  return {name: changed(name, value) for name, value in arguments.items()}
+
+
+def _text(rng: random.Random, split: str, topic: str, constraints: list[tuple[Kind, dict]]) -> str:
   """Returns the question in the words of its split."""
   request = rng.choice(REQUESTS).format(topic)
   if split != "adversarial":
-    return " ".join([request, *(_wording(rng, KINDS[k].wordings, a) for k, a in constraints)])
-  demands = [_wording(rng, KINDS[kind].others, a) for kind, a in constraints]
+    return " ".join([request, *(_wording(rng, k.wordings, a) for k, a in constraints)])
+  demands = [_wording(rng, kind.others, a) for kind, a in constraints]
   twist = rng.choice(_TWISTS)
   if twist != "order":
     demands.insert(rng.randrange(len(demands) + 1), rng.choice(DISTRACTIONS))
