@@ -62,6 +62,15 @@ class Feedback:
   status: Status = Status.SCORED
 
 
+class Turn(NamedTuple):
+  """What a world says to one message of the policy."""
+
+  observation: str  # what the policy reads next
+  reward: float  # of the episode, in [0, 1]; what counts is that of the last turn
+  done: bool
+  valid: bool = True  # False: the message held no action that the world allows
+
+
 @dataclasses.dataclass
 class Rollout:
   """One sampled response and everything known about it. Host side."""

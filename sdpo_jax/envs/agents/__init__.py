@@ -1,0 +1,1 @@
+"""Worlds in which a policy acts turn by turn; `envs/base.py` has their contract."""
