@@ -259,13 +259,13 @@ def test_workers_that_do_not_start_are_our_failure(monkeypatch):
     with pytest.raises(RuntimeError, match="did not start"):
       broken.judge(task, "\\boxed{y}")
   with pytest.raises(RuntimeError, match="did not start"):
-    broken.start()
+    broken.open()
 
 
 def test_a_slow_start_is_no_failed_judgement(monkeypatch):
   """Workers started before the first judge do judge; a new one comes up within a judge's time."""
   env = MathQA(workers=2, time_s=20.0)
-  env.start()
+  env.open()
   try:
     monkeypatch.setattr("sdpo_jax.envs.math_qa.math_worker.__file__", "/nowhere.py")
     task = env.task_from_row({"idx": 0, "question": "Q", "answer": "\\frac{1}{2}"}, "train")

@@ -176,12 +176,12 @@ def test_a_server_that_is_not_there_is_named_before_anything_is_sampled():
   with serving((200, "{}")) as server:
     url = server.url
   with pytest.raises(RuntimeError, match=f"judge at {url} cannot be asked: .*refused"):
-    Pairwise(url=url, model="judge").start()
+    Pairwise(url=url, model="judge").open()
   models = json.dumps({"data": [{"id": "another"}]})
   with serving((200, models)) as server:
     with pytest.raises(RuntimeError, match=r"has no model 'judge'; it has \['another'\]"):
-      Pairwise(url=server.url, model="judge").start()
-    Pairwise(url=server.url, model="another").start()
+      Pairwise(url=server.url, model="judge").open()
+    Pairwise(url=server.url, model="another").open()
 
 
 def test_settings_that_cannot_be_used_are_named():

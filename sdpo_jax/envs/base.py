@@ -4,7 +4,8 @@ An environment is a plain class without a base class. Texts go in and texts come
 nothing of models, tokens or arrays. No environment imports jax, so that one can also live in a
 process that starts fast and dies alone. `tests/my_env.py` is a whole one in thirty lines.
 
-Every environment provides:
+An environment judges a response to a question, or plays an episode of many turns with the policy.
+One that judges provides:
 
   prompt(task) -> [{"role": ..., "content": ...}, ...]
       The messages that the policy reads. The last one is the user's.
@@ -13,7 +14,18 @@ Every environment provides:
       status: SCORED, or TIMEOUT where the response ran out of its own time. Several threads call
       it at once.
 
-It gets its questions in one of two ways:
+One that plays provides instead, and is called from several threads too:
+
+  start(task) -> Episode
+      The world of one episode, which is used once and by one thread at a time:
+        prompt()       The messages before the first turn, as above.
+        step(message)  Carries out what the policy wrote, of which the environment takes the part
+                       that is an action, and returns a `records.Turn`: what is seen then, the
+                       reward of the episode so far in [0, 1], whether it is over, and whether the
+                       message held an action that the world allows.
+        close()        Ends it, also in the middle. Called once, whatever happened before.
+
+Both get their questions in one of two ways:
 
   task(split, index) -> Task
       For an environment that makes its questions: a pure function of the arguments and the
@@ -27,7 +39,7 @@ It gets its questions in one of two ways:
 
 It may provide:
 
-  start()       Starts processes that are slow to start: called once, before anything is judged.
+  open()        Starts processes that are slow to start: called once, before anything is judged.
   close()       Ends its processes and closes its files: called once, when the run ends.
   behaviour(task, response)
                 Tells what a response does, as anything hashable. Alternatives to a failed attempt
@@ -47,7 +59,8 @@ Failures. A response that is wrong, has the wrong form or runs out of its own ti
 `judge` returns reward 0 and says what is wrong. An exception of `judge`, a reward that is not a
 number in [0, 1], or no answer within `config.rollout.judge_timeout_s` is the environment's own
 failure. It costs that one response, never the run: the response gets the status ENV_FAILED, is
-counted, and is never trained on. `judge` may also return that status itself.
+counted, and is never trained on. `judge` may also return that status itself. The same holds for
+`start`, `prompt` and `step` of an episode, which ends there.
 
 Settings. The arguments of the constructor, with their defaults, are the settings `config.env.KEY`;
 they are declared nowhere else. An argument called `sandbox` is no setting: it receives the run's

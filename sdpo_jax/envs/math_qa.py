@@ -54,7 +54,7 @@ _CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator annotations
 class MathQA:
   """Judges final answers. It is thread-safe.
 
-  `start` starts the workers, else the first judges do; `close` ends them.
+  `open` starts the workers, else the first judges do; `close` ends them.
 
   tell_correctness
       says that a wrong answer is wrong
@@ -82,7 +82,7 @@ class MathQA:
     for _ in range(workers):
       self._idle_workers.put(None)
 
-  def start(self) -> None:
+  def open(self) -> None:
     """Starts all workers at once and waits for them. RuntimeError if one does not start."""
     workers = [Worker(self.memory_mb, self.time_s) for _ in range(self._worker_count)]
     try:

@@ -57,7 +57,7 @@ class Pairwise:
       )
     self._judge = self._server or _imported(judge)
 
-  def start(self) -> None:
+  def open(self) -> None:
     """Asks the server whether it is there and has the model. RuntimeError in one line if not."""
     if self._server is not None:
       self._server.check()
