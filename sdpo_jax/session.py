@@ -223,7 +223,7 @@ def _open_env(
   Raises ValueError for a split that is not there and a question that is too long.
   """
   sandbox = stack.enter_context(Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation))
-  env = _open_env(c, sandbox, stack)
+  env = _opened(c, sandbox, stack)
   lengths = _LengthCheck(c, env, policy, second, method)
   env = with_rows(
     env, c.data.sources, splits=splits, on_bad_row=c.data.on_bad_row, check=lengths.check
@@ -234,7 +234,7 @@ def _open_env(
   return env, sandbox.isolation
 
 
-def _open_env(c, sandbox: Sandbox, stack: contextlib.ExitStack):
+def _opened(c, sandbox: Sandbox, stack: contextlib.ExitStack):
   env = make_env(sandbox=sandbox, **c.env)
   stack.callback(getattr(env, "close", lambda: None))
   getattr(env, "open", lambda: None)()
