@@ -63,8 +63,8 @@ def stored(groups: list[list[Rollout]]) -> list[list[dict]]:
 
 
 def _stored(rollout: Rollout) -> dict:
-  ((start, completion),) = rollout.sampled
-  assert start == 0 and not rollout.alternatives and rollout.weight is None
+  ((start, completion, _),) = rollout.sampled
+  assert start == 0 and not rollout.alternatives
   feedback = rollout.feedback
   return {
     "prompt": rollout.prompt_tokens,

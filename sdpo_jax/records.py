@@ -77,14 +77,13 @@ class Rollout:
 
   task: Task
   prompt_tokens: list[int]
-  tokens: list[int]  # the response, with its stop token if it produced one
+  # What the policy sampled, with a stop token where it produced one; what others say between turns
+  # stands in `sampled` alone
+  tokens: list[int]
   logp: list[float]  # nats, one per token, as the engine reported them
   finish_reason: str  # "stop" | "length"
   text: str  # the response as text, without the stop token
   feedback: Feedback
-  # One weight >= 0 per token: 0 for what the policy did not sample (tool output) or is not trained
-  # on. None: 1 for each.
-  weight: list[float] | None = None
   # nats, one per token, of the policy over the whole vocabulary; None: nobody asked for it
   entropy: list[float] | None = None
   alternatives: list["Alternative"] = dataclasses.field(default_factory=list)
@@ -92,8 +91,8 @@ class Rollout:
   # the attempts at a question share is counted at its first failed one.
   extra_tokens: int = 0
   extra_calls: int = 0
-  # The parts of the response that the engine sampled, in order; all else has weight 0. None: the
-  # response comes from a file, or nothing sampled it.
+  # The parts of the response as the engine returned them, in order, which make up `tokens`. None:
+  # the response comes from a file, or nothing sampled it.
   sampled: list["Segment"] | None = None
 
   @property
@@ -242,6 +241,9 @@ class Segment(NamedTuple):
 
   start: int  # index of its first token among those of the response
   completion: Completion
+  # What stands between it and the part before it (or the prompt) and was not sampled: a missing end
+  # of turn, what the chat template writes, and somebody's message.
+  before: tuple[int, ...] = ()
 
 
 LEAST = 1e-6  # the end of a Histogram's bin 0

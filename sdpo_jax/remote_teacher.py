@@ -19,6 +19,7 @@ import numpy as np
 from sdpo_jax import hosts
 from sdpo_jax.data.batch import Packed
 from sdpo_jax.data.chat import Chat
+from sdpo_jax.data.packing import Span
 from sdpo_jax.engine.client import Background, Failed, Refused, Server, delay_s, field
 from sdpo_jax.errors import RunError
 from sdpo_jax.objectives.teacher_weights import Remote
@@ -84,10 +85,13 @@ class RemoteTeacher:
     # what nobody asked about has no weight, and needs numbers that are finite
     logp_CXM = np.full(index_CXM.shape, -np.log(self._vocab), np.float32)
     logp_CX = logp_CXM[..., 0].copy()
-    for (c, x), (of_ids, of_tokens) in zip(_places(packed, len(index_CXM)), answers, strict=True):
-      if of_ids:
-        logp_CXM[c, x : x + len(of_ids)] = of_ids
-        logp_CX[c, x : x + len(of_tokens)] = of_tokens
+    places = _places(packed, len(index_CXM))
+    for (c, x), spans, answer in zip(places, packed.teacher_texts.spans, answers, strict=True):
+      if spans:
+        at_X = _sampled_of(spans)
+        of_ids, of_tokens = map(np.asarray, answer)
+        logp_CXM[c, x : x + len(at_X)] = of_ids[at_X]
+        logp_CX[c, x : x + len(at_X)] = of_tokens[at_X]
     plain, *further = packed.batch.readings
     plain = plain._replace(scored=Scored(index_CXM, logp_CXM, logp_CX))
     batch = packed.batch._replace(readings=(plain, *further))
@@ -95,12 +99,19 @@ class RemoteTeacher:
     return packed._replace(batch=batch, metrics=metrics)
 
   async def _answers(self, packed: Packed, index_CXM: np.ndarray) -> list[tuple[list, list]]:
-    """Returns, for each row, the log-probabilities of the ids, and of the response's tokens."""
+    """Returns, for each row, the log-probabilities of the ids, and of the tokens.
+
+    These are of all tokens from the first sampled one on.
+    """
     limit = asyncio.Semaphore(REQUESTS)
     questions = []
     places = _places(packed, len(index_CXM))
-    for (c, x), text, start in zip(places, *packed.teacher_texts, strict=True):
-      ids_XM = index_CXM[c, x : x + len(text) - start]
+    for (c, x), text, spans in zip(places, *packed.teacher_texts, strict=True):
+      ids_XM = np.zeros((0, index_CXM.shape[-1]), int)
+      if spans:
+        at_X = _sampled_of(spans)
+        ids_XM = np.zeros((len(text) - spans[0][0], index_CXM.shape[-1]), int)
+        ids_XM[at_X] = index_CXM[c, x : x + len(at_X)]
       questions.append(self._answer(text, ids_XM.tolist(), limit))
     return await asyncio.gather(*questions)
 
@@ -139,6 +150,12 @@ class RemoteTeacher:
       if name not in choice:
         raise Refused(f"answers without {name}: it has to be a python -m sdpo_jax.serve")
     return choice
+
+
+def _sampled_of(spans: list[Span]) -> np.ndarray:
+  """Returns the places of what was sampled, counted from the first of it."""
+  first = spans[0][0]
+  return np.concatenate([np.arange(begin - first, end - first) for begin, end in spans])
 
 
 def _checked(choice: dict[str, Any], ids: list[list[int]]) -> tuple[list, list]:

@@ -204,7 +204,7 @@ def rollout_metrics(groups: list[list[Rollout]], step: int) -> dict[str, float]:
     "rollout/truncated": float(np.mean(truncated)),
     "rollout/timeouts": float(timeouts),
   }
-  versions = [c.version for r in rollouts for _, c in r.sampled or ()]
+  versions = [c.version for r in rollouts for _, c, _ in r.sampled or ()]
   if versions:  # steps between the weights that sampled and those that are trained
     metrics["rollout/lag"] = step - 1 - float(np.mean(versions))
   if judged:

@@ -18,6 +18,7 @@ from sdpo_jax.data.packing import (
   first_fit,
   first_tokens,
   lay_out,
+  sampled_tokens,
 )
 from sdpo_jax.data.shapes import Rounding
 from sdpo_jax.model import decoder
@@ -145,16 +146,16 @@ def toy_batch(
     p, q = rng.integers(2, prompt + 1), rng.integers(2, teacher_prompt + 1)
     n = rng.integers(2, response + 1)
     if b % alike:
-      p, q = policy.starts[-1], teacher.starts[-1]
+      p, q = len(policy.prompt(b - 1)), len(teacher.prompt(b - 1))
     y = rng.integers(1, vocab, n)
     for texts, m in ((policy, p), (teacher, q)):
       texts.tokens.append([*rng.integers(1, vocab, m), *y])
       texts.tokens[b][:m] = texts.tokens[b - b % alike][:m]
-      texts.starts.append(m)
+      texts.spans.append([(m, m + n)])
     batch.response_BR[b, :n], batch.weight_BR[b, :n] = y, 1.0
     batch.logp_rollout_BR[b, :n] = -rng.uniform(0.5, 8.0, n)
     batch.logp_old_BR[b, :n] = batch.logp_rollout_BR[b, :n] + rng.normal(size=n) * 0.3
-  first = first_tokens([len(t) - m for t, m in zip(*policy)], packs)
+  first = first_tokens(list(map(sampled_tokens, policy.spans)), packs)
   families = [b // alike for b in range(rows)] if share else None
   policy_rows = toy_rows(policy, first, families, length, prompt + response, spare)
   teacher_rows = toy_rows(
@@ -179,7 +180,7 @@ def toy_rows(texts: Texts, first, families, length: int | None, longest: int, sp
   placed = [[[i] for i in range(len(pack.tokens))] for pack in packs]
   if length:
     placed = [first_fit(pack.extents, columns) for pack in packs]
-  tokens = [sum(len(t) - m for t, m in zip(pack.tokens, pack.starts)) for pack in packs]
+  tokens = [sum(map(sampled_tokens, pack.spans)) for pack in packs]
   size = PackSize(max(map(len, placed)) + spare, columns, max(tokens) + spare)
   return lay_out(packs, placed, size, pad_token=0, share_prefixes=families is not None)
 

@@ -10,7 +10,7 @@ from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.shapes import Rounding, Shapes, full_shape
 from sdpo_jax.data.teacher_prompt import TeacherReader
 from sdpo_jax.objectives import build
-from sdpo_jax.records import Feedback, Rollout, Status, Task
+from sdpo_jax.records import Completion, Feedback, Rollout, Segment, Status, Task
 from tests import fakes
 
 CHAT = Chat(fakes.ByteTokenizer())
@@ -119,12 +119,28 @@ def test_a_group_that_was_prepared_is_packed_as_it_would_have_been(monkeypatch):
   assert len(rendered) == 3
 
 
-def test_a_rollout_says_which_of_its_tokens_are_trained_on():
-  """Tool output stands in the text and weighs nothing; its log-probability is never read."""
-  turn = dataclasses.replace(GROUP[1], weight=[1.0, 0.0, 0.5] + [1.0] * (len(GROUP[1].tokens) - 3))
-  weight_R = packed([GROUP[0], turn]).batch.weight_BR[1]
-  assert weight_R[: len(turn.tokens)].tolist() == turn.weight
-  assert not weight_R[len(turn.tokens) :].any()
+def test_what_nobody_sampled_stands_in_the_text_and_takes_no_place_in_the_response():
+  first, second = GROUP[0].tokens, [65, 66, 257]
+  between = (257, 10, 97)
+  turns = [
+    Segment(0, Completion("q", 0, first, GROUP[0].logp, "length")),
+    Segment(len(first), Completion("q", 0, second, [-1.0] * 3, "stop"), between),
+  ]
+  logp = GROUP[0].logp + [-1.0] * 3
+  talk = dataclasses.replace(GROUP[0], tokens=first + second, logp=logp, sampled=turns)
+  p = packed([GROUP[1], talk])
+  b = [r.tokens for r in p.rollouts].index(talk.tokens)
+  count = len(talk.tokens)
+  assert p.batch.response_BR[b, :count].tolist() == talk.tokens
+  assert p.batch.weight_BR[b].sum() == count
+  for rows in (p.batch.policy, p.batch.readings[0].rows):
+    begin = p.batch.start_B[b]
+    at_X = rows.at_CX[0, begin : begin + count]
+    row_T = rows.token_CPT[0].reshape(-1)
+    assert row_T[at_X + 1].tolist() == talk.tokens
+    assert np.diff(at_X).tolist() == [1] * (len(first) - 1) + [1 + len(between), 1, 1]
+    gap = at_X[len(first) - 1] + 2
+    assert tuple(row_T[gap : gap + len(between)]) == between
 
 
 def test_a_response_without_a_verdict_may_be_the_longest():

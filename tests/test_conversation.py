@@ -151,7 +151,6 @@ def test_a_template_that_cannot_be_cut_is_rendered_anew(template, reason):
     chat.prompt_tokens(QUESTION),
     chat.prompt_tokens(QUESTION + turns),
   ]
-  assert [set(row.weight) for row in rows] == [{1.0}, {1.0}]
 
 
 @pytest.mark.quick
@@ -217,7 +216,6 @@ def packed(chat, conversations):
         reason,
         "",
         feedback,
-        row.weight,
         sampled=row.sampled,
       )
     )
@@ -257,9 +255,16 @@ def test_three_turns_are_trained_as_they_were_sampled(name, thinking):
       begun, completion = seen[key, turn]
       assert fed[: len(begun + completion.tokens)] == begun + completion.tokens
       is_sampled[len(begun) : len(begun + completion.tokens)] = [1.0] * len(completion.tokens)
-    start = len(seen[key, 0][0])
-    (b,) = [i for i, r in enumerate(p.rollouts) if r.tokens == fed[start:]]
-    count = len(fed) - start
-    assert p.batch.response_BR[b, :count].tolist() == fed[start:]
-    assert p.batch.weight_BR[b, :count].tolist() == is_sampled[start:]
+    sampled = [token for token, is_one in zip(fed, is_sampled, strict=True) if is_one]
+    (b,) = [i for i, r in enumerate(p.rollouts) if r.tokens == sampled]
+    count = len(sampled)
+    assert p.batch.response_BR[b, :count].tolist() == sampled
+    assert p.batch.weight_BR[b, :count].tolist() == [1.0] * count
+    # the columns of the text that hold them
+    rows, begin = p.batch.policy, p.batch.start_B[b]
+    pack = b * len(rows.at_CX) // len(p.rollouts)
+    at_X = rows.at_CX[pack, begin : begin + count] + 1
+    text = at_X[0] - len(seen[key, 0][0])
+    assert rows.token_CPT[pack].reshape(-1)[text : text + len(fed)].tolist() == fed
+    assert (at_X - text).tolist() == np.flatnonzero(is_sampled).tolist()
     assert not p.batch.weight_BR[b, count:].any()

@@ -494,7 +494,7 @@ def test_a_probe_compares_teacher_and_policy_and_leaves_the_run_as_it_is(tmp_pat
 
 def test_a_probe_reads_what_the_teacher_reads(chat):
   rows = [rollout(chat, 0.0), rollout(chat, 0.0), rollout(chat, 1.0)]
-  texts = Texts([[7, 8, 9], [], [5, 6, 9]], [2, 0, 1])
+  texts = Texts([[7, 8, 9], [], [5, 6, 9]], [[(2, 3)], [], [(1, 3)]])
   contexts = ([Context(feedback="no"), None, Context(solution="f")],)
   packed = types.SimpleNamespace(rollouts=rows, contexts=contexts, teacher_texts=texts)
   found = probe.attempts_of(packed, 4)

@@ -96,11 +96,6 @@ def test_the_first_stage_shows_the_success_of_largest_entropy_among_the_best():
   assert shown(Drift(), FAILURES, dataclasses.replace(SECOND, stage=1)) == [None, None]
 
 
-def test_weights_of_zero_are_not_part_of_the_entropy():
-  tool = dataclasses.replace(GROUP[1], weight=[0.0] * 5 + [1.0], logp=[-9.0] * 5 + [-0.1])
-  assert shown(Drift(), [GROUP[0], tool, GROUP[2]], FIRST)[2] == "the long one"
-
-
 def test_the_second_stage_shows_failures_the_shortest_success_of_the_largest_reward():
   assert shown(Drift(), GROUP[:4], SECOND) == [None, None, "short", None]
   assert shown(Drift(delta=0.3, pick="first"), GROUP[:4], SECOND)[2] == "the long one"

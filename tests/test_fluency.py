@@ -8,18 +8,29 @@ import numpy as np
 import pytest
 
 from sdpo_jax import main, metrics, sharding
+from sdpo_jax.data.packing import texts_after
 from sdpo_jax.evaluation.fluency import BaseReader
 from sdpo_jax.evaluation.scores import distinct_2, of_fluency, summarise
 from sdpo_jax.evaluation.suites import read_suites
 from sdpo_jax.model import decoder
-from sdpo_jax.records import Feedback, Rollout, Task
+from sdpo_jax.records import Completion, Feedback, Rollout, Segment, Task
 from tests import fakes
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def rollout(prompt, tokens, weight=None):
-  return Rollout(Task("t", "q"), prompt, tokens, [], "stop", "", Feedback(0.0, ""), weight=weight)
+def rollout(prompt, tokens, sampled=None):
+  return Rollout(Task("t", "q"), prompt, tokens, [], "stop", "", Feedback(0.0, ""), sampled=sampled)
+
+
+def talk(prompt, tokens):
+  """Two turns, between which a tool has said two tokens."""
+  first, between, second = tokens[:2], tuple(tokens[2:4]), tokens[4:]
+  turns = [
+    Segment(0, Completion("q", 0, first, [], "stop")),
+    Segment(2, Completion("q", 0, second, [], "stop"), between),
+  ]
+  return rollout(prompt, first + second, turns)
 
 
 def rollouts():
@@ -27,7 +38,7 @@ def rollouts():
   rng = np.random.default_rng(0)
   sizes = [(3, 5), (1, 1), (7, 40), (140, 9), (4, 0)]
   texts = [[list(map(int, rng.integers(1, 296, size))) for size in pair] for pair in sizes]
-  made = [rollout(*text) for text in texts] + [rollout(*texts[0], weight=[1.0, 1.0, 0.0, 0.0, 1.0])]
+  made = [rollout(*text) for text in texts] + [talk(*texts[0])]
   return made * 2  # more than one batch
 
 
@@ -36,11 +47,10 @@ def by_hand(config, params):
   read = jax.jit(lambda tokens_BT: decoder.logits(params, config, tokens_BT))
   means = []
   for response in rollouts():
-    text, begin = response.prompt_tokens + response.tokens, len(response.prompt_tokens)
+    ((text,), (spans,)) = texts_after([response.prompt_tokens], [response])
     logits_TV = np.float64(read(np.array([text + [0] * (150 - len(text))]))[0])
     logp_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
-    weights = response.weight or [1.0] * len(response.tokens)
-    kept = [logp_TV[begin + r - 1, text[begin + r]] for r, w in enumerate(weights) if w]
+    kept = [logp_TV[t - 1, text[t]] for begin, end in spans for t in range(begin, end)]
     means.append(np.mean(kept) if kept else None)
   return means
 

@@ -20,10 +20,9 @@ def conversation(text):
   second = Completion("q", 0, [7, 8], [-1.5, -2.5], "length")
   return dataclasses.replace(
     r,
-    tokens=r.tokens + [1, 2, 3, 7, 8],
-    logp=r.logp + [0.0] * 3 + second.logp,
-    weight=[1.0] * count + [0.0] * 3 + [1.0] * 2,
-    sampled=[Segment(0, first), Segment(count + 3, second)],
+    tokens=r.tokens + [7, 8],
+    logp=r.logp + second.logp,
+    sampled=[Segment(0, first), Segment(count, second, (1, 2, 3))],
   )
 
 
@@ -46,7 +45,7 @@ def altered(array, *index):
 
 
 def spoilt(what, batch, b):
-  """The batch with one thing wrong in row b, whose glue is at tokens 4, 5 and 6."""
+  """The batch with one thing wrong in row b, whose second turn begins at token 4."""
   if what == "id":
     return batch._replace(response_BR=altered(batch.response_BR, b, 2))
   if what == "log-probability":
@@ -55,12 +54,10 @@ def spoilt(what, batch, b):
     logp_BR = batch.logp_rollout_BR.copy()
     logp_BR[b] = np.roll(logp_BR[b], 1)
     return batch._replace(logp_rollout_BR=logp_BR)
-  if what == "glue":
-    return batch._replace(weight_BR=altered(batch.weight_BR, b, 5))
   if what == "start":
     return batch._replace(start_B=altered(batch.start_B, b))
   rows = batch.policy if what == "policy" else batch.readings[0].rows
-  column = rows.at_CX[0, batch.start_B[b] + 5] + 1  # a token of glue
+  column = rows.at_CX[0, batch.start_B[b] + 5] + 1  # a token of the second turn
   P, T = divmod(int(column), rows.token_CPT.shape[2])
   rows = rows._replace(token_CPT=altered(rows.token_CPT, 0, P, T))
   if what == "policy":
@@ -72,7 +69,6 @@ SPOILT = {  # what is wrong: what the error says of it
   "id": "trains another token than the engine returned, first at token 2",
   "log-probability": "trains another log-probability than the engine returned, first at token 2",
   "shifted": "trains another log-probability than the engine returned, first at token 0",
-  "glue": "trains another token than the engine returned, first at token 5",
   "start": "holds other tokens in the policy's row than the response has, first at token 0",
   "policy": "holds other tokens in the policy's row than the response has, first at token 5",
   "teacher": "holds other tokens in the teacher's row of reading 0 than .*, first at token 5",

@@ -189,7 +189,8 @@ def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32, f
   """
   import numpy as np
 
-  from sdpo_jax.data.batch import PackSettings, Responses, TeacherReading, Texts, pack_responses
+  from sdpo_jax.data.batch import PackSettings, Responses, TeacherReading, pack_responses
+  from sdpo_jax.data.packing import texts_after
   from sdpo_jax.data.shapes import Rounding, Shapes
   from sdpo_jax.objectives.teacher_context import Context
   from sdpo_jax.records import Feedback, Rollout, Task
@@ -203,17 +204,17 @@ def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32, f
   def texts(starts):
     questions = -(-B // group)
     prompts = [rng.integers(1, vocab, max(starts)).tolist() for _ in range(questions)]
-    tokens = [prompts[b // group][: starts[b]] + r.tokens for b, r in enumerate(rollouts)]
-    return Texts(tokens, starts)
+    return texts_after([prompts[b // group][: starts[b]] for b in range(B)], rollouts)
 
-  policy, teacher = texts([p for p, _, _ in lengths]), texts([q for _, q, _ in lengths])
-  readings = []
-  for read in [teacher, *(texts([q for _, q, _ in lengths]) for _ in range(further))]:
+  prompts_B, teacher_prompts_B, _ = map(list, zip(*lengths, strict=True))
+  policy, readings = texts(prompts_B), []
+  for read in [texts(teacher_prompts_B) for _ in range(1 + further)]:
     contexts = [Context("a solution")] * B
     readings.append(TeacherReading(contexts, np.ones(B, np.float32), read, 0))
   responses = Responses(rollouts, np.zeros(B), np.ones(B, np.float32), policy, readings, [])
   longest = max(n for _, _, n in lengths)
-  shapes = Shapes((max(policy.starts) + longest, max(teacher.starts) + longest, longest))
+  most = [max(lengths_B) + longest for lengths_B in (prompts_B, teacher_prompts_B)]
+  shapes = Shapes((*most, longest))
   rounding = Rounding(length_multiple, 8)
   settings = PackSettings(0, rounding, shards=packs, share_prefixes=share)
   batch, _ = pack_responses(responses, group, settings, shapes, pad_token=0)

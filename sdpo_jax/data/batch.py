@@ -33,6 +33,7 @@ from sdpo_jax.data.packing import (
   first_tokens,
   in_packs,
   lay_out,
+  texts_after,
   tokens_together,
 )
 from sdpo_jax.data.sampled import check_sampled
@@ -207,8 +208,7 @@ class Packer:
       if context is None or context == context.without_texts():
         continue
       task = packed.rollouts[b].task
-      prompt = texts.tokens[b][: texts.starts[b]]
-      silent.append(self._reader.says_nothing(task, context, prompt))
+      silent.append(self._reader.says_nothing(task, context, texts.prompt(b)))
     return silent
 
   @property
@@ -227,10 +227,7 @@ class Packer:
     reward_QG = np.array([[_reward(r) for r in group] for group in groups], np.float32)
     advantage_QG = self.method.advantage(reward_QG)
     rollouts = [r for group in groups for r in group]
-    policy = Texts(
-      [r.prompt_tokens + r.tokens if r.is_judged else [] for r in rollouts],
-      [len(r.prompt_tokens) for r in rollouts],
-    )
+    policy = texts_after([r.prompt_tokens if r.is_judged else None for r in rollouts], rollouts)
     by_group, lots_QG, standings = [], [], []
     for group in groups:
       lots, standing = self._route(group)
@@ -280,12 +277,11 @@ def _identity(group: list[Rollout]) -> tuple[int, ...]:
 
 def _teacher_reading(rollouts: list[Rollout], shown: list[Shown | None]) -> TeacherReading:
   """Joins what the teacher reads before each response with the response; None: nothing."""
-  tokens = [s.prompt + r.tokens if s else [] for s, r in zip(shown, rollouts, strict=True)]
-  starts = [len(s.prompt) if s else 0 for s in shown]
+  texts = texts_after([s.prompt if s else None for s in shown], rollouts)
   weight_B = np.array([s.weight if s else 0.0 for s in shown], np.float32)
   contexts = [s.context if s else None for s in shown]
   shortened = sum(s.was_shortened for s in shown if s)
-  return TeacherReading(contexts, weight_B, Texts(tokens, starts), shortened)
+  return TeacherReading(contexts, weight_B, texts, shortened)
 
 
 def _reward(rollout: Rollout) -> float:
@@ -431,7 +427,7 @@ def _response_arrays(rollouts: list[Rollout], responses: int) -> tuple[np.ndarra
       n = len(r.tokens)
       response_BR[b, :n] = r.tokens
       logp_BR[b, :n] = r.logp
-      weight_BR[b, :n] = 1.0 if r.weight is None else r.weight
+      weight_BR[b, :n] = 1.0
   return response_BR, weight_BR, logp_BR
 
 

@@ -66,12 +66,11 @@ class Finding(NamedTuple):
 
 
 class Row(NamedTuple):
-  """A prompt and what follows it, as one row of a batch trains it; see `records.Rollout`."""
+  """A prompt and what was sampled after it, as one row of a batch trains it; see `Rollout`."""
 
   prompt_tokens: list[int]
   tokens: list[int]
-  logp: list[float]  # nats; 0 where nothing was sampled
-  weight: list[float]  # 1 where it was sampled, else 0
+  logp: list[float]  # nats
   sampled: list[Segment]
 
 
@@ -118,13 +117,9 @@ class Conversation:
     """messages: those before the first response, as for `Chat.prompt_tokens`."""
     self._continuation = continuation
     self._messages = list(messages)
-    self._rows = [_empty_row(continuation.chat.prompt_tokens(messages))]
-
-  @property
-  def prompt(self) -> list[int]:
-    """The ids of all so far, which the next response follows."""
-    row = self._rows[-1]
-    return row.prompt_tokens + row.tokens
+    self.prompt = continuation.chat.prompt_tokens(messages)  # all so far; a response follows it
+    self._before: list[int] = []  # what of it follows the last response
+    self._rows = [Row(self.prompt, [], [], [])]
 
   @property
   def rendered_again(self) -> int:
@@ -134,43 +129,29 @@ class Conversation:
   def add_response(self, completion: Completion) -> None:
     """Adds what the engine sampled after `prompt`."""
     row = self._rows[-1]
-    row.sampled.append(Segment(len(row.tokens), completion))
+    row.sampled.append(Segment(len(row.tokens), completion, tuple(self._before)))
     row.tokens.extend(completion.tokens)
     row.logp.extend(completion.logp)
-    row.weight.extend([1.0] * len(completion.tokens))
+    self.prompt = self.prompt + completion.tokens
+    self._before = []
 
   def add_message(self, text: str) -> None:
     """Adds the message that answers the last response."""
     continuation, row = self._continuation, self._rows[-1]
     response = row.sampled[-1].completion.tokens
     if continuation.glue is not None:
-      tokens = continuation.tokens(response, text)
-      row.tokens.extend(tokens)
-      row.logp.extend([0.0] * len(tokens))
-      row.weight.extend([0.0] * len(tokens))
+      self._before = continuation.tokens(response, text)
+      self.prompt = self.prompt + self._before
       return
     answer, _ = thought.split(continuation.chat.response_text(response))
     self._messages.append({"role": "assistant", "content": answer})
     self._messages.append({"role": continuation.role, "content": text})
-    self._rows.append(_empty_row(continuation.chat.prompt_tokens(self._messages)))
+    self.prompt = continuation.chat.prompt_tokens(self._messages)
+    self._rows.append(Row(self.prompt, [], [], []))
 
   def rows(self) -> list[Row]:
-    """Returns what a batch trains: one row, or one a turn where prompts were rendered anew.
-
-    A row ends with its last response.
-    """
-    rows = []
-    for row in self._rows:
-      if row.sampled:
-        start, last = row.sampled[-1]
-        end = start + len(last.tokens)
-        cut = [x[:end] for x in (row.tokens, row.logp, row.weight)]
-        rows.append(Row(row.prompt_tokens, *cut, row.sampled))
-    return rows
-
-
-def _empty_row(prompt: list[int]) -> Row:
-  return Row(prompt, [], [], [], [])
+    """Returns what a batch trains: one row, or one a turn where prompts were rendered anew."""
+    return [row for row in self._rows if row.sampled]
 
 
 def converse(

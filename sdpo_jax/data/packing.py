@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sdpo_jax.records import Rows
+from sdpo_jax.records import Rollout, Rows
 
 
 class Extent(NamedTuple):
@@ -28,29 +28,63 @@ class Extent(NamedTuple):
   family: int = -1
 
 
+Span = tuple[int, int]  # begin and end, of tokens in a text
+
+
 class Texts(NamedTuple):
   """One text for each response: the tokens of its prompt and of the response; [] for no text."""
 
   tokens: list[list[int]]
-  starts: list[int]  # where the response begins
+  # What the policy sampled of each text: one span, or one a turn. [] for no text.
+  spans: list[list[Span]]
+
+  def prompt(self, b: int) -> list[int]:
+    """Returns the tokens before the response of text b; [] for no text."""
+    return self.tokens[b][: self.spans[b][0][0]] if self.spans[b] else []
 
   def in_order(self, order: list[int]) -> "Texts":
     """Returns the texts with text order[b] at place b."""
-    return Texts([self.tokens[b] for b in order], [self.starts[b] for b in order])
+    return Texts([self.tokens[b] for b in order], [self.spans[b] for b in order])
 
   def where(self, others: "Texts") -> "Texts":
     """Returns the texts whose responses have a text in `others` too, and no text for the rest."""
     kept = [bool(text) for text in others.tokens]
     tokens = [text if is_kept else [] for text, is_kept in zip(self.tokens, kept, strict=True)]
-    starts = [start * is_kept for start, is_kept in zip(self.starts, kept, strict=True)]
-    return Texts(tokens, starts)
+    spans = [found if is_kept else [] for found, is_kept in zip(self.spans, kept, strict=True)]
+    return Texts(tokens, spans)
+
+
+def texts_after(prompts: list[list[int] | None], rollouts: list[Rollout]) -> Texts:
+  """Returns each prompt with its response behind it; None: there is no text."""
+  laid = [
+    ([], []) if prompt is None else _after(prompt, rollout)
+    for prompt, rollout in zip(prompts, rollouts, strict=True)
+  ]
+  return Texts([tokens for tokens, _ in laid], [spans for _, spans in laid])
+
+
+def _after(prompt: list[int], rollout: Rollout) -> tuple[list[int], list[Span]]:
+  """Returns a prompt with a response behind it, and the spans of what was sampled."""
+  if rollout.sampled is None:
+    return prompt + rollout.tokens, [(len(prompt), len(prompt) + len(rollout.tokens))]
+  tokens, spans = list(prompt), []
+  for _, completion, before in rollout.sampled:
+    tokens += before
+    spans.append((len(tokens), len(tokens) + len(completion.tokens)))
+    tokens += completion.tokens
+  return tokens, spans
+
+
+def sampled_tokens(spans: list[Span]) -> int:
+  """Returns how many tokens lie in the spans."""
+  return sum(end - begin for begin, end in spans)
 
 
 class PackTexts(NamedTuple):
   """The texts of one pack, a list entry for each of its responses; an empty text takes no room."""
 
   tokens: list[list[int]]  # prompt and response
-  starts: list[int]  # where the response begins in it
+  spans: list[list[Span]]  # what the policy sampled of it
   first: list[int]  # number x of the response's first token among those of the pack
   extents: list[Extent]
 
@@ -128,16 +162,16 @@ def cut_into_packs(
   None: nothing is shared.
   """
   count = len(first)
-  tokens, starts = in_packs(texts.tokens, count), in_packs(texts.starts, count)
+  tokens, spans = in_packs(texts.tokens, count), in_packs(texts.spans, count)
   if families is None:
     extents = [[Extent(len(text)) for text in pack] for pack in tokens]
   else:
-    extents = list(map(shared_beginnings, tokens, starts, in_packs(families, count)))
-  return list(map(PackTexts, tokens, starts, first, extents))
+    extents = list(map(shared_beginnings, tokens, spans, in_packs(families, count)))
+  return list(map(PackTexts, tokens, spans, first, extents))
 
 
 def shared_beginnings(
-  tokens: list[list[int]], starts: list[int], families: list[int]
+  tokens: list[list[int]], spans: list[list[Span]], families: list[int]
 ) -> list[Extent]:
   """Finds what the texts of each family share within one pack.
 
@@ -149,7 +183,7 @@ def shared_beginnings(
     if len(members) < 2:
       continue
     alike = len(os.path.commonprefix([tokens[i] for i in members]))
-    shared = min(alike, min(starts[i] for i in members) - 1)
+    shared = min(alike, min(spans[i][0][0] for i in members) - 1)
     for i in members:
       extents[i] = Extent(len(tokens[i]), shared, family)
   return extents
@@ -206,7 +240,7 @@ def lay_out(
     for p, row in enumerate(rows):
       writer.begin_row(p)
       for i in row:
-        writer.write(texts.tokens[i], texts.starts[i], texts.first[i], texts.extents[i])
+        writer.write(texts.tokens[i], texts.spans[i], texts.first[i], texts.extents[i])
     arrays.append(writer.arrays)
   stacked = Rows(*map(np.stack, zip(*arrays, strict=True)))
   return stacked if share_prefixes else stacked._replace(prefix_CPT=None)
@@ -226,10 +260,10 @@ class _PackWriter:
     self._row, self._column, self._segment = row, 0, 0
     self._prefix_of_family = {}  # the segment that holds what a family shares
 
-  def write(self, tokens: list[int], start: int, first: int, extent: Extent) -> None:
+  def write(self, tokens: list[int], spans: list[Span], first: int, extent: Extent) -> None:
     """Appends a text to the row, after what its family shares if that is not there yet.
 
-    start, first: as in PackTexts.
+    spans, first: as in PackTexts.
     """
     shared, prefix = extent.shared, 0
     if shared:
@@ -237,10 +271,12 @@ class _PackWriter:
         self._put(tokens[:shared], position=0, prefix=0)
         self._prefix_of_family[extent.family] = self._segment
       prefix = self._prefix_of_family[extent.family]
-    count = len(tokens) - start
     # The column before a token predicts it.
-    column = self._row * self._length + self._column + start - shared - 1
-    self.arrays.at_CX[first : first + count] = column + np.arange(count)
+    column = self._row * self._length + self._column - shared - 1
+    for begin, end in spans:
+      count = end - begin
+      self.arrays.at_CX[first : first + count] = column + begin + np.arange(count)
+      first += count
     self._put(tokens[shared:], position=shared, prefix=prefix)
 
   def _put(self, tokens: list[int], *, position: int, prefix: int) -> None:

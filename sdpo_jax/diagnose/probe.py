@@ -24,7 +24,7 @@ def attempts_of(packed: Packed, most: int) -> dict[tuple[int, int], tuple[Rollou
   rows = [b for b, context in enumerate(packed.contexts[0]) if context is not None]
   rows = [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else rows
   texts = packed.teacher_texts
-  return {(0, b): (packed.rollouts[b], texts.tokens[b][: texts.starts[b]]) for b in rows}
+  return {(0, b): (packed.rollouts[b], texts.prompt(b)) for b in rows}
 
 
 def probe_teacher(

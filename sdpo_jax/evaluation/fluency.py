@@ -18,6 +18,7 @@ import numpy as np
 
 from sdpo_jax import hosts, sharding
 from sdpo_jax.config import model_location
+from sdpo_jax.data.packing import texts_after
 from sdpo_jax.engine.pages import power_of_two
 from sdpo_jax.kernels.token_logp import token_logp
 from sdpo_jax.model import decoder
@@ -47,26 +48,21 @@ class BaseReader:
 
   def _of_batch(self, rollouts: list[Rollout], size: int) -> list[float | None]:
     """Returns the means of at most `size` responses."""
-    texts = [rollout.prompt_tokens + rollout.tokens for rollout in rollouts]
-    T = max(LEAST_TOKENS, power_of_two(max(map(len, texts))))
+    texts = texts_after([rollout.prompt_tokens for rollout in rollouts], rollouts)
+    T = max(LEAST_TOKENS, power_of_two(max(map(len, texts.tokens))))
     R = max(LEAST_RESPONSE, power_of_two(max(len(rollout.tokens) for rollout in rollouts)))
     token_BT, at_BR = np.zeros((size, T), np.int32), np.zeros((size, R), np.int32)
-    for b, (text, rollout) in enumerate(zip(texts, rollouts, strict=True)):
+    for b, (text, spans) in enumerate(zip(*texts, strict=True)):
       token_BT[b, : len(text)] = text
       # a token is predicted by the column before it
-      at_BR[b, : len(rollout.tokens)] = np.arange(len(rollout.prompt_tokens) - 1, len(text) - 1)
+      columns = np.concatenate([np.arange(begin - 1, end - 1) for begin, end in spans])
+      at_BR[b, : len(columns)] = columns
     rows = sharding.put_rows(self._mesh, (token_BT, at_BR))
     logp_BR = hosts.to_host(_logp(self._params, *rows, config=self._model))
     return [
-      _mean_of_sampled(rollout, logp_R) for rollout, logp_R in zip(rollouts, logp_BR, strict=False)
+      float(np.mean(logp_R[: len(rollout.tokens)], dtype=np.float64)) if rollout.tokens else None
+      for rollout, logp_R in zip(rollouts, logp_BR, strict=False)
     ]
-
-
-def _mean_of_sampled(rollout: Rollout, logp_R: np.ndarray) -> float | None:
-  """Returns the mean over the tokens that the policy sampled: tools write some of a talk."""
-  weights = rollout.weight or [1.0] * len(rollout.tokens)
-  sampled = [logp for logp, weight in zip(logp_R, weights, strict=False) if weight]
-  return float(np.mean(sampled, dtype=np.float64)) if sampled else None
 
 
 @functools.partial(jax.jit, static_argnames="config")

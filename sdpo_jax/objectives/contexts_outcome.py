@@ -145,6 +145,4 @@ def _successes(group: list[Rollout], i: int, success_threshold: float) -> list[R
 def _entropy(rollout: Rollout) -> float:
   """An estimate of the policy's entropy a token on a response: -mean log pi, in nats."""
   logp = np.array(rollout.logp)
-  if rollout.weight is not None:
-    logp = logp[np.array(rollout.weight) > 0]
   return -float(logp.mean()) if len(logp) else 0.0
