@@ -14,7 +14,7 @@ from collections.abc import Callable
 import concurrent.futures
 from typing import Any
 
-from sdpo_jax.records import Completion, Feedback, Rollout, Status, Task
+from sdpo_jax.records import Rollout
 
 
 class Ahead:
@@ -55,33 +55,3 @@ class Ahead:
       self.abandon()
       return None
     return self._groups.result()
-
-
-def stored(groups: list[list[Rollout]]) -> list[list[dict]]:
-  """Returns rollouts, sampled in one piece and without alternatives, as JSON holds them."""
-  return [[_stored(rollout) for rollout in group] for group in groups]
-
-
-def _stored(rollout: Rollout) -> dict:
-  ((start, completion, _),) = rollout.sampled
-  assert start == 0 and not rollout.alternatives
-  feedback = rollout.feedback
-  return {
-    "prompt": rollout.prompt_tokens,
-    "completion": completion._asdict(),
-    "text": rollout.text,
-    "feedback": [feedback.reward, feedback.text, feedback.status.value],
-  }
-
-
-def restored(tasks: list[Task], groups: list[list[dict]]) -> list[list[Rollout]]:
-  """Returns the rollouts that were stored. tasks: their questions."""
-  return [
-    [_restored(task, **row) for row in group] for task, group in zip(tasks, groups, strict=True)
-  ]
-
-
-def _restored(task: Task, prompt: list[int], completion: dict, text: str, feedback) -> Rollout:
-  c = Completion(**completion)
-  reward, words, status = feedback
-  return Rollout.of(task, prompt, c, text, Feedback(reward, words, Status(status)))

@@ -25,7 +25,7 @@ from ml_collections import config_flags
 
 from sdpo_jax import ranges
 from sdpo_jax.engine import ENGINES
-from sdpo_jax.envs.base import check_env_numbers, env_settings, find_env
+from sdpo_jax.envs.base import check_env_numbers, env_settings, find_env, plays
 from sdpo_jax.errors import did_you_mean, local_path, unknown
 from sdpo_jax.kernels.distill_kl import IMPLEMENTATIONS
 from sdpo_jax.objectives import build
@@ -100,7 +100,10 @@ def base() -> ml_collections.ConfigDict:
   c.rollout = dict(
     questions=16,
     group=4,  # responses per generation batch = questions x group
-    max_new_tokens=24,
+    max_new_tokens=24,  # of a response; of a turn, in an environment of episodes
+    # of an episode: all that follows its first messages. One in which the next observation and a
+    # turn of max_new_tokens have no room ends there
+    max_episode_tokens=512,
     temperature=1.0,
     top_p=1.0,
     rows=64,  # sequences decoded together
@@ -657,6 +660,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
   _check_loss_implementation(c)
   _check_batch(c)
   _check_engine(c)
+  _check_episodes(c)
   _check_evaluated(c)
   check_optimizer(c.optimizer)
 
@@ -719,6 +723,35 @@ def _check_loss_implementation(c: ml_collections.ConfigDict) -> None:
   raise ValueError(
     f"config.train.loss_implementation={implementation!r} would not be read: {reason}"
   )
+
+
+def response_tokens(c: ml_collections.ConfigDict) -> int:
+  """Returns the most tokens that follow a prompt in one text: of a response, or of an episode."""
+  if plays(find_env(c.env.name)):
+    return c.rollout.max_episode_tokens
+  return c.rollout.max_new_tokens
+
+
+def _check_episodes(c: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for what an environment of episodes cannot be asked for."""
+  rollout = c.rollout
+  if not plays(find_env(c.env.name)):
+    if rollout.max_episode_tokens != base().rollout.max_episode_tokens:
+      raise ValueError(
+        f"config.rollout.max_episode_tokens={rollout.max_episode_tokens} would not be read: "
+        f"config.env.name={c.env.name!r} judges responses"
+      )
+    return
+  if rollout.max_episode_tokens < rollout.max_new_tokens:
+    raise ValueError(
+      f"config.rollout.max_episode_tokens={rollout.max_episode_tokens} has no room for a turn of "
+      f"config.rollout.max_new_tokens={rollout.max_new_tokens}"
+    )
+  if c.method.counterfactual.name != "none":
+    raise ValueError(
+      f"config.method.counterfactual.name={c.method.counterfactual.name!r} makes other responses "
+      f"to a question, and config.env.name={c.env.name!r} plays episodes"
+    )
 
 
 def check_questions(c: ml_collections.ConfigDict) -> None:

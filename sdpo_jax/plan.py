@@ -33,6 +33,7 @@ import jax.numpy as jnp
 
 from sdpo_jax import learner, session, sharding
 from sdpo_jax.chips import CHIPS, Chip, topology_devices, usable_share
+from sdpo_jax.config import response_tokens
 from sdpo_jax.data.shapes import Rounding, Shape, bucket, full_shape, most_tokens
 from sdpo_jax.engine import programs
 from sdpo_jax.engine.sampling import needs_sorting
@@ -242,7 +243,7 @@ class Workload:
     return full_shape(
       rows,
       self.micro_batches * self.shards,  # one pack each
-      most_tokens(data, self.c.rollout.max_new_tokens),
+      most_tokens(data, response_tokens(self.c)),
       Rounding(data.length_multiple, data.response_multiple),
       has_teacher=self.learn.method.needs_teacher,
       has_further=self.learn.further_count > 0,
@@ -360,7 +361,7 @@ def heading_lines(w: Workload, weights: dict) -> Iterator[str]:
   )
   yield (
     f"{w.responses} responses of {w.tokens(c.data.max_prompt_tokens)} "
-    f"+ {w.tokens(c.rollout.max_new_tokens)} tokens, "
+    f"+ {w.tokens(response_tokens(c))} tokens, "
     f"teacher prompts of {w.tokens(c.data.max_teacher_tokens)}; remat {c.model.remat}"
   )
   if "beams" in c.method.counterfactual.get("sources", ()):
@@ -423,7 +424,7 @@ def attempt_decoding(w: Workload, state: TrainState, frozen: dict | None) -> Out
     rows=rollout.rows,
     group=rollout.group,
     prompt=w.tokens(w.c.data.max_prompt_tokens),
-    new=w.tokens(rollout.max_new_tokens),
+    new=w.tokens(response_tokens(w.c)),
   )
   sampling = Sampling(1, rollout.temperature, rollout.top_p)
   return attempt(

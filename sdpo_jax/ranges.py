@@ -89,6 +89,7 @@ RANGES = {
   "rollout.questions": _COUNT,
   "rollout.group": _COUNT,
   "rollout.max_new_tokens": _COUNT,
+  "rollout.max_episode_tokens": _COUNT,
   # below, logits divided by it leave float32's range
   "rollout.temperature": Range(
     0.001, 100, remark=": the loss is taken at the rollout's temperature"

@@ -81,7 +81,7 @@ class Rollout:
   # stands in `sampled` alone
   tokens: list[int]
   logp: list[float]  # nats, one per token, as the engine reported them
-  finish_reason: str  # "stop" | "length"
+  finish_reason: str  # "stop" | "length"; of an episode see episodes.py
   text: str  # the response as text, without the stop token
   feedback: Feedback
   # nats, one per token, of the policy over the whole vocabulary; None: nobody asked for it
@@ -94,6 +94,9 @@ class Rollout:
   # The parts of the response as the engine returned them, in order, which make up `tokens`. None:
   # the response comes from a file, or nothing sampled it.
   sampled: list["Segment"] | None = None
+  # What a world said to each part, where the response is an episode; an episode that was lost may
+  # lack the last one
+  turns: list[Turn] | None = None
 
   @property
   def is_judged(self) -> bool:

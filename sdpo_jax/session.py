@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpo_jax import hosts, sharding
-from sdpo_jax.config import MODELS, model_location
+from sdpo_jax.config import MODELS, model_location, response_tokens
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.tasks import RowEnv, check_sources, with_rows
 from sdpo_jax.data.teacher_prompt import teacher_prompt
 from sdpo_jax.engine import ENGINES
 from sdpo_jax.engine.local import LocalEngine
 from sdpo_jax.engine.remote import ServerSettings
-from sdpo_jax.envs.base import make_env
+from sdpo_jax.envs.base import find_env, make_env, plays
+from sdpo_jax.episodes import Played, Player
 from sdpo_jax.errors import blame_settings
 from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import PRESETS, ModelConfig
@@ -224,10 +225,12 @@ def _open_env(
   """
   sandbox = stack.enter_context(Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation))
   env = _opened(c, sandbox, stack)
-  lengths = _LengthCheck(c, env, policy, second, method)
+  asked = Played(env) if plays(env) else env
+  lengths = _LengthCheck(c, asked, policy, second, method)
   env = with_rows(
     env, c.data.sources, splits=splits, on_bad_row=c.data.on_bad_row, check=lengths.check
   )
+  env = Played(env) if plays(env) else env
   # A split that is not there, a question too long: now, not at the first evaluation.
   for split in splits:
     lengths.check(env.task(split, 0))
@@ -289,7 +292,19 @@ class _LengthCheck:
 def _collecting(
   c, env, loaded: Loaded, engine, check_stop: Callable[[], None]
 ) -> contextlib.AbstractContextManager:
-  """The collector of one model, with the limits of the configuration."""
+  """The collector or player of one model, with the limits of the configuration."""
+  if plays(env):
+    player = Player(
+      env,
+      loaded.chat,
+      engine,
+      max_prompt_tokens=c.data.max_prompt_tokens,
+      max_episode_tokens=c.rollout.max_episode_tokens,
+      threads=c.rollout.judge_threads,
+      timeout_s=c.rollout.judge_timeout_s,
+      check_stop=check_stop,
+    )
+    return contextlib.closing(player)
   collector = Collector(
     env,
     loaded.chat,
@@ -320,7 +335,7 @@ def _policy_engine(c, policy: Loaded, path: str, mesh, stack: contextlib.ExitSta
   sampling = Sampling(
     c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, policy.chat.stop_tokens
   )
-  engine.start(sampling, c.data.max_prompt_tokens + c.rollout.max_new_tokens)
+  engine.start(sampling, c.data.max_prompt_tokens + response_tokens(c))
   return engine
 
 
@@ -419,11 +434,12 @@ def longest_texts(c, notes: Notes | None) -> list[tuple[int, str]]:
 
   Each is read and written in one piece. Rollouts come first.
   """
-  prompt_tokens, new_tokens = c.data.max_prompt_tokens, c.rollout.max_new_tokens
+  prompt_tokens, new_tokens = c.data.max_prompt_tokens, response_tokens(c)
   teacher_tokens = c.data.max_teacher_tokens
   prompt = f"config.data.max_prompt_tokens={prompt_tokens}"
   teacher = f"config.data.max_teacher_tokens={teacher_tokens}"
-  new = f"config.rollout.max_new_tokens={new_tokens}"
+  limit = "max_episode_tokens" if plays(find_env(c.env.name)) else "max_new_tokens"
+  new = f"config.rollout.{limit}={new_tokens}"
   texts = [
     (prompt_tokens + new_tokens, f"{prompt} and {new}"),
     (teacher_tokens + new_tokens, f"{teacher} and {new}"),

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpo_jax import checkpoint, ending, hosts, monitors, report, sharding
-from sdpo_jax.ahead import Ahead, restored, stored
-from sdpo_jax.config import check_questions, defaults_of, validate
+from sdpo_jax.ahead import Ahead
+from sdpo_jax.config import check_questions, defaults_of, response_tokens, validate
 from sdpo_jax.data.batch import Packed, Packer, PackSettings
 from sdpo_jax.data.shapes import Rounding, Shape, Shapes, most_tokens
 from sdpo_jax.data.tasks import RowEnv, TaskStream
@@ -43,6 +43,7 @@ from sdpo_jax.remote_teacher import RemoteTeacher
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.rollout_log import rollout_lines
 from sdpo_jax.session import Session, open_session, same_rows, splits_of
+from sdpo_jax.stored import restored, stored
 from sdpo_jax.teacher_gate import TeacherGate
 from sdpo_jax.workdir import (
   change_of_devices,
@@ -419,7 +420,7 @@ class Steps:
       return None
     c, session = self.c, self.session
     teacher = RemoteTeacher(remote, temperature=c.rollout.temperature, vocab=session.model.vocab)
-    teacher.check(session.chat, c.data.max_teacher_tokens + c.rollout.max_new_tokens)
+    teacher.check(session.chat, c.data.max_teacher_tokens + response_tokens(c))
     return teacher
 
   def _make_packer(self) -> Packer:
@@ -434,7 +435,7 @@ class Steps:
       share_prefixes=jax.default_backend() != "tpu",  # splash knows no prefixes
     )
     shapes = Shapes(
-      most_tokens(data, self.c.rollout.max_new_tokens),
+      most_tokens(data, response_tokens(self.c)),
       [Shape(*sizes) for sizes in self.host["shapes"]],
       self.host["owed"],
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sdpo_jax import errors, main, metrics, preemption, train
-from sdpo_jax.ahead import Ahead, restored, stored
+from sdpo_jax.ahead import Ahead
 from sdpo_jax.engine.local import LocalEngine
 from sdpo_jax.records import (
   Completion,
@@ -22,6 +22,7 @@ from sdpo_jax.records import (
   Status,
   Task,
 )
+from sdpo_jax.stored import restored, stored
 from tests.test_decoder import QWEN, params_of
 
 ARGS = [

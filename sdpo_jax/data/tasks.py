@@ -68,8 +68,8 @@ class RowEnv:
     """
     if on_bad_row not in ("error", "skip"):
       raise ValueError(unknown("config.data.on_bad_row", on_bad_row, ["error", "skip"]))
-    self.env, self.prompt, self.judge = env, env.prompt, env.judge
-    for name in ("behaviour", "answer"):
+    self.env = env
+    for name in ("prompt", "judge", "start", "at_once", "behaviour", "answer"):
       if hasattr(env, name):
         setattr(self, name, getattr(env, name))
     self._source_texts = sources

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 import heapq
 import math
 import threading
+import time
 
 from sdpo_jax.records import Completion, Request
 
@@ -60,6 +61,7 @@ class RequestQueue:
     self._dropped: list[tuple] = []
     self._changed = threading.Condition()
     self._listeners: list[Callable[[], None]] = []
+    self.waited_s = 0.0  # in `wait`: an engine had nothing to do
 
   def answer(self, completion: Completion, request: Request | None) -> None:
     """Says what follows a completion: a request, or nothing.
@@ -122,6 +124,8 @@ class RequestQueue:
 
     What can come are answers that are missing, and new requests while the queue is open.
     """
+    begun = time.monotonic()
     with self._changed:
       while (self._unanswered or self._is_open) and (for_all or not self._waiting):
         self._changed.wait()
+      self.waited_s += time.monotonic() - begun

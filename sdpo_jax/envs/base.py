@@ -24,6 +24,7 @@ One that plays provides instead, and is called from several threads too:
                        reward of the episode so far in [0, 1], whether it is over, and whether the
                        message held an action that the world allows.
         close()        Ends it, also in the middle. Called once, whatever happened before.
+  at_once       An attribute, if so many episodes may be open at a time and no more.
 
 Both get their questions in one of two ways:
 
@@ -122,6 +123,11 @@ def make_env(name: str, *, sandbox, **settings):
   if "sandbox" in inspect.signature(env_class).parameters:
     return env_class(**settings, sandbox=sandbox)
   return env_class(**settings)
+
+
+def plays(env) -> bool:
+  """Tells whether an environment, or its class, plays episodes instead of judging responses."""
+  return hasattr(env, "start")
 
 
 def check_env_numbers(name: str, settings: dict) -> None:

@@ -1,0 +1,266 @@
+"""Plays episodes: the policy writes a turn, a world answers it, and so on to the end of either.
+
+An episode is a conversation (`data/conversation.py`) whose messages a world says. An episode that
+waits for its world takes no part in decoding, and what it has read stays in the engine's cache.
+Each turn is a request of its own, with a seed that depends on the run's seed, the task, the
+episode's number and the turn alone.
+
+Worlds may be few: an environment with `at_once` plays so many episodes together. Episode i is
+played in lane i modulo their number, after those of its lane that come before it, so that what
+shares a batch does not depend on which world is quicker.
+
+How an episode ends (`Rollout.finish_reason`):
+
+  done      The world says so.
+  budget    What comes next, a turn as long as can be included, may not fit in
+            config.rollout.max_episode_tokens.
+  lost      The world has raised, hung, or said what it may not say (`play.checked`). The episode is
+            never trained on, and counted: its status is ENV_FAILED, as of a judge that fails.
+
+A turn that is cut off at config.rollout.max_new_tokens is played as far as it goes and counts as
+invalid: the end of turn that it lacks was not sampled.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import functools
+import queue
+import time
+
+import jax
+
+from sdpo_jax import hosts
+from sdpo_jax.data.chat import Chat
+from sdpo_jax.data.conversation import Continuation
+from sdpo_jax.engine.requests import RequestQueue
+from sdpo_jax.errors import TaskError
+from sdpo_jax.judging import busy_s
+from sdpo_jax.play import Play
+from sdpo_jax.records import (
+  Completion,
+  Request,
+  Rollout,
+  Sampling,
+  Task,
+)
+from sdpo_jax.rollout import Place
+from sdpo_jax.stored import restored, stored
+from sdpo_jax.worlds import Worlds
+
+_TIMES = ("time/worlds_hidden_s", "time/worlds_wait_s")
+
+
+class Played:
+  """An environment of episodes, with the first messages of its tasks at hand.
+
+  They are those of an episode: reading them may start a process. So they are remembered.
+  """
+
+  KEPT = 4096
+
+  def __init__(self, env):
+    self.env = env
+    self.at_once: int | None = getattr(env, "at_once", None)
+    self._messages: dict[str, list[dict[str, str]]] = {}
+
+  def __getattr__(self, name: str):
+    return getattr(self.env, name)
+
+  def prompt(self, task: Task) -> list[dict[str, str]]:
+    """Returns what the policy reads before its first turn; the world says the same each time."""
+    if task.id not in self._messages:
+      with contextlib.closing(self.env.start(task)) as episode:
+        self.remember(task, episode.prompt())
+    return self._messages[task.id]
+
+  def remember(self, task: Task, messages: list[dict[str, str]]) -> None:
+    """Keeps the first messages of a task."""
+    while len(self._messages) >= self.KEPT:
+      self._messages.pop(next(iter(self._messages)), None)
+    self._messages[task.id] = messages
+
+
+class Player:
+  """Plays episodes with an engine. A run has one, in place of a `rollout.Collector`."""
+
+  def __init__(
+    self,
+    env: Played,
+    chat: Chat,
+    engine,
+    *,
+    max_prompt_tokens: int,
+    max_episode_tokens: int,
+    threads: int,
+    timeout_s: float,
+    check_stop: Callable[[], None] = lambda: None,
+  ):
+    """Keeps the settings; `close` ends what it starts.
+
+    Args:
+      env: starts the worlds.
+      chat: of the policy.
+      engine: samples; see `sdpo_jax.engine`.
+      max_prompt_tokens: of what comes before the first turn.
+      max_episode_tokens: of all that follows it.
+      threads: calls of worlds that are made at a time.
+      timeout_s: of one call.
+      check_stop: called before episodes are played and after them; it may raise.
+
+    SettingError for a chat template that cannot go on with a conversation.
+    """
+    self.env, self.chat, self.engine = env, chat, engine
+    self.check_stop = check_stop
+    self.max_prompt_tokens, self.max_episode_tokens = max_prompt_tokens, max_episode_tokens
+    self.continuation = Continuation(chat)
+    self._worlds = Worlds(threads=threads, timeout_s=timeout_s)
+    self._hand_on: Callable[[list[Rollout]], None] | None = None
+    self._times = dict.fromkeys(_TIMES, 0.0)
+
+  def close(self) -> None:
+    """Ends the threads."""
+    self._worlds.close()
+
+  def collect(
+    self,
+    params,
+    tasks: list[Task],
+    *,
+    n: int,
+    sampling: Sampling,
+    seeds: list[int],
+    version: int = 0,
+  ) -> list[list[Rollout]]:
+    """Plays n episodes of each task, and returns them as groups[q][g].
+
+    seeds: one a task. version: of the weights. sampling: of one turn.
+    Raises TaskError for first messages that are too long.
+    """
+    for task in tasks:
+      self._check_length(task)
+    processes = jax.process_count() if self.engine.samples_alone else 1
+    plays = [
+      Play(self, tasks[q], (q, g), sampling, seeds[q])
+      for q in range(len(tasks))
+      for g in range(n)
+      if q % processes == jax.process_index()
+    ]
+    self.engine.load(params, version)
+    with contextlib.ExitStack() as stack:
+      for play in plays:
+        stack.callback(play.close)
+      self._play(plays)
+    self.engine.unload()
+    self.check_stop()
+    own = {play.place: play.rollout() for play in plays}
+    groups = _shared(own, tasks, n)
+    if self._hand_on is not None:
+      for group in groups:
+        self._hand_on(group)
+    return groups
+
+  def _play(self, plays: list[Play]) -> None:
+    """Plays the episodes of this process to their ends."""
+    count = min(len(plays), self.env.at_once or len(plays))
+    lanes = [iter(plays[lane::count]) for lane in range(count)]
+    first: queue.SimpleQueue = queue.SimpleQueue()  # (lane, its first request or None)
+    for number, lane in enumerate(lanes):
+      self._begin(lane, functools.partial(_put, first, number))
+    begun = dict(first.get() for _ in lanes)
+    lane_of: dict[Place, Iterator[Play]] = {}
+    for lane in range(count):
+      lane_of |= {play.place: lanes[lane] for play in plays[lane::count]}
+    by_place = {play.place: play for play in plays}
+    requests = RequestQueue(begun[lane] for lane in range(count) if begun[lane] is not None)
+    for completion in self.engine.generate(requests):
+      place = completion.key[:2]
+      answer = functools.partial(requests.answer, completion)
+      self._step(by_place[place], lane_of[place], completion, answer)
+    ended = time.monotonic()
+    self._times["time/worlds_wait_s"] += requests.waited_s
+    busy = busy_s(self._worlds.take_busy(), ended)
+    self._times["time/worlds_hidden_s"] += max(0.0, busy - requests.waited_s)
+
+  def _begin(self, lane: Iterator[Play], answer: Callable[[Request | None], None]) -> None:
+    """Starts the next episode of a lane, and answers with its first request; None: no more."""
+    play = next(lane, None)
+    if play is None:
+      answer(None)
+      return
+
+    def then(found) -> None:
+      request = play.begun(found)
+      if request is None:
+        self._begin(lane, answer)
+      else:
+        answer(request)
+
+    self._worlds.submit(f"starting {play.task.id}", play.start, then)
+
+  def _step(
+    self,
+    play: Play,
+    lane: Iterator[Play],
+    completion: Completion,
+    answer: Callable[[Request | None], None],
+  ) -> None:
+    """Has the world answer a turn, and answers with what is sampled next in its lane."""
+    message = play.said(completion)
+
+    def then(found) -> None:
+      request = play.answered(found)
+      if request is None:
+        self._begin(lane, answer)
+      else:
+        answer(request)
+
+    step = functools.partial(play.step, message)
+    self._worlds.submit(f"a turn of {play.task.id}", step, then)
+
+  @contextlib.contextmanager
+  def handing_on(self, hand_on: Callable[[list[Rollout]], None] | None):
+    """Has a function called with each group, once all are there."""
+    self._hand_on = hand_on
+    try:
+      yield
+    finally:
+      self._hand_on = None
+
+  @contextlib.contextmanager
+  def undisturbed(self):
+    """Asks nobody meanwhile whether to stop: what is begun is finished."""
+    check_stop, self.check_stop = self.check_stop, lambda: None
+    try:
+      yield
+    finally:
+      self.check_stop = check_stop
+
+  def take_times(self) -> dict[str, float]:
+    """Returns the metrics of what worlds took since the last call.
+
+    time/worlds_wait_s: the engine had nothing to sample, and waited for worlds.
+    time/worlds_hidden_s: some world was at work while others' turns were sampled.
+    """
+    times, self._times = self._times, dict.fromkeys(_TIMES, 0.0)
+    return times
+
+  def _check_length(self, task: Task) -> None:
+    length = len(self.chat.prompt_tokens(self.env.prompt(task)))
+    if length > self.max_prompt_tokens:
+      raise TaskError(
+        f"the beginning of episode {task.id} takes {length} tokens, "
+        f"more than config.data.max_prompt_tokens={self.max_prompt_tokens}"
+      )
+
+
+def _put(first: queue.SimpleQueue, lane: int, request: Request | None) -> None:
+  first.put((lane, request))
+
+
+def _shared(own: dict[Place, Rollout], tasks: list[Task], n: int) -> list[list[Rollout]]:
+  """Returns the episodes of all processes, as groups[q][g]."""
+  if jax.process_count() == 1:
+    return [[own[q, g] for g in range(n)] for q in range(len(tasks))]
+  told = [[place, row] for place, (row,) in ((p, stored([[r]])[0]) for p, r in own.items())]
+  by_place = {tuple(place): row for rows in hosts.share(told) for place, row in rows}
+  return restored(tasks, [[by_place[q, g] for g in range(n)] for q in range(len(tasks))])

@@ -1,0 +1,157 @@
+"""One episode that is being played: what the policy and the world have said, and how it ends."""
+
+import contextlib
+import math
+import numbers
+
+from sdpo_jax import thought
+from sdpo_jax.data.conversation import Conversation
+from sdpo_jax.records import (
+  Completion,
+  Feedback,
+  Request,
+  Rollout,
+  Sampling,
+  Status,
+  Task,
+  Turn,
+)
+from sdpo_jax.rollout import Place, prompt_seed
+from sdpo_jax.text import MAX_CHARS, clean, cut
+from sdpo_jax.worlds import Lost
+
+MAX_OBSERVATION = 4 * MAX_CHARS  # characters of one
+
+
+class Play:
+  """One episode, from its start to its rollout. One thread at a time is in it."""
+
+  def __init__(self, player, task: Task, place: Place, sampling: Sampling, seed: int):
+    self.task, self.place = task, place
+    self._player, self._sampling, self._seed = player, sampling, seed
+    self._world = None
+    self._conversation: Conversation | None = None
+    self._completions: list[Completion] = []
+    self._turns: list[Turn] = []
+    self._messages: list[str] = []  # of the policy, without its thoughts
+    self._end = ""
+    self._why_lost = ""
+
+  # ---- in a thread of the worlds
+
+  def start(self) -> list[dict[str, str]]:
+    """Starts the world, and returns its first messages."""
+    world = self._player.env.start(self.task)
+    self._world = world
+    if self._end:  # it took too long, and nobody waits for it
+      self.close()
+    return world.prompt()
+
+  def step(self, message: str) -> Turn:
+    """Has the world answer a message."""
+    return checked(self._world.step(message))
+
+  # ---- when the call has ended, there or in the watch
+
+  def begun(self, found) -> Request | None:
+    """Takes what `start` returned or a Lost; returns the first request, if there is one."""
+    if isinstance(found, Lost):
+      return self._lose(found)
+    self._player.env.remember(self.task, found)
+    self._conversation = Conversation(self._player.continuation, found)
+    return self._request()
+
+  def answered(self, found) -> Request | None:
+    """Takes what `step` returned or a Lost; returns the next request, None at the end."""
+    if isinstance(found, Lost):
+      return self._lose(found)
+    was_cut_off = self._completions[-1].finish_reason == "length"
+    turn = found._replace(valid=found.valid and not was_cut_off)
+    self._turns.append(turn)
+    if turn.done:
+      return self._finish("done")
+    self._conversation.add_message(turn.observation)
+    used = len(self._conversation.prompt) - self._first_length()
+    if used + self._sampling.max_new_tokens > self._player.max_episode_tokens:
+      return self._finish("budget")
+    return self._request()
+
+  # ---- in the main thread
+
+  def said(self, completion: Completion) -> str:
+    """Takes a turn of the policy, and returns what the world gets to read of it."""
+    self._completions.append(completion)
+    self._conversation.add_response(completion)
+    text = self._player.chat.response_text(completion.tokens)
+    message, is_open = thought.split(text)
+    self._messages.append("" if is_open else message.strip())
+    return self._messages[-1]
+
+  def close(self) -> None:
+    """Ends the world; whatever it raises is its own affair."""
+    world, self._world = self._world, None
+    if world is not None:
+      with contextlib.suppress(Exception):
+        world.close()
+
+  def rollout(self) -> Rollout:
+    """Returns the episode as one response."""
+    if self._conversation is None or not self._completions:
+      prompt = self._player.chat.prompt_tokens(self._player.env.prompt(self.task))
+      failed = Feedback(0.0, self._why_lost, Status.ENV_FAILED)
+      return Rollout(self.task, prompt, [], [], self._end, "", failed, sampled=[], turns=[])
+    (row,) = self._conversation.rows()
+    reward = self._turns[-1].reward if self._turns else 0.0
+    trace = cut(clean(self._trace()), MAX_CHARS)
+    feedback = Feedback(reward, trace)
+    if self._end == "lost":
+      feedback = Feedback(0.0, self._why_lost, Status.ENV_FAILED)
+    return Rollout(
+      self.task,
+      row.prompt_tokens,
+      row.tokens,
+      row.logp,
+      self._end,
+      self._trace(),
+      feedback,
+      sampled=row.sampled,
+      turns=self._turns,
+    )
+
+  def _trace(self) -> str:
+    """Returns what was said in turns, without the thoughts of the policy."""
+    lines = []
+    for number, message in enumerate(self._messages):
+      lines.append(f"> {message}")
+      if number < len(self._turns):
+        lines.append(self._turns[number].observation)
+    return "\n".join(lines)
+
+  def _request(self) -> Request:
+    turn = len(self._completions)
+    key = (*self.place, turn)
+    seed = prompt_seed(self._seed, "turn", self.place[1], turn)
+    return Request(key, self._conversation.prompt, 1, self._sampling, seed)
+
+  def _first_length(self) -> int:
+    return len(self._conversation.rows()[0].prompt_tokens)
+
+  def _lose(self, lost: Lost) -> None:
+    self._why_lost = str(lost)
+    self._finish("lost")
+
+  def _finish(self, end: str) -> None:
+    self._end = end
+    self.close()
+
+
+def checked(turn: Turn) -> Turn:
+  """Returns a turn as the rest of the run may read it. ValueError for what no world may say."""
+  observation, reward, done, valid = turn
+  is_number = isinstance(reward, numbers.Real) and not isinstance(reward, bool)
+  if not is_number or not math.isfinite(reward) or not 0.0 <= reward <= 1.0:
+    raise ValueError(f"the world gave the reward {reward!r}, not a number in [0, 1]")
+  if not isinstance(observation, str):
+    raise ValueError(f"the world said a {type(observation).__name__}, not a str")
+  text = cut(clean(observation), MAX_OBSERVATION)
+  return Turn(text, float(reward), bool(done), bool(valid))

@@ -1,0 +1,51 @@
+"""Rollouts as JSON: for a checkpoint that holds a batch, and between processes."""
+
+from sdpo_jax.records import Completion, Feedback, Rollout, Segment, Status, Task, Turn
+
+
+def stored(groups: list[list[Rollout]]) -> list[list[dict]]:
+  """Returns rollouts that an engine sampled, without alternatives, as JSON holds them."""
+  return [[_stored(rollout) for rollout in group] for group in groups]
+
+
+def _stored(rollout: Rollout) -> dict:
+  assert rollout.sampled is not None and not rollout.alternatives
+  feedback, turns = rollout.feedback, rollout.turns
+  return {
+    "prompt": rollout.prompt_tokens,
+    "sampled": [
+      [start, completion._asdict(), before] for start, completion, before in rollout.sampled
+    ],
+    "finish_reason": rollout.finish_reason,
+    "text": rollout.text,
+    "feedback": [feedback.reward, feedback.text, feedback.status.value],
+    "turns": None if turns is None else [list(turn) for turn in turns],
+  }
+
+
+def restored(tasks: list[Task], groups: list[list[dict]]) -> list[list[Rollout]]:
+  """Returns the rollouts that were stored. tasks: their questions."""
+  return [
+    [_restored(task, row) for row in group] for task, group in zip(tasks, groups, strict=True)
+  ]
+
+
+def _restored(task: Task, row: dict) -> Rollout:
+  sampled = [
+    Segment(start, Completion(**completion), tuple(before))
+    for start, completion, before in row["sampled"]
+  ]
+  reward, words, status = row["feedback"]
+  entropy = [segment.completion.entropy for segment in sampled]
+  return Rollout(
+    task,
+    row["prompt"],
+    [token for segment in sampled for token in segment.completion.tokens],
+    [logp for segment in sampled for logp in segment.completion.logp],
+    row["finish_reason"],
+    row["text"],
+    Feedback(reward, words, Status(status)),
+    entropy=entropy[0] if len(entropy) == 1 else None,
+    sampled=sampled,
+    turns=None if row["turns"] is None else [Turn(*turn) for turn in row["turns"]],
+  )
