@@ -2,13 +2,13 @@
 
   -= Welcome to TextWorld, ALFRED! =-
 
-  You are in the middle of a room. Looking quickly around you, you see a basin, a bed, ...
+  You are in the middle of a room. Looking quickly around you, you see a basin, ..., and a table.
 
   Your task is to: blick then heat the apple and put it on the shelf. The apple is on the desk.
 
-  > go desk            You arrive at the desk. On the desk, you see a apple.
+  > go desk            You arrive at desk. On the desk, you see a apple.
   > take apple         You pick up the apple from the desk.
-  > go oven            You arrive at the oven.
+  > go oven            You arrive at oven.
   > use oven           You use the oven on the apple.
   ...
   > put apple          You put the apple on the shelf.
@@ -110,7 +110,8 @@ def request(goal: Goal, level: str) -> str:
 
 def beginning(goal: Goal, level: str) -> str:
   """Returns the first observation."""
-  seen = ", ".join(f"a {name}" for name in sorted((*APPLIANCES, *PLACES)))
+  *names, last = sorted((*APPLIANCES, *PLACES))
+  seen = "".join(f"a {name}, " for name in names) + f"and a {last}"
   room = f"You are in the middle of a room. Looking quickly around you, you see {seen}."
   return f"{WELCOME}\n\n{room}\n\n{request(goal, level)}"
 
@@ -181,7 +182,7 @@ class World:
     self._at = name
     is_here = name == goal.where and not self._carries
     seen = f" On the {name}, you see a {goal.item}." if is_here else ""
-    return f"You arrive at the {name}.{seen}"
+    return f"You arrive at {name}.{seen}"
 
   def _reward(self) -> float:
     is_right = tuple(self._used) == self._goal.appliances and self._at == self._goal.place
