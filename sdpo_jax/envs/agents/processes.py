@@ -138,8 +138,9 @@ class Pool:
       if self._scratch is None:
         # A process that is killed leaves its temporary files behind.
         self._scratch = tempfile.TemporaryDirectory(prefix="engines_", ignore_cleanup_errors=True)
-      environment = {"TMPDIR": self._scratch.name, "OMP_NUM_THREADS": "1"} | self._environment
-      slot.child = ChildProcess(self.command, environment)
+      # Sets have the same order in the process that replaces another.
+      fixed = {"TMPDIR": self._scratch.name, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+      slot.child = ChildProcess(self.command, fixed | self._environment)
 
 
 class _Slot:
