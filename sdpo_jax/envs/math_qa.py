@@ -22,15 +22,12 @@ wrong with `tell_correctness` alone, and never which one is right.
 
 import json
 import math
-import os
 import queue
 import re
-import select
-import subprocess
 import sys
-import time
 
 from sdpo_jax.envs import math_worker, quantities
+from sdpo_jax.envs.child_process import ChildLost, ChildProcess
 from sdpo_jax.envs.math_text import has_box, last_boxed
 from sdpo_jax.envs.numerals import number
 from sdpo_jax.envs.rows import field, final_text, given, groups, messages, optional_text, task_id
@@ -236,17 +233,15 @@ class Worker:
 
   def __init__(self, memory_mb: int, time_s: float):
     self._command = [sys.executable, "-P", math_worker.__file__, str(memory_mb), str(time_s)]
-    self._process = subprocess.Popen(
-      self._command,
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.DEVNULL,
-      bufsize=0,
-    )
+    self._process = ChildProcess(self._command)
 
   def wait(self, within_s: float) -> None:
     """Waits until the process can compare. RuntimeError, and its end, if it does not start."""
-    if self._line(within_s) != b"ready":
+    try:
+      is_ready = self._process.read(within_s) == b"ready"
+    except ChildLost:
+      is_ready = False
+    if not is_ready:
       self.kill()
       raise RuntimeError(
         f"the process that runs math-verify did not start within {within_s:g} s: "
@@ -256,37 +251,15 @@ class Worker:
   def ask(self, reference: str, answer: str, time_s: float) -> bool | None:
     """Tells whether two answers are equal; None, and its end, if it does not reply in time."""
     try:
-      self._process.stdin.write(json.dumps([reference, answer]).encode() + b"\n")
-      line = self._line(time_s)
-    except BrokenPipeError:
-      line = None
-    if line is None:
+      line = self._process.ask(json.dumps([reference, answer]).encode(), time_s)
+    except ChildLost:
       self.kill()
       return None
     return json.loads(line)
 
-  def _line(self, time_s: float) -> bytes | None:
-    """Reads a line of output, without its newline; None if the output ends or comes too late."""
-    deadline = time.monotonic() + time_s
-    text = b""
-    poll = select.poll()  # `select.select` takes no descriptor above 1023.
-    poll.register(self._process.stdout, select.POLLIN)
-    while not text.endswith(b"\n"):
-      remaining_s = max(0.0, deadline - time.monotonic())
-      if not poll.poll(1000 * remaining_s):
-        return None
-      piece = os.read(self._process.stdout.fileno(), 4096)
-      if not piece:
-        return None
-      text += piece
-    return text.strip()
-
   def kill(self) -> None:
-    """Ends the process and closes its pipes."""
-    self._process.kill()
-    self._process.wait()
-    self._process.stdin.close()
-    self._process.stdout.close()
+    """Ends the process."""
+    self._process.close()
 
 
 def extract(response: str) -> tuple[str, str]:
