@@ -16,10 +16,10 @@
 A task names one or two processes, each done with one of eight appliances, an object, where it is,
 and where it has to go. A process has a *known* word (heat: the oven) or a *novel* one ("blick"),
 whose appliance `words_seed` draws. That stands nowhere but in the skill ("blick means the oven."),
-which a teacher may read and the policy does not. Using an appliance is final, and nothing says
-whether it was the right one. Putting the object down ends the episode. The reward is 1 if exactly
-the right appliances were used, in their order, and the place is right; else 0. So one novel word is
-guessed once in eight episodes, and two once in 64.
+which a teacher may read and the policy does not: `skill_text(task)`. Using an appliance is final,
+and nothing says whether it was the right one. Putting the object down ends the episode. The reward
+is 1 if exactly the right appliances were used, in their order, and the place is right; else 0. So
+one novel word is guessed once in eight episodes, and two once in 64.
 
 An action is the last line of the policy's message that is no empty line, without a leading ">". It
 is admissible if it is among the commands that the state allows, and answered by "Nothing happens."
@@ -38,6 +38,7 @@ import random
 from typing import Any, NamedTuple
 import zlib
 
+from sdpo_jax.envs.agents.skills import Skills, read_skills
 from sdpo_jax.envs.composed import NOVEL_WORDS
 from sdpo_jax.errors import unknown
 from sdpo_jax.records import Task, Turn
@@ -192,12 +193,29 @@ class World:
 class Household:
   """Makes tasks and the worlds that they are played in."""
 
-  def __init__(self, *, level: str = "default", words_seed: int = 0, limit: int = LIMIT):
-    """limit: turns of an episode."""
+  def __init__(
+    self,
+    *,
+    level: str = "default",
+    words_seed: int = 0,
+    limit: int = LIMIT,
+    skill: str = "matched",
+    skills: str | None = None,
+  ):
+    """Takes settings.
+
+    limit: turns of an episode.
+    skill: what a teacher reads, "matched" or "random", as `skills.py` says.
+    skills: a file of skills; None: those of this world.
+    """
     if level not in LEVELS:
       raise ValueError(unknown("config.env.level", level, LEVELS))
     self._level, self._words_seed, self._limit = level, words_seed, limit
     self._meaning = meanings(words_seed)
+    content, where = self.skills(), "household"
+    if skills is not None:
+      content, where = read_skills(skills), skills
+    self.skill_text = Skills(content, where=where, skill=skill, seed=words_seed).text
 
   def task(self, split: str, index: int) -> Task:
     """Returns a task. ValueError for a split that does not exist."""
@@ -224,8 +242,11 @@ class Household:
     return World(Goal(tuple(words), tuple(appliances), *rest), self._level, self._limit)
 
   def skills(self) -> dict:
-    """Returns what is known about the world, as a skills file holds it."""
+    """Returns what is known about the world, as a skills file holds it.
+
+    A task may have two words, and needs the lines of all its words.
+    """
     lines = {word: f"{word} means the {name}." for word, name in self._meaning.items()}
     lines |= {word: f"{word} means the {name}." for name, word in KNOWN.items()}
     keywords = [[word, [word]] for word in lines]
-    return {"general": GENERAL, "skills": lines, "keywords": keywords}
+    return {"general": GENERAL, "skills": lines, "keywords": keywords, "match": "all"}
