@@ -25,6 +25,7 @@ setup(
       "assets/tiny_notes/*",
       "assets/tiny_arithmetic/*",
       "assets/rows/*",
+      "assets/skills/*.json",
       "bench/results/*.json",
     ]
   },
@@ -70,5 +71,7 @@ setup(
     "serve": SERVE,
     "hub": ["datasets", "huggingface_hub"],
     "gguf": GGUF,
+    # alfworld_worker.py reaches into textworld
+    "textworld": ["textworld[pddl]>=1.7.0,<1.8", "alfworld>=0.4.2"],
   },
 )
