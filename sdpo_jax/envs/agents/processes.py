@@ -25,6 +25,7 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import sys
 import tempfile
 import threading
@@ -170,9 +171,10 @@ class _Slot:
       return
     try:
       self._answer(0, None, self._pool.start_s)
-    except EngineFailed:
+    except EngineFailed as error:
       self.drop()
-      raise
+      command = shlex.join(self._pool.command)
+      raise EngineFailed(f"{error}; to see more of it start {command}") from None
     self._is_ready = True
 
   def ask(self, request, time_s: float) -> Any:
