@@ -1,0 +1,312 @@
+"""Questions that are answered by searching a corpus, with Search-R1's protocol as a conversation.
+
+  Question: What is the birthplace of the author of The Lantern of Orvi?
+
+  > <search>The Lantern of Orvi author</search>
+  <information>Doc 1(Title: "The Lantern of Orvi") The form of The Lantern of Orvi is novel. ...
+  Doc 2(Title: "The Garden of Orvi") ...
+  Doc 3(Title: ...) ...</information>
+  > <search>Velora Tamin birthplace</search>
+  ...
+  > <answer>Morvane</answer>
+  The answer is right.
+
+The action of a message is its first complete <search>, else its first complete <answer>; tags may
+be in either case, and what stands inside a thought is no action. A turn is invalid without an
+action, with both kinds, and with a tag twice; in the last two cases the action is carried out all
+the same, as in the released loop. An answer ends the episode, and so do `limit`
+turns; nothing is looked up in the last one. The reward is 1 if the answer is an exact match
+(`search_answers.py`), else 0.
+
+Two environments:
+  SearchQA      the world of `search_corpus.py`, and questions about it
+  SearchQARows  questions of config.data.sources, over a corpus file or a retriever at an address
+
+Both need bm25s, but for a retriever at an address: `pip install 'sdpo_jax[search]'`. Its process is
+started by `open`, or by the first search.
+
+Source: arXiv:2503.09516 and its release, which continues one response instead of taking turns.
+"""
+
+import json
+import re
+from typing import Callable
+
+from sdpo_jax import thought
+from sdpo_jax.envs.agents import search_corpus
+from sdpo_jax.envs.agents.search_answers import golden_answers, is_match
+from sdpo_jax.envs.agents.search_retriever import Index, Server, need
+from sdpo_jax.envs.rows import field, groups, row_name
+from sdpo_jax.errors import SettingError, local_path, unknown
+from sdpo_jax.records import Task, Turn
+
+LIMIT = 4  # turns
+TOP_K = 3  # passages
+K1, B = 0.9, 0.4  # BM25's constants in Search-R1's index
+SMALLEST_WORLD = 100  # passages
+INSTRUCTION = """\
+Answer the question. In each turn, do one of two things:
+- To look something up, write a query between <search> and </search>. What is found comes back \
+between <information> and </information>.
+- To end, write the answer, and nothing else, between <answer> and </answer>. For example, \
+<answer>Beijing</answer>.
+You have {limit} turns.
+
+Question: {question}"""
+INVALID = (
+  "The action is invalid. To search, put the query between <search> and </search>. To give the "
+  "final answer, put it between <answer> and </answer>."
+)
+NOTHING = "<information>Nothing was found.</information>"
+RIGHT, WRONG = "The answer is right.", "The answer is wrong."
+GENERAL = "Search for the name of one thing at a time, read its passage, then answer in few words."
+SKILLS = {
+  "birth": "Search for each name together with birth: the passage tells place and year.",
+  "author": "Search for the title, then for the author whom its passage names.",
+  "setting": "Search for the title, then for the place in which it is set.",
+  "compare": "Search for both names, one in each turn, then compare the two numbers.",
+}
+KEYWORDS = [
+  ["compare", ["or"]],
+  ["author", ["author"]],
+  ["setting", ["set"]],
+  ["birth", ["birth", "birthplace"]],
+]
+_TAGS = {kind: re.compile(f"<(/?){kind}>", re.IGNORECASE) for kind in ("search", "answer")}
+
+
+def action_of(message: str) -> tuple[str, str, bool]:
+  """Returns the kind of a message's action ("" for none), its text, and whether it is valid."""
+  text, is_open = thought.split(message)
+  if is_open:
+    return "", "", False
+  tags = {kind: list(tag.finditer(text)) for kind, tag in _TAGS.items()}
+  openings = sum(not tag[1] for of_kind in tags.values() for tag in of_kind)
+  for kind in tags:
+    content = _between(text, tags[kind])
+    if content is not None:
+      return kind, content, openings == 1 and bool(content)
+  return "", "", False
+
+
+def _between(text: str, tags: list[re.Match]) -> str | None:
+  """Returns what stands between the first opening tag and the next closing one; None without."""
+  # No regular expression over both tags: its time would grow with the square of the text.
+  start = None
+  for tag in tags:
+    if tag[1] and start is not None:
+      return text[start : tag.start()].strip()
+    if not tag[1] and start is None:
+      start = tag.end()
+  return None
+
+
+def information(passages: list[str]) -> str:
+  """Returns what a search shows: a line for each passage, whose first line is its title."""
+  lines = []
+  for number, passage in enumerate(passages, 1):
+    title, _, text = passage.partition("\n")
+    lines.append(f"Doc {number}(Title: {title}) {text}".strip())
+  return f"<information>{chr(10).join(lines)}</information>" if lines else NOTHING
+
+
+class SearchEpisode:
+  """One question, which is searched for until it is answered; used once."""
+
+  def __init__(self, question: str, golden: list[str], find: Callable, limit: int):
+    """find(query): returns the passages that a search finds."""
+    self._question, self._golden = question, golden
+    self._find, self._limit = find, limit
+    self._turns = 0
+
+  def prompt(self) -> list[dict[str, str]]:
+    """Returns the messages before the first turn."""
+    text = INSTRUCTION.format(limit=self._limit, question=self._question)
+    return [{"role": "user", "content": text}]
+
+  def step(self, message: str) -> Turn:
+    """Searches, or judges the answer. EngineFailed or RuntimeError if a search fails."""
+    self._turns += 1
+    kind, text, is_valid = action_of(message)
+    if kind == "answer":
+      is_right = is_match(text, self._golden)
+      return Turn(RIGHT if is_right else WRONG, float(is_right), True, is_valid)
+    if self._turns >= self._limit:
+      return Turn(f"The {self._limit} turns are over without an answer.", 0.0, True, is_valid)
+    if not kind:
+      return Turn(INVALID, 0.0, False, is_valid)
+    return Turn(information(self._find(text)), 0.0, False, is_valid)
+
+  def close(self) -> None:
+    """Ends the episode; nothing is held."""
+
+
+class SearchQA:
+  """Makes questions about a world of its own, which can be searched."""
+
+  def __init__(
+    self, *, size: int = 2000, world_seed: int = 0, limit: int = LIMIT, top_k: int = TOP_K
+  ):
+    """Makes the world. SettingError where bm25s is missing.
+
+    size: passages. limit: turns of an episode. top_k: passages that a search shows.
+    """
+    need("search", "search_qa", ("bm25s",))
+    _check_counts(limit=limit, top_k=top_k)
+    if size < SMALLEST_WORLD:
+      raise SettingError(f"config.env.size={size} must be at least {SMALLEST_WORLD}")
+    self._seed, self._limit, self._top_k = world_seed, limit, top_k
+    self._world = search_corpus.make_world(world_seed, size)
+    self._name = f"search_qa/{world_seed}/{size}"
+    self._index = Index(self._world.passages, k1=K1, b=B, stem=False)
+
+  def open(self) -> None:
+    """Starts the process that searches."""
+    self._index.open()
+
+  def close(self) -> None:
+    """Ends it."""
+    self._index.close()
+
+  def task(self, split: str, index: int) -> Task:
+    """Returns a question. ValueError for a split that does not exist."""
+    question = self._question(split, index)
+    data = {"answers": [question.answer], "index": index}
+    data |= {"kind": question.template.kind, "difficulty": len(question.queries)}
+    return Task(
+      f"{self._name}/{split}/{index}",
+      question.text,
+      solution=f"<answer>{question.answer}</answer>",
+      split=split,
+      data=data,
+    )
+
+  def walkthrough(self, task: Task) -> list[str]:
+    """Returns messages that answer the task."""
+    question = self._question(task.split, task.data["index"])
+    searches = [f"<search>{query}</search>" for query in question.queries]
+    return [*searches, f"<answer>{question.answer}</answer>"]
+
+  def start(self, task: Task) -> SearchEpisode:
+    """Begins an episode of the task."""
+    return SearchEpisode(task.prompt, task.data["answers"], self.find, self._limit)
+
+  def find(self, query: str) -> list[str]:
+    """Returns the passages that a search shows, best first."""
+    return [self._world.passages[number] for number in self._index.find(query, self._top_k)]
+
+  def skills(self) -> dict:
+    """Returns advice that a teacher may read, as a skills file holds it."""
+    return {"general": GENERAL, "skills": SKILLS, "keywords": KEYWORDS}
+
+  def _question(self, split: str, index: int) -> search_corpus.Question:
+    if split not in search_corpus.SPLITS:
+      raise ValueError(unknown("the split", split, search_corpus.SPLITS))
+    return search_corpus.make_question(self._world, self._seed, split, index)
+
+
+class SearchQARows:
+  """Asks the questions of a data set, over a corpus or a retriever of the user's.
+
+  A row has `question`; `golden_answers`, or Search-R1's `reward_model.ground_truth.target`; and it
+  may have `data_source` and `id`.
+  """
+
+  def __init__(
+    self,
+    *,
+    corpus: str = "",
+    url: str = "",
+    stem: bool = False,
+    limit: int = LIMIT,
+    top_k: int = TOP_K,
+  ):
+    """Reads the corpus. SettingError for one that cannot be used, and where bm25s is missing.
+
+    Args:
+      corpus: a JSONL file of rows {"id", "contents"}: a title line, a line feed, a text.
+      url: the address of a retriever instead, such as http://127.0.0.1:8000/retrieve.
+      stem: compares Porter's stems of words instead of the words; over a corpus only.
+      limit: turns of an episode.
+      top_k: passages that a search shows.
+    """
+    if bool(corpus) == bool(url):
+      raise SettingError("set either config.env.corpus, to a JSONL file, or config.env.url")
+    if url and stem:
+      raise SettingError("config.env.stem=True would not be read: config.env.url searches itself")
+    _check_counts(limit=limit, top_k=top_k)
+    self._limit, self._top_k = limit, top_k
+    self._index: Index | None = None
+    if url:
+      self._server = Server(url)
+      return
+    need("search", "search_qa_rows", ("bm25s", "Stemmer") if stem else ("bm25s",))
+    self._passages = read_corpus(local_path(corpus))
+    self._index = Index(self._passages, k1=K1, b=B, stem=stem)
+
+  def open(self) -> None:
+    """Starts the process that searches, or asks the retriever once. RuntimeError if that fails."""
+    if self._index is None:
+      self._server.find("test", 1)
+    else:
+      self._index.open()
+
+  def close(self) -> None:
+    """Ends the process."""
+    if self._index is not None:
+      self._index.close()
+
+  def task_from_row(self, row: dict, split: str) -> Task:
+    """Reads a row. ValueError that names the field."""
+    answers = golden_answers(row)
+    return Task(
+      f"search_qa/{split}/{row_name(row, 'id')}",
+      field(row, "question").strip(),
+      solution=f"<answer>{answers[0]}</answer>",
+      split=split,
+      data={"answers": answers} | groups(row, kind="data_source"),
+    )
+
+  def start(self, task: Task) -> SearchEpisode:
+    """Begins an episode of the task."""
+    return SearchEpisode(task.prompt, task.data["answers"], self.find, self._limit)
+
+  def find(self, query: str) -> list[str]:
+    """Returns the passages that a search shows, best first."""
+    if self._index is None:
+      return self._server.find(query, self._top_k)
+    return [self._passages[number] for number in self._index.find(query, self._top_k)]
+
+
+def read_corpus(path: str) -> list[str]:
+  """Returns the passages of a corpus file. SettingError with file and line for a bad one."""
+  passages = []
+  try:
+    with open(path, "rb") as lines:
+      for number, line in enumerate(lines, 1):
+        if line.strip():
+          passages.append(_contents(line, f"config.env.corpus: {path}, line {number}"))
+  except OSError as error:
+    raise SettingError(f"config.env.corpus: {path}: {error.strerror}") from None
+  if not passages:
+    raise SettingError(f"config.env.corpus: {path} holds no passage")
+  return passages
+
+
+def _contents(line: bytes, place: str) -> str:
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError):
+    raise SettingError(f"{place}: the row is not JSON") from None
+  if not isinstance(row, dict):
+    raise SettingError(f"{place}: the row is not an object")
+  try:
+    return field(row, "contents")
+  except ValueError as error:
+    raise SettingError(f"{place}: {error}") from None
+
+
+def _check_counts(**counts: int) -> None:
+  for name, value in counts.items():
+    if value < 1:
+      raise SettingError(f"config.env.{name}={value} must be at least 1")
