@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 
 GGUF = ["gguf>=0.19.0"]
 SEARCH = ["bm25s>=0.3.16", "PyStemmer>=3.1.0"]
+WEBSHOP = [*SEARCH, "thefuzz>=0.22.1"]
 SERVE = ["starlette>=1.10.0", "uvicorn>=0.54.0", "pydantic>=2.14.4"]
 
 setup(
@@ -68,7 +69,7 @@ setup(
       "accelerate>=1.15.0",  # transformers asks for it where it reads a GGUF file
       *SERVE,
       *GGUF,
-      *SEARCH,
+      *WEBSHOP,
     ],
     "serve": SERVE,
     "hub": ["datasets", "huggingface_hub"],
@@ -76,5 +77,6 @@ setup(
     # alfworld_worker.py reaches into textworld
     "textworld": ["textworld[pddl]>=1.7.0,<1.8", "alfworld>=0.4.2"],
     "search": SEARCH,
+    "webshop": WEBSHOP,
   },
 )

@@ -10,9 +10,10 @@ import threading
 
 import pytest
 
-from sdpo_jax.envs.agents import search_corpus, search_qa, search_retriever
+from sdpo_jax.envs.agents import search_corpus, search_episode, search_retriever
 from sdpo_jax.envs.agents.search_answers import golden_answers, is_match, normalise
-from sdpo_jax.envs.agents.search_qa import SearchEpisode, SearchQA, SearchQARows, action_of
+from sdpo_jax.envs.agents.search_episode import SearchEpisode, action_of
+from sdpo_jax.envs.agents.search_qa import SearchQA, SearchQARows
 from sdpo_jax.errors import SettingError
 
 # Not `importorskip`, which would import bm25s, and with it jax's default device, here.
@@ -102,15 +103,15 @@ def test_an_episode_searches_answers_and_ends():
   assert message["content"].endswith("Question: Who?") and "3 turns" in message["content"]
   found = '<information>Doc 1(Title: "Title") Text.\nDoc 2(Title: Bare)</information>'
   assert episode.step("<search>who</search>") == (found, 0.0, False, True)
-  assert episode.step("<search>?</search>") == (search_qa.NOTHING, 0.0, False, True)
-  assert episode.step("<answer>who!</answer>") == (search_qa.RIGHT, 1.0, True, True)
+  assert episode.step("<search>?</search>") == (search_episode.NOTHING, 0.0, False, True)
+  assert episode.step("<answer>who!</answer>") == (search_episode.RIGHT, 1.0, True, True)
   wrong = SearchEpisode("Who?", ["Who"], None, 3).step("<answer>Me</answer>")
-  assert wrong == (search_qa.WRONG, 0.0, True, True)
+  assert wrong == (search_episode.WRONG, 0.0, True, True)
 
 
 def test_the_last_turn_looks_nothing_up_and_says_so():
   episode = SearchEpisode("Who?", ["Who"], None, 2)  # to search would raise
-  assert episode.step("hm") == (search_qa.INVALID, 0.0, False, False)
+  assert episode.step("hm") == (search_episode.INVALID, 0.0, False, False)
   turn = episode.step("<search>who</search>")
   assert turn == ("The 2 turns are over without an answer.", 0.0, True, True)
   last = SearchEpisode("Who?", ["Who"], None, 1).step("<answer>Who</answer>")
@@ -162,7 +163,7 @@ def test_a_scripted_player_wins_every_question(env):
       episode = env.start(task)
       turns = [episode.step(message) for message in env.walkthrough(task)]
       episode.close()
-      assert turns[-1] == (search_qa.RIGHT, 1.0, True, True)
+      assert turns[-1] == (search_episode.RIGHT, 1.0, True, True)
       seen = " ".join(turn.observation for turn in turns[:-1])
       assert task.data["answers"][0] in seen or task.data["kind"] == "comparison"
 
