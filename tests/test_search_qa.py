@@ -1,9 +1,12 @@
 """Tests the search world: its protocol, exact match, the index, the questions, a server."""
 
+import concurrent.futures
 import http.server
 import importlib.util
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -11,6 +14,7 @@ import threading
 import pytest
 
 from sdpo_jax.envs.agents import search_corpus, search_episode, search_retriever
+from sdpo_jax.envs.agents.processes import EngineFailed
 from sdpo_jax.envs.agents.search_answers import golden_answers, is_match, normalise
 from sdpo_jax.envs.agents.search_episode import SearchEpisode, action_of
 from sdpo_jax.envs.agents.search_qa import SearchQA, SearchQARows
@@ -157,15 +161,26 @@ def env():
 
 
 def test_a_scripted_player_wins_every_question(env):
-  for split in ("train", "unseen"):
-    for index in range(20):
-      task = env.task(split, index)
-      episode = env.start(task)
-      turns = [episode.step(message) for message in env.walkthrough(task)]
-      episode.close()
+  def play(task):
+    episode = env.start(task)
+    turns = [episode.step(message) for message in env.walkthrough(task)]
+    episode.close()
+    return task, turns
+
+  tasks = [env.task(split, index) for split in ("train", "unseen") for index in range(20)]
+  with concurrent.futures.ThreadPoolExecutor(8) as threads:
+    for task, turns in threads.map(play, tasks):
       assert turns[-1] == (search_episode.RIGHT, 1.0, True, True)
       seen = " ".join(turn.observation for turn in turns[:-1])
       assert task.data["answers"][0] in seen or task.data["kind"] == "comparison"
+
+
+def test_a_dead_process_costs_one_search(env):
+  before = env.find("river")
+  os.kill(env._index._pool.pids()[0], signal.SIGKILL)
+  with pytest.raises(EngineFailed, match="the search index: its process ended"):
+    env.find("river")
+  assert env.find("river") == before
 
 
 def test_a_random_player_seldom_wins(env):
@@ -304,6 +319,13 @@ def test_a_corpus_of_ones_own_is_read_or_refused(tmp_path):
 def test_wrong_settings_are_refused(settings, words):
   with pytest.raises(SettingError, match=words):
     SearchQARows(**settings)
+
+
+@needs_bm25s
+@pytest.mark.parametrize("size", [99, 10_001])
+def test_a_world_has_bounds(size):
+  with pytest.raises(SettingError, match="must be from 100 to 10000"):
+    SearchQA(size=size)
 
 
 def test_what_is_missing_is_named_with_its_extra(monkeypatch):

@@ -1,8 +1,11 @@
 """Tests the shop: reading of files, goals, pages word for word, actions, reward, whole episodes."""
 
+import concurrent.futures
 import importlib.util
 import json
 import random
+import sys
+import types
 
 import pytest
 
@@ -329,6 +332,20 @@ def test_a_title_has_words_where_spacy_has_no_model(monkeypatch):
   assert webshop_reward.find_nouns() == ("words", webshop_reward.words)
 
 
+def test_spacys_nouns_are_used_where_its_model_is_installed(monkeypatch):
+  class Token(types.SimpleNamespace):
+    @property
+    def pos_(self):
+      return {"Tea": "PROPN", "pot": "NOUN"}.get(self.text, "ADJ")
+
+  spacy = types.ModuleType("spacy")
+  spacy.load = lambda name: lambda title: [Token(text=word) for word in title.split()]
+  monkeypatch.setitem(sys.modules, "spacy", spacy)
+  monkeypatch.setattr(webshop_reward.importlib.util, "find_spec", lambda name: True)
+  name, nouns = webshop_reward.find_nouns()
+  assert (name, nouns("red Tea pot")) == ("en_core_web_sm", ["tea", "pot"])
+
+
 def test_the_shop_of_our_own_has_the_files_format():
   items, attributes = webshop_catalog.make_files(0)
   assert (items, attributes) == webshop_catalog.make_files(0) != webshop_catalog.make_files(1)
@@ -351,10 +368,11 @@ def play(visit, *actions):
 
 
 def test_a_scripted_player_buys_what_is_wanted(env):
-  for split in ("train", "eval", "test"):
-    for index in range(20):
-      task = env.task(split, index)
-      turns = [*map(env.start(task).step, env.walkthrough(task))]
+  tasks = [env.task(split, index) for split in ("train", "eval", "test") for index in range(20)]
+  with concurrent.futures.ThreadPoolExecutor(8) as threads:
+    for turns in threads.map(
+      lambda task: [*map(env.start(task).step, env.walkthrough(task))], tasks
+    ):
       assert turns[-1].reward == 1.0 and turns[-1].done and all(turn.valid for turn in turns)
       assert not any(turn.done for turn in turns[:-1])
   assert env.task("test", 0).data == env.task("test", env.size("test")).data

@@ -1,11 +1,12 @@
 """Search-R1's protocol as a conversation: what a message of the policy does, and what is shown.
 
-The action of a message is its first complete <search>, else its first complete <answer>; tags may
+The action of a message is its first complete <search>, else its first complete <answer>. Tags may
 be in either case, and what stands inside a thought is no action. A turn is invalid without an
-action, with both kinds, and with a tag twice; in the last two cases the action is carried out all
-the same, as in the released loop. An answer ends the episode, and so do `limit` turns; nothing is
-looked up in the last one. The reward is 1 if the answer is an exact match (`search_answers.py`),
-else 0.
+action, with both kinds, and with a tag twice. In the last two cases the action is carried out all
+the same, as in the released loop.
+
+An answer ends the episode, and so do `limit` turns; nothing is looked up in the last one. The
+reward is 1 if the answer is an exact match (`search_answers.py`), else 0.
 
 Source: arXiv:2503.09516 and its release, which continues one response instead of taking turns.
 """

@@ -33,7 +33,7 @@ from sdpo_jax.records import Task
 LIMIT = 4  # turns
 TOP_K = 3  # passages
 K1, B = 0.9, 0.4  # BM25's constants in Search-R1's index
-SMALLEST_WORLD = 100  # passages
+SIZES = (100, 10_000)  # passages, least and most: names are drawn from all pairs of their parts
 GENERAL = "Search for the name of one thing at a time, read its passage, then answer in few words."
 SKILLS = {
   "birth": "Search for each name together with birth: the passage tells place and year.",
@@ -61,8 +61,8 @@ class SearchQA:
     """
     need("search", "search_qa", ("bm25s",))
     _check_counts(limit=limit, top_k=top_k)
-    if size < SMALLEST_WORLD:
-      raise SettingError(f"config.env.size={size} must be at least {SMALLEST_WORLD}")
+    if not SIZES[0] <= size <= SIZES[1]:
+      raise SettingError(f"config.env.size={size} must be from {SIZES[0]} to {SIZES[1]}")
     self._seed, self._limit, self._top_k = world_seed, limit, top_k
     self._world = search_corpus.make_world(world_seed, size)
     self._name = f"search_qa/{world_seed}/{size}"

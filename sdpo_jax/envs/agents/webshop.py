@@ -12,9 +12,10 @@
 
 `webshop_visit.py` says what counts as an action and where it leads.
 
-The reward of an episode is that of its purchase: whether the score is 1 (`won`, on which the
-released loop trains), or the score itself (`score`, which has many values). `webshop_reward.py`
-says how it is reckoned, `webshop_pages.py` how pages look, `webshop_goals.py` what the splits are.
+The reward of an episode is that of its purchase. With `won`, on which the released loop trains, it
+is whether the score is 1; with `score` it is the score, which has many values. `webshop_reward.py`
+says how that is reckoned, `webshop_pages.py` how pages look, `webshop_goals.py` what the splits
+are.
 
 Without files the shop is that of `webshop_catalog.py`. The files of the release that the published
 numbers stand on are items_shuffle_1000.json and items_ins_v2_1000.json.

@@ -4,8 +4,8 @@ Synthetic goals: one for every combination of a product's option values. The tex
 instruction, " with k: v, and k: v" for the options, and ", and price lower than X dollars". Human
 goals: one for every instruction that a person wrote and that names an attribute.
 
-X is the larger of two prices drawn from the next four multiples of 10 above the product's price, 10
-to 990; where fewer than two are left there is no limit.
+X is the larger of two prices drawn from the next four multiples of 10 above the product's price.
+They end at 990; where fewer than two are left there is no limit.
 
 The goals are shuffled once, with seed 233 as WebShop's: the first 500 are the split `test`, the
 next 1,000 `eval`, the rest `train`. The draws come from generators of their own: in the released

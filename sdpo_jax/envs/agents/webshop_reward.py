@@ -8,12 +8,15 @@ or the description. An option is matched if a bought value is alike; both are fi
 first word of COLORS that they contain, in its order. Alike is a token-set ratio above 85.
 
 The type compares kinds of products. s is the share of the wanted title's nouns that stand in the
-bought one's, 0.2 if it has none. It is 1, or 0.5 unless the queries are equal, two names of
-categories are shared, or s > 0.2; but 0.1 where s < 0.1, and 0 where s = 0.
+bought one's, 0.2 if it has none. The type is
+  0    where s = 0
+  0.1  where s < 0.1
+  1    where the queries are equal, two names of categories are shared, or s > 0.2
+  0.5  elsewhere
 
 Nouns are those of spaCy's en_core_web_sm where it is installed. The registry does not have it under
-its own name, so that elsewhere every word of three letters that is no stop word stands for a noun;
-s is then a little lower. `find_nouns` says which of the two it is.
+its own name. Elsewhere every word of three letters or more stands for a noun, unless it is a stop
+word. `find_nouns` says which of the two it is.
 
 The ratio is thefuzz's: rapidfuzz's own neither drops letters outside of ASCII nor rounds.
 
