@@ -251,6 +251,19 @@ RANGES = {
   "env.math_qa.workers": _THREADS,
   "env.pairwise.timeout_s": _TIMEOUT_S,
   "env.pairwise.retries": _whole(0, 100),
+  "env.household.words_seed": _SEED,
+  "env.household.limit": _COUNT,
+  "env.alfworld.seed": _SEED,
+  "env.alfworld.limit": _COUNT,
+  "env.alfworld.processes": _whole(0, 1000, remark=" (0: one a core)"),
+  "env.search_qa.size": _whole(100, 10000),
+  "env.search_qa.world_seed": _SEED,
+  "env.search_qa.limit": _COUNT,
+  "env.search_qa.top_k": _COUNT,
+  "env.search_qa_rows.limit": _COUNT,
+  "env.search_qa_rows.top_k": _COUNT,
+  "env.webshop.world_seed": _SEED,
+  "env.webshop.limit": _COUNT,
 }
 
 

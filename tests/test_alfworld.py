@@ -295,8 +295,8 @@ def test_games_that_are_written_are_played_like_those_in_memory(tmp_path):
 def test_wrong_settings_and_a_missing_package_are_one_line(monkeypatch):
   for settings, message in [
     ({"valid": "always"}, "config.env.valid='always' is unknown"),
-    ({"limit": 0}, "config.env.limit=0 and"),
-    ({"processes": 0}, "config.env.processes=0 must"),
+    ({"limit": 0}, "config.env.limit=0 must"),
+    ({"processes": -1}, "config.env.processes=-1 at least 0"),
     ({"skill": "none"}, "config.env.skill='none' is unknown"),
     ({"skills": "/no/file"}, "config.env.skills='/no/file': No such file"),
   ]:

@@ -210,7 +210,7 @@ def test_a_setting_without_a_default_must_be_given():
     ),
     (
       ["--config.env.name=tinycod"],
-      "config.env.name='tinycod' is unknown; did you mean 'tinycode'; choose from ['arithmetic'",
+      "config.env.name='tinycod' is unknown; did you mean 'tinycode'; choose from ['alfworld'",
     ),
     (
       ["--config.method.teacher_context.templates.solution={answer}"],
@@ -231,7 +231,7 @@ def test_a_setting_without_a_default_must_be_given():
     ),
     (
       ["--config.env.name", "chess"],
-      "config.env.name='chess' is unknown; choose from ['arithmetic'",
+      "config.env.name='chess' is unknown; choose from ['alfworld'",
     ),
     (
       ["--config.train.loss_implementation=xla", "--config.method.token_signal.top_k=20"],

@@ -1,6 +1,7 @@
 """Tasks: sources, malformed rows, mixtures, processes, exact resumption, one's own environment."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import pytest
 
 from sdpo_jax import main
 from sdpo_jax.data.tasks import RowEnv, TaskStream, check_sources, first_tasks, with_rows
-from sdpo_jax.envs.base import ENVS, make_env
+from sdpo_jax.envs.base import ENVS, make_env, plays
 from sdpo_jax.envs.coding_rows import mbpp_task
 from sdpo_jax.envs.math_qa import MathQA
 from sdpo_jax.envs.tinycode import TinyCode
@@ -474,8 +475,13 @@ def test_wrong_names_and_settings_are_told(name, settings, says):
 
 def test_every_environment_is_made_from_its_name():
   for name, env in ENVS.items():
+    if name == "alfworld" and importlib.util.find_spec("alfworld") is None:
+      continue
+    if name == "search_qa_rows":  # which asks for its corpus
+      continue
     made = make_env(name, sandbox=None)
-    assert isinstance(made, env) and callable(made.prompt) and callable(made.judge)
+    assert isinstance(made, env)
+    assert callable(made.start) if plays(env) else callable(made.prompt) and callable(made.judge)
     assert hasattr(made, "task") != hasattr(made, "task_from_row") or name == "coding"
 
 

@@ -76,6 +76,10 @@ import importlib
 import inspect
 
 from sdpo_jax import ranges
+from sdpo_jax.envs.agents.alfworld import Alfworld
+from sdpo_jax.envs.agents.household import Household
+from sdpo_jax.envs.agents.search_qa import SearchQA, SearchQARows
+from sdpo_jax.envs.agents.webshop import WebShop
 from sdpo_jax.envs.arithmetic import Arithmetic
 from sdpo_jax.envs.coding import Coding
 from sdpo_jax.envs.ifeval import IFEval
@@ -98,6 +102,12 @@ ENVS = {
   "ifeval": IFEval,
   "instructions": Instructions,
   "pairwise": Pairwise,
+  # episodes
+  "household": Household,
+  "alfworld": Alfworld,
+  "search_qa": SearchQA,
+  "search_qa_rows": SearchQARows,
+  "webshop": WebShop,
 }
 
 

@@ -71,7 +71,7 @@ class Alfworld:
   `open` starts the engine's processes, else the first episodes do; `close` ends them.
 
   data
-      the directory of ALFWorld's data, which holds json_2.1.1; None: games of our own
+      the directory of ALFWorld's data, which holds json_2.1.1; empty: games of our own
   seed
       draws our own games, the order of ALFWorld's, and the skills of skill="random"
   limit
@@ -81,32 +81,33 @@ class Alfworld:
   shows_commands
       ends every observation with the admissible commands
   processes
-      of the engine, about 100 MB each; None: one a core. Episodes share them.
+      of the engine, about 100 MB each; 0: one a core. Episodes share them.
   skill, skills
-      which skill a teacher reads, "matched" or "random", and the file it comes from; None: ours
+      which skill a teacher reads, "matched" or "random", and the file it comes from; empty: ours
   """
 
   def __init__(
     self,
     *,
-    data: str | None = None,
+    data: str = "",
     seed: int = 0,
     limit: int = 50,
     valid: str = "admissible",
     shows_commands: bool = True,
-    processes: int | None = None,
+    processes: int = 0,
     skill: str = "matched",
-    skills: str | None = None,
+    skills: str = "",
   ):
     if valid not in VALID:
       raise ValueError(unknown("config.env.valid", valid, VALID))
-    if limit < 1 or (processes is not None and processes < 1):
+    if limit < 1 or processes < 0:
       raise ValueError(
-        f"config.env.limit={limit} and config.env.processes={processes} must be at least 1"
+        f"config.env.limit={limit} must be at least 1, "
+        f"and config.env.processes={processes} at least 0"
       )
     _check_packages()
     self._rules = alfworld_games.read_rules()
-    self._data = None if data is None else os.path.expanduser(data)
+    self._data = os.path.expanduser(data)
     self._seed, self._limit, self._valid = seed, limit, valid
     self._shows_commands = shows_commands
     file = skills or OWN / "alfworld.json"
@@ -119,7 +120,7 @@ class Alfworld:
       "ALFWorld's engine",
       alfworld_worker.__file__,
       {},
-      size=processes,
+      size=processes or None,
       time_s=TIME_S,
       start_s=START_S,
       environment=environment,
@@ -139,7 +140,7 @@ class Alfworld:
       raise ValueError(unknown("the split", split, list(FOLDERS)))
     game: alfworld_games.Game | GameFile
     key: str | list
-    if self._data is None:
+    if not self._data:
       game = alfworld_games.make_game(self._seed, split, index)
       name, key = f"{self._seed}/{split}/{index}", [split, index]
     else:
@@ -153,7 +154,7 @@ class Alfworld:
     """Begins the game of a task. RuntimeError if the engine does not."""
     key = task.data["game"]
     game: str | dict = f"{self._data}/{key}"
-    if self._data is None:
+    if not self._data:
       made = alfworld_games.make_game(self._seed, *key)
       game = alfworld_games.game_file(made, self._rules)
     return Episode(

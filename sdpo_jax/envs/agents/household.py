@@ -200,20 +200,20 @@ class Household:
     words_seed: int = 0,
     limit: int = LIMIT,
     skill: str = "matched",
-    skills: str | None = None,
+    skills: str = "",
   ):
     """Takes settings.
 
     limit: turns of an episode.
     skill: what a teacher reads, "matched" or "random", as `skills.py` says.
-    skills: a file of skills; None: those of this world.
+    skills: a file of skills; empty: those of this world.
     """
     if level not in LEVELS:
       raise ValueError(unknown("config.env.level", level, LEVELS))
     self._level, self._words_seed, self._limit = level, words_seed, limit
     self._meaning = meanings(words_seed)
     content, where = self.skills(), "household"
-    if skills is not None:
+    if skills:
       content, where = read_skills(skills), skills
     self.skill_text = Skills(content, where=where, skill=skill, seed=words_seed).text
 
