@@ -706,7 +706,12 @@ def _check_method(c: ml_collections.ConfigDict) -> None:
         f"config.method.{key} is not a part of a method{advice}; choose from {sorted(keys)}"
       )
   with _with_full_path():
-    build.build_method(c.method.to_dict())
+    method = build.build_method(c.method.to_dict())
+  if method.contrast is not None and c.rollout.group < 2:
+    raise ValueError(
+      f"config.rollout.group={c.rollout.group} leaves nothing to contrast a response with: "
+      f"config.method.contrast.name={c.method.contrast.name!r} needs groups of 2 or more"
+    )
 
 
 def _check_loss_implementation(c: ml_collections.ConfigDict) -> None:

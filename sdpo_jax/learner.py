@@ -10,7 +10,7 @@ from sdpo_jax.objectives.build import Method, build_method
 from sdpo_jax.objectives.notes import further_readings
 from sdpo_jax.optimizer import make_optimizer
 from sdpo_jax.rollout import Collector
-from sdpo_jax.train_step import make_score, make_signals, make_train_step
+from sdpo_jax.train_step import make_reader, make_score, make_signals, make_train_step
 
 
 class Learner(NamedTuple):
@@ -20,8 +20,10 @@ class Learner(NamedTuple):
   tx: Any  # optax.GradientTransformation
   step: Callable  # (state, batch, frozen) -> (state, metrics)
   score: Callable  # (state, batch, frozen) -> Signals
-  # Several updates a batch need log-probabilities from before the first one.
+  # Several updates a batch need log-probabilities from before the first one, and so do some parts.
   score_first: bool
+  # (weights, batch) -> logp_BR: of the weights that the run started from; None: no part reads them
+  read_reference: Callable | None
   # (state, batch, frozen) -> index_CXM: the tokens that a teacher elsewhere is asked about; None:
   # the teacher lives here
   candidates: Callable | None = None
@@ -50,19 +52,31 @@ def make_learner(c, model: ModelConfig, join: Callable | None = None) -> Learner
   candidates = None
   if method.teacher_weights.remote is None:
     implementation = None if implementation == "auto" else implementation
-    signals = make_signals(
-      model, method, remat=c.model.remat, implementation=implementation, **shared
+    make = functools.partial(
+      make_signals, model, remat=c.model.remat, implementation=implementation, **shared
     )
+    signals, signals_before = make(method), make(method.before_updates)
   else:
     signals = make_given_signals(model, method, remat=c.model.remat, **shared)
+    signals_before = signals
     candidates = make_candidates(model, method, **shared)
   tx = make_optimizer(**c.optimizer)
   several_updates = c.train.updates_per_batch > 1
   step = make_train_step(
     signals, method, tx, updates=c.train.updates_per_batch, recompute_old=several_updates
   )
-  score = make_score(signals)
-  return Learner(method, tx, step, score, score_first=several_updates, candidates=candidates)
+  read_reference = None
+  if method.reference_kl is not None:
+    read_reference = make_reader(model, temperature=c.rollout.temperature)
+  return Learner(
+    method,
+    tx,
+    step,
+    make_score(signals_before),
+    score_first=several_updates or bool(method.found_before_updates),
+    read_reference=read_reference,
+    candidates=candidates,
+  )
 
 
 def make_explorer(

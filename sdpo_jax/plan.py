@@ -89,11 +89,12 @@ def batch_shapes(
   *,
   asked: int | None = None,
   control: Sequence[str] = (LEARN,),
+  also: Sequence[str] = (),
 ) -> TrainBatch:
   """Returns a batch of `responses` in packs of this shape, and so many further readings of them.
 
   asked: the tokens that a teacher elsewhere is asked about at each; None: the teacher lives here.
-  control: the names of its scalars.
+  control: the names of its scalars. also: the fields that the pass before the updates fills.
   """
 
   def ints(*sizes):
@@ -124,6 +125,7 @@ def batch_shapes(
     logp_rollout_BR=floats(B, R),
     logp_old_BR=floats(B, R),
     control={name: floats() for name in control},
+    **{name: floats(B, R) for name in also},
   )
   return _placed(batch, sharding.batch_shardings(mesh, batch))
 
@@ -207,6 +209,13 @@ class Workload:
     return self.chip.memory_gb * 1e9 * usable_share(self.chip_name)
 
   @property
+  def first_weights(self) -> float:
+    """Bytes per chip of a copy of the weights that the run starts from, if the method reads one."""
+    if self.learn.read_reference is None or self.adapters is not None:
+      return 0.0
+    return _bytes_per_chip(weight_shapes(self.model, self.mesh))
+
+  @property
   def shards(self) -> int:
     """How many shards the rows of a batch are cut into."""
     return sharding.row_shards(self.mesh)
@@ -258,7 +267,15 @@ class Workload:
     shape = self.full_shape(rows)
     control = Control(method).names()
     further = self.learn.further_count
-    return batch_shapes(self.mesh, shape, responses, further, asked=asked, control=control)
+    return batch_shapes(
+      self.mesh,
+      shape,
+      responses,
+      further,
+      asked=asked,
+      control=control,
+      also=method.found_before_updates,
+    )
 
   def state(self) -> TrainState:
     return state_shapes(
@@ -316,7 +333,7 @@ def _lines(w: Workload) -> Iterator[str]:
   places = jax.tree.map(lambda x: x.sharding, state)
   step = jax.jit(w.learn.step, donate_argnums=0, out_shardings=(places, None))
   # with a lag the weights that are being sampled from lie beside the step
-  ahead = _bytes_per_chip(weights) if w.c.rollout.lag else 0.0
+  ahead = w.first_weights + (_bytes_per_chip(weights) if w.c.rollout.lag else 0.0)
   training = attempt(ahead, w.mesh, step, state, w.batch(w.rows), frozen)
   size = f"{w.micro_batches} micro-batches of {w.rows * w.shards} responses"
   yield from outcome_lines(f"train step, {size}", training, w.chip)
@@ -417,6 +434,7 @@ def attempt_decoding(w: Workload, state: TrainState, frozen: dict | None) -> Out
     resident = _bytes_per_chip(state._replace(params=None))
   else:
     resident = _bytes_per_chip((state, frozen))
+  resident += w.first_weights
   mesh = sharding.sampling_mesh(w.mesh, rollout.tensor).whole
   arguments = decode_shapes(
     w.model,

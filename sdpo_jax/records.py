@@ -195,6 +195,12 @@ class TrainBatch(NamedTuple):
   logp_rollout_BR: Array  # float32, nats: as the engine reported it
   logp_old_BR: Array  # float32, nats: the trainer's, before this batch's updates
   control: dict[str, Array]  # float32 scalars that the host decides (objectives/control.py)
+  # int32: the turn of each scored token, and its index within the turn; None: one turn a response
+  turn_BR: Array | None = None
+  place_BR: Array | None = None
+  # What is found once a batch, before its updates, where a part of the method reads it; else None.
+  credit_BR: Array | None = None  # float32 in [-1, 1]: c of each token (objectives/cti.py)
+  logp_ref_BR: Array | None = None  # float32, nats: under the weights that the run started from
 
 
 @dataclasses.dataclass(frozen=True)

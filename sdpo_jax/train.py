@@ -87,6 +87,7 @@ def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
       host["failed_batches"] = host["failed_batches"] + 1 if unjudged else 0
       limits.check_judging(host["failed_batches"], i, saved)
       packed = score_where_due(state, packed, steps, i)
+      metrics |= packed.metrics
       metrics |= steps.probe_teacher(state, packed, i)
       steps.check_stop()
     except Preempted as stop:  # this step begins anew
@@ -106,11 +107,11 @@ def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
 
 
 def score_where_due(state, packed: Packed, steps, i: int) -> Packed:
-  """Returns the batch with the log-probabilities before the update, if somebody reads them."""
+  """Returns the batch with what is known before the update alone, if somebody reads it."""
   scores = steps.score(state, packed.batch) if steps.due("score", i) else None
   if scores is not None:
     batch = packed.batch._replace(logp_old_BR=np.asarray(scores.logp_BR))
-    packed = packed._replace(batch=batch)
+    packed = steps.complete(packed._replace(batch=batch), scores)
   if steps.due("rollouts", i):
     steps.write_rollouts(i, packed, scores)
   return packed
@@ -302,6 +303,7 @@ class Steps:
     self._check_lag()
     self._check_probe()
     self.trainable, self.frozen = session.trainable(c.seed)
+    self.reference = self._reference_weights()
     self.stream = TaskStream(
       session.collector.env, "train", questions=c.data.questions, seed=c.seed
     )
@@ -328,6 +330,7 @@ class Steps:
     self._copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))
     self.teacher = self._make_teacher()
     self._step = self._score = self._candidates = self.packer = self._writer = None
+    self._read_reference = None
     self._saver = checkpoint.Saver(workdir, c.checkpoint.keep)
     self._history, self._signs = [], set()
     self.latest = None  # the checkpoint's step that this start goes on from
@@ -412,6 +415,20 @@ class Steps:
     self._score = jax.jit(self.learner.score, out_shardings=everywhere)
     if self.learner.candidates is not None:
       self._candidates = jax.jit(self.learner.candidates, out_shardings=everywhere)
+    if self.learner.read_reference is not None:
+      self._read_reference = jax.jit(self.learner.read_reference, out_shardings=everywhere)
+
+  def _reference_weights(self):
+    """Returns the weights that the run started from, if the method reads them; else None.
+
+    With adapters they are what these stand on. Otherwise a copy of what was loaded is kept beside
+    the train state: steps overwrite it. No checkpoint holds them, since every start loads them.
+    """
+    if self.learner.read_reference is None:
+      return None
+    if self.frozen is not None:
+      return self.frozen
+    return jax.tree.map(jnp.copy, self.session.params)
 
   def _make_teacher(self) -> RemoteTeacher | None:
     """The teacher on another machine, which has been asked whether it can teach this run."""
@@ -569,6 +586,8 @@ class Steps:
     """Returns the state as it was, and the metrics of a step that learns nothing."""
     if packed.batch.readings[0].scored is None:  # of other prompts than it was asked about
       packed = self.ask_teacher(state, packed)
+    if self.learner.method.contrast is not None:  # of what the teacher reads here
+      packed = self.complete(packed, self.score(state, packed.batch))
     state, metrics = self.step(state, as_trial(packed.batch))
     return state, jax.device_get(metrics)
 
@@ -584,6 +603,23 @@ class Steps:
   def score(self, state, batch):
     """Returns the signals of the plain reading under the weights before the step."""
     return self._score(state, sharding.put_rows(self.session.mesh, batch), self.frozen)
+
+  def complete(self, packed: Packed, scores) -> Packed:
+    """Returns the batch with what its method finds before the updates: see TrainBatch.
+
+    scores: of the plain reading, from `score`.
+    """
+    batch, metrics = packed.batch, packed.metrics
+    contrast = self.learner.method.contrast
+    if contrast is not None:
+      gap_BR = np.asarray(scores.logp_teacher_BR) - np.asarray(scores.logp_BR)
+      credit_BR, found = contrast.credit(batch, gap_BR, packed.member_B2)
+      batch, metrics = batch._replace(credit_BR=credit_BR), metrics | found
+    if self._read_reference is not None and batch.logp_ref_BR is None:
+      rows = sharding.put_rows(self.session.mesh, packed.batch)
+      logp_BR = np.asarray(self._read_reference(self.reference, rows))
+      batch = batch._replace(logp_ref_BR=logp_BR)
+    return packed._replace(batch=batch, metrics=metrics)
 
   def evaluate(self, state, i: int) -> dict[str, float]:
     """Evaluates on the splits that are due at step i, and compares with the base model."""

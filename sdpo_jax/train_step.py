@@ -22,14 +22,14 @@ import optax
 from sdpo_jax import sharding
 from sdpo_jax.kernels.distill_kl import distill_kl, distill_kl_sharded
 from sdpo_jax.kernels.distill_kl_sweeps import Inputs
-from sdpo_jax.kernels.distill_topk import distill_mixture, distill_topk
+from sdpo_jax.kernels.distill_topk import distill_mixture, distill_topk, top_log_probs
 from sdpo_jax.kernels.token_logp import token_logp
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.objectives import loss
 from sdpo_jax.objectives.build import Method
 from sdpo_jax.objectives.control import LEARN
-from sdpo_jax.objectives.signals import TEACHER_ENTROPY, Signals
+from sdpo_jax.objectives.signals import NO_RIVAL, RIVALS, TEACHER_ENTROPY, Signals
 from sdpo_jax.records import Ratio, Rows, TrainBatch
 
 
@@ -256,7 +256,7 @@ def make_signals(
     if join is not None:
       params = join(frozen, params)
       teacher = None if teacher is None else join(frozen, teacher)
-    if not method.needs_teacher:
+    if not method.reads:
       return (_policy_signals(params, config, batch, temperature=temperature, remat=remat),)
     policy_XD, head_DV, teacher_XE, teacher_head_EV = forward_pair(
       params, teacher, config, batch, mix=mix, remat=remat
@@ -353,6 +353,8 @@ def compare_heads(
   plain = readings[0]
   settings = method.divergence
   shared = dict(temperature=temperature, mesh=mesh)
+  if RIVALS in method.reads:
+    return _with_rivals(plain, batch, method.rivals, temperature)
   if settings is None:
     return _heard_both(plain, batch, temperature)
   if len(readings) > 1:
@@ -385,6 +387,17 @@ def _heard_both(plain: Inputs, batch: TrainBatch, temperature: float) -> Signals
   )
   policy = Signals(by_response(logp_X, batch), by_response(entropy_X, batch), None, None)
   return heard(policy, plain, batch, temperature)
+
+
+def _with_rivals(plain: Inputs, batch: TrainBatch, count: int, temperature: float) -> Signals:
+  """Compares log-probabilities, and adds those of the policy's likeliest tokens."""
+  mesh = sharding.current_mesh()
+  top = top_log_probs(plain, top_k=count, temperature=temperature, mesh=mesh)
+  logp_XM = jnp.where(top.index_XM == plain.target_X[:, None], NO_RIVAL, top.logp_XM)
+  per_token = (top.logp_X, top.entropy_X, top.logp_teacher_X)
+  logp_BR, entropy_BR, logp_teacher_BR = (by_response(x_X, batch) for x_X in per_token)
+  rivals = tuple(by_response(logp_X, batch) for logp_X in logp_XM.T)
+  return Signals(logp_BR, entropy_BR, None, logp_teacher_BR, logp_rivals=rivals)
 
 
 # ---- the step -----------------------------------------------------------------------------------
@@ -430,6 +443,22 @@ def make_score(signals: Callable) -> Callable:
     return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), scored)
 
   return score
+
+
+def make_reader(config: ModelConfig, *, temperature: float = 1.0) -> Callable:
+  """Returns read(params, batch) -> logp_BR: what other weights say of the policy's own texts.
+
+  params: plain weights, without adapters. One micro-batch goes after another.
+  """
+
+  def read(params, batch: TrainBatch) -> jax.Array:
+    def read_piece(piece):
+      return _policy_signals(params, config, piece, temperature=temperature, remat="none").logp_BR
+
+    logp = jax.lax.map(read_piece, cut(batch, micro_batches(batch)))
+    return logp.reshape(-1, logp.shape[-1])
+
+  return read
 
 
 def make_train_step(

@@ -106,6 +106,9 @@ def toy_model(seed=0, **changes):
   return config, jax.tree.map(lambda p: p * (3.0 if p.ndim > 1 else 1.0), params)
 
 
+CONTROL = {"teacher_weights": 0.05, "credit": 0.5, "balance": 0.5}
+
+
 def toy_batch(
   rows=4,
   seed=0,
@@ -127,7 +130,7 @@ def toy_batch(
   spare: so many rows, columns and tokens more than needed, all padding.
   alike: so many responses have the same prompts; share: these then stand once a row.
   """
-  rng = np.random.default_rng(seed)
+  rng, rng_of_fields = np.random.default_rng(seed), np.random.default_rng([seed, 1])
   zeros_BR = np.zeros((rows, response + spare), np.float32)
   batch = TrainBatch(
     policy=None,
@@ -139,7 +142,11 @@ def toy_batch(
     route_B=np.zeros(rows, np.float32),
     logp_rollout_BR=zeros_BR.copy(),
     logp_old_BR=zeros_BR.copy(),
-    control={"teacher_weights": np.float32(0.05), "credit": np.float32(0.5)},
+    control={name: np.float32(x) for name, x in CONTROL.items()},
+    turn_BR=zeros_BR.astype(np.int32),
+    place_BR=np.broadcast_to(np.arange(zeros_BR.shape[1], dtype=np.int32), zeros_BR.shape),
+    credit_BR=np.clip(rng_of_fields.normal(size=zeros_BR.shape), -1, 1).astype(np.float32),
+    logp_ref_BR=-rng_of_fields.uniform(0.5, 8.0, zeros_BR.shape).astype(np.float32),
   )
   policy, teacher = Texts([], []), Texts([], [])
   for b in range(rows):
@@ -204,9 +211,15 @@ def make_packer(method, chat, messages, shapes, **settings) -> Packer:
 
 
 def controlled(packed: Packed, method, step=1) -> Packed:
-  """The batch with what the host decides for a step, as if nothing had been seen before it."""
+  """The batch with what the host decides for a step, as if nothing had been seen before it.
+
+  What the pass before the updates would find is made up.
+  """
   scalars, _ = Control(method).begin([], step)
-  return packed._replace(batch=packed.batch._replace(control=scalars))
+  shape_BR, rng = packed.batch.weight_BR.shape, np.random.default_rng(step)
+  found = {name: rng.uniform(-1, 0, shape_BR) for name in method.found_before_updates}
+  found = {name: x_BR.astype(np.float32) for name, x_BR in found.items()}
+  return packed._replace(batch=packed.batch._replace(control=scalars, **found))
 
 
 class ScriptedEngine:

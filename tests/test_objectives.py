@@ -518,7 +518,8 @@ def test_rewards_that_are_not_numbers_change_nothing_else(name):
 
   def value_and_grad(signals, batch):
     readings = 1 + method.further_count
-    loss = lambda x: loss_of(method, (Signals(*x[:4], x[4]),) * readings, batch)
+    rivals = lambda x: tuple(x[0] + i for i in range(method.rivals or 0)) or None
+    loss = lambda x: loss_of(method, (Signals(*x, rivals(x)),) * readings, batch)
     return jax.value_and_grad(loss)(jnp.asarray(signals))
 
   (got, got_grad), (want, want_grad) = (

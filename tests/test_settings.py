@@ -77,9 +77,8 @@ def test_another_part_makes_a_working_row_or_one_clear_line(row):
   """Every part in the place of every row's: what passes gives a loss that is a number."""
   r = np.random.default_rng(0)
   batch = fakes.toy_batch()
-  signals = Signals(
-    *(jnp.asarray(r.normal(size=batch.weight_BR.shape), jnp.float32) for _ in range(5))
-  )
+  each = [jnp.asarray(r.normal(size=batch.weight_BR.shape), jnp.float32) for _ in range(6)]
+  signals = Signals(*each[:5], logp_rivals=(each[5],))
   worked = 0
   for axis, name in PARTS:
     try:

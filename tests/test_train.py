@@ -68,6 +68,7 @@ def run(
     step=step,
     note=lambda state, metrics: metrics,
     score=lambda state, batch: None,
+    complete=lambda packed, scores: packed,
     evaluate=lambda state, i: log.evaluated.append(i) or {"eval/heldout/avg@k": 0.5},
     due=lambda name, i: due(name, i) or (name == "checkpoint" and steps.has_stopped()),
     has_stopped=lambda: stops_at in log.written,

@@ -57,6 +57,8 @@ class Packed(NamedTuple):
   # The tokens that the teacher reads at row b in the plain reading, its prompt first; []: nothing.
   teacher_texts: Texts = Texts([], [])
   deal: "Deal | None" = None  # from which the batch was laid out; None: by somebody else
+  # int: the question of row b, and which of its responses it is; None: by somebody else
+  member_B2: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +179,8 @@ class Packer:
     self._prepared.clear()
     contexts = tuple(reading.contexts for reading in responses.readings)
     texts = responses.readings[0].texts
-    return Packed(batch, responses.rollouts, contexts, metrics, texts, deal)
+    members = _members(groups, responses.rollouts)
+    return Packed(batch, responses.rollouts, contexts, metrics, texts, deal, members)
 
   def emptied(self, packed: Packed) -> Packed:
     """Returns the batch with a teacher that reads what the policy reads, in all of its readings.
@@ -269,6 +272,12 @@ class Packer:
       read = sum(context is not None and context.remembered for context in plain.contexts)
       metrics |= memory.metrics() | {"memory/read": float(read)}
     return metrics
+
+
+def _members(groups: list[list[Rollout]], rollouts: list[Rollout]) -> np.ndarray:
+  """Returns (q, g) of each rollout, which is groups[q][g]."""
+  places = {id(r): (q, g) for q, group in enumerate(groups) for g, r in enumerate(group)}
+  return np.array([places[id(r)] for r in rollouts])
 
 
 def _identity(group: list[Rollout]) -> tuple[int, ...]:

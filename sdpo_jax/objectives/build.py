@@ -17,14 +17,17 @@ from typing import Any, Callable, NamedTuple
 from sdpo_jax import ranges
 from sdpo_jax.errors import unknown
 from sdpo_jax.objectives.advantage import ADVANTAGES
+from sdpo_jax.objectives.balance import BALANCES, Balance
 from sdpo_jax.objectives.checks import check
 from sdpo_jax.objectives.contexts import TEACHER_CONTEXTS
 from sdpo_jax.objectives.credit import CREDITS, Credit
+from sdpo_jax.objectives.cti import CONTRASTS, CREDIT, Cti
 from sdpo_jax.objectives.memory import MEMORIES, Memory
 from sdpo_jax.objectives.methods import METHODS
 from sdpo_jax.objectives.notes import COUNTERFACTUALS, Notes
+from sdpo_jax.objectives.reference_kl import REFERENCE_KLS, ReferenceKl
 from sdpo_jax.objectives.route import ROUTES
-from sdpo_jax.objectives.signals import DIVERGENCE, TOKEN_SIGNALS, Part
+from sdpo_jax.objectives.signals import DIVERGENCE, TEACHER_LOGP, TOKEN_SIGNALS, Part
 from sdpo_jax.objectives.surrogate import REDUCTIONS, SURROGATES
 from sdpo_jax.objectives.teacher_context import NoTeacher
 from sdpo_jax.objectives.teacher_logits import TEACHER_LOGITS, TeacherLogits
@@ -45,6 +48,9 @@ AXES: dict[str, dict[str, Any]] = {
   "counterfactual": COUNTERFACTUALS,
   "memory": MEMORIES,
   "route": ROUTES,
+  "contrast": CONTRASTS,
+  "balance": BALANCES,
+  "reference_kl": REFERENCE_KLS,
 }
 # Axes whose parts are made from their settings, once. Those of the others are functions to which
 # the settings are bound.
@@ -56,6 +62,9 @@ MADE_ONCE = (
   "counterfactual",
   "memory",
   "route",
+  "contrast",
+  "balance",
+  "reference_kl",
 )
 # The settings of the token signal that the divergence kernel has to know; where it lacks one, so.
 KERNEL_DEFAULTS = {"alpha": 1.0, "top_k": None, "add_tail": True, "advantage_clip": None}
@@ -76,15 +85,33 @@ class Method(NamedTuple):
   # the surrogate alone, as the route says.
   policy_share: float | None
   divergence: dict | None  # as KERNEL_DEFAULTS; None: no part reads the divergence
-  reads: frozenset[str]  # what its parts declare
+  reads: frozenset[str]  # of the teacher and the policy, what its parts declare for the step
   teacher_logits: TeacherLogits | None = None
   credit: Credit | None = None
   memory: Memory | None = None
   route: Callable | None = None  # (group, Standing | None) -> (lots, Standing | None)
+  contrast: Cti | None = None
+  balance: Balance | None = None  # None: policy_share blends
+  reference_kl: ReferenceKl | None = None
+  rivals: int | None = None  # likely tokens that a part contrasts the sampled one with
 
   @property
   def needs_teacher(self) -> bool:
-    return bool(self.reads)
+    """Tells whether a teacher reads the responses, in the step or before it."""
+    return bool(self.reads) or self.contrast is not None
+
+  @property
+  def before_updates(self) -> "Method":
+    """The method as the pass before the updates has it: a contrast is made of the teacher's gap."""
+    if self.contrast is None:
+      return self
+    return self._replace(reads=self.reads | {TEACHER_LOGP})
+
+  @property
+  def found_before_updates(self) -> tuple[str, ...]:
+    """The fields of `TrainBatch` that the pass before the updates fills for this method alone."""
+    needed = {"credit_BR": self.contrast, "logp_ref_BR": self.reference_kl}
+    return tuple(name for name, part in needed.items() if part is not None)
 
   @property
   def further_count(self) -> int:
@@ -153,7 +180,8 @@ def build_method(row: dict) -> Method:
     bound["credit"] = None
   complete = row | {axis: complete_part(axis, **row[axis]) for axis in AXES}
   check(complete, bound, notes, reads)
-  if not reads:
+  reads.discard(CREDIT)
+  if not reads and bound["contrast"] is None:
     # of an idle credit: the row is that of its surrogate alone
     bound["teacher_context"], bound["teacher_weights"] = NoTeacher(), no_weights()
   kernel = None
@@ -161,8 +189,14 @@ def build_method(row: dict) -> Method:
     kernel = KERNEL_DEFAULTS | {
       key: value for key, value in complete["token_signal"].items() if key in KERNEL_DEFAULTS
     }
-  share = None if row["policy_share"] == "routed" else row["policy_share"]
-  return Method(**bound, notes=notes, policy_share=share, divergence=kernel, reads=frozenset(reads))
+  return Method(
+    **bound,
+    notes=notes,
+    policy_share=None if row["policy_share"] == "routed" else row["policy_share"],
+    divergence=kernel,
+    reads=frozenset(reads),
+    rivals=complete["token_signal"].get("rivals"),
+  )
 
 
 def _function(axis: str, name: str) -> Callable | None:

@@ -9,9 +9,21 @@ import re
 from typing import Any
 
 from sdpo_jax import ranges
+from sdpo_jax.objectives.cti import CREDIT
 from sdpo_jax.objectives.notes import Notes
 from sdpo_jax.objectives.signals import TEACHER_ENTROPY
 from sdpo_jax.objectives.teacher_context import TEMPLATES
+
+# The axes with parts that may read the credit of a contrast.
+READ_CONTRAST = ("token_signal", "token_weight", "balance", "reference_kl")
+# What a method with a contrast has on the axes of other methods' terms.
+ALONE = {
+  "credit": "none",
+  "counterfactual": "none",
+  "memory": "none",
+  "route": "taught",
+  "teacher_logits": "plain",
+}
 
 
 def check(row: dict, parts: Mapping[str, Any], notes: Notes | None, reads: set[str]) -> None:
@@ -22,6 +34,8 @@ def check(row: dict, parts: Mapping[str, Any], notes: Notes | None, reads: set[s
   _check_divergence(row["token_signal"])
   _check_sampled_token(row["token_signal"])
   _check_shares(row)
+  _check_balance(row)
+  _check_contrast(row, has_reader=CREDIT in reads)
   _check_teacher(row, reads)
   _check_further(row, parts, notes)
   if notes is not None:
@@ -61,6 +75,8 @@ def _check_shares(row: dict) -> None:
   share = row["policy_share"]
   signal, surrogate = row["token_signal"]["name"], row["surrogate"]["name"]
   has_signal, has_surrogate = signal != "none", surrogate != "none"
+  if row["balance"]["name"] != "none":
+    return  # the two are added, not blended
   if share == "routed":
     share = 0.5  # what follows is the same for every share between 0 and 1
   if not ranges.RANGES["method.policy_share"].holds(share):
@@ -78,6 +94,58 @@ def _check_shares(row: dict) -> None:
     raise ValueError(
       f"method.policy_share={share!r} with surrogate {surrogate!r}: a share above 0 needs a "
       "surrogate, and a surrogate needs a share above 0"
+    )
+
+
+def _check_balance(row: dict) -> None:
+  """Refuses coefficients that nothing would read, and a term without one."""
+  name, penalty = row["balance"]["name"], row["reference_kl"]
+  names = {axis: row[axis]["name"] for axis in ("token_signal", "surrogate")}
+  if name != "none" and (row["policy_share"] != 1 or "none" in names.values()):
+    raise ValueError(
+      f"method.balance.name={name!r} adds a token signal to the whole of a surrogate: it needs "
+      f"policy_share=1.0, not {row['policy_share']!r}, with token_signal {names['token_signal']!r} "
+      f"and surrogate {names['surrogate']!r}"
+    )
+  if penalty["name"] == "none":
+    return
+  coefficient = penalty["coefficient"]
+  if name == "contrast" and coefficient is not None:
+    raise ValueError(
+      f"method.reference_kl.coefficient={coefficient!r} would not be read: "
+      "method.balance.name='contrast' decides it; set it to None"
+    )
+  if name != "contrast" and coefficient is None:
+    raise ValueError(
+      f"method.reference_kl.coefficient=None is for method.balance.name='contrast', not {name!r}: "
+      "set a number"
+    )
+
+
+def _check_contrast(row: dict, *, has_reader: bool) -> None:
+  """Refuses a contrast that nothing reads, a reader without one, and terms that go with none."""
+  name = row["contrast"]["name"]
+  parts = ", ".join(f"{axis} {row[axis]['name']!r}" for axis in READ_CONTRAST)
+  if name == "none" and has_reader:
+    raise ValueError(
+      f"method.contrast.name='none', and one of {parts} reads its credit: set it to cti"
+    )
+  if name == "none":
+    return
+  if not has_reader:
+    raise ValueError(f"method.contrast.name={name!r} would not be read by any of {parts}")
+  for axis, plain in ALONE.items():
+    if row[axis]["name"] == plain:
+      continue
+    raise ValueError(
+      f"method.contrast.name={name!r} goes with no other method's terms: "
+      f"set method.{axis}.name={plain}, not {row[axis]['name']!r}"
+    )
+  if row["policy_share"] != 1 or row["surrogate"]["name"] == "none":
+    raise ValueError(
+      f"method.contrast.name={name!r} is made of the advantages of a surrogate that counts whole: "
+      f"it needs policy_share=1.0, not {row['policy_share']!r}, and a surrogate, not "
+      f"{row['surrogate']['name']!r}"
     )
 
 

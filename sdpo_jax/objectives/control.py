@@ -16,7 +16,7 @@ import numpy as np
 from sdpo_jax.records import Rollout, TrainBatch
 
 # the axes of a method that may have a controller
-CONTROLLED = ("teacher_weights", "teacher_logits", "credit")
+CONTROLLED = ("teacher_weights", "teacher_logits", "credit", "balance")
 # of the batch: 0 makes the step a trial that changes nothing
 LEARN = "learn"
 

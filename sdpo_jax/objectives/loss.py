@@ -8,6 +8,10 @@ A loss is a sum of terms. Each term is a mean over its own tokens:
   policy          the surrogate, on all responses, with the advantage of the response or the credit
                   of each token; the method's reduction weighs and divides it
   counterfactual  the token signal of each further reading (`notes.py`), on its own responses
+  reference       the KL to the first weights (`reference_kl.py`), on all responses
+
+The shares of `distill` and `policy` add up to 1, unless a `balance` adds the former to the whole of
+the latter. The reference KL has a coefficient of its own, or the balance's.
 
 With policy_share "routed" every response belongs to one term alone: to `distill` where route_B is
 1, else to `policy`. Both sums are then divided by the tokens of the whole batch. A response that is
@@ -32,6 +36,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sdpo_jax.objectives.balance import STRONG
 from sdpo_jax.objectives.build import Method
 from sdpo_jax.objectives.credit import advantages
 from sdpo_jax.objectives.signals import TEACHER_ENTROPY, Signals
@@ -46,7 +51,7 @@ class Term(NamedTuple):
   """One addend of the loss, before it is divided by its normaliser."""
 
   name: str
-  share: float  # in the blend of teacher and reward
+  share: float | jax.Array  # its coefficient in the loss
   loss_BR: jax.Array  # nats
   weight_BR: jax.Array
 
@@ -102,11 +107,22 @@ def zero_where_unweighted(
     logp_old_BR=zeroed(batch.logp_old_BR),
     logp_rollout_BR=zeroed(batch.logp_rollout_BR),
     advantage_B=jnp.where(jnp.any(has_weight_BR, -1), batch.advantage_B, 0.0),
+    # where there are none they stay None
+    credit_BR=jax.tree.map(zeroed, batch.credit_BR),
+    logp_ref_BR=jax.tree.map(zeroed, batch.logp_ref_BR),
   )
   return jax.tree.map(zeroed, signals), batch
 
 
 def plain_weights(method: Method, batch: TrainBatch) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """Returns {term: (weight_BR, normaliser)} of `distill`, `policy` and `reference`."""
+  weights = teaching_weights(method, batch)
+  if method.reference_kl is not None:
+    weights["reference"] = token_mean(batch.weight_BR)
+  return weights
+
+
+def teaching_weights(method: Method, batch: TrainBatch) -> dict[str, tuple[jax.Array, jax.Array]]:
   """Returns {term: (weight_BR, normaliser)} of the terms `distill` and `policy`."""
   if method.policy_share is None:
     distils_B1 = (batch.route_B > 0)[:, None]
@@ -125,15 +141,17 @@ def plain_weights(method: Method, batch: TrainBatch) -> dict[str, tuple[jax.Arra
 
 
 def plain_terms(method: Method, signals: tuple[Signals, ...], batch: TrainBatch) -> list[Term]:
-  """Returns the terms of the plain reading: the token signal, the surrogate, or both."""
+  """Returns the terms of the plain reading: token signal, surrogate and reference KL."""
   plain = signals[0]
   terms = []
   for name, (weight_BR, _) in plain_weights(method, batch).items():
     if name == "distill":
       loss_BR = method.token_signal(plain, batch) * method.token_weight(plain, batch)
-    else:
+    elif name == "policy":
       loss_BR = method.surrogate(plain, batch, advantages(method.credit, signals, batch))
-    terms.append(Term(name, share_of(method, name), loss_BR, weight_BR))
+    else:
+      loss_BR = method.reference_kl(plain, batch)
+    terms.append(Term(name, share_of(method, name, batch), loss_BR, weight_BR))
   return terms
 
 
@@ -148,12 +166,17 @@ def further_terms(method: Method, signals: tuple[Signals, ...], batch: TrainBatc
       agree_BR, both_BR = agreement(signals[0], further, weight_BR, batch)
       weight_BR = jnp.where(both_BR & ~agree_BR, 0.0, weight_BR)
     loss_BR = method.token_signal(further, batch) * method.token_weight(further, batch)
-    terms.append(Term("counterfactual", share_of(method, "distill"), loss_BR, weight_BR))
+    terms.append(Term("counterfactual", share_of(method, "distill", batch), loss_BR, weight_BR))
   return terms
 
 
-def share_of(method: Method, term: str) -> float:
-  """Returns the share of `distill` or of `policy` in the blend."""
+def share_of(method: Method, term: str, batch: TrainBatch) -> float | jax.Array:
+  """Returns the coefficient of a term: a constant of the program, unless a balance moves it."""
+  if term == "reference":
+    own = method.reference_kl.coefficient
+    return method.balance.reference(batch.control) if own is None else own
+  if term == "distill" and method.balance is not None:
+    return method.balance.signal(batch.control)
   if method.policy_share is None:
     return 1.0
   return method.policy_share if term == "policy" else 1.0 - method.policy_share
@@ -181,7 +204,12 @@ def diagnostics(
     "train/rollout_gap": weighted_mean(jnp.abs(rollout_gap_BR), batch.weight_BR),
     "train/rollout_gap_p99": histogram(jnp.abs(rollout_gap_BR), batch.weight_BR > 0, COARSE),
   }
-  if method.token_signal is not None:
+  if method.contrast is not None:
+    is_strong_BR = jnp.abs(batch.credit_BR) > method.contrast.strong
+    is_scored_BR = batch.weight_BR > 0
+    strong = jnp.sum(is_strong_BR & is_scored_BR, dtype=jnp.float32)
+    metrics[STRONG] = Ratio(strong, jnp.sum(is_scored_BR, dtype=jnp.float32))
+  if method.token_signal is not None and plain.logp_teacher_BR is not None:
     weight_BR, _ = plain_weights(method, batch)["distill"]
     metrics["train/teacher_gap"] = weighted_mean(plain.gap_BR, weight_BR)
     metrics["train/teacher_gap_abs"] = weighted_mean(jnp.abs(plain.gap_BR), weight_BR)

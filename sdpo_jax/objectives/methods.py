@@ -13,8 +13,12 @@
   counterfactual   what failed responses learn from alternatives        notes.py
   memory           what is remembered of each question (host)           memory.py
   route            which responses learn from which term (host)         route.py
+  contrast         what siblings say of each token's credit (host: numpy)   cti.py
+  balance          how much the signal counts where it is added             balance.py
+  reference_kl     what leaving the first weights costs                     reference_kl.py
   policy_share     share of the surrogate in the loss; the token signal has the rest. "routed": a
-                   response has the signal alone or the surrogate alone, as the route says
+                   response has the signal alone or the surrogate alone, as the route says. With a
+                   balance it is 1, and the signal is added
 
 SDPO and GRPO differ in what stands in their rows and in nothing else. A row names what its method
 is about; `build.method_row` fills in every other setting of its parts, so that all settings of a
@@ -49,6 +53,9 @@ _SDPO = dict(
   counterfactual=dict(name="none"),
   memory=dict(name="none"),
   route=dict(name="taught"),
+  contrast=dict(name="none"),
+  balance=dict(name="none"),
+  reference_kl=dict(name="none"),
   policy_share=0.0,
 )
 _GRPO = dict(
@@ -64,6 +71,9 @@ _GRPO = dict(
   counterfactual=dict(name="none"),
   memory=dict(name="none"),
   route=dict(name="taught"),
+  contrast=dict(name="none"),
+  balance=dict(name="none"),
+  reference_kl=dict(name="none"),
   policy_share=1.0,
 )
 _GRPO_TERM = dict(advantage=_GRPO["advantage"], surrogate=_GRPO["surrogate"])
@@ -86,6 +96,43 @@ _OPSD = _SDPO | dict(
   token_weight=dict(name="uniform"),
 )
 _SAMPLED = dict(token_signal=dict(name="sampled_token"))
+
+_MU = 0.01  # of the reference KL, where no balance decides it
+# SDAR's loop; its teacher reads a skill, which single-turn tasks have none of.
+_SDAR = _GRPO | dict(
+  teacher_context=dict(name="feedback_or_solution"),
+  teacher_weights=dict(name="live"),
+  token_signal=dict(name="gated", beta=5.0),
+  advantage=_NORMALIZED,
+  surrogate=dict(name="clipped", low=0.2, high=0.2, rollout_is_clip=None, dual_clip=3.0),
+  balance=dict(name="fixed", share=0.01),
+  reference_kl=dict(name="k3", coefficient=_MU),
+)
+
+
+def _craft(
+  *, cti: bool = True, balance: bool = True, polarised: bool = True, contrast: dict | None = None
+) -> dict:
+  """Returns CRAFT's row with some of its pillars; without any it is SDAR's.
+
+  contrast: settings of it that are not the paper's.
+  """
+  row = dict(_SDAR)
+  if cti or balance or polarised:
+    row["contrast"] = dict(name="cti") | (contrast or {})
+  if cti:
+    row["token_signal"] = dict(name="contrast")
+  if balance:
+    row["balance"] = dict(name="contrast")
+  coefficient = None if balance else _MU
+  if polarised:
+    row["reference_kl"] = dict(name="polarised", coefficient=coefficient)
+  elif balance:
+    row["reference_kl"] = dict(name="k3", coefficient=coefficient)
+  return row
+
+
+_SDAR_DECIDED = "the context, where there is no skill; log q is today's in every update"
 RIGHT = "Every step of the response below is right, and so is its answer."
 WRONG = "Every step of the response below is wrong, and so is its answer."
 CONCISE = "Be as brief as you can: leave out every step that the answer does not need."
@@ -289,6 +336,56 @@ _ROWS: dict[str, tuple[dict, About]] = {
       credit=dict(name="cscr", threshold=0.05, rate=10.0, depth=0.2),
     ),
     About("2607.27888, sections 2 and 3", "the words, and GRPO's clip"),
+  ),
+  "grpo_opsd": (
+    _SDAR | dict(token_signal=dict(name="gated", beta=0.0)),
+    About("2605.15155, a baseline", _SDAR_DECIDED),
+  ),
+  "skill_sd": (
+    _SDAR | dict(token_signal=dict(name="weighted_k3"), balance=dict(name="fixed", share=0.001)),
+    About("2604.10674, as 2605.15155 runs it", _SDAR_DECIDED),
+  ),
+  "sdar": (_SDAR, About("2605.15155", _SDAR_DECIDED)),
+  "adaptive_cringe": (
+    _craft(cti=False, polarised=False) | dict(token_signal=dict(name="likelier")),
+    About("2606.29476, a baseline", "the mean over its draw of a token; its threshold, 0"),
+  ),
+  "craft": (
+    _craft(),
+    About(
+      "2606.29476",
+      "when and where siblings are compared (cti.py). As printed: with two-valued rewards c has "
+      "the sign of -A, and its signal opposes the surrogate; SDAR's teacher",
+    ),
+  ),
+  "craft_reversed": (
+    _craft(contrast=dict(cti_sign=-1)),
+    About("of this project", "c with the opposite sign, that of A with two-valued rewards"),
+  ),
+  "craft_distil": (
+    _craft()
+    | dict(token_signal=dict(name="divergence", alpha=0.5), token_weight=dict(name="contrast")),
+    About("of this project", "max(c, 0) weighs the divergence from the teacher"),
+  ),
+  "craft_fallback": (
+    _craft(contrast=dict(g_min=999)),
+    About("2606.29476, run A6", "c is made of A d alone"),
+  ),
+  "craft_swapped": (
+    _craft() | dict(reference_kl=dict(name="polarised", coefficient=None, swap=True)),
+    About("2606.29476, run A7", "as craft"),
+  ),
+  "craft_cti": (
+    _craft(balance=False, polarised=False),
+    About("2606.29476, pillar 1", "as craft"),
+  ),
+  "craft_balance": (
+    _craft(cti=False, polarised=False),
+    About("2606.29476, pillar 2", "as craft"),
+  ),
+  "craft_polarised": (
+    _craft(cti=False, balance=False),
+    About("2606.29476, pillar 3", "as craft"),
   ),
 }
 # A row carries its name, so that config.json and reports show it.

@@ -9,9 +9,9 @@ from typing import Iterator
 from sdpo_jax.objectives.build import AXES, build_method, complete_part, method_row
 from sdpo_jax.objectives.methods import ABOUT, METHODS
 
-# A row is told by what it changes against one of these, whichever is nearer; the second against the
-# first.
-BASES = ("sdpo", "grpo")
+# A row is told by what it changes against one of these, whichever is nearest; they themselves
+# against those before them.
+BASES = ("sdpo", "grpo", "sdar", "craft")
 HEADER = "| method | changes | needs | arXiv | decided here |\n|---|---|---|---|---|\n"
 FOOTER = (
   "\nA row without an entry in the last column is exact to its paper. None has been measured at "
@@ -28,7 +28,7 @@ def changes(name: str) -> tuple[str, list[str]]:
   """Returns (base, what the row changes against it), one text for each axis."""
   if name == BASES[0]:
     return name, []
-  bases = BASES[:1] if name in BASES else BASES
+  bases = BASES[: BASES.index(name)] if name in BASES else BASES
   found = [(base, list(_differences(METHODS[base], METHODS[name]))) for base in bases]
   return min(found, key=lambda pair: len(pair[1]))
 
@@ -40,6 +40,10 @@ def needs(name: str) -> list[str]:
   found = []
   if method.teacher_weights.keep:
     found.append("weights of a teacher")
+  if method.reference_kl is not None:
+    found.append("the first weights")
+  if method.contrast is not None:
+    found.append("groups of 2 or more")
   further = getattr(method.teacher_context, "further_count", 0)
   if method.notes is not None:
     further = method.notes.further_count

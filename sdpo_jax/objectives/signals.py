@@ -10,6 +10,10 @@ It is named by the granularity of its credit, as in SDPO (arXiv 2601.20802, sect
   return_to_go   the same with what the tokens after it add, discounted
   sequence       the mean token advantage of the response as one scalar:
                  -sg(mean_t (log q - log pi)) * log pi(y)
+  gated          the gap times a gate that opens where the teacher likes the token better
+  weighted_k3    an estimate of KL(pi || q) from the sampled token, importance-weighted
+  likelier       makes tokens that the teacher rejects less likely than others the policy likes
+  contrast       -c log pi(y), where c contrasts the response with its siblings (cti.py)
 
 The teacher carries no gradient in any of them.
 """
@@ -20,25 +24,29 @@ from typing import Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sdpo_jax.objectives.cti import CREDIT
 from sdpo_jax.records import TrainBatch
 
 # What a part may declare that it reads. The train step computes none unless some part does, and
 # runs no teacher at all where no part reads any.
 DIVERGENCE, TEACHER_LOGP, TEACHER_ENTROPY = "divergence_BR", "logp_teacher_BR", "entropy_teacher_BR"
+RIVALS = "logp_rivals"
+NO_RIVAL = -1e9  # nats: of an entry that is the sampled token itself
 
 
 class Part(NamedTuple):
   """One entry of a table of parts: a function of arrays, and the costly signals that it reads."""
 
   function: Callable | None  # None: the method has no such part
-  # of DIVERGENCE, TEACHER_LOGP, TEACHER_ENTROPY; a function of its settings where they decide
+  # of DIVERGENCE, TEACHER_LOGP, TEACHER_ENTROPY, RIVALS, CREDIT; a function of its settings where
+  # they decide
   reads: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
 
 
 class Signals(NamedTuple):
   """Policy and teacher on each response token, for one reading by the teacher, in nats.
 
-  Only the first three fields carry gradient.
+  The first three fields and the rivals carry gradient.
   """
 
   logp_BR: jax.Array  # log pi(y_t)
@@ -46,6 +54,9 @@ class Signals(NamedTuple):
   divergence_BR: jax.Array | None  # D(pi, q); None where the method computes none
   logp_teacher_BR: jax.Array | None  # log q(y_t); None without a teacher
   entropy_teacher_BR: jax.Array | None = None  # H(q); None where no part reads it
+  # log pi, each [B, R], of the policy's likeliest tokens; NO_RIVAL at the sampled one. None where
+  # no part reads them
+  logp_rivals: tuple[jax.Array, ...] | None = None
 
   @property
   def gap_BR(self) -> jax.Array:
@@ -172,10 +183,65 @@ def sequence(signals: Signals, batch: TrainBatch) -> jax.Array:
   return -mean_per_response(signals.gap_BR, batch.weight_BR) * signals.logp_BR
 
 
+def gated(signals: Signals, batch: TrainBatch, *, beta: float = 5.0) -> jax.Array:
+  """Takes sigmoid(beta gap) (log q - log pi), the gate detached (SDAR, arXiv 2605.15155).
+
+  The gradient raises log pi of every token, most where the teacher likes it better. beta = 0 is a
+  gate of 1/2 everywhere. Both readings are today's, where SDAR's released loop takes log q from
+  before the updates of the batch.
+  """
+  gate_BR = jax.nn.sigmoid(beta * signals.gap_BR)
+  return gate_BR * (jax.lax.stop_gradient(signals.logp_teacher_BR) - signals.logp_BR)
+
+
+def weighted_k3(signals: Signals, batch: TrainBatch) -> jax.Array:
+  """Takes (pi / pi_old) (e^gap - 1 - gap), whose mean is KL(pi || q) (Skill-SD, arXiv 2604.10674).
+
+  The ratio carries gradient too: without it the mean of the gradient is that of KL(q || pi), with
+  it that of KL(pi || q). The gap is held within +-20.
+  """
+  gap_BR = jax.lax.stop_gradient(signals.logp_teacher_BR) - signals.logp_BR
+  gap_BR = jnp.clip(gap_BR, -20.0, 20.0)
+  ratio_BR = jnp.exp(signals.logp_BR - batch.logp_old_BR)
+  return ratio_BR * (jnp.expm1(gap_BR) - gap_BR)
+
+
+def likelier(
+  signals: Signals, batch: TrainBatch, *, rivals: int = 5, threshold: float = 0.0
+) -> jax.Array:
+  """Takes -log(e^l+ / (e^l+ + e^l_y)) where gap < -threshold: contrasts a token with a likely one.
+
+  l are the policy's logits, y is the sampled token and + one of the policy's `rivals` likeliest
+  tokens, y left out. CRINGE (arXiv 2211.05826) draws +; here its mean over the draw is taken, which
+  has the same mean gradient, less noise, and needs no random numbers.
+
+  threshold: nats, at least 0.
+  """
+  logp_BRM = jnp.stack(signals.logp_rivals, -1)
+  chance_BRM = jax.lax.stop_gradient(jax.nn.softmax(logp_BRM, -1))
+  contrast_BRM = jax.nn.softplus(signals.logp_BR[..., None] - logp_BRM)
+  # an entry that is y itself has no chance, and so large a contrast that 0 times it is kept away
+  contrast_BRM = jnp.where(logp_BRM > 0.5 * NO_RIVAL, contrast_BRM, 0.0)
+  is_rejected_BR = signals.gap_BR < -threshold
+  return jnp.where(is_rejected_BR, jnp.sum(chance_BRM * contrast_BRM, -1), 0.0)
+
+
+def contrast(signals: Signals, batch: TrainBatch) -> jax.Array:
+  """Weighs log pi by the credit c of the token (CRAFT, arXiv 2606.29476, pillar 1).
+
+  As printed, and with two-valued rewards, c opposes the policy gradient: see `cti.py`.
+  """
+  return -batch.credit_BR * signals.logp_BR
+
+
 TOKEN_SIGNALS = {
   "none": Part(None),
   "divergence": Part(divergence, reads=(DIVERGENCE,)),
   "sampled_token": Part(sampled_token, reads=sampled_token_reads),
   "return_to_go": Part(return_to_go, reads=(TEACHER_LOGP,)),
   "sequence": Part(sequence, reads=(TEACHER_LOGP,)),
+  "gated": Part(gated, reads=(TEACHER_LOGP,)),
+  "weighted_k3": Part(weighted_k3, reads=(TEACHER_LOGP,)),
+  "likelier": Part(likelier, reads=(TEACHER_LOGP, RIVALS)),
+  "contrast": Part(contrast, reads=(CREDIT,)),
 }

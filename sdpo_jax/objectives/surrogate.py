@@ -2,8 +2,8 @@
 
 A surrogate maps `Signals`, a batch and the advantage of each token, [B, R] or [B, 1], to loss_BR,
 the loss of each token before weighting. Sources:
-the clip of PPO with DAPO's asymmetric bounds (arXiv 2503.14476), GSPO (arXiv 2507.18071),
-CISPO (arXiv 2506.13585). r is pi / pi_old, A the advantage.
+the clip of PPO with DAPO's asymmetric bounds (arXiv 2503.14476), its dual clip (arXiv 1912.09729),
+GSPO (arXiv 2507.18071), CISPO (arXiv 2506.13585). r is pi / pi_old, A the advantage.
 
 A reduction maps weight_BR to (weight_BR, normaliser): the loss of a batch is
 sum(loss_BR * weight_BR) / normaliser.
@@ -36,10 +36,19 @@ def clipped(
   low: float = 0.2,
   high: float = 0.28,
   rollout_is_clip: float | None = 2.0,
+  dual_clip: float | None = None,
 ) -> jax.Array:
-  """Computes PPO's clipped surrogate with one ratio a token, times the engine-mismatch weight."""
+  """Computes PPO's clipped surrogate with one ratio a token, times the engine-mismatch weight.
+
+  dual_clip: where A < 0 the gain is at least dual_clip A, and has no gradient below it: a token
+    that has become much likelier since it was sampled could otherwise lose without bound.
+  """
   ratio_BR = jnp.exp(signals.logp_BR - batch.logp_old_BR)
-  return -_clipped_gain(ratio_BR, advantage_BR, low, high) * _engine_ratio(batch, rollout_is_clip)
+  gain_BR = _clipped_gain(ratio_BR, advantage_BR, low, high)
+  if dual_clip is not None:
+    is_held_BR = (advantage_BR < 0) & (gain_BR < dual_clip * advantage_BR)
+    gain_BR = jnp.where(is_held_BR, dual_clip * advantage_BR, gain_BR)
+  return -gain_BR * _engine_ratio(batch, rollout_is_clip)
 
 
 def gspo(

@@ -13,11 +13,14 @@ prefix_gap  arXiv 2606.22600, eq. 16: the same times 1 + gamma * (the share of t
 first_share The same paper's Prefix-30: the same on the first tokens of a response and 0 on the
             others. The term is divided by all tokens, and the number of tokens is rounded up
             (decided here).
+contrast    max(c, 0), where c contrasts the response with its siblings (cti.py): a variant of CRAFT
+            that is of this project.
 """
 
 import jax
 import jax.numpy as jnp
 
+from sdpo_jax.objectives.cti import CREDIT
 from sdpo_jax.objectives.signals import TEACHER_ENTROPY, TEACHER_LOGP, Part, Signals
 from sdpo_jax.records import TrainBatch
 
@@ -106,10 +109,16 @@ def first_share(
   return jnp.where(place_BR < end_B1, ratio_BR, 0.0)
 
 
+def contrast(signals: Signals, batch: TrainBatch) -> jax.Array:
+  """Takes the credit c of a token where it is above 0, and 0 elsewhere."""
+  return jnp.maximum(batch.credit_BR, 0.0)
+
+
 TOKEN_WEIGHTS = {
   "uniform": Part(uniform),
   "importance": Part(importance),
   "certainty": Part(certainty, reads=(TEACHER_ENTROPY,)),
   "prefix_gap": Part(prefix_gap, reads=(TEACHER_LOGP,)),
   "first_share": Part(first_share),
+  "contrast": Part(contrast, reads=(CREDIT,)),
 }
