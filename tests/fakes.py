@@ -106,6 +106,8 @@ def toy_model(seed=0, **changes):
   return config, jax.tree.map(lambda p: p * (3.0 if p.ndim > 1 else 1.0), params)
 
 
+# Rows that differ from another one in a number alone; tests/test_craft.py has what they change.
+VARIANTS = ("grpo_opsd", "craft_reversed", "craft_fallback", "craft_swapped")
 CONTROL = {"teacher_weights": 0.05, "credit": 0.5, "balance": 0.5}
 
 

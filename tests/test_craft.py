@@ -10,15 +10,17 @@ import numpy as np
 import optax
 import pytest
 
-from sdpo_jax import config, train
+from sdpo_jax import config, hlo, train
+from sdpo_jax.bench import step as bench_step
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.shapes import Shapes
+from sdpo_jax.model import decoder
 from sdpo_jax.objectives import build, loss, methods, surrogate
 from sdpo_jax.objectives.balance import STRONG, ByContrast
 from sdpo_jax.objectives.control import Control
 from sdpo_jax.objectives.signals import Signals, gated, likelier, weighted_k3
 from sdpo_jax.records import Feedback, Ratio, Rollout, Task
-from sdpo_jax.train_step import init_state, make_reader, make_score, make_signals
+from sdpo_jax.train_step import init_state, make_reader, make_score, make_signals, make_train_step
 from tests import fakes
 
 SMALL = dict(layers=1, width=16, heads=2, kv_heads=1)
@@ -393,6 +395,28 @@ def test_a_run_reads_the_first_weights_only_where_a_part_asks():
   for name in ("sdpo", "grpo", "rlsd"):
     assert not build.build_method(build.method_row(name)).found_before_updates
   assert built().found_before_updates == ("credit_BR", "logp_ref_BR")
+
+
+def test_the_step_costs_no_more_than_sdars():
+  """In operations of matrix products: the teacher is read before it. With that, a pass more."""
+  model, tx = bench_step.model_of("small", "cpu"), optax.sgd(0.01)
+  lengths = bench_step.lengths_of("equal", 8)
+
+  def operations(name):
+    method = build.build_method(build.method_row(name))
+    batch = bench_step.device_batch(model, method, lengths, 1, "cpu")
+    signals = make_signals(model, method, remat="dots")
+    state = jax.eval_shape(lambda key: init_state(decoder.init(model, key), tx), jax.random.key(0))
+    step = make_train_step(signals, method, tx)
+    score = make_score(make_signals(model, method.before_updates))
+    count = lambda f, *args: hlo.operations(jax.make_jaxpr(f)(*args).jaxpr)
+    read = count(make_reader(model), state.params, batch)
+    before = count(score, state, batch) if "credit_BR" in method.found_before_updates else 0
+    return count(step, state, batch), before + read
+
+  (sdar, sdar_before), (craft, craft_before) = operations("sdar"), operations("craft")
+  assert craft < 0.9 * sdar
+  assert 1.1 < (craft + craft_before) / (sdar + sdar_before) < 1.3
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -486,7 +486,7 @@ def test_a_histogram_names_its_percentile():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rlsd", "anti_sd"])
+@pytest.mark.parametrize("name", ["rlsd", "anti_sd", "craft"])
 def test_a_resumed_run_repeats_itself(name, tmp_path, monkeypatch):
   """Killed at step 4, behind the checkpoint of step 2, with a gate that has its reference by 3."""
   settings = [
@@ -500,6 +500,8 @@ def test_a_resumed_run_repeats_itself(name, tmp_path, monkeypatch):
   ]
   if name == "anti_sd":
     settings += ["--config.method.credit.warmup_steps=3"]
+  if name == "craft":
+    settings += ["--config.method.balance.hold=1"]
   write = train.Steps.write
 
   def run(workdir):
@@ -521,6 +523,11 @@ def test_a_resumed_run_repeats_itself(name, tmp_path, monkeypatch):
   )
   assert whole == killed
   steps = whole[1:]
+  if name == "craft":
+    rho = [line["control/balance"] for line in steps]
+    assert rho[:2] == [0.5, 0.5] and len(set(rho)) == 4
+    assert all(line["train/loss_reference"] != 0 for line in steps[3:])
+    return
   # the groups of step 2 have one outcome each
   assert [line["train/grad_norm"] > 0 for line in steps[2:]] == [True] * 3
   shares = [line["control/credit"] for line in steps]

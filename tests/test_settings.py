@@ -72,7 +72,7 @@ def test_what_may_be_none_can_be_set_and_unset():
   assert checked(TINYCODE, "--config.optimizer.clip_norm=2").optimizer.clip_norm == 2
 
 
-@pytest.mark.parametrize("row", methods.METHODS)
+@pytest.mark.parametrize("row", sorted(methods.METHODS.keys() - fakes.VARIANTS))
 def test_another_part_makes_a_working_row_or_one_clear_line(row):
   """Every part in the place of every row's: what passes gives a loss that is a number."""
   r = np.random.default_rng(0)
@@ -201,7 +201,7 @@ def test_a_setting_without_a_default_must_be_given():
     ),
     (
       ["--config.method.name=sdop"],
-      "config.method.name='sdop' is unknown; did you mean 'sdpo'; choose from ['anti_sd'",
+      "config.method.name='sdop' is unknown; did you mean 'sdpo'; choose from ['adaptive_cringe'",
     ),
     (
       ["--config.method.reducton.name=constant"],
@@ -252,7 +252,7 @@ def test_a_wrong_setting_is_named(arguments, message):
 @pytest.mark.parametrize(
   "argument, message",
   [
-    ("method=sdop", "method='sdop' is unknown; did you mean 'sdpo'; choose from ['anti_sd'"),
+    ("method=sdop", "method='sdop' is unknown; did you mean 'sdpo'; choose from ['adaptive"),
     ("method=xyz", "method='xyz' is unknown; choose from"),
     ("mehtod=sdpo", "argument 'mehtod' of the config file is unknown; did you mean 'method'; "),
     ("level=hrd", "level='hrd' is unknown; did you mean 'hard'; choose from ['default'"),

@@ -289,7 +289,7 @@ def model_of(shape, device):
 
 
 def device_batch(model, method, lengths, micro_batches, device, further=0):
-  """Returns `make_batch` on the device, with what the host decides for a method's first step."""
+  """Returns `make_batch` on the device, with what a method's first step reads beside it."""
   import jax
   import jax.numpy as jnp
 
@@ -304,7 +304,9 @@ def device_batch(model, method, lengths, micro_batches, device, further=0):
     further=further,
   )
   scalars, _ = Control(method).begin([], 1)
-  return jax.tree.map(jnp.asarray, packed._replace(control=scalars))
+  # what the pass before the updates would find takes the same time whatever it is
+  found = {name: 0.0 * packed.logp_rollout_BR for name in method.found_before_updates}
+  return jax.tree.map(jnp.asarray, packed._replace(control=scalars, **found))
 
 
 def compiled_step(model, method, tx, signals, batch):
