@@ -58,6 +58,7 @@ TRAINING = {  # metric -> title, unit
   "train/entropy": ("Policy entropy", "nats a token"),
   "train/teacher_gap_abs": ("Distance of teacher and policy", "mean |log-prob. gap|, nats a token"),
   "train/credit_change": ("What the credit changes", "mean |change of the advantage|"),
+  "train/contrast_strong": ("Tokens with a strong credit", "share with |c| above contrast.strong"),
   "control/teacher_weights": ("How far the teacher moves", "share of its way to the policy"),
   "rollout/length": ("Response length", "tokens"),
   "rollout/length_tail": ("Longest response over the mean one", "ratio"),

@@ -150,6 +150,25 @@ def test_the_terms_add_up(name):
   assert float(total) == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["craft", "craft_distil", "adaptive_cringe"])
+def test_a_cut_into_micro_batches_changes_nothing(name):
+  """Rows of unequal length and weight: the shares of two pieces add up to the whole."""
+  method, batch = build.build_method(build.method_row(name)), fakes.toy_batch(rows=6)
+  (x,) = signals_of(batch)
+  whole = loss.normalisers(method, batch)
+
+  def of_rows(rows):
+    cut = lambda y: y[rows] if np.ndim(y) and len(y) == 6 else y
+    piece = batch._replace(
+      **{k: cut(y) for k, y in batch._asdict().items() if k.endswith(("_B", "_BR"))},
+      readings=(batch.readings[0]._replace(weight_B=batch.readings[0].weight_B[rows]),),
+    )
+    return float(loss.token_loss(method, (jax.tree.map(cut, x),), piece, whole)[0])
+
+  pieces = of_rows(slice(0, 2)) + of_rows(slice(2, 6))
+  assert pieces == pytest.approx(of_rows(slice(0, 6)), rel=1e-5)
+
+
 def gradient(signal, x, batch, **settings):
   total = lambda logp_BR: jnp.sum(signal(x._replace(logp_BR=logp_BR), batch, **settings))
   return np.asarray(jax.grad(total)(x.logp_BR))
