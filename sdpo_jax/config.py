@@ -104,6 +104,10 @@ def base() -> ml_collections.ConfigDict:
     # of an episode: all that follows its first messages. One in which the next observation and a
     # turn of max_new_tokens have no room ends there
     max_episode_tokens=512,
+    # what an invalid turn of an episode costs where its advantage is computed; rewards are in
+    # [0, 1]. With a penalty each turn counts in the statistics of its group, without one each
+    # episode does
+    turn_penalty=0.01,
     temperature=1.0,
     top_p=1.0,
     rows=64,  # sequences decoded together
@@ -741,11 +745,12 @@ def _check_episodes(c: ml_collections.ConfigDict) -> None:
   """Raises ValueError for what an environment of episodes cannot be asked for."""
   rollout = c.rollout
   if not plays(find_env(c.env.name)):
-    if rollout.max_episode_tokens != base().rollout.max_episode_tokens:
-      raise ValueError(
-        f"config.rollout.max_episode_tokens={rollout.max_episode_tokens} would not be read: "
-        f"config.env.name={c.env.name!r} judges responses"
-      )
+    for key in ("max_episode_tokens", "turn_penalty"):
+      if rollout[key] != base().rollout[key]:
+        raise ValueError(
+          f"config.rollout.{key}={rollout[key]} would not be read: "
+          f"config.env.name={c.env.name!r} judges responses"
+        )
     return
   if rollout.max_episode_tokens < rollout.max_new_tokens:
     raise ValueError(

@@ -113,14 +113,14 @@ def batch_shapes(
   if asked is not None:
     sizes = shape.packs, shape.tokens, asked
     scored = Scored(ints(*sizes), floats(*sizes), floats(*sizes[:2]))
-  plain = Reading(teacher, floats(B), scored)
+  plain = Reading(teacher, floats(B, R), scored)
   batch = TrainBatch(
     policy=policy,
-    readings=(plain,) + (Reading(further, floats(B)),) * further_readings,
+    readings=(plain,) + (Reading(further, floats(B, R)),) * further_readings,
     start_B=ints(B),
     response_BR=ints(B, R),
     weight_BR=floats(B, R),
-    advantage_B=floats(B),
+    advantage_BR=floats(B, R),
     route_B=floats(B),
     logp_rollout_BR=floats(B, R),
     logp_old_BR=floats(B, R),

@@ -143,7 +143,7 @@ class Pack:
       start_B=np.arange(B, dtype=np.int32) * R,
       response_BR=self.response_BR,
       weight_BR=self.weight_BR,
-      advantage_B=np.zeros(B, np.float32),
+      advantage_BR=np.zeros((B, R), np.float32),
       route_B=np.zeros(B, np.float32),
       logp_rollout_BR=np.zeros((B, R), np.float32),
       logp_old_BR=np.zeros((B, R), np.float32),

@@ -90,6 +90,7 @@ RANGES = {
   "rollout.group": _COUNT,
   "rollout.max_new_tokens": _COUNT,
   "rollout.max_episode_tokens": _COUNT,
+  "rollout.turn_penalty": Range(0, 1),
   # below, logits divided by it leave float32's range
   "rollout.temperature": Range(
     0.001, 100, remark=": the loss is taken at the rollout's temperature"

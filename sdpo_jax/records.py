@@ -169,9 +169,14 @@ class Reading(NamedTuple):
 
   rows: Rows  # prompt with context, then the SAME response at the same x as in the batch
   # float32 >= 0: of the divergence from this reading; 0: the teacher has nothing to show, and no
-  # row holds this response
-  weight_B: Array
+  # row holds this token
+  weight_BR: Array
   scored: Scored | None = None  # None: the teacher lives here and reads the rows
+
+  @property
+  def has_BR(self) -> Array:
+    """Tells which tokens are read."""
+    return self.weight_BR > 0
 
 
 class TrainBatch(NamedTuple):
@@ -188,7 +193,7 @@ class TrainBatch(NamedTuple):
   start_B: Array  # int32: response token r of row b is token start_B[b] + r of its pack
   response_BR: Array  # int32: the tokens being scored
   weight_BR: Array  # float32 >= 0: 0 marks padding, tool output and dropped rows
-  advantage_B: Array  # float32
+  advantage_BR: Array  # float32: of the token's response, or of its turn
   # float32: 1 gives the response to the divergence, 0 to the surrogate; read where the method's
   # policy_share is "routed"
   route_B: Array

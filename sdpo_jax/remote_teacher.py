@@ -86,9 +86,9 @@ class RemoteTeacher:
     logp_CXM = np.full(index_CXM.shape, -np.log(self._vocab), np.float32)
     logp_CX = logp_CXM[..., 0].copy()
     places = _places(packed, len(index_CXM))
-    for (c, x), spans, answer in zip(places, packed.teacher_texts.spans, answers, strict=True):
-      if spans:
-        at_X = _sampled_of(spans)
+    for (c, x), texts, answer in zip(places, packed.teacher_texts.of, answers, strict=True):
+      for text in texts:
+        at_X = _sampled_of(text.spans)
         of_ids, of_tokens = map(np.asarray, answer)
         logp_CXM[c, x : x + len(at_X)] = of_ids[at_X]
         logp_CX[c, x : x + len(at_X)] = of_tokens[at_X]
@@ -106,13 +106,14 @@ class RemoteTeacher:
     limit = asyncio.Semaphore(REQUESTS)
     questions = []
     places = _places(packed, len(index_CXM))
-    for (c, x), text, spans in zip(places, *packed.teacher_texts, strict=True):
-      ids_XM = np.zeros((0, index_CXM.shape[-1]), int)
-      if spans:
-        at_X = _sampled_of(spans)
-        ids_XM = np.zeros((len(text) - spans[0][0], index_CXM.shape[-1]), int)
+    for (c, x), texts in zip(places, packed.teacher_texts.of, strict=True):
+      tokens, ids_XM = [], np.zeros((0, index_CXM.shape[-1]), int)
+      for text in texts:  # one or none
+        at_X = _sampled_of(text.spans)
+        tokens = text.tokens
+        ids_XM = np.zeros((len(tokens) - text.spans[0][0], index_CXM.shape[-1]), int)
         ids_XM[at_X] = index_CXM[c, x : x + len(at_X)]
-      questions.append(self._answer(text, ids_XM.tolist(), limit))
+      questions.append(self._answer(tokens, ids_XM.tolist(), limit))
     return await asyncio.gather(*questions)
 
   async def _answer(

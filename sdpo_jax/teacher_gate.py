@@ -119,7 +119,7 @@ class TeacherGate:
     if full.credit == 0 and not _distilled(self._method, packed.batch).any():
       return state, "its credit changes no advantage"
     if full.gradient == 0:
-      if not packed.batch.advantage_B.any() and self._method.advantage.func is not zero:
+      if not packed.batch.advantage_BR.any() and self._method.advantage.func is not zero:
         return state, "all advantages are 0, by which the method weighs responses"
       raise _refusal(
         when,
@@ -223,7 +223,7 @@ def _why_untested(method: Method, packed: Packed) -> str:
   if method.credit is not None:
     if batch.control.get("credit", 1.0) == 0:
       return "its credit has a share of 0 in this step"
-    if (has_reading_B & (batch.advantage_B != 0)).any():
+    if (has_reading_B & (batch.advantage_BR != 0).any(1)).any():
       return ""
     return (
       "no response with a context has an advantage, since the responses to a question all have the "
@@ -239,5 +239,5 @@ def _distilled(method: Method, batch: TrainBatch) -> np.ndarray:
 
 
 def _has_reading(batch: TrainBatch) -> np.ndarray:
-  weight_NB = np.stack([reading.weight_B for reading in batch.readings])
-  return (weight_NB > 0).any(0) & (batch.weight_BR > 0).any(1)
+  has_NBR = np.stack([reading.has_BR for reading in batch.readings])
+  return (has_NBR.any(0) & (batch.weight_BR > 0)).any(1)

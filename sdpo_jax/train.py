@@ -28,6 +28,7 @@ from sdpo_jax.data.batch import Packed, Packer, PackSettings
 from sdpo_jax.data.shapes import Rounding, Shape, Shapes, most_tokens
 from sdpo_jax.data.tasks import RowEnv, TaskStream
 from sdpo_jax.diagnose.probe import probe_teacher
+from sdpo_jax.envs.base import plays
 from sdpo_jax.errors import Preempted, RunError, blame_settings
 from sdpo_jax.evaluation.evaluate import evaluate
 from sdpo_jax.evaluation.fluency import Fluency
@@ -450,6 +451,7 @@ class Steps:
       micro_batches=train.micro_batches,
       shards=self.shards,
       share_prefixes=jax.default_backend() != "tpu",  # splash knows no prefixes
+      turn_penalty=self.c.rollout.turn_penalty if plays(self.session.collector.env) else 0.0,
     )
     shapes = Shapes(
       most_tokens(data, response_tokens(self.c)),

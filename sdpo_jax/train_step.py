@@ -131,16 +131,18 @@ def mixture_weights(batch: TrainBatch) -> jax.Array:
   """
   C, X = batch.policy.at_CX.shape
   plain, *further = batch.readings
-  plain_B = jnp.ones_like(plain.weight_B)
-  weight_GB = jnp.stack([plain_B, *(reading.weight_B for reading in further)])
-  share_GCB = (weight_GB / jnp.sum(weight_GB, 0)).reshape(len(weight_GB), C, -1)
+  plain_BR = jnp.ones_like(plain.weight_BR)
+  weight_GBR = jnp.stack([plain_BR, *(reading.weight_BR for reading in further)])
+  G, _, R = weight_GBR.shape
+  share_GCBR = (weight_GBR / jnp.sum(weight_GBR, 0)).reshape(G, C, -1, R)
 
-  def row_of_tokens(start_B):
-    return jnp.searchsorted(start_B, jnp.arange(X), side="right") - 1
+  def of_tokens(start_B, share_GBR):
+    x = jnp.arange(X)
+    row_X = jnp.searchsorted(start_B, x, side="right") - 1
+    return share_GBR[:, row_X, jnp.minimum(x - start_B[row_X], R - 1)]
 
-  row_CX = jax.vmap(row_of_tokens)(jnp.reshape(batch.start_B, (C, -1)))
-  share_GCX = jax.vmap(lambda share_CB: jnp.take_along_axis(share_CB, row_CX, axis=1))(share_GCB)
-  return share_GCX.reshape(len(weight_GB), C * X)
+  share_GCX = jax.vmap(of_tokens, (0, 1), 1)(jnp.reshape(batch.start_B, (C, -1)), share_GCBR)
+  return share_GCX.reshape(G, C * X)
 
 
 # ---- policy and teacher on the same tokens ------------------------------------------------------

@@ -13,6 +13,7 @@ import numpy as np
 from sdpo_jax.data.batch import Packed, Packer, PackSettings
 from sdpo_jax.data.packing import (
   PackSize,
+  Text,
   Texts,
   cut_into_packs,
   first_fit,
@@ -140,7 +141,7 @@ def toy_batch(
     start_B=None,
     response_BR=zeros_BR.astype(np.int32),
     weight_BR=zeros_BR.copy(),
-    advantage_B=rng.normal(size=rows).astype(np.float32),
+    advantage_BR=np.broadcast_to(rng.normal(size=rows).astype(np.float32)[:, None], zeros_BR.shape),
     route_B=np.zeros(rows, np.float32),
     logp_rollout_BR=zeros_BR.copy(),
     logp_old_BR=zeros_BR.copy(),
@@ -150,7 +151,7 @@ def toy_batch(
     credit_BR=np.clip(rng_of_fields.normal(size=zeros_BR.shape), -1, 1).astype(np.float32),
     logp_ref_BR=-rng_of_fields.uniform(0.5, 8.0, zeros_BR.shape).astype(np.float32),
   )
-  policy, teacher = Texts([], []), Texts([], [])
+  policy, teacher = Texts([]), Texts([])
   for b in range(rows):
     p, q = rng.integers(2, prompt + 1), rng.integers(2, teacher_prompt + 1)
     n = rng.integers(2, response + 1)
@@ -158,13 +159,14 @@ def toy_batch(
       p, q = len(policy.prompt(b - 1)), len(teacher.prompt(b - 1))
     y = rng.integers(1, vocab, n)
     for texts, m in ((policy, p), (teacher, q)):
-      texts.tokens.append([*rng.integers(1, vocab, m), *y])
-      texts.tokens[b][:m] = texts.tokens[b - b % alike][:m]
-      texts.spans.append([(m, m + n)])
+      tokens = [*rng.integers(1, vocab, m), *y]
+      if b % alike:
+        tokens[:m] = texts.of[b - b % alike][0].tokens[:m]
+      texts.of.append([Text(tokens, [(m, m + n)])])
     batch.response_BR[b, :n], batch.weight_BR[b, :n] = y, 1.0
     batch.logp_rollout_BR[b, :n] = -rng.uniform(0.5, 8.0, n)
     batch.logp_old_BR[b, :n] = batch.logp_rollout_BR[b, :n] + rng.normal(size=n) * 0.3
-  first = first_tokens(list(map(sampled_tokens, policy.spans)), packs)
+  first = first_tokens([sampled_tokens(text.spans) for (text,) in policy.of], packs)
   families = [b // alike for b in range(rows)] if share else None
   policy_rows = toy_rows(policy, first, families, length, prompt + response, spare)
   teacher_rows = toy_rows(
@@ -173,10 +175,15 @@ def toy_batch(
   has_teacher_B = (np.arange(rows) % 3 != 2).astype(np.float32)
   return batch._replace(
     policy=policy_rows,
-    readings=(Reading(teacher_rows, has_teacher_B),),
+    readings=(Reading(teacher_rows, np.broadcast_to(has_teacher_B[:, None], zeros_BR.shape)),),
     route_B=has_teacher_B,
     start_B=np.array(sum(first, []), np.int32),
   )
+
+
+def per_token(x_B, batch) -> np.ndarray:
+  """Gives all tokens of a response what it has: [B, R] as in the batch."""
+  return np.repeat(np.asarray(x_B, np.float32)[:, None], batch.response_BR.shape[1], 1)
 
 
 def toy_rows(texts: Texts, first, families, length: int | None, longest: int, spare: int) -> Rows:
@@ -186,10 +193,10 @@ def toy_rows(texts: Texts, first, families, length: int | None, longest: int, sp
   """
   packs = cut_into_packs(texts, first, families)
   columns = (length or longest) + spare
-  placed = [[[i] for i in range(len(pack.tokens))] for pack in packs]
+  placed = [[[i] for i in range(len(pack.texts))] for pack in packs]
   if length:
     placed = [first_fit(pack.extents, columns) for pack in packs]
-  tokens = [sum(map(sampled_tokens, pack.spans)) for pack in packs]
+  tokens = [sum(sampled_tokens(text.spans) for text in pack.texts) for pack in packs]
   size = PackSize(max(map(len, placed)) + spare, columns, max(tokens) + spare)
   return lay_out(packs, placed, size, pad_token=0, share_prefixes=families is not None)
 

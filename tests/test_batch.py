@@ -68,7 +68,7 @@ def test_the_same_response_stands_under_both_prompts():
       assert b.response_BR[row, : len(r.tokens)].tolist() == r.tokens
     for half, there in (
       (b.policy, b.weight_BR[row].any()),
-      (b.readings[0].rows, b.readings[0].weight_B[row]),
+      (b.readings[0].rows, b.readings[0].weight_BR.max(1)[row]),
     ):
       tokens, segments, positions = (x.reshape(-1) for x in half[:3])
       columns = half.at_CX[0, b.start_B[row] : b.start_B[row] + len(r.tokens)]
@@ -90,8 +90,8 @@ def test_the_same_response_stands_under_both_prompts():
     0,
     len(GROUP[3].tokens),
   ]
-  assert b.readings[0].weight_B.tolist() == [1, 1, 0, 1]
-  np.testing.assert_allclose(b.advantage_B, [-2 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
+  assert b.readings[0].weight_BR.max(1).tolist() == [1, 1, 0, 1]
+  np.testing.assert_allclose(b.advantage_BR[:, 0], [-2 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
   assert (
     p.metrics["data/dropped"] == 1
     and p.metrics["data/teacher_share"] == 0.75
@@ -241,8 +241,8 @@ def test_few_packs_hold_what_many_held():
       tokens = p.batch.policy.token_CPT[pack].reshape(-1)[columns + 1].tolist()
       rows[ids.index(id(r))] = (
         tokens,
-        float(p.batch.advantage_B[b]),
-        float(p.batch.readings[0].weight_B[b]),
+        float(p.batch.advantage_BR[:, 0][b]),
+        float(p.batch.readings[0].weight_BR.max(1)[b]),
         p.batch.weight_BR[b].sum(),
       )
     seen.append((C, rows))
@@ -309,7 +309,7 @@ def test_without_a_teacher_its_half_is_one_small_row():
   p = fakes.make_packer(grpo, CHAT, messages, fresh(), max_teacher_tokens=64).pack([GROUP])
   assert (
     p.batch.readings[0].rows.token_CPT.shape == (1, 1, 8)
-    and not p.batch.readings[0].weight_B.any()
+    and not p.batch.readings[0].weight_BR.max(1).any()
     and not p.batch.readings[0].rows.segment_CPT.any()
   )
 

@@ -155,6 +155,6 @@ def test_batches_of_tasks_that_show_nothing_have_no_teacher_and_are_packed_all_t
   packer = fakes.make_packer(method, CHAT, messages, Shapes((512, 1024, 64)), **settings)
   # nobody succeeds at the first question, whose task has no reference; all do at the second
   packed = packer.pack([group_of(0, 0), group_of(1, 1, task=reference)])
-  weights = [reading.weight_B.tolist() for reading in packed.batch.readings]
+  weights = [reading.weight_BR.max(1).tolist() for reading in packed.batch.readings]
   order = [r.task.id == "t/1" for r in packed.rollouts]
   assert weights == [np.float32(order).tolist()] * (3 if name == "pmi" else 1)

@@ -639,7 +639,7 @@ def test_the_batch_holds_the_same_responses_under_the_notes():
   row["counterfactual"].update(eta=0.5)
   learn, packed = batches(row, [group])
   (_, further), (_, contexts) = packed.batch.readings, packed.contexts
-  assert further.weight_B.tolist() == [0.5, 0, 0] and [c is not None for c in contexts] == [
+  assert further.weight_BR.max(1).tolist() == [0.5, 0, 0] and [c is not None for c in contexts] == [
     True,
     False,
     False,
@@ -661,9 +661,9 @@ def test_the_batch_holds_the_same_responses_under_the_notes():
   ] == pytest.approx(1 / 3)
   # nothing to tell: the same program, no weight
   (_, again) = batches(row, [[rollout("a"), rollout("b"), rollout("c")]])[1].batch.readings
-  assert not again.weight_B.any()
+  assert not again.weight_BR.max(1).any()
   row["counterfactual"]["form"] = "each"
-  assert [r.weight_B.tolist() for r in batches(row, [group])[1].batch.readings[1:]] == [
+  assert [r.weight_BR.max(1).tolist() for r in batches(row, [group])[1].batch.readings[1:]] == [
     [0.25, 0, 0]
   ] * 2
 
@@ -712,7 +712,7 @@ def test_the_loss_is_the_specifications(form, gate, pieces):
   said = functools.partial(
     reference.sdpo_loss, is_clip=None, rollout_is_clip=None, top_k=row["token_signal"]["top_k"]
   )
-  taught_B = (batch.readings[0].weight_B > 0) | (one > 0) | (two > 0)
+  taught_B = (batch.readings[0].weight_BR.max(1) > 0) | (one > 0) | (two > 0)
   tokens = (batch.weight_BR * taught_B[:, None]).sum()
   pick = lambda logp_BRV: jnp.take_along_axis(logp_BRV, batch.response_BR[..., None], -1)[..., 0]
 
@@ -720,7 +720,7 @@ def test_the_loss_is_the_specifications(form, gate, pieces):
     policy, plain, others = (
       dense(params, batch.policy),
       dense(teacher, batch.readings[0].rows),
-      [(r.weight_B, dense(teacher, r.rows)) for r in batch.readings[1:]],
+      [(r.weight_BR.max(1), dense(teacher, r.rows)) for r in batch.readings[1:]],
     )
     if form == "mixture":
       share = lambda weight_B: (weight_B / (1.0 + one + two))[:, None, None]
@@ -728,13 +728,15 @@ def test_the_loss_is_the_specifications(form, gate, pieces):
         share(np.ones(4)) * jnp.exp(plain)
         + sum(share(weight_B) * jnp.exp(other) for weight_B, other in others)
       )
-    total = said(policy, plain, batch.response_BR, batch.weight_BR, batch.readings[0].weight_B)
+    total = said(
+      policy, plain, batch.response_BR, batch.weight_BR, batch.readings[0].weight_BR.max(1)
+    )
     for weight_B, other in others if form != "mixture" else ():
       agree_BR = jnp.sign(pick(other) - pick(policy)) == jnp.sign(pick(plain) - pick(policy))
       weight_BR = (
         batch.weight_BR
         * weight_B[:, None]
-        * (agree_BR | (batch.readings[0].weight_B == 0)[:, None] if gate else 1.0)
+        * (agree_BR | (batch.readings[0].weight_BR == 0) if gate else 1.0)
       )
       total += (
         said(policy, other, batch.response_BR, weight_BR, np.ones(4))

@@ -129,7 +129,7 @@ def test_the_terms_add_up(name):
   total, _ = loss.token_loss(method, signals, batch, loss.normalisers(method, batch))
   logp, q, div = (np.asarray(y, float) for y in (x.logp_BR, x.logp_teacher_BR, x.divergence_BR))
   c, gap, w = batch.credit_BR.astype(float), q - logp, batch.weight_BR
-  ratio, A = np.exp(logp - batch.logp_old_BR), batch.advantage_B[:, None]
+  ratio, A = np.exp(logp - batch.logp_old_BR), batch.advantage_BR
   gain = np.minimum(ratio * A, np.clip(ratio, 0.8, 1.2) * A)
   gain = np.where(A < 0, np.maximum(gain, 3 * A), gain)
   signal = {
@@ -144,7 +144,7 @@ def test_the_terms_add_up(name):
   is_craft = name.startswith("craft")
   kl = np.where(c > 0, np.clip(r, -10, 10), -np.clip(r, -10, 10)) if is_craft else k3
   share = {"skill_sd": 0.001}.get(name, 0.0125 if is_craft else 0.01)
-  read = w * (batch.readings[0].weight_B > 0)[:, None]
+  read = w * batch.readings[0].has_BR
   want = (-gain * w).sum() / w.sum() + share * (signal * read).sum() / read.sum()
   want += (0.0125 if is_craft else 0.01) * (kl * w).sum() / w.sum()
   assert float(total) == pytest.approx(want, rel=1e-5)
@@ -405,7 +405,7 @@ def test_the_pass_before_the_updates_fills_the_batch():
   # no teacher is run in the step itself
   assert make_signals(model, method)(params, None, batch)[0].logp_teacher_BR is None
   # and a response's credit has the sign of -A, or there is no sibling at its place
-  A_BR = np.broadcast_to(batch.advantage_B[:, None], want.shape)
+  A_BR = np.broadcast_to(batch.advantage_BR, want.shape)
   share = np.mean((want * A_BR)[counts_BR] < 0)
   assert share >= got.metrics["craft/aligned"] - 0.3
 

@@ -42,9 +42,9 @@ def batch_of(advantage_B, weight_BR, share=0.5, read_B=None):
   batch = fakes.toy_batch(rows=rows, response=response)
   read_B = np.ones(rows, np.float32) if read_B is None else np.asarray(read_B, np.float32)
   return batch._replace(
-    advantage_B=np.asarray(advantage_B, np.float32),
+    advantage_BR=fakes.per_token(advantage_B, batch),
     weight_BR=np.asarray(weight_BR, np.float32),
-    readings=(batch.readings[0]._replace(weight_B=read_B),),
+    readings=(batch.readings[0]._replace(weight_BR=fakes.per_token(read_B, batch)),),
     control=batch.control | {"credit": np.float32(share)},
   )
 
@@ -237,8 +237,8 @@ def two_readings(**changes):
     is_prompt[c].reshape(-1)[at_X + 1] = False
   changed = np.where(is_prompt & (rows.segment_CPT > 0), 299 - rows.token_CPT, rows.token_CPT)
   further = batch.readings[0]._replace(rows=rows._replace(token_CPT=changed))
-  everyone = np.ones(len(batch.weight_BR), np.float32)
-  readings = tuple(r._replace(weight_B=everyone) for r in (batch.readings[0], further))
+  everyone = np.ones_like(batch.weight_BR)
+  readings = tuple(r._replace(weight_BR=everyone) for r in (batch.readings[0], further))
   return batch._replace(readings=readings)
 
 
@@ -287,7 +287,7 @@ def test_a_row_against_plain_logits(name):
   policy_BR = logp(params, batch.policy)
   weights = params if teacher is None else teacher
   gaps = [logp(weights, reading.rows) - policy_BR for reading in batch.readings]
-  counts_BR, A_B1 = batch.weight_BR > 0, batch.advantage_B[:, None]
+  counts_BR, A_B1 = batch.weight_BR > 0, batch.advantage_BR
   if name == "rlsd":
     ratio_BR = np.exp(np.sign(A_B1) * gaps[0])
     want = A_B1 * (0.5 + 0.5 * np.clip(ratio_BR, 0.8, 1.2))
@@ -428,7 +428,7 @@ def test_both_readings_of_cscr_are_packed():
   right, wrong = packed.batch.readings
   valid = np.array([r.feedback.status is Status.SCORED for r in packed.rollouts], np.float32)
   for reading, word in ((right, "right"), (wrong, "wrong")):
-    np.testing.assert_array_equal(reading.weight_B, valid)
+    np.testing.assert_array_equal(reading.weight_BR.max(1), valid)
     text = chat.tokenizer.decode(reading.rows.token_CPT.reshape(-1).tolist())
     assert text.count(f"is {word}, and so is its answer") >= 1
   assert [len(shown) for shown in packed.contexts] == [3, 3]

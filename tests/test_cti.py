@@ -214,11 +214,11 @@ def test_the_credit_of_a_batch_is_that_of_its_groups(sign):
   """Rows of two questions in turns; some have no reading, and all are of unequal lengths."""
   batch, gap_BR, member_B2 = case()
   credit_BR, metrics = Cti(cti_sign=sign).credit(batch, gap_BR, member_B2)
-  counts_BR = (batch.weight_BR > 0) & (batch.readings[0].weight_B > 0)[:, None]
+  counts_BR = (batch.weight_BR > 0) & batch.readings[0].has_BR
   aligned = 0
   for q in range(2):
     rows = np.flatnonzero(member_B2[:, 0] == q)
-    adv_GR = np.repeat(batch.advantage_B[rows, None], 8, 1)
+    adv_GR = np.repeat(batch.advantage_BR[:, 0][rows, None], 8, 1)
     want = by_loop(gap_BR[rows], adv_GR, counts_BR[rows])
     np.testing.assert_allclose(credit_BR[rows], sign * want, atol=2e-6)
     aligned += (counts_BR[rows] & (counts_BR[rows].sum(0) > 1)).sum()
@@ -230,7 +230,7 @@ def test_the_credit_of_a_batch_is_that_of_its_groups(sign):
 
 def test_a_batch_without_a_reading_has_no_credit():
   batch, gap_BR, member_B2 = case()
-  nothing = batch.readings[0]._replace(weight_B=np.zeros(6, np.float32))
+  nothing = batch.readings[0]._replace(weight_BR=np.zeros_like(batch.weight_BR))
   credit_BR, metrics = Cti().credit(batch._replace(readings=(nothing,)), gap_BR, member_B2)
   assert not credit_BR.any() and credit_BR.dtype == np.float32 and not metrics
 
@@ -245,8 +245,8 @@ def test_turns_are_read_from_the_batch():
   np.testing.assert_array_equal(credits_[0], credits_[2])  # both keys name the same columns
   shifted = batch._replace(turn_BR=np.repeat(member_B2[:, 1:], 8, 1))  # no turn in common
   alone, metrics = Cti().credit(shifted, gap_BR, member_B2)
-  counts_BR = (batch.weight_BR > 0) & (batch.readings[0].weight_B > 0)[:, None]
-  want = np.tanh(2.5 * batch.advantage_B[:, None] * gap_BR) * counts_BR
+  counts_BR = (batch.weight_BR > 0) & batch.readings[0].has_BR
+  want = np.tanh(2.5 * batch.advantage_BR * gap_BR) * counts_BR
   np.testing.assert_allclose(alone, want, atol=1e-6)
   assert metrics["craft/aligned"] == 0
 

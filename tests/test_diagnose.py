@@ -10,7 +10,7 @@ import pytest
 from sdpo_jax import main, summary
 from sdpo_jax.config import ASSETS
 from sdpo_jax.data.chat import Chat, load_tokenizer
-from sdpo_jax.data.packing import Texts
+from sdpo_jax.data.packing import Text, Texts
 from sdpo_jax.data.teacher_prompt import Shown, teacher_prompt
 from sdpo_jax.diagnose import advice, agreement, measures, mode, probe, tokens, verdict
 from sdpo_jax.diagnose.again import Again, choose, make_again
@@ -494,7 +494,7 @@ def test_a_probe_compares_teacher_and_policy_and_leaves_the_run_as_it_is(tmp_pat
 
 def test_a_probe_reads_what_the_teacher_reads(chat):
   rows = [rollout(chat, 0.0), rollout(chat, 0.0), rollout(chat, 1.0)]
-  texts = Texts([[7, 8, 9], [], [5, 6, 9]], [[(2, 3)], [], [(1, 3)]])
+  texts = Texts([[Text([7, 8, 9], [(2, 3)])], [], [Text([5, 6, 9], [(1, 3)])]])
   contexts = ([Context(feedback="no"), None, Context(solution="f")],)
   packed = types.SimpleNamespace(rollouts=rows, contexts=contexts, teacher_texts=texts)
   found = probe.attempts_of(packed, 4)

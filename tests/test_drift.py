@@ -161,8 +161,8 @@ def test_a_batch_of_the_second_stage():
   method, p = packed("drift", groups, route=dict(warm_up_visits=0))
   b, rows = p.batch, [p.rollouts.index(r) for group in groups for r in group]
   assert b.route_B[rows].tolist() == [0, 1, 1, 1]
-  assert b.readings[0].weight_B[rows].tolist() == [0, 1, 0, 0]
-  assert b.advantage_B[rows].tolist() == pytest.approx([0.5, -0.5, -0.1, 0.1])
+  assert b.readings[0].weight_BR.max(1)[rows].tolist() == [0, 1, 0, 0]
+  assert b.advantage_BR[:, 0][rows].tolist() == pytest.approx([0.5, -0.5, -0.1, 0.1])
   assert {k: v for k, v in p.metrics.items() if k.startswith(("route/", "memory/"))} == {
     "route/distilled": 0.25,
     "route/neither": 0.5,
@@ -177,7 +177,7 @@ def test_a_batch_of_the_second_stage():
   }
   easy = [response("x", 1.0), response("y", 1.0), response("z", 1.0), response("no", 0.0)]
   _, p = packed("drift", [easy], route=dict(warm_up_visits=0, easy_above=0.7, easy=0.5))
-  assert sorted(p.batch.advantage_B) == pytest.approx([-0.75 * 0.5 * 2, 0.125, 0.125, 0.125])
+  assert sorted(p.batch.advantage_BR[:, 0]) == pytest.approx([-0.75 * 0.5 * 2, 0.125, 0.125, 0.125])
 
 
 def test_the_loss_by_hand():
@@ -220,7 +220,7 @@ def test_a_batch_of_h2sd():
   _, p = packed("h2sd", [group])
   rows = [p.rollouts.index(r) for r in group]
   assert p.batch.route_B[rows].tolist() == [0, 1]
-  assert p.batch.readings[0].weight_B[rows].tolist() == [1, 1]
+  assert p.batch.readings[0].weight_BR.max(1)[rows].tolist() == [1, 1]
   assert [p.contexts[0][b].solution for b in rows] == ["the long one", "Think."]
   assert p.metrics["route/distilled"] == 0.5 and p.metrics["route/neither"] == 0
 
@@ -313,12 +313,13 @@ def test_the_credit_keeps_the_sign_and_leaves_alone_what_has_no_reading():
   signals = signals_of(*np.stack(rows, 1))._replace(divergence_BR=jnp.ones((4, 12)))
   batch = with_teacher(batch, np.array([1, 0, 1, 1], np.float32))
   batch = batch._replace(
-    weight_BR=np.ones((4, 12), np.float32), advantage_B=np.array([2.0, 2.0, -2.0, 0.0], np.float32)
+    weight_BR=np.ones((4, 12), np.float32),
+    advantage_BR=fakes.per_token([2.0, 2.0, -2.0, 0.0], batch),
   )
   credited_BR = np.asarray(advantages(method.credit, (signals,), batch))
-  assert (np.sign(credited_BR) == np.sign(batch.advantage_B)[:, None]).all()
-  assert (np.abs(credited_BR) >= np.abs(batch.advantage_B)[:, None]).all()
-  assert (credited_BR[[0, 2]] != batch.advantage_B[[0, 2], None]).any()
+  assert (np.sign(credited_BR) == np.sign(batch.advantage_BR)).all()
+  assert (np.abs(credited_BR) >= np.abs(batch.advantage_BR)).all()
+  assert (credited_BR[[0, 2]] != batch.advantage_BR[[0, 2]]).any()
   assert (credited_BR[1] == 2).all() and (credited_BR[3] == 0).all()
 
 

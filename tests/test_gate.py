@@ -124,13 +124,13 @@ def test_an_emptied_teacher_says_what_the_policy_says(share, packs):
   packer = packer_of(method, share_prefixes=share, shards=packs, length_multiple=8)
   packed = fakes.controlled(packer.pack(groups() * 2), method)
   emptied = packer.emptied(packed)
-  assert emptied.teacher_texts.tokens != packed.teacher_texts.tokens
+  assert emptied.teacher_texts != packed.teacher_texts
   state = init_state(params, optax.sgd(1.0))
   score = jax.jit(make_score(make_signals(config, method)))
   gaps = []
   for batch in (packed.batch, emptied.batch):
     signals = score(state, batch)
-    is_read_BR = (batch.weight_BR > 0) & (batch.readings[0].weight_B > 0)[:, None]
+    is_read_BR = (batch.weight_BR > 0) & batch.readings[0].has_BR
     gaps.append(np.abs(np.where(is_read_BR, signals.gap_BR, 0.0)).max())
   assert gaps[0] > 0.1 and gaps[1] < 1e-5
 

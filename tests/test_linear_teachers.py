@@ -32,11 +32,11 @@ def three_readings(batch):
   question_alone = batch.policy
   other = batch.readings[0].rows
   reference_alone = other._replace(token_CPT=(other.token_CPT * 7) % 61)
-  weight_B = batch.readings[0].weight_B
+  weight_BR = batch.readings[0].weight_BR
   readings = (
     *batch.readings,
-    Reading(question_alone, weight_B),
-    Reading(reference_alone, weight_B),
+    Reading(question_alone, weight_BR),
+    Reading(reference_alone, weight_BR),
   )
   return batch._replace(readings=readings)
 
@@ -86,7 +86,7 @@ def test_the_virtual_hidden_state_gives_the_divergence_and_gradient_of_the_summe
       summed(name, z_BRV, readings) / 1.3,
       batch.response_BR,
       batch.weight_BR,
-      batch.readings[0].weight_B,
+      batch.readings[0].weight_BR.max(1),
       is_clip=None,
       rollout_is_clip=None,
     )
@@ -107,7 +107,7 @@ def test_at_share_1_the_tilted_teacher_is_the_plain_one_and_at_0_the_policy_itse
   tilted = jax.jit(make_signals(config, build.build_method(row)))
   plain_row = row | dict(teacher_logits=dict(name="plain"))
   plain = jax.jit(make_signals(config, build.build_method(plain_row)))
-  counted = batch.weight_BR * batch.readings[0].weight_B[:, None] > 0
+  counted = batch.weight_BR * batch.readings[0].weight_BR > 0
   (want,) = plain(params, teacher, batch)
   (whole,) = tilted(params, teacher, with_share(batch, 1.0))
   np.testing.assert_allclose(
@@ -124,7 +124,7 @@ def test_returns_to_go_of_a_tilted_teacher_are_those_of_its_logits():
   _, teacher = fakes.toy_model(1, **SMALL)
   batch = with_share(fakes.toy_batch(vocab=64), 0.6)
   method = build.build_method(build.method_row("beta_opsd"))
-  weight_BR = batch.weight_BR * batch.readings[0].weight_B[:, None]
+  weight_BR = batch.weight_BR * batch.readings[0].weight_BR
   R = weight_BR.shape[1]
   later_RR = np.arange(R) - np.arange(R)[:, None]  # [t, s] holds s - t
   discount_RR = np.where(later_RR >= 0, 0.99 ** np.maximum(later_RR, 0), 0.0)

@@ -113,7 +113,7 @@ def test_a_reward_that_is_not_finite_drops_its_response_from_every_reading(name)
   assert packed.metrics["data/dropped"] == 1
   assert len(packed.batch.readings) == 1 + method.further_count
   for reading in packed.batch.readings:
-    assert sorted(reading.weight_B) == [0, 1, 1]
+    assert sorted(reading.weight_BR.max(1)) == [0, 1, 1]
 
 
 class Doubled:
@@ -126,7 +126,7 @@ class Doubled:
     self.factor = factor
 
   def __call__(self, signals, batch):
-    advantage_B1 = batch.advantage_B[:, None]
+    advantage_B1 = batch.advantage_BR
     return jnp.where(signals[0].gap_BR > 0, self.factor * advantage_B1, advantage_B1)
 
 

@@ -124,7 +124,7 @@ def test_the_sampled_token_with_a_baseline_of_a_real_batch_is_that_of_its_logits
   _, teacher = fakes.toy_model(1, **small)
   batch = fakes.toy_batch(vocab=64)
   method = build.build_method(build.method_row("vopd") | dict(token_weight=dict(name="uniform")))
-  weight_BR = batch.weight_BR * batch.readings[0].weight_B[:, None]
+  weight_BR = batch.weight_BR * batch.readings[0].weight_BR
 
   def fast(p):
     return loss_of(method, make_signals(config, method)(p, teacher, batch), batch)
@@ -218,7 +218,8 @@ def test_the_first_share_of_the_counted_tokens_counts(n, kept):
 def test_dgrpo_is_two_thirds_of_grpo_plus_half_the_reverse_kl():
   """The surrogate takes the mean of each response, the divergence that of all tokens."""
   r = np.random.default_rng(1)
-  batch = fakes.toy_batch()._replace(advantage_B=np.array([1, -1, 0.5, 2], np.float32))
+  batch = fakes.toy_batch()
+  batch = batch._replace(advantage_BR=fakes.per_token([1, -1, 0.5, 2], batch))
   shape = batch.weight_BR.shape
   kl_BR = jnp.asarray(r.random(shape), jnp.float32)
   logp_BR = jnp.asarray(batch.logp_old_BR + r.normal(size=shape) * 0.1, jnp.float32)
@@ -228,11 +229,11 @@ def test_dgrpo_is_two_thirds_of_grpo_plus_half_the_reverse_kl():
     (Signals(logp_BR, jnp.zeros(shape), kl_BR, logp_BR),),
     batch,
   )
-  ratio_BR, A_B1 = np.exp(logp_BR - batch.logp_old_BR), batch.advantage_B[:, None]
+  ratio_BR, A_B1 = np.exp(logp_BR - batch.logp_old_BR), batch.advantage_BR
   gain_BR = np.minimum(ratio_BR * A_B1, np.clip(ratio_BR, 0.8, 1.2) * A_B1)
   weight_BR = batch.weight_BR
   policy = np.mean(np.sum(-gain_BR * weight_BR, 1) / weight_BR.sum(1))
-  taught_BR = weight_BR * batch.readings[0].weight_B[:, None]
+  taught_BR = weight_BR * batch.readings[0].weight_BR
   importance_BR = np.minimum(ratio_BR, 2.0)
   kl = np.sum(kl_BR * importance_BR * taught_BR) / taught_BR.sum()
   assert float(got) == pytest.approx(float(2 / 3 * (policy + 0.5 * kl)), rel=1e-5)

@@ -332,7 +332,7 @@ def test_fast_path_agrees_with_the_specification(case):
       q,
       batch.response_BR,
       batch.weight_BR,
-      batch.readings[0].weight_B,
+      batch.readings[0].weight_BR.max(1),
       logp_old_BR=batch.logp_old_BR,
       logp_rollout_BR=batch.logp_rollout_BR,
       **kwargs,
@@ -374,7 +374,7 @@ def test_trust_region_mixes_logits():
       q,
       batch.response_BR,
       batch.weight_BR,
-      batch.readings[0].weight_B,
+      batch.readings[0].weight_BR.max(1),
       logp_old_BR=batch.logp_old_BR,
       logp_rollout_BR=batch.logp_rollout_BR,
     )
@@ -404,7 +404,9 @@ def policy_loss(logp_BR, batch, **changes):
 
 def with_teacher(batch, weight_B):
   """The batch with these weights of its plain reading."""
-  return batch._replace(readings=(batch.readings[0]._replace(weight_B=weight_B),))
+  return batch._replace(
+    readings=(batch.readings[0]._replace(weight_BR=fakes.per_token(weight_B, batch)),)
+  )
 
 
 def two_responses():
@@ -414,7 +416,7 @@ def two_responses():
   old = np.full((2, 3), -1.0, np.float32)
   return batch._replace(
     weight_BR=weight,
-    advantage_B=np.array([1.0, -1.0], np.float32),
+    advantage_BR=fakes.per_token([1.0, -1.0], batch),
     logp_old_BR=old,
     logp_rollout_BR=old,
   ), old
@@ -459,12 +461,13 @@ def test_opsd_clips_the_divergence_of_a_token():
 
 def test_clipped_surrogate_by_hand():
   """PPO's four cases of sign and side, ratio 1.5: clipped for A > 0, not for A < 0."""
-  batch = fakes.toy_batch(rows=2)._replace(advantage_B=np.array([1.0, -1.0], np.float32))
+  batch = fakes.toy_batch(rows=2)
+  batch = batch._replace(advantage_BR=fakes.per_token([1.0, -1.0], batch))
   old = np.full_like(batch.logp_old_BR, -1.0)
   batch = batch._replace(logp_old_BR=old, logp_rollout_BR=old)
   up = Signals(jnp.asarray(old + np.log(1.5), jnp.float32), None, None, None)
   down = Signals(jnp.asarray(old + np.log(0.5), jnp.float32), None, None, None)
-  advantage_B1 = batch.advantage_B[:, None]
+  advantage_B1 = batch.advantage_BR
   gain_up, gain_down = (-surrogate.clipped(x, batch, advantage_B1)[:, 0] for x in (up, down))
   np.testing.assert_allclose(gain_up, [1.28, -1.5], rtol=1e-6)
   np.testing.assert_allclose(gain_down, [0.5, -0.8], rtol=1e-6)
@@ -501,20 +504,20 @@ def test_rewards_that_are_not_numbers_change_nothing_else(name):
   batch = fakes.toy_batch(rows=4)
   reward = np.array([[1.0, 0.0, np.nan, 0.75]])
   broken = batch._replace(
-    advantage_B=method.advantage(reward)[0].astype(np.float32),
+    advantage_BR=fakes.per_token(method.advantage(reward)[0], batch),
     weight_BR=batch.weight_BR * np.array([1, 1, 0, 1], np.float32)[:, None],
   )
   broken = with_teacher(broken, np.array([0, 1, 0, 1], np.float32))
-  assert np.isfinite(broken.advantage_B).all() and broken.advantage_B[2] == 0
+  assert np.isfinite(broken.advantage_BR).all() and not broken.advantage_BR[2].any()
   signals[:, 2] = np.nan  # whatever the passes say of that row
   keep = np.array([0, 1, 3])
   alone = broken._replace(
-    advantage_B=np.insert(method.advantage(reward[:, keep])[0], 2, 0).astype(np.float32)
+    advantage_BR=fakes.per_token(np.insert(method.advantage(reward[:, keep])[0], 2, 0), batch)
   )
   without = alone._replace(
     **{name: x[keep] for name, x in alone._asdict().items() if name.endswith(("_B", "_BR"))}
   )
-  without = with_teacher(without, alone.readings[0].weight_B[keep])
+  without = with_teacher(without, alone.readings[0].weight_BR.max(1)[keep])
 
   def value_and_grad(signals, batch):
     readings = 1 + method.further_count
@@ -587,7 +590,7 @@ def test_sc_sdpo_weighs_questions_by_how_open_they_are():
   np.testing.assert_allclose(weight[:, 0], [0.5, np.sqrt(2) / 3, 0, 0], rtol=1e-6)
   assert weight[1, 3] == 0
   batch, old = two_responses()
-  batch = batch._replace(advantage_B=np.array([0.5, 0.25], np.float32))
+  batch = batch._replace(advantage_BR=fakes.per_token([0.5, 0.25], batch))
   batch = with_teacher(batch, np.ones(2, np.float32))
   method = build.build_method(build.method_row("sc_sdpo"))
   loss = lambda d: loss_of(

@@ -5,6 +5,7 @@ import numpy as np
 from sdpo_jax.data.packing import (
   Extent,
   PackSize,
+  Text,
   Texts,
   balanced_order,
   cut_into_packs,
@@ -33,15 +34,13 @@ def test_a_text_goes_where_its_family_stands():
 
 
 def test_what_a_family_shares_ends_before_the_token_that_predicts_a_response():
-  tokens = [[1, 2, 3, 9], [1, 2, 3, 8], [1, 2, 4, 7], [], [5, 6]]
-  spans = [[(3, 4)], [(3, 4)], [(3, 4)], [], [(1, 2)]]
-  families = [0, 0, 1, 1, 2]
+  texts = [Text([1, 2, last, 9], [(3, 4)]) for last in (3, 3, 4)] + [Text([5, 6], [(1, 2)])]
+  families = [0, 0, 1, 2]
   # Family 0 has three tokens in common, of which the last predicts; the others are alone.
-  assert shared_beginnings(tokens, spans, families) == [
+  assert shared_beginnings(texts, families) == [
     Extent(4, 2, 0),
     Extent(4, 2, 0),
     Extent(4),
-    Extent(0),
     Extent(2),
   ]
 
@@ -65,7 +64,9 @@ def test_updates_keep_their_responses_and_packs_their_groups():
 
 
 def laid_out(families):
-  texts = Texts([[1, 2, 7, 8], [1, 2, 9], [3, 4, 5]], [[(2, 4)], [(2, 3)], [(1, 3)]])
+  texts = Texts(
+    [[Text([1, 2, 7, 8], [(2, 4)])], [Text([1, 2, 9], [(2, 3)])], [Text([3, 4, 5], [(1, 3)])]]
+  )
   (pack,) = packs = cut_into_packs(texts, first_tokens([2, 1, 2], 1), families)
   placed = [first_fit(pack.extents, 8)]
   return lay_out(packs, placed, PackSize(2, 8, 6), 0, share_prefixes=families is not None)

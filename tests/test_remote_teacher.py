@@ -17,7 +17,7 @@ from sdpo_jax import main, metrics
 from sdpo_jax.config import MODELS
 from sdpo_jax.data.batch import Packed
 from sdpo_jax.data.chat import Chat, load_tokenizer
-from sdpo_jax.data.packing import Texts
+from sdpo_jax.data.packing import Text, Texts
 from sdpo_jax.engine import client
 from sdpo_jax.errors import RunError
 from sdpo_jax.given_teacher import make_candidates, make_given_signals
@@ -62,16 +62,15 @@ def teacher_texts(batch):
   """What the teacher reads of each row, from the packed rows of the batch, of one text a row."""
   rows = batch.readings[0].rows
   packs, _, length = rows.token_CPT.shape
-  tokens, spans = [], []
+  texts = []
   for b, count in enumerate((batch.weight_BR > 0).sum(1)):
     c = b // (len(batch.start_B) // packs)
     first = rows.at_CX[c, batch.start_B[b]] + 1  # the column of the first response token
     row = rows.token_CPT[c, first // length]
-    tokens.append(row[: first % length + count].tolist())
-    spans.append([(int(first % length), int(first % length + count))])
-    if not batch.readings[0].weight_B[b]:
-      tokens[b], spans[b] = [], []
-  return Texts(tokens, spans)
+    tokens = row[: first % length + count].tolist()
+    span = (int(first % length), int(first % length + count))
+    texts.append([Text(tokens, [span])] if batch.readings[0].weight_BR[b].any() else [])
+  return Texts(texts)
 
 
 @pytest.mark.parametrize("alpha, packs, temperature", [(0.5, 1, 1.0), (1.0, 2, 0.8)])
@@ -249,7 +248,7 @@ def test_a_server_that_cannot_teach_is_named_at_the_start(answer, asked, longest
 
 def one_row():
   batch = fakes.toy_batch(rows=1)
-  return Packed(batch, [], ([],), {}, Texts([[5, 6, 7]], [[(1, 3)]]))
+  return Packed(batch, [], ([],), {}, Texts([[Text([5, 6, 7], [(1, 3)])]]))
 
 
 def test_a_server_that_is_away_for_a_while_is_asked_again(monkeypatch):

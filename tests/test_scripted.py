@@ -261,7 +261,7 @@ def test_from_responses_to_a_gradient(name, sandbox, tmp_path):
   # Mask: every token of every judged response, and nothing else.
   assert batch.weight_BR.sum(1).tolist() == [len(r.tokens) for r in group] and batch.readings[
     0
-  ].weight_B.tolist() == [1, 1, 1, 1]
+  ].weight_BR.max(1).tolist() == [1, 1, 1, 1]
   assert all(batch.weight_BR[b, : len(r.tokens)].all() for b, r in enumerate(group))
 
   # Divergence: not zero, and one step lowers it.
@@ -276,7 +276,7 @@ def test_from_responses_to_a_gradient(name, sandbox, tmp_path):
 
   # Rewards: one step makes right responses likelier and wrong ones less likely.
   batch = batch_of(env, group, "grpo").batch
-  np.testing.assert_allclose(batch.advantage_B, [0.5, -0.5, 0.5, -0.5])
+  np.testing.assert_allclose(batch.advantage_BR[:, 0], [0.5, -0.5, 0.5, -0.5])
   state, step, logp = machine("grpo")
   before = logp(state, batch)
   after = logp(step(state, batch)[0], batch)
@@ -313,7 +313,7 @@ def test_a_judge_that_fails_or_returns_nan_for_one_response_costs_that_row_alone
   packed = batch_of(env, group, "sdpo")
   assert (
     packed.metrics["data/dropped"] == 2
-    and packed.batch.readings[0].weight_B.tolist() == [1, 0, 1, 0]
+    and packed.batch.readings[0].weight_BR.max(1).tolist() == [1, 0, 1, 0]
     and not packed.batch.weight_BR[[1, 3]].any()
   )
   state, step, _ = machine("sdpo")
@@ -335,7 +335,7 @@ def test_every_method_runs_two_steps(name, sandbox, tmp_path):
   row = build.method_row(name)
   method = build.build_method(row)
   batch = batch_of(env, group, name, shape=None).batch
-  assert batch.readings[0].weight_B.any() == method.needs_teacher
+  assert batch.readings[0].weight_BR.max(1).any() == method.needs_teacher
   tx = make_optimizer(
     name="adamw",
     lr=1e-3,

@@ -211,7 +211,7 @@ def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32, f
   for read in [texts(teacher_prompts_B) for _ in range(1 + further)]:
     contexts = [Context("a solution")] * B
     readings.append(TeacherReading(contexts, np.ones(B, np.float32), read, 0))
-  responses = Responses(rollouts, np.zeros(B), np.ones(B, np.float32), policy, readings, [])
+  responses = Responses(rollouts, [[0.0]] * B, np.ones(B, np.float32), policy, readings, [])
   longest = max(n for _, _, n in lengths)
   most = [max(lengths_B) + longest for lengths_B in (prompts_B, teacher_prompts_B)]
   shapes = Shapes((*most, longest))

@@ -33,6 +33,7 @@ from sdpo_jax.data.packing import (
   first_tokens,
   in_packs,
   lay_out,
+  sampled_tokens,
   texts_after,
   tokens_together,
 )
@@ -55,7 +56,7 @@ class Packed(NamedTuple):
   contexts: tuple[list[Context | None], ...]
   metrics: dict[str, float]  # counts of what was dropped, shortened, shown
   # The tokens that the teacher reads at row b in the plain reading, its prompt first; []: nothing.
-  teacher_texts: Texts = Texts([], [])
+  teacher_texts: Texts = Texts([])
   deal: "Deal | None" = None  # from which the batch was laid out; None: by somebody else
   # int: the question of row b, and which of its responses it is; None: by somebody else
   member_B2: np.ndarray | None = None
@@ -68,6 +69,7 @@ class PackSettings:
   A batch has updates x shards x m packs. m divides `micro_batches`; it is the smallest one whose
   packs take no more memory than those of full-length texts.
   share_prefixes: what the responses to one question read in common stands once a row.
+  turn_penalty: what an invalid turn of an episode costs where its advantage is computed.
   """
 
   max_teacher_tokens: int  # of a teacher's prompt
@@ -76,6 +78,7 @@ class PackSettings:
   micro_batches: int = 1
   shards: int = 1
   share_prefixes: bool = False
+  turn_penalty: float = 0.0
 
   def pack_counts(self) -> list[int]:
     """Returns the numbers of packs that a batch may have, ascending."""
@@ -102,7 +105,7 @@ class Responses(NamedTuple):
   """The responses of a batch with the texts that hold them."""
 
   rollouts: list[Rollout]
-  advantage_B: np.ndarray
+  advantages: list[list[float]]  # of each response; one a turn where it has turns
   route_B: np.ndarray
   policy: Texts
   readings: list[TeacherReading]  # the plain one first
@@ -112,7 +115,7 @@ class Responses(NamedTuple):
     """Returns the same with response order[b] at row b."""
     return Responses(
       [self.rollouts[b] for b in order],
-      self.advantage_B[order],
+      [self.advantages[b] for b in order],
       self.route_B[order],
       self.policy.in_order(order),
       [reading.in_order(order) for reading in self.readings],
@@ -227,8 +230,6 @@ class Packer:
 
   def _read(self, groups: list[list[Rollout]]) -> Responses:
     """Renders the texts that policy and teacher read."""
-    reward_QG = np.array([[_reward(r) for r in group] for group in groups], np.float32)
-    advantage_QG = self.method.advantage(reward_QG)
     rollouts = [r for group in groups for r in group]
     policy = texts_after([r.prompt_tokens if r.is_judged else None for r in rollouts], rollouts)
     by_group, lots_QG, standings = [], [], []
@@ -238,7 +239,6 @@ class Packer:
       _, rendered = self._prepared.get(_identity(group), (None, None))
       by_group.append(rendered or self._reader.of_group(group, standing))
       lots_QG.append(lots)
-    factor_QG = np.array([[lot.factor for lot in lots] for lots in lots_QG])
     readings = []
     for shown_by_group in zip(*by_group, strict=True):
       shown = [shown for group in shown_by_group for shown in group]
@@ -249,12 +249,34 @@ class Packer:
     ]
     return Responses(
       rollouts,
-      (advantage_QG * factor_QG).reshape(-1).astype(np.float32),
+      self._advantages(groups, lots_QG),
       np.array(route_B, np.float32),
       policy,
       readings,
       standings,
     )
+
+  def _advantages(self, groups: list[list[Rollout]], lots_QG) -> list[list[float]]:
+    """Returns the advantages of each response, one a turn where it has turns.
+
+    Without a penalty all turns of an episode have one return, and count once in the statistics of
+    their group. With one each turn is a row of its own there, as in verl-agent's loop: its return
+    is the episode's, minus the penalty where it is invalid.
+    """
+    penalty = self.settings.turn_penalty
+    if not penalty:
+      reward_QG = np.array([[_reward(r) for r in group] for group in groups], np.float32)
+      factor_QG = np.array([[lot.factor for lot in lots] for lots in lots_QG])
+      advantage_QG = self.method.advantage(reward_QG) * factor_QG
+      return [[float(a)] for a in advantage_QG.reshape(-1)]
+    advantages = []
+    for group, lots in zip(groups, lots_QG, strict=True):
+      returns = [[_reward(r) - penalty * (not t.valid) for t in r.turns] for r in group]
+      flat = np.array([sum(returns, [])], np.float32)
+      found = iter(self.method.advantage(flat)[0] if flat.size else ())
+      for of_turns, lot in zip(returns, lots, strict=True):
+        advantages.append([float(next(found)) * lot.factor for _ in of_turns])
+    return advantages
 
   def _route(self, group: list[Rollout]) -> tuple[list[Lot], Standing | None]:
     """Notes the group in the memory, if there is one, and decides what its responses learn from."""
@@ -334,10 +356,10 @@ class _Dealing:
 
   def __init__(self, responses: Responses, group: int, settings: PackSettings):
     self._responses, self._group, self._settings = responses, group, settings
-    tokens = [texts.tokens for texts in responses.texts()]
+    lengths = [texts.lengths() for texts in responses.texts()]
     self._work = []  # of each response, as in largest_work but with nothing shared
-    for policy, *teacher in zip(*tokens, strict=True):
-      self._work.append(3 * len(policy) + sum(map(len, teacher)))
+    for policy, *teacher in zip(*lengths, strict=True):
+      self._work.append(3 * policy + sum(teacher))
     self.deal = functools.cache(self._deal)
 
   def load(self, packs: int) -> Load:
@@ -348,7 +370,7 @@ class _Dealing:
       extents.append([texts.extents for texts in texts_of_packs])
     policy, plain, *further = extents
     return Load(
-      texts_per_pack=len(deal.lengths[0]),
+      texts_per_pack=max(len(pack) for packs in extents for pack in packs),
       extents=(policy, plain, sum(further, [])),
       tokens=max(map(sum, deal.lengths)),
       responses=max(map(max, deal.lengths)),
@@ -388,21 +410,28 @@ def _lay_out_batch(deal: Deal, shape: Shape, pad_token: int, *, share_prefixes: 
     size = PackSize(rows, length, shape.tokens)
     rows_of_readers.append(lay_out(packs, placed, size, pad_token, share_prefixes=share_prefixes))
   policy, *teacher = rows_of_readers
-  weights = [reading.weight_B for reading in deal.responses.readings]
-  start_B = [x for texts in deal.packs[0] for x in texts.first]
-  response_BR, weight_BR, logp_BR = _response_arrays(deal.responses.rollouts, shape.responses)
+  R = shape.responses
+  weights = [_reading_weight(reading, R) for reading in deal.responses.readings]
+  start_B = sum(first_tokens(sum(deal.lengths, []), len(deal.lengths)), [])
+  arrays = _response_arrays(deal.responses, R)
   return TrainBatch(
     policy=policy,
     readings=tuple(map(Reading, teacher, weights)),
     start_B=np.array(start_B, np.int32),
-    response_BR=response_BR,
-    weight_BR=weight_BR,
-    advantage_B=deal.responses.advantage_B,
     route_B=deal.responses.route_B,
-    logp_rollout_BR=logp_BR,
-    logp_old_BR=np.zeros_like(logp_BR),
+    logp_old_BR=np.zeros((len(start_B), R), np.float32),
     control={},
+    **arrays,
   )
+
+
+def _reading_weight(reading: TeacherReading, R: int) -> np.ndarray:
+  """Returns the weight [B, R] of each token in a reading: 0 for one that no text holds."""
+  weight_BR = np.zeros((len(reading.weight_B), R), np.float32)
+  for b, texts in enumerate(reading.texts.of):
+    for text in texts:
+      weight_BR[b, text.first : text.first + sampled_tokens(text.spans)] = reading.weight_B[b]
+  return weight_BR
 
 
 def _in_the_place_of(
@@ -426,18 +455,32 @@ def _in_the_place_of(
   return lay_out(others, placed, PackSize(P, T, X), pad_token, share_prefixes=share_prefixes)
 
 
-def _response_arrays(rollouts: list[Rollout], responses: int) -> tuple[np.ndarray, ...]:
-  """Returns the tokens, weights and log-probabilities of responses in R = `responses` columns."""
-  response_BR = np.zeros((len(rollouts), responses), np.int32)
-  weight_BR = np.zeros(response_BR.shape, np.float32)
-  logp_BR = np.zeros(response_BR.shape, np.float32)
-  for b, r in enumerate(rollouts):
-    if r.is_judged:
-      n = len(r.tokens)
-      response_BR[b, :n] = r.tokens
-      logp_BR[b, :n] = r.logp
-      weight_BR[b, :n] = 1.0
-  return response_BR, weight_BR, logp_BR
+def _response_arrays(responses: Responses, R: int) -> dict[str, np.ndarray | None]:
+  """Returns what a batch says of the tokens of its responses, in R columns, by field."""
+  B = len(responses.rollouts)
+  response_BR, turn_BR, place_BR = (np.zeros((B, R), np.int32) for _ in range(3))
+  weight_BR, advantage_BR, logp_BR = (np.zeros((B, R), np.float32) for _ in range(3))
+  for b, r in enumerate(responses.rollouts):
+    if not r.is_judged:
+      continue
+    n = len(r.tokens)
+    response_BR[b, :n] = r.tokens
+    logp_BR[b, :n] = r.logp
+    weight_BR[b, :n] = 1.0
+    of_turns = responses.advantages[b]
+    lengths = [n] if r.turns is None else [len(s.completion.tokens) for s in r.sampled]
+    turn_BR[b, :n] = np.repeat(np.arange(len(lengths)), lengths)
+    place_BR[b, :n] = np.concatenate([np.arange(length) for length in lengths])
+    advantage_BR[b, :n] = of_turns[0] if len(of_turns) == 1 else np.repeat(of_turns, lengths)
+  has_turns = any(r.turns is not None for r in responses.rollouts)
+  return dict(
+    response_BR=response_BR,
+    weight_BR=weight_BR,
+    advantage_BR=advantage_BR,
+    logp_rollout_BR=logp_BR,
+    turn_BR=turn_BR if has_turns else None,
+    place_BR=place_BR if has_turns else None,
+  )
 
 
 def _measure(responses: Responses, batch: TrainBatch) -> dict[str, float]:
@@ -459,7 +502,7 @@ def _measure(responses: Responses, batch: TrainBatch) -> dict[str, float]:
   if further:
     tokens, has_notes = 0, []
     for reading in further:
-      tokens += sum(map(len, reading.texts.tokens))
+      tokens += sum(reading.texts.lengths())
       has_notes += [context is not None for context in reading.contexts]
     metrics |= {
       "counterfactual/teacher_tokens": float(tokens),

@@ -11,6 +11,7 @@ From token lists to rows, as `data/batch.py` and `tests/fakes.py` do it:
   rows = lay_out(packs, placed, PackSize(rows, length, tokens), pad_token, share_prefixes=...)
 """
 
+from collections.abc import Sequence
 import itertools
 import os
 from typing import NamedTuple
@@ -31,48 +32,62 @@ class Extent(NamedTuple):
 Span = tuple[int, int]  # begin and end, of tokens in a text
 
 
-class Texts(NamedTuple):
-  """One text for each response: the tokens of its prompt and of the response; [] for no text."""
+class Text(NamedTuple):
+  """One text: a prompt, and what follows it of a response."""
 
-  tokens: list[list[int]]
-  # What the policy sampled of each text: one span, or one a turn. [] for no text.
-  spans: list[list[Span]]
+  tokens: list[int]
+  spans: list[Span]  # what the policy sampled of it: one span, or one a turn
+  first: int = 0  # index in the response of the first token in the spans
+
+  @property
+  def prompt(self) -> list[int]:
+    """Returns the tokens before what was sampled."""
+    return self.tokens[: self.spans[0][0]]
+
+
+class Texts(NamedTuple):
+  """What one reader reads: for each response one text, several that share it out, or none."""
+
+  of: list[list[Text]]
 
   def prompt(self, b: int) -> list[int]:
-    """Returns the tokens before the response of text b; [] for no text."""
-    return self.tokens[b][: self.spans[b][0][0]] if self.spans[b] else []
+    """Returns the tokens before response b in its first text; [] for no text."""
+    return self.of[b][0].prompt if self.of[b] else []
 
   def in_order(self, order: list[int]) -> "Texts":
-    """Returns the texts with text order[b] at place b."""
-    return Texts([self.tokens[b] for b in order], [self.spans[b] for b in order])
+    """Returns the texts with those of response order[b] at place b."""
+    return Texts([self.of[b] for b in order])
 
   def where(self, others: "Texts") -> "Texts":
-    """Returns the texts whose responses have a text in `others` too, and no text for the rest."""
-    kept = [bool(text) for text in others.tokens]
-    tokens = [text if is_kept else [] for text, is_kept in zip(self.tokens, kept, strict=True)]
-    spans = [found if is_kept else [] for found, is_kept in zip(self.spans, kept, strict=True)]
-    return Texts(tokens, spans)
+    """Returns the texts of those responses that have a text in `others` too."""
+    return Texts([own if other else [] for own, other in zip(self.of, others.of, strict=True)])
+
+  def lengths(self) -> list[int]:
+    """Returns the tokens of each response's texts together."""
+    return [sum(len(text.tokens) for text in texts) for texts in self.of]
 
 
 def texts_after(prompts: list[list[int] | None], rollouts: list[Rollout]) -> Texts:
   """Returns each prompt with its response behind it; None: there is no text."""
-  laid = [
-    ([], []) if prompt is None else _after(prompt, rollout)
-    for prompt, rollout in zip(prompts, rollouts, strict=True)
-  ]
-  return Texts([tokens for tokens, _ in laid], [spans for _, spans in laid])
+  return Texts(
+    [
+      [] if prompt is None else [_after(prompt, rollout)]
+      for prompt, rollout in zip(prompts, rollouts, strict=True)
+    ]
+  )
 
 
-def _after(prompt: list[int], rollout: Rollout) -> tuple[list[int], list[Span]]:
-  """Returns a prompt with a response behind it, and the spans of what was sampled."""
+def _after(prompt: list[int], rollout: Rollout) -> Text:
+  """Returns a prompt with a response behind it."""
   if rollout.sampled is None:
-    return prompt + rollout.tokens, [(len(prompt), len(prompt) + len(rollout.tokens))]
+    whole = (len(prompt), len(prompt) + len(rollout.tokens))
+    return Text(prompt + rollout.tokens, [whole])
   tokens, spans = list(prompt), []
   for _, completion, before in rollout.sampled:
     tokens += before
     spans.append((len(tokens), len(tokens) + len(completion.tokens)))
     tokens += completion.tokens
-  return tokens, spans
+  return Text(tokens, spans)
 
 
 def sampled_tokens(spans: list[Span]) -> int:
@@ -81,11 +96,10 @@ def sampled_tokens(spans: list[Span]) -> int:
 
 
 class PackTexts(NamedTuple):
-  """The texts of one pack, a list entry for each of its responses; an empty text takes no room."""
+  """The texts of one pack, a list entry each."""
 
-  tokens: list[list[int]]  # prompt and response
-  spans: list[list[Span]]  # what the policy sampled of it
-  first: list[int]  # number x of the response's first token among those of the pack
+  texts: list[Text]
+  first: list[int]  # number x of the first token of its spans among those of the pack
   extents: list[Extent]
 
 
@@ -139,8 +153,8 @@ def balanced_order(
   return order
 
 
-def in_packs(items: list, packs: int) -> list[list]:
-  """Cuts a list with one item for each row of the batch into packs of equal size."""
+def in_packs(items: Sequence, packs: int) -> list[Sequence]:
+  """Cuts a sequence with one item for each row of the batch into packs of equal size."""
   size = len(items) // packs
   return [items[k * size : (k + 1) * size] for k in range(packs)]
 
@@ -162,30 +176,37 @@ def cut_into_packs(
   None: nothing is shared.
   """
   count = len(first)
-  tokens, spans = in_packs(texts.tokens, count), in_packs(texts.spans, count)
-  if families is None:
-    extents = [[Extent(len(text)) for text in pack] for pack in tokens]
-  else:
-    extents = list(map(shared_beginnings, tokens, spans, in_packs(families, count)))
-  return list(map(PackTexts, tokens, spans, first, extents))
+  packs = []
+  for of_pack, first_x, family in zip(
+    in_packs(texts.of, count), first, in_packs(families or range(len(texts.of)), count), strict=True
+  ):
+    flat = [
+      (text, x + text.first, f)
+      for own, x, f in zip(of_pack, first_x, family, strict=True)
+      for text in own
+    ]
+    written = [text for text, _, _ in flat]
+    extents = [Extent(len(text.tokens)) for text in written]
+    if families is not None:
+      extents = shared_beginnings(written, [f for _, _, f in flat])
+    packs.append(PackTexts(written, [x for _, x, _ in flat], extents))
+  return packs
 
 
-def shared_beginnings(
-  tokens: list[list[int]], spans: list[list[Span]], families: list[int]
-) -> list[Extent]:
+def shared_beginnings(texts: list[Text], families: list[int]) -> list[Extent]:
   """Finds what the texts of each family share within one pack.
 
   At least the last token before any response, which predicts it, is left to each text.
   """
-  extents = [Extent(len(text)) for text in tokens]
+  extents = [Extent(len(text.tokens)) for text in texts]
   for family in set(families):
-    members = [i for i, f in enumerate(families) if f == family and tokens[i]]
+    members = [i for i, f in enumerate(families) if f == family]
     if len(members) < 2:
       continue
-    alike = len(os.path.commonprefix([tokens[i] for i in members]))
-    shared = min(alike, min(spans[i][0][0] for i in members) - 1)
+    alike = len(os.path.commonprefix([texts[i].tokens for i in members]))
+    shared = min(alike, min(texts[i].spans[0][0] for i in members) - 1)
     for i in members:
-      extents[i] = Extent(len(tokens[i]), shared, family)
+      extents[i] = Extent(len(texts[i].tokens), shared, family)
   return extents
 
 
@@ -240,7 +261,7 @@ def lay_out(
     for p, row in enumerate(rows):
       writer.begin_row(p)
       for i in row:
-        writer.write(texts.tokens[i], texts.spans[i], texts.first[i], texts.extents[i])
+        writer.write(texts.texts[i], texts.first[i], texts.extents[i])
     arrays.append(writer.arrays)
   stacked = Rows(*map(np.stack, zip(*arrays, strict=True)))
   return stacked if share_prefixes else stacked._replace(prefix_CPT=None)
@@ -260,12 +281,12 @@ class _PackWriter:
     self._row, self._column, self._segment = row, 0, 0
     self._prefix_of_family = {}  # the segment that holds what a family shares
 
-  def write(self, tokens: list[int], spans: list[Span], first: int, extent: Extent) -> None:
+  def write(self, text: Text, first: int, extent: Extent) -> None:
     """Appends a text to the row, after what its family shares if that is not there yet.
 
-    spans, first: as in PackTexts.
+    first: as in PackTexts.
     """
-    shared, prefix = extent.shared, 0
+    tokens, shared, prefix = text.tokens, extent.shared, 0
     if shared:
       if extent.family not in self._prefix_of_family:
         self._put(tokens[:shared], position=0, prefix=0)
@@ -273,7 +294,7 @@ class _PackWriter:
       prefix = self._prefix_of_family[extent.family]
     # The column before a token predicts it.
     column = self._row * self._length + self._column - shared - 1
-    for begin, end in spans:
+    for begin, end in text.spans:
       count = end - begin
       self.arrays.at_CX[first : first + count] = column + begin + np.arange(count)
       first += count

@@ -35,7 +35,7 @@ def _check_row(batch: TrainBatch, b: int, rollout: Rollout) -> None:
     _refuse_any(wrong_R, b, rollout, f"trains another {name} than the engine returned")
   readings = [("the policy's row", batch.policy)]
   for number, reading in enumerate(batch.readings):
-    if reading.weight_B[b] > 0:
+    if reading.has_BR[b].any():
       readings.append((f"the teacher's row of reading {number}", reading.rows))
   for name, rows in readings:
     wrong_R = _tokens_of_row(rows, batch, b, R) != np.asarray(rollout.tokens)

@@ -49,13 +49,13 @@ class BaseReader:
   def _of_batch(self, rollouts: list[Rollout], size: int) -> list[float | None]:
     """Returns the means of at most `size` responses."""
     texts = texts_after([rollout.prompt_tokens for rollout in rollouts], rollouts)
-    T = max(LEAST_TOKENS, power_of_two(max(map(len, texts.tokens))))
+    T = max(LEAST_TOKENS, power_of_two(max(texts.lengths())))
     R = max(LEAST_RESPONSE, power_of_two(max(len(rollout.tokens) for rollout in rollouts)))
     token_BT, at_BR = np.zeros((size, T), np.int32), np.zeros((size, R), np.int32)
-    for b, (text, spans) in enumerate(zip(*texts, strict=True)):
-      token_BT[b, : len(text)] = text
+    for b, (text,) in enumerate(texts.of):
+      token_BT[b, : len(text.tokens)] = text.tokens
       # a token is predicted by the column before it
-      columns = np.concatenate([np.arange(begin - 1, end - 1) for begin, end in spans])
+      columns = np.concatenate([np.arange(begin - 1, end - 1) for begin, end in text.spans])
       at_BR[b, : len(columns)] = columns
     rows = sharding.put_rows(self._mesh, (token_BT, at_BR))
     logp_BR = hosts.to_host(_logp(self._params, *rows, config=self._model))

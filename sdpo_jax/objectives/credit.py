@@ -57,26 +57,26 @@ def none() -> None:
 
 def advantages(credit: Credit | None, signals: tuple[Signals, ...], batch: TrainBatch) -> jax.Array:
   """Returns the detached advantage of each token, [B, R], or [B, 1] without a credit."""
-  advantage_B1 = batch.advantage_B[:, None]
+  advantage_BR = batch.advantage_BR
   if credit is None:
-    return advantage_B1
-  has_reading_B1 = (batch.readings[0].weight_B > 0)[:, None]
-  credited_BR = jnp.where(has_reading_B1, credit(signals, batch), advantage_B1)
+    return advantage_BR
+  has_reading_BR = batch.readings[0].has_BR
+  credited_BR = jnp.where(has_reading_BR, credit(signals, batch), advantage_BR)
   return jax.lax.stop_gradient(credited_BR)
 
 
-def weighted(advantage_B1, log_weight_BR, share, epsilon: float) -> jax.Array:
+def weighted(advantage_BR, log_weight_BR, share, epsilon: float) -> jax.Array:
   """Returns A ((1 - share) + share clip(e^log_weight, 1 - epsilon, 1 + epsilon)).
 
   A share of 0 gives A bit for bit.
   """
   weight_BR = jnp.clip(jnp.exp(log_weight_BR), 1.0 - epsilon, 1.0 + epsilon)
-  return advantage_B1 * ((1.0 - share) + share * weight_BR)
+  return advantage_BR * ((1.0 - share) + share * weight_BR)
 
 
-def _gap_towards(advantage_B1, signals: Signals) -> jax.Array:
+def _gap_towards(advantage_BR, signals: Signals) -> jax.Array:
   """Returns sign(A) times the gap: positive where the teacher agrees with the reward."""
-  return jnp.sign(advantage_B1) * jnp.clip(signals.gap_BR, -LARGEST_GAP, LARGEST_GAP)
+  return jnp.sign(advantage_BR) * jnp.clip(signals.gap_BR, -LARGEST_GAP, LARGEST_GAP)
 
 
 class Rlsd:
@@ -113,11 +113,11 @@ class Rlsd:
     return Scheduled(self._ramp)
 
   def __call__(self, signals: tuple[Signals, ...], batch: TrainBatch) -> jax.Array:
-    advantage_B1 = batch.advantage_B[:, None]
-    towards_BR = _gap_towards(advantage_B1, signals[0])
-    credited_BR = weighted(advantage_B1, towards_BR, batch.control["credit"], self._epsilon)
+    advantage_BR = batch.advantage_BR
+    towards_BR = _gap_towards(advantage_BR, signals[0])
+    credited_BR = weighted(advantage_BR, towards_BR, batch.control["credit"], self._epsilon)
     if self._negative_only:
-      return jnp.where(advantage_B1 > 0, advantage_B1, credited_BR)
+      return jnp.where(advantage_BR > 0, advantage_BR, credited_BR)
     return credited_BR
 
 
@@ -141,9 +141,9 @@ class Rlrt:
     return 0 in (self._share, self._epsilon)
 
   def __call__(self, signals: tuple[Signals, ...], batch: TrainBatch) -> jax.Array:
-    advantage_B1 = batch.advantage_B[:, None]
-    away_BR = -_gap_towards(advantage_B1, signals[0])
-    return weighted(advantage_B1, away_BR, self._share, self._epsilon)
+    advantage_BR = batch.advantage_BR
+    away_BR = -_gap_towards(advantage_BR, signals[0])
+    return weighted(advantage_BR, away_BR, self._share, self._epsilon)
 
 
 class AntiSd:
@@ -172,7 +172,7 @@ class AntiSd:
   def __call__(self, signals: tuple[Signals, ...], batch: TrainBatch) -> jax.Array:
     # the log of OPD+'s (1 + q / pi) / 2, without the overflow of q / pi
     phi_BR = 0.5 * (jax.nn.softplus(signals[0].gap_BR) - jnp.log(2.0))
-    return batch.advantage_B[:, None] - batch.control["credit"] * phi_BR
+    return batch.advantage_BR - batch.control["credit"] * phi_BR
 
 
 class EntropyGate:
@@ -252,7 +252,7 @@ class Cscr:
     tokens_B1 = jnp.maximum(jnp.sum(counts_BR, -1, keepdims=True), 1)
     mean_B1 = jnp.sum(weight_BR * counts_BR, -1, keepdims=True) / tokens_B1
     # a response without tokens has no mean
-    return batch.advantage_B[:, None] * weight_BR / jnp.where(mean_B1 > 0, mean_B1, 1.0)
+    return batch.advantage_BR * weight_BR / jnp.where(mean_B1 > 0, mean_B1, 1.0)
 
 
 CREDITS = {

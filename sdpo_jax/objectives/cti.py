@@ -157,13 +157,12 @@ class Cti:
     gap_BR: log q - log pi before the updates. member_B2: question and member of each row.
     """
     is_scored_BR = batch.weight_BR > 0
-    counts_BR = is_scored_BR & (batch.readings[0].weight_B > 0)[:, None]
+    counts_BR = is_scored_BR & batch.readings[0].has_BR
     places = Places.of(member_B2, batch.turn_BR, batch.place_BR, counts_BR)
-    adv_BR = np.broadcast_to(batch.advantage_B[:, None], counts_BR.shape)
     valid_QGR = places.lay_out(counts_BR)
     c_QGR = cti_credit(
       places.lay_out(np.asarray(gap_BR, np.float32)),
-      places.lay_out(adv_BR),
+      places.lay_out(batch.advantage_BR),
       valid_QGR,
       tau=self.tau,
       beta_pos=self.beta_pos,

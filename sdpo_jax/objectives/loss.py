@@ -84,9 +84,8 @@ def normalisers(method: Method, batch: TrainBatch) -> dict[str, jax.Array]:
   """Returns what the sum of each term is divided by: a scalar over the whole batch."""
   divisors = {name: divisor for name, (_, divisor) in plain_weights(method, batch).items()}
   if batch.readings[1:] and method.compares_further:
-    has_weight_B = [reading.weight_B > 0 for reading in batch.readings]
-    has_teacher_B = functools.reduce(jnp.maximum, has_weight_B)
-    tokens = jnp.sum(batch.weight_BR * has_teacher_B[:, None])
+    has_teacher_BR = functools.reduce(jnp.maximum, [r.has_BR for r in batch.readings])
+    tokens = jnp.sum(batch.weight_BR * has_teacher_BR)
     divisors["counterfactual"] = jnp.maximum(tokens, 1.0)
   return divisors
 
@@ -106,7 +105,7 @@ def zero_where_unweighted(
   batch = batch._replace(
     logp_old_BR=zeroed(batch.logp_old_BR),
     logp_rollout_BR=zeroed(batch.logp_rollout_BR),
-    advantage_B=jnp.where(jnp.any(has_weight_BR, -1), batch.advantage_B, 0.0),
+    advantage_BR=zeroed(batch.advantage_BR),
     # where there are none they stay None
     credit_BR=jax.tree.map(zeroed, batch.credit_BR),
     logp_ref_BR=jax.tree.map(zeroed, batch.logp_ref_BR),
@@ -126,15 +125,15 @@ def teaching_weights(method: Method, batch: TrainBatch) -> dict[str, tuple[jax.A
   """Returns {term: (weight_BR, normaliser)} of the terms `distill` and `policy`."""
   if method.policy_share is None:
     distils_B1 = (batch.route_B > 0)[:, None]
-    has_reading_B1 = (batch.readings[0].weight_B > 0)[:, None]
+    has_reading_BR = batch.readings[0].has_BR
     weight_BR, normaliser = method.reduction(batch.weight_BR)
     return {
-      "distill": (weight_BR * (distils_B1 & has_reading_B1), normaliser),
+      "distill": (weight_BR * (distils_B1 & has_reading_BR), normaliser),
       "policy": (weight_BR * ~distils_B1, normaliser),
     }
   weights = {}
   if method.token_signal is not None:
-    weights["distill"] = token_mean(batch.weight_BR * batch.readings[0].weight_B[:, None])
+    weights["distill"] = token_mean(batch.weight_BR * batch.readings[0].weight_BR)
   if method.surrogate is not None:
     weights["policy"] = method.reduction(batch.weight_BR)
   return weights
@@ -161,7 +160,7 @@ def further_terms(method: Method, signals: tuple[Signals, ...], batch: TrainBatc
   if not method.compares_further:
     return terms
   for reading, further in zip(batch.readings[1:], signals[1:]):
-    weight_BR = batch.weight_BR * reading.weight_B[:, None]
+    weight_BR = batch.weight_BR * reading.weight_BR
     if method.notes.gate:
       agree_BR, both_BR = agreement(signals[0], further, weight_BR, batch)
       weight_BR = jnp.where(both_BR & ~agree_BR, 0.0, weight_BR)
@@ -186,7 +185,7 @@ def agreement(
   plain: Signals, further: Signals, weight_BR: jax.Array, batch: TrainBatch
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (agree_BR, both_BR): the gaps have one sign; both readings weigh the token."""
-  both_BR = (weight_BR > 0) & (batch.readings[0].weight_B > 0)[:, None]
+  both_BR = (weight_BR > 0) & batch.readings[0].has_BR
   agree_BR = jnp.sign(further.gap_BR) == jnp.sign(plain.gap_BR)
   return agree_BR, both_BR
 
@@ -214,19 +213,19 @@ def diagnostics(
     metrics["train/teacher_gap"] = weighted_mean(plain.gap_BR, weight_BR)
     metrics["train/teacher_gap_abs"] = weighted_mean(jnp.abs(plain.gap_BR), weight_BR)
   if method.credit is not None:
-    has_reading_BR = batch.weight_BR * (batch.readings[0].weight_B > 0)[:, None]
+    has_reading_BR = batch.weight_BR * batch.readings[0].has_BR
     is_credited_BR = has_reading_BR * (plain_weights(method, batch)["policy"][0] > 0)
-    change_BR = advantages(method.credit, signals, batch) - batch.advantage_B[:, None]
+    change_BR = advantages(method.credit, signals, batch) - batch.advantage_BR
     metrics["train/credit_change"] = weighted_mean(jnp.abs(change_BR), is_credited_BR)
     metrics["train/teacher_gap"] = weighted_mean(plain.gap_BR, has_reading_BR)
     metrics["train/teacher_gap_abs"] = weighted_mean(jnp.abs(plain.gap_BR), has_reading_BR)
   if TEACHER_ENTROPY in method.reads:
-    is_read_BR = (batch.weight_BR > 0) & (batch.readings[0].weight_B > 0)[:, None]
+    is_read_BR = (batch.weight_BR > 0) & batch.readings[0].has_BR
     entropies = histogram(plain.entropy_teacher_BR, is_read_BR, FINE)
     metrics["train/teacher_entropy_p50"] = entropies
   agreeing, compared = [], []
   for reading, further in zip(batch.readings[1:], signals[1:]):
-    weight_BR = batch.weight_BR * reading.weight_B[:, None]
+    weight_BR = batch.weight_BR * reading.weight_BR
     agree_BR, both_BR = agreement(plain, further, weight_BR, batch)
     agreeing.append(jnp.sum(agree_BR & both_BR, dtype=jnp.float32))
     compared.append(jnp.sum(both_BR, dtype=jnp.float32))

@@ -52,7 +52,7 @@ class Rhythm:
 
   def __call__(self, signals: tuple[Signals, ...], batch: TrainBatch) -> jax.Array:
     """Returns M A, [B, R]."""
-    return batch.advantage_B[:, None] * self.factor(signals[0], batch.weight_BR)
+    return batch.advantage_BR * self.factor(signals[0], batch.weight_BR)
 
   def factor(self, signals: Signals, weight_BR: jax.Array) -> jax.Array:
     """Returns M of each token."""

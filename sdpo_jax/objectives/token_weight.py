@@ -53,7 +53,7 @@ def importance(
   policy_ratio_BR = capped_ratio(signals.logp_BR - batch.logp_old_BR, is_clip)
   engine_ratio_BR = capped_ratio(batch.logp_old_BR - batch.logp_rollout_BR, rollout_is_clip)
   factor_BR = policy_ratio_BR * engine_ratio_BR
-  return factor_BR * batch.advantage_B[:, None] if by_question else factor_BR
+  return factor_BR * batch.advantage_BR if by_question else factor_BR
 
 
 def certainty(
