@@ -751,6 +751,11 @@ def _check_episodes(c: ml_collections.ConfigDict) -> None:
           f"config.rollout.{key}={rollout[key]} would not be read: "
           f"config.env.name={c.env.name!r} judges responses"
         )
+    if build.reads_turns(c.method):
+      raise ValueError(
+        f"config.method.teacher_context.name={c.method.teacher_context.name!r} reads the turns of "
+        f"episodes, and config.env.name={c.env.name!r} judges responses"
+      )
     return
   if rollout.max_episode_tokens < rollout.max_new_tokens:
     raise ValueError(

@@ -36,7 +36,8 @@ def _restored(task: Task, row: dict) -> Rollout:
     for start, completion, before in row["sampled"]
   ]
   reward, words, status = row["feedback"]
-  entropy = [segment.completion.entropy for segment in sampled]
+  entropy = sampled[0].completion.entropy if len(sampled) == 1 else None
+  turns = row["turns"]
   return Rollout(
     task,
     row["prompt"],
@@ -45,7 +46,7 @@ def _restored(task: Task, row: dict) -> Rollout:
     row["finish_reason"],
     row["text"],
     Feedback(reward, words, Status(status)),
-    entropy=entropy[0] if len(entropy) == 1 else None,
+    entropy=entropy,
     sampled=sampled,
-    turns=None if row["turns"] is None else [Turn(*turn) for turn in row["turns"]],
+    turns=turns and [Turn(*turn) for turn in turns],
   )

@@ -191,17 +191,35 @@ class Packer:
     Its arrays have the shapes that they had, unless a teacher's prompt is shorter than the policy's
     and leaves too little room: then the reading has the shapes of the policy's rows.
     """
-    policy, *teacher = packed.deal.packs
-    pad_token, share_prefixes = self.chat.pad_token, self.settings.share_prefixes
+    responses = packed.deal.responses
     readings = []
-    for reading, packs in zip(packed.batch.readings, teacher, strict=True):
-      rows = _in_the_place_of(reading.rows, packs, policy, pad_token, share_prefixes=share_prefixes)
+    for number, reading in enumerate(packed.batch.readings):
+      rows = self._without_context(reading.rows, packed.deal, number)
       rows = packed.batch.policy if rows is None else rows
       readings.append(reading._replace(rows=rows, scored=None))
-    texts = packed.deal.responses.policy.where(packed.teacher_texts)
+    texts = responses.policy.where(packed.teacher_texts)
     return packed._replace(
       batch=packed.batch._replace(readings=tuple(readings)), teacher_texts=texts
     )
+
+  def _without_context(self, rows: Rows, deal: "Deal", number: int) -> Rows | None:
+    """Lays what the policy reads out in the rows of a reading; None where it does not fit.
+
+    It does where no prompt is longer than the one in whose place it stands, and a response has no
+    more than one text.
+    """
+    read = deal.responses.readings[number].texts
+    if any(len(texts) > 1 for texts in read.of):
+      return None
+    (_, P, T), X = rows.token_CPT.shape, rows.at_CX.shape[1]
+    placed = [first_fit(texts.extents, T) for texts in deal.packs[1 + number]]
+    others = deal.cut(deal.responses.policy.where(read))
+    for texts, of_rows in zip(others, placed, strict=True):
+      if any(tokens_together([texts.extents[i] for i in row]) > T for row in of_rows):
+        return None
+    size = PackSize(P, T, X)
+    share_prefixes = self.settings.share_prefixes
+    return lay_out(others, placed, size, self.chat.pad_token, share_prefixes=share_prefixes)
 
   def silences(self, packed: Packed) -> list[bool]:
     """Tells of each context with texts whether the teacher's prompt is the same without them.
@@ -211,7 +229,7 @@ class Packer:
     silent = []
     texts = packed.teacher_texts
     for b, context in enumerate(packed.contexts[0]):
-      if context is None or context == context.without_texts():
+      if context is None or context.turns or context == context.without_texts():
         continue
       task = packed.rollouts[b].task
       silent.append(self._reader.says_nothing(task, context, texts.prompt(b)))
@@ -242,7 +260,7 @@ class Packer:
     readings = []
     for shown_by_group in zip(*by_group, strict=True):
       shown = [shown for group in shown_by_group for shown in group]
-      readings.append(_teacher_reading(rollouts, shown))
+      readings.append(_teacher_reading(shown))
     route_B = [
       float(bool(weight) if lot.distils is None else lot.distils)
       for lot, weight in zip(sum(lots_QG, []), readings[0].weight_B, strict=True)
@@ -306,9 +324,9 @@ def _identity(group: list[Rollout]) -> tuple[int, ...]:
   return tuple(map(id, group))
 
 
-def _teacher_reading(rollouts: list[Rollout], shown: list[Shown | None]) -> TeacherReading:
-  """Joins what the teacher reads before each response with the response; None: nothing."""
-  texts = texts_after([s.prompt if s else None for s in shown], rollouts)
+def _teacher_reading(shown: list[Shown | None]) -> TeacherReading:
+  """Joins what the teacher reads of each response; None: nothing."""
+  texts = Texts([s.texts if s else [] for s in shown])
   weight_B = np.array([s.weight if s else 0.0 for s in shown], np.float32)
   contexts = [s.context if s else None for s in shown]
   shortened = sum(s.was_shortened for s in shown if s)
@@ -339,7 +357,13 @@ class Deal(NamedTuple):
 
   responses: Responses  # in the order of the batch's rows
   lengths: list[list[int]]  # of the responses of each pack
+  questions: list[int] | None  # of each response, where those of one share what they begin with
   packs: list[list[PackTexts]]  # of the policy, then of each reading; a list of packs each
+
+  def cut(self, texts: Texts) -> list[PackTexts]:
+    """Cuts texts of the responses into packs."""
+    first = first_tokens(sum(self.lengths, []), len(self.lengths))
+    return cut_into_packs(texts, first, self.questions)
 
   def largest_work(self) -> int:
     """Returns the work of the largest pack, in passes of a token."""
@@ -370,7 +394,7 @@ class _Dealing:
       extents.append([texts.extents for texts in texts_of_packs])
     policy, plain, *further = extents
     return Load(
-      texts_per_pack=max(len(pack) for packs in extents for pack in packs),
+      texts_per_pack=max(len(deal.lengths[0]), *(len(pack) for packs in extents for pack in packs)),
       extents=(policy, plain, sum(further, [])),
       tokens=max(map(sum, deal.lengths)),
       responses=max(map(max, deal.lengths)),
@@ -391,13 +415,8 @@ class _Dealing:
     order = balanced_order(self._work, self._group, updates, packs // updates, whole=whole)
     responses = self._responses.in_order(order)
     questions = [b // self._group for b in order] if self._settings.share_prefixes else None
-    lengths = responses.lengths()
-    first = first_tokens(lengths, packs)
-    return Deal(
-      responses,
-      in_packs(lengths, packs),
-      [cut_into_packs(texts, first, questions) for texts in responses.texts()],
-    )
+    deal = Deal(responses, in_packs(responses.lengths(), packs), questions, [])
+    return deal._replace(packs=[deal.cut(texts) for texts in responses.texts()])
 
 
 def _lay_out_batch(deal: Deal, shape: Shape, pad_token: int, *, share_prefixes: bool) -> TrainBatch:
@@ -432,27 +451,6 @@ def _reading_weight(reading: TeacherReading, R: int) -> np.ndarray:
     for text in texts:
       weight_BR[b, text.first : text.first + sampled_tokens(text.spans)] = reading.weight_B[b]
   return weight_BR
-
-
-def _in_the_place_of(
-  rows: Rows,
-  packs: list[PackTexts],
-  others: list[PackTexts],
-  pad_token: int,
-  *,
-  share_prefixes: bool,
-) -> Rows | None:
-  """Lays other texts of the same responses out where the texts of `packs` stand in `rows`.
-
-  None where they do not fit. They do where no prompt is longer than the one in whose place it
-  stands.
-  """
-  (_, P, T), X = rows.token_CPT.shape, rows.at_CX.shape[1]
-  placed = [first_fit(texts.extents, T) for texts in packs]
-  for texts, of_rows in zip(others, placed, strict=True):
-    if any(tokens_together([texts.extents[i] for i in row]) > T for row in of_rows):
-      return None
-  return lay_out(others, placed, PackSize(P, T, X), pad_token, share_prefixes=share_prefixes)
 
 
 def _response_arrays(responses: Responses, R: int) -> dict[str, np.ndarray | None]:

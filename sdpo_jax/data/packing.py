@@ -71,13 +71,13 @@ def texts_after(prompts: list[list[int] | None], rollouts: list[Rollout]) -> Tex
   """Returns each prompt with its response behind it; None: there is no text."""
   return Texts(
     [
-      [] if prompt is None else [_after(prompt, rollout)]
+      [] if prompt is None else [text_after(prompt, rollout)]
       for prompt, rollout in zip(prompts, rollouts, strict=True)
     ]
   )
 
 
-def _after(prompt: list[int], rollout: Rollout) -> Text:
+def text_after(prompt: list[int], rollout: Rollout) -> Text:
   """Returns a prompt with a response behind it."""
   if rollout.sampled is None:
     whole = (len(prompt), len(prompt) + len(rollout.tokens))

@@ -33,12 +33,14 @@ def _check_row(batch: TrainBatch, b: int, rollout: Rollout) -> None:
   ):
     wrong_R = (batch.weight_BR[b] > 0) & (there_R != want_R)  # NaN, which nothing equals, is wrong
     _refuse_any(wrong_R, b, rollout, f"trains another {name} than the engine returned")
-  readings = [("the policy's row", batch.policy)]
+  everywhere_R = np.ones(R, bool)
+  readings = [("the policy's row", batch.policy, everywhere_R)]
   for number, reading in enumerate(batch.readings):
     if reading.has_BR[b].any():
-      readings.append((f"the teacher's row of reading {number}", reading.rows))
-  for name, rows in readings:
-    wrong_R = _tokens_of_row(rows, batch, b, R) != np.asarray(rollout.tokens)
+      name = f"the teacher's row of reading {number}"
+      readings.append((name, reading.rows, reading.has_BR[b, :R]))
+  for name, rows, is_there_R in readings:
+    wrong_R = is_there_R & (_tokens_of_row(rows, batch, b, R) != np.asarray(rollout.tokens))
     _refuse_any(wrong_R, b, rollout, f"holds other tokens in {name} than the response has")
 
 

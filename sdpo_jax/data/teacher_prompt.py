@@ -9,6 +9,8 @@ import dataclasses
 from typing import Callable, NamedTuple
 
 from sdpo_jax.data.chat import Chat
+from sdpo_jax.data.packing import Text, text_after
+from sdpo_jax.data.turn_prompt import turn_texts
 from sdpo_jax.errors import TaskError
 from sdpo_jax.objectives.memory import Standing
 from sdpo_jax.objectives.teacher_context import Context
@@ -20,12 +22,17 @@ SHORTENED_FIRST = ("notes", "attempt", "failures", "feedback", "more_solutions",
 
 
 class Shown(NamedTuple):
-  """What the teacher reads before one response."""
+  """What the teacher reads of one response."""
 
   context: Context
   weight: float
-  prompt: list[int]
+  texts: list[Text]  # one, or one for each turn that has a context
   was_shortened: bool
+
+  @property
+  def prompt(self) -> list[int]:
+    """Returns what comes before what was sampled, in the first text."""
+    return self.texts[0].prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +76,7 @@ class TeacherReader:
       )
     return [
       [
-        None if chosen is None else self._show(rollout.task, *chosen)
+        None if chosen is None else self._show(rollout, *chosen)
         for rollout, chosen in zip(group, reading, strict=True)
       ]
       for reading in readings
@@ -77,11 +84,17 @@ class TeacherReader:
 
   def says_nothing(self, task: Task, context: Context, prompt: list[int]) -> bool:
     """Tells whether the prompt of a context is the same without the context's texts."""
-    return self._show(task, context.without_texts(), 1.0).prompt == prompt
+    silent = context.without_texts()
+    return teacher_prompt(self.chat, self.messages(task), silent, self.max_tokens)[0] == prompt
 
-  def _show(self, task: Task, context: Context, weight: float) -> Shown:
-    prompt, was_shortened = teacher_prompt(self.chat, self.messages(task), context, self.max_tokens)
-    return Shown(context, weight, prompt, was_shortened)
+  def _show(self, rollout: Rollout, context: Context, weight: float) -> Shown:
+    messages = self.messages(rollout.task)
+    if context.turns:
+      most = self.max_tokens - len(rollout.prompt_tokens)
+      texts, was_shortened = turn_texts(self.chat, messages, rollout, context.turns, most)
+      return Shown(context, weight, texts, was_shortened)
+    prompt, was_shortened = teacher_prompt(self.chat, messages, context, self.max_tokens)
+    return Shown(context, weight, [text_after(prompt, rollout)], was_shortened)
 
 
 def shorten(text: str, keep: int) -> str:

@@ -54,7 +54,8 @@ It may provide:
                 difficulty off their probabilities; without it, it has to sample.
 
 A task may say two things about itself in `Task.data`, by which evaluations are told apart: its
-`kind` (a text, such as a subject) and its `difficulty` (a text or a number).
+`kind` (a text, such as a subject) and its `difficulty` (a text or a number). Two more are for a
+teacher alone: a `hint`, and a `skill`, what is known of the world.
 
 Failures. A response that is wrong, has the wrong form or runs out of its own time is no error:
 `judge` returns reward 0 and says what is wrong. An exception of `judge`, a reward that is not a

@@ -7,6 +7,7 @@ there.
 Errors: ValueError naming the setting, its value and the choices.
 """
 
+from collections.abc import Mapping
 import copy
 import functools
 import inspect
@@ -137,6 +138,12 @@ def method_row(name: str) -> dict:
     raise ValueError(unknown("method", name, sorted(METHODS)))
   row = METHODS[name]
   return row | {axis: complete_part(axis, **row[axis]) for axis in AXES}
+
+
+def reads_turns(row: Mapping) -> bool:
+  """Tells whether the teacher of a row reads the turns of episodes, one after another."""
+  context = AXES["teacher_context"].get(row["teacher_context"]["name"])
+  return getattr(context, "by_turn", False)
 
 
 def settings_of(axis: str, name: str) -> dict[str, inspect.Parameter]:

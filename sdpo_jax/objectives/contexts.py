@@ -1,5 +1,6 @@
 """The table of teacher contexts: what the teacher may read and the policy does not. Host code."""
 
+from sdpo_jax.objectives.contexts_agents import LaterObservations, Skill, TurnWords
 from sdpo_jax.objectives.contexts_outcome import Drift, RephraseOrHint
 from sdpo_jax.objectives.contexts_peers import Peers
 from sdpo_jax.objectives.contexts_pmi import QuestionAndReference
@@ -21,4 +22,7 @@ TEACHER_CONTEXTS = {
   "drift": Drift,
   "rephrase_or_hint": RephraseOrHint,
   "pmi": QuestionAndReference,
+  "skill": Skill,
+  "turn_words": TurnWords,
+  "later_observations": LaterObservations,
 }

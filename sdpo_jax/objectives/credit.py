@@ -10,6 +10,8 @@ With the gap d = log q(y) - log pi(y) of a token, in nats:
            credited to the tokens that the teacher likes better, a failure to those that it does not
   rlrt     the same with -d: a success is credited to what the teacher would not have said
   anti_sd  A - share phi(d), phi(d) = (softplus(d) - ln 2) / 2, while the teacher is unsure enough
+  ocsd     A (1 + share sign(A) tanh(e / 2)), e the difference between two readings of a turn, of
+           which one shows what the world says later
   cscr     A times a weight that is lower where two readings, one of which calls all of the response
            right and one wrong, differ from the policy
 
@@ -255,11 +257,36 @@ class Cscr:
     return batch.advantage_BR * weight_BR / jnp.where(mean_B1 > 0, mean_B1, 1.0)
 
 
+class Ocsd:
+  """Credits an outcome to the turns that later observations speak for (OCSD, arXiv 2608.04788).
+
+  Eq. 6-11: A (1 + share sign(A) c), c = tanh((log q_F - log q_A) / 2), with q_F of the plain
+  reading, which shows what the world said later, and q_A of the further one, which hides it. Turns
+  without readings keep A (`later_observations` chooses which have them).
+  """
+
+  reads = (TEACHER_LOGP,)
+  further_count = 1
+
+  def __init__(self, *, share: float = 0.5):
+    self._share = share
+
+  @property
+  def is_idle(self) -> bool:
+    return self._share == 0
+
+  def __call__(self, signals: tuple[Signals, ...], batch: TrainBatch) -> jax.Array:
+    shown, hidden = signals
+    c_BR = jnp.tanh(0.5 * (shown.logp_teacher_BR - hidden.logp_teacher_BR))
+    return batch.advantage_BR * (1.0 + self._share * jnp.sign(batch.advantage_BR) * c_BR)
+
+
 CREDITS = {
   "none": none,
   "rlsd": Rlsd,
   "rlrt": Rlrt,
   "anti_sd": AntiSd,
   "cscr": Cscr,
+  "ocsd": Ocsd,
   "rhythm": Rhythm,
 }

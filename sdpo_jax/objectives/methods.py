@@ -387,6 +387,21 @@ _ROWS: dict[str, tuple[dict, About]] = {
     _craft(cti=False, balance=False),
     About("2606.29476, pillar 3", "as craft"),
   ),
+  "sdpo_turns": (
+    _SDPO | dict(teacher_context=dict(name="turn_words")),
+    About("of this project", "all of it: each turn is read with the world's answer to it"),
+  ),
+  "ocsd": (
+    _GRPO
+    | dict(
+      advantage=_NORMALIZED,
+      surrogate=_SYMMETRIC_CLIP,
+      teacher_context=dict(name="later_observations", share=0.2),
+      teacher_weights=dict(name="live"),
+      credit=dict(name="ocsd", share=0.5),
+    ),
+    About("2608.04788, eq. 6-11", "the words; what is later goes to the end of the episode"),
+  ),
 }
 # A row carries its name, so that config.json and reports show it.
 METHODS = {name: dict(row, name=name) for name, (row, _) in _ROWS.items()}

@@ -6,7 +6,7 @@ faithful it is, stands beside it in `methods.ABOUT`.
 
 from typing import Iterator
 
-from sdpo_jax.objectives.build import AXES, build_method, complete_part, method_row
+from sdpo_jax.objectives.build import AXES, build_method, complete_part, method_row, reads_turns
 from sdpo_jax.objectives.methods import ABOUT, METHODS
 
 # A row is told by what it changes against one of these, whichever is nearest; they themselves
@@ -52,6 +52,8 @@ def needs(name: str) -> list[str]:
     found.append(f"{further} more {'reading' if further == 1 else 'readings'}")
   if method.memory is not None:
     found.append("questions that come back")
+  if reads_turns(row):
+    found.append("episodes")
   if getattr(method.teacher_context, "needs_solution", False):
     found.append("reference solutions")
   if getattr(method.teacher_context, "reads_hints", False):

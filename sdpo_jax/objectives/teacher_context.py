@@ -78,6 +78,9 @@ class Context:
   # "shown"; "hidden": it stands nowhere in the prompt; "alone": the prompt is the policy's own
   question: str = "shown"
   remembered: bool = False  # the solution is of an earlier visit to the question
+  # Of an episode, what stands before each of its turns, templates filled in; "": no reading of that
+  # turn. Then the other texts are empty.
+  turns: tuple[str, ...] = ()
 
   def without_texts(self) -> "Context":
     """Returns the context whose templates have nothing to be filled with."""
@@ -87,6 +90,8 @@ class Context:
     """Returns the teacher's user message: question, context, closing instruction."""
     if self.question == "alone":
       return question
+    if self.turns:
+      return question + "".join(self.turns)
     templates = TEMPLATES | dict(self.templates)
     texts = {"prompt": "" if self.question == "hidden" else question}
     for name in ("notes", "more_solutions", "failures", "remark"):

@@ -148,7 +148,9 @@ class Alfworld:
       game = files[index % len(files)]
       name = key = game.path
     data = {"kind": game.template.kind, "template": "-".join(game.template), "game": key}
-    return Task(f"alfworld/{name}", f"Your task is to: {game.request}.", split=split, data=data)
+    task = Task(f"alfworld/{name}", f"Your task is to: {game.request}.", split=split, data=data)
+    data["skill"] = self.skill_text(task)
+    return task
 
   def start(self, task: Task) -> "Episode":
     """Begins the game of a task. RuntimeError if the engine does not."""

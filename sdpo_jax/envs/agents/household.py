@@ -229,12 +229,15 @@ class Household:
     novel = sum(word in self._meaning for word in goal.words)
     data: dict[str, Any] = {"goal": list(map(list, goal[:2])) + list(goal[2:])}
     data |= {"kind": f"{novel} novel of {len(goal.words)}", "difficulty": len(goal.words)}
-    return Task(
+    task = Task(
       f"household/{self._level}/{self._words_seed}/{split}/{index}",
       request(goal, self._level),
+      solution="\n".join(walkthrough(goal)),
       split=split,
       data=data,
     )
+    data["skill"] = self.skill_text(task)
+    return task
 
   def start(self, task: Task) -> World:
     """Returns the world of a task, for one episode."""
