@@ -1,0 +1,125 @@
+r"""Trains a model that acts in a world, turn by turn.
+
+Run:    python -m sdpo_jax.main --config=configs/agentic.py --workdir=runs/agentic
+Other:  python -m sdpo_jax.main --config=configs/agentic.py:method=grpo,seed=1 --workdir=runs/grpo
+        python -m sdpo_jax.main --config=configs/agentic.py:world=search_qa,model=qwen3-1.7b \
+          --workdir=runs/search
+Smoke:  python -m sdpo_jax.main --config=configs/agentic.py:local --workdir=runs/agentic_smoke
+Worlds: household  the project's own, in ALFWorld's wording, for the tiny model
+        search_qa  questions that are answered by searching (extra `search`)
+        webshop    a small shop with WebShop's pages (extra `webshop`)
+        alfworld   ALFWorld's engine, with games of our own or $ALFWORLD_DATA (extra `textworld`)
+Shown:  context=skill, the default, gives SDPO's teacher what is known of the world in the place of
+        feedback and solutions; context=row keeps what the row of the method says.
+Scale:  worlds with a model of real size have the settings of CRAFT (arXiv 2606.29476): groups of 8,
+        16 tasks a step (search_qa: 128), learning rate 1e-6, 150 steps. Print what they need with
+        python -m sdpo_jax.main --mode=plan --chip=v5p --chips=8 \
+          --config=configs/agentic.py:world=webshop,model=qwen3-1.7b --workdir=runs/plan
+Cost:   not measured.
+Result: not measured.
+"""
+
+from sdpo_jax import config
+from sdpo_jax.objectives import build
+
+# What gives way to the skill. Other rows are about what their teacher reads.
+_SDPOS = ("feedback_or_solution", "reference_solution")
+# world: tasks a step, turns, tokens of the first messages, of a turn, and of an episode
+_REAL = {
+  "alfworld": (16, 50, 2048, 512, 14_000),
+  "webshop": (16, 15, 4096, 512, 12_000),
+  "search_qa": (128, 4, 4096, 512, 4096),
+}
+_SPLITS = {"alfworld": ("heldout", "unseen"), "webshop": ("eval", "test")}
+
+
+def get_config(arg: str = ""):
+  a = config.parse_arg(
+    arg, method="sdpo", world="household", model="", context="skill", seed=0, local=False
+  )
+  worlds = ("household", *_REAL)
+  if a.world not in worlds:
+    raise ValueError(f"world={a.world!r} is unknown; choose from {list(worlds)}")
+  if a.context not in ("skill", "row"):
+    raise ValueError(f"context={a.context!r} is unknown; choose from ['skill', 'row']")
+  c = config.base()
+  c.seed = a.seed
+  c.method = build.method_row(a.method)
+  if a.context == "skill" and c.method.teacher_context.name in _SDPOS:
+    c.method.teacher_context = build.complete_part("teacher_context", "skill")
+  c.env = dict(name=a.world)
+  if a.world == "household":
+    _household(c)
+  else:
+    _of_real_size(c, a.world)
+  c.model.path = a.model or c.model.path
+  if c.method.reduction.name == "constant":
+    c.method.reduction.length = float(c.rollout.max_episode_tokens)
+  if c.method.memory.name != "none":
+    c.data.questions = 512
+  if a.local:
+    _toy_sizes(c)
+  return c
+
+
+def _household(c) -> None:
+  """Sets what the tiny model learns with in minutes."""
+  c.model.path = "tiny_household"
+  c.total_steps = 150
+  c.data.update(max_prompt_tokens=96, max_teacher_tokens=160, length_multiple=32)
+  c.rollout.update(questions=8, group=8, max_new_tokens=8, max_episode_tokens=192, rows=64)
+  c.optimizer.update(lr=5e-4, warmup_steps=5)
+  if c.method.teacher_weights.name == "ema":
+    c.method.teacher_weights.rate = 0.02
+  c.eval.update(
+    every_steps=50,
+    questions=100,
+    samples=2,
+    splits=("heldout",),
+    final_splits=("heldout", "unseen"),
+  )
+  c.checkpoint.every_steps = 50
+
+
+def _of_real_size(c, world: str) -> None:
+  """Sets what the paper trains with."""
+  tasks, turns, prompt, turn, episode = _REAL[world]
+  c.model.update(path="qwen3-1.7b", dtype="bfloat16", remat="block")
+  c.total_steps = 150
+  c.env.limit = turns
+  c.data.update(max_prompt_tokens=prompt, max_teacher_tokens=prompt + 1024, length_multiple=512)
+  c.rollout.update(
+    questions=tasks, group=8, max_new_tokens=turn, max_episode_tokens=episode, rows=128
+  )
+  c.optimizer.update(lr=1e-6, warmup_steps=15 if world == "search_qa" else 0)
+  c.train.micro_batches = 8
+  heldout, *others = _SPLITS.get(world, ("heldout", "unseen"))
+  c.eval.update(
+    every_steps=25, questions=128, samples=1, temperature=0.4, top_p=1.0,
+    splits=(heldout,), final_splits=(heldout, *others),
+  )  # fmt: skip
+  if world == "alfworld":
+    c.env.shows_commands = False  # an episode is one text
+  if c.method.reference_kl.name != "none" and world == "search_qa":
+    if c.method.reference_kl.coefficient is not None:
+      c.method.reference_kl.coefficient = 0.001
+
+
+def _toy_sizes(c) -> None:
+  """Shrinks a run to seconds, on the same path; the tiny model reads any text, byte by byte."""
+  c.total_steps = 2
+  if c.model.path != "tiny_household":
+    c.model.update(path="tiny", dtype="float32", remat="dots")
+    c.data.update(max_prompt_tokens=700, max_teacher_tokens=760, length_multiple=128)
+    c.rollout.update(max_new_tokens=12, max_episode_tokens=250)
+  c.mesh.fsdp = 1  # too few rows to share
+  c.train.micro_batches = 1
+  c.optimizer.warmup_steps = 0
+  c.rollout.update(questions=2, group=2, rows=4)
+  c.eval.update(every_steps=2, questions=2, samples=1, final_splits=c.eval.splits)
+  c.checkpoint.every_steps = 2
+  c.log.rollouts_every_steps = 1
+  if c.method.memory.name != "none":
+    c.data.questions = 2
+  if c.method.route.name == "drift":
+    c.method.route.warm_up_visits = 1
