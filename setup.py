@@ -9,6 +9,7 @@ from setuptools import find_packages, setup
 GGUF = ["gguf>=0.19.0"]
 SEARCH = ["bm25s>=0.3.16", "PyStemmer>=3.1.0"]
 WEBSHOP = [*SEARCH, "thefuzz>=0.22.1"]
+OPENENV = ["websockets>=17.4"]
 SERVE = ["starlette>=1.10.0", "uvicorn>=0.54.0", "pydantic>=2.14.4"]
 
 setup(
@@ -70,6 +71,7 @@ setup(
       *SERVE,
       *GGUF,
       *WEBSHOP,
+      *OPENENV,
     ],
     "serve": SERVE,
     "hub": ["datasets", "huggingface_hub"],
@@ -78,5 +80,9 @@ setup(
     "textworld": ["textworld[pddl]>=1.7.0,<1.8", "alfworld>=0.4.2"],
     "search": SEARCH,
     "webshop": WEBSHOP,
+    # environments of other trainers; 0.4 of verifiers has another interface
+    "openenv": OPENENV,
+    "verifiers": ["verifiers>=0.3.0,<0.4"],
+    "reasoning_gym": ["reasoning-gym>=0.1.25"],
   },
 )

@@ -9,6 +9,7 @@ import math
 import threading
 
 from sdpo_jax.errors import SettingError, unknown
+from sdpo_jax.records import Task
 
 SPLITS = ("train", "tune", "heldout")
 SEEDS = 1 << 28  # of a split; the splits' ranges lie one behind the other
@@ -52,6 +53,18 @@ def seed_of(split: str, index: int) -> int:
   if not 0 <= index < SEEDS:
     raise ValueError(f"a split has the tasks 0 to {SEEDS - 1}, and no task {index}")
   return SPLITS.index(split) * SEEDS + index
+
+
+def seed_task(world: str, instruction: str, split: str, index: int) -> Task:
+  """Returns a seed as a task, of a world that says itself what to do."""
+  seed = seed_of(split, index)
+  prompt = f"{instruction or world} (seed {seed})"
+  return Task(f"{world}/{split}/{index}", prompt, split=split, data={"seed": seed})
+
+
+def opening(instruction: str, seen: str) -> list[dict[str, str]]:
+  """Returns the first message: the instruction, if there is one, and the first observation."""
+  return [{"role": "user", "content": f"{instruction}\n\n{seen}" if instruction else seen}]
 
 
 class Rewards:

@@ -12,7 +12,7 @@ its steps.
 
 import functools
 
-from sdpo_jax.envs.adapters.foreign import Rewards, imported, read_arguments, seed_of
+from sdpo_jax.envs.adapters.foreign import Rewards, imported, opening, read_arguments, seed_task
 from sdpo_jax.records import Task, Turn
 
 
@@ -40,9 +40,7 @@ class GymText:
 
   def task(self, split: str, index: int) -> Task:
     """Returns a seed as a task. ValueError for a split that does not exist."""
-    seed = seed_of(split, index)
-    prompt = f"{self._instruction or self._name} (seed {seed})"
-    return Task(f"{self._name}/{split}/{index}", prompt, split=split, data={"seed": seed})
+    return seed_task(self._name, self._instruction, split, index)
 
   def start(self, task: Task) -> "GymEpisode":
     """Makes the world of an episode."""
@@ -61,8 +59,7 @@ class GymEpisode:
     seen, _ = self._world.reset(seed=self._seed)
     if not isinstance(seen, str):
       raise ValueError(f"the world showed a {type(seen).__name__}, not a str: wrap it into text")
-    content = f"{self._instruction}\n\n{seen}" if self._instruction else seen
-    return [{"role": "user", "content": content}]
+    return opening(self._instruction, seen)
 
   def step(self, message: str) -> Turn:
     """Hands the message on."""

@@ -19,7 +19,7 @@ import contextlib
 import json
 import re
 
-from sdpo_jax.envs.adapters.foreign import Rewards, need, seed_of
+from sdpo_jax.envs.adapters.foreign import Rewards, need, opening, seed_task
 from sdpo_jax.errors import SettingError
 from sdpo_jax.records import Task, Turn
 
@@ -66,9 +66,7 @@ class OpenEnvText:
 
   def task(self, split: str, index: int) -> Task:
     """Returns a seed as a task. ValueError for a split that does not exist."""
-    seed = seed_of(split, index)
-    prompt = f"{self.instruction or self.url} (seed {seed})"
-    return Task(f"{self.url}/{split}/{index}", prompt, split=split, data={"seed": seed})
+    return seed_task(self.url, self.instruction, split, index)
 
   def start(self, task: Task) -> "Session":
     """Opens a session. RuntimeError if the server does not answer."""
@@ -92,8 +90,7 @@ class Session:
   def prompt(self) -> list[dict[str, str]]:
     """Begins the episode."""
     seen = self._ask("reset", {"seed": self._seed}).observation
-    content = f"{self._env.instruction}\n\n{seen}" if self._env.instruction else seen
-    return [{"role": "user", "content": content}]
+    return opening(self._env.instruction, seen)
 
   def step(self, message: str) -> Turn:
     """Has the server carry out the message."""
@@ -109,7 +106,8 @@ class Session:
 
   def _ask(self, kind: str, data: dict) -> Turn:
     """Returns what the server says. RuntimeError for an error, and for what is no observation."""
-    self._socket.send(json.dumps({"type": kind, "data": data}))
+    with contextlib.suppress(Exception):  # a server that is full says so, and hangs up
+      self._socket.send(json.dumps({"type": kind, "data": data}))
     answer = json.loads(self._socket.recv(timeout=TIME_S))
     said = answer.get("data", {})
     if answer.get("type") != "observation":

@@ -9,6 +9,8 @@ call tools. What the tools return is the next message of the user. Templates dif
 tools, calls and their results, and some show none; their own way is therefore not used.
 """
 
+from collections.abc import Callable
+import inspect
 import itertools
 import json
 import re
@@ -44,3 +46,17 @@ def calls_in(message: str) -> list[tuple[str, dict]]:
     if isinstance(value.get("name"), str) and isinstance(arguments, dict):
       calls.append((value["name"], arguments))
   return calls
+
+
+def tools_of(world, *others: str) -> dict[str, Callable]:
+  """Returns the public methods of an object's class that are no tools under other names."""
+  members = inspect.getmembers(type(world), inspect.isfunction)
+  names = [name for name, _ in members if not name.startswith("_") and name not in others]
+  return {name: getattr(world, name) for name in names}
+
+
+def signatures(tools: dict[str, Callable]) -> list[tuple[str, str]]:
+  """Returns methods as `described` shows them."""
+  return [
+    (f"{n}{inspect.signature(tool)}", inspect.getdoc(tool) or "") for n, tool in tools.items()
+  ]

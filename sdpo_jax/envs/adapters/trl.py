@@ -13,7 +13,7 @@ Unlike there, the reward is read after each turn, as any may be the last one.
 import inspect
 
 from sdpo_jax.envs.adapters.foreign import Loop, Rewards, imported
-from sdpo_jax.envs.adapters.tool_calls import calls_in, described
+from sdpo_jax.envs.adapters.tool_calls import calls_in, described, signatures, tools_of
 from sdpo_jax.envs.rows import field, groups, row_name
 from sdpo_jax.errors import SettingError
 from sdpo_jax.records import Task, Turn
@@ -67,9 +67,7 @@ class TRLEpisode:
     self._world, self._row, self._reward, self._loop = world, row, reward, loop
     self._prompt: list[dict] = []
     self._completion: list[dict] = []
-    members = inspect.getmembers(type(world), inspect.isfunction)
-    names = [name for name, _ in members if name not in ("reset", "get_reward")]
-    self._tools = {name: getattr(world, name) for name in names if not name.startswith("_")}
+    self._tools = tools_of(world, "reset", "get_reward")
 
   def prompt(self) -> list[dict[str, str]]:
     """Resets the environment, and shows the tools before the row's last message."""
@@ -80,10 +78,7 @@ class TRLEpisode:
     prompt = self._row["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     *before, last = messages
-    tools = [
-      (f"{n}{inspect.signature(t)}", inspect.getdoc(t) or "") for n, t in self._tools.items()
-    ]
-    content = f"{described(tools)}\n\n{last['content']}{seen or ''}"
+    content = f"{described(signatures(self._tools))}\n\n{last['content']}{seen or ''}"
     self._prompt = [*before, last | {"content": content}]
     return self._prompt
 

@@ -106,7 +106,8 @@ class VerifiersEpisode:
     turn = {"prompt": self._messages, "completion": [said], "trajectory_id": state["trajectory_id"]}
     unknown = dict.fromkeys(("response", "tokens", "reward", "advantage"))
     await env.add_trajectory_step(state, turn | unknown | {"is_truncated": False, "extras": {}})
-    seen, is_over = [], await env.is_completed(state)
+    seen: Any = ""
+    is_over = await env.is_completed(state)
     if not is_over:
       messages = list(await env.get_prompt_messages(state))
       final = state.get("final_env_response")
