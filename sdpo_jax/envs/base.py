@@ -69,8 +69,8 @@ they are declared nowhere else. An argument called `sandbox` is no setting: it r
 `sandbox.Sandbox`, which runs programs that nobody trusts.
 
 Your own. `config.env.name="package.module:Class"` names any class that can be imported, and
-nothing in this package has to change. To add one to the package, write one file in this folder,
-one line in ENVS, and its test.
+nothing in this package has to change. `adapters/` has classes that play what was written for other
+trainers. To add one to the package, write one file in this folder, one line in ENVS, and its test.
 """
 
 import importlib

@@ -6,7 +6,8 @@ methods make the state, answer, say when it is over, clean up and score. Only it
 another engine samples. The rubric is read after each turn, as any may be the last one. A rubric
 that compares the answers of a group cannot be read.
 
-All episodes share one event loop, as there, so that a world that blocks holds up the others.
+All episodes share one event loop, as there: where one blocks it instead of awaiting, all wait, and
+those that wait too long are lost with it. The rubric gives 0 where a reward function raises.
 Version 0.4 has no environments of this kind any more.
 """
 
