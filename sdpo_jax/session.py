@@ -225,12 +225,11 @@ def _open_env(
   """
   sandbox = stack.enter_context(Sandbox(workers=c.sandbox.workers, isolation=c.sandbox.isolation))
   env = _opened(c, sandbox, stack)
-  asked = Played(env) if plays(env) else env
-  lengths = _LengthCheck(c, asked, policy, second, method)
+  env = Played(env) if plays(env) else env
+  lengths = _LengthCheck(c, env, policy, second, method)
   env = with_rows(
     env, c.data.sources, splits=splits, on_bad_row=c.data.on_bad_row, check=lengths.check
   )
-  env = Played(env) if plays(env) else env
   # A split that is not there, a question too long: now, not at the first evaluation.
   for split in splits:
     lengths.check(env.task(split, 0))

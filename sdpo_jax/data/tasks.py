@@ -69,7 +69,7 @@ class RowEnv:
     if on_bad_row not in ("error", "skip"):
       raise ValueError(unknown("config.data.on_bad_row", on_bad_row, ["error", "skip"]))
     self.env = env
-    for name in ("prompt", "judge", "start", "at_once", "behaviour", "answer"):
+    for name in ("prompt", "judge", "start", "remember", "at_once", "behaviour", "answer"):
       if hasattr(env, name):
         setattr(self, name, getattr(env, name))
     self._source_texts = sources
@@ -128,7 +128,7 @@ def with_rows(env, sources, *, splits, on_bad_row: str = "error", check=None):
 
   Raises ValueError where environment and sources do not go together.
   """
-  name = type(env).__name__
+  name = type(getattr(env, "env", env)).__name__
   if hasattr(env, "task_from_row"):
     if not sources:
       raise ValueError(

@@ -26,6 +26,7 @@ from sdpo_jax.envs.agents import search_corpus
 from sdpo_jax.envs.agents.search_answers import golden_answers
 from sdpo_jax.envs.agents.search_episode import SearchEpisode
 from sdpo_jax.envs.agents.search_retriever import Index, Server, need
+from sdpo_jax.envs.agents.skills import Skills
 from sdpo_jax.envs.rows import field, groups, row_name
 from sdpo_jax.errors import SettingError, local_path, unknown
 from sdpo_jax.records import Task
@@ -53,11 +54,18 @@ class SearchQA:
   """Makes questions about a world of its own, which can be searched."""
 
   def __init__(
-    self, *, size: int = 2000, world_seed: int = 0, limit: int = LIMIT, top_k: int = TOP_K
+    self,
+    *,
+    size: int = 2000,
+    world_seed: int = 0,
+    limit: int = LIMIT,
+    top_k: int = TOP_K,
+    skill: str = "matched",
   ):
     """Makes the world. SettingError where bm25s is missing.
 
-    size: passages. limit: turns of an episode. top_k: passages that a search shows.
+    size: passages. limit: turns of an episode. top_k: passages that a search shows. skill: which a
+    teacher reads, "matched" or "random" (`skills.py`).
     """
     need("search", "search_qa", ("bm25s",))
     _check_counts(limit=limit, top_k=top_k)
@@ -66,6 +74,7 @@ class SearchQA:
     self._seed, self._limit, self._top_k = world_seed, limit, top_k
     self._world = search_corpus.make_world(world_seed, size)
     self._name = f"search_qa/{world_seed}/{size}"
+    self.skill_text = Skills(self.skills(), where="search_qa", skill=skill, seed=world_seed).text
     self._index = Index(self._world.passages, k1=K1, b=B, stem=False)
 
   def open(self) -> None:
@@ -81,13 +90,15 @@ class SearchQA:
     question = self._question(split, index)
     data = {"answers": [question.answer], "index": index}
     data |= {"kind": question.template.kind, "difficulty": len(question.queries)}
-    return Task(
+    task = Task(
       f"{self._name}/{split}/{index}",
       question.text,
       solution=f"<answer>{question.answer}</answer>",
       split=split,
       data=data,
     )
+    data["skill"] = self.skill_text(task)
+    return task
 
   def walkthrough(self, task: Task) -> list[str]:
     """Returns messages that answer the task."""

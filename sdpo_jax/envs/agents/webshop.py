@@ -29,6 +29,7 @@ Source: WebShop, arXiv:2207.01206, and its release.
 import logging
 
 from sdpo_jax.envs.agents.search_retriever import need
+from sdpo_jax.envs.agents.skills import Skills
 from sdpo_jax.envs.agents.webshop_catalog import make_files
 from sdpo_jax.envs.agents.webshop_goals import SPLITS, Goal, make_goals, split_goals
 from sdpo_jax.envs.agents.webshop_pages import BUY
@@ -69,6 +70,7 @@ class WebShop:
     reward: str = "won",
     world_seed: int = 0,
     limit: int = LIMIT,
+    skill: str = "matched",
   ):
     """Reads the files. SettingError for one that cannot be used and for a missing package.
 
@@ -80,6 +82,7 @@ class WebShop:
       reward: "won" | "score".
       world_seed: of the shop of our own.
       limit: turns of an episode.
+      skill: which a teacher reads, "matched" or "random" (`skills.py`).
     """
     need("webshop", "webshop", ("bm25s", "Stemmer", "thefuzz"))
     if reward not in REWARDS:
@@ -102,6 +105,7 @@ class WebShop:
     self._goals = split_goals(make_goals(catalog.products, human=bool(human)))
     self._products = {product.asin: product for product in catalog.products}
     self._name = f"webshop/{'files' if products else world_seed}"
+    self.skill_text = Skills(self.skills(), where="webshop", skill=skill, seed=world_seed).text
     self.skipped = catalog.skipped
     self.noun_model, self._nouns = find_nouns()
     self._search = ProductSearch(catalog.products)
@@ -128,16 +132,14 @@ class WebShop:
     """Returns a goal of the split as a task; behind the last one they begin again."""
     goals = self._split(split)
     goal = goals[index % len(goals)]
-    return Task(
-      f"{self._name}/{split}/{index}",
-      goal.text,
-      split=split,
-      data={
-        "goal": goal._asdict(),
-        "kind": self._products[goal.asin].category,
-        "difficulty": len(goal.options),
-      },
-    )
+    data = {
+      "goal": goal._asdict(),
+      "kind": self._products[goal.asin].category,
+      "difficulty": len(goal.options),
+    }
+    task = Task(f"{self._name}/{split}/{index}", goal.text, split=split, data=data)
+    data["skill"] = self.skill_text(task)
+    return task
 
   def start(self, task: Task) -> Visit:
     """Begins an episode of the task."""
