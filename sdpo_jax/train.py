@@ -196,6 +196,20 @@ def count_rollouts(host: dict, groups: list[list[Rollout]], step: int) -> dict[s
   }
 
 
+def episode_metrics(rollouts: list[Rollout]) -> dict[str, float]:
+  """Returns what there is to say of episodes; nothing of responses without turns."""
+  episodes = [r for r in rollouts if r.turns is not None]
+  if not episodes:
+    return {}
+  turns = [turn for r in episodes for turn in r.turns]
+  return {
+    "rollout/turns": len(turns) / len(episodes),
+    "rollout/invalid_turns": sum(not turn.valid for turn in turns) / max(1, len(turns)),
+    "rollout/out_of_room": float(np.mean([r.finish_reason == "budget" for r in episodes])),
+    "env/lost_episodes": float(sum(r.finish_reason == "lost" for r in episodes)),
+  }
+
+
 def rollout_metrics(groups: list[list[Rollout]], step: int) -> dict[str, float]:
   """Returns means over the responses of a step's batch; rewards are those of judged ones."""
   rollouts = [r for group in groups for r in group]
@@ -207,6 +221,7 @@ def rollout_metrics(groups: list[list[Rollout]], step: int) -> dict[str, float]:
     "rollout/truncated": float(np.mean(truncated)),
     "rollout/timeouts": float(timeouts),
   }
+  metrics |= episode_metrics(rollouts)
   versions = [c.version for r in rollouts for _, c, _ in r.sampled or ()]
   if versions:  # steps between the weights that sampled and those that are trained
     metrics["rollout/lag"] = step - 1 - float(np.mean(versions))

@@ -453,7 +453,7 @@ def _reading_weight(reading: TeacherReading, R: int) -> np.ndarray:
   return weight_BR
 
 
-def _response_arrays(responses: Responses, R: int) -> dict[str, np.ndarray | None]:
+def _response_arrays(responses: Responses, R: int) -> dict[str, np.ndarray]:
   """Returns what a batch says of the tokens of its responses, in R columns, by field."""
   B = len(responses.rollouts)
   response_BR, turn_BR, place_BR = (np.zeros((B, R), np.int32) for _ in range(3))
@@ -470,15 +470,15 @@ def _response_arrays(responses: Responses, R: int) -> dict[str, np.ndarray | Non
     turn_BR[b, :n] = np.repeat(np.arange(len(lengths)), lengths)
     place_BR[b, :n] = np.concatenate([np.arange(length) for length in lengths])
     advantage_BR[b, :n] = of_turns[0] if len(of_turns) == 1 else np.repeat(of_turns, lengths)
-  has_turns = any(r.turns is not None for r in responses.rollouts)
-  return dict(
+  fields = dict(
     response_BR=response_BR,
     weight_BR=weight_BR,
     advantage_BR=advantage_BR,
     logp_rollout_BR=logp_BR,
-    turn_BR=turn_BR if has_turns else None,
-    place_BR=place_BR if has_turns else None,
   )
+  if any(r.turns is not None for r in responses.rollouts):
+    fields |= dict(turn_BR=turn_BR, place_BR=place_BR)
+  return fields
 
 
 def _measure(responses: Responses, batch: TrainBatch) -> dict[str, float]:
