@@ -682,7 +682,11 @@ def test_the_loss_is_the_specifications(form, gate, pieces):
   one, two = np.array([0.5, 0, 0.25, 0], np.float32), np.array([0.5, 0, 0, 0.125], np.float32)
   backwards = batch.readings[0].rows
   backwards = backwards._replace(token_CPT=backwards.token_CPT[:, :, ::-1] * 1)
-  readings = (*batch.readings, Reading(batch.policy, one), Reading(backwards, two))
+  further = [
+    Reading(rows, fakes.per_token(weight_B, batch))
+    for rows, weight_B in ((batch.policy, one), (backwards, two))
+  ]
+  readings = (*batch.readings, *further)
   batch = batch._replace(readings=readings)
   row = build.method_row("counterfactual") | dict(
     token_weight=dict(name="uniform"),
