@@ -85,6 +85,11 @@ def meanings(words_seed: int) -> dict[str, str]:
   return dict(zip(words, rng.sample(APPLIANCES, len(APPLIANCES)), strict=True))
 
 
+def meaning_line(word: str, appliance: str) -> str:
+  """Returns what a skill says of a process word."""
+  return f"{word} means the {appliance}."
+
+
 def is_unseen(words: tuple[str, ...], item: str, place: str) -> bool:
   """Tells whether a template belongs to the split `unseen`."""
   return zlib.crc32(repr((words, item, place)).encode()) / 2**32 < UNSEEN_SHARE
@@ -249,7 +254,7 @@ class Household:
 
     A task may have two words, and needs the lines of all its words.
     """
-    lines = {word: f"{word} means the {name}." for word, name in self._meaning.items()}
-    lines |= {word: f"{word} means the {name}." for name, word in KNOWN.items()}
+    lines = {word: meaning_line(word, name) for word, name in self._meaning.items()}
+    lines |= {word: meaning_line(word, name) for name, word in KNOWN.items()}
     keywords = [[word, [word]] for word in lines]
     return {"general": GENERAL, "skills": lines, "keywords": keywords, "match": "all"}
