@@ -24,6 +24,7 @@ conversations, in some milliseconds. A `Finding` says what came out:
             earlier responses, and begins a row of its own; `Conversation.rendered_again` counts.
 """
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -84,6 +85,8 @@ class Continuation:
     """
     self.chat, self.role = chat, role
     self.glue, self.finding = None, None
+    # worlds say many things again and again, and a tokenizer takes longer than they do
+    self._encoded = functools.lru_cache(maxsize=1024)(chat.encode)
     beginnings = _beginnings(chat)
     glue = _cut(chat, beginnings[0], role)
     if isinstance(glue, str):
@@ -98,8 +101,9 @@ class Continuation:
     """Returns the glue after a response: ids from what was sampled to the next response."""
     text = self.glue.text(self.chat.neutral(message))
     # Encoded behind the end of the turn, as it will stand there.
-    tokens = self.chat.encode(self.glue.end_text + text)
-    return tokens[1:] if sampled[-1:] == [self.glue.end] else tokens
+    tokens = self._encoded(self.glue.end_text + text)
+    begin = 1 if sampled[-1:] == [self.glue.end] else 0
+    return tokens[begin:]
 
   def describe(self) -> str:
     """Says in a line what the template does otherwise, and what is done then."""
