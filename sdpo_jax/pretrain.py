@@ -2,22 +2,27 @@ r"""Supervised pre-training of the tiny base models: the same train step, anothe
 
   python -m sdpo_jax.pretrain --config=configs/pretrain_tiny.py[:domain=arithmetic][,start=HF_DIR] \
       --workdir=DIR [--out=HF_DIR]
+  python -m sdpo_jax.pretrain --config=configs/pretrain_household.py --workdir=DIR [--out=HF_DIR]
 
 Reads a synthetic corpus (data/corpus.py): statements to programs, with and without hindsight,
-packed into fixed rows with segment ids. The batch of step i is a pure function of (seed, i), so a
-killed run resumes from its checkpoint exactly. Training begins with random weights, or with those
-of `start`, a model of the same vocabulary.
+or whole episodes of the household (data/household_rows.py). Texts are packed into fixed rows with
+segment ids. The batch of step i is a pure function of (seed, i), so a killed run resumes from its
+checkpoint exactly. Training begins with random weights, or with those of `start`, a model of the
+same vocabulary.
 
 At the end it prints the accuracy on problems with novel words (greedy, exact behaviour): alone, and
 given feedback, a solution or notes. Where the corpus has verdicts, it also prints the share that
-the model imagines rightly. It writes a Hugging Face directory.
+the model imagines rightly. Of a model that acts it prints the success, alone and with a skill. It
+writes a Hugging Face directory.
 
 config.total_steps of a resumed run may be another, as far as config.optimizer.decay_steps allows.
 
 Exit status: 0 success, 2 a wrong setting or a work directory begun with other ones, 1 a full disk.
 """
 
+from collections.abc import Callable
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -28,10 +33,19 @@ from absl import flags
 import jax
 import numpy as np
 
-from sdpo_jax import checkpoint, metrics, ranges
+from sdpo_jax import acting, checkpoint, metrics, ranges
 from sdpo_jax.config import check_optimizer, check_schedule, load, model_location, with_overrides
+from sdpo_jax.data import household_rows
 from sdpo_jax.data.chat import Chat, load_tokenizer
-from sdpo_jax.data.corpus import DOMAINS, VIEWS, Corpus, Mixture, Problem, build_tokenizer
+from sdpo_jax.data.corpus import (
+  DOMAINS,
+  VIEWS,
+  Corpus,
+  Mixture,
+  Problem,
+  Text,
+  build_tokenizer,
+)
 from sdpo_jax.engine.local import LocalEngine
 from sdpo_jax.errors import (
   Preempted,
@@ -56,6 +70,7 @@ from sdpo_jax.records import Request, Rows, Sampling, TrainBatch
 from sdpo_jax.train_step import init_state, make_signals, make_train_step
 from sdpo_jax.workdir import check_same_run, finished, write_atomically
 
+HOUSEHOLD = "household"  # the domain whose rows are episodes
 # What metrics.jsonl holds of the step: its name there -> the step's.
 LOGGED = {
   "train/grad_norm": "train/grad_norm",
@@ -106,30 +121,31 @@ class Pack:
     self.columns_B = [0] * rows  # used so far
     self.scored_B = [0] * rows  # response tokens so far
 
-  def add(self, prompt: list[int], response: list[int]) -> bool:
+  def add(self, text: Text) -> bool:
     """Puts a text into the first row with room for it; False if there is none."""
     (B, T), R = self.token_BT.shape, self.weight_BR.shape[1]
-    text = prompt + response
+    scored = np.flatnonzero(text.weights)
     for b in range(B):
-      has_columns = self.columns_B[b] + len(text) <= T
-      if has_columns and self.scored_B[b] + len(response) <= R:
-        self._put(b, text, response)
+      has_columns = self.columns_B[b] + len(text.tokens) <= T
+      if has_columns and self.scored_B[b] + len(scored) <= R:
+        self._put(b, text, scored)
         return True
     return False
 
-  def _put(self, b: int, text: list[int], response: list[int]) -> None:
+  def _put(self, b: int, text: Text, scored: np.ndarray) -> None:
+    """Puts a text behind those of a row. scored: indices of the tokens with weight."""
     first = self.columns_B[b]
-    end = first + len(text)
+    end = first + len(text.tokens)
     self.texts_B[b] += 1
-    self.token_BT[b, first:end] = text
+    self.token_BT[b, first:end] = text.tokens
     self.segment_BT[b, first:end] = self.texts_B[b]
-    self.position_BT[b, first:end] = np.arange(len(text))
-    here = slice(self.scored_B[b], self.scored_B[b] + len(response))
-    self.at_BR[b, here] = np.arange(end - len(response) - 1, end - 1)  # the column before predicts
-    self.response_BR[b, here] = response
-    self.weight_BR[b, here] = 1.0
+    self.position_BT[b, first:end] = np.arange(len(text.tokens))
+    here = slice(self.scored_B[b], self.scored_B[b] + len(scored))
+    self.at_BR[b, here] = first + scored - 1  # the column before predicts
+    self.response_BR[b, here] = np.asarray(text.tokens)[scored]
+    self.weight_BR[b, here] = np.asarray(text.weights)[scored]
     self.columns_B[b] = end
-    self.scored_B[b] += len(response)
+    self.scored_B[b] += len(scored)
 
   def batch(self) -> TrainBatch:
     """Returns all rows as one pack, without a teacher."""
@@ -156,8 +172,8 @@ class PackedRows:
 
   def __init__(
     self,
-    corpus: Corpus,
-    chat: Chat,
+    text: Callable[[int, int], Text],
+    pad_token: int,
     *,
     rows: int,
     length: int,
@@ -168,39 +184,44 @@ class PackedRows:
     """Keeps the sizes of a batch.
 
     Args:
+      text: returns the corpus row of (seed, index).
       rows, length: packed rows of a batch, and tokens of each.
       responses: response tokens that a packed row can hold.
       texts: corpus rows drawn for a batch.
     """
-    self.corpus, self.chat = corpus, chat
+    self.text, self.pad_token = text, pad_token
     self.rows, self.length, self.responses = rows, length, responses
     self.texts, self.seed = texts, seed
 
   def __getitem__(self, step: int) -> tuple[TrainBatch, dict[str, float]]:
     """Returns the batch of a step, and metrics of how full it is."""
-    pack = Pack(self.rows, self.length, self.responses, self.chat.pad_token)
-    texts = [self._tokens(i) for i in range(step * self.texts, (step + 1) * self.texts)]
+    pack = Pack(self.rows, self.length, self.responses, self.pad_token)
+    texts = [self.text(self.seed, step * self.texts + i) for i in range(self.texts)]
     left_out = 0
     # the longest prompt first: what is short fills the gaps
-    for prompt, response in sorted(texts, key=lambda text: -len(text[0])):
-      if not pack.add(prompt, response):
+    for text in sorted(texts, key=lambda text: text.weights.count(1.0) - len(text.tokens)):
+      if not pack.add(text):
         left_out += 1
     return pack.batch(), {
       "data/useful_tokens": sum(pack.columns_B) / (self.rows * self.length),
       "data/left_out": left_out / self.texts,
     }
 
-  def _tokens(self, index: int) -> tuple[list[int], list[int]]:
-    """Returns prompt and response of a corpus row as tokens."""
-    problem = self.corpus.problem(self.seed, index)
-    prompt = self.chat.prompt_tokens([{"role": "user", "content": problem.message}])
-    return prompt, self.chat.text_tokens(problem.response) + [self.chat.stop_tokens[0]]
+
+def mixture(domain: str, settings: dict) -> Mixture | household_rows.Mixture:
+  """Returns the settings of a domain's corpus."""
+  kind = household_rows.Mixture if domain == HOUSEHOLD else Mixture
+  return kind(**settings)
 
 
-def batches(c, tokenizer) -> PackedRows:
+def batches(c, chat: Chat) -> PackedRows:
   """Returns the batches of a configuration; ValueError for sizes that nothing fits into."""
-  corpus = Corpus(DOMAINS[c.domain][0], Mixture(**c.corpus))
-  data = PackedRows(corpus, Chat(tokenizer), seed=c.seed, **c.batch)
+  settings = mixture(c.domain, c.corpus)
+  if c.domain == HOUSEHOLD:
+    text = household_rows.HouseholdRows(chat, settings).text
+  else:
+    text = functools.partial(Corpus(DOMAINS[c.domain][0], settings).text, chat)
+  data = PackedRows(text, chat.pad_token, seed=c.seed, **c.batch)
   _, counts = data[0]
   if counts["data/left_out"] == 1:
     raise ValueError(
@@ -283,6 +304,22 @@ def print_accuracy(accuracies: dict[str, float], questions: int) -> None:
     )
 
 
+def evaluation(c, model: ModelConfig, chat: Chat) -> Callable[[dict], dict[str, float]]:
+  """Returns a function of weights: the accuracies of a configuration's domain, by view."""
+  sampler, settings = LocalEngine(model, rows=c.eval.questions), c.eval
+  if c.domain == HOUSEHOLD:
+    return lambda params: acting.success(params, sampler, chat, tasks=settings.questions)
+  return lambda params: accuracy(
+    params,
+    chat,
+    DOMAINS[c.domain][0],
+    dict(c.corpus),
+    questions=settings.questions,
+    sampler=sampler,
+    max_new_tokens=settings.max_new_tokens,
+  )
+
+
 # ---- training ------------------------------------------------------------------------------------
 
 
@@ -318,28 +355,16 @@ def beginning(c, tokenizer) -> tuple[ModelConfig, dict]:
 
 
 def run(
-  c, workdir: str, out: str, model: ModelConfig, params, data: PackedRows, tx
+  c, workdir: str, out: str, model: ModelConfig, params, chat: Chat, data: PackedRows, tx
 ) -> dict[str, float]:
   """Trains to c.total_steps and writes the model; returns the final accuracies.
 
   Resumes if the work directory holds a checkpoint.
   """
-  chat, method = data.chat, supervised()
+  method = supervised()
   state = init_state(params, tx)
   step = jax.jit(make_train_step(make_signals(model, method), method, tx), donate_argnums=0)
-  sampler = LocalEngine(model, rows=c.eval.questions)
-
-  def evaluate(params) -> dict[str, float]:
-    return accuracy(
-      params,
-      chat,
-      data.corpus.domain,
-      dict(c.corpus),
-      questions=c.eval.questions,
-      sampler=sampler,
-      max_new_tokens=c.eval.max_new_tokens,
-    )
-
+  evaluate = evaluation(c, model, chat)
   if checkpoint.latest_step(workdir) is not None:
     state, _ = checkpoint.restore(workdir, state)
   first = int(state.step)
@@ -364,7 +389,8 @@ def run(
   if not accuracies:  # a finished run, started again
     accuracies = evaluate(state.params)
   save_pretrained(out, model, state.params, tokenizer=chat.tokenizer)
-  print_accuracy(accuracies, c.eval.questions)
+  report = acting.print_success if c.domain == HOUSEHOLD else print_accuracy
+  report(accuracies, c.eval.questions)
   print(f"wrote {out}")
   return accuracies
 
@@ -433,8 +459,9 @@ def configuration(file_and_argument: str, arguments: list[str]):
     raise ValueError(
       f"--config={file_and_argument} names no domain: it is a file for python -m sdpo_jax.main"
     )
-  if c.domain not in DOMAINS:
-    raise ValueError(unknown("domain", c.domain, sorted(DOMAINS)))
+  domains = sorted([*DOMAINS, HOUSEHOLD])
+  if c.domain not in domains:
+    raise ValueError(unknown("domain", c.domain, domains))
   check_ranges(c)
   check_optimizer(c.optimizer)
   check_schedule(c.optimizer.decay_steps, c.total_steps)
@@ -444,7 +471,7 @@ def configuration(file_and_argument: str, arguments: list[str]):
 def default_settings(file_and_argument: str) -> dict:
   """Returns the settings of a file without overrides; those of the corpus are Mixture's own."""
   settings = load(file_and_argument).to_dict()
-  return settings | {"corpus": dataclasses.asdict(Mixture())}
+  return settings | {"corpus": dataclasses.asdict(mixture(settings["domain"], {}))}
 
 
 def check_ranges(c) -> None:
@@ -474,8 +501,10 @@ def main(argv: list[str]) -> int:
     begun = checkpoint.latest_step(f.workdir) is not None
     defaults = default_settings(f.config)
     check_same_run(pathlib.Path(f.workdir), c, begun=begun, defaults=defaults)
-    tokenizer = build_tokenizer(c.domain)
-    data = batches(c, tokenizer)
+    is_household = c.domain == HOUSEHOLD
+    tokenizer = household_rows.build_tokenizer() if is_household else build_tokenizer(c.domain)
+    chat = Chat(tokenizer)
+    data = batches(c, chat)
     tx = make_optimizer(**c.optimizer)
     model, params = beginning(c, tokenizer)
     os.makedirs(f.workdir, exist_ok=True)
@@ -487,7 +516,7 @@ def main(argv: list[str]) -> int:
   checkpoint.tell_failures_once()
   try:
     with blame_disk(f.workdir, checkpoint.latest_step):
-      run(c, f.workdir, f.out or os.path.join(f.workdir, "hf"), model, params, data, tx)
+      run(c, f.workdir, f.out or os.path.join(f.workdir, "hf"), model, params, chat, data, tx)
   except (RunError, Preempted) as error:
     print(f"sdpo_jax.pretrain: {error}", file=sys.stderr)
     return 143 if isinstance(error, Preempted) else 1

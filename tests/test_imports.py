@@ -61,6 +61,7 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "summary": 4.9,
   "tuning": 4.7,
   "plan": 4.7,
+  "acting": 4.7,
   "train": 5,
   "diagnose": 4.7,
   "discover": 5,

@@ -20,6 +20,7 @@ from tests import fakes
 ROOT = pathlib.Path(__file__).parent.parent
 TINYCODE = f"--config={ROOT}/configs/tinycode.py"
 PRETRAIN = f"{ROOT}/configs/pretrain_tiny.py"
+HOUSEHOLD = f"{ROOT}/configs/pretrain_household.py"
 SAMPLES = {bool: True, int: 3, float: 0.25, str: "text", tuple: ("text",)}
 PARTS = [(axis, name) for axis, table in build.AXES.items() for name in table]
 
@@ -331,8 +332,9 @@ def test_every_numeric_setting_has_its_range():
     for key, parameter in env_settings(name).items()
     if type(parameter.default) in (int, float)
   }
-  c = config.load(PRETRAIN).to_dict()
-  of_pretraining = {*numeric_leaves(c, "pretrain."), "pretrain.corpus.lengths"}
+  of_pretraining = {"pretrain.corpus.lengths"}
+  for file in (PRETRAIN, HOUSEHOLD):
+    of_pretraining |= {*numeric_leaves(config.load(file).to_dict(), "pretrain.")}
   of_pretraining -= {f"pretrain.{key}" for key in BASE_RANGES if key.startswith("optimizer.")}
   assert of_pretraining == set(PRETRAIN_RANGES)
   others = set(ranges.RANGES) - set(BASE_RANGES) - set(PRETRAIN_RANGES)
@@ -343,8 +345,11 @@ def test_every_numeric_setting_has_its_range():
 def test_a_number_outside_the_range_of_pre_training_is_refused(key):
   allowed, path = ranges.RANGES[key], key.removeprefix("pretrain.")
   *sections, name = path.split(".")
+  file = PRETRAIN
+  if sections and name not in config.load(file)[sections[0]]:
+    file = HOUSEHOLD
   for value in senseless(allowed):
-    c = config.load(PRETRAIN)
+    c = config.load(file)
     section = c[sections[0]] if sections else c
     with c.ignore_type():
       section[name] = (value,) if allowed.each else value

@@ -25,6 +25,7 @@ import random
 import string
 from typing import Any, NamedTuple
 
+from sdpo_jax.data.chat import Chat
 from sdpo_jax.envs import arithmetic, composed, tinycode
 from sdpo_jax.objectives import notes, teacher_context
 from sdpo_jax.records import Alternative, Feedback, Rollout, Task
@@ -83,6 +84,13 @@ class Problem(NamedTuple):
   novel: tuple[bool, ...]  # whether each operation is named by a novel word
 
 
+class Text(NamedTuple):
+  """A row as tokens."""
+
+  tokens: list[int]
+  weights: list[float]  # of each token's loss; 0: it is read alone
+
+
 class Corpus:
   """The rows of one domain.
 
@@ -127,6 +135,13 @@ class Corpus:
       novel=tuple(novel[op] for op in ops),
     )
     return self._in_view(view, rng, row, novel)
+
+  def text(self, chat: Chat, seed: int, index: int) -> Text:
+    """Returns a row of the corpus of this seed as tokens; the response alone has weight."""
+    problem = self.problem(seed, index)
+    prompt = chat.prompt_tokens([{"role": "user", "content": problem.message}])
+    response = chat.text_tokens(problem.response) + [chat.stop_tokens[0]]
+    return Text(prompt + response, [0.0] * len(prompt) + [1.0] * len(response))
 
   def _sentence(self, rng: random.Random, ops: tuple[str, ...], phrases: dict[str, str]) -> str:
     """Returns the steps as a sentence, sometimes a misleading paraphrase."""
@@ -393,10 +408,23 @@ DOMAINS = {
 
 def build_tokenizer(name: str):
   """Returns the tokenizer of a domain's base model, as a fast tokenizer of transformers."""
+  domain, pieces = DOMAINS[name]
+  phrases = [phrase for phrases in domain.phrases.values() for phrase in phrases]
+  novel_phrases = [composed.novel_phrase(word) for word in composed.NOVEL_WORDS]
+  numbers = [str(number) for number in range(-99, 100)]
+  natural = phrases + novel_phrases + pieces() + _CHAT_PIECES + numbers
+  return make_tokenizer(natural, chat_template=CHAT_TEMPLATE, borders=(START,))
+
+
+def make_tokenizer(natural: list[str], *, chat_template: str, borders: tuple[str, ...]):
+  """Returns a tokenizer of natural pieces, with all letters and bytes as fallback.
+
+  borders: the special tokens with which the template begins a message.
+  """
   import tokenizers
   import transformers
 
-  vocabulary = _vocabulary(*DOMAINS[name])
+  vocabulary = _vocabulary(natural)
   tokenizer = tokenizers.Tokenizer(
     tokenizers.models.Unigram(vocabulary, unk_id=0, byte_fallback=True)
   )
@@ -408,24 +436,21 @@ def build_tokenizer(name: str):
     pad_token=PAD,
     eos_token=END,
     unk_token="<unk>",
-    additional_special_tokens=[START],
+    additional_special_tokens=list(borders),
     clean_up_tokenization_spaces=False,
     model_max_length=1024,
   )
-  fast.chat_template = CHAT_TEMPLATE
+  fast.chat_template = chat_template
   return fast
 
 
-def _vocabulary(domain: composed.Domain, pieces) -> list[tuple[str, float]]:
+def _vocabulary(natural: list[str]) -> list[tuple[str, float]]:
   """Returns (piece, score) for each token of a Unigram model.
 
   The fewest pieces win, and among equals the longest first piece: all natural pieces have the same
   score with a small bonus for length. Letters and bytes cost more.
   """
-  phrases = [phrase for phrases in domain.phrases.values() for phrase in phrases]
-  novel_phrases = [composed.novel_phrase(word) for word in composed.NOVEL_WORDS]
-  numbers = [str(number) for number in range(-99, 100)]
-  natural = dict.fromkeys(phrases + novel_phrases + pieces() + _CHAT_PIECES + numbers)
+  natural = list(dict.fromkeys(natural))
   letters = [c for c in string.printable if c not in "\x0b\x0c" and c not in natural]
   vocabulary = [("<unk>", 0.0)]
   vocabulary += [(piece, -10.0 + 0.01 * min(len(piece), 90)) for piece in natural]
