@@ -54,6 +54,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.checkpoint_every_steps = 2
     c.model.update(width=32, layers=2, heads=2, kv_heads=1, head_dim=16, ff_width=64)
     c.batch.update(rows=8, texts=16)
-    c.eval.update(every_steps=4, questions=8)
+    c.eval.update(every_steps=4, questions=4)
     c.optimizer.update(warmup_steps=1, decay_steps=4)
   return c

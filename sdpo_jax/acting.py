@@ -39,16 +39,9 @@ class _InformedWorld:
     return [message | {"content": SKILL_TEMPLATE.format(skill=self._skill) + message["content"]}]
 
 
-def play(
-  params, engine: LocalEngine, chat: Chat, view: str, *, tasks: int, words_seed: int = 0
-) -> list[Rollout]:
-  """Plays one episode of each of the first held-out tasks at temperature 1.
-
-  Args:
-    view: one of VIEWS.
-    words_seed: of the environment.
-  """
-  env = Household(words_seed=words_seed, skill="random" if view == "random_skill" else "matched")
+def play(params, engine: LocalEngine, chat: Chat, view: str, *, tasks: int) -> list[Rollout]:
+  """Plays one episode of each of the first held-out tasks at temperature 1, in one of VIEWS."""
+  env = Household(skill="random" if view == "random_skill" else "matched")
   player = Player(
     Played(env if view == "alone" else _Informed(env)),
     chat,
@@ -93,8 +86,10 @@ def print_success(shares: dict[str, float], tasks: int) -> None:
   """Prints the shares, a line for each view."""
   print(f"held-out tasks of the household that are done at temperature 1 ({tasks} tasks):")
   for view in VIEWS:
-    kinds = {
-      key.removeprefix(f"eval/{view}_"): key for key in shares if key.startswith(f"eval/{view}_")
-    }
-    of_kinds = [f"{shares[key]:.1%} {kind}" for kind, key in kinds.items() if kind[0].isdigit()]
-    print(f"  {view}: {shares[f'eval/{view}']:.1%}; novel: {', '.join(of_kinds)}")
+    prefix = f"eval/{view}_"
+    kinds = [
+      f"{share:.1%} {key.removeprefix(prefix)}"
+      for key, share in shares.items()
+      if key.startswith(prefix)
+    ]
+    print(f"  {view}: {shares[f'eval/{view}']:.1%}; novel: {', '.join(kinds)}")

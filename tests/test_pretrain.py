@@ -1,17 +1,21 @@
 """Pre-training through its command: it learns, resumes, and writes what the trainer loads."""
 
 import json
+import pathlib
 
 from absl.testing import flagsaver
 import jax
 import numpy as np
 import pytest
 
-from sdpo_jax import metrics, pretrain
+from sdpo_jax import acting, metrics, pretrain
 from sdpo_jax.config import load
-from sdpo_jax.data.corpus import DOMAINS, build_tokenizer
+from sdpo_jax.data import household_rows
+from sdpo_jax.data.corpus import DOMAINS, Text, build_tokenizer
 from sdpo_jax.model.hf_weights import load_pretrained, save_pretrained
 from tests import fakes
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def run(domain, workdir, *overrides, start=""):
@@ -51,6 +55,32 @@ def test_a_killed_run_resumes_to_the_same_weights(domain, tmp_path, capsys):
   assert config.eos_ids and config.max_positions == 1024
 
 
+def test_episodes_are_learnt(tmp_path, capsys, monkeypatch):
+  """Rows with a weight for each token go through the same command; test_assets.py plays."""
+  shares = {f"eval/{view}": 0.25 for view in acting.VIEWS} | {"eval/skill_1_of_2": 0.5}
+  monkeypatch.setattr(acting, "success", lambda *_, **__: shares)
+  config = f"--config={ROOT}/configs/pretrain_household.py:local"
+  with flagsaver.flagsaver():
+    assert pretrain.main(["pretrain", config, f"--workdir={tmp_path}"]) == 0
+  lines = metrics.read(tmp_path)
+  assert lines[-1]["train/nll"] < lines[0]["train/nll"] and lines[0]["data/left_out"] == 0
+  assert shares.items() <= lines[-1].items()
+  assert "\n  skill: 25.0%; novel: 50.0% 1_of_2\n" in capsys.readouterr().out
+  model, _ = load_pretrained(tmp_path / "hf", dtype="float32")
+  assert model.vocab == len(household_rows.build_tokenizer())
+
+
+def test_a_pack_scores_the_tokens_that_have_weight():
+  pack = pretrain.Pack(rows=1, length=8, responses=4, pad_token=0)
+  assert pack.add(Text([5, 6, 7, 8], [0.0, 0.5, 0.0, 1.0]))
+  assert pack.add(Text([1, 2, 3], [0.0, 1.0, 1.0]))
+  assert not pack.add(Text([9], [1.0])) and not pack.add(Text([7, 8], [0.0, 0.0]))
+  assert pack.response_BR.tolist() == [[6, 8, 2, 3]]
+  assert pack.weight_BR.tolist() == [[0.5, 1.0, 1.0, 1.0]]
+  assert pack.token_BT[0, pack.at_BR[0]].tolist() == [5, 7, 1, 2]  # the token before
+  assert pack.segment_BT.tolist() == [[1, 1, 1, 1, 2, 2, 2, 0]]
+
+
 def test_it_goes_on_from_a_model_of_the_same_vocabulary(tmp_path, capsys):
   """From its weights; it reads notes and verdicts too, and says what it makes of them."""
   tokenizer = build_tokenizer("arithmetic")
@@ -81,7 +111,11 @@ def test_it_goes_on_from_a_model_of_the_same_vocabulary(tmp_path, capsys):
 @pytest.mark.parametrize(
   "domain, arguments, message",
   [
-    ("poetry", [], "domain='poetry' is unknown; choose from ['arithmetic', 'tinycode']"),
+    (
+      "poetry",
+      [],
+      "domain='poetry' is unknown; choose from ['arithmetic', 'household', 'tinycode']",
+    ),
     (
       "arithmetic",
       ["--config=configs/tinycode.py"],
