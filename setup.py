@@ -27,6 +27,7 @@ setup(
       "assets/tiny/*",
       "assets/tiny_notes/*",
       "assets/tiny_arithmetic/*",
+      "assets/tiny_household/*",
       "assets/rows/*",
       "assets/skills/*.json",
       "bench/results/*.json",

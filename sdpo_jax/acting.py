@@ -36,7 +36,7 @@ class _InformedWorld:
 
   def prompt(self) -> list[dict[str, str]]:
     (message,) = self._world.prompt()
-    return [message | {"content": SKILL_TEMPLATE.format(skill=self._skill) + message["content"]}]
+    return [message | {"content": SKILL_TEMPLATE.format(text=self._skill) + message["content"]}]
 
 
 def play(params, engine: LocalEngine, chat: Chat, view: str, *, tasks: int) -> list[Rollout]:

@@ -35,6 +35,7 @@ MODELS = {  # name: Hugging Face hub id; the tiny ones ship with the package
   "tiny": os.path.join(ASSETS, "tiny"),
   "tiny_notes": os.path.join(ASSETS, "tiny_notes"),
   "tiny_arithmetic": os.path.join(ASSETS, "tiny_arithmetic"),
+  "tiny_household": os.path.join(ASSETS, "tiny_household"),
   "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
   "qwen3-0.6b": "Qwen/Qwen3-0.6B",
   "qwen3-1.7b": "Qwen/Qwen3-1.7B",

@@ -5,7 +5,7 @@ import unicodedata
 
 MAX_CHARS = 2000  # of one feedback
 # What stands before the first message of an episode where its reader gets to know a skill.
-SKILL_TEMPLATE = "Here is what is known:\n{skill}\n\n"
+SKILL_TEMPLATE = "Here is what is known:\n{text}\n\n"
 
 _ADDRESS = re.compile(r"(?<= at )0x[0-9a-fA-F]+")
 _MARKERS = re.compile(

@@ -9,7 +9,9 @@ import pathlib
 import pytest
 
 from sdpo_jax import alternatives, config
+from sdpo_jax.acting import success
 from sdpo_jax.config import MODELS
+from sdpo_jax.data import household_rows
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.corpus import DOMAINS, Mixture, build_tokenizer
 from sdpo_jax.data.teacher_prompt import teacher_prompt
@@ -67,6 +69,16 @@ def test_hindsight_helps(name, path, ranges):
   )
   for view, (lowest, highest) in ranges.items():
     assert lowest <= solved[f"eval/{view}"] <= highest, solved
+
+
+def test_a_skill_helps_the_model_that_acts():
+  """It does what it is told of; other words tell it nothing."""
+  tokenizer = load_tokenizer(MODELS["tiny_household"])
+  assert tokenizer.get_vocab() == household_rows.build_tokenizer().get_vocab()
+  model, params = load_pretrained(MODELS["tiny_household"], dtype="float32")
+  shares = success(params, LocalEngine(model, rows=40), Chat(tokenizer), tasks=40)
+  assert shares["eval/skill"] >= 0.65, shares
+  assert shares["eval/alone"] <= 0.55 and shares["eval/random_skill"] <= 0.55, shares
 
 
 def failed_twice(session, c, tasks, sampling, **settings):

@@ -55,7 +55,7 @@ def test_what_each_family_does_with_earlier_turns(name, thinking):
 
 @pytest.mark.quick
 def test_the_models_of_the_package_are_exact():
-  for name in ("tiny", "tiny_notes", "tiny_arithmetic"):
+  for name in ("tiny", "tiny_notes", "tiny_arithmetic", "tiny_household"):
     assert Continuation(Chat(load_tokenizer(MODELS[name]))).finding == ("exact", "")
 
 

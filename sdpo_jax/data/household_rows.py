@@ -98,7 +98,7 @@ class HouseholdRows:
       is_other = rng.random() < mixture.other
       lines = self._lines(rng, goal, meaning, is_other=is_other)
       text = "\n".join([household.GENERAL, *(household.meaning_line(*line) for line in lines)])
-      message = SKILL_TEMPLATE.format(skill=text) + message
+      message = SKILL_TEMPLATE.format(text=text) + message
       knows |= {word for word, _ in lines}
     plan = [
       (appliance, True) if word in knows else (rng.choice(APPLIANCES), False)
@@ -242,7 +242,7 @@ def pieces() -> list[str]:
   """Returns the natural pieces of the world's texts; a command is two, a long phrase one."""
   text = household.beginning(Goal(("WORD",), (), "", "", ""), "search")
   opening, _, _ = text.partition("WORD")
-  head, _ = SKILL_TEMPLATE.split("{skill}")
+  head, _ = SKILL_TEMPLATE.split("{text}")
   return [
     *APPLIANCES,
     *KNOWN.values(),

@@ -14,8 +14,8 @@ import math
 
 from sdpo_jax.objectives.teacher_context import Context, fill
 from sdpo_jax.records import Rollout, Status
+from sdpo_jax.text import SKILL_TEMPLATE
 
-SKILL = "Here is what is known:\n{text}\n\n"
 TURN = "\n\nThe answer to what you do now will be: {text}"
 LATER = "\n\nLater in this episode:\n{text}"
 NOT_PROVIDED = "not provided"
@@ -28,7 +28,7 @@ class Skill:
   template: how it stands there, with {text}. Without a skill there is no teacher.
   """
 
-  def __init__(self, *, template: str = SKILL):
+  def __init__(self, *, template: str = SKILL_TEMPLATE):
     fill(template, {"text": ""})
     self.templates = (("reprompt", "{solution}{prompt}"), ("solution", template))
 
