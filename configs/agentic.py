@@ -13,8 +13,8 @@ Shown:  context=skill, the default, gives SDPO's teacher what is known of the wo
         feedback and solutions; context=row keeps what the row of the method says.
 Scale:  worlds with a model of real size have the settings of CRAFT (arXiv 2606.29476): groups of 8,
         16 tasks a step (search_qa: 128), learning rate 1e-6, 150 steps. Print what they need with
-        python -m sdpo_jax.main --mode=plan --chip=v5p --chips=8 \
-          --config=configs/agentic.py:world=webshop,model=qwen3-1.7b --workdir=runs/plan
+        python -m sdpo_jax.main --mode=plan --topology=v5p:2x2x2 \
+          --config=configs/agentic.py:world=webshop,model=qwen3-1.7b
 Cost:   not measured.
 Result: not measured.
 """

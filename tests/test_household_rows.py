@@ -103,7 +103,7 @@ def test_the_skill_stands_as_a_teacher_reads_it():
     task = Task("t", household.request(row.goal, "default"))
     skill = Skills(env.skills(), where="").text(task)
     general, *lines = skill.split("\n")
-    head, _, tail = SKILL_TEMPLATE.format(skill=general + "\nLINES").partition("LINES")
+    head, _, tail = SKILL_TEMPLATE.format(text=general + "\nLINES").partition("LINES")
     found = row.message.removeprefix(head).removesuffix(
       tail + household.beginning(row.goal, "default")
     )
