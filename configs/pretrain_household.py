@@ -4,6 +4,19 @@ Run:    python -m sdpo_jax.pretrain --config=configs/pretrain_household.py \
           --workdir=runs/pretrain_household --out=sdpo_jax/assets/tiny_household
 Smoke:  python -m sdpo_jax.pretrain --config=configs/pretrain_household.py:local \
           --workdir=runs/smoke
+Cost:   1,600 steps of about 43 episodes, about 20 CPU minutes (31 minutes of one shared core);
+        0.50 M parameters.
+Result: held-out tasks that are done at temperature 1, in per cent, 256 tasks, seed 0. The columns
+        are the novel words of a task, of all its words. A novel word without the skill is a guess
+        of one in eight.
+
+        view          all   0 of 1  0 of 2  1 of 1  1 of 2  2 of 2
+        alone         45.3   100.0    97.3    13.6    17.7     0.0
+        skill         87.9   100.0    97.3    97.0    87.1    35.5
+        random_skill  39.8   100.0    97.3     6.1     3.2     0.0
+
+        With the skill: 39.1 after 400 steps, 73.0 after 800, 82.4 after 1,200. Two novel words are
+        where more steps still pay.
 """
 
 import dataclasses
