@@ -92,6 +92,7 @@ def _of_real_size(c, world: str) -> None:
     questions=tasks, group=8, max_new_tokens=turn, max_episode_tokens=episode, rows=128
   )
   c.optimizer.update(lr=1e-6, warmup_steps=15 if world == "search_qa" else 0)
+  c.rollout.judge_threads = 32  # worlds that are at work at a time
   c.train.micro_batches = 8
   heldout, *others = _SPLITS.get(world, ("heldout", "unseen"))
   c.eval.update(

@@ -742,6 +742,14 @@ def response_tokens(c: ml_collections.ConfigDict) -> int:
   return c.rollout.max_new_tokens
 
 
+def refuse_episodes(c: ml_collections.ConfigDict, what: str) -> None:
+  """Raises ValueError where the environment plays episodes. what: cannot be done with them."""
+  if plays(find_env(c.env.name)):
+    raise ValueError(
+      f"{what} asks for single responses, and config.env.name={c.env.name!r} plays episodes"
+    )
+
+
 def _check_episodes(c: ml_collections.ConfigDict) -> None:
   """Raises ValueError for what an environment of episodes cannot be asked for."""
   rollout = c.rollout
@@ -764,9 +772,15 @@ def _check_episodes(c: ml_collections.ConfigDict) -> None:
       f"config.rollout.max_new_tokens={rollout.max_new_tokens}"
     )
   if c.method.counterfactual.name != "none":
+    refuse_episodes(c, f"config.method.counterfactual.name={c.method.counterfactual.name!r}")
+  if c.train.probe_teacher_every_steps:
+    every = c.train.probe_teacher_every_steps
+    refuse_episodes(c, f"config.train.probe_teacher_every_steps={every}")
+  if build.reads_turns(c.method) and c.model.teacher_thinking:
     raise ValueError(
-      f"config.method.counterfactual.name={c.method.counterfactual.name!r} makes other responses "
-      f"to a question, and config.env.name={c.env.name!r} plays episodes"
+      "config.model.teacher_thinking=True would not be read: "
+      f"config.method.teacher_context.name={c.method.teacher_context.name!r} reads turns as the "
+      "policy did"
     )
 
 

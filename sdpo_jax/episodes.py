@@ -24,8 +24,11 @@ invalid: the end of turn that it lacks was not sampled.
 from collections.abc import Callable, Iterator
 import contextlib
 import functools
+import logging
 import queue
+import threading
 import time
+from typing import Any
 
 import jax
 
@@ -33,7 +36,7 @@ from sdpo_jax import hosts
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.conversation import Continuation
 from sdpo_jax.engine.requests import RequestQueue
-from sdpo_jax.errors import TaskError
+from sdpo_jax.errors import SettingError, TaskError
 from sdpo_jax.judging import busy_s
 from sdpo_jax.play import Play
 from sdpo_jax.records import (
@@ -45,7 +48,7 @@ from sdpo_jax.records import (
 )
 from sdpo_jax.rollout import Place
 from sdpo_jax.stored import restored, stored
-from sdpo_jax.worlds import Worlds
+from sdpo_jax.worlds import Lost, Worlds
 
 _TIMES = ("time/worlds_hidden_s", "time/worlds_wait_s")
 
@@ -61,23 +64,27 @@ class Played:
   def __init__(self, env):
     self.env = env
     self.at_once: int | None = getattr(env, "at_once", None)
-    self._messages: dict[str, list[dict[str, str]]] = {}
+    self._messages: dict[tuple[str, str], list[dict[str, str]]] = {}
+    self._lock = threading.Lock()
 
   def __getattr__(self, name: str):
     return getattr(self.env, name)
 
   def prompt(self, task: Task) -> list[dict[str, str]]:
     """Returns what the policy reads before its first turn; the world says the same each time."""
-    if task.id not in self._messages:
+    known = self._messages.get((task.split, task.id))
+    if known is None:
       with contextlib.closing(self.env.start(task)) as episode:
-        self.remember(task, episode.prompt())
-    return self._messages[task.id]
+        known = episode.prompt()
+      self.remember(task, known)
+    return known
 
   def remember(self, task: Task, messages: list[dict[str, str]]) -> None:
     """Keeps the first messages of a task."""
-    while len(self._messages) >= self.KEPT:
-      self._messages.pop(next(iter(self._messages)), None)
-    self._messages[task.id] = messages
+    with self._lock:
+      while len(self._messages) >= self.KEPT:
+        del self._messages[next(iter(self._messages))]
+      self._messages[task.split, task.id] = messages
 
 
 class Player:
@@ -113,6 +120,11 @@ class Player:
     self.check_stop = check_stop
     self.max_prompt_tokens, self.max_episode_tokens = max_prompt_tokens, max_episode_tokens
     self.continuation = Continuation(chat)
+    if self.continuation.glue is None:
+      raise SettingError(f"{self.continuation.describe()}, and an episode is one text")
+    if self.continuation.finding.way == "kept":
+      logging.info("%s", self.continuation.describe())
+    self._at_once = _share_of(env.at_once)
     self._worlds = Worlds(threads=threads, timeout_s=timeout_s)
     self._hand_on: Callable[[list[Rollout]], None] | None = None
     self._times = dict.fromkeys(_TIMES, 0.0)
@@ -136,8 +148,7 @@ class Player:
     seeds: one a task. version: of the weights. sampling: of one turn.
     Raises TaskError for first messages that are too long.
     """
-    for task in tasks:
-      self._check_length(task)
+    self.check_stop()
     processes = jax.process_count() if self.engine.samples_alone else 1
     plays = [
       Play(self, tasks[q], (q, g), sampling, seeds[q])
@@ -146,11 +157,14 @@ class Player:
       if q % processes == jax.process_index()
     ]
     self.engine.load(params, version)
-    with contextlib.ExitStack() as stack:
-      for play in plays:
-        stack.callback(play.close)
+    try:
       self._play(plays)
+    finally:
+      self._close(plays)
     self.engine.unload()
+    too_long = [play.too_long for play in plays if play.too_long]
+    if any(hosts.share(bool(too_long))):
+      raise too_long[0] if too_long else TaskError("another process has a task that is too long")
     self.check_stop()
     own = {play.place: play.rollout() for play in plays}
     groups = _shared(own, tasks, n)
@@ -161,12 +175,15 @@ class Player:
 
   def _play(self, plays: list[Play]) -> None:
     """Plays the episodes of this process to their ends."""
-    count = min(len(plays), self.env.at_once or len(plays))
+    self._worlds.take_busy()
+    count = min(len(plays), self._at_once or len(plays))
     lanes = [iter(plays[lane::count]) for lane in range(count)]
     first: queue.SimpleQueue = queue.SimpleQueue()  # (lane, its first request or None)
     for number, lane in enumerate(lanes):
       self._begin(lane, functools.partial(_put, first, number))
+    started = time.monotonic()
     begun = dict(first.get() for _ in lanes)
+    waited_s = time.monotonic() - started
     lane_of: dict[Place, Iterator[Play]] = {}
     for lane in range(count):
       lane_of |= {play.place: lanes[lane] for play in plays[lane::count]}
@@ -177,9 +194,10 @@ class Player:
       answer = functools.partial(requests.answer, completion)
       self._step(by_place[place], lane_of[place], completion, answer)
     ended = time.monotonic()
-    self._times["time/worlds_wait_s"] += requests.waited_s
+    waited_s += requests.waited_s
+    self._times["time/worlds_wait_s"] += waited_s
     busy = busy_s(self._worlds.take_busy(), ended)
-    self._times["time/worlds_hidden_s"] += max(0.0, busy - requests.waited_s)
+    self._times["time/worlds_hidden_s"] += max(0.0, busy - waited_s)
 
   def _begin(self, lane: Iterator[Play], answer: Callable[[Request | None], None]) -> None:
     """Starts the next episode of a lane, and answers with its first request; None: no more."""
@@ -188,14 +206,9 @@ class Player:
       answer(None)
       return
 
-    def then(found) -> None:
-      request = play.begun(found)
-      if request is None:
-        self._begin(lane, answer)
-      else:
-        answer(request)
-
-    self._worlds.submit(f"starting {play.task.id}", play.start, then)
+    what = f"starting {play.task.id}"
+    then = functools.partial(self._go_on, play, lane, answer, play.begun)
+    self._worlds.submit(what, play.start, then, late=play.close)
 
   def _step(
     self,
@@ -207,15 +220,41 @@ class Player:
     """Has the world answer a turn, and answers with what is sampled next in its lane."""
     message = play.said(completion)
 
-    def then(found) -> None:
-      request = play.answered(found)
-      if request is None:
-        self._begin(lane, answer)
-      else:
-        answer(request)
-
     step = functools.partial(play.step, message)
-    self._worlds.submit(f"a turn of {play.task.id}", step, then)
+    then = functools.partial(self._go_on, play, lane, answer, play.answered)
+    self._worlds.submit(f"a turn of {play.task.id}", step, then, late=play.close)
+
+  def _go_on(
+    self,
+    play: Play,
+    lane: Iterator[Play],
+    answer: Callable[[Request | None], None],
+    take: Callable[[Any], Request | None],
+    found: Any,
+  ) -> None:
+    """Answers with what follows a call: a request, or after the episode's end the next one's."""
+    try:
+      request = take(found)
+    except Exception as error:  # what a template or tokenizer makes of a world's words
+      logging.exception("episode %s is lost", play.task.id)
+      request = play.lose(Lost(f"{type(error).__name__}: {error}"))
+    if request is not None:
+      answer(request)
+    elif isinstance(found, Lost) and found.hangs:  # some thread is in the world: that one closes it
+      self._begin(lane, answer)
+    else:
+      self._worlds.submit(
+        f"closing {play.task.id}", play.close, lambda _: self._begin(lane, answer)
+      )
+
+  def _close(self, plays: list[Play]) -> None:
+    """Closes the worlds that are open, where playing has been ended in the middle."""
+    left = [play for play in plays if play.is_open and not play.is_over]
+    closed: queue.SimpleQueue = queue.SimpleQueue()
+    for play in left:
+      self._worlds.submit(f"closing {play.task.id}", play.close, closed.put)
+    for _ in left:
+      closed.get()
 
   @contextlib.contextmanager
   def handing_on(self, hand_on: Callable[[list[Rollout]], None] | None):
@@ -244,13 +283,17 @@ class Player:
     times, self._times = self._times, dict.fromkeys(_TIMES, 0.0)
     return times
 
-  def _check_length(self, task: Task) -> None:
-    length = len(self.chat.prompt_tokens(self.env.prompt(task)))
-    if length > self.max_prompt_tokens:
-      raise TaskError(
-        f"the beginning of episode {task.id} takes {length} tokens, "
-        f"more than config.data.max_prompt_tokens={self.max_prompt_tokens}"
-      )
+
+def _share_of(at_once: int | None) -> int | None:
+  """Returns how many episodes this process may play at a time; None: as many as there are."""
+  if at_once is None:
+    return None
+  processes = jax.process_count()
+  if at_once < processes:
+    raise SettingError(
+      f"the environment plays {at_once} episodes at once, fewer than the {processes} processes"
+    )
+  return at_once // processes
 
 
 def _put(first: queue.SimpleQueue, lane: int, request: Request | None) -> None:

@@ -6,6 +6,7 @@ import numbers
 
 from sdpo_jax import thought
 from sdpo_jax.data.conversation import Conversation
+from sdpo_jax.errors import TaskError
 from sdpo_jax.records import (
   Completion,
   Feedback,
@@ -36,6 +37,7 @@ class Play:
     self._messages: list[str] = []  # of the policy, without its thoughts
     self._end = ""
     self._why_lost = ""
+    self.too_long: TaskError | None = None  # what the first messages are, for the caller to raise
 
   # ---- in a thread of the worlds
 
@@ -43,8 +45,6 @@ class Play:
     """Starts the world, and returns its first messages."""
     world = self._player.env.start(self.task)
     self._world = world
-    if self._end:  # it took too long, and nobody waits for it
-      self.close()
     return world.prompt()
 
   def step(self, message: str) -> Turn:
@@ -56,25 +56,38 @@ class Play:
   def begun(self, found) -> Request | None:
     """Takes what `start` returned or a Lost; returns the first request, if there is one."""
     if isinstance(found, Lost):
-      return self._lose(found)
-    self._player.env.remember(self.task, found)
+      return self.lose(found)
     self._conversation = Conversation(self._player.continuation, found)
+    self._player.env.remember(self.task, found)
+    length, limit = len(self._conversation.prompt), self._player.max_prompt_tokens
+    if length > limit:
+      self.too_long = TaskError(
+        f"the beginning of episode {self.task.id} takes {length} tokens, "
+        f"more than config.data.max_prompt_tokens={limit}"
+      )
+      return self.lose(Lost(str(self.too_long)))
     return self._request()
 
   def answered(self, found) -> Request | None:
     """Takes what `step` returned or a Lost; returns the next request, None at the end."""
     if isinstance(found, Lost):
-      return self._lose(found)
+      return self.lose(found)
     was_cut_off = self._completions[-1].finish_reason == "length"
     turn = found._replace(valid=found.valid and not was_cut_off)
     self._turns.append(turn)
     if turn.done:
-      return self._finish("done")
+      self._end = "done"
+      return None
     self._conversation.add_message(turn.observation)
     used = len(self._conversation.prompt) - self._first_length()
     if used + self._sampling.max_new_tokens > self._player.max_episode_tokens:
-      return self._finish("budget")
+      self._end = "budget"
+      return None
     return self._request()
+
+  def lose(self, lost: Lost) -> None:
+    """Ends the episode, which nothing is learned from."""
+    self._end, self._why_lost = "lost", str(lost)
 
   # ---- in the main thread
 
@@ -85,10 +98,20 @@ class Play:
     text = self._player.chat.response_text(completion.tokens)
     message, is_open = thought.split(text)
     self._messages.append("" if is_open else message.strip())
-    return self._messages[-1]
+    return text if getattr(self._player.env, "reads_thoughts", False) else self._messages[-1]
+
+  @property
+  def is_over(self) -> bool:
+    """Tells whether the episode has come to an end."""
+    return bool(self._end)
+
+  @property
+  def is_open(self) -> bool:
+    """Tells whether there is a world that has not been closed."""
+    return self._world is not None
 
   def close(self) -> None:
-    """Ends the world; whatever it raises is its own affair."""
+    """Ends the world, if there is one; whatever it raises is its own affair."""
     world, self._world = self._world, None
     if world is not None:
       with contextlib.suppress(Exception):
@@ -97,7 +120,7 @@ class Play:
   def rollout(self) -> Rollout:
     """Returns the episode as one response."""
     if self._conversation is None or not self._completions:
-      prompt = self._player.chat.prompt_tokens(self._player.env.prompt(self.task))
+      prompt = [] if self._conversation is None else self._conversation.prompt
       failed = Feedback(0.0, self._why_lost, Status.ENV_FAILED)
       return Rollout(self.task, prompt, [], [], self._end, "", failed, sampled=[], turns=[])
     (row,) = self._conversation.rows()
@@ -135,14 +158,6 @@ class Play:
 
   def _first_length(self) -> int:
     return len(self._conversation.rows()[0].prompt_tokens)
-
-  def _lose(self, lost: Lost) -> None:
-    self._why_lost = str(lost)
-    self._finish("lost")
-
-  def _finish(self, end: str) -> None:
-    self._end = end
-    self.close()
 
 
 def checked(turn: Turn) -> Turn:

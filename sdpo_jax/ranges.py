@@ -144,6 +144,7 @@ RANGES = {
   # at 0 a response without any reward would be a success
   "method.teacher_context.success_threshold": _above(0, 1),
   "method.teacher_context.delta": Range(0, 1),
+  "method.teacher_context.share": _above(0, 1),
   "method.teacher_context.solutions": _whole(1, 1000),
   "method.teacher_context.failures": _whole(0, 1000),
   "method.teacher_weights.rate": Range(0, 1),

@@ -205,9 +205,16 @@ def episode_metrics(rollouts: list[Rollout]) -> dict[str, float]:
   return {
     "rollout/turns": len(turns) / len(episodes),
     "rollout/invalid_turns": sum(not turn.valid for turn in turns) / max(1, len(turns)),
+    "rollout/turns_cut_off": _share_cut_off(episodes),
     "rollout/out_of_room": float(np.mean([r.finish_reason == "budget" for r in episodes])),
     "env/lost_episodes": float(sum(r.finish_reason == "lost" for r in episodes)),
   }
+
+
+def _share_cut_off(episodes: list[Rollout]) -> float:
+  """Returns the share of turns that ran into config.rollout.max_new_tokens."""
+  ends = [segment.completion.finish_reason for r in episodes for segment in r.sampled]
+  return sum(end == "length" for end in ends) / max(1, len(ends))
 
 
 def rollout_metrics(groups: list[list[Rollout]], step: int) -> dict[str, float]:

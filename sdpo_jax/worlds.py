@@ -5,6 +5,7 @@ thread, so one that hangs in a call is left to itself, as a daemon, and another 
 """
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -14,7 +15,12 @@ from typing import Any
 
 
 class Lost(Exception):
-  """What a call of a world ended with, in a line."""
+  """Why a call of a world came to nothing, in a line."""
+
+  def __init__(self, why: str, *, hangs: bool = False):
+    """hangs: some thread is still in the call."""
+    super().__init__(why)
+    self.hangs = hangs
 
 
 @dataclasses.dataclass(eq=False)
@@ -24,6 +30,7 @@ class _Call:
   what: str
   function: Callable[[], Any]
   then: Callable[[Any], None]
+  late: Callable[[], None]
   begun: float = 0.0
   is_over: bool = False
 
@@ -41,11 +48,21 @@ class Worlds:
     self._watched = threading.Event()  # set: the watch may end
     self._busy: list[tuple[float, float]] = []
 
-  def submit(self, what: str, function: Callable[[], Any], then: Callable[[Any], None]) -> None:
+  def submit(
+    self,
+    what: str,
+    function: Callable[[], Any],
+    then: Callable[[Any], None],
+    late: Callable[[], None] = lambda: None,
+  ) -> None:
     """Queues a call. Any thread may.
 
-    what: it is, for the log. then: called once with what it returns, or with a Lost, in a thread of
-    the worlds; it must not raise.
+    Args:
+      what: it is, for the log.
+      function: is called.
+      then: called once with what it returns, or with a Lost, in a thread of the worlds; it must
+        neither raise nor wait.
+      late: called when the function returns though it was given up.
     """
     with self._lock:
       if not self._alive:
@@ -53,7 +70,7 @@ class Worlds:
         threading.Thread(target=self._watch, name="worlds", daemon=True).start()
       while self._alive < self._threads:
         self._start_thread()
-    self._waiting.put(_Call(what, function, then))
+    self._waiting.put(_Call(what, function, then, late))
 
   def take_busy(self) -> list[tuple[float, float]]:
     """Returns when a call was made since the last time, as (begin, end) of the clock."""
@@ -84,6 +101,8 @@ class Worlds:
         logging.exception("%s failed", call.what)
         result = Lost(f"{type(error).__name__}: {error}")
       if not self._end(call, result):
+        with contextlib.suppress(Exception):
+          call.late()
         return  # another thread has taken this one's place
 
   def _end(self, call: _Call, result: Any) -> bool:
@@ -104,8 +123,8 @@ class Worlds:
       with self._lock:
         hanging = [call for call in self._running if call.begun < late]
       for call in hanging:
-        logging.error("%s took more than %g s", call.what, self._timeout_s)
-        with self._lock:
-          self._start_thread()
-          self._alive -= 1  # for the one that hangs
-        self._end(call, Lost(f"no answer within {self._timeout_s:g} s"))
+        if self._end(call, Lost(f"no answer within {self._timeout_s:g} s", hangs=True)):
+          logging.error("%s took more than %g s", call.what, self._timeout_s)
+          with self._lock:
+            self._start_thread()
+            self._alive -= 1  # for the one that hangs

@@ -7,12 +7,15 @@ import time
 import numpy as np
 import pytest
 
+from sdpo_jax import config
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.conversation import Continuation, Conversation
+from sdpo_jax.diagnose import mode as diagnose_mode
+from sdpo_jax.discover import mode as discover_mode
 from sdpo_jax.engine.local import LocalEngine
 from sdpo_jax.envs.agents.household import Household, World, walkthrough
 from sdpo_jax.episodes import Played, Player
-from sdpo_jax.errors import TaskError
+from sdpo_jax.errors import SettingError, TaskError
 from sdpo_jax.records import Completion, Request, Sampling, Status, Turn
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.stored import restored, stored
@@ -158,30 +161,38 @@ class _Wrapped:
       raise OSError("already gone")
 
 
+def all_closed(env):
+  """Waits for the thread that hung in a world, which closes it."""
+  deadline = time.monotonic() + 5
+  while env.open and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert env.open == 0
+
+
 @pytest.mark.parametrize("what", ["raise", "hang", "reward", "nan", "text", "nothing"])
 def test_a_broken_world_costs_its_own_episode(play, what, caplog):
-  # the first start of each task is for its messages
-  env = Broken({3: what, 5: "close"})
+  env = Broken({1: what, 3: "close"})
   tasks, groups = play(env, Scripted(by_heart(Household())), timeout_s=0.5, threads=1)
   episodes = [rollout for group in groups for rollout in group]
   lost = [rollout for rollout in episodes if not rollout.is_judged]
   assert len(lost) == 1 and lost[0].feedback.status is Status.ENV_FAILED
   assert lost[0].finish_reason == "lost" and lost[0].feedback.text
   assert [r.feedback.reward for r in episodes if r.is_judged] == [1.0] * 3
-  assert env.open == 0 and tasks[0].id in caplog.text
+  all_closed(env)
+  assert tasks[0].id in caplog.text
 
 
 def test_a_world_that_does_not_start_costs_its_own_episode(play):
-  env = Broken({4: "start"})
+  env = Broken({2: "start"})
   _, groups = play(env, Scripted(by_heart(Household())))
   rollouts = [rollout for group in groups for rollout in group]
   (lost,) = [rollout for rollout in rollouts if not rollout.is_judged]
-  assert lost.tokens == [] and lost.prompt_tokens and "no world today" in lost.feedback.text
+  assert lost.tokens == [] and lost.prompt_tokens == [] and "no world today" in lost.feedback.text
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_no_more_worlds_are_open_than_there_may_be(play, at_once):
-  env = Broken({4: "raise"})
+  env = Broken({2: "raise"})
   env.at_once = at_once
   engine = Scripted(by_heart(Household()))
   _, groups = play(env, engine, n=4)
@@ -219,7 +230,7 @@ def test_first_messages_that_are_too_long_name_the_setting(play):
 
 
 def test_episodes_come_back_as_they_were(play):
-  env = Broken({3: "raise", 4: "start"})
+  env = Broken({1: "raise", 2: "start"})
   tasks, groups = play(env, Scripted(by_heart(Household())))
   assert restored(tasks, stored(groups)) == groups
 
@@ -253,3 +264,52 @@ def test_episodes_equal_those_of_a_player_that_plays_one_after_another(play):
       assert rollout.tokens == row.tokens and rollout.turns[-1].done
       np.testing.assert_allclose(rollout.logp, row.logp, atol=1e-4)
       assert [s.before for s in rollout.sampled] == [s.before for s in row.sampled]
+
+
+class Stubborn(Broken):
+  """Episodes whose end is never over."""
+
+  def start(self, task):
+    wrapped = super().start(task)
+    wrapped.close = lambda: time.sleep(3)
+    return wrapped
+
+
+def test_a_world_that_does_not_close_holds_nobody_up(play):
+  _, groups = play(Stubborn({}), Scripted(by_heart(Household())), timeout_s=0.3, threads=1, n=1)
+  assert [group[0].feedback.reward for group in groups] == [1.0, 1.0]
+
+
+def test_a_hanging_world_is_closed_by_the_thread_that_is_in_it(play):
+  env = Broken({1: "hang"})
+  _, groups = play(env, Scripted(by_heart(Household())), timeout_s=0.3, threads=1, n=1)
+  assert sum(not group[0].is_judged for group in groups) == 1
+  all_closed(env)
+
+
+def test_words_that_no_template_takes_cost_their_episode(play, monkeypatch):
+  real = Conversation.add_message
+
+  def add_message(self, text):
+    if "You pick up" in text:
+      raise SettingError("not this one")
+    real(self, text)
+
+  monkeypatch.setattr(Conversation, "add_message", add_message)
+  _, groups = play(Household(), Scripted(by_heart(Household())), n=1)
+  assert not any(group[0].is_judged for group in groups)
+  assert "not this one" in groups[0][0].feedback.text
+
+
+def test_what_needs_single_responses_refuses_episodes():
+  c = config.load("configs/agentic.py:context=row")
+  c.train.probe_teacher_every_steps = 5
+  with pytest.raises(ValueError, match="steps=5 asks for single responses, and .*'household'"):
+    config.validate(c)
+  c = config.load("configs/agentic.py:context=row,method=counterfactual")
+  with pytest.raises(ValueError, match="name='notes' asks for single responses"):
+    config.validate(c)
+  c = config.load("configs/agentic.py")
+  for mode in (diagnose_mode, discover_mode):
+    with pytest.raises(ValueError, match="plays episodes"):
+      mode.check(c)

@@ -19,6 +19,7 @@ from tests import fakes
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINYCODE = f"--config={ROOT}/configs/tinycode.py"
+AGENTIC = f"--config={ROOT}/configs/agentic.py"
 PRETRAIN = f"{ROOT}/configs/pretrain_tiny.py"
 HOUSEHOLD = f"{ROOT}/configs/pretrain_household.py"
 SAMPLES = {bool: True, int: 3, float: 0.25, str: "text", tuple: ("text",)}
@@ -81,10 +82,11 @@ def test_another_part_makes_a_working_row_or_one_clear_line(row):
   each = [jnp.asarray(r.normal(size=batch.weight_BR.shape), jnp.float32) for _ in range(6)]
   signals = Signals(*each[:5], logp_rivals=(each[5],))
   worked = 0
+  file = AGENTIC if build.reads_turns(methods.METHODS[row]) else TINYCODE
   for axis, name in PARTS:
     try:
       c = checked(
-        f"{TINYCODE}:method={row}",
+        f"{file}:method={row}",
         f"--config.method.{axis}.name={name}",
         *["--config.method.reduction.length=24"] * (name == "constant"),
       )

@@ -394,6 +394,7 @@ class _Dealing:
       extents.append([texts.extents for texts in texts_of_packs])
     policy, plain, *further = extents
     return Load(
+      responses_per_pack=len(deal.lengths[0]),
       texts_per_pack=max(len(deal.lengths[0]), *(len(pack) for packs in extents for pack in packs)),
       extents=(policy, plain, sum(further, [])),
       tokens=max(map(sum, deal.lengths)),

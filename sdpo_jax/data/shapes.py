@@ -74,7 +74,8 @@ class Shape(NamedTuple):
 class Load(NamedTuple):
   """What one way to cut a batch into packs asks of a shape."""
 
-  texts_per_pack: int
+  responses_per_pack: int
+  texts_per_pack: int  # the most of one reading; as many, unless it has several of one response
   # The texts of each pack: the policy's, those of the plain reading, and those of all further
   # readings, whose packs follow each other.
   extents: tuple[list[list[Extent]], list[list[Extent]], list[list[Extent]]]
@@ -127,27 +128,31 @@ def most_tokens(data, max_new_tokens: int) -> tuple[int, int, int]:
 
 
 def full_shape(
-  texts_per_pack: int,
+  responses_per_pack: int,
   packs: int,
   longest: tuple[int, int, int],
   rounding: Rounding,
   *,
   has_teacher: bool,
   has_further: bool,
+  texts_per_pack: int | None = None,
 ) -> Shape:
   """Returns the shape that holds whatever can come, one text as long as can be a row.
+
+  texts_per_pack: of one reading; None: as many as responses.
 
   This is what a plan compiles for.
   """
   policy_length, teacher_length = (bucket(n, rounding.length) for n in longest[:2])
   response = bucket(longest[2], rounding.response)
+  texts_per_pack = texts_per_pack or responses_per_pack
   plain_size = (texts_per_pack, teacher_length) if has_teacher else (1, rounding.length)
   further_size = (texts_per_pack, teacher_length) if has_further else (0, 0)
   return Shape(
-    texts_per_pack,
+    responses_per_pack,
     policy_length,
     *plain_size,
-    texts_per_pack * response,
+    responses_per_pack * response,
     response,
     *further_size,
     packs,
@@ -190,12 +195,13 @@ def _full_shape_of(
   """The shape that holds whatever can come of batches with these kinds of texts."""
   _, teacher, further = load.extents
   return full_shape(
-    load.texts_per_pack,
+    load.responses_per_pack,
     packs,
     longest,
     rounding,
     has_teacher=_longest(teacher) > 0,
     has_further=bool(further),
+    texts_per_pack=load.texts_per_pack,
   )
 
 
@@ -228,7 +234,7 @@ def _fitting_shape(
     # Lengths drift. The first shape of a run gets no room: they may all be equal.
     if rows == 1 and has_history:
       length = bucket(_with_room(length, math.prod(full_size)), rounding.length)
-    return _with_room(rows, load.texts_per_pack), length
+    return _with_room(rows, max(load.responses_per_pack, full_size[0])), length
 
   policy, plain, further = load.extents
   full_policy, full_plain, full_further = full.row_sizes()

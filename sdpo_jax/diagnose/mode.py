@@ -28,7 +28,7 @@ import sys
 import jax
 
 from sdpo_jax import hosts
-from sdpo_jax.config import validate
+from sdpo_jax.config import refuse_episodes, validate
 from sdpo_jax.data.tasks import RowEnv, TaskStream
 from sdpo_jax.diagnose import measures, tokens
 from sdpo_jax.diagnose.again import Again, choose, make_again
@@ -94,6 +94,7 @@ def diagnose(c, workdir: str) -> dict:
 def check(c) -> None:
   """Raises ValueError for settings that this mode cannot run with."""
   validate(c)
+  refuse_episodes(c, "--mode=diagnose")
   if c.method.teacher_weights.name == "remote":
     raise ValueError(
       "config.method.teacher_weights.name='remote' is not for --mode=diagnose, which samples from "

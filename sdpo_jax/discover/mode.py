@@ -53,7 +53,7 @@ from typing import Any
 import jax
 
 from sdpo_jax import sharding
-from sdpo_jax.config import defaults_of, validate
+from sdpo_jax.config import defaults_of, refuse_episodes, validate
 from sdpo_jax.data.tasks import RowEnv, first_tasks
 from sdpo_jax.discover import results
 from sdpo_jax.discover.arms import ARMS, LEARNING, ArmRun
@@ -106,6 +106,7 @@ def discover(c, workdir: str) -> dict[str, Any]:
 def check(c) -> None:
   """Raises ValueError for settings that this mode cannot run with."""
   validate(c)
+  refuse_episodes(c, "--mode=discover")
   d = c.discover
   _check_choices(d)
   for arm in LEARNING:

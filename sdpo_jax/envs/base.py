@@ -25,6 +25,8 @@ One that plays provides instead, and is called from several threads too:
                        message held an action that the world allows.
         close()        Ends it, also in the middle. Called once, whatever happened before.
   at_once       An attribute, if so many episodes may be open at a time and no more.
+  reads_thoughts
+      An attribute, True where `step` gets the policy's whole message; else without its thoughts.
 
 Both get their questions in one of two ways:
 

@@ -55,7 +55,9 @@ class BaseReader:
     for b, (text,) in enumerate(texts.of):
       token_BT[b, : len(text.tokens)] = text.tokens
       # a token is predicted by the column before it
-      columns = np.concatenate([np.arange(begin - 1, end - 1) for begin, end in text.spans])
+      columns = np.concatenate(
+        [np.zeros(0, int)] + [np.arange(begin - 1, end - 1) for begin, end in text.spans]
+      )
       at_BR[b, : len(columns)] = columns
     rows = sharding.put_rows(self._mesh, (token_BT, at_BR))
     logp_BR = hosts.to_host(_logp(self._params, *rows, config=self._model))

@@ -202,7 +202,8 @@ def _counts(name: str, lines: list[dict]) -> dict[str, float]:
 def _lengths(name: str, responses: list[dict]) -> dict[str, float]:
   lengths = [response["length"] for response in responses]
   p50, p90, p99 = (float(value) for value in np.quantile(lengths, (0.5, 0.9, 0.99)))
-  cut_off = sum(response["finish_reason"] == "length" for response in responses)
+  # an episode is cut off where its next turn has no room
+  cut_off = sum(response["finish_reason"] in ("length", "budget") for response in responses)
   return {
     f"{name}/length_mean": float(np.mean(lengths)),
     f"{name}/length_p50": p50,

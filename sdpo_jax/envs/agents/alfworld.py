@@ -109,6 +109,7 @@ class Alfworld:
     self._rules = alfworld_games.read_rules()
     self._data = os.path.expanduser(data)
     self._seed, self._limit, self._valid = seed, limit, valid
+    self.reads_thoughts = valid == "format"  # which asks for them
     self._shows_commands = shows_commands
     file = skills or OWN / "alfworld.json"
     self.skill_text = Skills(read_skills(file), where=str(file), skill=skill, seed=seed).text
