@@ -45,7 +45,8 @@ def get_config(arg: str = ""):
   c = config.base()
   c.seed = a.seed
   c.method = build.method_row(a.method)
-  if a.context == "skill" and c.method.teacher_context.name in _SDPOS:
+  has_notes = c.method.counterfactual.name != "none"  # which episodes refuse
+  if a.context == "skill" and c.method.teacher_context.name in _SDPOS and not has_notes:
     c.method.teacher_context = build.complete_part("teacher_context", "skill")
   c.env = dict(name=a.world)
   if a.world == "household":

@@ -108,7 +108,7 @@ BAD = {
   ),
   "unknown_method": (
     [f"--config={ROOT}/configs/tinycode.py:method=gspoo"],
-    "method='gspoo' is unknown; did you mean 'gspo'; choose from ['anti_sd', 'beta_opsd'",
+    "method='gspoo' is unknown; did you mean 'gspo'; choose from ['adaptive_cringe'",
   ),
   "unknown_mode": (
     [TINY, "--mode=training"],

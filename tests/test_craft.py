@@ -161,7 +161,7 @@ def test_a_cut_into_micro_batches_changes_nothing(name):
     cut = lambda y: y[rows] if np.ndim(y) and len(y) == 6 else y
     piece = batch._replace(
       **{k: cut(y) for k, y in batch._asdict().items() if k.endswith(("_B", "_BR"))},
-      readings=(batch.readings[0]._replace(weight_B=batch.readings[0].weight_B[rows]),),
+      readings=(batch.readings[0]._replace(weight_BR=batch.readings[0].weight_BR[rows]),),
     )
     return float(loss.token_loss(method, (jax.tree.map(cut, x),), piece, whole)[0])
 
