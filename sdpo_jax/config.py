@@ -120,8 +120,8 @@ def base() -> ml_collections.ConfigDict:
     lag=0,
     # tokens between two looks at which responses are done
     chunk=16,
-    judge_threads=4,
-    judge_timeout_s=60.0,
+    judge_threads=4,  # responses that are judged, or worlds that are at work, at a time
+    judge_timeout_s=60.0,  # of one verdict, or of one call of a world
     engine="local",  # local | vllm | sglang: what samples; the last two are servers
     server=dict(
       urls=(),  # "http://HOST:PORT" each

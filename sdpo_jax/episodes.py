@@ -46,7 +46,7 @@ from sdpo_jax.records import (
   Sampling,
   Task,
 )
-from sdpo_jax.rollout import Place
+from sdpo_jax.rollout import Place, Source
 from sdpo_jax.stored import restored, stored
 from sdpo_jax.worlds import Lost, Worlds
 
@@ -87,7 +87,7 @@ class Played:
       self._messages[task.split, task.id] = messages
 
 
-class Player:
+class Player(Source):
   """Plays episodes with an engine. A run has one, in place of a `rollout.Collector`."""
 
   def __init__(
@@ -116,8 +116,8 @@ class Player:
 
     SettingError for a chat template that cannot go on with a conversation.
     """
+    super().__init__(check_stop)
     self.env, self.chat, self.engine = env, chat, engine
-    self.check_stop = check_stop
     self.max_prompt_tokens, self.max_episode_tokens = max_prompt_tokens, max_episode_tokens
     self.continuation = Continuation(chat)
     if self.continuation.glue is None:
@@ -126,7 +126,6 @@ class Player:
       logging.info("%s", self.continuation.describe())
     self._at_once = _share_of(env.at_once)
     self._worlds = Worlds(threads=threads, timeout_s=timeout_s)
-    self._hand_on: Callable[[list[Rollout]], None] | None = None
     self._times = dict.fromkeys(_TIMES, 0.0)
 
   def close(self) -> None:
@@ -201,14 +200,11 @@ class Player:
 
   def _begin(self, lane: Iterator[Play], answer: Callable[[Request | None], None]) -> None:
     """Starts the next episode of a lane, and answers with its first request; None: no more."""
-    play = next(lane, None)
+    play = next((play for play in lane if not play.is_over), None)
     if play is None:
       answer(None)
       return
-
-    what = f"starting {play.task.id}"
-    then = functools.partial(self._go_on, play, lane, answer, play.begun)
-    self._worlds.submit(what, play.start, then, late=play.close)
+    self._call(f"starting {play.task.id}", play.start, play, lane, answer, play.begun)
 
   def _step(
     self,
@@ -218,11 +214,17 @@ class Player:
     answer: Callable[[Request | None], None],
   ) -> None:
     """Has the world answer a turn, and answers with what is sampled next in its lane."""
-    message = play.said(completion)
+    step = functools.partial(play.step, play.said(completion))
+    self._call(f"a turn of {play.task.id}", step, play, lane, answer, play.answered)
 
-    step = functools.partial(play.step, message)
-    then = functools.partial(self._go_on, play, lane, answer, play.answered)
-    self._worlds.submit(f"a turn of {play.task.id}", step, then, late=play.close)
+  def _call(self, what: str, function: Callable[[], Any], play: Play, *then) -> None:
+    """Has a thread of the worlds call a function of an episode, and goes on with what it returns.
+
+    then: the arguments of `_go_on` behind the episode.
+    """
+    play.is_busy = True
+    go_on = functools.partial(self._go_on, play, *then)
+    self._worlds.submit(what, function, go_on, late=play.close)
 
   def _go_on(
     self,
@@ -233,14 +235,15 @@ class Player:
     found: Any,
   ) -> None:
     """Answers with what follows a call: a request, or after the episode's end the next one's."""
+    play.is_busy = isinstance(found, Lost) and found.hangs
     try:
-      request = take(found)
+      request = None if play.is_over else take(found)
     except Exception as error:  # what a template or tokenizer makes of a world's words
       logging.exception("episode %s is lost", play.task.id)
       request = play.lose(Lost(f"{type(error).__name__}: {error}"))
     if request is not None:
       answer(request)
-    elif isinstance(found, Lost) and found.hangs:  # some thread is in the world: that one closes it
+    elif play.is_busy:  # the thread that hangs in the world closes it
       self._begin(lane, answer)
     else:
       self._worlds.submit(
@@ -248,31 +251,18 @@ class Player:
       )
 
   def _close(self, plays: list[Play]) -> None:
-    """Closes the worlds that are open, where playing has been ended in the middle."""
-    left = [play for play in plays if play.is_open and not play.is_over]
+    """Closes the worlds that are open, where playing has been ended in the middle.
+
+    A world that is in a call is closed when that ends.
+    """
+    for play in plays:
+      play.stop()
+    left = [play for play in plays if play.is_open and not play.is_busy]
     closed: queue.SimpleQueue = queue.SimpleQueue()
     for play in left:
       self._worlds.submit(f"closing {play.task.id}", play.close, closed.put)
     for _ in left:
       closed.get()
-
-  @contextlib.contextmanager
-  def handing_on(self, hand_on: Callable[[list[Rollout]], None] | None):
-    """Has a function called with each group, once all are there."""
-    self._hand_on = hand_on
-    try:
-      yield
-    finally:
-      self._hand_on = None
-
-  @contextlib.contextmanager
-  def undisturbed(self):
-    """Asks nobody meanwhile whether to stop: what is begun is finished."""
-    check_stop, self.check_stop = self.check_stop, lambda: None
-    try:
-      yield
-    finally:
-      self.check_stop = check_stop
 
   def take_times(self) -> dict[str, float]:
     """Returns the metrics of what worlds took since the last call.

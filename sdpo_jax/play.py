@@ -37,6 +37,7 @@ class Play:
     self._messages: list[str] = []  # of the policy, without its thoughts
     self._end = ""
     self._why_lost = ""
+    self.is_busy = False  # some thread is in the world, or will be
     self.too_long: TaskError | None = None  # what the first messages are, for the caller to raise
 
   # ---- in a thread of the worlds
@@ -104,6 +105,10 @@ class Play:
   def is_over(self) -> bool:
     """Tells whether the episode has come to an end."""
     return bool(self._end)
+
+  def stop(self) -> None:
+    """Ends the episode where it is; what a call still returns is of no use."""
+    self._end = self._end or "stopped"
 
   @property
   def is_open(self) -> bool:

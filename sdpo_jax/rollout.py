@@ -52,7 +52,38 @@ def sample(
   return [c._replace(key=requests[c.key].key) for c in done]
 
 
-class Collector:
+class Source:
+  """Where judged groups come from, and how it is dealt with meanwhile."""
+
+  def __init__(self, check_stop: Callable[[], None]):
+    """check_stop: called between phases; it may raise."""
+    self.check_stop = check_stop
+    self._hand_on: Callable[[list[Rollout]], None] | None = None
+
+  @contextlib.contextmanager
+  def handing_on(self, hand_on: Callable[[list[Rollout]], None] | None):
+    """Has a function called meanwhile with each group that is judged, in whatever thread.
+
+    On several processes a Collector leaves out those that others have sampled, and everywhere a
+    group of which one response was not judged in time.
+    """
+    self._hand_on = hand_on
+    try:
+      yield
+    finally:
+      self._hand_on = None
+
+  @contextlib.contextmanager
+  def undisturbed(self):
+    """Asks nobody meanwhile whether to stop: what is begun is finished."""
+    check_stop, self.check_stop = self.check_stop, lambda: None
+    try:
+      yield
+    finally:
+      self.check_stop = check_stop
+
+
+class Collector(Source):
   """Samples responses and has them judged. A run has one; `close` ends its threads."""
 
   def __init__(
@@ -67,11 +98,10 @@ class Collector:
     check_stop: Callable[[], None] = lambda: None,
   ):
     """check_stop: called between sampling and judging and after both; it may raise."""
+    super().__init__(check_stop)
     self.env, self.chat, self.engine = env, chat, engine
-    self.check_stop = check_stop
     self.max_prompt_tokens = max_prompt_tokens
     self._judges = Judges(env, threads=judge_threads, timeout_s=judge_timeout_s)
-    self._hand_on: Callable[[list[Rollout]], None] | None = None
     self._by_teacher = False  # the prompts were rendered for the teacher
     self._times = dict.fromkeys(_TIMES, 0.0)
 
@@ -139,19 +169,6 @@ class Collector:
     return groups
 
   @contextlib.contextmanager
-  def handing_on(self, hand_on: Callable[[list[Rollout]], None] | None):
-    """Has a function called meanwhile with each group that is judged, in a judge's thread.
-
-    On several processes only with those that this one has sampled; a group of which one response
-    was not judged in time may be left out.
-    """
-    self._hand_on = hand_on
-    try:
-      yield
-    finally:
-      self._hand_on = None
-
-  @contextlib.contextmanager
   def read_by_teacher(self, by_teacher: bool = True):
     """Reads what is sampled meanwhile as answers to prompts that were rendered for the teacher."""
     before, self._by_teacher = self._by_teacher, by_teacher
@@ -159,15 +176,6 @@ class Collector:
       yield
     finally:
       self._by_teacher = before
-
-  @contextlib.contextmanager
-  def undisturbed(self):
-    """Asks nobody meanwhile whether to stop: what is begun is finished."""
-    check_stop, self.check_stop = self.check_stop, lambda: None
-    try:
-      yield
-    finally:
-      self.check_stop = check_stop
 
   def take_times(self) -> dict[str, float]:
     """Returns the metrics of what went on beside sampling since the last call.

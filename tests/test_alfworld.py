@@ -304,7 +304,7 @@ def test_wrong_settings_and_a_missing_package_are_one_line(monkeypatch):
       Alfworld(**settings)
   with pytest.raises(ValueError, match="the split"):
     Alfworld().task("test", 0)
-  monkeypatch.setattr(alfworld.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   for make in (Alfworld, alfworld_games.read_rules):
     with pytest.raises(ValueError, match=r"pip install 'sdpo_jax\[textworld\]'"):
       make()

@@ -148,8 +148,8 @@ class _Wrapped:
   def step(self, message):
     if self.what == "raise":
       raise OSError("the engine has died")
-    if self.what == "hang":
-      time.sleep(2)
+    if self.what in ("hang", "slow"):
+      time.sleep(2 if self.what == "hang" else 0.5)
     garbage = {"reward": Turn("well", 1.5, False), "nan": Turn("well", float("nan"), True)}
     garbage |= {"text": Turn(None, 0.0, False), "nothing": None}
     return garbage[self.what] if self.what in garbage else self.world.step(message)
@@ -313,3 +313,34 @@ def test_what_needs_single_responses_refuses_episodes():
   for mode in (diagnose_mode, discover_mode):
     with pytest.raises(ValueError, match="plays episodes"):
       mode.check(c)
+
+
+def test_an_engine_that_is_stopped_leaves_no_world_open(play):
+  """Worlds that wait are closed at once, one that is in a call when that ends, and none begins."""
+  env = Broken({0: "slow"})
+  env.at_once = 3
+
+  class Stopped(Scripted):
+    def generate(self, requests):
+      for number, completion in enumerate(super().generate(requests)):
+        if number == 3:
+          raise KeyboardInterrupt
+        yield completion
+
+  with pytest.raises(KeyboardInterrupt):
+    play(env, Stopped(by_heart(Household())), n=4)
+  all_closed(env)
+  time.sleep(0.7)
+  all_closed(env)
+  assert len(env.started) == 3
+
+
+def test_it_is_asked_whether_to_stop_before_a_world_starts(play):
+  env = Broken({})
+
+  def stop():
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    play(env, Scripted(by_heart(Household())), check_stop=stop)
+  assert not env.started

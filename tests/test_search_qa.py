@@ -329,7 +329,7 @@ def test_a_world_has_bounds(size):
 
 
 def test_what_is_missing_is_named_with_its_extra(monkeypatch):
-  monkeypatch.setattr(search_retriever.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(SettingError, match=r"bm25s.*pip install 'sdpo_jax\[search\]'"):
     SearchQA()
   SearchQARows(url="http://b/retrieve")  # needs nothing

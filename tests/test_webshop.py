@@ -10,7 +10,6 @@ import types
 import pytest
 
 from sdpo_jax.envs.agents import (
-  search_retriever,
   webshop,
   webshop_catalog,
   webshop_goals,
@@ -503,6 +502,6 @@ def test_wrong_settings_are_refused(settings, words):
 
 
 def test_what_is_missing_is_named_with_its_extra(monkeypatch):
-  monkeypatch.setattr(search_retriever.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(SettingError, match=r"pip install 'sdpo_jax\[webshop\]'"):
     WebShop()

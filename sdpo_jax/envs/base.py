@@ -75,7 +75,6 @@ nothing in this package has to change. `adapters/` has classes that play what wa
 trainers. To add one to the package, write one file in this folder, one line in ENVS, and its test.
 """
 
-import importlib
 import inspect
 
 from sdpo_jax import ranges
@@ -86,6 +85,7 @@ from sdpo_jax.envs.agents.webshop import WebShop
 from sdpo_jax.envs.arithmetic import Arithmetic
 from sdpo_jax.envs.coding import Coding
 from sdpo_jax.envs.ifeval import IFEval
+from sdpo_jax.envs.imports import imported
 from sdpo_jax.envs.instructions import Instructions
 from sdpo_jax.envs.math_qa import MathQA
 from sdpo_jax.envs.mcq import MCQ
@@ -169,11 +169,7 @@ def find_env(name: str):
       f"{unknown('config.env.name', name, sorted(ENVS))} or name your own as "
       "'module.path:ClassName'"
     )
-  module, _, attribute = name.partition(":")
-  try:
-    env_class = getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError, ValueError) as error:
-    raise ValueError(f"config.env.name={name!r} cannot be imported: {error}") from error
+  env_class = imported("config.env.name", name)
   if not callable(env_class):
     raise ValueError(f"config.env.name={name!r} is a {type(env_class).__name__}, not a class")
   return env_class

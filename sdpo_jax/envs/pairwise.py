@@ -14,8 +14,7 @@ The mean reward is the win rate with ties as halves. Its value under the model t
 references need not be 0.5: the judge sees other samples of it.
 """
 
-import importlib
-
+from sdpo_jax.envs.imports import imported
 from sdpo_jax.envs.pairwise_judge import ServerJudge, in_both_orders
 from sdpo_jax.envs.rows import field, final_text, groups, messages, optional_text, task_id
 from sdpo_jax.records import Feedback, Task
@@ -55,7 +54,7 @@ class Pairwise:
       self._server = ServerJudge(
         url, model, timeout_s=timeout_s, retries=retries, key_variable=key_variable
       )
-    self._judge = self._server or _imported(judge)
+    self._judge = self._server or imported("config.env.judge", judge, other="'server' or ")
 
   def open(self) -> None:
     """Asks the server whether it is there and has the model. RuntimeError in one line if not."""
@@ -83,14 +82,3 @@ class Pairwise:
       return Feedback(0.0, fault)
     verdict = in_both_orders(self._judge, task.prompt, text, task.data["reference"])
     return Feedback(_REWARDS[verdict], _TEXTS[verdict])
-
-
-def _imported(name: str):
-  """Imports "module.path:function". ValueError if there is none."""
-  module, _, function = name.partition(":")
-  try:
-    return getattr(importlib.import_module(module), function)
-  except (ImportError, AttributeError, ValueError) as error:
-    raise ValueError(
-      f"config.env.judge={name!r} is neither 'server' nor 'module.path:function': {error}"
-    ) from error

@@ -1,8 +1,6 @@
-"""What the adapters share: names of foreign classes, seeds of tasks, rewards in [0, 1]."""
+"""What the adapters share: settings, seeds of tasks, rewards in [0, 1]."""
 
 import asyncio
-import importlib
-import importlib.util
 import inspect
 import json
 import math
@@ -13,26 +11,6 @@ from sdpo_jax.records import Task
 
 SPLITS = ("train", "tune", "heldout")
 SEEDS = 1 << 28  # of a split; the splits' ranges lie one behind the other
-
-
-def imported(setting: str, name: str):
-  """Imports "module.path:name". SettingError that names the setting if that cannot be done."""
-  module, _, attribute = name.partition(":")
-  try:
-    return getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError, ValueError) as error:
-    raise SettingError(
-      f"{setting}={name!r} cannot be imported, it must be 'module.path:name': {error}"
-    ) from None
-
-
-def need(extra: str, name: str, module: str) -> None:
-  """Raises SettingError, with the extra that brings it, unless a module is installed."""
-  if importlib.util.find_spec(module) is None:
-    raise SettingError(
-      f"config.env.name='sdpo_jax.envs.adapters.{name}' needs the package {module}, which is not "
-      f"installed: pip install 'sdpo_jax[{extra}]'"
-    )
 
 
 def read_arguments(text: str) -> dict:

@@ -12,7 +12,8 @@ its steps.
 
 import functools
 
-from sdpo_jax.envs.adapters.foreign import Rewards, imported, opening, read_arguments, seed_task
+from sdpo_jax.envs.adapters.foreign import Rewards, opening, read_arguments, seed_task
+from sdpo_jax.envs.imports import imported
 from sdpo_jax.records import Task, Turn
 
 

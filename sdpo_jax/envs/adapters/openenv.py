@@ -19,7 +19,8 @@ import contextlib
 import json
 import re
 
-from sdpo_jax.envs.adapters.foreign import Rewards, need, opening, seed_task
+from sdpo_jax.envs.adapters.foreign import Rewards, opening, seed_task
+from sdpo_jax.envs.imports import need
 from sdpo_jax.errors import SettingError
 from sdpo_jax.records import Task, Turn
 
@@ -50,7 +51,7 @@ class OpenEnvText:
     sessions: int = 1,
     reward_range: tuple[float, float] = (0.0, 1.0),
   ):
-    need("openenv", "openenv:OpenEnvText", "websockets")
+    need("sdpo_jax.envs.adapters.openenv:OpenEnvText", "openenv", ("websockets",))
     if not re.match(r"(http|ws)s?://", url):
       raise SettingError(f"config.env.url={url!r} must begin with http:// or https://")
     if sessions < 1:

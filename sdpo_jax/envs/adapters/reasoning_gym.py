@@ -19,7 +19,8 @@ import json
 import re
 import threading
 
-from sdpo_jax.envs.adapters.foreign import need, read_arguments, seed_of
+from sdpo_jax.envs.adapters.foreign import read_arguments, seed_of
+from sdpo_jax.envs.imports import need
 from sdpo_jax.envs.rows import final_text
 from sdpo_jax.errors import SettingError
 from sdpo_jax.records import Feedback, Task
@@ -45,7 +46,7 @@ class ReasoningGym:
   """
 
   def __init__(self, *, generators: str, arguments: str = ""):
-    need("reasoning_gym", "reasoning_gym:ReasoningGym", "reasoning_gym")
+    need("sdpo_jax.envs.adapters.reasoning_gym:ReasoningGym", "reasoning_gym", ("reasoning_gym",))
     self._names = [name.strip() for name in generators.split(",")]
     self._arguments = read_arguments(arguments)
     refused = sorted(EVALUATING.intersection(self._names))

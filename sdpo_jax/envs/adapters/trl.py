@@ -12,8 +12,9 @@ Unlike there, the reward is read after each turn, as any may be the last one.
 
 import inspect
 
-from sdpo_jax.envs.adapters.foreign import Loop, Rewards, imported
+from sdpo_jax.envs.adapters.foreign import Loop, Rewards
 from sdpo_jax.envs.adapters.tool_calls import calls_in, described, signatures, tools_of
+from sdpo_jax.envs.imports import imported
 from sdpo_jax.envs.rows import field, groups, row_name
 from sdpo_jax.errors import SettingError
 from sdpo_jax.records import Task, Turn

@@ -16,8 +16,9 @@ import importlib
 import json
 from typing import Any
 
-from sdpo_jax.envs.adapters.foreign import Loop, Rewards, need, read_arguments
+from sdpo_jax.envs.adapters.foreign import Loop, Rewards, read_arguments
 from sdpo_jax.envs.adapters.tool_calls import calls_in, described
+from sdpo_jax.envs.imports import need
 from sdpo_jax.records import Task, Turn
 
 
@@ -32,7 +33,7 @@ class Verifiers:
   def __init__(
     self, *, world: str, arguments: str = "", reward_range: tuple[float, float] = (0.0, 1.0)
   ):
-    need("verifiers", "verifiers:Verifiers", "verifiers")
+    need("sdpo_jax.envs.adapters.verifiers:Verifiers", "verifiers", ("verifiers",))
     package = importlib.import_module("verifiers")
     self.env = package.load_environment(world, **read_arguments(arguments))
     self._name, self.loop, self.rewards = world, Loop(), Rewards(reward_range)

@@ -24,7 +24,6 @@ Splits: `train`, `heldout` and `unseen` are ALFWorld's train, valid_seen and val
 come in an order drawn once from the seed, over and over; ours never repeat.
 """
 
-import importlib.util
 import os
 import random
 import re
@@ -34,6 +33,7 @@ from sdpo_jax.envs.agents import alfworld_games, alfworld_worker
 from sdpo_jax.envs.agents.alfworld_files import FOLDERS, GameFile, find_games
 from sdpo_jax.envs.agents.processes import Pool, Seat
 from sdpo_jax.envs.agents.skills import OWN, Skills, read_skills
+from sdpo_jax.envs.imports import need
 from sdpo_jax.errors import unknown
 from sdpo_jax.records import Task, Turn
 
@@ -105,7 +105,12 @@ class Alfworld:
         f"config.env.limit={limit} must be at least 1, "
         f"and config.env.processes={processes} at least 0"
       )
-    _check_packages()
+    need(
+      "alfworld",
+      "textworld",
+      ("textworld", "alfworld"),
+      remark=", which compiles (gcc, g++, make, cmake)",
+    )
     self._rules = alfworld_games.read_rules()
     self._data = os.path.expanduser(data)
     self._seed, self._limit, self._valid = seed, limit, valid
@@ -222,13 +227,3 @@ class Episode:
       return text
     commands = ", ".join(command for command in self._commands if command != "help")
     return f"{text}\n\nAdmissible commands: {commands}"
-
-
-def _check_packages() -> None:
-  """Raises ValueError if the engine is not installed."""
-  missing = [name for name in ("textworld", "alfworld") if importlib.util.find_spec(name) is None]
-  if missing:
-    raise ValueError(
-      f"the environment alfworld needs {' and '.join(missing)}: "
-      "pip install 'sdpo_jax[textworld]', which compiles (gcc, g++, make, cmake)"
-    )

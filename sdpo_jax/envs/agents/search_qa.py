@@ -25,8 +25,9 @@ import json
 from sdpo_jax.envs.agents import search_corpus
 from sdpo_jax.envs.agents.search_answers import golden_answers
 from sdpo_jax.envs.agents.search_episode import SearchEpisode
-from sdpo_jax.envs.agents.search_retriever import Index, Server, need
+from sdpo_jax.envs.agents.search_retriever import Index, Server
 from sdpo_jax.envs.agents.skills import Skills
+from sdpo_jax.envs.imports import need
 from sdpo_jax.envs.rows import field, groups, row_name
 from sdpo_jax.errors import SettingError, local_path, unknown
 from sdpo_jax.records import Task
@@ -67,7 +68,7 @@ class SearchQA:
     size: passages. limit: turns of an episode. top_k: passages that a search shows. skill: which a
     teacher reads, "matched" or "random" (`skills.py`).
     """
-    need("search", "search_qa", ("bm25s",))
+    need("search_qa", "search", ("bm25s",))
     _check_counts(limit=limit, top_k=top_k)
     if not SIZES[0] <= size <= SIZES[1]:
       raise SettingError(f"config.env.size={size} must be from {SIZES[0]} to {SIZES[1]}")
@@ -159,7 +160,7 @@ class SearchQARows:
     if url:
       self._server = Server(url)
       return
-    need("search", "search_qa_rows", ("bm25s", "Stemmer") if stem else ("bm25s",))
+    need("search_qa_rows", "search", ("bm25s", "Stemmer") if stem else ("bm25s",))
     self._passages = read_corpus(local_path(corpus))
     self._index = Index(self._passages, k1=K1, b=B, stem=stem)
 

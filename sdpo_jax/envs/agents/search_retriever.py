@@ -11,7 +11,6 @@ Queries come from the policy. Half a surrogate pair becomes "?", and what stands
 MAX_QUERY characters is left away, so that no query is slow.
 """
 
-import importlib.util
 import json
 import pathlib
 import re
@@ -31,16 +30,6 @@ START_S = 300.0  # for an index: 100,000 passages take ten seconds on a free cor
 def clean(query: str) -> str:
   """Returns a query that any retriever can read."""
   return query[:MAX_QUERY].encode("utf-8", "replace").decode().replace("\x00", " ")
-
-
-def need(extra: str, name: str, modules: tuple[str, ...]) -> None:
-  """Raises SettingError, with the extra that brings them, unless these modules are installed."""
-  for module in modules:
-    if importlib.util.find_spec(module) is None:
-      raise SettingError(
-        f"config.env.name={name!r} needs the package {module}, which is not installed: "
-        f"pip install 'sdpo_jax[{extra}]'"
-      )
 
 
 class Index:

@@ -28,7 +28,6 @@ Source: WebShop, arXiv:2207.01206, and its release.
 
 import logging
 
-from sdpo_jax.envs.agents.search_retriever import need
 from sdpo_jax.envs.agents.skills import Skills
 from sdpo_jax.envs.agents.webshop_catalog import make_files
 from sdpo_jax.envs.agents.webshop_goals import SPLITS, Goal, make_goals, split_goals
@@ -37,6 +36,7 @@ from sdpo_jax.envs.agents.webshop_products import Product, make_catalog, read_ca
 from sdpo_jax.envs.agents.webshop_reward import find_nouns, same_option, score
 from sdpo_jax.envs.agents.webshop_search import ProductSearch
 from sdpo_jax.envs.agents.webshop_visit import Visit
+from sdpo_jax.envs.imports import need
 from sdpo_jax.errors import SettingError, local_path, unknown
 from sdpo_jax.records import Task
 
