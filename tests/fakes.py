@@ -45,6 +45,25 @@ def no_file_beyond(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@contextlib.contextmanager
+def compilations(name):
+  """Yields a list that grows by one item with each compilation of a jitted function of this name.
+
+  jax's own count of a function's programs may be 0 in a process that has compiled thousands.
+  """
+  seen, listening = [], True
+
+  def listen(event, _seconds, fun_name="", **_):
+    if listening and event.endswith("/backend_compile_duration") and fun_name == f"jit({name})":
+      seen.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield seen
+  finally:
+    listening = False  # jax has no public way to forget a listener
+
+
 class ByteTokenizer:
   """One token a byte; 0 pads, 256 starts a turn, 257 ends one."""
 

@@ -163,8 +163,9 @@ def test_the_share_rises_by_the_step_alone_and_compiles_nothing():
   batch, tx = fakes.toy_batch(vocab=64), optax.sgd(0.1)
   step = jax.jit(make_train_step(make_signals(config, method), method, tx))
   state = init_state(params, tx, keep_teacher=True)
-  norms = [float(step(state, with_share(batch, w))[1]["train/loss"].mean) for w in shares[:3]]
-  assert step._cache_size() == 1 and len(set(norms)) == 3
+  with fakes.compilations("step") as programs:
+    norms = [float(step(state, with_share(batch, w))[1]["train/loss"].mean) for w in shares[:3]]
+  assert len(programs) == 1 and len(set(norms)) == 3
 
 
 SPLIT = dict(vocab=296, layers=1, heads=16, kv_heads=8)

@@ -275,9 +275,9 @@ def test_a_request_that_cannot_be_is_named(change, words):
 def test_lengths_of_all_kinds_meet_few_programs():
   """Counted are those of decoding, the most expensive ones."""
   limits = (200, 3, 60, 1, 20, 9, 100)
-  before = programs.decode._cache_size()
-  run(requests(n=8, limits=limits, stop_tokens=()), rows=32, columns=4, chunk=16)
-  assert programs.decode._cache_size() - before <= 6
+  with fakes.compilations("decode") as compiled:
+    run(requests(n=8, limits=limits, stop_tokens=()), rows=32, columns=4, chunk=16)
+  assert len(compiled) <= 6
 
 
 def test_a_completion_is_handed_out_before_others_are_asked_for():
