@@ -1,7 +1,7 @@
 r"""Runs a grid of experiments, resumably, and then writes one report of all runs.
 
   python -m sdpo_jax.experiment --config=configs/experiments/FILE.py[:local] --workdir=DIR \
-      [--jobs=2]
+      [--jobs=2] [--results=results/NAME]
   python -m sdpo_jax.experiment --summary
 
 The file's `get_grid()` returns {run name: arguments of sdpo_jax.main}. Each run has its own process
@@ -15,15 +15,18 @@ The file's `get_tuning()`, if it has one, returns trials that choose settings fo
 questions and seeds of their own (see tuning.py). They run first, under DIR/tuning/ARM/TRIAL.
 
 With `SUITES = "FILE"` in it, the last checkpoint of each run is evaluated on the suites of that
-file at the end (--mode=eval), which goes on likewise where it was.
+file when the run has ended (--mode=eval), which goes on likewise where it was.
 
-At the end, and by --report alone at any time after the trials, DIR gets
-  report/       the curves of all runs
+What a run gave is kept under --results, else under DIR, as soon as it has ended (see kept.py):
   curves.json   every evaluation of every run, and how its arm was tuned
   scores.json   what the last checkpoints can do, question by question (see final_scores.py)
+  trials.json   how each trial ended
   tuning.json   the trials and the choice, as soon as it is made
-To keep them, copy the JSON files and the plots that matter to results/NAME/. Then --summary,
-called at the top of the repository, writes RESULTS.md from all that stands there (see summary.py).
+With --results=results/NAME a grid goes on even where DIR is gone: what stands there as ended is not
+repeated. At the end, and by --report alone at any time after the trials, DIR also gets
+  report/       the curves of all runs whose directories are there
+and runs that have not ended are kept too, as such. --summary, called at the top of the repository,
+writes RESULTS.md from all that stands in results/ (see summary.py).
 
 Exit status: 0 if all runs ended well; 1 if one failed, or if DIR cannot be written (one line);
 2 for a wrong command line; 143 if it was asked to stop (SIGTERM), after its runs have saved.
@@ -39,11 +42,12 @@ import subprocess
 import sys
 import threading
 import time
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
-from sdpo_jax import final_scores, metrics, report, summary, tuning
+from sdpo_jax import report, summary, tuning
 from sdpo_jax.config import in_file
 from sdpo_jax.errors import RunError, local_path
+from sdpo_jax.kept import Kept
 from sdpo_jax.tuning import Grid
 from sdpo_jax.workdir import write_atomically
 
@@ -51,6 +55,7 @@ TUNING_FILE = "tuning.json"
 # Set by SIGTERM: to exit from the handler could miss a run that is just being started.
 _asked_to_stop = threading.Event()
 SAVE_S = 120.0  # that a run may take to save and end once it is asked to
+Commands = list[list[str]]  # arguments of sdpo_jax.main, one after another in one directory
 
 
 class Experiment:
@@ -124,30 +129,43 @@ class Job(NamedTuple):
 
   name: str
   process: subprocess.Popen
+  rest: Commands  # that follow when the process has ended well
   begun: float  # time.monotonic()
 
 
-def run_grid(grid: Grid, root: pathlib.Path, jobs: int) -> list[str]:
-  """Runs everything, `jobs` runs at a time; returns the names of runs that failed."""
+def run_all(
+  runs: dict[str, Commands], root: pathlib.Path, jobs: int, on_end: Callable[[str], None]
+) -> list[str]:
+  """Runs everything, `jobs` runs at a time; returns the names of runs that failed.
+
+  on_end: called with the name of each run whose commands have all ended well.
+  """
   cores = _cores()
-  waiting, failed = list(grid.items()), []
+  waiting, failed = list(runs.items()), []
   running: dict[int, Job] = {}  # by slot; each slot has its share of the cores
+
+  def begin(slot: int, name: str, commands: Commands) -> None:
+    process = launch(root / name, commands[0], cores[slot::jobs] or cores)
+    running[slot] = Job(name, process, commands[1:], time.monotonic())
+
   try:
     while waiting or running:
       for slot in range(jobs):
         if slot not in running and waiting:
-          name, arguments = waiting.pop(0)
-          process = launch(root / name, arguments, cores[slot::jobs] or cores)
-          running[slot] = Job(name, process, time.monotonic())
+          begin(slot, *waiting.pop(0))
       if _asked_to_stop.wait(0.2):
         sys.exit(143)
       for slot, job in list(running.items()):
         if job.process.poll() is None:
           continue
         del running[slot]
+        _print_end(job, root, len(waiting) + len(running))
         if job.process.returncode:
           failed.append(job.name)
-        _print_end(job, root, len(waiting) + len(running))
+        elif job.rest:
+          begin(slot, job.name, job.rest)
+        else:
+          on_end(job.name)
   finally:
     # none is left, unless one could not be started or this process is interrupted
     end_all([job.process for job in running.values()])
@@ -178,36 +196,32 @@ def _print_end(job: Job, root: pathlib.Path, left: int):
   print(f"{job.name}: {result} after {seconds:.0f} s, {left} to go", flush=True)
 
 
-def evaluations(grid: Grid, root: pathlib.Path, suites: str) -> Grid:
-  """Returns the commands that evaluate the last checkpoint of each run, under the run's name."""
-  return {
-    name: [*arguments, "--mode=eval", f"--checkpoint={root / name}", f"--suites={suites}"]
-    for name, arguments in grid.items()
-  }
+def run_grid(
+  experiment: Experiment, root: pathlib.Path, jobs: int, kept: Kept, record: dict | None
+) -> list[str]:
+  """Runs what the grid lacks, and keeps what it gives; returns the names of runs that failed.
+
+  record: the contents of tuning.json; None: no arm was tuned.
+  """
+  grid = experiment.grid(chosen(record))
+  scored = experiment.suites is not None
+
+  def commands(name: str) -> Commands:
+    if not scored:
+      return [grid[name]]
+    place = [f"--checkpoint={root / name}", f"--suites={experiment.suites}"]
+    return [grid[name], [*grid[name], "--mode=eval", *place]]
+
+  def keep(name: str) -> None:
+    kept.add_run(name, grid[name], root / name, tuning.of_run(name, record), ended=True)
+
+  missing = [name for name in grid if not kept.has_run(name, grid[name], scored=scored)]
+  return run_all({name: commands(name) for name in missing}, root, jobs, keep)
 
 
 def begun_runs(grid: Grid, root: pathlib.Path) -> list[pathlib.Path]:
   """Returns the work directories of the grid's runs that have settings to report."""
   return [root / name for name in grid if (root / name / "config.json").exists()]
-
-
-def curves(grid: Grid, root: pathlib.Path, record: dict | None = None) -> dict:
-  """Returns {run: {"arguments": ..., "tuning": ..., "points": [...]}}: what curves.json holds.
-
-  A point holds the evaluations of a line of metrics.jsonl, and what had been generated by then.
-  record: the contents of tuning.json; None: no arm was tuned.
-  """
-  kept = ("step", "time_s", "train/generations", "train/sampled_tokens")
-  runs = {}
-  for name, arguments in grid.items():
-    points = []
-    for line in metrics.read(root / name):
-      if any(key.startswith("eval/") for key in line):
-        point = {k: v for k, v in line.items() if k.startswith("eval/") or k in kept}
-        points.append(point)
-    tuned = tuning.of_run(name, record)
-    runs[name] = {"arguments": arguments, "tuning": tuned, "points": points}
-  return runs
 
 
 def main(argv=None) -> int:
@@ -220,22 +234,20 @@ def main(argv=None) -> int:
     if flags.jobs < 1:
       raise ValueError(f"--jobs={flags.jobs} must be at least 1")
     experiment, root = Experiment(flags.config), pathlib.Path(flags.workdir)
+    kept = Kept(pathlib.Path(flags.results or flags.workdir))
     if flags.report:
-      record = recorded(experiment, root)
+      record = recorded(experiment, kept.directory)
       if not begun_runs(experiment.grid(chosen(record)), root):
         raise ValueError(f"--workdir={flags.workdir}: no run of {flags.config} began there")
   except (ValueError, FileNotFoundError) as error:
     complain(error)
     return 2
   try:
+    failed = []
     if not flags.report:
-      record = tune(experiment, root, flags.jobs)
-    grid = experiment.grid(chosen(record))
-    failed = [] if flags.report else run_grid(grid, root, flags.jobs)
-    if experiment.suites and not flags.report:
-      ended = {name: arguments for name, arguments in grid.items() if name not in failed}
-      failed += run_grid(evaluations(ended, root, experiment.suites), root, flags.jobs)
-    _report(grid, root, record)
+      record = tune(experiment, root, flags.jobs, kept)
+      failed = run_grid(experiment, root, flags.jobs, kept, record)
+    _report(experiment.grid(chosen(record)), root, record, kept)
   except (RunError, ValueError) as error:
     complain(error)
     return 1
@@ -250,28 +262,35 @@ def complain(error: Exception | str) -> None:
   print(f"sdpo_jax.experiment: {' '.join(str(error).split())}", file=sys.stderr)
 
 
-def tune(experiment: Experiment, root: pathlib.Path, jobs: int) -> dict | None:
+def tune(experiment: Experiment, root: pathlib.Path, jobs: int, kept: Kept) -> dict | None:
   """Runs the trials, chooses, and writes tuning.json; returns its contents, None without trials.
 
   RunError if a trial failed: a choice among the others would not be the one that was announced.
   """
   if not experiment.tuning:
     return None
-  failed = run_grid(tuning.runs(experiment.tuning), root, jobs)
+  runs = tuning.runs(experiment.tuning)
+
+  def keep(name: str) -> None:
+    kept.add_trial(name, runs[name], tuning.last_evaluation(root / name))
+
+  missing = {name: [run] for name, run in runs.items() if not kept.has_trial(name, run)}
+  failed = run_all(missing, root, jobs, keep)
   if failed:
     raise RunError(f"nothing is chosen, since trials failed: {', '.join(failed)}")
-  record = tuning.choose(experiment.tuning, root)
-  write_atomically(root / TUNING_FILE, json.dumps(record, indent=1) + "\n")
+  record = tuning.choose(experiment.tuning, {name: x["end"] for name, x in kept.trials.items()})
+  kept.directory.mkdir(parents=True, exist_ok=True)
+  write_atomically(kept.directory / TUNING_FILE, json.dumps(record, indent=1) + "\n")
   for arm, name in chosen(record).items():
     print(f"{arm}: {name} is chosen of {len(experiment.tuning[arm])} trials", flush=True)
   return record
 
 
-def recorded(experiment: Experiment, root: pathlib.Path) -> dict | None:
+def recorded(experiment: Experiment, directory: pathlib.Path) -> dict | None:
   """Returns the contents of tuning.json; None without trials. ValueError if it cannot be used."""
   if not experiment.tuning:
     return None
-  path = root / TUNING_FILE
+  path = directory / TUNING_FILE
   if not path.exists():
     raise ValueError(f"{path}: no such file: until all trials have run, the grid is not chosen")
   record = json.loads(path.read_text(encoding="utf-8"))
@@ -291,6 +310,7 @@ def _parse(argv) -> argparse.Namespace:
   parser.add_argument("--config", type=local_path, help="a file with get_grid()")
   parser.add_argument("--workdir", type=local_path)
   parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+  parser.add_argument("--results", type=local_path, help="where results are kept; default: workdir")
   parser.add_argument("--report", action="store_true", help="only summarise what is there")
   parser.add_argument("--summary", action="store_true", help="write RESULTS.md from results/")
   flags = parser.parse_args(argv)
@@ -302,23 +322,17 @@ def _parse(argv) -> argparse.Namespace:
   return flags
 
 
-def _report(grid: Grid, root: pathlib.Path, record: dict | None):
-  """Writes the report and curves.json of the runs that have begun."""
+def _report(grid: Grid, root: pathlib.Path, record: dict | None, kept: Kept):
+  """Writes the report of the runs that have begun, and keeps what unfinished ones gave."""
   begun = begun_runs(grid, root)
   if not begun:
     return
-  grid_begun = {name: arguments for name, arguments in grid.items() if root / name in begun}
-  tuned = {root / name: summary.tuning_words(tuning.of_run(name, record)) for name in grid_begun}
-  report.write_report(begun, root / "report", tuned)
-  kept = curves(grid_begun, root, record)
-  (root / "curves.json").write_text(json.dumps(kept, indent=1) + "\n")
-  finals = {
-    name: {key: kept[name][key] for key in ("arguments", "tuning")} | {"splits": splits}
-    for name in grid_begun
-    if (splits := final_scores.collect(root / name))
-  }
-  if finals:
-    (root / "scores.json").write_text(json.dumps(finals) + "\n")
+  tuned = {name: tuning.of_run(name, record) for name in grid if root / name in begun}
+  words = {root / name: summary.tuning_words(how) for name, how in tuned.items()}
+  report.write_report(begun, root / "report", words)
+  for name, how in tuned.items():
+    if not kept.has_run(name, grid[name], scored=False):
+      kept.add_run(name, grid[name], root / name, how, ended=False)
   print(f"report: {root}/report/index.html")
 
 

@@ -191,9 +191,16 @@ def _read_run(name: str, entry: dict) -> Run:
   return Run(domain, arm, seed, entry.get("tuning"), entry.get("points", []))
 
 
+def _ended_runs(entries: dict) -> list[Run]:
+  """Returns the runs of curves.json; of one that has not ended the last evaluation is no result."""
+  return [_read_run(name, entry) for name, entry in entries.items() if entry.get("ended", True)]
+
+
 def _curves(entries: dict) -> list[str]:
   """Returns the tables of a grid, for each domain apart."""
-  runs = [_read_run(name, entry) for name, entry in entries.items()]
+  runs = _ended_runs(entries)
+  if not runs:
+    return ["No run has ended yet."]
   times = [run.points[-1]["time_s"] for run in runs]
   parts = [
     f"Recorded: {len(runs)} runs, {sum(times) / 3600:.1f} hours in all, "
@@ -515,7 +522,7 @@ def _scores_on(task: str, folder: pathlib.Path) -> dict[str, list[float]]:
   for place, suffix in ((folder, f"_on_{task}"), (folder.parent / task, "")):
     path = place / "curves.json"
     entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for run in (_read_run(name, entry) for name, entry in entries.items()):
+    for run in _ended_runs(entries):
       name = agreement.CALLED.get(run.arm.removesuffix(suffix))
       if name is not None and run.arm.endswith(suffix):
         scores.setdefault(name, []).append(run.last(SPLITS[0]))

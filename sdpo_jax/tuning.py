@@ -221,26 +221,23 @@ def _settings(arguments: tuple[str, ...]) -> ml_collections.ConfigDict:
 # The choice
 
 
-def choose(tuning: Tuning, root: pathlib.Path) -> dict:
-  """Returns the contents of tuning.json, from the trials that have run under `root`.
-
-  RunError for a trial whose runs were not evaluated.
-  """
+def choose(tuning: Tuning, ends: dict[str, dict]) -> dict:
+  """Returns the contents of tuning.json, from the last evaluation of each trial's run by name."""
   arms = {}
   for arm, trials in tuning.items():
-    scored = {name: _score(Trial(arm, name, given), root) for name, given in trials.items()}
+    scored = {name: _score(Trial(arm, name, given), ends) for name, given in trials.items()}
     best = max(scored, key=lambda name: scored[name]["mean"])
     arms[arm] = {"chosen": best, "trials": scored}
   return {"metric": METRIC, "rule": RULE, "arms": arms}
 
 
-def _score(trial: Trial, root: pathlib.Path) -> dict:
+def _score(trial: Trial, ends: dict[str, dict]) -> dict:
   """Returns what tuning.json has of a trial."""
-  ends = [_last_evaluation(root / name) for name in trial.runs()]
-  scores = [end[METRIC] for end in ends]
+  own = [ends[name] for name in trial.runs()]
+  scores = [end[METRIC] for end in own]
   mean, low, high = stats.mean_interval(scores)
-  if len(ends) == 1:
-    low, high = ends[0].get(f"{METRIC}_low"), ends[0].get(f"{METRIC}_high")
+  if len(own) == 1:
+    low, high = own[0].get(f"{METRIC}_low"), own[0].get(f"{METRIC}_high")
   seeds = [settings(name, arguments).seed for name, arguments in trial.runs().items()]
   return {
     "arguments": trial.arguments,
@@ -252,11 +249,12 @@ def _score(trial: Trial, root: pathlib.Path) -> dict:
   }
 
 
-def _last_evaluation(workdir: pathlib.Path) -> dict:
+def last_evaluation(workdir: pathlib.Path) -> dict:
+  """Returns the last score of a trial's run, with its interval; RunError if it has none."""
   lines = [line for line in metrics.read(workdir) if METRIC in line]
   if not lines:
     raise RunError(f"{workdir}: no response was judged, so it has no {METRIC}")
-  return lines[-1]
+  return {key: value for key, value in lines[-1].items() if key.startswith(METRIC)}
 
 
 def choice_of(record: dict) -> dict[str, str]:

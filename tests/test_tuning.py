@@ -4,6 +4,7 @@ import hashlib
 import json
 import pathlib
 import re
+import shutil
 
 import pytest
 
@@ -199,7 +200,7 @@ def test_an_unfair_tuning_is_one_line_before_anything_runs(
   path = tmp_path / "own.py"
   path.write_text(text)
   monkeypatch.chdir(ROOT)
-  monkeypatch.setattr(experiment, "run_grid", lambda *_: pytest.fail("something ran"))
+  monkeypatch.setattr(experiment, "run_all", lambda *_: pytest.fail("something ran"))
   assert experiment.main([f"--config={path}", f"--workdir={tmp_path}/runs"]) == 2
   error = capsys.readouterr().err
   assert message in error and error.count("\n") == 1
@@ -224,14 +225,14 @@ SCORES = {  # arm, learning rate, seed -> the last evaluation
 
 
 class Runs:
-  """Stands in for run_grid: keeps the grids, and writes what their runs would."""
+  """Stands in for run_all: keeps the grids, and writes what their runs would."""
 
   def __init__(self, failing=()):
     self.failing, self.grids = failing, []
 
-  def __call__(self, grid, root, jobs):
+  def __call__(self, grid, root, jobs, on_end):
     self.grids.append(list(grid))
-    for name, arguments in grid.items():
+    for name, (arguments,) in grid.items():
       workdir = root / name
       workdir.mkdir(parents=True, exist_ok=True)
       settings = {"seed": 0, "method": {"name": name[0]}, "env": {"name": "tinycode"}}
@@ -245,6 +246,8 @@ class Runs:
       last |= {"train/generations": 64, "train/sampled_tokens": 640}
       lines = [json.dumps(line) + "\n" for line in (first, last)]
       (workdir / "metrics.jsonl").write_text("".join(lines))
+      if name not in self.failing:
+        on_end(name)
     return [name for name in grid if name in self.failing]
 
 
@@ -255,7 +258,7 @@ def tuned(tmp_path, monkeypatch):
   def call(text, runs, *flags, page=False):
     (tmp_path / "own.py").write_text(text)
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(experiment, "run_grid", runs)
+    monkeypatch.setattr(experiment, "run_all", runs)
     if not page:
       monkeypatch.setattr(experiment.report, "write_report", lambda *_: None)
     arguments = [f"--config={tmp_path}/own.py", f"--workdir={tmp_path}/runs", *flags]
@@ -341,6 +344,46 @@ def test_a_file_without_tuning_has_no_tuned_arm(tmp_path, tuned):
   assert runs.grids == [["one"]]
   assert not (tmp_path / "runs" / "tuning.json").exists()
   assert json.loads((tmp_path / "runs" / "curves.json").read_text())["one"]["tuning"] is None
+
+
+def test_a_grid_goes_on_from_its_results_alone(tmp_path, tuned):
+  """Neither trials nor runs that ended are repeated, though their directories are gone."""
+  results = f"--results={tmp_path}/kept"
+  failing = Runs(failing=["a_seed1"])
+  assert tuned(FILE, failing, results) == 1 and failing.grids[1] == GRID
+  shutil.rmtree(tmp_path / "runs")
+  record = (tmp_path / "kept" / "tuning.json").read_text()
+  again = Runs()
+  assert tuned(FILE, again, results) == 0
+  assert again.grids == [[], ["a_seed1"]]
+  assert (tmp_path / "kept" / "tuning.json").read_text() == record
+  ends = json.loads((tmp_path / "kept" / "curves.json").read_text())
+  assert ends.keys() == set(GRID) and all(run["ended"] for run in ends.values())
+  other = Runs()
+  assert tuned(FILE.replace("seed=5", "seed=6"), other, results) == 0
+  assert other.grids == [[], ["other"]]  # its arguments are others now
+  assert not (tmp_path / "runs" / "curves.json").exists()
+
+
+def test_a_run_that_has_not_ended_is_kept_as_such_and_is_in_no_table(tmp_path, tuned):
+  results = f"--results={tmp_path}/results/grid"
+  assert tuned(FILE, Runs(failing=["a_seed0", "a_seed1"]), results) == 1
+  ends = json.loads((tmp_path / "results" / "grid" / "curves.json").read_text())
+  assert {name for name, run in ends.items() if not run["ended"]} == {"a_seed0", "a_seed1"}
+  assert len(ends["a_seed0"]["points"]) == 2
+  assert "| heldout | `b` | 2 |" in (page := summary.text(tmp_path))
+  assert "| heldout | `a` |" not in page
+  again = Runs()
+  assert tuned(FILE, again, results) == 0 and again.grids == [[], ["a_seed0", "a_seed1"]]
+  assert "| heldout | `a` | 2 |" in summary.text(tmp_path)
+
+
+def test_broken_results_are_one_line(tmp_path, tuned, capsys):
+  (tmp_path / "kept").mkdir()
+  (tmp_path / "kept" / "curves.json").write_text("{")
+  assert tuned(FILE, Runs(), f"--results={tmp_path}/kept") == 2
+  error = capsys.readouterr().err
+  assert "curves.json cannot be read" in error and error.count("\n") == 1
 
 
 def test_results_tell_of_the_tuning(tmp_path, tuned):
