@@ -109,6 +109,11 @@ def base() -> ml_collections.ConfigDict:
     # [0, 1]. With a penalty each turn counts in the statistics of its group, without one each
     # episode does
     turn_penalty=0.01,
+    # False: no turn is sampled while a world is at work, so that what is sampled together depends
+    # on no world's speed, and a run repeats value for value. True: turns are sampled while other
+    # episodes wait for their worlds, for worlds that are slow; the same text but for rounding.
+    # Servers always do
+    overlap=False,
     temperature=1.0,
     top_p=1.0,
     rows=64,  # sequences decoded together
@@ -754,7 +759,7 @@ def _check_episodes(c: ml_collections.ConfigDict) -> None:
   """Raises ValueError for what an environment of episodes cannot be asked for."""
   rollout = c.rollout
   if not plays(find_env(c.env.name)):
-    for key in ("max_episode_tokens", "turn_penalty"):
+    for key in ("max_episode_tokens", "turn_penalty", "overlap"):
       if rollout[key] != base().rollout[key]:
         raise ValueError(
           f"config.rollout.{key}={rollout[key]} would not be read: "

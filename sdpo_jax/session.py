@@ -345,6 +345,7 @@ def _local_engine(c, loaded: Loaded, mesh) -> LocalEngine:
     rows=c.rollout.rows,
     chunk=c.rollout.chunk,
     text_of=loaded.chat.plain_text,
+    deterministic=not c.rollout.overlap,
   )
 
 

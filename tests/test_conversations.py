@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import random
+import threading
 import time
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from sdpo_jax.engine import programs
 from sdpo_jax.engine.local import LocalEngine
 from sdpo_jax.engine.requests import RequestQueue
+from sdpo_jax.errors import Preempted
 from sdpo_jax.records import Completion, Request, Sampling
 from tests.test_decoder import OLMO, QWEN, logits, params_of
 
@@ -126,6 +128,19 @@ def test_an_engine_that_goes_by_arrival_says_the_same():
   assert {place: c.tokens for place, (_, c) in done.items()} == {
     place: c.tokens for place, (_, c) in converse().items()
   }
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_an_engine_that_waits_for_answers_can_be_interrupted(deterministic):
+  """Nobody answers here."""
+  engine = LocalEngine(QWEN, rows=4, chunk=4, columns=8, deterministic=deterministic)
+  engine.load(params_of(QWEN), 0)
+  queue = RequestQueue([request_of(0, 0, FIRST[0], 1.0)])
+  found = iter(engine.generate(queue))
+  next(found)
+  threading.Timer(0.1, engine.interrupt).start()
+  with pytest.raises(Preempted):
+    next(found)
 
 
 def test_an_answer_twice_or_to_nothing_is_named():

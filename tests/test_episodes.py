@@ -1,6 +1,7 @@
 """Episodes: worlds answer turns, and whatever one of them does costs itself alone."""
 
 import dataclasses
+import functools
 import threading
 import time
 
@@ -264,6 +265,35 @@ def test_episodes_equal_those_of_a_player_that_plays_one_after_another(play):
       assert rollout.tokens == row.tokens and rollout.turns[-1].done
       np.testing.assert_allclose(rollout.logp, row.logp, atol=1e-4)
       assert [s.before for s in rollout.sampled] == [s.before for s in row.sampled]
+
+
+def test_turns_are_sampled_while_a_world_is_at_work_if_that_is_asked_for(play):
+  """The ids are the same either way; only who is sampled before whom differs."""
+  config, params = fakes.toy_model(vocab=258)
+  sampling = dataclasses.replace(SAMPLING, max_new_tokens=5)
+  tokens, orders = [], []
+  for deterministic in (True, False):
+    env, order = Broken({0: "slow"}), []
+    env._limit = 3
+    engine = LocalEngine(config, rows=4, chunk=8, deterministic=deterministic)
+    load, generate = engine.load, engine.generate
+    engine.load = functools.partial(lambda load, _, version: load(params, version), load)
+
+    def noting(requests, generate=generate, order=order):
+      for completion in generate(requests):
+        order.append(completion.key)
+        yield completion
+
+    engine.generate = noting
+    _, groups = play(env, engine, sampling=sampling, threads=4)
+    tokens.append([[rollout.tokens for rollout in group] for group in groups])
+    orders.append(order)
+  assert tokens[0] == tokens[1]
+  step_by_step, overlapped = orders
+  turns = [turn for _, _, turn in step_by_step]
+  assert turns == sorted(turns) == [0] * 4 + [1] * 4 + [2] * 4
+  # whichever episode was started first is slow, and the others end before its second turn
+  assert len({key[:2] for key in overlapped[-2:]}) == 1 and len(overlapped) == 12
 
 
 class Stubborn(Broken):

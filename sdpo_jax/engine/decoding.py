@@ -86,17 +86,20 @@ class Decoding:
     return self.cache.shards
 
   def run(self, requests: Iterable[Request] | RequestQueue) -> Iterator[Completion]:
-    """Yields all completions. Raises Preempted once it is interrupted, after a chunk at most."""
+    """Yields all completions.
+
+    Raises Preempted once it is interrupted: after a chunk, or where it waits for answers soon.
+    """
     queue: RequestQueue | None = None
     if isinstance(requests, RequestQueue):
       queue, take = requests, requests.take
     else:
       take = functools.partial(next, iter(requests), None)
     while True:
-      if self.is_interrupted():
-        raise Preempted("sampling was interrupted")
       if queue is not None:
         self._hear(queue)
+      if self.is_interrupted():
+        raise Preempted("sampling was interrupted")
       self._admit(take)
       if not self._has_live():
         return
@@ -117,7 +120,7 @@ class Decoding:
     """Waits for answers as far as it must, and frees what nothing follows."""
     # what waits here is known to nobody else
     if self.deterministic or not (self._has_live() or self._waiting):
-      queue.wait(for_all=self.deterministic)
+      queue.wait(for_all=self.deterministic, is_interrupted=self.is_interrupted)
     dropped = queue.take_dropped()
     if dropped:
       for shard in self.shards:

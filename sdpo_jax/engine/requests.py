@@ -22,6 +22,8 @@ import time
 
 from sdpo_jax.records import Completion, Request
 
+LOOK_S = 0.5  # between two looks at whether an engine that waits is interrupted
+
 
 def check(request: Request, vocab: int, *, has_text: bool, searches: bool = False) -> None:
   """Raises ValueError for a request that the engine cannot answer.
@@ -119,13 +121,16 @@ class RequestQueue:
       dropped, self._dropped = self._dropped, []
       return dropped
 
-  def wait(self, *, for_all: bool) -> None:
+  def wait(self, *, for_all: bool, is_interrupted: Callable[[], bool] = lambda: False) -> None:
     """Returns when a request waits or nothing can come; for_all: only when nothing can come.
 
     What can come are answers that are missing, and new requests while the queue is open.
+    is_interrupted: is asked now and then, and ends the waiting when it says so.
     """
     begun = time.monotonic()
     with self._changed:
       while (self._unanswered or self._is_open) and (for_all or not self._waiting):
-        self._changed.wait()
+        if is_interrupted():
+          break
+        self._changed.wait(LOOK_S)
       self.waited_s += time.monotonic() - begun

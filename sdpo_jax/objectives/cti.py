@@ -17,6 +17,8 @@ those of failures, against the policy gradient, and the gap decides the size alo
 table of four quadrants, in which the sign of the gap turns that of c, holds for the fallback.
 Moreover standardised advantages saturate c: |contrast| is about 1, and tanh(5 / 2) = .99. So
 `cti_sign` = -1 is there to compare with. With many-valued rewards none of this has to hold.
+In a group of two the only sibling has all the weight: the gap then decides nothing, and the teacher
+teaches nothing but where a token has no sibling (`teacher_gate.py` refuses such a run).
 
 What the estimator tends to. Let the pairs (A, d) of the members be independent and of one
 distribution, w = e^(d / tau). The siblings' mean is a self-normalised importance estimate: as G
