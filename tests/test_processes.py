@@ -5,6 +5,7 @@ end with the metrics of one that was left alone, and leave no process and no fil
 """
 
 import ctypes
+import functools
 import json
 import os
 import pathlib
@@ -378,6 +379,44 @@ def test_kills_at_random_moments(tmp_path, whole, count, then, seed):
     assert_near(lines, whole(then))
     started = json.loads((tmp_path / "run.json").read_text())["started"]
     assert len(started) == 2
+
+
+EPISODES = (
+  "--config=configs/agentic.py:local,method=craft",
+  "--config.env.name=household",
+  "--config.rollout.group=4",  # of two, the teacher would have no say in c
+  "--config.rollout.rows=8",
+  "--config.eval.questions=4",
+)
+
+
+@pytest.fixture(scope="module")
+def whole_of_episodes(tmp_path_factory):
+  """Returns the metrics of a run of episodes that was left alone, by its number of processes."""
+  return functools.cache(
+    lambda count: finish(tmp_path_factory.mktemp(f"episodes{count}"), count, *EPISODES)
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "count, then, after", [(1, 1, 1), (1, 1, 3), (2, 2, 2), (1, 2, 3), (2, 1, 1)]
+)
+def test_kills_of_a_run_of_episodes(tmp_path, whole_of_episodes, count, then, after):
+  """Killed while episodes are played after some step, and gone on with, controller and all."""
+  whole = whole_of_episodes(then)
+  assert any("control/balance" in line for line in whole)
+  assert any(line.get("rollout/turns", 0) > 1 for line in whole)
+  job = Job(tmp_path, count, *EPISODES)
+  job.wait_for(lambda: len(metrics.read(tmp_path)) > after)
+  job.signal(signal.SIGKILL)
+  statuses = job.statuses(PEER_TIMEOUT_S + 60)
+  assert all(status == 137 for status in statuses), job.logs()
+  lines = finish(tmp_path, then, *EPISODES)
+  if then == count:
+    assert lines == whole
+  else:
+    assert_near(lines, whole)
 
 
 @pytest.mark.slow

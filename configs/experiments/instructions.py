@@ -4,8 +4,7 @@ Run:    python -m sdpo_jax.experiment --config=configs/experiments/instructions.
           --workdir=runs/instructions --jobs=2
 Smoke:  python -m sdpo_jax.experiment --config=configs/experiments/instructions.py:local \
           --workdir=runs/instructions_local
-Grid:   five arms, three seeds, 40 steps of 48 responses each. rlrt reads another success of the
-        group, so it needs no reference solution, of which the task has none. All else is
+Grid:   four arms, three seeds, 30 steps of 48 responses each. All else is
         configs/instructions.py, and nothing is tuned: every arm has its learning rate.
 Before: python -m sdpo_jax.main --mode=diagnose --workdir=runs/diagnosis_instructions \
           --config=configs/instructions.py:method=sdpo
@@ -23,7 +22,6 @@ ARMS = {
   "sdpo": ("sdpo", ()),
   "sdpo_frozen": ("sdpo", ("--config.method.teacher_weights.name=frozen",)),
   "sdpo_blend": ("sdpo_blend", ()),
-  "rlrt": ("rlrt", ()),
 }
 SEEDS = range(3)
 
