@@ -225,10 +225,15 @@ class _Watch(threading.Thread):
   def end(self) -> None:
     """Leaves the run with all others, watched up to then, and waits until the thread is through.
 
-    A thread that still calls the coordinator while the interpreter ends would abort the process.
+    jax waits for the others so long as `shutdown_timeout_seconds`, and process 0 may write a report
+    for longer: so all wait here before, where silence alone counts. A thread that still calls the
+    coordinator while the interpreter ends would abort the process.
     """
     try:
-      jax.distributed.shutdown()  # waits for the others
+      _set("through", "")
+      while len(_get("through")) < _count():
+        time.sleep(0.1)
+      jax.distributed.shutdown()
     finally:
       self._is_over.set()
       self.join()

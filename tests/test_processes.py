@@ -255,6 +255,27 @@ def test_processes_that_are_through_leave_with_status_0():
     assert [process.wait(60) for process in pair] == [0, 0]
 
 
+LEAVE_LATE = """
+import sys, time
+from sdpo_jax import hosts
+hosts.start(sys.argv[1], 2)
+if hosts.leads():
+  time.sleep(6)
+print("through")
+"""
+
+
+def test_who_is_through_waits_for_one_that_still_writes():
+  """For three times as long as a process may be silent: it is at work and says so."""
+  env = os.environ | {"JAX_PLATFORMS": "cpu"}
+  address = f"127.0.0.1:{free_port()},2"
+  pair = [
+    subprocess.Popen([sys.executable, "-c", LEAVE_LATE, f"{address},{rank}"], cwd=ROOT, env=env)
+    for rank in range(2)
+  ]
+  assert [process.wait(60) for process in pair] == [0, 0]
+
+
 def test_two_processes_stop_save_and_go_on(tmp_path, whole):
   stop_and_finish(tmp_path, 2, "evaluation", whole)
 
