@@ -177,12 +177,14 @@ def _read_run(name: str, entry: dict) -> Run:
   """Reads an entry of curves.json or scores.json, and the name of its run.
 
   The arguments name a configuration file and the file's keys. Their values name the arm, unless the
-  run is called [DOMAIN_]ARM_seedN.
+  run is called [DOMAIN_]ARM_seedN or ARM_on_DOMAIN_seedN.
   """
   keys = dict(pair.split("=", 1) for pair in entry["arguments"][0].rpartition(":")[2].split(","))
   domain, seed = keys.pop("domain", ""), int(keys.pop("seed"))
   arm = name.removesuffix(f"_seed{seed}")
-  if arm == name:
+  if arm != name and "_on_" in arm:
+    arm, _, domain = arm.partition("_on_")
+  elif arm == name:
     arm = ", ".join(keys.values())
   elif domain and arm.startswith(f"{domain}_"):
     arm = arm.removeprefix(f"{domain}_")
@@ -519,12 +521,12 @@ def _diagnoses(folder: pathlib.Path) -> list[str]:
 def _scores_on(task: str, folder: pathlib.Path) -> dict[str, list[float]]:
   """Returns {method as a diagnosis calls it: the last score of each seed}."""
   scores: dict[str, list[float]] = {}
-  for place, suffix in ((folder, f"_on_{task}"), (folder.parent / task, "")):
+  for place, domain in ((folder, task), (folder.parent / task, "")):
     path = place / "curves.json"
     entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for run in _ended_runs(entries):
-      name = agreement.CALLED.get(run.arm.removesuffix(suffix))
-      if name is not None and run.arm.endswith(suffix):
+      name = agreement.CALLED.get(run.arm)
+      if name is not None and run.domain == domain:
         scores.setdefault(name, []).append(run.last(SPLITS[0]))
     if scores:
       break

@@ -541,4 +541,5 @@ def test_results_hold_a_diagnosis_against_its_runs(tmp_path):
   (folder / "curves.json").write_text(json.dumps(entries))
   page = summary.text(tmp_path)
   assert "sdpo 90.0 (80.0 to 100.0), sdpo_blend 70.0" in page
+  assert "### notes" in page and "| heldout | `sdpo` | 2 | 90.0 |" in page
   assert "| 1.00 | -0.71 |" in page and "| **1.00** | **-0.71** |" in page
