@@ -69,6 +69,9 @@ setup(
       "kubernetes-validate==1.37.0",
       "jsonschema>=4.26.0",
       "accelerate>=1.15.0",  # transformers asks for it where it reads a GGUF file
+      "nbclient>=0.11.0",  # these run the notebooks
+      "nbformat>=5.11.1",
+      "ipykernel>=7.4.0",
       *SERVE,
       *GGUF,
       *WEBSHOP,

@@ -53,10 +53,10 @@ X_AXES = {
   "train/sampled_tokens": "tokens generated",
 }
 TRAINING = {  # metric -> title, unit
-  "train/reward": ("Training reward", "mean reward of a step's responses"),
+  "train/reward": ("Training reward", "mean reward of a step"),
   "train/loss": ("Training loss", "loss"),
   "train/entropy": ("Policy entropy", "nats a token"),
-  "train/teacher_gap_abs": ("Distance of teacher and policy", "mean |log-prob. gap|, nats a token"),
+  "train/teacher_gap_abs": ("Distance of teacher and policy", "mean |gap|, nats a token"),
   "train/credit_change": ("What the credit changes", "mean |change of the advantage|"),
   "train/contrast_strong": ("Tokens with a strong credit", "share with |c| above contrast.strong"),
   "control/teacher_weights": ("How far the teacher moves", "share of its way to the policy"),
@@ -144,6 +144,22 @@ def read_run(workdir) -> Run:
     texts=texts,
     not_numbers=sum(map(len, lines)) - sum(map(len, finite_lines)),
   )
+
+
+def read_runs(workdirs) -> list[Run]:
+  """Reads work directories, and names the runs so that they can be told apart."""
+  runs = [read_run(workdir) for workdir in workdirs]
+  _label(runs)
+  return runs
+
+
+def read_rollouts(workdir) -> list[dict]:
+  """Returns all lines of a run's rollout files (`rollout_log.py`), the oldest first.
+
+  Lines that cannot be read are left out.
+  """
+  files = sorted((pathlib.Path(workdir) / "rollouts").glob("step_*.jsonl"))
+  return [line for path in files for line in _json_lines(path)[0]]
 
 
 def _finite(line: dict) -> dict:
@@ -236,10 +252,9 @@ def write_report(workdirs, out, tuned: dict[pathlib.Path, str] | None = None) ->
   tuned: {work directory: how the settings of its run were chosen}, where that is known.
   """
   out = pathlib.Path(out)
-  runs = [read_run(workdir) for workdir in workdirs]
+  runs = read_runs(workdirs)
   for run in runs:
     run.tuned = (tuned or {}).get(run.workdir, "")
-  _label(runs)
   out.mkdir(parents=True, exist_ok=True)
   page = template("report.html").render(
     title=_title(runs),
@@ -539,32 +554,50 @@ def _mean_curve(members: list[Run], name: str, x_axis: str) -> list[tuple[float,
 
 def _curves(runs: list[Run], out: pathlib.Path, prefix: str = "") -> list[dict]:
   """Returns the pictures of each x axis; writes them into `out`, names beginning with `prefix`."""
-  panels = [
-    (f"eval/{split}/avg@k", f"Evaluation: {split}", "mean reward (avg@k)")
-    for split in _splits(runs)
-  ]
-  panels += [(name, title, unit) for name, (title, unit) in TRAINING.items()]
+  panels = [*(f"eval/{split}/avg@k" for split in _splits(runs)), *TRAINING]
   axes = [axis for axis in X_AXES if any(run.series(axis, "step") for run in runs)] or ["step"]
   curves = []
   for axis in axes:
     pictures = []
-    for name, title, unit in panels:
+    for name in panels:
       if not any(run.series(name, axis) for run in runs):
         continue
-      png = _picture(runs, name, title, unit, axis)
+      png = _picture(runs, name, axis)
       file_name = f"{prefix}{name} by {axis.split('/')[-1]}"
       file_name = "".join(c if c.isalnum() else "_" for c in file_name) + ".png"
       (out / file_name).write_bytes(png)
+      title, _ = _title_and_unit(name)
       pictures.append({"title": title, "base64": base64.b64encode(png).decode()})
     curves.append({"title": X_AXES[axis], "pictures": pictures})
   return curves if any(axis["pictures"] for axis in curves) else []
 
 
-def _picture(runs: list[Run], name: str, title: str, unit: str, x_axis: str) -> bytes:
+def _title_and_unit(name: str) -> tuple[str, str]:
+  """Returns what stands over the panel of a metric, and at its y axis."""
+  if name in TRAINING:
+    return TRAINING[name]
+  if name.startswith("eval/") and name.endswith("/avg@k"):
+    return f"Evaluation: {name.split('/')[1]}", "mean reward (avg@k)"
+  return name, name
+
+
+def _picture(runs: list[Run], name: str, x_axis: str) -> bytes:
   """Draws one metric of all groups; returns a PNG file."""
   figure = Figure(figsize=(5.4, 3.5), dpi=110, layout="constrained")
-  plot = figure.add_subplot(xlabel=X_AXES[x_axis], ylabel=unit)
+  draw_curves(figure.add_subplot(), runs, name, x_axis)
+  picture = io.BytesIO()
+  figure.savefig(picture, format="png")
+  return picture.getvalue()
+
+
+def draw_curves(plot, runs: list[Run], name: str, x_axis: str = "train/generations") -> None:
+  """Draws a metric of the runs of `read_runs` into an Axes, as the report does.
+
+  x_axis: one of X_AXES.
+  """
+  title, unit = _title_and_unit(name)
   plot.set_title(title, parse_math=False)
+  plot.set(xlabel=X_AXES[x_axis], ylabel=unit)
   groups = _groups(runs)
   legend = {}  # line -> what it stands for
   for i, (label, members) in enumerate(groups.items()):
@@ -579,9 +612,6 @@ def _picture(runs: list[Run], name: str, title: str, unit: str, x_axis: str) -> 
   plot.spines[["top", "right"]].set_visible(False)
   if len(groups) > 1:
     _write_legend(plot, legend)
-  picture = io.BytesIO()
-  figure.savefig(picture, format="png")
-  return picture.getvalue()
 
 
 def _legend_text(label: str, labels: Iterable[str]) -> str:
@@ -717,6 +747,16 @@ def card(rollout: dict) -> dict:
     "response": rollout.get("response", ""),
     "tokens": [_token(token, gap) for token, gap in zip(tokens, gaps)] if has_gaps else None,
   }
+
+
+def embedded(rollouts: Iterable[dict], height_px: int = 480) -> str:
+  """Returns cards of rollouts as the HTML of a frame, so that a notebook keeps its own style.
+
+  rollouts: lines of rollout files, or what else `card` shows.
+  """
+  cards = [card(rollout) for rollout in rollouts]
+  page = template("cards.html").render(cards=cards, legend=legend())
+  return template("frame.html").render(page=page, height_px=height_px)
 
 
 def _reward(reward) -> tuple[str, str]:

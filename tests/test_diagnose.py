@@ -15,6 +15,7 @@ from sdpo_jax.data.teacher_prompt import Shown, teacher_prompt
 from sdpo_jax.diagnose import advice, agreement, measures, mode, probe, tokens, verdict
 from sdpo_jax.diagnose.again import Again, choose, make_again
 from sdpo_jax.diagnose.prompts import ABOUT, CONTROL, OWN, SDPO, TURN, Prompt, PromptMaker
+from sdpo_jax.errors import SettingError
 from sdpo_jax.objectives import build
 from sdpo_jax.objectives.teacher_context import Context
 from sdpo_jax.records import Feedback, Rollout, Sampling, Status, Task
@@ -252,11 +253,15 @@ def test_known_answers_are_a_success_of_the_group_or_the_questions_own(chat):
   assert tokens.known_answer([rollout(chat, 0.0, task=task)], succeeded, chat) is None
 
 
+def reading(attempt, strings, gap, differs):
+  return tokens.Reading(attempt, list(strings), gap, differs, list(strings), list(strings))
+
+
 def test_figures_of_tokens_by_hand(chat):
   attempt = rollout(chat, 0.0)
   readings = [
-    tokens.Reading(attempt, list("abcd"), [0.0, 0.0, 1.0, -3.0], [False, False, True, True]),
-    tokens.Reading(attempt, ["a"], [2.0], [True]),
+    reading(attempt, "abcd", [0.0, 0.0, 1.0, -3.0], [False, False, True, True]),
+    reading(attempt, "a", [2.0], [True]),
   ]
   answers = {"feedback": [tokens.Answer("a", 0.5, 1.0), tokens.Answer("b", 0.0, 0.5)]}
   found = tokens.figures(readings, answers)
@@ -444,6 +449,28 @@ def test_a_method_without_a_teacher_is_diagnosed_beside_sdpos(tmp_path, capsys):
   assert "another success, else feedback" in out and "nats a token apart" in out
   found = found_in(tmp_path)
   assert found["verdict"]["method"] == "grpo" and OWN in found["prompts"]
+
+
+def settings(*more):
+  return main.parse(["main", "--config=configs/tinycode.py:local", *more])[1]
+
+
+def test_attempts_are_read_without_a_diagnosis(tmp_path, monkeypatch):
+  config = settings("--config.mesh.fsdp=1", "--config.diagnose.texts=3")
+  monkeypatch.chdir(tmp_path)
+  readings = mode.token_readings(config)
+  assert len(readings) == 3 and not list(tmp_path.iterdir())  # nothing is written
+  for one in readings:
+    assert {len(field) for field in one[1:]} == {len(one.attempt.tokens)}
+    for i, differs in enumerate(one.top_differs):
+      assert differs == (one.policy_top[i] != one.teacher_top[i])
+  failed = [one.attempt.feedback.reward < 1 for one in readings]
+  assert failed == sorted(failed, reverse=True) and any(any(one.gap) for one in readings)
+
+
+def test_attempts_on_several_devices_are_not_read():
+  with pytest.raises(SettingError, match="config.mesh lays the run over 8: set config.mesh.fsdp=1"):
+    mode.token_readings(settings())
 
 
 REMOTE = (

@@ -62,6 +62,8 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "tuning": 4.7,
   "plan": 4.7,
   "acting": 4.7,
+  "transcripts": 4.7,
+  "plots": 4.8,
   "train": 5,
   "diagnose": 4.7,
   "discover": 5,

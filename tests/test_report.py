@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+from matplotlib.figure import Figure
 import pytest
 
 from sdpo_jax import report
@@ -589,3 +590,42 @@ def test_answers_are_left_out_where_they_cannot_be_compared(tmp_path, damage):
   if damage == "another set":
     kept_texts(run, 2, prompt="Another?")
   assert "Answers before" not in Page(report.write_report([run], tmp_path / "out")).source
+
+
+# ---- what notebooks use --------------------------------------------------------------------------
+
+
+def test_curves_are_drawn_into_any_axes(tmp_path):
+  folders = [workdir(tmp_path / name, method=name) for name in ("sdpo", "grpo")]
+  plot = Figure().add_subplot()
+  report.draw_curves(plot, report.read_runs(folders), "eval/heldout/avg@k")
+  first, second = plot.lines
+  assert list(first.get_xdata()) == [0, 64, 128] and list(second.get_ydata()) == [0.1, 0.5, 0.9]
+  assert [text.get_text() for text in plot.get_legend().get_texts()] == ["sdpo", "grpo"]
+  assert plot.get_xlabel() == "responses generated" and plot.get_title() == "Evaluation: heldout"
+  assert plot.get_ylabel() == "mean reward (avg@k)"
+  other = Figure().add_subplot()
+  report.draw_curves(other, report.read_runs(folders[:1]), "perf/first_step_s", "step")
+  assert other.get_ylabel() == "perf/first_step_s" and not other.get_legend()
+
+
+def test_all_rollouts_are_read_the_oldest_first(tmp_path):
+  many = [rollout(10, task_id=str(i)) for i in range(30)]
+  path = workdir(tmp_path / "run", rollouts=[(10, many), (2, [rollout(2)])])
+  with open(path / "rollouts" / "step_000010.jsonl", "a") as file:
+    file.write('{"step": 10, "task')  # a run that is still writing
+  lines = report.read_rollouts(path)
+  assert [line["step"] for line in lines] == [2] + [10] * 30 and lines[1:] == many
+  assert report.read_rollouts(tmp_path) == []
+
+
+def test_a_frame_holds_the_cards_as_a_page_of_its_own(tmp_path):
+  text = report.embedded([rollout(1, prompt=NASTY), rollout(2, tokens=None)], height_px=99)
+  (tmp_path / "frame.html").write_bytes(text.encode("utf-8", "replace"))
+  outer = Page(tmp_path / "frame.html")
+  (frame,) = [attributes for tag, attributes in outer.tags if tag == "iframe"]
+  assert "height: 99px" in frame["style"] and "script" not in dict(outer.tags)
+  (tmp_path / "cards.html").write_text(frame["srcdoc"], encoding="utf-8")
+  inner = Page(tmp_path / "cards.html")
+  assert inner.has("<script>alert('1')</script> &amp;") and "script" not in dict(inner.tags)
+  assert len([a for _, a in inner.tags if a.get("class") == "card"]) == 2

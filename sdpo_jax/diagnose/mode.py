@@ -20,6 +20,7 @@ Files, in the directory diagnose/ of the work directory; a second start writes t
 Errors: SettingError for what cannot be diagnosed. RunError where no response could be judged.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -36,7 +37,7 @@ from sdpo_jax.diagnose.page import write_page
 from sdpo_jax.diagnose.prompts import ABOUT, CONTROL, OWN, SDPO, PromptMaker
 from sdpo_jax.diagnose.verdict import verdict
 from sdpo_jax.engine.scoring import TextScorer
-from sdpo_jax.errors import RunError, blame_settings
+from sdpo_jax.errors import RunError, SettingError, blame_settings
 from sdpo_jax.objectives import build
 from sdpo_jax.preemption import Notice
 from sdpo_jax.records import Rollout, Sampling
@@ -59,19 +60,7 @@ class Samples:
 def diagnose(c, workdir: str) -> dict:
   """Diagnoses a configuration, writes diagnose/ and returns what stands in its index.json."""
   directory = pathlib.Path(workdir) / "diagnose"
-  with blame_settings():
-    check(c)
-    method = build.build_method(teacher_row(c.method.to_dict()))
-  notice = Notice("nothing is kept: the same command begins anew")
-  splits = {SPLIT: "--mode=diagnose"}
-  with (
-    open_session(c, method=method, splits=splits, check_stop=notice.check) as session,
-    notice,
-  ):
-    with blame_settings():
-      maker = PromptMaker(
-        session.chat, session.collector.env.prompt, method, c.data.max_teacher_tokens
-      )
+  with _opened(c) as (session, maker):
     samples = sample(c, session, maker)
     readings, answers = read_tokens(c, session, samples, maker)
     facts = {"sandbox_isolation": session.isolation, "conversations": maker.conversations}
@@ -89,6 +78,42 @@ def diagnose(c, workdir: str) -> dict:
     write_atomically(directory / "index.json", json.dumps(found, indent=2) + "\n")
     write_page(found, summary_lines(found), readings, samples.made, session.chat, directory)
   return found
+
+
+def token_readings(c) -> list[tokens.Reading]:
+  """Samples groups, and reads attempts as policy and as teacher; nothing is written.
+
+  Of config.rollout.questions groups config.diagnose.texts attempts are read, failed ones first. The
+  errors are those of `diagnose`, and SettingError where the model lies on several devices.
+  """
+  with _opened(c) as (session, maker):
+    if session.mesh is not None:
+      raise SettingError(
+        f"a text is read on one device, and config.mesh lays the run over {session.mesh.size}: set "
+        "config.mesh.fsdp=1"
+      )
+    groups, prompts_QG = sample_groups(c, session, maker, c.rollout.questions)
+    readings, _ = read_tokens(c, session, Samples(groups, prompts_QG, []), maker)
+  return readings
+
+
+@contextlib.contextmanager
+def _opened(c):
+  """Yields (session, maker of prompts) of a configuration that is fit for this mode."""
+  with blame_settings():
+    check(c)
+    method = build.build_method(teacher_row(c.method.to_dict()))
+  notice = Notice("nothing is kept: the same command begins anew")
+  splits = {SPLIT: "--mode=diagnose"}
+  with (
+    open_session(c, method=method, splits=splits, check_stop=notice.check) as session,
+    notice,
+  ):
+    with blame_settings():
+      maker = PromptMaker(
+        session.chat, session.collector.env.prompt, method, c.data.max_teacher_tokens
+      )
+    yield session, maker
 
 
 def check(c) -> None:
@@ -117,37 +142,51 @@ def teacher_row(row: dict) -> dict:
 
 def sample(c, session: Session, maker: PromptMaker) -> Samples:
   """Samples groups, and makes attempts again, within the budget."""
+  questions = max(1, c.diagnose.responses // 3 // c.rollout.group)
+  groups, prompts_QG = sample_groups(c, session, maker, questions)
+  sampled = len(groups) * c.rollout.group
+  chosen = choose(prompts_QG, c.diagnose.responses - sampled)
+  say(f"{len(chosen)} attempts are made again, each under several prompts")
+  made = make_again(
+    session.collector,
+    session.params,
+    {(q, g): (groups[q][g], prompts_QG[q][g]) for q, g in chosen},
+    sampling=_sampling(c, session),
+    path=(c.seed, "diagnose again"),
+  )
+  return Samples(groups, prompts_QG, made)
+
+
+def sample_groups(
+  c, session: Session, maker: PromptMaker, questions: int
+) -> tuple[list[list[Rollout]], list[list[dict]]]:
+  """Samples a group for each of so many questions, or of all there are.
+
+  Returns (groups, the prompts of each response). RunError where no response could be judged.
+  """
   env, group = session.collector.env, c.rollout.group
-  questions = max(1, c.diagnose.responses // 3 // group)
   limit = env.size(SPLIT) if isinstance(env, RowEnv) else c.data.questions
   questions = min(questions, limit or questions)
   tasks = TaskStream(env, SPLIT, questions=c.data.questions, seed=c.seed).take(questions)
-  sampling = Sampling(
-    c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, session.chat.stop_tokens
-  )
   say(f"{len(tasks)} questions, {group} responses each")
   groups = session.collector.collect(
     session.params,
     tasks,
     n=group,
-    sampling=sampling,
+    sampling=_sampling(c, session),
     seeds=[prompt_seed(c.seed, "diagnose", q) for q in range(len(tasks))],
   )
   if not any(r.is_judged for rollouts in groups for r in rollouts):
     raise RunError(
       f"none of {len(tasks) * group} responses could be judged; the log above says why"
     )
-  prompts_QG = [maker.of_group(rollouts) for rollouts in groups]
-  chosen = choose(prompts_QG, c.diagnose.responses - questions * group)
-  say(f"{len(chosen)} attempts are made again, each under several prompts")
-  made = make_again(
-    session.collector,
-    session.params,
-    {(q, g): (groups[q][g], prompts_QG[q][g]) for q, g in chosen},
-    sampling=sampling,
-    path=(c.seed, "diagnose again"),
+  return groups, [maker.of_group(rollouts) for rollouts in groups]
+
+
+def _sampling(c, session: Session) -> Sampling:
+  return Sampling(
+    c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.top_p, session.chat.stop_tokens
   )
-  return Samples(groups, prompts_QG, made)
 
 
 def say(what: str) -> None:

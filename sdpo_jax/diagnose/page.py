@@ -41,25 +41,44 @@ def draw(found: dict, path: pathlib.Path) -> None:
   """Draws what each prompt is worth, and where in a response teacher and policy disagree."""
   figure = Figure(figsize=(10.5, 3.4), dpi=110, layout="constrained")
   left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-  failed = found["again"]["failed"]
+  draw_prompts(left, found["again"]["failed"])
+  draw_parts(right, found["tokens"])
+  figure.savefig(path, format="png")
+
+
+def draw_prompts(plot, failed: dict) -> None:
+  """Draws into an Axes what failed attempts get that are made again, by prompt.
+
+  failed: `again.failed` of a diagnosis.
+  """
   for y, (name, of_name) in enumerate(reversed(failed.items())):
     reward = of_name["reward"]
     colour = GREY if name == CONTROL else COLOUR
-    left.plot(reward["mean"], y, "o", color=colour)
+    plot.plot(reward["mean"], y, "o", color=colour)
     if reward["low"] is not None:
-      left.plot([reward["low"], reward["high"]], [y, y], color=colour, linewidth=2)
-  left.set_yticks(range(len(failed)), [ABOUT[name] for name in reversed(failed)])
-  left.set(xlim=(-0.02, 1.02), xlabel="reward of failed attempts, made again (95 %)")
-  gaps = [gap or 0.0 for gap in found["tokens"]["gap_by_part"]]
-  if found["tokens"]["attempts"]:
-    right.bar(range(1, PARTS + 1), gaps, color=COLOUR)
+      plot.plot([reward["low"], reward["high"]], [y, y], color=colour, linewidth=2)
+  plot.set_yticks(range(len(failed)), [ABOUT[name] for name in reversed(failed)])
+  plot.set(xlim=(-0.02, 1.02), xlabel="reward of failed attempts, made again (95 %)")
+  _finish(plot)
+
+
+def draw_parts(plot, read: dict) -> None:
+  """Draws into an Axes how far apart teacher and policy are in each tenth of a response.
+
+  read: `tokens.figures`, or `tokens` of a diagnosis.
+  """
+  if read["attempts"]:
+    gaps = [gap or 0.0 for gap in read["gap_by_part"]]
+    plot.bar(range(1, PARTS + 1), gaps, color=COLOUR)
   else:
-    right.text(0.5, 0.5, "not read", ha="center", transform=right.transAxes)
-  right.set(xlabel="tenth of the response", ylabel="|teacher - policy|, nats a token")
-  for plot in (left, right):
-    plot.grid(alpha=0.25)
-    plot.spines[["top", "right"]].set_visible(False)
-  figure.savefig(path, format="png")
+    plot.text(0.5, 0.5, "not read", ha="center", transform=plot.transAxes)
+  plot.set(xlabel="tenth of the response", ylabel="|teacher - policy|, nats a token")
+  _finish(plot)
+
+
+def _finish(plot) -> None:
+  plot.grid(alpha=0.25)
+  plot.spines[["top", "right"]].set_visible(False)
 
 
 def _card(again: Again, reading: Reading | None, chat: Chat) -> dict:

@@ -30,6 +30,8 @@ class Reading(NamedTuple):
   strings: list[str]  # the text of each token
   gap: list[float]  # log q - log pi of each token
   top_differs: list[bool]  # the likeliest token is another one
+  policy_top: list[str]  # the text of the policy's likeliest token at each place
+  teacher_top: list[str]
 
 
 class Answer(NamedTuple):
@@ -58,6 +60,8 @@ class TokenReader:
       self._chat.token_strings(attempt.tokens),
       (logp_teacher - logp).tolist(),
       (top != top_teacher).tolist(),
+      self._chat.token_strings(top.tolist()),
+      self._chat.token_strings(top_teacher.tolist()),
     )
 
   def expect(self, attempt: Rollout, prompt: Prompt, answer: list[int]) -> Answer:
