@@ -118,14 +118,24 @@ def test_nothing_is_installed_where_the_package_is(tmp_path):
 @pytest.mark.parametrize("gpu, extra", [(None, ""), ("/usr/bin/nvidia-smi", "[cuda]")])
 def test_a_stock_image_gets_the_package(tmp_path, gpu, extra):
   clone, uninstall, installed = install(tmp_path, gpu=gpu)
-  assert clone[:3] == ["git", "clone", "-q"] and clone[-2:] == ["sdpo-jax", True]
+  assert clone[:3] == ["git", "clone", "-q"] and clone[-2:] == ["./sdpo-jax", True]
   assert uninstall[1:4] == ["-m", "pip", "uninstall"] and "jax-cuda12-plugin" in uninstall
   assert installed[1:] == ["-m", "pip", "install", "-q", f"./sdpo-jax{extra}", True]
 
 
 def test_a_second_try_does_not_clone_again(tmp_path):
   (tmp_path / "sdpo-jax").mkdir()
-  assert [command[2] for command in install(tmp_path)] == ["pip", "pip"]
+  assert [command[2:4] for command in install(tmp_path)] == [
+    ["pip", "uninstall"],
+    ["pip", "install"],
+  ]
+
+
+def test_whoever_has_a_clone_installs_that_one(tmp_path):
+  (tmp_path / "setup.py").touch()
+  (tmp_path / "colabs").mkdir()
+  _, installed = install(tmp_path / "colabs")
+  assert installed[-2:] == ["./..", True]
 
 
 def test_who_has_loaded_older_packages_is_told_to_restart(tmp_path):

@@ -19,6 +19,7 @@ SOURCES = [
   ROOT / "README.md",
   ROOT / "RESULTS.md",
   ROOT / "launch" / "README.md",
+  ROOT / "colabs" / "README.md",
   *sorted((ROOT / "configs").rglob("*.py")),
   *sorted((ROOT / "sdpo_jax").rglob("*.py")),
 ]
