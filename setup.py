@@ -10,6 +10,8 @@ GGUF = ["gguf>=0.19.0"]
 SEARCH = ["bm25s>=0.3.16", "PyStemmer>=3.1.0"]
 WEBSHOP = [*SEARCH, "thefuzz>=0.22.1"]
 OPENENV = ["websockets>=17.4"]
+WANDB = ["wandb>=0.31.0"]
+MLFLOW = ["mlflow-skinny>=3.17.2"]
 SERVE = ["starlette>=1.10.0", "uvicorn>=0.54.0", "pydantic>=2.14.4"]
 
 setup(
@@ -73,6 +75,8 @@ setup(
       "nbformat>=5.11.1",
       "ipykernel>=7.4.0",
       *SERVE,
+      *WANDB,
+      *MLFLOW,
       *GGUF,
       *WEBSHOP,
       *OPENENV,
@@ -83,6 +87,9 @@ setup(
     # alfworld_worker.py reaches into textworld
     "textworld": ["textworld[pddl]>=1.7.0,<1.8", "alfworld>=0.4.2"],
     "search": SEARCH,
+    # trackers; the client of MLflow is enough, also where all of MLflow is installed
+    "wandb": WANDB,
+    "mlflow": MLFLOW,
     "webshop": WEBSHOP,
     # environments of other trainers; 0.4 of verifiers has another interface
     "openenv": OPENENV,

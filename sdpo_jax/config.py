@@ -29,6 +29,7 @@ from sdpo_jax.envs.base import check_env_numbers, env_settings, find_env, plays
 from sdpo_jax.errors import did_you_mean, local_path, unknown
 from sdpo_jax.kernels.distill_kl import IMPLEMENTATIONS
 from sdpo_jax.objectives import build
+from sdpo_jax.trackers.sinks import SINKS
 
 ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 MODELS = {  # name: Hugging Face hub id; the tiny ones ship with the package
@@ -222,8 +223,15 @@ def base() -> ml_collections.ConfigDict:
   # best: a metric, such as train/reward; the checkpoint with its highest value is kept too. auto:
   # avg@k of the first of eval.splits, at steps with a checkpoint; empty: none
   c.checkpoint = dict(every_steps=20, keep=2, best="auto")
-  # rollout files: how often, how many rows
-  c.log = dict(rollouts_every_steps=10, rollouts_kept=16)
+  c.log = dict(
+    # rollout files: how often, how many rows
+    rollouts_every_steps=10,
+    rollouts_kept=16,
+    # of wandb, mlflow (`sdpo_jax.trackers`): where metrics and rollouts are sent to as well
+    trackers=(),
+    project="sdpo_jax",  # there: the project, or experiment, of the run
+    tracker_timeout_s=60.0,  # how long the end of a run waits for what is not sent yet
+  )
   return c
 
 
@@ -672,6 +680,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
   _check_engine(c)
   _check_episodes(c)
   _check_evaluated(c)
+  _check_trackers(c.log)
   check_optimizer(c.optimizer)
 
 
@@ -884,6 +893,26 @@ def _check_evaluated(c: ml_collections.ConfigDict) -> None:
       f"config.eval.splits={splits} with the base model, which is evaluated on "
       f"config.eval.final_splits={tuple(c.eval.final_splits)}: it has to be one of them"
     )
+
+
+def _check_trackers(log: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for a tracker that nobody knows, and settings that no tracker reads."""
+  if not isinstance(log.trackers, tuple):
+    raise ValueError(f"config.log.trackers={log.trackers!r} must be a tuple of names")
+  for name in log.trackers:
+    if name not in SINKS:
+      raise ValueError(unknown("config.log.trackers", name, SINKS))
+  if len(set(log.trackers)) < len(log.trackers):
+    raise ValueError(f"config.log.trackers={log.trackers!r} names a tracker twice")
+  if not re.fullmatch(r"[\w.-]{1,128}", log.project):
+    raise ValueError(
+      f"config.log.project={log.project!r} must be 1 to 128 letters, digits, '_', '-' and '.'"
+    )
+  for key in ("project", "tracker_timeout_s"):
+    if not log.trackers and log[key] != base().log[key]:
+      raise ValueError(
+        f"config.log.{key}={log[key]!r} would not be read: config.log.trackers is empty"
+      )
 
 
 def _check_batch(c: ml_collections.ConfigDict) -> None:

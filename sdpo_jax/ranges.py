@@ -141,6 +141,7 @@ RANGES = {
   "checkpoint.keep": _COUNT,
   "log.rollouts_every_steps": _COUNT,
   "log.rollouts_kept": _whole(0),
+  "log.tracker_timeout_s": _TIMEOUT_S,
   # at 0 a response without any reward would be a success
   "method.teacher_context.success_threshold": _above(0, 1),
   "method.teacher_context.delta": Range(0, 1),

@@ -46,6 +46,7 @@ from sdpo_jax.rollout_log import rollout_lines
 from sdpo_jax.session import Session, open_session, same_rows, splits_of
 from sdpo_jax.stored import restored, stored
 from sdpo_jax.teacher_gate import TeacherGate
+from sdpo_jax.trackers.child import check_installed, tracked
 from sdpo_jax.workdir import (
   change_of_devices,
   check_same_run,
@@ -272,6 +273,8 @@ def train(c, workdir: str, begun: float | None = None) -> None:
   is_finished = host is not None
   if not is_finished:
     notice = Notice()
+    with blame_settings():
+      check_installed(c.log)
     with open_session(c, method=method, check_stop=notice.check) as session:
       with blame_settings():
         steps, state = Steps.begin(c, workdir, session, latest)
@@ -282,7 +285,8 @@ def train(c, workdir: str, begun: float | None = None) -> None:
       with notice:  # until the last checkpoint is written: the signal may come twice
         try:
           steps.open(state, steps.latest)
-          state = run(state, steps.host, steps, total_steps=c.total_steps, limits=limits)
+          with tracked(c.log, workdir, anew=steps.latest is None):
+            state = run(state, steps.host, steps, total_steps=c.total_steps, limits=limits)
           steps.gate.end()
         finally:
           steps.close()

@@ -20,11 +20,14 @@ from flax.traverse_util import flatten_dict
 import jax
 
 # settings that may change while a run goes on: how far it goes, which checkpoint is kept, how many
-# questions at a time, and over which devices and servers
+# questions at a time, over which devices and servers, and who is sent the metrics
 _MAY_CHANGE = (
   "config.total_steps",
   "config.train.stop_when_worse",
   "config.checkpoint.best",
+  "config.log.trackers",
+  "config.log.project",
+  "config.log.tracker_timeout_s",
   "config.discover.parallel",
   "config.mesh.data",
   "config.mesh.fsdp",
@@ -58,8 +61,8 @@ def check_same_run(workdir: pathlib.Path, c, *, begun: bool, defaults: dict) -> 
   """Raises ValueError, naming the first difference, if `workdir` was begun with other settings.
 
   A work directory belongs to one configuration. Only the number of steps, when the run stops
-  itself, which checkpoint is best, the number of questions at a time, the mesh and the servers may
-  change. A setting that is younger than the work directory has to be at its default.
+  itself, which checkpoint is best, the number of questions at a time, the mesh, the servers and the
+  trackers may change. A setting that is younger than the work directory has to be at its default.
   """
   path = workdir / "config.json"
   if not begun or not path.exists():

@@ -29,6 +29,7 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "envs": 1,
   "data/chat": 1,
   "metrics": 1,
+  "trackers": 1,
   "ending": 1.5,
   "engine": 2,
   "monitors": 2,
@@ -93,6 +94,8 @@ WITHOUT_JAX = (
   "stats",
   "envs",
   "report",
+  "trackers/sinks",
+  "trackers/__main__",
   "discover/results",
   "objectives/teacher_context",
 )
