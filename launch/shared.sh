@@ -46,6 +46,17 @@ take_main_arguments() {
     refuse "give the trainer's arguments after --, with a --workdir: a restart goes on from there"
 }
 
+# Prints the work directory that MAIN names.
+workdir_of_main() {
+  local i
+  for ((i = 0; i < ${#MAIN[@]}; i++)); do
+    case ${MAIN[i]} in
+      --workdir=*) echo "${MAIN[i]#*=}" && return ;;
+      --workdir) echo "${MAIN[i + 1]}" && return ;;
+    esac
+  done
+}
+
 # Prints a command such that a shell reads it back as it is.
 show() {
   local word line='' quote="'\\''"

@@ -18,6 +18,9 @@
 #   --max-restarts=N     how often the job is put back into the queue (20)
 #   --sbatch=FLAG        one more flag of sbatch, such as --sbatch=--partition=h100; repeatable
 #   --srun=FLAG          one more flag of srun, such as --srun=--container-image=PATH; repeatable
+#   --server=NAME        vllm or sglang: inference servers beside the trainer, on the one node of the
+#                        job; with it, --servers, --server-*, --weights-dir, --port and
+#                        --ready-timeout as in gpu_node.sh, which then runs in the job
 #   --dry-run            prints the commands of submission and job, and runs nothing
 #   --help
 #
@@ -43,7 +46,7 @@ fi
 . "$root/launch/shared.sh"
 
 nodes=1 gpus=8 tasks=1 limit=24:00:00 max_restarts=$MAX_RESTARTS
-sbatch_flags=() srun_flags=()
+sbatch_flags=() srun_flags=() server_flags=()
 flags=()
 while (($#)); do
   case $1 in
@@ -58,6 +61,9 @@ while (($#)); do
     --max-restarts=*) max_restarts=${1#*=} ;;
     --sbatch=*) sbatch_flags+=("${1#*=}") ;;
     --srun=*) srun_flags+=("${1#*=}") ;;
+    --server=* | --servers=* | --server-*=* | --weights-dir=* | --port=* | --ready-timeout=*)
+      server_flags+=("$1")
+      ;;
     *) refuse "unknown flag $1; --help lists them, and those of the trainer follow --" ;;
   esac
   shift
@@ -93,6 +99,23 @@ plan_job() {
   )
   trainer=("${on_all[@]}" python -m sdpo_jax.main "${MAIN[@]}")
   if ((processes > 1)); then trainer+=(--distributed=auto); fi
+  if ((${#server_flags[@]})); then plan_node "$1"; fi
+}
+
+# plan_node CPUS: sets `trainer` to the script that starts servers beside it; the job starts it again.
+plan_node() {
+  ((processes == 1)) ||
+    refuse "servers run beside the one trainer of one node: use --nodes=1 --tasks-per-node=1, or" \
+      "start them yourself and name them in config.rollout.server.urls"
+  node=(launch/gpu_node.sh --gpus="$gpus" --max-restarts=0 "${server_flags[@]}" -- "${MAIN[@]}")
+  # its processes have other GPUs each, and none joins others: no ids of devices are named
+  trainer=(srun --nodes=1 --ntasks-per-node=1 --cpus-per-task="$1" --kill-on-bad-exit=0 --wait=300)
+  trainer+=(${srun_flags[@]+"${srun_flags[@]}"} bash launch/slurm_task.sh 0 bash "${node[@]}")
+}
+
+# Checks flags and settings before the job waits in the queue.
+check_node() {
+  (cd "$root" && unset CUDA_VISIBLE_DEVICES && bash "${node[0]}" --dry-run "${node[@]:1}") >/dev/null
 }
 
 # Runs a step of the job and returns the status that decides.
@@ -144,6 +167,7 @@ if [[ ! $DRY_RUN ]]; then
   command -v sbatch >/dev/null || refuse "sbatch is not installed here; --dry-run prints the commands"
 fi
 plan_job CPUS
+if ((${#server_flags[@]})); then check_node || exit $?; fi
 submit
 if [[ $DRY_RUN ]]; then
   echo "# in the job; CPUS is SLURM_CPUS_ON_NODE divided by the tasks of a node:"

@@ -129,12 +129,12 @@ class RealModel:
 class StandIn:
   """A server. `before(path, body)` may raise; `edit(path, answer)` returns what is sent."""
 
-  def __init__(self, model, mode="raw"):
+  def __init__(self, model, mode="raw", port=0):
     self.model, self.mode = model, mode
     self.before = lambda path, body: None
     self.edit = lambda path, answer: answer
     self.asked = []  # (path, body, session) of each question
-    self.port = 0
+    self.port = port  # 0: one that is free
     self.start()
 
   @property

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -31,8 +32,8 @@ LAUNCH = ROOT / "launch"
 SHELL_SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 PROGRAMS = ("gke.sh", "gpu_node.sh", "slurm.sh", "sweep.py", "tpu_pod.sh")
 # what the scripts may use; a PATH of these alone has no gcloud, kubectl, sbatch or nvidia-smi
-TOOLS = "awk bash cat curl date env git grep hostname mkdir nohup rm sed seq setsid sh sleep tail"
-MORE_TOOLS = "tar timeout touch tr wc xargs"
+TOOLS = "awk bash cat curl date env git grep hostname mkdir mktemp nohup rm sed seq setsid sh sleep"
+MORE_TOOLS = "tail tar timeout touch tr wc xargs"
 WORKDIR = "--workdir=/runs/a"
 
 
@@ -103,7 +104,7 @@ class Bench:
 
   def run(self, script, *arguments, **env) -> subprocess.CompletedProcess:
     process = self.start(script, *arguments, **env)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)  # of a busy machine
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
   def wait_for(self, name: str, text: str = "", seconds: float = 20) -> str:
@@ -129,6 +130,14 @@ def commands(output: str) -> list[list[str]]:
 
 def trainer_arguments(words: list[str]) -> list[str]:
   return words[words.index("sdpo_jax.main") + 1 :]
+
+
+def script(name: str):
+  """Imports a script of launch/, which is no package."""
+  spec = importlib.util.spec_from_file_location(name, LAUNCH / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
 
 
 def is_alive(pid: int) -> bool:
@@ -190,8 +199,14 @@ def test_help_and_unknown_flags(script, bench):
     ("slurm.sh", ["--nodes=two"], "--nodes=two"),
     ("slurm.sh", ["--nodes=0"], "positive"),
     ("gpu_node.sh", ["--dry-run", "--server=x"], "choose from none, vllm, sglang"),
-    ("gpu_node.sh", ["--dry-run", "--server=vllm", "--gpus=1"], "one each"),
-    ("gpu_node.sh", ["--server=vllm", "--gpus=2", "--", WORKDIR], "--server-model"),
+    ("gpu_node.sh", ["--dry-run", "--server=vllm", "--gpus=1"], "each server and the trainer need"),
+    ("gpu_node.sh", ["--dry-run", "--server=vllm", "--gpus=4", "--servers=4"], "need one"),
+    ("gpu_node.sh", ["--dry-run", "--server=vllm", "--servers=0"], "--servers=0"),
+    ("gpu_node.sh", ["--dry-run", "--server=vllm", "--port=65536"], "no room for 1 servers"),
+    ("gpu_node.sh", ["--dry-run", "--server=vllm", "--", WORKDIR], "takes adapters"),
+    ("slurm.sh", ["--dry-run", "--server=vllm", "--servers=8"], "each server and the trainer need"),
+    ("slurm.sh", ["--dry-run", "--server=sglang", "--nodes=2"], "--nodes=1"),
+    ("slurm.sh", ["--dry-run", "--server=vllm", "--", WORKDIR], "takes adapters"),
     ("gpu_node.sh", ["--server=vllm", "--", WORKDIR], "no nvidia-smi"),
     ("gpu_node.sh", [], "--workdir"),
     ("tpu_pod.sh", ["create"], "--zone"),
@@ -220,6 +235,26 @@ def test_a_wrong_command_line_gives_one_line_and_status_2(script, arguments, rea
   assert len(done.stderr.splitlines()) == 1 and reason in done.stderr, done.stderr
 
 
+def documented() -> list[str]:
+  """Returns the commands of launch scripts in both READMEs, and those of its table of examples."""
+  found = []
+  for path in (ROOT / "README.md", LAUNCH / "README.md"):
+    text = path.read_text()
+    found += re.findall(r"^launch/.*", text, re.M) + re.findall(r"`(launch/[^`]* --[^`]*)`", text)
+  return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("command", documented())
+def test_a_documented_command_is_valid(command, bench):
+  """Dots stand for the arguments of a run; a dry run takes an example for them."""
+  script, *words = shlex.split(command.replace("$HOME", "/home/me").removesuffix("-- ..."))
+  at = words.index("--") if "--" in words else len(words)
+  if script.endswith("tpu_pod.sh"):
+    at = max(1, at)
+  done = bench.run(script.removeprefix("launch/"), *words[:at], "--dry-run", *words[at:])
+  assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
 def test_printed_words_are_read_back_as_they_were(bench):
   nasty = ['--config.x=it\'s "so" $HOME `id` \\ & *', "--config.y=('a', 'b')", ""]
   done = bench.run("gpu_node.sh", "--dry-run", "--", WORKDIR, *nasty)
@@ -228,9 +263,7 @@ def test_printed_words_are_read_back_as_they_were(bench):
 
 
 def test_preflight_counts_devices(capsys):
-  spec = importlib.util.spec_from_file_location("preflight", LAUNCH / "preflight.py")
-  preflight = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(preflight)
+  preflight = script("preflight")
   assert preflight.main(["preflight.py", "8", "1"]) == 0  # what conftest.py sets
   assert preflight.main(["preflight.py", "4", "1"]) == 2
   [line] = capsys.readouterr().err.splitlines()
@@ -333,12 +366,16 @@ def test_a_signal_during_the_pause_prevents_the_next_start(bench):
   assert process.returncode == 143 and len(bench.calls("python")) == 1
 
 
-# ---- gpu_node.sh: a server beside the trainer
+# ---- gpu_node.sh: servers beside the trainer
 
-# answers like vLLM after a while, with a worker in its process group; or fails as it is told
+# answers like vLLM or SGLang after a while, with a worker in its process group; or fails as it is
+# told, on one port: --fail-at, --never-at
 SERVER = """
 import os, pathlib, signal, socket, sys, time
 arguments, bench = sys.argv[1:], pathlib.Path(os.environ["BENCH"])
+port = int(arguments[arguments.index("--port") + 1])
+told = lambda flag: flag in arguments and arguments[arguments.index(flag) + 1] == str(port)
+print("loading", flush=True)
 worker = os.fork()
 if worker == 0:
   os.execvp("sleep", ["sleep", "300"])
@@ -347,12 +384,15 @@ def stop(*_):
   os.waitpid(worker, 0)  # the group is asked to stop, and the worker is in it
   os._exit(0)
 
-signal.signal(signal.SIGTERM, stop)
-(bench / "server").write_text(f"{os.getpid()} {worker} {os.environ['CUDA_VISIBLE_DEVICES']}\\n")
-if "--fail" in arguments:
-  sys.exit(3)
-ready = time.monotonic() + (1000 if "--never" in arguments else 0.1)
-port = int(arguments[arguments.index("--port") + 1])
+if "--deaf" in arguments:
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+else:
+  signal.signal(signal.SIGTERM, stop)
+facts = [os.getpid(), worker, os.environ["CUDA_VISIBLE_DEVICES"]]
+(bench / f"server-{port}").write_text(" ".join(map(str, facts)) + "\\n")
+if told("--fail-at"):
+  sys.exit("no room on the GPU")
+ready = time.monotonic() + (1000 if told("--never-at") else 0.1)
 listening = socket.create_server(("127.0.0.1", port))
 while True:
   asked, _ = listening.accept()
@@ -362,102 +402,302 @@ while True:
   asked.sendall(b"HTTP/1.0 " + status + b"\\r\\n\\r\\n" + body)
   asked.close()
 """
+# of trainer and launch/server_settings.py, which the tests of servers run as the trainer's stand-in
+SETTINGS = """
+if [[ $1 == launch/server_settings.py ]]; then
+  printf '%s\\n' "${3:-MODEL}" "${3:-MODEL}" --asked
+  exit
+fi
+"""
+TELLS = "--config.rollout."  # what the trainer's arguments about servers begin with
 
 
-def free_port() -> int:
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    return s.getsockname()[1]
+def free_ports(count: int) -> int:
+  """Returns the first of so many ports in a row that are free."""
+  while True:
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
+      first = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+      for port in range(first + 1, first + count):
+        stack.enter_context(socket.create_server(("127.0.0.1", port)))
+      return first
+
+
+class Servers:
+  """Stand-ins for vLLM and SGLang on four GPUs, and what became of them."""
+
+  def __init__(self, bench):
+    self.bench, self.port = bench, free_ports(3)
+    (bench.folder / "server.py").write_text(SERVER)
+    body = f'exec {sys.executable} -S "$BENCH/server.py" "$@"'
+    bench.stand_in("vllm", body)
+    (bench.folder / "venv" / "bin").mkdir(parents=True)
+    (bench.folder / "memory").mkdir()
+    self.workdir = f"--workdir={bench.folder}/run"
+    self.flags = ["--server=vllm", "--gpus=4", f"--port={self.port}"]
+
+  def trainer(self, body: str) -> None:
+    self.bench.stand_in("python", SETTINGS + body)
+
+  def command(self, *flags: str) -> list[str]:
+    return ["gpu_node.sh", *self.flags, *flags, "--", self.workdir]
+
+  def run(self, *flags: str, **env):
+    return self.bench.run(*self.command(*flags), **env)
+
+  def start(self, *flags: str):
+    return self.bench.start(*self.command(*flags))
+
+  def trainers(self) -> list[list[str]]:
+    """Returns the arguments of each start of the trainer."""
+    return [call[2:] for call in self.bench.calls("python") if call[0] == "-m"]
+
+  def facts(self, index: int) -> list[str]:
+    """Returns (process id, worker's process id, GPUs) of a server."""
+    return self.bench.wait_for(f"server-{self.port + index}", "\n").split()
+
+  def log(self, index: int) -> pathlib.Path:
+    return self.bench.folder / "run" / "servers" / f"vllm-{self.port + index}.log"
+
+  def pids(self) -> list[int]:
+    files = self.bench.folder.glob("server-*")
+    return [int(pid) for path in files for pid in path.read_text().split()[:2]]
 
 
 @pytest.fixture
-def server(bench):
-  """Returns the arguments for a server beside the trainer; at the end none of it may be left."""
-  (bench.folder / "server.py").write_text(SERVER)
-  bench.stand_in("vllm", f'exec {sys.executable} -S "$BENCH/server.py" "$@"')
-  yield ["--server=vllm", "--server-model=MODEL", "--gpus=4", f"--port={free_port()}"]
-  path = bench.folder / "server"
-  pids = [int(pid) for pid in path.read_text().split()[:2]] if path.exists() else []
-  left = [pid for pid in pids if is_alive(pid)]
+def servers(bench):
+  """At the end no process of a server may be left, and no directory of weights."""
+  held = Servers(bench)
+  shm = set(pathlib.Path("/dev/shm").glob("sdpo_jax.*"))
+  yield held
+  left = [pid for pid in held.pids() if is_alive(pid)]
   for pid in left:
     os.kill(pid, signal.SIGKILL)
-  assert not left, "the server or its worker was left behind"
+  assert not left, "a server or its worker was left behind"
+  assert set(pathlib.Path("/dev/shm").glob("sdpo_jax.*")) <= shm
 
 
-def test_server_and_trainer_divide_the_gpus(bench, server):
-  bench.stand_in("python", 'echo "$CUDA_VISIBLE_DEVICES" >"$BENCH/trainer"; exit $(next statuses)')
-  bench.answers("statuses", 143, 0)
-  done = bench.run("gpu_node.sh", *server, "--server-gpus=2", "--server-flag=--x=1", "--", WORKDIR)
+def told(arguments: list[str]) -> dict[str, str]:
+  """Returns the settings of config.rollout among arguments."""
+  pairs = [word.removeprefix(TELLS).split("=", 1) for word in arguments if word.startswith(TELLS)]
+  return dict(pairs)
+
+
+def test_servers_and_trainer_divide_the_gpus(servers):
+  servers.trainer('echo "$CUDA_VISIBLE_DEVICES" >"$BENCH/trainer"; exit $(next statuses)')
+  servers.bench.answers("statuses", 143, 0)
+  done = servers.run("--servers=3", "--server-flag=--x=1")
   assert done.returncode == 0, done.stderr
-  assert (bench.folder / "trainer").read_text() == "0,1\n"
-  assert (bench.folder / "server").read_text().split()[2] == "2,3"
-  [call] = bench.calls("vllm")  # the trainer was started twice, the server once
-  assert call[:4] == ["serve", "MODEL", "--tensor-parallel-size", "2"] and call[-1] == "--x=1"
-  assert len(bench.calls("python")) == 2
-  assert bench.calls()[0][0] == "vllm" and "is ready" in done.stderr
+  assert (servers.bench.folder / "trainer").read_text() == "0\n"
+  assert [servers.facts(i)[2] for i in range(3)] == ["1", "2", "3"]
+  calls = sorted(servers.bench.calls("vllm"))  # the trainer was started twice, each server once
+  assert len(calls) == 3 and len(servers.trainers()) == 2
+  for index, call in enumerate(calls):
+    assert call[:4] == ["serve", "MODEL", "--tensor-parallel-size", "1"]
+    assert call[4:] == [
+      "--host",
+      "127.0.0.1",
+      "--port",
+      str(servers.port + index),
+      "--asked",
+      "--x=1",
+    ]
+    assert servers.log(index).read_text() == "loading\n"
+    assert f"server {index} (vllm on port {servers.port + index}) is ready" in done.stderr
+  first_of = [call[0] for call in servers.bench.calls()]
+  assert first_of.index("vllm") < len(first_of) - 2  # the trainer waited for them
 
 
-def test_gpus_are_taken_from_those_that_are_visible(bench, server):
-  bench.stand_in("python", 'echo "$CUDA_VISIBLE_DEVICES" >"$BENCH/trainer"')
-  server.remove("--gpus=4")
-  done = bench.run("gpu_node.sh", *server, "--", WORKDIR, CUDA_VISIBLE_DEVICES="3,5,7")
+def test_a_server_may_have_several_gpus(servers):
+  servers.trainer('echo "$CUDA_VISIBLE_DEVICES" >"$BENCH/trainer"')
+  servers.flags.remove("--gpus=4")
+  done = servers.run("--server-gpus=2", CUDA_VISIBLE_DEVICES="3,5,7")
   assert done.returncode == 0, done.stderr
-  assert (bench.folder / "trainer").read_text() == "3,5\n"
-  assert (bench.folder / "server").read_text().split()[2] == "7"
+  assert (servers.bench.folder / "trainer").read_text() == "3\n"
+  assert servers.facts(0)[2] == "5,7"
+
+
+def test_the_trainer_is_told_of_the_servers(servers, monkeypatch):
+  servers.trainer(
+    'for word; do case $word in *weights_dir=*) test -d "${word#*=}" && '
+    'echo "${word#*=}" >"$BENCH/weights";; esac; done'
+  )
+  assert servers.run("--servers=2").returncode == 0
+  [arguments] = servers.trainers()
+  weights = (servers.bench.folder / "weights").read_text().strip()
+  assert told(arguments) == {
+    "engine": "vllm",
+    "server.urls": f"('http://127.0.0.1:{servers.port}','http://127.0.0.1:{servers.port + 1}',)",
+    "server.weights_dir": weights,
+    "server.patience_s": "60",
+    "server.model": "MODEL",
+  }
+  assert not pathlib.Path(weights).exists()  # made by the script, and removed by it
+  monkeypatch.chdir(ROOT)
+  words = [*arguments, "--config=configs/tinycode.py", "--config.model.lora.rank=2"]
+  config.validate(main.parse(["main", *words])[1])
+
+
+def test_a_directory_of_weights_that_is_named_stays(servers):
+  servers.trainer("")
+  weights = servers.bench.folder / "weights"
+  weights.mkdir()
+  assert servers.run(f"--weights-dir={weights}").returncode == 0
+  assert told(servers.trainers()[0])["server.weights_dir"] == str(weights) and weights.exists()
+
+
+def test_sglang_gets_its_own_flags_and_no_name(servers):
+  venv = servers.bench.folder / "venv"
+  python = venv / "bin" / "python"
+  python.write_text((servers.bench.bin / "vllm").read_text().replace("${0##*/}", "sglang"))
+  python.chmod(0o755)
+  servers.trainer("")
+  servers.flags[0] = "--server=sglang"
+  done = servers.run(f"--server-venv={venv}", "--server-model=MODEL")
+  assert done.returncode == 0, done.stderr
+  [call] = servers.bench.calls("sglang")
+  assert call[:5] == ["-m", "sglang.launch_server", "--model-path", "MODEL", "--tp-size"]
+  assert "server.model" not in told(servers.trainers()[0])
+
+
+def test_servers_may_be_for_an_environment(servers):
+  """The trainer samples by itself, and is told of none."""
+  servers.trainer("")
+  command = [*servers.command(), "--config.rollout.engine=local"]
+  assert servers.bench.run(*command).returncode == 0
+  assert told(servers.trainers()[0]) == {"engine": "local"}
 
 
 @pytest.mark.parametrize(
   "flags, reason",
   [
-    (["--server-flag=--fail"], "ended before it was ready"),
-    (["--server-flag=--never", "--ready-timeout=1"], "not ready after 1 s"),
+    (["--server-flag=--fail-at", "--server-flag={1}"], "ended with status 1"),
+    (["--server-flag=--never-at", "--server-flag={0}", "--ready-timeout=2"], "not ready after 2 s"),
     (["--server-model=OTHER"], "does not serve OTHER"),
   ],
 )
-def test_without_a_server_there_is_no_training(flags, reason, bench, server):
-  bench.stand_in("python", "")
-  done = bench.run("gpu_node.sh", *server, *flags, "--", WORKDIR)
-  assert done.returncode == 1 and reason in done.stderr
-  assert not bench.calls("python")
+def test_without_all_servers_there_is_no_training(flags, reason, servers):
+  """One line names the server and its log; the other one is ended."""
+  servers.trainer("")
+  ports = [servers.port, servers.port + 1]
+  done = servers.run("--servers=2", *[flag.format(*ports) for flag in flags])
+  assert done.returncode == 1 and not servers.trainers()
+  [line] = [line for line in done.stderr.splitlines() if "is ready" not in line]
+  index = 1 if "ended" in reason else 0
+  assert f"server {index} (vllm on port {ports[index]})" in line and reason in line
+  assert line.endswith(f"its log: {servers.log(index)}")
+  if "ended" in reason:
+    assert "no room on the GPU" in servers.log(1).read_text()
 
 
-def test_a_port_in_use_is_refused(bench, server):
-  with socket.create_server(("127.0.0.1", int(server[-1].partition("=")[2]))) as taken:
-    bench.stand_in("curl", "exit 0")  # somebody answers there
-    bench.stand_in("python", "")
-    done = bench.run("gpu_node.sh", *server, "--", WORKDIR)
-    assert taken and done.returncode == 1 and "choose another --port" in done.stderr
-  assert not bench.calls("vllm")
+def test_a_port_in_use_is_refused(servers):
+  servers.bench.stand_in("curl", "exit 0")  # somebody answers there
+  servers.trainer("")
+  done = servers.run()
+  assert done.returncode == 1 and "choose another --port" in done.stderr
+  assert not servers.bench.calls("vllm")
 
 
-def test_a_signal_stops_both(bench, server):
-  bench.stand_in("python", LASTING)
-  process = bench.start("gpu_node.sh", *server, "--", WORKDIR)
-  bench.wait_for("said", "began")
-  process.terminate()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_trainer_and_servers(number, servers):
+  servers.trainer(LASTING)
+  process = servers.start("--servers=2")
+  servers.bench.wait_for("said", "began")
+  process.send_signal(number)
   process.communicate(timeout=20)
   assert process.returncode == 143
-  assert (bench.folder / "said").read_text() == "began\nasked\n"
-  assert not is_alive(int((bench.folder / "orphan").read_text()))
+  assert (servers.bench.folder / "said").read_text() == "began\nasked\n"
+  assert not is_alive(int((servers.bench.folder / "orphan").read_text()))
+  assert len(servers.pids()) == 4
 
 
-def test_a_signal_stops_a_server_that_is_loading(bench, server):
-  bench.stand_in("python", "")
-  process = bench.start("gpu_node.sh", *server, "--server-flag=--never", "--", WORKDIR)
-  bench.wait_for("server", "\n")
+def test_a_signal_stops_servers_that_are_loading(servers):
+  servers.trainer("")
+  process = servers.start(
+    "--servers=2", "--server-flag=--never-at", f"--server-flag={servers.port}"
+  )
+  for index in (0, 1):
+    servers.facts(index)
   process.terminate()
   process.communicate(timeout=20)
-  assert process.returncode == 143 and not bench.calls("python")
+  assert process.returncode == 143 and not servers.trainers()
 
 
-def test_the_trainer_stops_when_the_server_dies(bench, server):
-  bench.stand_in("python", LASTING)
-  process = bench.start("gpu_node.sh", *server, "--", WORKDIR)
-  bench.wait_for("said", "began")
-  os.kill(int((bench.folder / "server").read_text().split()[0]), signal.SIGKILL)
+def test_servers_that_do_not_listen_are_killed_all_at_a_time(servers):
+  servers.trainer("")
+  begun = time.monotonic()
+  done = servers.run("--servers=3", "--server-flag=--deaf", SERVER_GRACE_S="2")
+  assert done.returncode == 0 and done.stderr.count("still runs after 2 s: killed") == 3
+  assert time.monotonic() - begun < 20
+
+
+def test_the_trainer_stops_when_a_server_dies(servers):
+  servers.trainer(LASTING)
+  process = servers.start("--servers=2")
+  servers.bench.wait_for("said", "began")
+  os.kill(int(servers.facts(1)[0]), signal.SIGKILL)
   _, err = process.communicate(timeout=20)
-  assert process.returncode == 1 and "the server ended" in err
-  assert (bench.folder / "said").read_text() == "began\nasked\n"
+  assert process.returncode == 1
+  assert f"server 1 (vllm on port {servers.port + 1}) ended with status 137; its log: " in err
+  assert "asked to save and stop" in err and str(servers.log(1)) in err
+  assert (servers.bench.folder / "said").read_text() == "began\nasked\n"
+  assert not is_alive(int((servers.bench.folder / "orphan").read_text()))
+
+
+def test_a_trainer_that_fails_ends_the_servers(servers):
+  servers.trainer("exit 1")
+  assert servers.run("--servers=2").returncode == 1
+  assert len(servers.pids()) == 4
+
+
+LORA = ["--config=configs/tinycode.py", "--config.model.lora.rank=20"]
+VLLM = [
+  f"{TELLS}engine=vllm",
+  f"{TELLS}server.urls=('http://h:1',)",
+  f"{TELLS}server.weights_dir=/w",
+]
+
+
+@pytest.mark.parametrize(
+  "kind, model, arguments, lines",
+  [
+    ("vllm", "", [*LORA, *VLLM], ["TINY", "TINY", "--enable-lora", "--max-lora-rank", "32"]),
+    (
+      "vllm",
+      "M",
+      [*LORA, *VLLM, f"{TELLS}temperature=0.7", f"{TELLS}server.model=name"],
+      ["M", "name", *"--enable-lora --max-lora-rank 32 --logprobs-mode processed_logprobs".split()],
+    ),
+    ("vllm", "", LORA, ["TINY", "TINY"]),  # the trainer samples by itself
+    (
+      "sglang",
+      "",
+      [LORA[0], f"{TELLS}engine=sglang", *VLLM[1:]],
+      ["TINY", "TINY", "--enable-deterministic-inference"],
+    ),
+  ],
+)
+def test_flags_of_a_server_follow_from_the_run(kind, model, arguments, lines, capsys, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  assert script("server_settings").main(["server_settings.py", kind, model, *arguments]) == 0
+  assert capsys.readouterr().out.split("\n")[:-1] == [
+    config.MODELS["tiny"] if line == "TINY" else line for line in lines
+  ]
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ([LORA[0], *VLLM], "takes adapters, and config.model.lora.rank=0"),
+    ([LORA[0], *VLLM, "--config.model.lora.rank=513"], "rank=513: vLLM takes adapters up to 512"),
+    ([*LORA, "--config.rollout.grup=1"], "did you mean config.rollout.group"),
+    (["--config=configs/none.py"], "no such file"),
+  ],
+)
+def test_wrong_settings_are_found_before_a_server_loads(arguments, message, capsys, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  assert script("server_settings").main(["server_settings.py", "vllm", "", *arguments]) == 2
+  captured = capsys.readouterr()
+  assert message in captured.err and len(captured.err.splitlines()) == 1 and not captured.out
 
 
 # ---- tpu_pod.sh and tpu_worker.sh
@@ -760,7 +1000,7 @@ exit "${statuses[SLURM_PROCID]}"
 """
 
 
-def slurm_job(bench, *arguments, task=TASK, **env) -> subprocess.Popen:
+def slurm_job(bench, *arguments, task=TASK, workdir=WORKDIR, **env) -> subprocess.Popen:
   """Starts the batch script as Slurm does: a copy of it, in the directory of the submission."""
   bench.stand_in("srun", SRUN)
   bench.stand_in("scontrol", "")
@@ -774,7 +1014,7 @@ def slurm_job(bench, *arguments, task=TASK, **env) -> subprocess.Popen:
     "SLURM_CPUS_ON_NODE": "32",
     "SLURM_GPUS_ON_NODE": "8",
   }
-  return bench.start(copy, "--max-restarts=3", *arguments, "--", WORKDIR, **job, **env)
+  return bench.start(copy, "--max-restarts=3", *arguments, "--", workdir, **job | env)
 
 
 @pytest.mark.parametrize(
@@ -837,6 +1077,52 @@ def ps() -> list[tuple[int, str]]:
   return found
 
 
+def test_a_job_with_servers_runs_them_beside_its_one_trainer(servers):
+  bench = servers.bench
+  task = (
+    SETTINGS + '[[ $1 == launch/preflight.py ]] || echo "$CUDA_VISIBLE_DEVICES" >"$BENCH/trainer"'
+  )
+  flags = ["--server=vllm", "--servers=2", f"--port={servers.port}"]
+  one = {"SLURM_NTASKS": "1", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+  process = slurm_job(bench, *flags, task=task, workdir=servers.workdir, **one)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 0, err
+  assert (bench.folder / "trainer").read_text() == "0,1,2,3,4,5\n"
+  assert [servers.facts(i)[2] for i in range(2)] == ["6", "7"]
+  preflight, node = bench.calls("srun")
+  assert preflight[-3:] == ["launch/preflight.py", "8", "1"]
+  assert node[node.index("launch/gpu_node.sh") + 1 :][:2] == ["--gpus=8", "--max-restarts=0"]
+
+
+@pytest.mark.parametrize(
+  "ending, status, requeued",
+  [("exit 143", 143, True), ("exit 1", 1, False), ("exit 2", 2, False), ("kill -9 $$", 137, False)],
+)
+def test_a_job_with_servers_is_requeued_by_the_same_rule(ending, status, requeued, servers):
+  task = f"{SETTINGS}\n[[ $1 == launch/preflight.py ]] && exit\n{ending}"
+  flags = ["--server=vllm", f"--port={servers.port}"]
+  process = slurm_job(servers.bench, *flags, task=task, workdir=servers.workdir, SLURM_NTASKS="1")
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == status, err
+  assert bool(servers.bench.calls("scontrol")) == requeued
+
+
+def test_a_job_whose_server_dies_fails(servers):
+  task = f"{SETTINGS}\n[[ $1 == launch/preflight.py ]] && exit\n{SAVING}"
+  process = slurm_job(
+    servers.bench,
+    *["--server=vllm", f"--port={servers.port}"],
+    task=task,
+    workdir=servers.workdir,
+    SLURM_NTASKS="1",
+  )
+  servers.bench.wait_for("said", "began")
+  os.kill(int(servers.facts(0)[0]), signal.SIGKILL)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 1 and "server 0 (vllm on port" in err
+  assert not servers.bench.calls("scontrol")
+
+
 def test_slurm_submits_itself(bench):
   bench.stand_in("sbatch", "")
   flags = ["--nodes=2", "--gpus=4", "--time=1:00:00", "--sbatch=--partition=p"]
@@ -889,7 +1175,7 @@ def slurm(bench):
   for name in ("state", "spool"):
     (bench.folder / name).mkdir()
   conf = bench.folder / "slurm.conf"
-  conf.write_text(SLURM_CONF.format(folder=bench.folder, ports=[free_port(), free_port()]))
+  conf.write_text(SLURM_CONF.format(folder=bench.folder, ports=[free_ports(1), free_ports(1)]))
   bench.env["SLURM_CONF"] = str(conf)
   daemons = []
   try:
