@@ -169,6 +169,7 @@ RANGES = {
   "method.token_signal.top_k": _whole(1, remark=", or None for the whole vocabulary", also=(None,)),
   "method.token_signal.clip": _CLIP,
   "method.token_signal.advantage_clip": _CLIP,
+  "method.token_signal.ratio_bounds": Range(0, 1_000_000_000, above=True, each=True),
   "method.token_signal.gamma": Range(0, 1, remark=": the discount of a later token's gap"),
   "method.token_weight.is_clip": _CLIP,
   "method.token_weight.rollout_is_clip": _CLIP,

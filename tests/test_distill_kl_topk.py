@@ -194,3 +194,25 @@ def test_entries_named_by_the_caller_need_not_be_likely():
   given = given_log_probs(arrays[0], arrays[1], target, index_XM)
   logp_XV = np.asarray(jax.nn.log_softmax(arrays[0] @ arrays[1]))
   np.testing.assert_allclose(given.logp_XM, np.take_along_axis(logp_XV, index_XM, 1), atol=1e-4)
+
+
+def test_the_ratio_of_the_readings_is_held_within_bounds():
+  """By hand: two entries leave the bounds, on either side; q is not renormalised."""
+  pi, q = np.array([0.5, 0.3, 0.2]), np.array([0.1, 0.29, 0.61])
+  top = TopLogProbs(*np.log([[pi], [q]]), None, *np.zeros((3, 1)))
+  held = np.array([0.5 * 0.4, 0.29, 0.2 * 2.0])
+  mean = (pi + held) / 2
+  want = 0.5 * np.sum(pi * np.log(pi / mean)) + 0.5 * np.sum(held * np.log(held / mean))
+  settings = dict(alpha=0.5, add_tail=False, ratio_bounds=(0.4, 2.0))
+
+  def loss(logp_XM):
+    return in_buckets(top._replace(logp_XM=logp_XM), **settings).divergence_X[0]
+
+  got, grad = jax.value_and_grad(loss)(jnp.log(pi)[None])
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  # with q held constant; logits' gradient: what is common to all entries falls out of it
+  of_logp = 0.5 * pi * np.log(pi / mean)
+  np.testing.assert_allclose(grad[0], of_logp - pi * of_logp.sum(), rtol=1e-5, atol=1e-7)
+  free = in_buckets(top, alpha=0.5, add_tail=False).divergence_X[0]
+  wide = in_buckets(top, alpha=0.5, add_tail=False, ratio_bounds=(1e-9, 1e9))
+  assert float(wide.divergence_X[0]) == float(free) > float(got)

@@ -295,6 +295,14 @@ METHOD_CASES = {
     dict(token_signal=dict(name="divergence", alpha=1.0, top_k=20, advantage_clip=1.0)),
     dict(alpha=1.0, top_k=20, advantage_clip=1.0),
   ),
+  "ratio_bounds": (
+    dict(token_signal=dict(name="divergence", alpha=0.5, top_k=20, ratio_bounds=(0.8, 1.2))),
+    dict(alpha=0.5, top_k=20, ratio_bounds=(0.8, 1.2)),
+  ),
+  "ratio_bounds_reverse": (
+    dict(token_signal=dict(name="divergence", alpha=1.0, top_k=20, ratio_bounds=(0.01, 1.1))),
+    dict(alpha=1.0, top_k=20, ratio_bounds=(0.01, 1.1)),
+  ),
   "reverse": (dict(token_signal=dict(name="divergence", alpha=1.0)), dict(alpha=1.0)),
   "skewed": (
     dict(
@@ -625,6 +633,14 @@ def test_blend_is_the_weighted_sum_of_its_two_losses():
     (
       dict(token_signal=dict(name="divergence", alpha=1.0, advantage_clip=5.0)),
       "method.token_signal.advantage_clip=5.0 must be above 0 and needs",
+    ),
+    (
+      dict(token_signal=dict(name="divergence", ratio_bounds=(0.4, 10.0))),
+      "method.token_signal.ratio_bounds=(0.4, 10.0) must be () or two numbers, one below",
+    ),
+    (
+      dict(token_signal=dict(name="divergence", top_k=9, ratio_bounds=(0.0, 2.0))),
+      "method.token_signal.ratio_bounds=(0.0, 2.0) must be above 0",
     ),
     (dict(policy_share=0.5), "needs a surrogate"),
     (dict(policy_share=1.5), "must lie in [0, 1]"),

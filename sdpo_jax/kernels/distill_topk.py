@@ -19,6 +19,7 @@ Numerics. As in distill_kl_xla.py; the bucket is log(-expm1(min(logsumexp, -1e-7
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -44,40 +45,23 @@ class TopLogProbs(NamedTuple):
   entropy_X: jax.Array  # of the policy, over the whole vocabulary
 
 
-def distill_topk(
-  inputs: Inputs,
-  *,
-  alpha,
-  top_k,
-  add_tail=True,
-  temperature=1.0,
-  advantage_clip=None,
-  mesh=None,
-) -> DistillKL:
+def distill_topk(inputs: Inputs, *, top_k, temperature=1.0, mesh=None, **buckets) -> DistillKL:
   """Computes the divergence over M + 1 buckets; the other results are those of distill_kl.
 
-  Args:
-    add_tail: if False, the divergence is over the M entries, renormalised.
-    advantage_clip: bound of each bucket's advantage, for the reverse KL only (ValueError else).
-      The gradient of KL(pi || q) is a policy gradient whose advantage is ln q - ln pi for every
-      entry (arXiv 2601.20802, Prop. 2.1). Each bucket's is held within +-advantage_clip, as in the
-      paper's test-time runs. Where no bucket leaves these bounds, neither value nor gradient
-      changes.
+  buckets: the settings of `in_buckets`.
   """
   top = top_log_probs(inputs, top_k=top_k, temperature=temperature, mesh=mesh)
-  return in_buckets(top, alpha=alpha, add_tail=add_tail, advantage_clip=advantage_clip)
+  return in_buckets(top, **buckets)
 
 
 def distill_mixture(
   readings: list[Inputs],
   weight_GX,
   *,
-  alpha,
   top_k,
-  add_tail=True,
   temperature=1.0,
-  advantage_clip=None,
   mesh=None,
+  **buckets,
 ) -> DistillKL:
   """Computes distill_topk from a mixture of several readings by one teacher.
 
@@ -87,6 +71,7 @@ def distill_mixture(
   Args:
     readings: they differ in the teacher's hidden states alone.
     weight_GX: of each reading; those of a token add up to 1.
+    buckets: the settings of `in_buckets`.
   """
   tops = [
     top_log_probs(inputs, top_k=top_k, temperature=temperature, mesh=mesh) for inputs in readings
@@ -96,11 +81,29 @@ def distill_mixture(
   )
   mixed_X = logsumexp(jnp.stack([top.logp_teacher_X for top in tops]), axis=0, b=weight_GX)
   top = tops[0]._replace(logp_teacher_XM=mixed_XM, logp_teacher_X=mixed_X)
-  return in_buckets(top, alpha=alpha, add_tail=add_tail, advantage_clip=advantage_clip)
+  return in_buckets(top, **buckets)
 
 
-def in_buckets(top: TopLogProbs, *, alpha, add_tail, advantage_clip) -> DistillKL:
-  """Computes the divergence over the buckets of `top`. ValueError for a clip unless alpha is 1."""
+def in_buckets(
+  top: TopLogProbs,
+  *,
+  alpha,
+  add_tail=True,
+  advantage_clip=None,
+  ratio_bounds=(),
+) -> DistillKL:
+  """Computes the divergence over the buckets of `top`.
+
+  Args:
+    add_tail: if False, the divergence is over the M entries, renormalised.
+    advantage_clip: bound of each bucket's advantage, for the reverse KL only (ValueError else).
+      The gradient of KL(pi || q) is a policy gradient whose advantage is ln q - ln pi for every
+      entry (arXiv 2601.20802, Prop. 2.1). Each bucket's is held within +-advantage_clip, as in the
+      paper's test-time runs. Where no bucket leaves these bounds, neither value nor gradient
+      changes.
+    ratio_bounds: (least, most) of q / pi in each bucket, or () (RESD, arXiv 2605.12741). q is held
+      within them, pi detached, and not renormalised.
+  """
   if advantage_clip is not None and alpha != 1:
     raise ValueError(
       f"advantage_clip={advantage_clip!r} needs alpha=1, the reverse KL, not alpha={alpha!r}"
@@ -108,6 +111,9 @@ def in_buckets(top: TopLogProbs, *, alpha, add_tail, advantage_clip) -> DistillK
   buckets = add_tail_bucket if add_tail else _renormalise
   policy_XM = buckets(top.logp_XM)
   teacher_XM = buckets(top.logp_teacher_XM)
+  if ratio_bounds:
+    least, most = (lax.stop_gradient(policy_XM) + math.log(x) for x in ratio_bounds)
+    teacher_XM = jnp.clip(teacher_XM, least, most)
   if advantage_clip is None:
     divergence_X = divergence(policy_XM, teacher_XM, alpha)
   else:

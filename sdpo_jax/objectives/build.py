@@ -68,7 +68,13 @@ MADE_ONCE = (
   "reference_kl",
 )
 # The settings of the token signal that the divergence kernel has to know; where it lacks one, so.
-KERNEL_DEFAULTS = {"alpha": 1.0, "top_k": None, "add_tail": True, "advantage_clip": None}
+KERNEL_DEFAULTS = {
+  "alpha": 1.0,
+  "top_k": None,
+  "add_tail": True,
+  "advantage_clip": None,
+  "ratio_bounds": (),
+}
 
 
 class Method(NamedTuple):

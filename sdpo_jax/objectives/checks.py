@@ -54,6 +54,12 @@ def _check_divergence(part: dict) -> None:
       f"method.token_signal.advantage_clip={clip!r} must be above 0 and needs alpha=1 (reverse KL) "
       f"and a top_k, not alpha={alpha!r}, top_k={top_k!r}"
     )
+  bounds = tuple(part.get("ratio_bounds") or ())
+  if bounds and (top_k is None or len(bounds) != 2 or not bounds[0] < 1 < bounds[1]):
+    raise ValueError(
+      f"method.token_signal.ratio_bounds={bounds!r} must be () or two numbers, one below and one "
+      f"above 1, and needs a top_k, not top_k={top_k!r}"
+    )
 
 
 def _check_sampled_token(part: dict) -> None:

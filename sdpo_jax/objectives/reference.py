@@ -63,6 +63,7 @@ def sdpo_loss(
   is_clip=2.0,
   rollout_is_clip=2.0,
   advantage_clip=None,
+  ratio_bounds=(),
 ):
   """Computes the scalar loss: the mean over tokens, weighted by weight_BR * distill_B.
 
@@ -74,6 +75,8 @@ def sdpo_loss(
   advantage_clip: takes reverse KL at logit level with each entry's advantage log q - log pi as a
     constant, held within +-advantage_clip. Its gradient is the policy gradient of Prop. 2.1 with
     these advantages.
+  ratio_bounds: (least, most) of q / pi in each entry at logit level, or (). pi is a constant there,
+    and q is not renormalised (RESD, arXiv 2605.12741).
   """
   sg = jax.lax.stop_gradient
   logp_BRV = jax.nn.log_softmax(student_logits_BRV)
@@ -82,6 +85,8 @@ def sdpo_loss(
   gap_BR = sg(logq_BR - logp_BR)
   if granularity == "logit":
     kept = keep_top_k(logp_BRV, logq_BRV, top_k, add_tail) if top_k else (logp_BRV, logq_BRV)
+    if ratio_bounds:
+      kept = kept[0], jnp.clip(kept[1], *(sg(kept[0]) + jnp.log(x) for x in ratio_bounds))
     loss_BR = _logit_loss(*kept, alpha, advantage_clip)
   elif granularity == "token":
     assert alpha == 1.0, (

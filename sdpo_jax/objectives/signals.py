@@ -79,6 +79,7 @@ def divergence(
   add_tail: bool = True,
   clip: float | None = None,
   advantage_clip: float | None = None,
+  ratio_bounds: tuple = (),
 ) -> jax.Array:
   """Returns D(policy, teacher). The kernel has applied all of these settings but `clip`.
 
@@ -87,6 +88,8 @@ def divergence(
   clip: a token above it counts as that much and has no gradient (OPSD, arXiv 2601.18734).
   advantage_clip: with alpha = 1 and top_k, holds the advantage log q - log pi of each kept entry
     within +-advantage_clip.
+  ratio_bounds: with top_k, (least, most) within which q / pi of each kept entry and of the tail is
+    held, or (); q is not renormalised (RESD, arXiv 2605.12741).
   """
   if clip is None:
     return signals.divergence_BR
