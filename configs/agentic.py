@@ -72,6 +72,8 @@ def _household(c) -> None:
   c.optimizer.update(lr=5e-4, warmup_steps=5)
   if c.method.teacher_weights.name == "ema":
     c.method.teacher_weights.rate = 0.02
+  if c.method.teacher_context.name == "hindsight":  # the tiny model reads other words by letter
+    c.method.teacher_context.update(hint_tokens=32, reflecting="{prompt}{attempt}{outcome}\nJSON: ")
   c.eval.update(
     every_steps=50,
     questions=100,
@@ -110,6 +112,8 @@ def _of_real_size(c, world: str) -> None:
 def _toy_sizes(c) -> None:
   """Shrinks a run to seconds, on the same path; the tiny model reads any text, byte by byte."""
   c.total_steps = 2
+  if c.method.teacher_context.name == "hindsight":
+    c.method.teacher_context.hint_tokens = 16
   if c.model.path != "tiny_household":
     c.model.update(path="tiny", dtype="float32", remat="dots")
     c.data.update(max_prompt_tokens=700, max_teacher_tokens=760, length_multiple=128)

@@ -4,12 +4,14 @@ import functools
 from typing import Any, Callable, NamedTuple
 
 from sdpo_jax.alternatives import Explorer
+from sdpo_jax.config import response_tokens
 from sdpo_jax.given_teacher import make_candidates, make_given_signals
+from sdpo_jax.hindsight import Reflector
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.objectives.build import Method, build_method
 from sdpo_jax.objectives.notes import further_readings
 from sdpo_jax.optimizer import make_optimizer
-from sdpo_jax.rollout import Collector
+from sdpo_jax.rollout import Source
 from sdpo_jax.train_step import make_reader, make_score, make_signals, make_train_step
 
 
@@ -80,12 +82,16 @@ def make_learner(c, model: ModelConfig, join: Callable | None = None) -> Learner
 
 
 def make_explorer(
-  c, method: Method, collector: Collector, *, seed: int, second_model: tuple | None = None
-) -> Explorer | None:
-  """Returns what finds alternatives to failed attempts; None where the method asks for none.
+  c, method: Method, collector: Source, *, seed: int, second_model: tuple | None = None
+) -> Explorer | Reflector | None:
+  """Returns what samples beside the rollouts of a step, before they are packed; None: nothing does.
 
+  These are alternatives to failed attempts, or what the policy writes of its episodes.
   second_model: its collector and weights.
   """
+  if method.hint_tokens:
+    longest = c.data.max_teacher_tokens + response_tokens(c)  # as of a teacher's text
+    return Reflector(method.teacher_context, collector, seed, longest)
   if method.notes is None:
     return None
   return Explorer(

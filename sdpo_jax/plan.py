@@ -301,8 +301,8 @@ def report_lines(c, topology: str) -> Iterator[str]:
     session.model_shape(c.model.path), dtype=c.model.dtype, param_dtype=c.model.param_dtype
   )
   session.check_sampling(c, model, mesh)
-  notes = build.build_method(c.method.to_dict()).notes
-  session.check_positions(session.longest_texts(c, notes), model, c.model.path)
+  method = build.build_method(c.method.to_dict())
+  session.check_positions(session.longest_texts(c, method), model, c.model.path)
   adapters = lora.from_settings(c.model)
   join = None if adapters is None else functools.partial(lora.attach, lora=adapters)
   learn = learner.make_learner(c, model, join)
@@ -383,6 +383,8 @@ def heading_lines(w: Workload, weights: dict) -> Iterator[str]:
   )
   if "beams" in c.method.counterfactual.get("sources", ()):
     yield "not counted: the beam search for alternatives"
+  if "hint_tokens" in c.method.teacher_context:
+    yield "not counted: what the policy writes of its episodes in hindsight"
   second = c.method.counterfactual.get("model")
   if second:
     yield f"not counted: weights and sampling of the second model, {second}"

@@ -148,6 +148,7 @@ RANGES = {
   "method.teacher_context.share": _above(0, 1),
   "method.teacher_context.solutions": _whole(1, 1000),
   "method.teacher_context.failures": _whole(0, 1000),
+  "method.teacher_context.hint_tokens": _COUNT,
   "method.teacher_weights.rate": Range(0, 1),
   "method.teacher_weights.period": _COUNT,
   "method.teacher_weights.share": _above(0, 1),

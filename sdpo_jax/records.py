@@ -87,8 +87,9 @@ class Rollout:
   # nats, one per token, of the policy over the whole vocabulary; None: nobody asked for it
   entropy: list[float] | None = None
   alternatives: list["Alternative"] = dataclasses.field(default_factory=list)
-  # Tokens generated and responses judged to find alternatives and to imagine their feedback. What
-  # the attempts at a question share is counted at its first failed one.
+  # Tokens generated beside the response and not trained on, and the responses among them: what
+  # alternatives, their imagined feedback and a reflection cost. What the attempts at a question
+  # share is counted at its first failed one.
   extra_tokens: int = 0
   extra_calls: int = 0
   # The parts of the response as the engine returned them, in order, which make up `tokens`. None:
@@ -97,6 +98,8 @@ class Rollout:
   # What a world said to each part, where the response is an episode; an episode that was lost may
   # lack the last one
   turns: list[Turn] | None = None
+  # What the policy wrote of the episode in hindsight; None: it was not asked
+  reflection: str | None = None
 
   @property
   def is_judged(self) -> bool:

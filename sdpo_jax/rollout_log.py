@@ -8,6 +8,7 @@
   teacher_gap              log q - log pi of each token in nats, where the response has a teacher
   counterfactuals          the alternatives to a failed attempt: source, response, reward, feedback,
                            imagined
+  reflection               what the policy wrote of its episode in hindsight, where it was asked
   counterfactual_contexts  what the teacher read in each further reading
 """
 
@@ -41,6 +42,8 @@ def rollout_lines(
       line["teacher_gap"] = [round(float(gap), 4) for gap in gaps]
     if rollout.alternatives:
       line["counterfactuals"] = [_alternative(a) for a in rollout.alternatives]
+    if rollout.reflection is not None:
+      line["reflection"] = rollout.reflection
     shown = [contexts[b] for contexts in further if contexts[b] is not None]
     if shown:
       line["counterfactual_contexts"] = [c.render(rollout.task.prompt) for c in shown]

@@ -30,7 +30,6 @@ from sdpo_jax.model import decoder, lora
 from sdpo_jax.model.config import PRESETS, ModelConfig
 from sdpo_jax.model.hf_weights import load_pretrained, local_directory, read_config
 from sdpo_jax.objectives.build import Method
-from sdpo_jax.objectives.notes import Notes
 from sdpo_jax.objectives.teacher_context import Context
 from sdpo_jax.objectives.teacher_weights import TeacherWeights
 from sdpo_jax.records import Sampling, Task
@@ -119,13 +118,13 @@ def open_session(
 
   path: a Hugging Face directory instead of config.model.path.
   devices: those that config.mesh is laid over; None: all.
-  method: the one that will be trained; None where nothing is. What its notes generate has to fit,
-    and their second model is loaded beside. Questions of the split train have to fit into the
-    teacher's prompt too, if the method has a teacher.
+  method: the one that will be trained; None where nothing is. What it generates beside rollouts has
+    to fit, and the second model of its notes is loaded beside. Questions of the split train have to
+    fit into the teacher's prompt too, if the method has a teacher.
   splits: {split: what asks for it} of the splits that are read; None: those of `splits_of`.
   check_stop: the collectors call it between their phases; it may raise.
   """
-  notes = None if method is None else method.notes
+  second_name = method.notes.model if method is not None and method.notes is not None else ""
   with contextlib.ExitStack() as stack:
     stack.enter_context(released_by_the_compiler())
     with blame_settings():
@@ -136,8 +135,8 @@ def open_session(
       if c.data.sources:
         check_sources(c.data.sources, splits)
       policy = load(c, path, mesh)
-      check_positions(longest_texts(c, notes), policy.model, path)
-      second = load_second(c, notes.model, mesh) if notes is not None and notes.model else None
+      check_positions(longest_texts(c, method), policy.model, path)
+      second = load_second(c, second_name, mesh) if second_name else None
       env, isolation = _open_env(c, splits, stack, policy.chat, second and second.chat, method)
       engine = _policy_engine(c, policy, path, mesh, stack)
       collector = stack.enter_context(_collecting(c, env, policy, engine, check_stop))
@@ -429,10 +428,10 @@ def same_rows(workdir: pathlib.Path, env, splits: Iterable[str], *, begun: bool)
 # ---- checks of lengths --------------------------------------------------------------------------
 
 
-def longest_texts(c, notes: Notes | None) -> list[tuple[int, str]]:
+def longest_texts(c, method: Method | None) -> list[tuple[int, str]]:
   """Returns (tokens, the settings that make them) of the longest texts of a model.
 
-  Each is read and written in one piece. Rollouts come first.
+  Each is read and written in one piece. Rollouts come first. method: None where nothing is trained.
   """
   prompt_tokens, new_tokens = c.data.max_prompt_tokens, response_tokens(c)
   teacher_tokens = c.data.max_teacher_tokens
@@ -444,7 +443,13 @@ def longest_texts(c, notes: Notes | None) -> list[tuple[int, str]]:
     (prompt_tokens + new_tokens, f"{prompt} and {new}"),
     (teacher_tokens + new_tokens, f"{teacher} and {new}"),
   ]
-  where = "config.method.counterfactual"
+  if method is None:
+    return texts
+  if method.hint_tokens:
+    hints = f"config.method.teacher_context.hint_tokens={method.hint_tokens}"
+    tokens = teacher_tokens + new_tokens + method.hint_tokens
+    texts.append((tokens, f"{teacher}, {new} and {hints}"))
+  where, notes = "config.method.counterfactual", method.notes
   if notes is not None and notes.feedback == "imagined":
     imagined = f"{where}.imagined_tokens={notes.imagined_tokens}"
     texts.append((teacher_tokens + notes.imagined_tokens, f"{teacher} and {imagined}"))

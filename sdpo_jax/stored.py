@@ -4,12 +4,12 @@ from sdpo_jax.records import Completion, Feedback, Rollout, Segment, Status, Tas
 
 
 def stored(groups: list[list[Rollout]]) -> list[list[dict]]:
-  """Returns rollouts that an engine sampled, without alternatives, as JSON holds them."""
+  """Returns rollouts, for which nothing was sampled but themselves, as JSON holds them."""
   return [[_stored(rollout) for rollout in group] for group in groups]
 
 
 def _stored(rollout: Rollout) -> dict:
-  assert rollout.sampled is not None and not rollout.alternatives
+  assert rollout.sampled is not None and not rollout.alternatives and rollout.reflection is None
   feedback, turns = rollout.feedback, rollout.turns
   return {
     "prompt": rollout.prompt_tokens,

@@ -213,9 +213,10 @@ def _why_untested(method: Method, packed: Packed) -> str:
     judged = [r for r, weight_R in zip(packed.rollouts, batch.weight_BR) if weight_R.any()]
     with_feedback = sum(bool(r.feedback.text) for r in judged)
     rewarded = sum(r.feedback.reward > 0 for r in judged)
+    made_of = getattr(method.teacher_context, "made_of", "")
     return (
       f"no response has a context ({len(judged)} judged, {rewarded} with a reward, "
-      f"{with_feedback} with feedback)"
+      f"{with_feedback} with feedback)" + (f", which is made of {made_of}" if made_of else "")
     )
   if _distilled(method, batch).any():
     is_off = batch.control.get("teacher_logits", 1.0) == 0

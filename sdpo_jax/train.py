@@ -351,7 +351,7 @@ class Steps:
       second_model=session.second_model,
     )
     self.control = Control(self.learner.method)
-    self.exploration = {}  # metrics of the last batch's alternatives
+    self.exploration = {}  # metrics of what was sampled beside the last batch
     self.ahead = None  # the next batch, where it is sampled already
     self._check_stop = session.collector.check_stop
     self._copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))
@@ -526,7 +526,7 @@ class Steps:
     return ending.has_stopped(self.c, self.host)
 
   def collect(self, state, i: int) -> list[list[Rollout]]:
-    """Returns judged groups of rollouts, failed ones with their alternatives."""
+    """Returns judged groups of rollouts, with what the method samples beside them."""
     if self.ahead is not None:
       groups = self.ahead.groups()
       self.ahead = None
@@ -752,10 +752,13 @@ class Steps:
     c = self.c
     if not c.rollout.lag:
       return
-    if self.learner.method.notes is not None:
+    more = "the alternatives of config.method.counterfactual"
+    if self.learner.method.hint_tokens:
+      more = f"the hints of config.method.teacher_context.name={c.method.teacher_context.name!r}"
+    if self.learner.method.notes is not None or self.learner.method.hint_tokens:
       raise ValueError(
-        f"config.rollout.lag={c.rollout.lag} samples while the batch before is trained on, and the "
-        "alternatives of config.method.counterfactual are sampled after their batch: use lag=0"
+        f"config.rollout.lag={c.rollout.lag} samples while the batch before is trained on, and "
+        f"{more} are sampled after their batch: use lag=0"
       )
     alone = self.session.mesh is None or c.rollout.engine != "local"
     if not alone or jax.process_count() > 1:

@@ -49,6 +49,7 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "remote_teacher": 3,
   "teacher_gate": 3,
   "alternatives": 3.5,
+  "hindsight": 3.6,
   # config reads the METHODS table and the kernels' names alone; train asks it to validate
   "config": 4,
   "report": 4,

@@ -5,9 +5,11 @@ Run:    python -m sdpo_jax.experiment --config=configs/experiments/agentic.py \
 Smoke:  python -m sdpo_jax.experiment --config=configs/experiments/agentic.py:local \
           --workdir=runs/agentic_local
 Grid:   the arms of ARMS, three seeds, 150 steps of 64 episodes each. SDPO's teacher, SDAR's and
-        CRAFT's read the skill; `sdpo_turns` and `ocsd` what their rows say; `demonstration` the
-        whole way to the goal, and `random_skill` lines about other words: these two must fail.
-Tuning: two learning rates an arm on one seed of its own, judged on the split tune at their end.
+        CRAFT's read the skill; `sdpo_turns`, `ocsd` and `hero` what their rows say; `demonstration`
+        the whole way to the goal, and `random_skill` lines about other words: these two must fail.
+        The tiny model writes no JSON: `hero` is asked for its hints, has none, and learns nothing.
+Tuning: two learning rates an arm on one seed of its own, half the steps each (75 of 150), judged on
+        the split tune at their end.
 End:    the last checkpoints play 200 tasks of heldout and of unseen, whose templates no other
         split has, twice each.
 Cost:   meant for 90 minutes a seed on two cores: not measured.
@@ -35,6 +37,7 @@ ARMS = {
   "sdpo": ("method=sdpo", ()),
   "sdpo_turns": ("method=sdpo_turns", ()),
   "ocsd": ("method=ocsd", ()),
+  "hero": ("method=hero", ()),
   "demonstration": ("method=opsd,context=row", ()),
   "random_skill": ("method=sdpo", ("--config.env.skill=random",)),
 }

@@ -450,7 +450,8 @@ def _reading_weight(reading: TeacherReading, R: int) -> np.ndarray:
   weight_BR = np.zeros((len(reading.weight_B), R), np.float32)
   for b, texts in enumerate(reading.texts.of):
     for text in texts:
-      weight_BR[b, text.first : text.first + sampled_tokens(text.spans)] = reading.weight_B[b]
+      place = slice(text.first, text.first + sampled_tokens(text.spans))
+      weight_BR[b, place] = reading.weight_B[b] * text.weight
   return weight_BR
 
 

@@ -38,6 +38,7 @@ class Text(NamedTuple):
   tokens: list[int]
   spans: list[Span]  # what the policy sampled of it: one span, or one a turn
   first: int = 0  # index in the response of the first token in the spans
+  weight: float = 1.0  # of each token in the spans, beside that of the reading
 
   @property
   def prompt(self) -> list[int]:

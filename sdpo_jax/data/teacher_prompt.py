@@ -91,7 +91,9 @@ class TeacherReader:
     messages = self.messages(rollout.task)
     if context.turns:
       most = self.max_tokens - len(rollout.prompt_tokens)
-      texts, was_shortened = turn_texts(self.chat, messages, rollout, context.turns, most)
+      texts, was_shortened = turn_texts(
+        self.chat, messages, rollout, context.turns, most, alike=context.turns_alike
+      )
       return Shown(context, weight, texts, was_shortened)
     prompt, was_shortened = teacher_prompt(self.chat, messages, context, self.max_tokens)
     return Shown(context, weight, [text_after(prompt, rollout)], was_shortened)

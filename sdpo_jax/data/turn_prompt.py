@@ -19,11 +19,14 @@ def turn_texts(
   rollout: Rollout,
   contexts: tuple[str, ...],
   most: int,
+  *,
+  alike: bool = False,
 ) -> tuple[list[Text], bool]:
   """Returns the texts, and whether a context had to be shortened.
 
   messages: those before the first turn. contexts: of each turn; "": it has no text. most: the
-  tokens that a context may take; the end of a longer one is left out.
+  tokens that a context may take; the end of a longer one is left out. alike: the tokens of each
+  turn have a weight of 1 together, else each has.
   """
   prompts = _Prompts(chat, messages, rollout)
   texts, was_shortened = [], False
@@ -33,7 +36,8 @@ def turn_texts(
     prompt, is_whole = prompts.within(k, context, most)
     first, completion, _ = rollout.sampled[k]
     span = (len(prompt), len(prompt) + len(completion.tokens))
-    texts.append(Text(prompt + completion.tokens, [span], first))
+    weight = 1.0 / max(1, len(completion.tokens)) if alike else 1.0
+    texts.append(Text(prompt + completion.tokens, [span], first, weight))
     was_shortened |= not is_whole
   return texts, was_shortened
 

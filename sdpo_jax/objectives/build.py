@@ -108,6 +108,11 @@ class Method(NamedTuple):
     return bool(self.reads) or self.contrast is not None
 
   @property
+  def hint_tokens(self) -> int:
+    """The most tokens that the policy writes of an episode in hindsight; 0: it is not asked."""
+    return getattr(self.teacher_context, "hint_tokens", 0)
+
+  @property
   def before_updates(self) -> "Method":
     """The method as the pass before the updates has it: a contrast is made of the teacher's gap."""
     if self.contrast is None:

@@ -1,6 +1,7 @@
 """The table of teacher contexts: what the teacher may read and the policy does not. Host code."""
 
 from sdpo_jax.objectives.contexts_agents import LaterObservations, Skill, TurnWords
+from sdpo_jax.objectives.contexts_hindsight import Hindsight
 from sdpo_jax.objectives.contexts_outcome import Drift, RephraseOrHint
 from sdpo_jax.objectives.contexts_peers import Peers
 from sdpo_jax.objectives.contexts_pmi import QuestionAndReference
@@ -25,4 +26,5 @@ TEACHER_CONTEXTS = {
   "skill": Skill,
   "turn_words": TurnWords,
   "later_observations": LaterObservations,
+  "hindsight": Hindsight,
 }

@@ -402,6 +402,21 @@ _ROWS: dict[str, tuple[dict, About]] = {
     ),
     About("2608.04788, eq. 6-11", "the words; what is later goes to the end of the episode"),
   ),
+  # Its turns count alike: a weight of the context's readings (data/turn_prompt.py).
+  "hero": (
+    _SDPO
+    | dict(
+      teacher_context=dict(name="hindsight"),
+      teacher_weights=dict(name="ema", rate=0.001),
+      token_signal=dict(name="divergence", alpha=0.5, top_k=100, ratio_bounds=(0.4, 10.0)),
+      token_weight=dict(name="uniform"),
+    ),
+    About(
+      "2606.11559, section 3",
+      "the words, and that a hint stands behind the observation; its clipped importance weighting, "
+      "which is not defined, is read as RESD's bound on q / pi (2605.12741); any group size",
+    ),
+  ),
 }
 # A row carries its name, so that config.json and reports show it.
 METHODS = {name: dict(row, name=name) for name, (row, _) in _ROWS.items()}

@@ -54,6 +54,8 @@ def needs(name: str) -> list[str]:
     found.append("questions that come back")
   if reads_turns(row):
     found.append("episodes")
+  if method.hint_tokens:
+    found.append("hints of the policy's own")
   if getattr(method.teacher_context, "needs_solution", False):
     found.append("reference solutions")
   if getattr(method.teacher_context, "reads_hints", False):

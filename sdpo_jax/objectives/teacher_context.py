@@ -81,6 +81,8 @@ class Context:
   # Of an episode, what stands before each of its turns, templates filled in; "": no reading of that
   # turn. Then the other texts are empty.
   turns: tuple[str, ...] = ()
+  # Whether the turns with a reading count alike in the divergence; else their tokens do.
+  turns_alike: bool = False
 
   def without_texts(self) -> "Context":
     """Returns the context whose templates have nothing to be filled with."""
