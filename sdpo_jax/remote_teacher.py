@@ -1,9 +1,9 @@
 """Asks a teacher on another machine for its log-probabilities: a `python -m sdpo_jax.serve`.
 
-One HTTP request a response: what the teacher reads (prompt with context, then the response), and
-the K tokens that are asked about at each response token. The answer has K + 1 numbers a token, at
-the rollout's temperature. Responses that the teacher has no context for are not asked about. Of
-several processes the first one asks, and shares the answers.
+One HTTP request a text: what the teacher reads (prompt with context, then the response, or one turn
+of it), and the K tokens that are asked about at each token sampled. The answer has K + 1 numbers a
+token, at the rollout's temperature. Responses that the teacher has no context for are not asked
+about. Of several processes the first one asks, and shares the answers.
 
 Errors: ValueError of one line from `check`, before training; RunError where the server has been
 silent for too long, or refuses. A server that restarts within that time is asked again.
@@ -19,7 +19,7 @@ import numpy as np
 from sdpo_jax import hosts
 from sdpo_jax.data.batch import Packed
 from sdpo_jax.data.chat import Chat
-from sdpo_jax.data.packing import Span
+from sdpo_jax.data.packing import Span, Text
 from sdpo_jax.engine.client import Background, Failed, Refused, Server, delay_s, field
 from sdpo_jax.errors import RunError
 from sdpo_jax.objectives.teacher_weights import Remote
@@ -85,13 +85,11 @@ class RemoteTeacher:
     # what nobody asked about has no weight, and needs numbers that are finite
     logp_CXM = np.full(index_CXM.shape, -np.log(self._vocab), np.float32)
     logp_CX = logp_CXM[..., 0].copy()
-    places = _places(packed, len(index_CXM))
-    for (c, x), texts, answer in zip(places, packed.teacher_texts.of, answers, strict=True):
-      for text in texts:
-        at_X = _sampled_of(text.spans)
-        of_ids, of_tokens = map(np.asarray, answer)
-        logp_CXM[c, x : x + len(at_X)] = of_ids[at_X]
-        logp_CX[c, x : x + len(at_X)] = of_tokens[at_X]
+    for (c, x, text), answer in zip(_placed(packed, len(index_CXM)), answers, strict=True):
+      at_X = _sampled_of(text.spans)
+      of_ids, of_tokens = map(np.asarray, answer)
+      logp_CXM[c, x : x + len(at_X)] = of_ids[at_X]
+      logp_CX[c, x : x + len(at_X)] = of_tokens[at_X]
     plain, *further = packed.batch.readings
     plain = plain._replace(scored=Scored(index_CXM, logp_CXM, logp_CX))
     batch = packed.batch._replace(readings=(plain, *further))
@@ -99,29 +97,23 @@ class RemoteTeacher:
     return packed._replace(batch=batch, metrics=metrics)
 
   async def _answers(self, packed: Packed, index_CXM: np.ndarray) -> list[tuple[list, list]]:
-    """Returns, for each row, the log-probabilities of the ids, and of the tokens.
+    """Returns, for each text, the log-probabilities of the ids, and of the tokens.
 
     These are of all tokens from the first sampled one on.
     """
     limit = asyncio.Semaphore(REQUESTS)
     questions = []
-    places = _places(packed, len(index_CXM))
-    for (c, x), texts in zip(places, packed.teacher_texts.of, strict=True):
-      tokens, ids_XM = [], np.zeros((0, index_CXM.shape[-1]), int)
-      for text in texts:  # one or none
-        at_X = _sampled_of(text.spans)
-        tokens = text.tokens
-        ids_XM = np.zeros((len(tokens) - text.spans[0][0], index_CXM.shape[-1]), int)
-        ids_XM[at_X] = index_CXM[c, x : x + len(at_X)]
-      questions.append(self._answer(tokens, ids_XM.tolist(), limit))
+    for c, x, text in _placed(packed, len(index_CXM)):
+      at_X = _sampled_of(text.spans)
+      ids_XM = np.zeros((len(text.tokens) - text.spans[0][0], index_CXM.shape[-1]), int)
+      ids_XM[at_X] = index_CXM[c, x : x + len(at_X)]
+      questions.append(self._answer(text.tokens, ids_XM.tolist(), limit))
     return await asyncio.gather(*questions)
 
   async def _answer(
     self, text: list[int], ids: list[list[int]], limit: asyncio.Semaphore
   ) -> tuple[list, list]:
     """Asks until there is an answer. Raises RunError where that is in vain."""
-    if not ids:
-      return [], []
     where, failures, until = f"{SETTING}={self._remote.url}: the server", 0, None
     while True:
       try:
@@ -175,7 +167,11 @@ def _checked(choice: dict[str, Any], ids: list[list[int]]) -> tuple[list, list]:
   return of_ids, of_tokens
 
 
-def _places(packed: Packed, packs: int) -> list[tuple[int, int]]:
-  """Returns (pack, first token there) of each row of a batch."""
+def _placed(packed: Packed, packs: int) -> list[tuple[int, int, Text]]:
+  """Returns (pack, first token there, text) of each text that the teacher reads of a batch."""
   start_B = packed.batch.start_B
-  return [(b // (len(start_B) // packs), int(x)) for b, x in enumerate(start_B)]
+  return [
+    (b // (len(start_B) // packs), int(x) + text.first, text)
+    for b, (x, texts) in enumerate(zip(start_B, packed.teacher_texts.of, strict=True))
+    for text in texts
+  ]

@@ -109,6 +109,30 @@ def test_the_same_weights_elsewhere_give_the_same_loss_and_gradient(
   )
 
 
+def test_each_text_of_a_response_is_asked_about(monkeypatch):
+  """Turns with a text each; one is not read. What comes back is the id of each token."""
+  batch = fakes.toy_batch(rows=2, response=6, packs=2)
+  tokens = [x_R[w_R > 0].tolist() for x_R, w_R in zip(batch.response_BR, batch.weight_BR)]
+  turns = [[3] + tokens[0][:1], [4, 4] + tokens[0][1:]]
+  texts = Texts([[Text(turns[0], [(1, 2)]), Text(turns[1], [(2, len(turns[1]))], 1)], []])
+  asked = []
+
+  async def answer(self, text, ids, limit):
+    asked.append((text, ids))
+    return [[float(i) for i in row] for row in ids], [float(t) for t in text[-len(ids) :]]
+
+  monkeypatch.setattr(RemoteTeacher, "_answer", answer)
+  X = batch.policy.at_CX.shape[1]
+  index_CXM = np.arange(2 * X * 3).reshape(2, X, 3)
+  remote = RemoteTeacher(Remote("http://127.0.0.1:1", "tiny", 1.0), temperature=1.0, vocab=300)
+  packed = remote.read(Packed(batch, [], ([],), {}, texts), index_CXM)
+  scored, n = packed.batch.readings[0].scored, len(tokens[0])
+  assert [text for text, _ in asked] == turns
+  assert scored.logp_CX[0, :n].tolist() == tokens[0]
+  assert scored.logp_CXM[0, :n].tolist() == index_CXM[0, :n].tolist()
+  assert (scored.logp_CX[1] == np.float32(-np.log(300))).all()
+
+
 def run(workdir, *more):
   with flagsaver.flagsaver():
     return main.main(
