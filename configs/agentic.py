@@ -11,8 +11,13 @@ Worlds: household  the project's own, in ALFWorld's wording, for the tiny model
         alfworld   ALFWorld's engine, with games of our own or $ALFWORLD_DATA (extra `textworld`)
 Shown:  context=skill, the default, gives SDPO's teacher what is known of the world in the place of
         feedback and solutions; context=row keeps what the row of the method says.
+Rows:   rows=episodes, the default of the household, trains an episode as one text; rows=turns, that
+        of the others, each turn after a prompt of its own, which shows the last turns alone.
 Scale:  worlds with a model of real size have the settings of CRAFT (arXiv 2606.29476): groups of 8,
-        16 tasks a step (search_qa: 128), learning rate 1e-6, 150 steps. Print what they need with
+        16 tasks a step (search_qa: 128), learning rate 1e-6, 150 steps; rows are turns, whose
+        prompts show 2 turns (search_qa: 4). Its updates take 256 turns each (webshop: 64): ours,
+        16 a step, take as many episodes as have about so many. The prompt's tokens are divided
+        between the first messages and the turns that are shown. Print what they need with
         python -m sdpo_jax.main --mode=plan --topology=v5p:2x2x2 \
           --config=configs/agentic.py:world=webshop,model=qwen3-1.7b
 Cost:   not measured.
@@ -24,24 +29,29 @@ from sdpo_jax.objectives import build
 
 # What gives way to the skill. Other rows are about what their teacher reads.
 _SDPOS = ("feedback_or_solution", "reference_solution")
-# world: tasks a step, turns, tokens of the first messages, of a turn, and of an episode
+_TURN = 512  # tokens
+# world: tasks a step, turns, those a prompt shows, tokens of a prompt, of an episode in one text
 _REAL = {
-  "alfworld": (16, 50, 2048, 512, 14_000),
-  "webshop": (16, 15, 4096, 512, 12_000),
-  "search_qa": (128, 4, 4096, 512, 4096),
+  "alfworld": (16, 50, 2, 2048, 14_000),
+  "webshop": (16, 15, 2, 4096, 12_000),
+  "search_qa": (128, 4, 4, 4096, 4096),
 }
+_FIRST = 1024  # tokens of a prompt that are for the first messages, where it shows turns
 _SPLITS = {"alfworld": ("heldout", "unseen"), "webshop": ("eval", "test")}
 
 
 def get_config(arg: str = ""):
   a = config.parse_arg(
-    arg, method="sdpo", world="household", model="", context="skill", seed=0, local=False
+    arg, method="sdpo", world="household", model="", context="skill", rows="", seed=0, local=False
   )
   worlds = ("household", *_REAL)
   if a.world not in worlds:
     raise ValueError(f"world={a.world!r} is unknown; choose from {list(worlds)}")
   if a.context not in ("skill", "row"):
     raise ValueError(f"context={a.context!r} is unknown; choose from ['skill', 'row']")
+  rows = a.rows or ("episodes" if a.world == "household" else "turns")
+  if rows not in ("episodes", "turns"):
+    raise ValueError(f"rows={a.rows!r} is unknown; choose from ['episodes', 'turns']")
   c = config.base()
   c.seed = a.seed
   c.method = build.method_row(a.method)
@@ -49,6 +59,7 @@ def get_config(arg: str = ""):
   if a.context == "skill" and c.method.teacher_context.name in _SDPOS and not has_notes:
     c.method.teacher_context = build.complete_part("teacher_context", "skill")
   c.env = dict(name=a.world)
+  c.rollout.rows_are = rows
   if a.world == "household":
     _household(c)
   else:
@@ -86,24 +97,31 @@ def _household(c) -> None:
 
 def _of_real_size(c, world: str) -> None:
   """Sets what the paper trains with."""
-  tasks, turns, prompt, turn, episode = _REAL[world]
+  tasks, turns, history, prompt, episode = _REAL[world]
   c.model.update(path="qwen3-1.7b", dtype="bfloat16", remat="block")
   c.total_steps = 150
   c.env.limit = turns
-  c.data.update(max_prompt_tokens=prompt, max_teacher_tokens=prompt + 1024, length_multiple=512)
-  c.rollout.update(
-    questions=tasks, group=8, max_new_tokens=turn, max_episode_tokens=episode, rows=128
-  )
-  c.optimizer.update(lr=1e-6, warmup_steps=15 if world == "search_qa" else 0)
+  c.rollout.update(questions=tasks, group=8, max_new_tokens=_TURN, rows=128)
+  if c.rollout.rows_are == "turns":
+    first, episode = _FIRST, prompt - _FIRST + _TURN
+    c.rollout.history = history
+    c.train.updates_per_batch = 16
+  else:
+    first = prompt
+    c.train.micro_batches = 8
+    if world == "alfworld":
+      c.env.shows_commands = False  # an episode is one text
+  c.rollout.max_episode_tokens = episode
+  # a skill of 900 words, and what stands around it
+  c.data.update(max_prompt_tokens=first, max_teacher_tokens=first + 1536, length_multiple=512)
+  updates = c.total_steps * c.train.updates_per_batch
+  c.optimizer.update(lr=1e-6, warmup_steps=updates // 10 if world == "search_qa" else 0)
   c.rollout.judge_threads = 32  # worlds that are at work at a time
-  c.train.micro_batches = 8
   heldout, *others = _SPLITS.get(world, ("heldout", "unseen"))
   c.eval.update(
     every_steps=25, questions=128, samples=1, temperature=0.4, top_p=1.0,
     splits=(heldout,), final_splits=(heldout, *others),
   )  # fmt: skip
-  if world == "alfworld":
-    c.env.shows_commands = False  # an episode is one text
   if c.method.reference_kl.name != "none" and world == "search_qa":
     if c.method.reference_kl.coefficient is not None:
       c.method.reference_kl.coefficient = 0.001
@@ -119,7 +137,7 @@ def _toy_sizes(c) -> None:
     c.data.update(max_prompt_tokens=700, max_teacher_tokens=760, length_multiple=128)
     c.rollout.update(max_new_tokens=12, max_episode_tokens=250)
   c.mesh.fsdp = 1  # too few rows to share
-  c.train.micro_batches = 1
+  c.train.update(updates_per_batch=1, micro_batches=1)
   c.optimizer.warmup_steps = 0
   c.rollout.update(questions=2, group=2, rows=4)
   c.eval.update(every_steps=2, questions=2, samples=1, final_splits=c.eval.splits)

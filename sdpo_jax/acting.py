@@ -11,6 +11,7 @@ from sdpo_jax.data.chat import Chat
 from sdpo_jax.engine.local import LocalEngine
 from sdpo_jax.envs.agents.household import Household, World
 from sdpo_jax.episodes import Played, Player
+from sdpo_jax.play import Room
 from sdpo_jax.records import Rollout, Sampling, Task
 from sdpo_jax.text import SKILL_TEMPLATE
 
@@ -46,8 +47,7 @@ def play(params, engine: LocalEngine, chat: Chat, view: str, *, tasks: int) -> l
     Played(env if view == "alone" else _Informed(env)),
     chat,
     engine,
-    max_prompt_tokens=512,
-    max_episode_tokens=512,
+    Room(max_prompt_tokens=512, max_episode_tokens=512),
     threads=1,
     timeout_s=60.0,
   )

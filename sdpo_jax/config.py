@@ -106,9 +106,16 @@ def base() -> ml_collections.ConfigDict:
     # of an episode: all that follows its first messages. One in which the next observation and a
     # turn of max_new_tokens have no room ends there
     max_episode_tokens=512,
+    # episodes: one text of prompt, turn, observation, turn, ... | turns: a text for each turn, with
+    # a prompt of its own that shows the last turns (data/window.py), and max_episode_tokens is for
+    # these and the turn. What a method computes over a response goes over all turns either way
+    rows_are="episodes",
+    history=2,  # with rows as turns, the turns that a prompt shows; 0: the first messages alone
+    # True: with rows as episodes, model.thinking=True may keep thoughts in the history
+    keeps_thoughts=False,
     # what an invalid turn of an episode costs where its advantage is computed; rewards are in
-    # [0, 1]. With a penalty each turn counts in the statistics of its group, without one each
-    # episode does
+    # [0, 1]. With a penalty, or rows as turns, each turn counts in the statistics of its group,
+    # without them each episode does
     turn_penalty=0.01,
     # False: no turn is sampled while a world is at work, so that what is sampled together depends
     # on no world's speed, and a run repeats value for value. True: turns are sampled while other
@@ -658,6 +665,7 @@ _DTYPES = ("float32", "bfloat16")
 _CHOICES = {
   "model.remat": ("none", "dots", "block"),
   "rollout.engine": tuple(ENGINES),
+  "rollout.rows_are": ("episodes", "turns"),
   "train.loss_implementation": ("auto", *IMPLEMENTATIONS),
   "optimizer.state_dtype": _DTYPES,
   "model.dtype": _DTYPES,
@@ -756,6 +764,33 @@ def response_tokens(c: ml_collections.ConfigDict) -> int:
   return c.rollout.max_new_tokens
 
 
+def history_of(c: ml_collections.ConfigDict) -> int | None:
+  """Returns the turns that the prompt of a turn shows, where turns are rows; else None."""
+  return c.rollout.history if c.rollout.rows_are == "turns" else None
+
+
+def turn_limit(c: ml_collections.ConfigDict) -> int | None:
+  """Returns the most turns of an episode; None where the environment has no such setting."""
+  return c.env.get("limit")
+
+
+def texts_per_response(c: ml_collections.ConfigDict) -> int:
+  """Returns the most texts of a response: one, or one a turn where turns are rows.
+
+  Without a limit of the world they are taken to be as many as one text of the episode would hold.
+  """
+  if history_of(c) is None:
+    return 1
+  return turn_limit(c) or c.rollout.max_episode_tokens // c.rollout.max_new_tokens
+
+
+def sampled_tokens(c: ml_collections.ConfigDict) -> int:
+  """Returns the most tokens that the policy samples in a response, in all of its texts together."""
+  if history_of(c) is None:
+    return response_tokens(c)
+  return texts_per_response(c) * c.rollout.max_new_tokens
+
+
 def refuse_episodes(c: ml_collections.ConfigDict, what: str) -> None:
   """Raises ValueError where the environment plays episodes. what: cannot be done with them."""
   if plays(find_env(c.env.name)):
@@ -768,10 +803,11 @@ def _check_episodes(c: ml_collections.ConfigDict) -> None:
   """Raises ValueError for what an environment of episodes cannot be asked for."""
   rollout = c.rollout
   if not plays(find_env(c.env.name)):
-    for key in ("max_episode_tokens", "turn_penalty", "overlap"):
+    own = "max_episode_tokens", "turn_penalty", "overlap", "rows_are", "history", "keeps_thoughts"
+    for key in own:
       if rollout[key] != base().rollout[key]:
         raise ValueError(
-          f"config.rollout.{key}={rollout[key]} would not be read: "
+          f"config.rollout.{key}={rollout[key]!r} would not be read: "
           f"config.env.name={c.env.name!r} judges responses"
         )
     if build.reads_turns(c.method):
@@ -785,6 +821,7 @@ def _check_episodes(c: ml_collections.ConfigDict) -> None:
       f"config.rollout.max_episode_tokens={rollout.max_episode_tokens} has no room for a turn of "
       f"config.rollout.max_new_tokens={rollout.max_new_tokens}"
     )
+  _check_rows(c)
   if c.method.counterfactual.name != "none":
     refuse_episodes(c, f"config.method.counterfactual.name={c.method.counterfactual.name!r}")
   if c.train.probe_teacher_every_steps:
@@ -795,6 +832,35 @@ def _check_episodes(c: ml_collections.ConfigDict) -> None:
       "config.model.teacher_thinking=True would not be read: "
       f"config.method.teacher_context.name={c.method.teacher_context.name!r} reads turns as the "
       "policy did"
+    )
+
+
+def _check_rows(c: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for what episodes as rows, or turns as rows, cannot be asked for."""
+  rollout, rows = c.rollout, f"config.rollout.rows_are={c.rollout.rows_are!r}"
+  if rollout.rows_are == "turns":
+    for axis, name in (("reduction", "sequence_mean"), ("surrogate", "gspo")):
+      if c.method[axis].name == name:
+        raise ValueError(
+          f"config.method.{axis}.name={name!r} takes a mean over each response, which is a whole "
+          f"episode and no row of {rows}: use rows_are='episodes', or another {axis}"
+        )
+  elif rollout.history != base().rollout.history:
+    raise ValueError(
+      f"config.rollout.history={rollout.history} would not be read: with {rows} a turn is sampled "
+      "after all that comes before it; a window of turns needs rows_are='turns'"
+    )
+  has_thoughts = c.model.thinking and rollout.rows_are == "episodes"  # in the history
+  if has_thoughts and not rollout.keeps_thoughts:
+    raise ValueError(
+      f"config.model.thinking=True with {rows} keeps thoughts in the history, which chat templates "
+      "leave out of earlier turns: set config.rollout.keeps_thoughts=True to train so, or "
+      "rows_are='turns', which leaves them out"
+    )
+  if rollout.keeps_thoughts and not has_thoughts:
+    raise ValueError(
+      "config.rollout.keeps_thoughts=True would not be read: "
+      f"config.model.thinking={c.model.thinking} with {rows} leaves no thoughts in a history"
     )
 
 

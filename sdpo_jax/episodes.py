@@ -3,7 +3,8 @@
 An episode is a conversation (`data/conversation.py`) whose messages a world says. An episode that
 waits for its world takes no part in decoding, and what it has read stays in the engine's cache.
 Each turn is a request of its own, with a seed that depends on the run's seed, the task, the
-episode's number and the turn alone.
+episode's number and the turn alone. With rows as turns each has a prompt of its own too
+(`data/window.py`), which shows the last turns alone and is read anew.
 
 Worlds may be few: an environment with `at_once` plays so many episodes together. Episode i is
 played in lane i modulo their number, after those of its lane that come before it, so that what
@@ -13,7 +14,8 @@ How an episode ends (`Rollout.finish_reason`):
 
   done      The world says so.
   budget    What comes next, a turn as long as can be included, may not fit in
-            config.rollout.max_episode_tokens.
+            config.rollout.max_episode_tokens: with rows as turns, the turns that its prompt shows
+            and itself.
   lost      The world has raised, hung, or said what it may not say (`play.checked`). The episode is
             never trained on, and counted: its status is ENV_FAILED, as of a judge that fails.
 
@@ -34,11 +36,12 @@ import jax
 
 from sdpo_jax import hosts
 from sdpo_jax.data.chat import Chat
-from sdpo_jax.data.conversation import Continuation
+from sdpo_jax.data.conversation import Continuation, Conversation
+from sdpo_jax.data.window import WindowedConversation
 from sdpo_jax.engine.requests import RequestQueue
 from sdpo_jax.errors import SettingError, TaskError
 from sdpo_jax.judging import busy_s
-from sdpo_jax.play import Play
+from sdpo_jax.play import Play, Room
 from sdpo_jax.records import (
   Completion,
   Request,
@@ -95,9 +98,8 @@ class Player(Source):
     env: Played,
     chat: Chat,
     engine,
+    room: Room,
     *,
-    max_prompt_tokens: int,
-    max_episode_tokens: int,
     threads: int,
     timeout_s: float,
     check_stop: Callable[[], None] = lambda: None,
@@ -108,22 +110,22 @@ class Player(Source):
       env: starts the worlds.
       chat: of the policy.
       engine: samples; see `sdpo_jax.engine`.
-      max_prompt_tokens: of what comes before the first turn.
-      max_episode_tokens: of all that follows it.
+      room: how much of an episode its prompts hold.
       threads: calls of worlds that are made at a time.
       timeout_s: of one call.
       check_stop: called before episodes are played and after them; it may raise.
 
-    SettingError for a chat template that cannot go on with a conversation.
+    SettingError for a chat template that takes no conversation, or cannot go on with one that is
+    one text.
     """
     super().__init__(check_stop)
-    self.env, self.chat, self.engine = env, chat, engine
-    self.max_prompt_tokens, self.max_episode_tokens = max_prompt_tokens, max_episode_tokens
-    self.continuation = Continuation(chat)
-    if self.continuation.glue is None:
-      raise SettingError(f"{self.continuation.describe()}, and an episode is one text")
-    if self.continuation.finding.way == "kept":
-      logging.info("%s", self.continuation.describe())
+    self.env, self.chat, self.engine, self.room = env, chat, engine, room
+    self._continuation = Continuation(chat)
+    if room.history is None:
+      if self._continuation.glue is None:
+        raise SettingError(f"{self._continuation.describe()}, and an episode is one text")
+      if self._continuation.finding.way == "kept":
+        logging.info("%s", self._continuation.describe())
     self._at_once = _share_of(env.at_once)
     self._worlds = Worlds(threads=threads, timeout_s=timeout_s)
     self._times = dict.fromkeys(_TIMES, 0.0)
@@ -131,6 +133,12 @@ class Player(Source):
   def close(self) -> None:
     """Ends the threads."""
     self._worlds.close()
+
+  def conversation(self, messages: list[dict[str, str]]) -> Conversation | WindowedConversation:
+    """Returns an episode that begins with these messages."""
+    if self.room.history is None:
+      return Conversation(self._continuation, messages)
+    return WindowedConversation(self.chat, messages, self.room.history)
 
   def collect(
     self,

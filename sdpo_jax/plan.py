@@ -33,7 +33,13 @@ import jax.numpy as jnp
 
 from sdpo_jax import learner, session, sharding
 from sdpo_jax.chips import CHIPS, Chip, topology_devices, usable_share
-from sdpo_jax.config import response_tokens
+from sdpo_jax.config import (
+  history_of,
+  response_tokens,
+  sampled_tokens,
+  texts_per_response,
+  turn_limit,
+)
 from sdpo_jax.data.shapes import Rounding, Shape, bucket, full_shape, most_tokens
 from sdpo_jax.engine import programs
 from sdpo_jax.engine.sampling import needs_sorting
@@ -248,14 +254,15 @@ class Workload:
 
   def full_shape(self, rows: int) -> Shape:
     """Returns the largest shape that a batch of `rows` responses a pack can take."""
-    data = self.c.data
+    data, texts = self.c.data, rows * texts_per_response(self.c)
     return full_shape(
       rows,
       self.micro_batches * self.shards,  # one pack each
-      most_tokens(data, response_tokens(self.c)),
+      most_tokens(data, response_tokens(self.c), sampled_tokens(self.c)),
       Rounding(data.length_multiple, data.response_multiple),
       has_teacher=self.learn.method.needs_teacher,
       has_further=self.learn.further_count > 0,
+      texts_per_pack=(texts, texts),
     )
 
   def batch(self, rows: int) -> TrainBatch:
@@ -376,11 +383,15 @@ def heading_lines(w: Workload, weights: dict) -> Iterator[str]:
     f"{w.mesh.size} x {w.chip_name} ({chip.memory_gb} GB, {chip.tflops} TFLOP/s, "
     f"{chip.memory_gb_s} GB/s memory, {chip.links_gb_s} GB/s links), mesh {dict(w.mesh.shape)}"
   )
+  has_turns = history_of(c) is not None
+  turns = f" of up to {texts_per_response(c)} turns, each" if has_turns else ""
   yield (
-    f"{w.responses} responses of {w.tokens(c.data.max_prompt_tokens)} "
+    f"{w.responses} responses{turns} of {w.tokens(c.data.max_prompt_tokens)} "
     f"+ {w.tokens(response_tokens(c))} tokens, "
     f"teacher prompts of {w.tokens(c.data.max_teacher_tokens)}; remat {c.model.remat}"
   )
+  if has_turns and turn_limit(c) is None:
+    yield f"not counted: more turns; config.env.name={c.env.name} has no setting limit"
   if "beams" in c.method.counterfactual.get("sources", ()):
     yield "not counted: the beam search for alternatives"
   if "hint_tokens" in c.method.teacher_context:
@@ -438,13 +449,11 @@ def attempt_decoding(w: Workload, state: TrainState, frozen: dict | None) -> Out
     resident = _bytes_per_chip((state, frozen))
   resident += w.first_weights
   mesh = sharding.sampling_mesh(w.mesh, rollout.tensor).whole
+  group, prompt, new = rollout.group, w.c.data.max_prompt_tokens, response_tokens(w.c)
+  if history_of(w.c) is not None:  # each turn is read anew, and nobody shares its window
+    group, prompt, new = 1, prompt + new - rollout.max_new_tokens, rollout.max_new_tokens
   arguments = decode_shapes(
-    w.model,
-    mesh,
-    rows=rollout.rows,
-    group=rollout.group,
-    prompt=w.tokens(w.c.data.max_prompt_tokens),
-    new=w.tokens(response_tokens(w.c)),
+    w.model, mesh, rows=rollout.rows, group=group, prompt=w.tokens(prompt), new=w.tokens(new)
   )
   sampling = Sampling(1, rollout.temperature, rollout.top_p)
   return attempt(

@@ -3,9 +3,10 @@
 import contextlib
 import math
 import numbers
+from typing import NamedTuple
 
-from sdpo_jax import thought
 from sdpo_jax.data.conversation import Conversation
+from sdpo_jax.data.window import WindowedConversation, message_of
 from sdpo_jax.errors import TaskError
 from sdpo_jax.records import (
   Completion,
@@ -24,6 +25,15 @@ from sdpo_jax.worlds import Lost
 MAX_OBSERVATION = 4 * MAX_CHARS  # characters of one
 
 
+class Room(NamedTuple):
+  """How much of an episode its prompts hold."""
+
+  max_prompt_tokens: int  # of what comes before the first turn
+  max_episode_tokens: int  # of all that follows it in one text
+  # turns that a prompt shows, where each turn has one of its own; None: the episode is one text
+  history: int | None = None
+
+
 class Play:
   """One episode, from its start to its rollout. One thread at a time is in it."""
 
@@ -31,7 +41,7 @@ class Play:
     self.task, self.place = task, place
     self._player, self._sampling, self._seed = player, sampling, seed
     self._world = None
-    self._conversation: Conversation | None = None
+    self._conversation: Conversation | WindowedConversation | None = None
     self._completions: list[Completion] = []
     self._turns: list[Turn] = []
     self._messages: list[str] = []  # of the policy, without its thoughts
@@ -58,9 +68,9 @@ class Play:
     """Takes what `start` returned or a Lost; returns the first request, if there is one."""
     if isinstance(found, Lost):
       return self.lose(found)
-    self._conversation = Conversation(self._player.continuation, found)
+    self._conversation = self._player.conversation(found)
     self._player.env.remember(self.task, found)
-    length, limit = len(self._conversation.prompt), self._player.max_prompt_tokens
+    length, limit = len(self._conversation.prompt), self._player.room.max_prompt_tokens
     if length > limit:
       self.too_long = TaskError(
         f"the beginning of episode {self.task.id} takes {length} tokens, "
@@ -81,7 +91,7 @@ class Play:
       return None
     self._conversation.add_message(turn.observation)
     used = len(self._conversation.prompt) - self._first_length()
-    if used + self._sampling.max_new_tokens > self._player.max_episode_tokens:
+    if used + self._sampling.max_new_tokens > self._player.room.max_episode_tokens:
       self._end = "budget"
       return None
     return self._request()
@@ -97,8 +107,7 @@ class Play:
     self._completions.append(completion)
     self._conversation.add_response(completion)
     text = self._player.chat.response_text(completion.tokens)
-    message, is_open = thought.split(text)
-    self._messages.append("" if is_open else message.strip())
+    self._messages.append(message_of(text))
     return text if getattr(self._player.env, "reads_thoughts", False) else self._messages[-1]
 
   @property

@@ -90,6 +90,7 @@ RANGES = {
   "rollout.group": _COUNT,
   "rollout.max_new_tokens": _COUNT,
   "rollout.max_episode_tokens": _COUNT,
+  "rollout.history": _whole(0, remark=" (0: the first messages alone)"),
   "rollout.turn_penalty": Range(0, 1),
   # below, logits divided by it leave float32's range
   "rollout.temperature": Range(

@@ -261,6 +261,9 @@ class Segment(NamedTuple):
   # What stands between it and the part before it (or the prompt) and was not sampled: a missing end
   # of turn, what the chat template writes, and somebody's message.
   before: tuple[int, ...] = ()
+  # All that it was sampled after, where each turn has a prompt of its own and so a text of its own
+  # (rows as turns); empty: it goes on with the part before it.
+  prompt: tuple[int, ...] = ()
 
 
 LEAST = 1e-6  # the end of a Histogram's bin 0

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpo_jax import hosts, sharding
-from sdpo_jax.config import MODELS, model_location, response_tokens
+from sdpo_jax.config import MODELS, history_of, model_location, response_tokens
 from sdpo_jax.data.chat import Chat, load_tokenizer
 from sdpo_jax.data.tasks import RowEnv, check_sources, with_rows
 from sdpo_jax.data.teacher_prompt import teacher_prompt
@@ -32,6 +32,7 @@ from sdpo_jax.model.hf_weights import load_pretrained, local_directory, read_con
 from sdpo_jax.objectives.build import Method
 from sdpo_jax.objectives.teacher_context import Context
 from sdpo_jax.objectives.teacher_weights import TeacherWeights
+from sdpo_jax.play import Room
 from sdpo_jax.records import Sampling, Task
 from sdpo_jax.rollout import Collector
 from sdpo_jax.sandbox import Sandbox
@@ -296,8 +297,7 @@ def _collecting(
       env,
       loaded.chat,
       engine,
-      max_prompt_tokens=c.data.max_prompt_tokens,
-      max_episode_tokens=c.rollout.max_episode_tokens,
+      Room(c.data.max_prompt_tokens, c.rollout.max_episode_tokens, history_of(c)),
       threads=c.rollout.judge_threads,
       timeout_s=c.rollout.judge_timeout_s,
       check_stop=check_stop,

@@ -13,9 +13,7 @@ def _stored(rollout: Rollout) -> dict:
   feedback, turns = rollout.feedback, rollout.turns
   return {
     "prompt": rollout.prompt_tokens,
-    "sampled": [
-      [start, completion._asdict(), before] for start, completion, before in rollout.sampled
-    ],
+    "sampled": [[s.start, s.completion._asdict(), s.before, s.prompt] for s in rollout.sampled],
     "finish_reason": rollout.finish_reason,
     "text": rollout.text,
     "feedback": [feedback.reward, feedback.text, feedback.status.value],
@@ -32,8 +30,8 @@ def restored(tasks: list[Task], groups: list[list[dict]]) -> list[list[Rollout]]
 
 def _restored(task: Task, row: dict) -> Rollout:
   sampled = [
-    Segment(start, Completion(**completion), tuple(before))
-    for start, completion, before in row["sampled"]
+    Segment(start, Completion(**completion), *map(tuple, texts))
+    for start, completion, *texts in row["sampled"]
   ]
   reward, words, status = row["feedback"]
   entropy = sampled[0].completion.entropy if len(sampled) == 1 else None

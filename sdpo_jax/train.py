@@ -23,7 +23,14 @@ import numpy as np
 
 from sdpo_jax import checkpoint, ending, hosts, monitors, report, sharding
 from sdpo_jax.ahead import Ahead
-from sdpo_jax.config import check_questions, defaults_of, response_tokens, validate
+from sdpo_jax.config import (
+  check_questions,
+  defaults_of,
+  history_of,
+  response_tokens,
+  sampled_tokens,
+  validate,
+)
 from sdpo_jax.data.batch import Packed, Packer, PackSettings
 from sdpo_jax.data.shapes import Rounding, Shape, Shapes, most_tokens
 from sdpo_jax.data.tasks import RowEnv, TaskStream
@@ -230,7 +237,7 @@ def rollout_metrics(groups: list[list[Rollout]], step: int) -> dict[str, float]:
     "rollout/timeouts": float(timeouts),
   }
   metrics |= episode_metrics(rollouts)
-  versions = [c.version for r in rollouts for _, c, _ in r.sampled or ()]
+  versions = [s.completion.version for r in rollouts for s in r.sampled or ()]
   if versions:  # steps between the weights that sampled and those that are trained
     metrics["rollout/lag"] = step - 1 - float(np.mean(versions))
   if judged:
@@ -478,9 +485,10 @@ class Steps:
       shards=self.shards,
       share_prefixes=jax.default_backend() != "tpu",  # splash knows no prefixes
       turn_penalty=self.c.rollout.turn_penalty if plays(self.session.collector.env) else 0.0,
+      history=history_of(self.c),
     )
     shapes = Shapes(
-      most_tokens(data, response_tokens(self.c)),
+      most_tokens(data, response_tokens(self.c), sampled_tokens(self.c)),
       [Shape(*sizes) for sizes in self.host["shapes"]],
       self.host["owed"],
     )

@@ -40,7 +40,7 @@ _COMPILING = set(
   "distill_kl distill_kl_gpu distill_kl_topk distill_kl_tpu fluency gate hf_weights "
   "import_gguf linear_teachers local lora lora_run main mesh objectives plan pretrain "
   "processes remote_teacher report sandbox_cases schedules scripted serve server_runs "
-  "tracked_run train_step transcripts".split()
+  "tracked_run train_step transcripts turn_rows".split()
 )
 
 

@@ -13,6 +13,7 @@ from sdpo_jax.envs.adapters.trl import TRLTools
 from sdpo_jax.envs.base import make_env, plays
 from sdpo_jax.episodes import Played, Player
 from sdpo_jax.errors import SettingError
+from sdpo_jax.play import Room
 from sdpo_jax.records import Sampling, Status
 from tests import my_worlds
 from tests.my_worlds import WORDS
@@ -105,8 +106,7 @@ def test_what_a_foreign_world_does_wrong_costs_its_episode():
     Played(env),
     CHAT,
     Scripted(lambda q, g, turn: [word, "nothing"][g]),
-    max_prompt_tokens=600,
-    max_episode_tokens=900,
+    Room(600, 900),
     threads=2,
     timeout_s=5,
   )

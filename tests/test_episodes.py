@@ -17,6 +17,7 @@ from sdpo_jax.engine.local import LocalEngine
 from sdpo_jax.envs.agents.household import Household, World, walkthrough
 from sdpo_jax.episodes import Played, Player
 from sdpo_jax.errors import SettingError, TaskError
+from sdpo_jax.play import Room
 from sdpo_jax.records import Completion, Request, Sampling, Status, Turn
 from sdpo_jax.rollout import prompt_seed
 from sdpo_jax.stored import restored, stored
@@ -67,10 +68,10 @@ def play():
   players = []
 
   def collect(env, engine, *, count=2, n=2, sampling=SAMPLING, **settings):
-    settings = (
-      dict(max_prompt_tokens=600, max_episode_tokens=900, threads=3, timeout_s=5) | settings
-    )
-    player = Player(Played(env), CHAT, engine, **settings)
+    settings = dict(threads=3, timeout_s=5) | settings
+    room = {key: settings.pop(key) for key in Room._fields if key in settings}
+    room = Room(**dict(max_prompt_tokens=600, max_episode_tokens=900) | room)
+    player = Player(Played(env), CHAT, engine, room, **settings)
     players.append(player)
     tasks = [env.task("train", i) for i in range(count)]
     return tasks, player.collect(None, tasks, n=n, sampling=sampling, seeds=[11, 12][:count])
@@ -102,7 +103,7 @@ def test_who_knows_the_way_is_rewarded(play):
   prompts = {request.key: request.prompt for request in engine.asked}
   rollout = groups[1][0]
   text = list(rollout.prompt_tokens)
-  for turn, (_, completion, before) in enumerate(rollout.sampled):
+  for turn, (_, completion, before, _) in enumerate(rollout.sampled):
     text += before
     assert prompts[1, 0, turn] == text  # what was fed is what is trained
     text += completion.tokens

@@ -11,6 +11,7 @@ from sdpo_jax.envs.agents import household
 from sdpo_jax.envs.agents.household import APPLIANCES, KNOWN, LIMIT, Household, World
 from sdpo_jax.envs.agents.skills import Skills
 from sdpo_jax.episodes import Played, Player
+from sdpo_jax.play import Room
 from sdpo_jax.records import Completion, Sampling, Task
 from sdpo_jax.text import SKILL_TEMPLATE
 
@@ -71,8 +72,7 @@ def test_a_row_is_what_a_run_feeds():
     Played(Replayed()),
     CHAT,
     Recited(episodes),
-    max_prompt_tokens=500,
-    max_episode_tokens=500,
+    Room(500, 500),
     threads=1,
     timeout_s=30,
   )
@@ -87,7 +87,7 @@ def test_a_row_is_what_a_run_feeds():
     weights += [0.05] * (len(tokens) - 1)
     steps = episodes[i].steps
     assert rollout.finish_reason == "done" and len(rollout.turns) == len(steps)
-    for step, (_, completion, before) in zip(steps, rollout.sampled, strict=True):
+    for step, (_, completion, before, _) in zip(steps, rollout.sampled, strict=True):
       tokens += [*before, *completion.tokens]
       weights += [0.05] * len(before) + [float(step.is_imitated)] * len(completion.tokens)
     assert rows.text(3, i) == (tokens, weights)

@@ -205,7 +205,7 @@ def test_a_rollout_keeps_what_the_engine_returned():
   finally:
     c.close()
   for (rollout,), (head, logp), text in zip(groups, begun, ("yes", "no"), strict=True):
-    ((start, completion, _),) = rollout.sampled
+    ((start, completion, *_),) = rollout.sampled
     assert (start, completion.tokens) == (0, head + say(text)) and completion.logp[:2] == (
       logp or [-1.0] * 2
     )

@@ -34,7 +34,7 @@ from sdpo_jax.data.packing import (
   in_packs,
   lay_out,
   sampled_tokens,
-  texts_after,
+  texts_read,
   tokens_together,
 )
 from sdpo_jax.data.sampled import check_sampled
@@ -70,6 +70,7 @@ class PackSettings:
   packs take no more memory than those of full-length texts.
   share_prefixes: what the responses to one question read in common stands once a row.
   turn_penalty: what an invalid turn of an episode costs where its advantage is computed.
+  history: the turns that the prompt of a turn shows, where each is a row; None: episodes are rows.
   """
 
   max_teacher_tokens: int  # of a teacher's prompt
@@ -79,6 +80,7 @@ class PackSettings:
   shards: int = 1
   share_prefixes: bool = False
   turn_penalty: float = 0.0
+  history: int | None = None
 
   def pack_counts(self) -> list[int]:
     """Returns the numbers of packs that a batch may have, ascending."""
@@ -209,7 +211,7 @@ class Packer:
     more than one text.
     """
     read = deal.responses.readings[number].texts
-    if any(len(texts) > 1 for texts in read.of):
+    if any(len(texts) > 1 for texts in [*read.of, *deal.responses.policy.of]):
       return None
     (_, P, T), X = rows.token_CPT.shape, rows.at_CX.shape[1]
     placed = [first_fit(texts.extents, T) for texts in deal.packs[1 + number]]
@@ -244,12 +246,13 @@ class Packer:
       self.settings.max_teacher_tokens,
       self.further_readings,
       self.method.further_count,
+      self.settings.history,
     )
 
   def _read(self, groups: list[list[Rollout]]) -> Responses:
     """Renders the texts that policy and teacher read."""
     rollouts = [r for group in groups for r in group]
-    policy = texts_after([r.prompt_tokens if r.is_judged else None for r in rollouts], rollouts)
+    policy = Texts([texts_read(r) if r.is_judged else [] for r in rollouts])
     by_group, lots_QG, standings = [], [], []
     for group in groups:
       lots, standing = self._route(group)
@@ -278,11 +281,11 @@ class Packer:
     """Returns the advantages of each response, one a turn where it has turns.
 
     Without a penalty all turns of an episode have one return, and count once in the statistics of
-    their group. With one each turn is a row of its own there, as in verl-agent's loop: its return
-    is the episode's, minus the penalty where it is invalid.
+    their group. With one, or where turns are rows, each turn is a row of its own there, as in
+    verl-agent's loop: its return is the episode's, minus the penalty where it is invalid.
     """
     penalty = self.settings.turn_penalty
-    if not penalty:
+    if not penalty and self.settings.history is None:
       reward_QG = np.array([[_reward(r) for r in group] for group in groups], np.float32)
       factor_QG = np.array([[lot.factor for lot in lots] for lots in lots_QG])
       advantage_QG = self.method.advantage(reward_QG) * factor_QG
@@ -395,7 +398,6 @@ class _Dealing:
     policy, plain, *further = extents
     return Load(
       responses_per_pack=len(deal.lengths[0]),
-      texts_per_pack=max(len(deal.lengths[0]), *(len(pack) for packs in extents for pack in packs)),
       extents=(policy, plain, sum(further, [])),
       tokens=max(map(sum, deal.lengths)),
       responses=max(map(max, deal.lengths)),

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sdpo_jax.records import Rollout, Rows
+from sdpo_jax.records import Rollout, Rows, Segment
 
 
 class Extent(NamedTuple):
@@ -84,11 +84,25 @@ def text_after(prompt: list[int], rollout: Rollout) -> Text:
     whole = (len(prompt), len(prompt) + len(rollout.tokens))
     return Text(prompt + rollout.tokens, [whole])
   tokens, spans = list(prompt), []
-  for _, completion, before in rollout.sampled:
-    tokens += before
-    spans.append((len(tokens), len(tokens) + len(completion.tokens)))
-    tokens += completion.tokens
+  for segment in rollout.sampled:
+    tokens += segment.before
+    spans.append((len(tokens), len(tokens) + len(segment.completion.tokens)))
+    tokens += segment.completion.tokens
   return Text(tokens, spans)
+
+
+def segment_after(prompt: Sequence[int], segment: Segment) -> Text:
+  """Returns a prompt with one part of a response behind it."""
+  tokens = [*prompt, *segment.completion.tokens]
+  return Text(tokens, [(len(prompt), len(tokens))], segment.start)
+
+
+def texts_read(rollout: Rollout) -> list[Text]:
+  """Returns what the policy has read and sampled: one text, or one for each turn with a prompt."""
+  turns = [segment for segment in rollout.sampled or () if segment.prompt]
+  if not turns:
+    return [text_after(rollout.prompt_tokens, rollout)]
+  return [segment_after(segment.prompt, segment) for segment in turns]
 
 
 def sampled_tokens(spans: list[Span]) -> int:

@@ -52,8 +52,9 @@ def _as_sampled(batch: TrainBatch, b: int, rollout: Rollout) -> tuple[np.ndarray
   if segments is None:
     whole = Completion("", 0, rollout.tokens, rollout.logp, rollout.finish_reason)
     segments = [Segment(0, whole)]
-  for start, completion, _ in segments:
-    place = slice(start, start + len(completion.tokens))
+  for segment in segments:
+    completion = segment.completion
+    place = slice(segment.start, segment.start + len(completion.tokens))
     token_R[place], logp_R[place] = completion.tokens, completion.logp
   return token_R, logp_R
 

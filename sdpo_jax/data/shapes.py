@@ -75,12 +75,20 @@ class Load(NamedTuple):
   """What one way to cut a batch into packs asks of a shape."""
 
   responses_per_pack: int
-  texts_per_pack: int  # the most of one reading; as many, unless it has several of one response
   # The texts of each pack: the policy's, those of the plain reading, and those of all further
   # readings, whose packs follow each other.
   extents: tuple[list[list[Extent]], list[list[Extent]], list[list[Extent]]]
   tokens: int  # the most response tokens of a pack
   responses: int  # the length of the longest response
+
+  def texts_per_pack(self) -> tuple[int, int]:
+    """Returns the most texts of a pack: the policy's, and those of one reading by the teacher.
+
+    They are as many as responses, unless one has several.
+    """
+    policy, *teacher = (max(map(len, packs), default=0) for packs in self.extents)
+    least = self.responses_per_pack
+    return max(least, policy), max(least, *teacher)
 
 
 class Rounding(NamedTuple):
@@ -115,15 +123,16 @@ def attention_pairs(rows: int, length: int) -> int:
   return max(rows * length**2, FEW_PAIRS)
 
 
-def most_tokens(data, max_new_tokens: int) -> tuple[int, int, int]:
+def most_tokens(data, new_tokens: int, sampled_tokens: int) -> tuple[int, int, int]:
   """Returns the most tokens of a policy's text, a teacher's text, and a response.
 
-  data: the settings of config.data.
+  data: the settings of config.data. new_tokens: that follow a prompt in one text. sampled_tokens:
+  of a response, in all of its texts together.
   """
   return (
-    data.max_prompt_tokens + max_new_tokens,
-    data.max_teacher_tokens + max_new_tokens,
-    max_new_tokens,
+    data.max_prompt_tokens + new_tokens,
+    data.max_teacher_tokens + new_tokens,
+    sampled_tokens,
   )
 
 
@@ -135,21 +144,21 @@ def full_shape(
   *,
   has_teacher: bool,
   has_further: bool,
-  texts_per_pack: int | None = None,
+  texts_per_pack: tuple[int, int] | None = None,
 ) -> Shape:
   """Returns the shape that holds whatever can come, one text as long as can be a row.
 
-  texts_per_pack: of one reading; None: as many as responses.
+  texts_per_pack: of the policy, and of one reading by the teacher; None: as many as responses.
 
   This is what a plan compiles for.
   """
   policy_length, teacher_length = (bucket(n, rounding.length) for n in longest[:2])
   response = bucket(longest[2], rounding.response)
-  texts_per_pack = texts_per_pack or responses_per_pack
-  plain_size = (texts_per_pack, teacher_length) if has_teacher else (1, rounding.length)
-  further_size = (texts_per_pack, teacher_length) if has_further else (0, 0)
+  policy_texts, texts = texts_per_pack or (responses_per_pack, responses_per_pack)
+  plain_size = (texts, teacher_length) if has_teacher else (1, rounding.length)
+  further_size = (texts, teacher_length) if has_further else (0, 0)
   return Shape(
-    responses_per_pack,
+    policy_texts,
     policy_length,
     *plain_size,
     responses_per_pack * response,
@@ -194,14 +203,16 @@ def _full_shape_of(
 ) -> Shape:
   """The shape that holds whatever can come of batches with these kinds of texts."""
   _, teacher, further = load.extents
+  # no setting bounds what is sampled in all turns of an episode, where its world has no limit
+  most_sampled = max(longest[2], load.responses)
   return full_shape(
     load.responses_per_pack,
     packs,
-    longest,
+    (*longest[:2], most_sampled),
     rounding,
     has_teacher=_longest(teacher) > 0,
     has_further=bool(further),
-    texts_per_pack=load.texts_per_pack,
+    texts_per_pack=load.texts_per_pack(),
   )
 
 

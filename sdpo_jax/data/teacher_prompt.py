@@ -3,14 +3,19 @@
 `TeacherReader` goes over the responses to a question, `teacher_prompt` renders one prompt. The
 feedback gives way before the solution does, and peers' failures before their successes. The
 question, the closing instruction and the header of the assistant's turn are never touched.
+
+Where each turn of an episode is a row, the teacher reads every turn as the policy did, after the
+same window of turns (`data/window.py`), and a context of the whole episode stands in the first
+messages of each. It is shortened once, so that all turns are read with the same context.
 """
 
 import dataclasses
 from typing import Callable, NamedTuple
 
 from sdpo_jax.data.chat import Chat
-from sdpo_jax.data.packing import Text, text_after
+from sdpo_jax.data.packing import Text, segment_after, text_after
 from sdpo_jax.data.turn_prompt import turn_texts
+from sdpo_jax.data.window import Messages, windows
 from sdpo_jax.errors import TaskError
 from sdpo_jax.objectives.memory import Standing
 from sdpo_jax.objectives.teacher_context import Context
@@ -26,7 +31,8 @@ class Shown(NamedTuple):
 
   context: Context
   weight: float
-  texts: list[Text]  # one, or one for each turn that has a context
+  # One, or one for each turn: of those that have a context, or of all where turns are rows.
+  texts: list[Text]
   was_shortened: bool
 
   @property
@@ -41,9 +47,10 @@ class TeacherReader:
 
   messages(task): the chat messages that ask the question.
   teacher_context(group, i): what it reads of rollout i of a group beside the question, or None.
-  max_tokens: of a prompt.
+  max_tokens: of a prompt; of one that shows earlier turns, beside these.
   further_readings(group, i): (context, weight) or None for each of further_count more readings;
     None: there are none.
+  history: the turns that the prompt of a turn shows, where each is a row; None: episodes are rows.
   """
 
   chat: Chat
@@ -52,6 +59,7 @@ class TeacherReader:
   max_tokens: int
   further_readings: Callable | None = None
   further_count: int = 0
+  history: int | None = None
 
   def of_group(
     self, group: list[Rollout], standing: Standing | None = None
@@ -89,14 +97,24 @@ class TeacherReader:
 
   def _show(self, rollout: Rollout, context: Context, weight: float) -> Shown:
     messages = self.messages(rollout.task)
+    shown_turns = None
+    if self.history is not None and rollout.turns is not None:
+      shown_turns = windows(self.chat, rollout, self.history)
     if context.turns:
       most = self.max_tokens - len(rollout.prompt_tokens)
       texts, was_shortened = turn_texts(
-        self.chat, messages, rollout, context.turns, most, alike=context.turns_alike
+        self.chat, messages, rollout, context.turns, most, shown_turns, alike=context.turns_alike
       )
-      return Shown(context, weight, texts, was_shortened)
-    prompt, was_shortened = teacher_prompt(self.chat, messages, context, self.max_tokens)
-    return Shown(context, weight, [text_after(prompt, rollout)], was_shortened)
+    elif shown_turns is None:
+      prompt, was_shortened = teacher_prompt(self.chat, messages, context, self.max_tokens)
+      texts = [text_after(prompt, rollout)]
+    else:
+      # what a turn's prompt may take beyond the first one is what it took for the policy
+      beside = self.max_tokens - len(rollout.prompt_tokens)
+      limits = [len(segment.prompt) + beside for segment in rollout.sampled]
+      prompts, was_shortened = teacher_prompts(self.chat, messages, context, shown_turns, limits)
+      texts = list(map(segment_after, prompts, rollout.sampled))
+    return Shown(context, weight, texts, was_shortened)
 
 
 def shorten(text: str, keep: int) -> str:
@@ -123,29 +141,48 @@ def teacher_prompt(
   before it goes too; system messages stay. TaskError if the prompt is too long even without the
   context.
   """
+  (tokens,), was_shortened = teacher_prompts(chat, messages, context, [list], [max_tokens])
+  return tokens, was_shortened
+
+
+def teacher_prompts(
+  chat: Chat,
+  messages: Messages,
+  context: Context,
+  views: list[Callable[[Messages], Messages]],
+  limits: list[int],
+) -> tuple[list[list[int]], bool]:
+  """Returns the tokens of several prompts with one context, as `teacher_prompt` does of one.
+
+  views: each makes the messages of a prompt from the first ones, which carry the context.
+  limits: the most tokens of each; that of the first is config.data.max_teacher_tokens.
+  """
   *earlier, question = messages
   if context.question == "hidden":
     earlier = [message for message in earlier if message["role"] == "system"]
 
-  def render(c: Context) -> list[int]:
+  def render(c: Context) -> list[list[int]]:
     if c.question == "alone":
-      return chat.prompt_tokens(messages)
-    last = question | {"content": c.render(question["content"])}
-    return chat.prompt_tokens([*earlier, last], teacher=True)
+      return [chat.prompt_tokens(view(messages)) for view in views]
+    first = [*earlier, question | {"content": c.render(question["content"])}]
+    return [chat.prompt_tokens(view(first), teacher=True) for view in views]
 
-  tokens = render(context)
-  if len(tokens) <= max_tokens:
-    return tokens, False
+  def excess(prompts: list[list[int]]) -> int:
+    return max(len(tokens) - limit for tokens, limit in zip(prompts, limits, strict=True))
+
+  prompts = render(context)
+  if excess(prompts) <= 0:
+    return prompts, False
   for field in SHORTENED_FIRST:
     if not getattr(context, field):
       continue
-    context = _shorten_field(context, field, lambda c: len(render(c)) <= max_tokens)
-    tokens = render(context)
-    if len(tokens) <= max_tokens:
-      return tokens, True
+    context = _shorten_field(context, field, lambda c: excess(render(c)) <= 0)
+    prompts = render(context)
+    if excess(prompts) <= 0:
+      return prompts, True
   raise TaskError(
-    f"a question with its closing instruction takes {len(tokens)} tokens, "
-    f"more than config.data.max_teacher_tokens={max_tokens}"
+    f"a question with its closing instruction takes {limits[0] + excess(prompts)} tokens, "
+    f"more than config.data.max_teacher_tokens={limits[0]}"
   )
 
 

@@ -98,7 +98,7 @@ def fixed_shapes(
           packs,
         )
         shapes.append(shape)
-  return Shapes(most_tokens(data, max_new_tokens), shapes, limit=len(shapes))
+  return Shapes(most_tokens(data, max_new_tokens, max_new_tokens), shapes, limit=len(shapes))
 
 
 def _lengths_below(longest: int, multiple: int, fractions: tuple[float, ...]) -> list[int]:

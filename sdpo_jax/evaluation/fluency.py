@@ -4,9 +4,9 @@ Their texts are kept, or the base model reads them, or both. It is the weights t
 with, at temperature 1. What it says of an answer is the mean log-probability, in nats, over the
 tokens that the policy sampled, the stop token included.
 
-The base model reads each answer after its prompt, one pass over the texts. With adapters its
-weights are there. Otherwise they are loaded for the evaluation and given back after it: so long
-one more set of weights is in memory.
+The base model reads each answer after its prompt, one pass over the texts; an answer whose turns
+have prompts of their own has a text for each. With adapters its weights are there. Otherwise they
+are loaded for the evaluation and given back after it: so long one more set of weights is in memory.
 """
 
 import functools
@@ -18,7 +18,7 @@ import numpy as np
 
 from sdpo_jax import hosts, sharding
 from sdpo_jax.config import model_location
-from sdpo_jax.data.packing import texts_after
+from sdpo_jax.data.packing import Text, sampled_tokens, texts_read
 from sdpo_jax.engine.pages import power_of_two
 from sdpo_jax.kernels.token_logp import token_logp
 from sdpo_jax.model import decoder
@@ -40,19 +40,26 @@ class BaseReader:
 
   def mean_logp(self, rollouts: list[Rollout]) -> list[float | None]:
     """Returns each response's mean log-probability per token; None for one without tokens."""
+    texts_of = [texts_read(rollout) for rollout in rollouts]
+    texts = sum(texts_of, [])
     size = ROWS * sharding.row_shards(self._mesh)
+    sums: list[float] = []
+    for first in range(0, len(texts), size):
+      sums += self._sums(texts[first : first + size], size)
+    left = iter(sums)
     means: list[float | None] = []
-    for first in range(0, len(rollouts), size):
-      means += self._of_batch(rollouts[first : first + size], size)
+    for rollout, own in zip(rollouts, texts_of, strict=True):
+      total = sum(next(left) for _ in own)
+      means.append(total / len(rollout.tokens) if rollout.tokens else None)
     return means
 
-  def _of_batch(self, rollouts: list[Rollout], size: int) -> list[float | None]:
-    """Returns the means of at most `size` responses."""
-    texts = texts_after([rollout.prompt_tokens for rollout in rollouts], rollouts)
-    T = max(LEAST_TOKENS, power_of_two(max(texts.lengths())))
-    R = max(LEAST_RESPONSE, power_of_two(max(len(rollout.tokens) for rollout in rollouts)))
+  def _sums(self, texts: list[Text], size: int) -> list[float]:
+    """Returns the sum over what was sampled of each of at most `size` texts."""
+    counts = [sampled_tokens(text.spans) for text in texts]
+    T = max(LEAST_TOKENS, power_of_two(max(len(text.tokens) for text in texts)))
+    R = max(LEAST_RESPONSE, power_of_two(max(counts)))
     token_BT, at_BR = np.zeros((size, T), np.int32), np.zeros((size, R), np.int32)
-    for b, (text,) in enumerate(texts.of):
+    for b, text in enumerate(texts):
       token_BT[b, : len(text.tokens)] = text.tokens
       # a token is predicted by the column before it
       columns = np.concatenate(
@@ -62,8 +69,8 @@ class BaseReader:
     rows = sharding.put_rows(self._mesh, (token_BT, at_BR))
     logp_BR = hosts.to_host(_logp(self._params, *rows, config=self._model))
     return [
-      float(np.mean(logp_R[: len(rollout.tokens)], dtype=np.float64)) if rollout.tokens else None
-      for rollout, logp_R in zip(rollouts, logp_BR, strict=False)
+      float(np.sum(logp_R[:count], dtype=np.float64))
+      for count, logp_R in zip(counts, logp_BR, strict=False)
     ]
 
 
