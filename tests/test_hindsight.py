@@ -8,8 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from sdpo_jax import config, hindsight, main, session
-from sdpo_jax.data.chat import Chat
+from sdpo_jax import config, errors, hindsight, learner, main, metrics, session, train
 from sdpo_jax.hindsight import Reflector
 from sdpo_jax.objectives import build
 from sdpo_jax.objectives.contexts_hindsight import Hindsight, Hint, read_hints
@@ -60,7 +59,7 @@ def test_a_hint_is_read_wherever_it_stands(answer, hints, refused):
   "answer",
   ["", "go desk", "<think>" + json.dumps([ONE]), "{'turn': 1, 'diagnosis': 'x'}", "\x00", "]}",
    '{"turn": 1', '["', '{"turn": 1' + "0" * 100_000 + ', "diagnosis": "x"}', "[" * 100_000,
-   '{"a":' * 50_000, '["' * 50_000, '[{"turn":' * 20_000, "{" * 300 + json.dumps(ONE)],
+   '{"a":' * 50_000, '["' * 50_000, '[{"turn":' * 20_000, "{" * 1000 + json.dumps(ONE)],
 )  # fmt: skip
 def test_what_is_no_json_is_no_hint(answer):
   assert read_hints(answer, 3) == ({}, 0, False)
@@ -279,28 +278,45 @@ def test_a_model_that_writes_no_json_learns_nothing_and_the_run_says_so(tmp_path
   )
 
 
-def test_a_model_that_writes_json_learns(tmp_path, monkeypatch, capsys):
+def test_a_model_that_writes_json_learns_and_a_resumed_run_repeats_it(
+  tmp_path, monkeypatch, capsys
+):
+  tokens, asked = [], []
+
   def answers(engine, requests):
-    assert len(requests) == 4
-    tokens = chats[0].text_tokens(json.dumps([ONE]))
+    asked.append([(request.prompt, request.seed) for request in requests])
     return [Completion(r.key, 0, tokens, [-1.0] * len(tokens), "stop") for r in requests]
 
-  chats = []
-  reflect_on = Reflector._prompt
+  class Encoding(Reflector):
+    def explore(self, *args, **settings):
+      tokens[:] = self.player.chat.text_tokens(json.dumps([ONE]))
+      return super().explore(*args, **settings)
 
-  def prompt(reflector, rollout):
-    chats[:] = [reflector.player.chat]
-    return reflect_on(reflector, rollout)
+  def write_or_end(self, i, values):
+    if i == 2:
+      raise errors.RunError("the process ends here")
+    write(self, i, values)
 
   monkeypatch.setattr(hindsight, "sample", answers)
-  monkeypatch.setattr(Reflector, "_prompt", prompt)
-  assert main.main([*LOCAL, f"--workdir={tmp_path}"]) == 0
-  assert isinstance(chats[0], Chat)
-  first, second = lines_of(tmp_path)[1:]
+  monkeypatch.setattr(learner, "Reflector", Encoding)
+  command = [*LOCAL, "--config.checkpoint.every_steps=1"]
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  assert main.main([*command, f"--workdir={whole}"]) == 0
+  first, second = lines_of(whole)[1:]
   for line in (first, second):
     assert line["train/loss"] > 0 and line["train/grad_norm"] > 0
     assert line["data/teacher_share"] == 1 and line["hindsight/parse_failures"] == 0
     assert 0 < line["hindsight/hint_share"] < 1
   assert "the teacher reads 4 responses" in capsys.readouterr().err
-  (line, *_) = (tmp_path / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+  (line, *_) = (whole / "rollouts" / "step_000001.jsonl").read_text().splitlines()
   assert "of what you do now: no such place" in json.loads(line)["teacher_context"]
+  write = train.Steps.write
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Steps, "write", write_or_end)
+    assert main.main([*command, f"--workdir={killed}"]) == 1
+  assert main.main([*command, f"--workdir={killed}"]) == 0
+  in_whole, again, resumed = asked[:2], asked[2:4], asked[4:]
+  assert in_whole == again and resumed == in_whole[1:] and in_whole[0] != in_whole[1]
+  assert [metrics.reproducible(line) for line in lines_of(killed)] == [
+    metrics.reproducible(line) for line in lines_of(whole)
+  ]

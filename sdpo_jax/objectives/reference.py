@@ -85,9 +85,7 @@ def sdpo_loss(
   gap_BR = sg(logq_BR - logp_BR)
   if granularity == "logit":
     kept = keep_top_k(logp_BRV, logq_BRV, top_k, add_tail) if top_k else (logp_BRV, logq_BRV)
-    if ratio_bounds:
-      kept = kept[0], jnp.clip(kept[1], *(sg(kept[0]) + jnp.log(x) for x in ratio_bounds))
-    loss_BR = _logit_loss(*kept, alpha, advantage_clip)
+    loss_BR = _logit_loss(*kept, alpha, advantage_clip, ratio_bounds)
   elif granularity == "token":
     assert alpha == 1.0, (
       f"token-level credit is the score-function form of reverse KL: alpha must be 1, not {alpha}"
@@ -114,7 +112,12 @@ def _at(x_BRV, token_BR):
   return jnp.take_along_axis(x_BRV, token_BR[..., None], -1)[..., 0]
 
 
-def _logit_loss(logp_BRV, logq_BRV, alpha: float, advantage_clip: float | None):
+def _logit_loss(
+  logp_BRV, logq_BRV, alpha: float, advantage_clip: float | None, ratio_bounds: tuple
+):
+  if ratio_bounds:
+    least_BRV, most_BRV = (jax.lax.stop_gradient(logp_BRV) + jnp.log(x) for x in ratio_bounds)
+    logq_BRV = jnp.clip(logq_BRV, least_BRV, most_BRV)
   if advantage_clip is None:
     return divergence(logp_BRV, logq_BRV, alpha)
   assert alpha == 1.0, (
