@@ -60,6 +60,7 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "import_gguf": 4.5,
   "evaluation": 4.7,
   "final_scores": 4.8,
+  "kept": 4.85,
   "summary": 4.9,
   "tuning": 4.7,
   "plan": 4.7,

@@ -322,7 +322,7 @@ def test_every_numeric_setting_has_its_range():
   del c["method"], c["env"]
   of_base = {*numeric_leaves(c), "discover.indices"}
   assert of_base == set(BASE_RANGES)
-  of_parts = {"method.policy_share"} | {
+  of_parts = {"method.policy_share", "method.token_signal.ratio_bounds"} | {
     f"method.{axis}.{key}"
     for axis, name in PARTS
     for key, parameter in build.settings_of(axis, name).items()
