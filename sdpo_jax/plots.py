@@ -4,6 +4,7 @@ Curves of runs are `report.draw_curves`, and the figures of a diagnosis are in `
 All of them draw into an Axes that the caller has made, with the colours of the report.
 """
 
+from cycler import cycler
 import numpy as np
 
 from sdpo_jax.report import COLOURS
@@ -22,7 +23,7 @@ PAPER = {
   "ytick.labelsize": 7,
   "axes.spines.top": False,
   "axes.spines.right": False,
-  "axes.prop_cycle": "cycler('color', [%s])" % ", ".join(f"'{c[1:]}'" for c in COLOURS),
+  "axes.prop_cycle": cycler(color=COLOURS),
   "pdf.fonttype": 42,  # letters that can be searched and edited
 }
 BETTER, WORSE = COLOURS[0], COLOURS[1]  # of a gap: the teacher likes a token more, or less

@@ -62,4 +62,4 @@ def test_the_style_is_one_that_matplotlib_knows():
 
   with matplotlib.rc_context(plots.PAPER):
     colours = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
-  assert [f"#{colour}" for colour in colours] == list(report.COLOURS)
+  assert colours == list(report.COLOURS)
