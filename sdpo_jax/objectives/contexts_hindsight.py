@@ -34,8 +34,6 @@ ACTION = "\nBetter would be: {text}"
 SUCCESS, FAILURE = "The attempt succeeded.", "The attempt failed."
 MOST_OPENINGS = 1000  # brackets of an answer that are looked at
 
-_OPENING = re.compile(r"[\[{]")
-
 
 class Hint(NamedTuple):
   """What the policy says of one turn."""
@@ -90,8 +88,7 @@ class Hindsight:
     outcome, texts = self._outcome(rollout), [""] * len(rollout.turns)
     for k, (diagnosis, action) in hints.items():
       better = fill(self._action, {"text": action}) if action else ""
-      names = {"outcome": outcome, "diagnosis": diagnosis, "action": better}
-      texts[k] = fill(self._hint, names)
+      texts[k] = fill(self._hint, dict(outcome=outcome, diagnosis=diagnosis, action=better))
     return Context(turns=tuple(texts), turns_alike=True)
 
   def reflect_on(self, rollout: Rollout, messages: list[str]) -> Context:
@@ -133,7 +130,7 @@ def read_hints(answer: str, turns: int) -> Hints:
 def _json_values(text: str) -> Iterator[list | dict]:
   """Yields the lists and objects of a text, in order, but those that lie in another one."""
   decoder, end = json.JSONDecoder(), 0
-  for opening in itertools.islice(_OPENING.finditer(text), MOST_OPENINGS):
+  for opening in itertools.islice(re.finditer(r"[\[{]", text), MOST_OPENINGS):
     if opening.start() < end:
       continue
     try:
