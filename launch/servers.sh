@@ -5,9 +5,10 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2154  # gpu_node.sh sets them
 
-SERVERS=()         # process ids, which are those of their groups too
-WEIGHTS_MADE=      # a directory of weights that was made here, and is removed
-SERVER_GRACE_S=${SERVER_GRACE_S:-30} # from TERM to KILL
+SERVERS=()    # process ids, which are those of their groups too
+WEIGHTS_MADE= # a directory of weights that was made here, and is removed
+WEIGHTS_ROOT=${WEIGHTS_ROOT:-/dev/shm} # where it is made: a file system in memory
+SERVER_GRACE_S=${SERVER_GRACE_S:-30}   # from TERM to KILL
 
 server_url() { echo "http://127.0.0.1:$((port + $1))"; }
 server_log() { echo "$logs/$server-$((port + $1)).log"; }
@@ -30,6 +31,7 @@ plan_servers() {
     *) refuse "--server=$server is unknown; choose from none, vllm, sglang" ;;
   esac
   logs=${logs:-$(workdir_of_main)/servers}
+  logs=${logs/#\~/$HOME} # as the trainer reads its work directory
   if [[ $server == vllm && $(workdir_of_main) == "$EXAMPLE_WORKDIR" ]]; then
     MAIN+=(--config.model.lora.rank=16) # of a dry run without arguments
   fi
@@ -37,9 +39,6 @@ plan_servers() {
   if [[ " ${MAIN[*]} " == *" --config.rollout.engine=local "* ]]; then samples=; fi
   if [[ $samples ]]; then tell_trainer; fi
   ask_settings
-  if [[ $samples && $server == vllm ]]; then
-    MAIN=(--config.rollout.server.model="$served" "${MAIN[@]}")
-  fi
 }
 
 # Names the servers and the directory of weights in the trainer's arguments.
@@ -47,11 +46,10 @@ tell_trainer() {
   local i urls=''
   for ((i = 0; i < servers; i++)); do urls+="'$(server_url "$i")',"; done
   if [[ $DRY_RUN && ! $weights ]]; then
-    weights=/dev/shm/sdpo_jax.XXXXXX
+    weights=$WEIGHTS_ROOT/sdpo_jax.XXXXXX
   elif [[ ! $weights ]]; then
-    local memory=/dev/shm
-    [[ -d $memory && -w $memory ]] || memory=${TMPDIR:-/tmp}
-    weights=$(mktemp -d "$memory/sdpo_jax.XXXXXX")
+    if [[ ! -w $WEIGHTS_ROOT ]]; then WEIGHTS_ROOT=${TMPDIR:-/tmp}; fi
+    weights=$(mktemp -d "$WEIGHTS_ROOT/sdpo_jax.XXXXXX")
     WEIGHTS_MADE=$weights
   fi
   MAIN=(
@@ -61,6 +59,10 @@ tell_trainer() {
     --config.rollout.server.patience_s=60
     "${MAIN[@]}"
   )
+  # else it has the name by which the run knows its model
+  if [[ $server == vllm && $model ]]; then
+    MAIN=(--config.rollout.server.model="$model" "${MAIN[@]}")
+  fi
 }
 
 # Sets `model`, `served` (its name) and `needed` (flags) by the trainer's settings, which are checked
