@@ -483,6 +483,9 @@ def test_a_workdir_without_metrics_is_refused(tmp_path, capsys):
 # ---- the real packages, without a network
 
 
+PATIENCE_S = 300.0  # of a busy machine, on which their imports take long
+
+
 def real(stage, name):
   """Takes the stand-ins away."""
   (stage.path / "packages").rename(stage.path / "unused")
@@ -494,7 +497,7 @@ def test_the_real_wandb_offline(stage, monkeypatch, capfd):
   real(stage, "wandb")
   monkeypatch.setenv("WANDB_MODE", "offline")
   for anew in (True, False):
-    with stage.tracked("wandb", anew=anew):
+    with stage.tracked("wandb", anew=anew, timeout_s=PATIENCE_S):
       stage.write_rollouts(1)
       stage.write(*([0, 1] if anew else [2]))
   err = capfd.readouterr().err
@@ -539,7 +542,7 @@ def wandb_history(path: pathlib.Path) -> list[dict]:
 def test_the_real_mlflow_in_files(stage, capfd):
   real(stage, "mlflow")
   for anew in (True, False):
-    with stage.tracked("mlflow", anew=anew, timeout_s=60.0):
+    with stage.tracked("mlflow", anew=anew, timeout_s=PATIENCE_S):
       stage.write_rollouts(1)
       stage.write(*([0, 1] if anew else [2]))
   lines = capfd.readouterr().err.splitlines()
