@@ -66,7 +66,7 @@ def get_config(arg: str = ""):
     _of_real_size(c, a.world)
   c.model.path = a.model or c.model.path
   if c.method.reduction.name == "constant":
-    c.method.reduction.length = float(c.rollout.max_episode_tokens)
+    c.method.reduction.length = float(config.sampled_tokens(c))
   if c.method.memory.name != "none":
     c.data.questions = 512
   if a.local:

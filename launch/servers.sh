@@ -36,7 +36,7 @@ plan_servers() {
     MAIN+=(--config.model.lora.rank=16) # of a dry run without arguments
   fi
   samples=1
-  if [[ " ${MAIN[*]} " == *" --config.rollout.engine=local "* ]]; then samples=; fi
+  if [[ " ${MAIN[*]} " =~ " --config.rollout.engine"[=\ ]"local " ]]; then samples=; fi
   if [[ $samples ]]; then tell_trainer; fi
   ask_settings
 }
@@ -85,6 +85,7 @@ server_command() {
     vllm)
       serve+=(VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 "${venv:+$venv/bin/}vllm" serve "$model")
       serve+=(--tensor-parallel-size "$server_gpus")
+      if [[ $served != "$model" ]]; then serve+=(--served-model-name "$served"); fi
       ;;
     sglang)
       serve+=("${venv:+$venv/bin/}python" -m sglang.launch_server --model-path "$model")

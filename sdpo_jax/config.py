@@ -771,7 +771,8 @@ def history_of(c: ml_collections.ConfigDict) -> int | None:
 
 def turn_limit(c: ml_collections.ConfigDict) -> int | None:
   """Returns the most turns of an episode; None where the environment has no such setting."""
-  return c.env.get("limit")
+  setting = env_settings(c.env.name).get("limit")
+  return c.env.get("limit", None if setting is None else setting.default)
 
 
 def texts_per_response(c: ml_collections.ConfigDict) -> int:

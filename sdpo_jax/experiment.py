@@ -164,8 +164,8 @@ def run_all(
           failed.append(job.name)
         elif job.rest:
           begin(slot, job.name, job.rest)
-        else:
-          on_end(job.name)
+        elif not _is_kept(on_end, job.name):
+          failed.append(job.name)
   finally:
     # none is left, unless one could not be started or this process is interrupted
     end_all([job.process for job in running.values()])
@@ -194,6 +194,16 @@ def _print_end(job: Job, root: pathlib.Path, left: int):
   result = f"failed with status {status}, see {root / job.name}/run.log" if status else "done"
   seconds = time.monotonic() - job.begun
   print(f"{job.name}: {result} after {seconds:.0f} s, {left} to go", flush=True)
+
+
+def _is_kept(on_end: Callable[[str], None], name: str) -> bool:
+  """Calls on_end, and says in one line why what a run gave cannot be kept; others go on."""
+  try:
+    on_end(name)
+  except RunError as error:
+    complain(error)
+    return False
+  return True
 
 
 def run_grid(
@@ -331,7 +341,7 @@ def _report(grid: Grid, root: pathlib.Path, record: dict | None, kept: Kept):
   words = {root / name: summary.tuning_words(how) for name, how in tuned.items()}
   report.write_report(begun, root / "report", words)
   for name, how in tuned.items():
-    if not kept.has_run(name, grid[name], scored=False):
+    if not kept.has_ended(name):
       kept.add_run(name, grid[name], root / name, how, ended=False)
   print(f"report: {root}/report/index.html")
 

@@ -29,7 +29,11 @@ _KEPT_OF_A_POINT = (
 
 
 class Kept:
-  """The three files of one directory; what it adds is written at once."""
+  """The three files of one directory; what it adds is written at once.
+
+  Two parts of a grid that run at the same time may share a directory, if not in the same instant:
+  there is no lock.
+  """
 
   def __init__(self, directory: pathlib.Path):
     self.directory = directory
@@ -45,17 +49,27 @@ class Kept:
     except ValueError as error:
       raise ValueError(f"{path} cannot be read: {error}; remove it, or take it from git") from error
 
-  def _write(self, name: str, contents: dict) -> None:
+  def _add(self, name: str, run: str, entry: dict) -> dict:
+    """Returns a file's contents with the entry of a run, and writes them.
+
+    The file is read again: another part of the grid may have added to it.
+    """
+    contents = self._read(name) | {run: entry}
     self.directory.mkdir(parents=True, exist_ok=True)
     # one run a line: what a later part of the grid adds is a small change
-    lines = ",\n".join(f"{json.dumps(run)}: {json.dumps(x)}" for run, x in contents.items())
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(x)}" for key, x in contents.items())
     write_atomically(self.directory / name, f"{{\n{lines}\n}}\n")
+    return contents
 
   def has_run(self, name: str, arguments: list[str], *, scored: bool) -> bool:
     """Tells whether a run of the grid ended, and was evaluated at its end if it had to be."""
     entry = self.curves.get(name, {})
     is_scored = not scored or self.scores.get(name, {}).get("arguments") == list(arguments)
     return bool(entry.get("ended")) and entry["arguments"] == list(arguments) and is_scored
+
+  def has_ended(self, name: str) -> bool:
+    """Tells whether a run of this name ended there, from whatever arguments."""
+    return name in self.curves and self.curves[name].get("ended", True)
 
   def has_trial(self, name: str, arguments: list[str]) -> bool:
     return self.trials.get(name, {}).get("arguments") == list(arguments)
@@ -68,16 +82,13 @@ class Kept:
     entry = {"arguments": list(arguments), "tuning": tuned}
     lines = metrics.read(workdir)
     seen = {"ended": ended, "warned": _warned(lines), "points": _points(lines)}
-    self.curves[name] = entry | seen
-    self._write(_CURVES, self.curves)
+    self.curves = self._add(_CURVES, name, entry | seen)
     if ended and (splits := final_scores.collect(workdir)):
-      self.scores[name] = entry | {"splits": splits}
-      self._write(_SCORES, self.scores)
+      self.scores = self._add(_SCORES, name, entry | {"splits": splits})
 
   def add_trial(self, name: str, arguments, end: dict) -> None:
     """Takes over the last evaluation of a trial's run."""
-    self.trials[name] = {"arguments": list(arguments), "end": end}
-    self._write(_TRIALS, self.trials)
+    self.trials = self._add(_TRIALS, name, {"arguments": list(arguments), "end": end})
 
 
 def _warned(lines: list[dict]) -> dict[str, int]:

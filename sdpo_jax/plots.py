@@ -70,7 +70,7 @@ def draw_surprise(plot, episodes: list[Transcript], label: str) -> None:
 
   Episodes that are over are left out of later turns.
   """
-  turns = max(len(episode.turns) for episode in episodes)
+  turns = max((len(episode.turns) for episode in episodes), default=0)
   means = []
   for number in range(turns):
     spoken = [e.turns[number].logp for e in episodes if number < len(e.turns)]

@@ -194,8 +194,15 @@ def _read_run(name: str, entry: dict) -> Run:
 
 
 def _ended_runs(entries: dict) -> list[Run]:
-  """Returns the runs of curves.json; of one that has not ended the last evaluation is no result."""
-  return [_read_run(name, entry) for name, entry in entries.items() if entry.get("ended", True)]
+  """Returns the runs of curves.json that have a result.
+
+  Of one that has not ended the last evaluation is none.
+  """
+  return [
+    _read_run(name, entry)
+    for name, entry in entries.items()
+    if entry.get("ended", True) and entry["points"]
+  ]
 
 
 def _curves(entries: dict) -> list[str]:

@@ -71,7 +71,8 @@ class _Child:
     self._name, self._workdir = name, workdir
     command = [sys.executable, "-m", "sdpo_jax.trackers", "--follow", f"--workdir={workdir}"]
     command += [f"--tracker={name}", f"--project={log.project}"]
-    command += [f"--patience_s={log.tracker_timeout_s}", *["--anew"] * anew]
+    # longer than `end` waits: the parent's word comes first
+    command += [f"--patience_s={log.tracker_timeout_s + 5}", *["--anew"] * anew]
     self._process = None
     try:
       # its own session: what interrupts the run is not meant for it, and `kill` reaches what the
