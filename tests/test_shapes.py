@@ -18,7 +18,7 @@ def test_rows_are_longer_than_a_text_where_the_longest_texts_would_have_as_many_
   more columns than in 64 rows of 1,500.
   """
   texts = [[Extent(1500)] + [Extent(1000)] * 63]
-  load = Load(64, 64, (texts, texts, []), 6400, 100)
+  load = Load(64, (texts, texts, []), 6400, 100)
 
   def chosen(longest):
     shapes = Shapes((longest, longest, 100))
@@ -31,7 +31,7 @@ def test_rows_are_longer_than_a_text_where_the_longest_texts_would_have_as_many_
 
 def one_row(tokens, shapes, multiple=8):
   return choose_shape(
-    lambda packs: Load(1, 1, ([[Extent(tokens)]], [[Extent(1)]], []), 8, 8),
+    lambda packs: Load(1, ([[Extent(tokens)]], [[Extent(1)]], []), 8, 8),
     [1],
     shapes,
     Rounding(multiple, 8),
@@ -83,7 +83,7 @@ def test_there_is_no_room_beyond_the_longest_text():
 
   def at(prompt, response):
     policy, teacher = [[Extent(prompt + response)]], [[Extent(10240 + response)]]
-    load = Load(1, 1, (policy, teacher, []), response, response)
+    load = Load(1, (policy, teacher, []), response, response)
     return choose_shape(lambda packs: load, [1], shapes, Rounding(1024, 1024))
 
   at(1000, 1000)
