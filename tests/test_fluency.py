@@ -47,7 +47,7 @@ def by_hand(config, params):
   read = jax.jit(lambda tokens_BT: decoder.logits(params, config, tokens_BT))
   means = []
   for response in rollouts():
-    (((text, spans, _),),) = texts_after([response.prompt_tokens], [response]).of
+    (((text, spans, *_),),) = texts_after([response.prompt_tokens], [response]).of
     logits_TV = np.float64(read(np.array([text + [0] * (150 - len(text))]))[0])
     logp_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
     kept = [logp_TV[t - 1, text[t]] for begin, end in spans for t in range(begin, end)]

@@ -231,7 +231,7 @@ def test_the_loss_is_the_mean_over_turns_of_the_mean_over_their_tokens():
   turns, lengths = [], []
   for b, rollout in enumerate(p.rollouts):
     hints = {0: (), 2: (0, 1), 1: (1,)}[len(json.loads(rollout.reflection or "[]"))]
-    for start, completion, _ in (rollout.sampled[k] for k in hints):
+    for start, completion, *_ in (rollout.sampled[k] for k in hints):
       place = slice(start, start + len(completion.tokens))
       turns.append(mean_jsd(policy_BRV[b, place], teacher_BRV[b, place]))
       lengths.append(len(completion.tokens))
