@@ -433,6 +433,6 @@ def test_a_plan_counts_every_turn_of_an_episode():
   c.rollout.rows_are = "episodes"
   shape = plan.Workload.full_shape(work, 2)
   assert (shape.rows, shape.responses) == (2, c.rollout.max_episode_tokens)
-  c.env = dict(name="tests.my_env:Unlimited")
+  c.env = dict(name="tests.my_env:ReverseWord")
   c.rollout.rows_are = "turns"
   assert config.texts_per_response(c) == c.rollout.max_episode_tokens // 512

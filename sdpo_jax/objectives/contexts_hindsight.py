@@ -32,7 +32,7 @@ REFLECTING = (
 HINT = "\n\n{outcome} Looking back, of what you do now: {diagnosis}{action}"
 ACTION = "\nBetter would be: {text}"
 SUCCESS, FAILURE = "The attempt succeeded.", "The attempt failed."
-MOST_OPENINGS = 100  # brackets of an answer that are looked at: each costs up to 4 ms
+MOST_OPENINGS = 1000  # brackets of an answer that are looked at: some milliseconds each at worst
 
 
 class Hint(NamedTuple):
