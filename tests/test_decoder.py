@@ -247,7 +247,9 @@ def test_sharded_equals_unsharded(config):
     step = jit(jax.value_and_grad(loss), in_shardings=(where, rows), out_shardings=(None, where))
     sharded_value, sharded_grads = step(sharded, jax.device_put(row, rows))
   assert sharded["layers"]["attn"]["q"].addressable_shards[0].data.shape == (3, 16, 2, 12)
-  np.testing.assert_allclose(sharded_value, value, rtol=1e-5)
+  # the terms cancel, so the sum's rounding is measured by their number: 1e-6 of each logit
+  terms = row.size * config.vocab
+  np.testing.assert_allclose(sharded_value, value, rtol=1e-5, atol=1e-6 * terms**0.5)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.max(np.abs(b)))),
     sharded_grads,
