@@ -8,7 +8,7 @@ from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.corpus import Corpus, Mixture, build_tokenizer
 from sdpo_jax.envs import composed, tinycode
 from sdpo_jax.records import Status, Task
-from sdpo_jax.sandbox import Sandbox
+from sdpo_jax.sandbox import Sandbox, TestResult, Verdict
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,34 @@ def test_feedback_is_what_an_online_judge_says(env):
   assert "defines no function f" in env.judge(task, "hello = 1").text
   assert "SyntaxError" in env.judge(task, "I would reverse it").text
   assert env.judge(task, "Sure:\n```python\ndef f(x):\n    return x[::-1]\n```").reward == 1.0
+
+
+def test_an_equal_program_runs_once_for_a_task(monkeypatch):
+  with Sandbox(workers=1) as sandbox:
+    env = tinycode.TinyCode(sandbox=sandbox)
+    tasks = [env.task("train", i) for i in range(2)]
+    runs = []
+    run = sandbox.run
+    monkeypatch.setattr(
+      sandbox, "run", lambda *args, **kw: (runs.append(args[0]), run(*args, **kw))[1]
+    )
+    wrong = "def f(x):\n    return 'wrong'"
+    first = [env.judge(task, response) for task in tasks for response in (wrong, task.solution)]
+    assert len(runs) == 4
+    again = [env.judge(task, response) for task in tasks for response in (wrong, task.solution)]
+    assert again == first and len(runs) == 4
+
+
+def test_what_a_loaded_machine_may_have_caused_is_tried_again(monkeypatch):
+  with Sandbox(workers=1) as sandbox:
+    env = tinycode.TinyCode(sandbox=sandbox)
+    task = env.task("train", 0)
+    late = TestResult(input="1", output="", expected="2", kind="time_limit")
+    for failed in (Verdict("sandbox_failed", "", (), 5), Verdict("time_limit", "", (late,), 5)):
+      with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "run", lambda *args, failed=failed, **kw: failed)
+        assert env.judge(task, task.solution).reward == 0.0
+    assert env.judge(task, task.solution).reward == 1.0
 
 
 def test_the_corpus_shows_what_the_judge_says(env):

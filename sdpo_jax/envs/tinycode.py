@@ -19,7 +19,7 @@ from typing import NamedTuple
 from sdpo_jax.envs import coding, composed
 from sdpo_jax.envs.rows import final_text
 from sdpo_jax.records import Feedback, Status, Task
-from sdpo_jax.sandbox import Limits, Sandbox, TestCase, TestResult
+from sdpo_jax.sandbox import Limits, Sandbox, TestCase, TestResult, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,10 +275,12 @@ class TinyCode:
   """Judges responses by running them. It is thread-safe."""
 
   LIMITS = Limits(time_s=2.0, memory_mb=256, output_kb=64)
+  REMEMBERED = 10_000  # verdicts
 
   def __init__(self, *, level: str = "default", words_seed: int = 0, sandbox: Sandbox):
     self.problems = composed.Problems(DOMAIN, level, words_seed)
     self.sandbox = sandbox
+    self._verdicts: dict[tuple[str, str], Verdict] = {}  # by tests and program
 
   def task(self, split: str, index: int) -> Task:
     """Returns a problem of a split of `composed.SPLITS`."""
@@ -297,15 +299,7 @@ class TinyCode:
     _, fault = final_text(response)
     if fault and response.strip():  # nothing follows the thought
       return Feedback(0.0, fault)
-    tests = [TestCase(input=json.dumps(x), output=json.dumps(y)) for x, y in task.data["tests"]]
-    verdict = self.sandbox.run(
-      extract(response),
-      tests,
-      fn_name="f",
-      limits=self.LIMITS,
-      max_failures=SHOWN,
-      gives_names=False,
-    )
+    verdict = self._verdict(task, extract(response))
     if verdict.kind == "sandbox_failed":
       return Feedback(0.0, verdict.feedback, Status.ENV_FAILED)
     if verdict.passed:
@@ -317,6 +311,26 @@ class TinyCode:
     ]
     status = Status.TIMEOUT if verdict.kind == "time_limit" else Status.SCORED
     return Feedback(0.0, feedback_text(failures), status)
+
+  def _verdict(self, task: Task, program: str) -> Verdict:
+    """Runs a program on the hidden tests of a task, or remembers how that ended.
+
+    Attempts at a small problem are often equal, and running one costs as much as learning from it.
+    What a machine under load may have caused, a lost worker or a passed limit, is not remembered.
+    """
+    tests = [TestCase(input=json.dumps(x), output=json.dumps(y)) for x, y in task.data["tests"]]
+    key = repr(tests), program
+    if key in self._verdicts:
+      return self._verdicts[key]
+    verdict = self.sandbox.run(
+      program, tests, fn_name="f", limits=self.LIMITS, max_failures=SHOWN, gives_names=False
+    )
+    kinds = {verdict.kind, *(result.kind for result in verdict.tests)}
+    if not kinds & {"sandbox_failed", "time_limit"}:
+      if len(self._verdicts) >= self.REMEMBERED:
+        self._verdicts.clear()
+      self._verdicts[key] = verdict
+    return verdict
 
 
 def extract(response: str) -> str:
