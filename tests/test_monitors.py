@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from sdpo_jax import config, main, monitors
+from sdpo_jax import config, main, monitors, signs
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.objectives.teacher_context import Context
 from sdpo_jax.records import Feedback, Rollout, Task
@@ -29,8 +29,7 @@ HEALTHY = {
 def history(steps=30, **last):
   """A healthy run whose last third is otherwise; step 0 is an evaluation alone."""
   return [{"step": 0, "eval/test/avg@k": 0.1}] + [
-    {"step": i} | HEALTHY | (last if i > steps - monitors.WINDOW else {})
-    for i in range(1, steps + 1)
+    {"step": i} | HEALTHY | (last if i > steps - signs.WINDOW else {}) for i in range(1, steps + 1)
   ]
 
 
@@ -55,12 +54,12 @@ def history(steps=30, **last):
   ],
 )
 def test_each_sign_is_seen_and_says_what_to_change(last, sign, says):
-  signs = monitors.warnings(history(**last))
-  assert list(signs) == [sign] and says in signs[sign]
+  seen = monitors.warnings(history(**last))
+  assert list(seen) == [sign] and says in seen[sign]
   # too early to tell
-  assert not monitors.warnings(history(steps=2 * monitors.WINDOW - 1, **last))
-  named = re.findall(r"(config(?:\.\w+)+)(?:=(\w+))?", signs[sign])
-  rows = re.findall(r"(?<!\.)\bmethod=(\w+)", signs[sign])
+  assert not monitors.warnings(history(steps=2 * signs.WINDOW - 1, **last))
+  named = re.findall(r"(config(?:\.\w+)+)(?:=(\w+))?", seen[sign])
+  rows = re.findall(r"(?<!\.)\bmethod=(\w+)", seen[sign])
   assert named or rows
   # each can be typed as it stands there; without a value, with the one that it has
   for row in rows:
@@ -207,7 +206,7 @@ def test_a_teacher_that_knows_hardly_more_is_told_once_that_is_sure():
 
   idle = [0.05, -0.05, 0.0, 0.05, -0.05]
   (said,) = monitors.warnings(probed(idle)).values()
-  assert "it knows hardly more" in said and "method=grpo" in said
+  assert "the teacher knows hardly more" in said and "method=grpo" in said
   assert not monitors.warnings(probed(idle[:4]))
   # nothing is said of a good teacher, or of one of whom little is known
   assert not monitors.warnings(probed([0.3, 0.1, 0.5, 0.0, 0.3]))
