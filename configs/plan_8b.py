@@ -20,6 +20,11 @@ Result: peak GB per chip of the train step, and of the decode step of 64 respons
         v6e-16 (16 chips)      24.6     -      22.6     -      32
         h200-8 (8 GPUs)        36.2  43.4      30.9     -      141, of which jax uses 105.8
 
+        Qwen3-1.7B on four chips of v6e: 19.4 and 26.8, of 32. The command is
+        python -m sdpo_jax.main --mode=plan --topology=v6e:2x2 \
+          --config=configs/plan_8b.py:machine=v6e-16,model=qwen3-1.7b --config.mesh.fsdp=4 \
+          --config.mesh.tensor=1 --config.train.micro_batches=64
+
         On h200-8 attention is by cuDNN and the divergence by `xla`; nothing has run on a GPU yet.
         No program holds an array of tokens x vocabulary. On v5e-64 the kernel's workspace holds the
         quarter of Qwen3-8B's vocabulary that a chip has, 0.6 GB in bfloat16.

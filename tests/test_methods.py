@@ -10,7 +10,7 @@ import pytest
 
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.shapes import Shapes
-from sdpo_jax.objectives import build, contexts, credit, methods, page
+from sdpo_jax.objectives import build, contexts, credit, families, methods, page
 from sdpo_jax.objectives.signals import TEACHER_LOGP
 from sdpo_jax.objectives.teacher_context import Context
 from sdpo_jax.records import Feedback, Rollout, Task
@@ -25,6 +25,19 @@ def test_the_readme_lists_what_the_command_prints():
     "README.md has another list of methods: put the output of "
     "python -m sdpo_jax.objectives.methods into its place"
   )
+
+
+def test_the_readme_has_the_short_list_that_the_command_prints(capsys):
+  page.print_page(["--short"])
+  assert capsys.readouterr().out in README.read_text(), (
+    "README.md has another short list of methods: put the output of "
+    "python -m sdpo_jax.objectives.methods --short into its place"
+  )
+
+
+def test_every_method_is_in_one_family():
+  names = [name for rows in families.FAMILIES.values() for name in rows]
+  assert len(names) == len(set(names)) and set(names) == set(methods.METHODS)
 
 
 def test_every_row_says_where_it_comes_from():

@@ -25,9 +25,10 @@ is about; `build.method_row` fills in every other setting of its parts, so that 
 run are visible and can be changed. Beside it stands where it comes from, and what its paper leaves
 open or does otherwise.
 
-  python -m sdpo_jax.objectives.methods
+  python -m sdpo_jax.objectives.methods [--short]
 
-prints all rows, what they change and what they need (page.py).
+prints all rows, what they change and what they need (page.py); with --short a line for each
+(families.py).
 """
 
 from typing import NamedTuple
@@ -423,6 +424,8 @@ METHODS = {name: dict(row, name=name) for name, (row, _) in _ROWS.items()}
 ABOUT = {name: about for name, (_, about) in _ROWS.items()}
 
 if __name__ == "__main__":
-  from sdpo_jax.objectives.page import page
+  import sys
 
-  print(page(), end="")
+  from sdpo_jax.objectives.page import print_page
+
+  print_page(sys.argv[1:])

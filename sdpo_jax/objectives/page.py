@@ -1,12 +1,15 @@
 """The page of methods: `python -m sdpo_jax.objectives.methods` prints it, and the README shows it.
 
 What a row changes, and what it needs, is read off the rows. Where a row comes from, and how
-faithful it is, stands beside it in `methods.ABOUT`.
+faithful it is, stands beside it in `methods.ABOUT`. With `--short` the command prints a line for
+each method instead, by family (`families.py`).
 """
 
+import argparse
 from typing import Iterator
 
 from sdpo_jax.objectives.build import AXES, build_method, complete_part, method_row, reads_turns
+from sdpo_jax.objectives.families import FAMILIES
 from sdpo_jax.objectives.methods import ABOUT, METHODS
 
 # A row is told by what it changes against one of these, whichever is nearest; they themselves
@@ -22,6 +25,21 @@ FOOTER = (
 def page() -> str:
   """Returns the table of all methods in Markdown."""
   return HEADER + "".join(_line(name) for name in METHODS) + FOOTER
+
+
+def short_page() -> str:
+  """Returns the methods by family, a line each, in Markdown."""
+  return "\n".join(
+    f"**{family}**\n\n"
+    + "".join(f"- `{name}`: {text} ({_paper(name)})\n" for name, text in rows.items())
+    for family, rows in FAMILIES.items()
+  )
+
+
+def _paper(name: str) -> str:
+  """Returns the number of a method's paper, with a link, or that it is this project's."""
+  number = ABOUT[name].source.split(",")[0].split()[0]
+  return ABOUT[name].source if number == "of" else f"[{number}](https://arxiv.org/abs/{number})"
 
 
 def changes(name: str) -> tuple[str, list[str]]:
@@ -96,3 +114,12 @@ def _line(name: str) -> str:
     told = f"against `{base}`: {told}"
   cells = [f"`{name}`", told, ", ".join(needs(name)) or "–", about.source, about.decided or "–"]
   return "| " + " | ".join(cells) + " |\n"
+
+
+def print_page(argv: list[str]) -> None:
+  """Prints the table, or the short list that is asked for."""
+  parser = argparse.ArgumentParser(
+    prog="python -m sdpo_jax.objectives.methods", description="Prints every method."
+  )
+  parser.add_argument("--short", action="store_true", help="a line each, by family")
+  print(short_page() if parser.parse_args(argv).short else page(), end="")
