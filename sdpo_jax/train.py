@@ -120,7 +120,8 @@ def score_where_due(state, packed: Packed, steps, i: int) -> Packed:
   scores = steps.score(state, packed.batch) if steps.due("score", i) else None
   if scores is not None:
     batch = packed.batch._replace(logp_old_BR=np.asarray(scores.logp_BR))
-    packed = steps.complete(packed._replace(batch=batch), scores)
+    packed = packed._replace(batch=batch)
+  packed = steps.complete(packed, scores)
   if steps.due("rollouts", i):
     steps.write_rollouts(i, packed, scores)
   return packed
@@ -643,7 +644,7 @@ class Steps:
   def complete(self, packed: Packed, scores) -> Packed:
     """Returns the batch with what its method finds before the updates: see TrainBatch.
 
-    scores: of the plain reading, from `score`.
+    scores: of the plain reading, from `score`; None where they are not due.
     """
     batch, metrics = packed.batch, packed.metrics
     contrast = self.learner.method.contrast

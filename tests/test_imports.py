@@ -46,6 +46,7 @@ LEVELS = {  # a folder's level holds for its files unless they have their own
   "ahead": 3,
   "judging": 2,
   "given_teacher": 2.5,
+  "given_policy": 2.5,
   "remote_teacher": 3,
   "teacher_gate": 3,
   "alternatives": 3.5,
