@@ -377,6 +377,11 @@ def settings(argument="rows=turns,local", **changes):
       "keeps_thoughts=True would not be read: config.model.thinking=True with .*'turns'",
     ),
     ("rows=turns,method=gspo", {}, "config.method.reduction.name='sequence_mean' takes a mean"),
+    (
+      "rows=turns,method=position",
+      {},
+      "config.method.token_weight.name='prefix_gap' takes a mean or a share of each response",
+    ),
     ("rows=turns,method=dgrpo", {}, "use rows_are='episodes', or another reduction"),
   ],
 )
