@@ -36,7 +36,7 @@ from sdpo_jax.data.shapes import Rounding, Shape, Shapes, most_tokens
 from sdpo_jax.data.tasks import RowEnv, TaskStream
 from sdpo_jax.diagnose.probe import probe_teacher
 from sdpo_jax.envs.base import plays
-from sdpo_jax.errors import Preempted, RunError, blame_settings
+from sdpo_jax.errors import Preempted, RunError, ServerLost, blame_settings
 from sdpo_jax.evaluation.evaluate import evaluate
 from sdpo_jax.evaluation.fluency import Fluency
 from sdpo_jax.evaluation.scores import gain, mean_rewards
@@ -101,6 +101,11 @@ def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
       steps.check_stop()
     except Preempted as stop:  # this step begins anew
       save_and_stop(i - 1, state, before, steps, saved, stop)
+    except ServerLost:
+      # of several processes one alone hears of it, and the others would not save with it
+      if i - 1 > saved and not hosts.are_several():
+        steps.save(i - 1, state, before, at_once=True)
+      raise
     state = steps.check_teacher(state, packed, i)
     steps.sample_ahead(state, i + 1)
     state, step_metrics = steps.step(state, packed.batch)  # the only line that changes weights
