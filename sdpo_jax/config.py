@@ -776,12 +776,20 @@ def turn_limit(c: ml_collections.ConfigDict) -> int | None:
 
 
 def texts_per_response(c: ml_collections.ConfigDict) -> int:
-  """Returns the most texts of a response: one, or one a turn where turns are rows.
+  """Returns the most texts of a response: one, or one a turn where turns are rows."""
+  return 1 if history_of(c) is None else _most_turns(c)
+
+
+def teacher_texts_per_response(c: ml_collections.ConfigDict) -> int:
+  """Returns the most texts that a teacher reads of a response: one a turn, if it reads so."""
+  return _most_turns(c) if build.reads_turns(c.method) else texts_per_response(c)
+
+
+def _most_turns(c: ml_collections.ConfigDict) -> int:
+  """Returns the most turns of an episode.
 
   Without a limit of the world they are taken to be as many as one text of the episode would hold.
   """
-  if history_of(c) is None:
-    return 1
   return turn_limit(c) or c.rollout.max_episode_tokens // c.rollout.max_new_tokens
 
 
