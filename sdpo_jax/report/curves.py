@@ -16,6 +16,7 @@ import textwrap
 from typing import Iterable
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 import numpy as np
 from PIL import Image
 
@@ -55,7 +56,7 @@ MARGINS = dict(left=0.165, right=0.965, bottom=0.175, top=0.89)
 def curves(runs: list[Run], out: pathlib.Path, prefix: str = "") -> list[dict]:
   """Returns the pictures of each x axis; writes them into `out`, names beginning with `prefix`."""
   panels = [f"eval/{split}/{score}" for split in splits_of(runs) for score in EVALUATION]
-  panels += TRAINING
+  panels += [name for name in TRAINING if name not in unchanged(runs)]
   axes = [axis for axis in X_AXES if any(run.series(axis) for run in runs)] or ["step"]
   found = [
     {
@@ -69,6 +70,16 @@ def curves(runs: list[Run], out: pathlib.Path, prefix: str = "") -> list[dict]:
     for axis in axes
   ]
   return found if any(axis["pictures"] for axis in found) else []
+
+
+def unchanged(runs: list[Run]) -> dict[str, float]:
+  """Returns {metric: value} of the curves of training that nobody needs to see: they are flat."""
+  flat = {}
+  for name in TRAINING:
+    values = [value for run in runs for _, value in run.series(name)]
+    if len(values) > 2 and len(set(values)) == 1:
+      flat[name] = values[0]
+  return flat
 
 
 def picture(runs: list[Run], name: str, x_axis: str, out: pathlib.Path, prefix: str = "") -> dict:
@@ -103,6 +114,8 @@ def _drawn(runs: list[Run], name: str, x_axis: str) -> bytes:
   plot.xaxis.label.set_size(10)
   plot.yaxis.label.set_size(10)
   plot.tick_params(labelsize=9.5)
+  plot.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+  plot.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k
   file = io.BytesIO()
   figure.savefig(file, format="png")
   return _small(file)

@@ -9,7 +9,7 @@ import pathlib
 from sdpo_jax.report.answers import answers
 from sdpo_jax.report.cards import card, legend, rollout_data
 from sdpo_jax.report.comparison import comparison, results
-from sdpo_jax.report.curves import SPEED, curves, picture
+from sdpo_jax.report.curves import SPEED, curves, picture, title_and_unit, unchanged
 from sdpo_jax.report.diagnosis import diagnosis
 from sdpo_jax.report.files import spread
 from sdpo_jax.report.forest import differences, gains
@@ -73,6 +73,7 @@ def _tasks(runs: list[Run], out: pathlib.Path) -> list[dict]:
       "gains": gains(own),
       "differences": differences(own),
       "curves": curves(own, out, f"{task}_" if len(members) > 1 else ""),
+      "unchanged": [(title_and_unit(name)[0], f"{x:g}") for name, x in unchanged(own).items()],
     }
     for task, own in members.items()
   ]
