@@ -117,7 +117,7 @@ def test_a_long_response_loses_its_middle_and_says_so():
 
 def test_the_json_of_a_page_ends_no_element_and_is_read_back():
   hostile = NASTY + "\u2028\u2029<!--<script>"
-  text, _ = cards.rollout_data([run_of([rollout(1, response=hostile, tokens=None, step=NASTY)])])
+  text, _ = cards.rollout_data([run_of([rollout(NASTY, response=hostile, tokens=None)])])
   assert text.isascii() and not set("<>&") & set(text)
   (card,) = json.loads(text)["cards"]
   assert card["response"] == hostile.replace("\x00", "␀").replace("\x1b", "␛")
@@ -182,7 +182,7 @@ def test_an_episode_is_shown_turn_by_turn_with_its_own_tokens(played, tmp_path):
     report.template("cards.html").render(cards=[card], legend=report.legend())
   )
   page = Page(tmp_path / "page.html")
-  assert page.has("What the teacher read of this turn HINT") and page.has("turn 2")
+  assert page.has("What the teacher read of this turnHINT") and page.has("turn 2")
   assert page.has(" ".join(rollout.turns[0].observation.split()))
   (carried_card,) = carried([line])
   assert carried_card["tokens"] is None and carried_card["turns"][1]["teacher_context"] == "HINT"

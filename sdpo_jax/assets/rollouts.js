@@ -34,7 +34,7 @@
   function addToken(parent, token, gap) {
     const span = add(parent, 'span', 'token');
     if (gap !== null) {
-      span.style.cssText = paint(gap);
+      span.setAttribute('style', paint(gap));
       span.title = signed(gap);
       span.tabIndex = -1;  // a tap gives it the focus, and the style shows its number
     }
