@@ -53,7 +53,7 @@ def opened() -> Iterator["Browser"]:
 
   options = webdriver.ChromeOptions()
   options.binary_location = shutil.which("chromium")
-  for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+  for flag in ("headless=new", "no-sandbox", "hide-scrollbars", "disable-dev-shm-usage"):
     options.add_argument(f"--{flag}")
   # whatever a page asks of a network fails, and is seen
   options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")
