@@ -80,7 +80,10 @@ def _turns(turns, tokens: list | None, gaps: list | None) -> list[dict]:
   known = known and sum(counts) == len(tokens)
   found, start = [], 0
   for number, turn in enumerate(turns, start=1):
-    end = start + turn["tokens"] if known else start
+    end = start + counts[number - 1] if known else start
+    own_tokens, own_gaps = None, None
+    if known:
+      own_tokens, own_gaps = tokens[start:end], gaps[start:end]
     badge, reward = reward_badge(turn.get("reward"))
     own = {
       "number": number,
@@ -90,8 +93,8 @@ def _turns(turns, tokens: list | None, gaps: list | None) -> list[dict]:
       "reward": reward,
       "valid": turn.get("valid") is not False,
       "teacher_context": _text(turn.get("teacher_context")),
-      "tokens": tokens[start:end] if known else None,
-      "gaps": gaps[start:end] if known else None,
+      "tokens": own_tokens,
+      "gaps": own_gaps,
     }
     found.append(own)
     start = end

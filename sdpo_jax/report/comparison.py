@@ -91,8 +91,9 @@ def _evaluations(run: Run, name: str) -> dict | None:
   first, last = lines[0], lines[-1]
   has_base = first["step"] == 0 and len(lines) > 1
   late = last is not run.lines[-1]
+  base = _score_at(first, name) if has_base else None
   return {
-    "base": _score_at(first, name) if has_base else None,
+    "base": base,
     "last": _score_at(last, name),
     "at_step": last["step"] if late else None,
   }
@@ -157,13 +158,14 @@ def _compared(groups: dict[str, list[Run]], name: str) -> list[dict]:
     if not own.by_responses:
       continue
     others = [other for other in groups if other != label and curves[other].by_responses]
+    against = None if label == first else _against(paired(members, groups[first], name))
     row = {
       "label": label,
       "tuned": members[0].tuned,
       "seeds": len(members),
       "tokens": f"{own.by_tokens[-1][0]:,.0f}" if own.by_tokens else NONE,
       "last": score(*stats.mean_interval([run.last(name) for run in members])),
-      "against": None if label == first else _against(paired(members, groups[first], name)),
+      "against": against,
       "reached": [_reach(own, other, curves[other]) for other in others],
     }
     rows.append(row)

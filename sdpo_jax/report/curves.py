@@ -111,8 +111,8 @@ def _drawn(runs: list[Run], name: str, x_axis: str) -> bytes:
   plot = figure.add_subplot()
   draw_curves(plot, runs, name, x_axis)
   plot.title.set(size=10.5, weight="bold")
-  plot.xaxis.label.set_size(10)
-  plot.yaxis.label.set_size(10)
+  plot.xaxis.label.set_fontsize(10)
+  plot.yaxis.label.set_fontsize(10)
   plot.tick_params(labelsize=9.5)
   plot.xaxis.set_major_locator(MaxNLocator(5, integer=True))
   plot.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k

@@ -42,7 +42,7 @@ def differences(runs: list[Run]) -> dict | None:
     kept = trained(runs, name)
     found = {label: paired(kept[label], kept[first], name) for label in others}
     marks = [
-      Mark(label, _colour(label, groups), *(_points(x) for x in pair[:3]), pair.seeds)
+      _mark(label, groups, pair[:3], pair.seeds)
       for label, pair in found.items()
       if pair is not None
     ]
@@ -60,8 +60,7 @@ def gains(runs: list[Run]) -> dict | None:
     for label, members in groups.items():
       measured = [run for run in members if run.series(name)]
       if measured:
-        interval = [_points(x) for x in _gain(measured, name)]
-        marks.append(Mark(label, _colour(label, groups), *interval, len(measured)))
+        marks.append(_mark(label, groups, _gain(measured, name), len(measured)))
     splits[split] = marks
   return _plot(splits, first="")
 
@@ -79,8 +78,11 @@ def _points(share: float | None) -> float | None:
   return None if share is None else 100 * share
 
 
-def _colour(label: str, groups: dict) -> str:
-  return COLOURS[list(groups).index(label) % len(COLOURS)]
+def _mark(label: str, groups: dict, interval: tuple, seeds: int) -> Mark:
+  """Returns a mark with the colour that the group has in curves. interval: mean, low, high."""
+  mean, low, high = (_points(x) for x in interval)
+  colour = COLOURS[list(groups).index(label) % len(COLOURS)]
+  return Mark(label, colour, mean, low, high, seeds)
 
 
 def _plot(splits: dict[str, list[Mark]], first: str) -> dict | None:
@@ -109,13 +111,15 @@ def _plot(splits: dict[str, list[Mark]], first: str) -> dict | None:
 
 def _row(mark: Mark, place) -> dict:
   text = points(mark.mean / 100, *(None if x is None else x / 100 for x in (mark.low, mark.high)))
-  known = mark.low is not None and mark.high is not None
+  ends = (None, None)
+  if mark.low is not None and mark.high is not None:
+    ends = place(mark.low), place(mark.high)
   return {
     "label": mark.label,
     "colour": mark.colour,
     "at": place(mark.mean),
-    "from": place(mark.low) if known else None,
-    "to": place(mark.high) if known else None,
+    "from": ends[0],
+    "to": ends[1],
     "mean": text.mean,
     "interval": text.interval,
     "seeds": mark.seeds,

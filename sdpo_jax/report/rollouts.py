@@ -73,7 +73,8 @@ def _within(lines: list[bytes], limit: int) -> list[bytes]:
   The first and the last line come before those between.
   """
   numbers = spread(list(range(len(lines))), EACH_STEP)
-  taken, used = [], 0
+  taken: list[int] = []
+  used = 0
   for i in dict.fromkeys([*numbers[:1], *numbers[-1:], *numbers]):
     if taken and used + len(lines[i]) > limit:
       continue
@@ -90,7 +91,8 @@ def _holding(files: list[pathlib.Path], find: str) -> Sample:
   """Only lines that hold the text as JSON writes it, or as it is, are parsed."""
   escaped = json.dumps(find)[1:-1].lower().encode()
   needles = {escaped, find.lower().encode("utf-8", "replace")}
-  rollouts, recorded, skipped = [], 0, 0
+  rollouts: list[dict] = []
+  recorded = skipped = 0
   for path in files:
     lines = raw_lines(path)
     recorded += len(lines)

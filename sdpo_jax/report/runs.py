@@ -163,7 +163,7 @@ def _logged_warnings(log: pathlib.Path, lines: list[dict]) -> list[tuple[int, st
 
 def flattened(config: dict, path: str = "") -> dict[str, Any]:
   """Flattens nested settings to {"rollout.group": 8, ...}."""
-  flat = {}
+  flat: dict[str, Any] = {}
   for key, value in config.items():
     flat |= flattened(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
   return flat
@@ -197,7 +197,7 @@ def label(runs: list[Run]) -> None:
 
 def groups_of(runs: list[Run]) -> dict[str, list[Run]]:
   """Returns the runs by label: the seeds of one setting together."""
-  groups = {}
+  groups: dict[str, list[Run]] = {}
   for run in runs:
     groups.setdefault(run.label, []).append(run)
   return groups
