@@ -55,6 +55,7 @@ from sdpo_jax.stored import restored, stored
 from sdpo_jax.teacher_gate import TeacherGate
 from sdpo_jax.trackers.child import check_installed, tracked
 from sdpo_jax.workdir import (
+  append_line,
   change_of_devices,
   check_same_run,
   describe_run,
@@ -718,6 +719,8 @@ class Steps:
     warnings = monitors.warnings(self._history)
     for sign in sorted(warnings.keys() - self._signs):
       logging.warning("step %d: %s", i, warnings[sign])
+      line = {"step": i, "sign": sign, "text": warnings[sign]}
+      append_line(self.workdir / "warnings.jsonl", line)
     self._signs = set(warnings)
     self._writer.write(i, metrics | {"train/warnings": len(warnings)})
     if self.has_stopped():
