@@ -26,6 +26,7 @@ setup(
   package_data={
     "sdpo_jax": [
       "assets/*.html",
+      "assets/*.js",
       "assets/tiny/*",
       "assets/tiny_notes/*",
       "assets/tiny_arithmetic/*",
@@ -71,6 +72,7 @@ setup(
       "kubernetes-validate==1.37.0",
       "jsonschema>=4.26.0",
       "accelerate>=1.15.0",  # transformers asks for it where it reads a GGUF file
+      "selenium>=4.46.0",  # drives a Chromium that is installed; it brings none
       "nbclient>=0.11.0",  # these run the notebooks
       "nbformat>=5.11.1",
       "ipykernel>=7.4.0",

@@ -776,12 +776,20 @@ def turn_limit(c: ml_collections.ConfigDict) -> int | None:
 
 
 def texts_per_response(c: ml_collections.ConfigDict) -> int:
-  """Returns the most texts of a response: one, or one a turn where turns are rows.
+  """Returns the most texts of a response: one, or one a turn where turns are rows."""
+  return 1 if history_of(c) is None else _most_turns(c)
+
+
+def teacher_texts_per_response(c: ml_collections.ConfigDict) -> int:
+  """Returns the most texts that a teacher reads of a response: one a turn, if it reads so."""
+  return _most_turns(c) if build.reads_turns(c.method) else texts_per_response(c)
+
+
+def _most_turns(c: ml_collections.ConfigDict) -> int:
+  """Returns the most turns of an episode.
 
   Without a limit of the world they are taken to be as many as one text of the episode would hold.
   """
-  if history_of(c) is None:
-    return 1
   return turn_limit(c) or c.rollout.max_episode_tokens // c.rollout.max_new_tokens
 
 
@@ -836,15 +844,26 @@ def _check_episodes(c: ml_collections.ConfigDict) -> None:
     )
 
 
+# axis: parts that relate a token to all others of its response
+_OF_WHOLE_RESPONSES = {
+  "reduction": ("sequence_mean",),
+  "surrogate": ("gspo",),
+  "token_signal": ("sequence",),
+  "token_weight": ("certainty", "prefix_gap", "first_share"),
+  "credit": ("cscr", "rhythm"),
+}
+
+
 def _check_rows(c: ml_collections.ConfigDict) -> None:
   """Raises ValueError for what episodes as rows, or turns as rows, cannot be asked for."""
   rollout, rows = c.rollout, f"config.rollout.rows_are={c.rollout.rows_are!r}"
   if rollout.rows_are == "turns":
-    for axis, name in (("reduction", "sequence_mean"), ("surrogate", "gspo")):
-      if c.method[axis].name == name:
+    for axis, names in _OF_WHOLE_RESPONSES.items():
+      if c.method[axis].name in names:
         raise ValueError(
-          f"config.method.{axis}.name={name!r} takes a mean over each response, which is a whole "
-          f"episode and no row of {rows}: use rows_are='episodes', or another {axis}"
+          f"config.method.{axis}.name={c.method[axis].name!r} takes a mean or a share of each "
+          f"response, which is a whole episode and no row of {rows}: use rows_are='episodes', or "
+          f"another {axis}"
         )
   elif rollout.history != base().rollout.history:
     raise ValueError(

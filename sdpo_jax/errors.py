@@ -40,6 +40,10 @@ class RunError(Exception):
   """The run cannot go on; the message says what happened and what is intact."""
 
 
+class ServerLost(RunError):
+  """A server that the run asks answers no more; nothing is wrong with what was trained."""
+
+
 class Preempted(Exception):
   """The machine is being taken away; the message says what is saved."""
 

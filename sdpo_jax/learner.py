@@ -5,6 +5,7 @@ from typing import Any, Callable, NamedTuple
 
 from sdpo_jax.alternatives import Explorer
 from sdpo_jax.config import response_tokens
+from sdpo_jax.given_policy import make_recorded_signals
 from sdpo_jax.given_teacher import make_candidates, make_given_signals
 from sdpo_jax.hindsight import Reflector
 from sdpo_jax.model.config import ModelConfig
@@ -22,7 +23,8 @@ class Learner(NamedTuple):
   tx: Any  # optax.GradientTransformation
   step: Callable  # (state, batch, frozen) -> (state, metrics)
   score: Callable  # (state, batch, frozen) -> Signals
-  # Several updates a batch need log-probabilities from before the first one, and so do some parts.
+  # Several updates a batch need log-probabilities from before the first one, and a contrast needs
+  # the teacher's.
   score_first: bool
   # (weights, batch) -> logp_BR: of the weights that the run started from; None: no part reads them
   read_reference: Callable | None
@@ -57,13 +59,18 @@ def make_learner(c, model: ModelConfig, join: Callable | None = None) -> Learner
     make = functools.partial(
       make_signals, model, remat=c.model.remat, implementation=implementation, **shared
     )
-    signals, signals_before = make(method), make(method.before_updates)
+    signals = signals_before = make(method)
   else:
     signals = make_given_signals(model, method, remat=c.model.remat, **shared)
     signals_before = signals
     candidates = make_candidates(model, method, **shared)
-  tx = make_optimizer(**c.optimizer)
   several_updates = c.train.updates_per_batch > 1
+  if method.contrast is not None and candidates is None:
+    if several_updates:
+      signals_before = make(method.before_updates)
+    else:
+      signals_before = make_recorded_signals(model, mix=method.teacher_weights.mix, **shared)
+  tx = make_optimizer(**c.optimizer)
   step = make_train_step(
     signals, method, tx, updates=c.train.updates_per_batch, recompute_old=several_updates
   )
@@ -75,7 +82,7 @@ def make_learner(c, model: ModelConfig, join: Callable | None = None) -> Learner
     tx,
     step,
     make_score(signals_before),
-    score_first=several_updates or bool(method.found_before_updates),
+    score_first=several_updates or method.contrast is not None,
     read_reference=read_reference,
     candidates=candidates,
   )

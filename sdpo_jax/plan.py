@@ -37,6 +37,7 @@ from sdpo_jax.config import (
   history_of,
   response_tokens,
   sampled_tokens,
+  teacher_texts_per_response,
   texts_per_response,
   turn_limit,
 )
@@ -254,7 +255,8 @@ class Workload:
 
   def full_shape(self, rows: int) -> Shape:
     """Returns the largest shape that a batch of `rows` responses a pack can take."""
-    data, texts = self.c.data, rows * texts_per_response(self.c)
+    data = self.c.data
+    texts = rows * texts_per_response(self.c), rows * teacher_texts_per_response(self.c)
     return full_shape(
       rows,
       self.micro_batches * self.shards,  # one pack each
@@ -262,7 +264,7 @@ class Workload:
       Rounding(data.length_multiple, data.response_multiple),
       has_teacher=self.learn.method.needs_teacher,
       has_further=self.learn.further_count > 0,
-      texts_per_pack=(texts, texts),
+      texts_per_pack=texts,
     )
 
   def batch(self, rows: int) -> TrainBatch:

@@ -21,7 +21,7 @@ from sdpo_jax.data.batch import Packed
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.packing import Span, Text
 from sdpo_jax.engine.client import Background, Failed, Refused, Server, delay_s, field
-from sdpo_jax.errors import RunError
+from sdpo_jax.errors import ServerLost
 from sdpo_jax.objectives.teacher_weights import Remote
 from sdpo_jax.records import Scored
 
@@ -113,7 +113,7 @@ class RemoteTeacher:
   async def _answer(
     self, text: list[int], ids: list[list[int]], limit: asyncio.Semaphore
   ) -> tuple[list, list]:
-    """Asks until there is an answer. Raises RunError where that is in vain."""
+    """Asks until there is an answer. Raises ServerLost where that is in vain."""
     where, failures, until = f"{SETTING}={self._remote.url}: the server", 0, None
     while True:
       try:
@@ -121,14 +121,14 @@ class RemoteTeacher:
           choice = await self._complete({"prompt": text, "prompt_logprob_ids": ids})
         return _checked(choice, ids)
       except Refused as error:
-        raise RunError(f"{where} {error}; nothing of this step was trained") from error
+        raise ServerLost(f"{where} {error}; nothing of this step was trained") from error
       except Failed as error:
         now = time.monotonic()
         if until is None:
           until = now + self._remote.timeout_s
           logging.warning("%s %s; it is asked again for %g s", where, error, self._remote.timeout_s)
         if now >= until:
-          raise RunError(
+          raise ServerLost(
             f"{where} {error}, for {self._remote.timeout_s:g} s; nothing of this step was trained: "
             "start the server, then run the same command again"
           ) from error

@@ -1,6 +1,6 @@
 """Makes the lines of a run's rollout files: one JSON object per response.
 
-`report.py` reads these names from the files:
+The report (`report/rollouts.py`, `report/cards.py`) reads these names from the files:
 
   step, task_id, prompt, response, reward, status, finish_reason, feedback, tokens
   teacher_context          what the teacher read; null: nothing
@@ -9,9 +9,14 @@
   counterfactuals          the alternatives to a failed attempt: source, response, reward, feedback,
                            imagined
   reflection               what the policy wrote of its episode in hindsight, where it was asked
+  turns                    of an episode: message, tokens (how many of the response's), observation
+                           (null: the world was not asked any more, or did not answer), reward of
+                           the episode so far, valid, and teacher_context: what the teacher read
+                           before this turn alone, where there is such a text
   counterfactual_contexts  what the teacher read in each further reading
 """
 
+import itertools
 from typing import Iterator
 
 import numpy as np
@@ -19,6 +24,7 @@ import numpy as np
 from sdpo_jax.data.batch import Packed
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.objectives.signals import Signals
+from sdpo_jax.objectives.teacher_context import Context
 from sdpo_jax.records import Alternative, Rollout
 
 
@@ -44,6 +50,8 @@ def rollout_lines(
       line["counterfactuals"] = [_alternative(a) for a in rollout.alternatives]
     if rollout.reflection is not None:
       line["reflection"] = rollout.reflection
+    if rollout.turns is not None:
+      line["turns"] = list(_turns(rollout, plain[b], chat))
     shown = [contexts[b] for contexts in further if contexts[b] is not None]
     if shown:
       line["counterfactual_contexts"] = [c.render(rollout.task.prompt) for c in shown]
@@ -63,6 +71,24 @@ def _line(step: int, rollout: Rollout, context, chat: Chat) -> dict:
     "teacher_context": None if context is None else context.render(rollout.task.prompt),
     "tokens": chat.token_strings(rollout.tokens),
   }
+
+
+def _turns(rollout: Rollout, context: Context | None, chat: Chat) -> Iterator[dict]:
+  """Yields the turns of an episode; the world may not have answered the last one."""
+  shown = () if context is None else context.turns
+  reward = 0.0
+  answers = itertools.chain(rollout.turns, itertools.repeat(None))
+  texts = itertools.chain(shown, itertools.repeat(""))
+  for segment, answer, text in zip(rollout.sampled or (), answers, texts):
+    reward = reward if answer is None else answer.reward
+    turn = {
+      "message": chat.response_text(segment.completion.tokens),
+      "tokens": len(segment.completion.tokens),
+      "observation": None if answer is None else answer.observation,
+      "reward": reward,
+      "valid": answer is not None and answer.valid,
+    }
+    yield turn | ({"teacher_context": text} if text else {})
 
 
 def _term(route: float, context) -> str | None:

@@ -642,6 +642,15 @@ BENCHMARKS = {  # file -> {column: (field of a record, format)}
     "on average": ("cache_mean", ".2f"),
     "programs": ("programs", ""),
   },
+  "episodes_cpu": {
+    "a world's answer takes ms": ("delay_ms", ".0f"),
+    "overlap": ("overlap", ""),
+    "episodes/s": ("episodes_per_s", ".1f"),
+    "CPU seconds a batch": ("cpu_s", ".2f"),
+    "turns": ("turns", ".1f"),
+    "waiting for worlds": ("waiting", ".1%"),
+    "worlds at work beside sampling": ("hidden", ".1%"),
+  },
   "sandbox_cpu": {
     "worker": ("kind", ""),
     "programs/s": ("per_s", ",.0f"),

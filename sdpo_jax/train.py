@@ -36,7 +36,7 @@ from sdpo_jax.data.shapes import Rounding, Shape, Shapes, most_tokens
 from sdpo_jax.data.tasks import RowEnv, TaskStream
 from sdpo_jax.diagnose.probe import probe_teacher
 from sdpo_jax.envs.base import plays
-from sdpo_jax.errors import Preempted, RunError, blame_settings
+from sdpo_jax.errors import Preempted, RunError, ServerLost, blame_settings
 from sdpo_jax.evaluation.evaluate import evaluate
 from sdpo_jax.evaluation.fluency import Fluency
 from sdpo_jax.evaluation.scores import gain, mean_rewards
@@ -55,6 +55,7 @@ from sdpo_jax.stored import restored, stored
 from sdpo_jax.teacher_gate import TeacherGate
 from sdpo_jax.trackers.child import check_installed, tracked
 from sdpo_jax.workdir import (
+  append_line,
   change_of_devices,
   check_same_run,
   describe_run,
@@ -101,6 +102,11 @@ def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
       steps.check_stop()
     except Preempted as stop:  # this step begins anew
       save_and_stop(i - 1, state, before, steps, saved, stop)
+    except ServerLost:
+      # of several processes one alone hears of it, and the others would not save with it
+      if i - 1 > saved and not hosts.are_several():
+        steps.save(i - 1, state, before, at_once=True)
+      raise
     state = steps.check_teacher(state, packed, i)
     steps.sample_ahead(state, i + 1)
     state, step_metrics = steps.step(state, packed.batch)  # the only line that changes weights
@@ -120,7 +126,8 @@ def score_where_due(state, packed: Packed, steps, i: int) -> Packed:
   scores = steps.score(state, packed.batch) if steps.due("score", i) else None
   if scores is not None:
     batch = packed.batch._replace(logp_old_BR=np.asarray(scores.logp_BR))
-    packed = steps.complete(packed._replace(batch=batch), scores)
+    packed = packed._replace(batch=batch)
+  packed = steps.complete(packed, scores)
   if steps.due("rollouts", i):
     steps.write_rollouts(i, packed, scores)
   return packed
@@ -643,7 +650,7 @@ class Steps:
   def complete(self, packed: Packed, scores) -> Packed:
     """Returns the batch with what its method finds before the updates: see TrainBatch.
 
-    scores: of the plain reading, from `score`.
+    scores: of the plain reading, from `score`; None where they are not due.
     """
     batch, metrics = packed.batch, packed.metrics
     contrast = self.learner.method.contrast
@@ -712,6 +719,8 @@ class Steps:
     warnings = monitors.warnings(self._history)
     for sign in sorted(warnings.keys() - self._signs):
       logging.warning("step %d: %s", i, warnings[sign])
+      line = {"step": i, "sign": sign, "text": warnings[sign]}
+      append_line(self.workdir / "warnings.jsonl", line)
     self._signs = set(warnings)
     self._writer.write(i, metrics | {"train/warnings": len(warnings)})
     if self.has_stopped():

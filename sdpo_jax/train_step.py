@@ -173,14 +173,22 @@ def forward_pair(
 
   policy_XD, teacher_XD = run_rows(hidden_pair, batch.policy, batch.readings[0].rows)
   head_DV = output_matrix(params, config)
-  teacher_params = params if teacher is None else teacher
-  teacher_head_DV = jax.lax.stop_gradient(output_matrix(teacher_params, config))
+  teacher_head_EV = teacher_head(params, teacher, config, mix=mix)
   if mix is None:
-    return policy_XD, head_DV, teacher_XD, teacher_head_DV
+    return policy_XD, head_DV, teacher_XD, teacher_head_EV
   live = jax.lax.stop_gradient(params)
   teacher_XE = _beside_live(teacher_XD, live, config, batch.readings[0].rows, mix)
-  teacher_head_EV = jnp.concatenate([teacher_head_DV, output_matrix(live, config)], axis=0)
   return policy_XD, head_DV, teacher_XE, teacher_head_EV
+
+
+def teacher_head(params, teacher, config: ModelConfig, *, mix: float | None = None) -> jax.Array:
+  """Returns the teacher's output matrix [E, V], detached; see `forward_pair` for `mix` and E."""
+  weights = params if teacher is None else teacher
+  head_DV = jax.lax.stop_gradient(output_matrix(weights, config))
+  if mix is None:
+    return head_DV
+  live_DV = output_matrix(jax.lax.stop_gradient(params), config)
+  return jnp.concatenate([head_DV, live_DV], axis=0)
 
 
 def read_again(

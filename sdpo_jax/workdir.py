@@ -1,16 +1,21 @@
 """The files that describe a run in its work directory, and how such files are written and read.
 
-config.json  every setting, resolved
-run.json     command, commit, package versions, devices, seed, when each start was, `rows`: a
-             fingerprint of the rows of each split (data/fingerprint.py), and `ended` (ending.py)
+config.json     every setting, resolved
+run.json        command, commit, package versions, devices and machine, seed, when each start was,
+                `rows`: a fingerprint of the rows of each split (data/fingerprint.py), and `ended`
+                (ending.py)
+warnings.jsonl  step, sign and text of each warning of the monitors; a run that goes on from a
+                checkpoint may write one again
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import logging
 import os
 import pathlib
+import platform
 import shlex
 import shutil
 import subprocess
@@ -162,6 +167,7 @@ def describe_run(workdir: pathlib.Path, c, extra: dict) -> None:
     "python": sys.version.split()[0],
     "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
     "devices": [str(device) for device in jax.devices()],
+    "machine": _machine(),
     "processes": jax.process_count(),
     "seed": c.seed,
   }
@@ -192,6 +198,17 @@ def change_of_devices(workdir: pathlib.Path, mesh: dict | None) -> str:
   )
 
 
+def _machine() -> dict:
+  """Returns the names of processor and accelerator, and the number of cores, as far as known."""
+  cpu = platform.processor() or platform.machine()
+  with contextlib.suppress(OSError, IndexError):
+    lines = pathlib.Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    cpu = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")][0]
+  device = jax.devices()[0]
+  accelerator = {} if device.platform == "cpu" else {"accelerator": device.device_kind}
+  return {"cpu": cpu, "cores": os.cpu_count()} | accelerator
+
+
 def _commit() -> str | None:
   """Returns the commit of this checkout; an installed package has neither git nor a commit."""
   git = shutil.which("git")
@@ -214,6 +231,12 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     file.flush()
     os.fsync(file.fileno())
   os.replace(scratch, path)
+
+
+def append_line(path: pathlib.Path, value: dict) -> None:
+  """Adds a line of JSON to a file."""
+  with path.open("a", encoding="utf-8") as file:
+    file.write(json.dumps(value) + "\n")
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:

@@ -36,10 +36,10 @@ import jax  # noqa: E402 - reads the variables above
 
 # Files that compile models or start whole runs. All other tests are `quick`.
 _COMPILING = set(
-  "assets attention beams bench_loss colabs configs counterfactual decoder diagnose discover "
-  "distill_kl distill_kl_gpu distill_kl_topk distill_kl_tpu fluency gate hf_weights "
-  "import_gguf linear_teachers local lora lora_run main mesh objectives plan pretrain "
-  "processes remote_teacher report sandbox_cases schedules scripted serve server_runs "
+  "ahead assets attention beams bench_loss colabs configs counterfactual decoder diagnose "
+  "discover distill_kl distill_kl_gpu distill_kl_topk distill_kl_tpu fluency gate hf_weights "
+  "hindsight import_gguf linear_teachers local lora lora_run main memory mesh objectives plan "
+  "pretrain processes remote_teacher report sandbox_cases schedules scripted serve server_runs "
   "tracked_run train_step transcripts turn_rows".split()
 )
 

@@ -83,7 +83,7 @@ def test_each_batch_but_the_first_is_one_update_old(whole, sampled):
   assert gaps[0] < 1e-4 < min(gaps[1:])  # the update between shows
 
 
-@pytest.mark.parametrize("end", ["killed", "asked to stop"])
+@pytest.mark.parametrize("end", ["killed", pytest.param("asked to stop", marks=pytest.mark.slow)])
 def test_a_resumed_run_repeats_what_was_sampled_ahead(whole, tmp_path, monkeypatch, end):
   write, has_ended = train.Steps.write, []
 

@@ -12,7 +12,8 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
-from sdpo_jax import checkpoint, config, export, main, pretrain, report
+from sdpo_jax import checkpoint, config, export, main, pretrain
+from sdpo_jax.report.__main__ import main as report_main
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = f"--config={ROOT}/configs/tinycode.py:local"
@@ -206,5 +207,5 @@ def test_the_other_commands_refuse_an_object_store_too(capsys):
   for line in capsys.readouterr().err.splitlines():
     assert "gs://b/run: files are read and written by their paths" in line
   with pytest.raises(SystemExit, match="2"):
-    report.main(["gs://b/run"])
+    report_main(["gs://b/run"])
   assert "gs://b/run: files are" in capsys.readouterr().err

@@ -31,6 +31,7 @@ from sdpo_jax import (
 from sdpo_jax.data.chat import load_tokenizer
 from sdpo_jax.evaluation import evaluate
 from sdpo_jax.evaluation.files import EvalFiles
+from sdpo_jax.report.__main__ import main as report_main
 from tests.fakes import no_file_beyond
 from tests.test_pairwise import saying, serving
 
@@ -585,14 +586,14 @@ def test_a_tilde_in_a_path_is_the_home_directory(tmp_path, monkeypatch, capsys):
     (export.main, ["export", "--workdir=~/runs/A", "--out=~/out"]),
     (pretrain.main, ["pretrain", "--config=~/own.py", "--workdir=~/runs/A"]),
     (experiment.main, ["--config=~/own.py", "--workdir=~/runs/A"]),
-    (report.main, ["~/runs/none", "--out=~/out"]),
+    (report_main, ["~/runs/none", "--out=~/out"]),
   ]
   for command, arguments in commands:
     assert command(arguments) == 2
     err = capsys.readouterr().err
     assert str(home) in err and "~" not in err
   report.write_report([home / "runs" / "A"], home / "out")
-  assert report.main(["~/runs/A", "--out=~/page"]) == 0
+  assert report_main(["~/runs/A", "--out=~/page"]) == 0
   assert (home / "page" / "index.html").exists()
   c.model.path = "~/model"
   with pytest.raises(errors.SettingError, match=f"{home}/model: no such directory"):

@@ -25,7 +25,9 @@ def run(domain, workdir, *overrides, start=""):
     return pretrain.main(["pretrain", config, f"--workdir={workdir}", *overrides])
 
 
-@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize(
+  "domain", [pytest.param(x, marks=pytest.mark.slow) if x == "arithmetic" else x for x in DOMAINS]
+)
 def test_a_killed_run_resumes_to_the_same_weights(domain, tmp_path, capsys):
   assert run(domain, tmp_path / "whole") == 0
   lines = [

@@ -10,9 +10,12 @@ import subprocess
 import sys
 
 from matplotlib.figure import Figure
+import numpy as np
 import pytest
 
 from sdpo_jax import report
+from sdpo_jax.report import answers, curves
+from sdpo_jax.report.runs import groups_of, label
 
 NASTY = (
   "{x} {{y}} \\n \\frac{1}{2} $a_b$ %s <|im_start|>assistant\n"
@@ -23,11 +26,11 @@ NASTY = (
 class Page(html.parser.HTMLParser):
   """Checks that tags nest, and collects text, tags and attributes."""
 
-  VOID = {"meta", "img", "input", "br"}
+  VOID = {"meta", "link", "img", "input", "br"}
 
   def __init__(self, path):
     super().__init__()
-    self.open, self.tags, self.text, self.titles = [], [], [], []
+    self.open, self.tags, self.text = [], [], []
     self.source = path.read_bytes().decode("utf-8")  # strict
     self.feed(self.source)
     self.close()
@@ -42,7 +45,8 @@ class Page(html.parser.HTMLParser):
     assert self.open.pop() == tag
 
   def handle_data(self, data):
-    self.text.append(data)
+    if not {"script", "style"} & set(self.open):
+      self.text.append(data)
 
   def has(self, text):
     return text in re.sub(r"\s+", " ", "".join(self.text))
@@ -54,6 +58,18 @@ class Page(html.parser.HTMLParser):
 
   def pictures(self):
     return [attrs["src"] for tag, attrs in self.tags if tag == "img"]
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(request, monkeypatch):
+  """Pictures of no points, but for tests that look at them."""
+  if not {"plots", "drawn"} & set(request.fixturenames):
+    monkeypatch.setattr(curves, "_drawn", lambda *_: b"PNG")
+
+
+@pytest.fixture
+def drawn():
+  """Asks for real pictures."""
 
 
 def kept_texts(path, step, count=12, **changes):
@@ -153,7 +169,7 @@ def test_a_run_that_stopped_itself_says_so_and_which_checkpoint_is_best(tmp_path
   assert page.has("2 / 2") and not page.has("2 / 2, ")
 
 
-def test_a_run(tmp_path):
+def test_a_run(tmp_path, drawn):
   run = workdir(
     tmp_path / "run",
     rollouts=[
@@ -184,6 +200,7 @@ def test_a_run(tmp_path):
   assert {
     "eval_heldout_avg_k_by_step.png",
     "eval_heldout_avg_k_by_generations.png",
+    "eval_heldout_avg_k_by_time_s.png",
     "train_reward_by_step.png",
   } <= files
   # every picture is inside the page, and nothing is fetched
@@ -191,13 +208,14 @@ def test_a_run(tmp_path):
   assert {
     base64.b64decode(src.removeprefix("data:image/png;base64,")) for src in page.pictures()
   } == {file.read_bytes() for file in (tmp_path / "out").glob("*.png")}
-  assert not re.search(r"(src|href)='(?!data:)", page.source)
+  assert not re.search(r"(src|href)='(?!data:|#)", page.source)
 
 
 def test_tokens_are_painted_by_the_gap(tmp_path):
   run = workdir(tmp_path / "run", rollouts=[(1, [rollout(1)])])
   page = Page(report.write_report([run], tmp_path / "out"))
   titles = {attrs["title"]: attrs["style"] for tag, attrs in page.tags if "title" in attrs}
+  assert all(attrs["tabindex"] == "-1" for _, attrs in page.tags if "title" in attrs)
   assert list(titles) == ["+0.50 nats", "-1.25 nats", "+6.00 nats", "+0.00 nats"]
   alpha = {
     title: float(re.search(r"rgba\((\d+),\d+,\d+,([\d.]+)\)", style)[2])
@@ -241,7 +259,11 @@ def test_text_that_looks_like_markup_stays_text(tmp_path):
     ],
   )
   page = Page(report.write_report([run], tmp_path / "out"))
-  assert not {"script", "b>"} & {tag for tag, _ in page.tags}
+  scripts = [attrs for tag, attrs in page.tags if tag == "script"]
+  assert scripts == [{"type": "application/json", "id": "data"}, {}]
+  data = re.search(r"id='data'>(.*?)</script>", page.source, re.DOTALL)[1]
+  outside = page.source.replace(data, "")
+  assert outside.count("alert(") == outside.count("script&gt;alert(") and "<" not in data
   assert page.has("{x} {{y}} \\n \\frac{1}{2} $a_b$ %s <|im_start|>assistant")
   assert page.has("</pre><script>alert('1')</script> &amp; ␀␛[31m")
   assert not re.search(r"[\x00-\x08\x0b-\x1f]", page.source)
@@ -265,8 +287,8 @@ def test_seeds_make_a_group_and_other_settings_another(tmp_path):
   ]
   runs += [workdir(tmp_path / "wide", config={"rollout": {"group": 16}, "seed": 9})]
   loaded = [report.read_run(run) for run in runs]
-  report._label(loaded)
-  assert {label: len(members) for label, members in report._groups(loaded).items()} == {
+  label(loaded)
+  assert {label: len(members) for label, members in groups_of(loaded).items()} == {
     "sdpo, rollout.group=None": 3,
     "grpo": 3,
     "sdpo, rollout.group=16": 1,
@@ -288,7 +310,7 @@ def test_curves_of_seeds_of_unequal_length_are_averaged_where_all_have_values(tm
     report.read_run(workdir(tmp_path / f"r{seed}", seed=seed, accuracy=accuracy))
     for seed, accuracy in enumerate([(0.0, 0.5, 1.0), (0.5, 1.0)])
   ]
-  assert report._mean_curve(runs, "eval/heldout/avg@k", "train/generations") == [
+  assert curves.mean_curve(runs, "eval/heldout/avg@k", "train/generations") == [
     (0, 0.25),
     (64, 0.75),
   ]
@@ -334,8 +356,8 @@ def test_tasks_are_compared_apart_and_labels_are_names(tmp_path):
     "b_eval_heldout_avg_k_by_step.png",
   } <= files and len(page.pictures()) == len(files)
   assert page.has("other's 90.0%: 128 / 128 responses, 2,000 / 2,000 tokens")
-  ids = [attrs["id"] for tag, attrs in page.tags if tag == "input"]
-  assert len(ids) == len(set(ids)) == 6
+  ids = [attrs["id"] for tag, attrs in page.tags if attrs.get("type") == "radio"]
+  assert len(ids) == len(set(ids)) == 8
 
 
 def test_runs_of_one_label_are_seeds_only_where_all_else_is_equal(tmp_path):
@@ -353,7 +375,7 @@ def test_runs_of_one_label_are_seeds_only_where_all_else_is_equal(tmp_path):
     labelled("b", 1, 8),
   ]
   loaded = [report.read_run(run) for run in runs]
-  report._label(loaded)
+  label(loaded)
   assert [run.label for run in loaded] == ["mine, rollout.group=4"] * 2 + [
     "mine, rollout.group=16"
   ] + ["mine"] * 2
@@ -363,7 +385,7 @@ def test_runs_of_one_label_are_seeds_only_where_all_else_is_equal(tmp_path):
 
 def test_running_mean_stays_centred():
   line = [float(x) for x in range(100)]
-  assert list(report._smooth(report.np.array(line))) == pytest.approx(line)
+  assert list(curves.smooth(np.array(line))) == pytest.approx(line)
 
 
 @pytest.mark.parametrize(
@@ -412,7 +434,7 @@ def test_a_live_run_without_evaluations(tmp_path):
   run = workdir(tmp_path / "run")
   (run / "metrics.jsonl").write_text('{"step": 1, "time_s": 1.0, "train/reward": 0.5}\n')
   page = Page(report.write_report([run], tmp_path / "out"))
-  assert len(page.pictures()) == 1 and page.has("1 / 2")
+  assert len(page.pictures()) == 2 and page.has("1 / 2")  # by step and by second
 
 
 def test_command(tmp_path):
@@ -448,8 +470,9 @@ def test_command(tmp_path):
 
 def test_the_package_ships_the_page():
   root = pathlib.Path(__file__).parent.parent
-  assert '"assets/*.html"' in (root / "setup.py").read_text(encoding="utf-8")
-  assert (report.ASSETS / "report.html").exists() and (report.ASSETS / "parts.html").exists()
+  setup = (root / "setup.py").read_text(encoding="utf-8")
+  assert '"assets/*.html"' in setup and '"assets/*.js"' in setup
+  assert {"report.html", "parts.html", "rollouts.js"} <= {x.name for x in report.ASSETS.iterdir()}
 
 
 def test_needs_no_jax():
@@ -471,13 +494,13 @@ def test_needs_no_jax():
 def plots(monkeypatch):
   """The axes of every picture, as they are saved."""
   saved = []
-  save = report.Figure.savefig
+  save = curves.Figure.savefig
 
   def keep(figure, *args, **kwargs):
     saved.append(figure.axes[0])
     return save(figure, *args, **kwargs)
 
-  monkeypatch.setattr(report.Figure, "savefig", keep)
+  monkeypatch.setattr(curves.Figure, "savefig", keep)
   return saved
 
 
@@ -522,17 +545,17 @@ def test_every_label_stands_in_the_legend(labels, tmp_path, plots):
   report.write_report(directories, tmp_path / "out")
   written = legend_of(plots[0])
   assert len(set(written)) == 2
-  for label, text in zip(labels, written, strict=True):
-    if len(label) <= 60:
-      assert text == label
+  for name, text in zip(labels, written, strict=True):
+    if len(name) <= 60:
+      assert text == name
     else:
-      assert text.split()[0].startswith(label.split()[0][:10]) and text.endswith(label[-1])
+      assert text.split()[0].startswith(name.split()[0][:10]) and text.endswith(name[-1])
   assert not any(text.get_parse_math() for text in plots[0].get_legend().get_texts())
 
 
 def test_a_long_label_keeps_both_ends():
   label = "counterfactual, " + "data.max_prompt_tokens=2048, " * 3 + "rollout.group=8"
-  text = report._legend_text(label, [label, "sdpo"])
+  text = curves.legend_text(label, [label, "sdpo"])
   assert text.startswith("counterfactual, ") and text.endswith("rollout.group=8")
   assert " ... " in text and len(text) <= 60
 
@@ -569,12 +592,15 @@ def test_answers_before_and_after_stand_side_by_side(tmp_path):
   kept_texts(run, 2)
   page = Page(report.write_report([run], tmp_path / "out"))
   shown = [i for i in range(12) if page.has(f"Question {i}?")]
-  assert len(shown) == report.QUESTIONS_SHOWN
+  assert len(shown) == answers.QUESTIONS
   for i in range(12):
     both = page.has(f"Answer {i} of step 0."), page.has(f"Answer {i} of step 2.")
     assert both == (i in shown,) * 2
   again = Page(report.write_report([run], tmp_path / "again"))
-  assert again.source.partition("<h2>Rollouts")[0] == page.source.partition("<h2>Rollouts")[0]
+  assert (
+    again.source.partition("<h2 id='rollouts'>")[0]
+    == page.source.partition("<h2 id='rollouts'>")[0]
+  )
   kept_texts(run, 2, responses=[{"reward": None, "text": NASTY}])
   assert "&lt;script&gt;" in Page(report.write_report([run], tmp_path / "nasty")).source
 

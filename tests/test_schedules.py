@@ -308,6 +308,7 @@ class Killed(BaseException):
   """Stands for a kill: nothing may catch it."""
 
 
+@pytest.mark.slow
 def test_a_gated_run_that_is_killed_writes_the_same_metrics(tmp_path, monkeypatch, capsys):
   """It dies in step 4, after the checkpoint of step 2, with a window that is not full.
 

@@ -52,7 +52,8 @@ FEW = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# the launcher's run is one with vLLM
+@pytest.mark.parametrize("kind", [pytest.param("vllm", marks=pytest.mark.slow), "sglang"])
 def test_a_run_samples_from_a_server(kind, tiny, tmp_path):
   """Adapters go to vLLM, all weights to SGLang; both sample what the trainer would."""
   model, more = tiny, FEW

@@ -1,6 +1,8 @@
 """TinyCode: splits, statements, verdicts and the tokenizer's and corpus's promises."""
 
+import collections
 import json
+import random
 
 import pytest
 
@@ -8,7 +10,7 @@ from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.corpus import Corpus, Mixture, build_tokenizer
 from sdpo_jax.envs import composed, tinycode
 from sdpo_jax.records import Status, Task
-from sdpo_jax.sandbox import Sandbox, TestResult, Verdict
+from sdpo_jax.sandbox import Sandbox
 
 
 @pytest.fixture(scope="module")
@@ -122,32 +124,38 @@ def test_feedback_is_what_an_online_judge_says(env):
   assert env.judge(task, "Sure:\n```python\ndef f(x):\n    return x[::-1]\n```").reward == 1.0
 
 
-def test_an_equal_program_runs_once_for_a_task(monkeypatch):
-  with Sandbox(workers=1) as sandbox:
-    env = tinycode.TinyCode(sandbox=sandbox)
-    tasks = [env.task("train", i) for i in range(2)]
-    runs = []
-    run = sandbox.run
-    monkeypatch.setattr(
-      sandbox, "run", lambda *args, **kw: (runs.append(args[0]), run(*args, **kw))[1]
-    )
-    wrong = "def f(x):\n    return 'wrong'"
-    first = [env.judge(task, response) for task in tasks for response in (wrong, task.solution)]
-    assert len(runs) == 4
-    again = [env.judge(task, response) for task in tasks for response in (wrong, task.solution)]
-    assert again == first and len(runs) == 4
+def test_our_own_lines_are_judged_as_in_the_sandbox(env):
+  rng = random.Random(0)
+  judged = collections.Counter()
+  for i in range(60):
+    task = env.task(rng.choice(composed.SPLITS), i)
+    attempt = rng.choices(list(tinycode.OPS), k=rng.randint(0, tinycode.RUN_HERE))
+    for text in (tinycode.program(attempt), task.solution):
+      want = env._judge_in_sandbox(task, text)
+      assert env.judge(task, text) == want, (task, text)
+      judged[want.reward, want.text.partition("\n")[0]] += 1
+  assert min(judged[0.0, "Runtime error"], judged[0.0, "Wrong answer"], judged[1.0, ""]) > 5
 
 
-def test_what_a_loaded_machine_may_have_caused_is_tried_again(monkeypatch):
-  with Sandbox(workers=1) as sandbox:
-    env = tinycode.TinyCode(sandbox=sandbox)
-    task = env.task("train", 0)
-    late = TestResult(input="1", output="", expected="2", kind="time_limit")
-    for failed in (Verdict("sandbox_failed", "", (), 5), Verdict("time_limit", "", (late,), 5)):
-      with monkeypatch.context() as patch:
-        patch.setattr(sandbox, "run", lambda *args, failed=failed, **kw: failed)
-        assert env.judge(task, task.solution).reward == 0.0
-    assert env.judge(task, task.solution).reward == 1.0
+@pytest.mark.parametrize(
+  "text",
+  [
+    "def f(x):\n    x = x + x\n    import os\n    return x",
+    "def f(x):\n    x = x + x \n    return x",
+    "def f(x):\n    x = sum(x); x = 1\n    return x",
+    "import os\ndef f(x):\n    return x",
+    "def f(x):\n    return x\n",
+    "def f(x): return x",
+    "def f(x):",
+    "",
+    tinycode.program(["twice"] * (tinycode.RUN_HERE + 1)),
+  ],
+)
+def test_what_anybody_may_have_written_runs_in_the_sandbox(env, monkeypatch, text):
+  ran = []
+  monkeypatch.setattr(env, "_judge_in_sandbox", lambda task, text: ran.append(text))
+  env.judge(env.task("train", 0), text)
+  assert ran == [text]
 
 
 def test_the_corpus_shows_what_the_judge_says(env):

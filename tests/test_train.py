@@ -43,8 +43,10 @@ def run(
   gap=0.0,
   stops_at=None,
   unwritten=None,
+  lost_at=None,
+  log=None,
 ):
-  log = types.SimpleNamespace(written={}, saved=[], rollouts=[], evaluated=[])
+  log = log or types.SimpleNamespace(written={}, saved=[], rollouts=[], evaluated=[])
   batch = types.SimpleNamespace()
 
   def step(state, batch):
@@ -58,9 +60,14 @@ def run(
     contexts = ([Context(feedback="f")] * len(rollouts),)
     return Packed(batch, rollouts, contexts, {"data/dropped": float(n)})
 
+  def collect(state, i):
+    if i == lost_at:
+      raise errors.ServerLost("http://127.0.0.1:8000 does not answer")
+    return [[rollout(status, **more) for more in extra]]
+
   steps = types.SimpleNamespace(
     sample_ahead=lambda state, i: None,
-    collect=lambda state, i: [[rollout(status, **more) for more in extra]],
+    collect=collect,
     make_batch=make_batch,
     ask_teacher=lambda state, packed: packed,
     check_teacher=lambda state, packed, i: state,
@@ -123,6 +130,19 @@ def test_all_that_is_generated_is_counted():
   # resumed: only rollouts from there on
   _, log = run(start=2, tokens=stored["tokens"], alternatives=stored["alternatives"])
   assert (log.written[3]["train/sampled_tokens"], log.written[3]["train/generations"]) == (40, 12)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_was_trained_before_a_server_was_lost_is_saved(monkeypatch, several):
+  monkeypatch.setattr(train.hosts, "are_several", lambda: several)
+  log = types.SimpleNamespace(written={}, saved=[], rollouts=[], evaluated=[])
+  with pytest.raises(errors.RunError, match="does not answer"):
+    run(due=lambda name, i: False, lost_at=3, log=log)
+  assert [i for i, _ in log.saved] == ([] if several else [2])
+  log.saved.clear()
+  with pytest.raises(errors.RunError, match="does not answer"):  # step 2 is saved already
+    run(due=lambda name, i: name == "checkpoint", lost_at=3, log=log)
+  assert [i for i, _ in log.saved] == [1, 2]
 
 
 def test_a_resumed_run_goes_on_where_it_was():

@@ -93,7 +93,7 @@ def test_the_base_model_reads_each_turn_after_its_own_prompt(episodes, rows):
     assert mean == pytest.approx(want, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["grpo", "sdpo_turns"])
+@pytest.mark.parametrize("method", [pytest.param("grpo", marks=pytest.mark.slow), "sdpo_turns"])
 def test_a_run_trains_turns(method, tmp_path):
   settings = f"local,rows=turns,method={method}"
   command = ["main", f"--config={ROOT}/configs/agentic.py:{settings}", f"--workdir={tmp_path}"]

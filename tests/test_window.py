@@ -377,6 +377,11 @@ def settings(argument="rows=turns,local", **changes):
       "keeps_thoughts=True would not be read: config.model.thinking=True with .*'turns'",
     ),
     ("rows=turns,method=gspo", {}, "config.method.reduction.name='sequence_mean' takes a mean"),
+    (
+      "rows=turns,method=position",
+      {},
+      "config.method.token_weight.name='prefix_gap' takes a mean or a share of each response",
+    ),
     ("rows=turns,method=dgrpo", {}, "use rows_are='episodes', or another reduction"),
   ],
 )
@@ -433,6 +438,9 @@ def test_a_plan_counts_every_turn_of_an_episode():
   c.rollout.rows_are = "episodes"
   shape = plan.Workload.full_shape(work, 2)
   assert (shape.rows, shape.responses) == (2, c.rollout.max_episode_tokens)
+  assert shape.teacher_rows == 2
+  c.method = build.method_row("sdpo_turns")  # its teacher reads each turn under a prompt of its own
+  assert plan.Workload.full_shape(work, 2).teacher_rows == 30
   c.env = dict(name="tests.my_env:ReverseWord")
   c.rollout.rows_are = "turns"
   assert config.texts_per_response(c) == c.rollout.max_episode_tokens // 512

@@ -22,11 +22,11 @@ from sdpo_jax import (
   main,
   pretrain,
   records,
-  report,
   tuning,
 )
 from sdpo_jax.bench import __main__ as bench
 from sdpo_jax.objectives import page
+from sdpo_jax.report import __main__ as report
 from sdpo_jax.serve import __main__ as serve
 from sdpo_jax.trackers import __main__ as trackers
 

@@ -6,7 +6,7 @@ Options are the measurement's own (--help).
 import importlib
 import sys
 
-NAMES = ("loss", "step", "rollout", "sandbox")
+NAMES = ("loss", "step", "rollout", "episodes", "sandbox")
 
 
 def main(argv):

@@ -68,7 +68,7 @@ def main(argv):
     ]
     rows.append(_median(repeats))
     rows[-1]["repeats"] = args.repeats
-    rows[-1]["machine"] = _machine()
+    rows[-1]["machine"] = machine()
     rows[-1]["command"] = shlex.join(["python", "-m", "sdpo_jax.bench", "sandbox", *argv])
     print(json.dumps(rows[-1]), flush=True)
   if args.json:
@@ -122,7 +122,7 @@ def _table(rows: list[dict]) -> str:
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _machine() -> str:
+def machine() -> str:
   """Describes the machine, and how this process is scheduled on it."""
   with open("/proc/cpuinfo") as f:
     names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]

@@ -71,7 +71,7 @@ def diagnose(c, workdir: str) -> dict:
     "on_one_device": session.mesh is None,
     "has_teacher": build.build_method(c.method.to_dict()).needs_teacher,
   }
-  found = figures | {"verdict": verdict(figures, c.method.to_dict())}
+  found = figures | {"verdict": verdict(figures, c.method.to_dict()), "about": ABOUT}
   if hosts.leads():
     directory.mkdir(parents=True, exist_ok=True)
     describe_run(directory, c, facts)

@@ -37,7 +37,7 @@ from sdpo_jax.engine.answers import Reports, check_answer, what_is_wrong
 from sdpo_jax.engine.client import Background, Failed, Refused, Server, delay_s
 from sdpo_jax.engine.requests import RequestQueue, check
 from sdpo_jax.engine.talks import Job, Jobs, Talk
-from sdpo_jax.errors import Preempted, RunError
+from sdpo_jax.errors import Preempted, RunError, ServerLost
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.model.lora import Lora
 from sdpo_jax.records import Completion, Request, Sampling
@@ -263,7 +263,7 @@ class RemoteEngine(abc.ABC):
   # ---- one sample
 
   async def _sample(self, job: Job, weights: Weights) -> Completion:
-    """Asks for one sample until it is there. Raises RunError where that is in vain."""
+    """Asks for one sample until it is there. Raises ServerLost where that is in vain."""
     failing_since, attempts, had_other_weights = None, 0, False
     failed: Server | None = None  # last
     while True:
@@ -274,18 +274,18 @@ class RemoteEngine(abc.ABC):
         return await self._ask_once(server, job, weights)
       except OtherWeights as error:
         if had_other_weights:
-          raise RunError(f"{server.url} {error} ({what}); {_ON_OTHER_WEIGHTS}") from None
+          raise ServerLost(f"{server.url} {error} ({what}); {_ON_OTHER_WEIGHTS}") from None
         had_other_weights = True  # a server that was restarted has forgotten them
         server.holds = None
       except Refused as error:
-        raise RunError(f"{server.url} {error} ({what}); {_GOES_ON}") from None
+        raise ServerLost(f"{server.url} {error} ({what}); {_GOES_ON}") from None
       except Failed as error:
         server.note_failure()
         failed = server
         failing_since = failing_since or time.monotonic()
         waited = time.monotonic() - failing_since
         if waited >= self.settings.patience_s:
-          raise RunError(
+          raise ServerLost(
             f"{server.url} {error}; {what}, was asked {attempts} times, for {waited:.0f} s "
             "after the first failure "
             f"(config.rollout.server.patience_s={self.settings.patience_s:g}): "

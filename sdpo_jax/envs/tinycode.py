@@ -4,8 +4,9 @@ A problem composes one to three operations on a list of numbers, a string or a n
 
     Write f(x) for a list of numbers x: blick it, then keep the even numbers.
 
-The answer is a Python function `f`. Hidden tests run it in the sandbox. The feedback is what an
-online judge would say: failing input, output and expected output, or the exception with its line.
+The answer is a Python function `f`. Hidden tests run it in the sandbox, unless it consists of the
+lines that solutions are made of, which need none. The feedback is what an online judge would say:
+failing input, output and expected output, or the exception with its line.
 
 `composed.py` explains known and novel words, splits and levels.
 """
@@ -19,7 +20,7 @@ from typing import NamedTuple
 from sdpo_jax.envs import coding, composed
 from sdpo_jax.envs.rows import final_text
 from sdpo_jax.records import Feedback, Status, Task
-from sdpo_jax.sandbox import Limits, Sandbox, TestCase, TestResult, Verdict
+from sdpo_jax.sandbox import Limits, Sandbox, TestCase, TestResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +91,12 @@ HEADERS = ("Write f(x) for {}: {}.", "f(x) takes {}: {}.")
 INPUTS = {"list": "a list of numbers x", "str": "a string x", "int": "a number x"}
 TESTS = 5  # hidden tests of a problem
 SHOWN = 2  # failing tests that the feedback shows
+# A program of so few of our own lines is executed without the sandbox: a process for each test
+# costs as much as learning from the response. More of them may double a list out of memory.
+RUN_HERE = 6
 # These are our own expressions, not a model's.
 _APPLY = {name: eval("lambda x: " + op.code) for name, op in OPS.items()}
+_OP_OF_LINE = {f"    x = {op.code}": name for name, op in OPS.items()}
 
 
 def sample_input(rng: random.Random, kind: str):
@@ -211,14 +216,18 @@ def feedback_text(failures: list[Failure]) -> str:
 
 
 def failures_of(attempt, ops, inputs) -> list[Failure]:
-  """Returns the failures that the judge would report of one of our own compositions.
+  """Returns the failures that the judge would report of one of our own compositions."""
+  return failures_on(attempt, [(x, execute(ops, x)[0]) for x in inputs])
+
+
+def failures_on(attempt, tests) -> list[Failure]:
+  """Returns the failures of a composition on tests [(input, expected output)].
 
   They end with the first exception, or with SHOWN wrong answers.
   """
   failures = []
-  for x in inputs:
+  for x, expected in tests:
     output, error = execute(attempt, x)
-    expected, _ = execute(ops, x)
     if error or output != expected:
       shown = Failure(json.dumps(x), json.dumps(output), json.dumps(expected), error)
       failures.append(shown)
@@ -232,16 +241,21 @@ def statement(body: str, kind: str, details, header: int) -> str:
   return HEADERS[header].format(INPUTS[kind], body)
 
 
+def operations(program_text: str) -> tuple[str, ...] | None:
+  """Returns the operations of a program in the form of `program`; None for any other text."""
+  first, *steps, last = program_text.split("\n") if "\n" in program_text else ("", "")
+  if first != "def f(x):" or last != "    return x":
+    return None
+  if not all(step in _OP_OF_LINE for step in steps):
+    return None
+  return tuple(_OP_OF_LINE[step] for step in steps)
+
+
 def solves(response: str, ops, kind: str, inputs=None) -> bool:
   """Tells whether a program of the known form is right on inputs that no feedback showed."""
-  lines = response.split("\n")
-  steps = lines[1:-1]
-  ops_by_line = {f"    x = {op.code}": name for name, op in OPS.items()}
-  if lines[0] != "def f(x):" or lines[-1] != "    return x":
+  attempt = operations(response)
+  if attempt is None:
     return False
-  if not all(line in ops_by_line for line in steps):
-    return False
-  attempt = tuple(ops_by_line[line] for line in steps)
   fresh = distinct_inputs(random.Random(f"solves/{tuple(ops)}"), ops, kind, 8)
   return all(execute(attempt, x) == execute(ops, x) for x in fresh)
 
@@ -275,12 +289,10 @@ class TinyCode:
   """Judges responses by running them. It is thread-safe."""
 
   LIMITS = Limits(time_s=2.0, memory_mb=256, output_kb=64)
-  REMEMBERED = 10_000  # verdicts
 
   def __init__(self, *, level: str = "default", words_seed: int = 0, sandbox: Sandbox):
     self.problems = composed.Problems(DOMAIN, level, words_seed)
     self.sandbox = sandbox
-    self._verdicts: dict[tuple[str, str], Verdict] = {}  # by tests and program
 
   def task(self, split: str, index: int) -> Task:
     """Returns a problem of a split of `composed.SPLITS`."""
@@ -299,7 +311,24 @@ class TinyCode:
     _, fault = final_text(response)
     if fault and response.strip():  # nothing follows the thought
       return Feedback(0.0, fault)
-    verdict = self._verdict(task, extract(response))
+    program_text = extract(response)
+    ops = operations(program_text)
+    if ops is None or len(ops) > RUN_HERE:
+      return self._judge_in_sandbox(task, program_text)
+    failures = failures_on(ops, task.data["tests"])
+    return Feedback(0.0, feedback_text(failures)) if failures else Feedback(1.0, "")
+
+  def _judge_in_sandbox(self, task: Task, program_text: str) -> Feedback:
+    """Judges what anybody may have written."""
+    tests = [TestCase(input=json.dumps(x), output=json.dumps(y)) for x, y in task.data["tests"]]
+    verdict = self.sandbox.run(
+      program_text,
+      tests,
+      fn_name="f",
+      limits=self.LIMITS,
+      max_failures=SHOWN,
+      gives_names=False,
+    )
     if verdict.kind == "sandbox_failed":
       return Feedback(0.0, verdict.feedback, Status.ENV_FAILED)
     if verdict.passed:
@@ -311,26 +340,6 @@ class TinyCode:
     ]
     status = Status.TIMEOUT if verdict.kind == "time_limit" else Status.SCORED
     return Feedback(0.0, feedback_text(failures), status)
-
-  def _verdict(self, task: Task, program: str) -> Verdict:
-    """Runs a program on the hidden tests of a task, or remembers how that ended.
-
-    Attempts at a small problem are often equal, and running one costs as much as learning from it.
-    What a machine under load may have caused, a lost worker or a passed limit, is not remembered.
-    """
-    tests = [TestCase(input=json.dumps(x), output=json.dumps(y)) for x, y in task.data["tests"]]
-    key = repr(tests), program
-    if key in self._verdicts:
-      return self._verdicts[key]
-    verdict = self.sandbox.run(
-      program, tests, fn_name="f", limits=self.LIMITS, max_failures=SHOWN, gives_names=False
-    )
-    kinds = {verdict.kind, *(result.kind for result in verdict.tests)}
-    if not kinds & {"sandbox_failed", "time_limit"}:
-      if len(self._verdicts) >= self.REMEMBERED:
-        self._verdicts.clear()
-      self._verdicts[key] = verdict
-    return verdict
 
 
 def extract(response: str) -> str:

@@ -1,7 +1,8 @@
 """Contrasts a response with its siblings at each token: the credit c of CRAFT. Host code, in numpy.
 
 Source: CRAFT, arXiv 2606.29476, pillar 1. With A the advantage of a response and d the gap
-log q - log pi of its token, for member i of a group and its token at one place of one turn:
+log q - log pi of its token, where pi is the policy as it sampled (given_policy.py), for member i of
+a group and its token at one place of one turn:
 
   contrast  sum over siblings j of w_j A_j - A_i, where w = softmax over the siblings of d_j / tau
   c         sign(contrast) (2 sigmoid(beta |contrast|) - 1) = tanh(beta contrast / 2), in [-1, 1]
