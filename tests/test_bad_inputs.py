@@ -180,6 +180,13 @@ BAD = {
     "model.layers.",
   ),
   # checkpoints
+  "suite_without_its_data": (
+    [
+      *[TINY, "--mode=eval", f"--checkpoint={config.MODELS['tiny']}"],
+      f"--suites={ROOT}/configs/eval/instructions.py:data=/nowhere",
+    ],
+    "suite ifeval: config.data.sources: /nowhere/ifeval.jsonl: no such file; the first lines of",
+  ),
   "nothing_to_score": ([TINY, "--mode=eval", "--checkpoint=/nowhere/run"], "/nowhere/run"),
   "other_settings": (begun, "config.seed=0 but"),
   "other_arrays": (of_another_version, "holds another state"),

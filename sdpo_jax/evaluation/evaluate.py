@@ -148,7 +148,7 @@ def evaluate_checkpoint(
     for suite in suites:
       files.check_settings(suite)
       if suite.c.data.sources:
-        check_sources(suite.c.data.sources, suite.splits)
+        _check_data(suite, suites_file)
   notice = Notice(
     f"the same command, with --workdir={workdir}, goes on with the questions that are missing"
   )
@@ -216,6 +216,19 @@ def _weights(c, session: Session, model: FoundModel) -> Any:
     return session.params
   trainable, frozen = session.trainable(c.seed)
   return session.weights(checkpoint.restore_params(model.root, trainable, model.step), frozen)
+
+
+def _check_data(suite: Suite, suites_file: str | None) -> None:
+  """Raises FileNotFoundError, which names the suite, for a file that is missing."""
+  try:
+    check_sources(suite.c.data.sources, suite.splits)
+  except FileNotFoundError as error:
+    if suites_file is None:
+      raise
+    raise FileNotFoundError(
+      f"--suites={suites_file}, suite {suite.name}: {error}; the first lines of "
+      f"{suites_file.partition(':')[0]} say which data it reads and how to name or leave them out"
+    ) from error
 
 
 def _fluencies(c, suites: list[Suite], session: Session, model: FoundModel) -> list[Fluency]:
