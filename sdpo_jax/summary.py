@@ -625,6 +625,12 @@ BENCHMARKS = {  # file -> {column: (field of a record, format)}
     "temporaries MB": ("temporaries_mb", ",.0f"),
     "share of useful columns": ("useful", ".3f"),
   },
+  "step_methods_cpu": {
+    "method": ("method", ""),
+    "readings by the teacher": ("readings", ""),
+    "CPU seconds / sdpo's": ("relative_cpu", ".2f"),
+    "seconds": ("time_s", ".2f"),
+  },
   "loss_cpu": {
     "implementation": ("implementation", ""),
     "tokens, width, vocabulary": ("shape", ""),
@@ -668,7 +674,9 @@ def _benchmarks(folder: pathlib.Path) -> list[str]:
   """Returns a table for each measurement of sdpo_jax.bench."""
   parts = []
   for name, columns in BENCHMARKS.items():
-    records = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    sittings = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    # methods that were compared in one sitting stand in one record
+    records = [record for sitting in sittings for record in sitting.get("steps", [sitting])]
     rows = [
       [_number(record.get(field), form) for field, form in columns.values()] for record in records
     ]
