@@ -106,7 +106,7 @@ def title_and_unit(name: str) -> tuple[str, str]:
 
 def _drawn(runs: list[Run], name: str, x_axis: str) -> bytes:
   """Returns a PNG file of one metric of all groups."""
-  figure = Figure(figsize=INCHES, dpi=DPI)
+  figure = Figure(figsize=INCHES, dpi=DPI, layout="none")  # whatever a notebook has set
   figure.subplots_adjust(**MARGINS)
   plot = figure.add_subplot()
   draw_curves(plot, runs, name, x_axis)
