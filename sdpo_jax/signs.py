@@ -237,8 +237,8 @@ def _gap_grew(trends: Trends) -> str | None:
 
 def _learn_from_nothing(trends: Trends) -> str | None:
   """Looks at a routed method, whose successes may well have no teacher."""
-  neither = trends.means("route/neither")
-  if not trends.has_teacher or neither is None or neither[1] <= 0.9:
+  neither, shares = trends.means("route/neither"), trends.means("data/teacher_share")
+  if not trends.has_teacher or shares is None or neither is None or neither[1] <= 0.9:
     return None
   return f"{neither[1]:.0%} of the responses learn from nothing"
 

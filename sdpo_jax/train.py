@@ -58,10 +58,13 @@ from sdpo_jax.workdir import (
   append_line,
   change_of_devices,
   check_same_run,
+  cut_back,
   describe_run,
   finished,
   write_atomically,
 )
+
+WARNINGS = "warnings.jsonl"  # in the work directory
 
 
 def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
@@ -103,9 +106,7 @@ def run(state, host: dict, steps, *, total_steps: int, limits: "Limits"):
     except Preempted as stop:  # this step begins anew
       save_and_stop(i - 1, state, before, steps, saved, stop)
     except ServerLost:
-      # of several processes one alone hears of it, and the others would not save with it
-      if i - 1 > saved and not hosts.are_several():
-        steps.save(i - 1, state, before, at_once=True)
+      save_alone(i - 1, state, before, steps, saved)
       raise
     state = steps.check_teacher(state, packed, i)
     steps.sample_ahead(state, i + 1)
@@ -146,12 +147,29 @@ def finish_step(state, host: dict, steps, i: int, saved: int) -> int:
       metrics = metrics | steps.evaluate(state, i)
   except Preempted as stop:
     save_and_stop(i, state, steps.position(host), steps, saved, stop)
+  except ServerLost:
+    save_alone(i, state, steps.position(host), steps, saved)
+    raise
   steps.write(i, metrics)
   host["unwritten"] = None
   if steps.due("checkpoint", i) and i > saved:
-    steps.save(i, state, steps.position(host))
+    try:
+      steps.save(i, state, steps.position(host))
+    except ServerLost:  # by the batch that is sampled ahead, which the checkpoint was to hold
+      save_alone(i, state, steps.position(host), steps, saved)
+      raise
     saved = i
   return saved
+
+
+def save_alone(i: int, state, position: dict, steps, saved: int) -> None:
+  """Saves step i, if that is not done, because a server is lost.
+
+  Of several processes one alone hears of that, and the others would not save with it.
+  """
+  if i > saved and not hosts.are_several():
+    steps.save(i, state, position, at_once=True)
+    logging.warning("step %d is saved", i)
 
 
 def save_and_stop(i: int, state, position: dict, steps, saved: int, stop: Preempted) -> NoReturn:
@@ -429,8 +447,10 @@ class Steps:
       self._writer = Writer(self.workdir, total_steps=self.c.total_steps)
       is_written = self.host["unwritten"] is None
       self._writer.truncate(0 if latest is None else latest + is_written)
+      cut_back(self.workdir / WARNINGS, 0 if latest is None else latest)
     # Lines as they stand in the file, so that a resumed run sees the same ones.
     self._history = read(self.workdir)
+    self._signs = set(monitors.warnings(self._history)) if self._history else set()
 
   def take_up(self, groups: list | None) -> None:
     """Takes up the batch that a checkpoint holds, sampled ahead; None: it holds none."""
@@ -720,7 +740,7 @@ class Steps:
     for sign in sorted(warnings.keys() - self._signs):
       logging.warning("step %d: %s", i, warnings[sign])
       line = {"step": i, "sign": sign, "text": warnings[sign]}
-      append_line(self.workdir / "warnings.jsonl", line)
+      append_line(self.workdir / WARNINGS, line)
     self._signs = set(warnings)
     self._writer.write(i, metrics | {"train/warnings": len(warnings)})
     if self.has_stopped():

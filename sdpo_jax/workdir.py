@@ -4,8 +4,7 @@ config.json     every setting, resolved
 run.json        command, commit, package versions, devices and machine, seed, when each start was,
                 `rows`: a fingerprint of the rows of each split (data/fingerprint.py), and `ended`
                 (ending.py)
-warnings.jsonl  step, sign and text of each warning of the monitors; a run that goes on from a
-                checkpoint may write one again
+warnings.jsonl  step, sign and text of each warning of the monitors
 """
 
 import contextlib
@@ -237,6 +236,14 @@ def append_line(path: pathlib.Path, value: dict) -> None:
   """Adds a line of JSON to a file."""
   with path.open("a", encoding="utf-8") as file:
     file.write(json.dumps(value) + "\n")
+
+
+def cut_back(path: pathlib.Path, last: int) -> None:
+  """Leaves of a file of lines with a "step" those of the steps up to `last`."""
+  lines = read_lines(path)
+  kept = [line for line in lines if line["step"] <= last]
+  if len(kept) < len(lines):
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:

@@ -77,9 +77,7 @@ def test_rollouts_that_hold_a_text_are_found(tmp_path, text):
       for line in (held, apart):
         file.write(json.dumps(line, ensure_ascii=ascii_only) + "\n")
   sample = rollouts.sample(run, text)
-  # capital letters of other alphabets are escaped apart
-  count = 1 if text == "NEEDLE É" else 2
-  assert sample.rollouts == [held] * count and sample.recorded == 16
+  assert sample.rollouts == [held] * 2 and sample.recorded == 16
 
 
 def test_the_page_says_how_many_of_how_many_it_carries(tmp_path):
@@ -195,3 +193,37 @@ def test_turns_without_gaps_are_plain_messages_and_many_lose_their_middle(played
   (card,) = carried([many])
   assert card["turns_left_out"] == 60
   assert [turn["message"] for turn in card["turns"]][19:21] == ["19", "80"]
+
+
+def test_a_text_is_found_in_every_letter_case_and_in_turns(tmp_path):
+  folder = tmp_path / "rollouts"
+  folder.mkdir()
+  turn = {"message": "look", "observation": "You see a CAFÉ.", "teacher_context": "Go there."}
+  lines = [
+    {"response": "café one"},
+    {"response": "CAFÉ two"},
+    {"turns": [turn]},
+    {"response": "tea"},
+  ]
+  (folder / "step_000001.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  for find, count in (("café", 3), ("CAFÉ", 3), ("go There", 1), ("TEA", 1), ("milk", 0)):
+    assert len(rollouts.sample(tmp_path, find).rollouts) == count, find
+
+
+def test_every_run_of_many_has_a_card():
+  long = {"step": 1, "response": "\u8a9e" * 27_000, "reward": 1.0}
+  runs = [types.SimpleNamespace(rollouts=[long]) for _ in range(45)]
+  text, shown = cards.rollout_data(runs)
+  assert shown == [1] * 45 and len(text) < cards.JSON_BYTES
+
+
+def test_a_card_without_a_script_is_short():
+  rollout = {"response": "x" * 9_000, "tokens": ["x"] * 9_000, "teacher_gap": [0.1] * 9_000}
+  short = cards.short_card(rollout)
+  assert len(short["tokens"]) == cards.SHORT_TOKENS + 1  # what is left out is one more
+  assert len(short["response"]) < 2 * cards.SHORT_TEXT
+
+
+@pytest.mark.parametrize("value", [10**400, float("nan"), True, "1", None])
+def test_what_is_no_number_is_a_question_mark(value):
+  assert cards.reward_badge(value) == ("part", "?")

@@ -95,6 +95,7 @@ def test_gains_are_over_seeds_or_over_the_questions_of_one_run(runs, tmp_path):
     (-12, 31, [-20, -10, 0, 10, 20, 30, 40]),
     (-100, 100, [-100, -50, 0, 50, 100]),
     (0, 0, [0, 1]),
+    (0, 900, [0, 500, 1000]),
   ],
 )
 def test_ticks_are_round_and_enclose_both_ends(low, high, ticks):
@@ -125,7 +126,16 @@ def test_the_verdict_stands_in_the_report_with_a_link_to_its_page(diagnosed):
   assert "a%20run" in diagnosis(report.read_run(run), run.parent / "out")["link"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"verdict": 1}', '{"verdict": {"outlook": "x"}}'])
+ODD = {
+  "verdict": {"outlook": "x", "ranking": 3, "reasons": 4},
+  "policy": {"reward": {}, "mixed": {"mean": None}, "responses": "many", "questions": 2},
+  "again": {"failed": {"feedback": {"reward": {}, "difference": {"mean": 1}}}},
+}
+
+
+@pytest.mark.parametrize(
+  "text", ["{", "[]", '{"verdict": 1}', '{"verdict": {"outlook": "x"}}', json.dumps(ODD)]
+)
 def test_a_damaged_or_partial_diagnosis_costs_nothing(diagnosed, text, tmp_path):
   run, _ = diagnosed
   (run / "diagnose" / "index.json").write_text(text)
@@ -133,6 +143,26 @@ def test_a_damaged_or_partial_diagnosis_costs_nothing(diagnosed, text, tmp_path)
   page = Page(report.write_report([run], tmp_path / "out"))
   assert page.has("Diagnosis before training") == ("outlook" in text)
   assert not page.has("All figures and attempts")
+
+
+@pytest.mark.parametrize(
+  "about",
+  [
+    {"ended": "soon"},
+    {"ended": {"best": {"step": 1}}},
+    {"rows": [1], "started": "now", "devices": 3, "versions": "new", "machine": []},
+    {"rows": {"train": 7}},
+  ],
+)
+def test_a_run_file_of_another_form_costs_nothing(about, tmp_path):
+  run = workdir(tmp_path / "run")
+  (run / "run.json").write_text(json.dumps(about))
+  page = Page(report.write_report([run], tmp_path / "out"))
+  assert page.has("How it was run") or page.has("Settings")
+
+
+def test_ticks_of_any_range_end():
+  assert len(forest.ticks_of(-1e300, 1e300)) <= forest.MOST_TICKS + 1
 
 
 # ---- system --------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ def run(
   stops_at=None,
   unwritten=None,
   lost_at=None,
+  lost_in="collect",
   log=None,
 ):
   log = log or types.SimpleNamespace(written={}, saved=[], rollouts=[], evaluated=[])
@@ -60,30 +61,47 @@ def run(
     contexts = ([Context(feedback="f")] * len(rollouts),)
     return Packed(batch, rollouts, contexts, {"data/dropped": float(n)})
 
-  def collect(state, i):
-    if i == lost_at:
+  def lose(name, i):
+    if i == lost_at and name == lost_in:
       raise errors.ServerLost("http://127.0.0.1:8000 does not answer")
+
+  def collect(state, i):
+    lose("collect", i)
     return [[rollout(status, **more) for more in extra]]
+
+  def evaluate(state, i):
+    lose("evaluate", i)
+    log.evaluated.append(i)
+    return {"eval/heldout/avg@k": 0.5}
+
+  def ask_teacher(state, packed):
+    lose("ask_teacher", state.step + 1)
+    return packed
+
+  def save(i, state, host, at_once=False):
+    if not at_once:
+      lose("save", i)
+    log.saved.append((i, dict(host)))
 
   steps = types.SimpleNamespace(
     sample_ahead=lambda state, i: None,
     collect=collect,
     make_batch=make_batch,
-    ask_teacher=lambda state, packed: packed,
+    ask_teacher=ask_teacher,
     check_teacher=lambda state, packed, i: state,
     probe_teacher=lambda state, packed, i: {},
     step=step,
     note=lambda state, metrics: metrics,
     score=lambda state, batch: None,
     complete=lambda packed, scores: packed,
-    evaluate=lambda state, i: log.evaluated.append(i) or {"eval/heldout/avg@k": 0.5},
+    evaluate=evaluate,
     due=lambda name, i: due(name, i) or (name == "checkpoint" and steps.has_stopped()),
     has_stopped=lambda: stops_at in log.written,
     write=lambda i, m: log.written.__setitem__(i, m),
     write_rollouts=lambda i, *_: log.rollouts.append(i),
     position=dict,
     check_stop=lambda: None,
-    save=lambda i, state, host, **_: log.saved.append((i, dict(host))),
+    save=save,
   )
   state = train.run(
     types.SimpleNamespace(step=start, params=None, skipped_in_a_row=0),
@@ -133,16 +151,30 @@ def test_all_that_is_generated_is_counted():
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_what_was_trained_before_a_server_was_lost_is_saved(monkeypatch, several):
+@pytest.mark.parametrize("lost_in", ["collect", "ask_teacher"])
+def test_what_was_trained_before_a_server_was_lost_is_saved(monkeypatch, several, lost_in):
   monkeypatch.setattr(train.hosts, "are_several", lambda: several)
   log = types.SimpleNamespace(written={}, saved=[], rollouts=[], evaluated=[])
+  lost = dict(lost_at=3, lost_in=lost_in, log=log)
   with pytest.raises(errors.RunError, match="does not answer"):
-    run(due=lambda name, i: False, lost_at=3, log=log)
-  assert [i for i, _ in log.saved] == ([] if several else [2])
+    run(due=lambda name, i: False, **lost)
+  # as it was before step 3, whose rollouts are not counted
+  assert [(i, host["tokens"]) for i, host in log.saved] == ([] if several else [(2, 12)])
   log.saved.clear()
   with pytest.raises(errors.RunError, match="does not answer"):  # step 2 is saved already
-    run(due=lambda name, i: name == "checkpoint", lost_at=3, log=log)
+    run(due=lambda name, i: name == "checkpoint", **lost)
   assert [i for i, _ in log.saved] == [1, 2]
+
+
+@pytest.mark.parametrize("lost_in", ["evaluate", "save"])
+def test_a_step_whose_evaluation_lost_its_server_is_saved(lost_in):
+  log = types.SimpleNamespace(written={}, saved=[], rollouts=[], evaluated=[])
+  with pytest.raises(errors.RunError, match="does not answer"):
+    run(due=lambda name, i: i == 3, lost_at=3, lost_in=lost_in, log=log)
+  ((step, host),) = log.saved
+  assert (step, host["tokens"]) == (3, 18)
+  # the next start evaluates, and then writes these metrics
+  assert (host["unwritten"] is not None) == (lost_in == "evaluate")
 
 
 def test_a_resumed_run_goes_on_where_it_was():

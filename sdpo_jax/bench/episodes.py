@@ -18,6 +18,7 @@ Medians over the batches.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -95,42 +96,34 @@ def measure(path: str, batches: int, delay_s: float) -> list[dict]:
   from sdpo_jax.bench.sandbox import machine
   from sdpo_jax.envs.base import find_env, plays
   from sdpo_jax.errors import blame_settings
+  from sdpo_jax.session import open_session
 
   players = []
-  for overlap in (False, True):
-    with blame_settings():
-      c = config.load(path)
-      c.rollout.overlap = overlap
-      config.validate(c)
-      if not plays(find_env(c.env.name)):
-        raise SettingError(f"--config={path}: config.env.name={c.env.name!r} plays no episodes")
-    players.append(_Batches(c, delay_s))
-  try:
+  with contextlib.ExitStack() as stack:
+    for overlap in (False, True):
+      with blame_settings():
+        c = config.load(path)
+        c.rollout.overlap = overlap
+        config.validate(c)
+        if not plays(find_env(c.env.name)):
+          raise SettingError(f"--config={path}: config.env.name={c.env.name!r} plays no episodes")
+      session = stack.enter_context(open_session(c, splits={"train": "the measurement"}))
+      players.append(_Batches(c, session, delay_s))
     for i in range(batches + 1):
       for player in players:
         player.play(i)
-  finally:
-    for player in players:
-      player.close()
   settings = dict(config=path, batches=batches, delay_ms=1e3 * delay_s, machine=machine())
   return [settings | player.row() for player in players]
 
 
 class _Batches:
-  """An open session that plays generation batches, and what it measured of each but the first."""
+  """Plays generation batches in an open session; holds what it measured of each but the first."""
 
-  def __init__(self, c, delay_s: float):
-    from sdpo_jax.session import open_session
-
-    self._c, self._measured = c, []
-    self._opened = open_session(c, splits={"train": "the measurement"})
-    self._session = self._opened.__enter__()
-    player = self._session.collector
+  def __init__(self, c, session, delay_s: float):
+    self._c, self._session, self._measured = c, session, []
+    player = session.collector
     if delay_s:
       player.env = Delayed(player.env, delay_s)
-
-  def close(self) -> None:
-    self._opened.__exit__(None, None, None)
 
   def play(self, i: int) -> None:
     """Plays batch i, whose questions and seeds are those of step i + 1 of a run."""

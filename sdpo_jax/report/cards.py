@@ -8,10 +8,9 @@ no character that could end its element.
 """
 
 import json
-import math
 from typing import Iterable
 
-from sdpo_jax.report.files import spread
+from sdpo_jax.report.files import is_number, mapping, sequence, spread
 from sdpo_jax.report.runs import Run
 from sdpo_jax.report.templates import printable, template
 
@@ -24,12 +23,22 @@ JSON_BYTES = 6_000_000  # of all cards that a page carries
 TEXT_KEPT = 20_000  # characters of a text that a page carries
 TOKENS_KEPT = 4_000  # of a response
 TURNS_KEPT = 40
+SHORT_TEXT, SHORT_TOKENS = 2_000, 200
 CONTEXTS_KEPT = 8
 
 
 def card(rollout: dict) -> dict:
   """Returns what a template draws of one line of a rollout file; any field may be missing."""
-  found = record(rollout)
+  return _painted(record(rollout))
+
+
+def short_card(rollout: dict) -> dict:
+  """Returns a card whose texts and tokens are few: every token is an element of the page."""
+  return _painted(_small(record(rollout), texts=SHORT_TEXT, tokens=SHORT_TOKENS) | {"answers": []})
+
+
+def _painted(found: dict) -> dict:
+  """Returns a record whose tokens are as a template draws them."""
   for part in (found, *found["turns"]):
     tokens, gaps = part["tokens"], part.pop("gaps")
     if tokens is not None:
@@ -58,7 +67,7 @@ def record(rollout: dict) -> dict:
     "feedback": _text(rollout.get("feedback")) or NONE,
     "teacher_context": _text(rollout.get("teacher_context")),
     "alternatives": list(map(_text, contexts)) if isinstance(contexts, list) else [],
-    "answers": rollout.get("answers") or [],
+    "answers": [answer for answer in sequence(rollout.get("answers")) if mapping(answer)],
     "reflection": _text(rollout.get("reflection")),
     "response": _text(rollout.get("response")),
     "tokens": tokens,
@@ -103,22 +112,17 @@ def _turns(turns, tokens: list | None, gaps: list | None) -> list[dict]:
 
 def reward_badge(reward) -> tuple[str, str]:
   """Returns a badge's class in the page's style, and its text."""
-  if not _is_number(reward):
+  if not is_number(reward):
     return "part", "?"
   if reward >= 1:
     return "right", f"{reward:g}"
   return ("wrong" if reward <= 0 else "part"), f"{reward:g}"
 
 
-def _is_number(value) -> bool:
-  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  return is_number and math.isfinite(value)
-
-
 def _token(token, gap) -> dict:
   """Returns a token's lines (none: the token is empty), and its colour if its gap is a number."""
   lines = str(token).split("\n") if token else []
-  if not _is_number(gap):
+  if not is_number(gap):
     return {"lines": lines, "style": None}
   return {"lines": lines, "style": _paint(gap), "title": f"{gap:+.2f} nats"}
 
@@ -170,6 +174,9 @@ def _chosen(rollouts: list[dict], run: int, limit: int) -> list[str]:
     if used + len(text) + 1 <= limit:
       texts[i] = text
       used += len(text) + 1
+  if rollouts and not texts:  # one that is cut short says more than none
+    short = _small({"run": run} | record(rollouts[-1]), texts=SHORT_TEXT, tokens=SHORT_TOKENS)
+    return [_json(short)]
   return [texts[i] for i in sorted(texts)]
 
 
@@ -191,8 +198,11 @@ def _json(value) -> str:
   return text
 
 
-def _small(found: dict) -> dict:
-  """Returns a record whose texts and tokens are printable and bounded in number."""
+def _small(found: dict, *, texts: int = TEXT_KEPT, tokens: int = TOKENS_KEPT) -> dict:
+  """Returns a record whose texts are printable.
+
+  texts: the most characters of one. tokens: the most of the response.
+  """
   del found["answers"]  # of a diagnosis
   found["alternatives"] = found["alternatives"][:CONTEXTS_KEPT]
   turns = found["turns"]
@@ -200,12 +210,12 @@ def _small(found: dict) -> dict:
   if left_out > 0:
     turns = turns[: TURNS_KEPT // 2] + turns[-TURNS_KEPT // 2 :]
   found["turns"] = turns
-  kept = TOKENS_KEPT // max(len(turns), 1)
+  kept = tokens // max(len(turns), 1)
   for part in (found, *turns):
     _bound_tokens(part, kept)
   if turns:  # they hold what was said
     found |= {"response": "", "tokens": None, "gaps": None, "turns_left_out": max(left_out, 0)}
-  return _bounded(found)
+  return _bounded(found, texts)
 
 
 def _bound_tokens(part: dict, kept: int) -> None:
@@ -213,7 +223,7 @@ def _bound_tokens(part: dict, kept: int) -> None:
   tokens, gaps = part["tokens"], part["gaps"]
   if tokens is None:
     return
-  gaps = [round(gap, 3) if _is_number(gap) else None for gap in gaps]
+  gaps = [round(gap, 3) if is_number(gap) else None for gap in gaps]
   tokens = [_text(token) for token in tokens]
   if len(tokens) > kept:
     half = kept // 2
@@ -223,16 +233,16 @@ def _bound_tokens(part: dict, kept: int) -> None:
   part |= {"tokens": tokens, "gaps": gaps}
 
 
-def _bounded(value):
+def _bounded(value, limit: int):
   """Returns nested values with their texts printable, and shortened in the middle."""
   if isinstance(value, str):
-    if len(value) > TEXT_KEPT:
-      half = TEXT_KEPT // 2
+    if len(value) > limit:
+      half = limit // 2
       note = f"\n[{len(value) - 2 * half:,} characters left out]\n"
       value = value[:half] + note + value[-half:]
     return printable(value)
   if isinstance(value, list):
-    return [_bounded(one) for one in value]
+    return [_bounded(one, limit) for one in value]
   if isinstance(value, dict):
-    return {str(name): _bounded(one) for name, one in value.items()}
-  return value if value is None or isinstance(value, (bool, int)) or _is_number(value) else NONE
+    return {str(name): _bounded(one, limit) for name, one in value.items()}
+  return value if value is None or isinstance(value, bool) or is_number(value) else NONE

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from sdpo_jax import stats
 from sdpo_jax.report.curves import mean_curve
+from sdpo_jax.report.files import mapping
 from sdpo_jax.report.runs import Run, groups_of, splits_of
 
 NONE = "–"
@@ -73,11 +74,10 @@ def _result_row(run: Run, splits: list[str], several_tasks: bool) -> dict:
 
 def _ended(run: Run) -> str:
   """Returns what run.json says about the end of a run beyond its last step; "" for nothing."""
-  ended = run.about.get("ended") or {}
+  ended = mapping(run.about.get("ended"))
   stopped = ", stopped: worse than the base model" if ended.get("stopped") else ""
-  best = ended.get("best") or {}
-  is_earlier = best and best["step"] != ended["step"]
-  return stopped + (f", best at {best['step']}" if is_earlier else "")
+  best = mapping(ended.get("best")).get("step")
+  return stopped + (f", best at {best}" if best not in (None, ended.get("step")) else "")
 
 
 def _evaluations(run: Run, name: str) -> dict | None:

@@ -8,6 +8,7 @@ import pathlib
 import urllib.parse
 
 from sdpo_jax.report.comparison import points, score
+from sdpo_jax.report.files import is_number, mapping, sequence
 from sdpo_jax.report.runs import Run, flattened
 
 CONTROL = "control"  # the question alone, against which prompts are compared
@@ -34,12 +35,14 @@ def diagnosis(run: Run, out: pathlib.Path) -> dict | None:
 
 
 def _texts(lines) -> list[str]:
-  found = [line.get("text") for line in lines or () if isinstance(line, dict)]
+  found = [line.get("text") for line in sequence(lines) if isinstance(line, dict)]
   return [text for text in found if text]
 
 
 def _order(ranking) -> str:
-  return " > ".join(" = ".join(map(str, tied)) for tied in ranking or () if isinstance(tied, list))
+  return " > ".join(
+    " = ".join(map(str, tied)) for tied in sequence(ranking) if isinstance(tied, list)
+  )
 
 
 def _figures(found: dict) -> list[tuple[str, str]]:
@@ -47,23 +50,23 @@ def _figures(found: dict) -> list[tuple[str, str]]:
   flat = flattened(found)
   rows = []
   for what, name in (("the policy's reward", "reward"), ("groups with unequal rewards", "mixed")):
-    of_policy = (found.get("policy") or {}).get(name)
-    if isinstance(of_policy, dict):
+    of_policy = mapping(found.get("policy")).get(name)
+    if _is_interval(of_policy):
       rows.append((what, _percent(of_policy)))
   gap, differs = flat.get("tokens.gap"), flat.get("tokens.top_differs")
-  if isinstance(gap, (int, float)) and isinstance(differs, (int, float)):
+  if is_number(gap) and is_number(differs):
     text = f"{gap:.2g} nats a token apart, another likeliest token at {differs:.0%}"
     rows.append(("teacher and policy", text))
   responses, questions = flat.get("policy.responses"), flat.get("policy.questions")
-  if responses and questions:
+  if is_number(responses) and is_number(questions):
     rows.append(("sampled", f"{responses:,} responses to {questions:,} questions"))
   return rows
 
 
 def _prompts(found: dict) -> list[dict]:
   """Returns what each prompt is worth: of failed attempts that were made again under it."""
-  failed = (found.get("again") or {}).get("failed") or {}
-  about = found.get("about") or {}
+  failed = mapping(mapping(found.get("again")).get("failed"))
+  about = mapping(found.get("about"))
   return [
     {
       "name": about.get(name, name),
@@ -71,8 +74,14 @@ def _prompts(found: dict) -> list[dict]:
       "against": None if name == CONTROL else points(*_interval(figures["difference"])),
     }
     for name, figures in failed.items()
-    if isinstance(figures, dict) and {"reward", "difference"} <= figures.keys()
+    if all(_is_interval(mapping(figures).get(what)) for what in ("reward", "difference"))
   ]
+
+
+def _is_interval(found) -> bool:
+  """Tells whether a mean is there, and its ends are numbers or None."""
+  mean, *ends = (mapping(found).get(name) for name in ("mean", "low", "high"))
+  return is_number(mean) and all(end is None or is_number(end) for end in ends)
 
 
 def _interval(found: dict) -> tuple:

@@ -1,6 +1,7 @@
 """Reads JSON files that may be missing, damaged, or still being written."""
 
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -50,3 +51,21 @@ def spread(items: list, count: int) -> list:
   if not items:
     return []
   return [items[i] for i in sorted({round(i) for i in np.linspace(0, len(items) - 1, count)})]
+
+
+def is_number(value) -> bool:
+  """Tells whether a value is a number that can be drawn: finite, and no truth value."""
+  try:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+  except OverflowError:  # an integer beyond any float
+    return False
+
+
+def mapping(value) -> dict:
+  """Returns the value if it is a dictionary, else an empty one."""
+  return value if isinstance(value, dict) else {}
+
+
+def sequence(value) -> list:
+  """Returns the value if it is a list, else an empty one."""
+  return value if isinstance(value, list) else []

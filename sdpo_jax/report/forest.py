@@ -129,6 +129,8 @@ def _row(mark: Mark, place) -> dict:
 def ticks_of(low: float, high: float) -> list[float]:
   """Returns round numbers at equal distances that enclose both ends, at most MOST_TICKS + 1."""
   step = next((s for s in STEPS if (high - low) / s <= MOST_TICKS - 1), STEPS[-1])
+  while (high - low) / step > MOST_TICKS - 1:
+    step *= 10
   first, last = math.floor(low / step), math.ceil(high / step)
   last = max(last, first + 1)
   return [float(i * step) for i in range(first, last + 1)]

@@ -7,7 +7,7 @@ are inside, and the one script that a browser may run there is named by its dige
 import pathlib
 
 from sdpo_jax.report.answers import answers
-from sdpo_jax.report.cards import card, legend, rollout_data
+from sdpo_jax.report.cards import legend, rollout_data, short_card
 from sdpo_jax.report.comparison import comparison, results
 from sdpo_jax.report.curves import SPEED, curves, picture, title_and_unit, unchanged
 from sdpo_jax.report.diagnosis import diagnosis
@@ -94,7 +94,7 @@ def _rollouts(runs: list[Run], find: str) -> dict:
         "workdir": run.workdir,
         "shown": count,
         "recorded": run.recorded,
-        "cards": [card(rollout) for rollout in spread(run.rollouts, WITHOUT_SCRIPT)],
+        "cards": [short_card(rollout) for rollout in spread(run.rollouts, WITHOUT_SCRIPT)],
       }
       for run, count in zip(runs, shown, strict=True)
     ],

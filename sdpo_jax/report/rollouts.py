@@ -11,14 +11,16 @@ import json
 import pathlib
 from typing import NamedTuple
 
-from sdpo_jax.report.files import json_lines, objects, raw_lines, spread
+from sdpo_jax.report.files import json_lines, mapping, objects, raw_lines, sequence, spread
 
 STEPS = 48  # files of each run
 EACH_STEP = 16  # rollouts of each file
 FOUND = 500  # rollouts of each run that hold a text that is looked for
 READ_BYTES = 24_000_000  # of each run, as they stand in the files
-# where a text is looked for
-SEARCHED = ("task_id", "prompt", "response", "feedback", "teacher_context")
+# where a text is looked for, and where in each turn of an episode
+SEARCHED = ("task_id", "prompt", "response", "feedback", "teacher_context", "reflection")
+SEARCHED += ("counterfactual_contexts",)
+OF_A_TURN = ("message", "observation", "teacher_context")
 
 
 class Sample(NamedTuple):
@@ -88,9 +90,9 @@ def _count(data: bytes) -> int:
 
 
 def _holding(files: list[pathlib.Path], find: str) -> Sample:
-  """Only lines that hold the text as JSON writes it, or as it is, are parsed."""
-  escaped = json.dumps(find)[1:-1].lower().encode()
-  needles = {escaped, find.lower().encode("utf-8", "replace")}
+  """Of a text in ASCII only lines that hold it as JSON writes it are parsed."""
+  # bytes know no case of other letters, which JSON may write in two ways
+  needle = json.dumps(find)[1:-1].lower().encode() if find.isascii() else b""
   rollouts: list[dict] = []
   recorded = skipped = 0
   for path in files:
@@ -98,7 +100,7 @@ def _holding(files: list[pathlib.Path], find: str) -> Sample:
     recorded += len(lines)
     if len(rollouts) >= FOUND:
       continue
-    candidates = [line for line in lines if any(needle in line.lower() for needle in needles)]
+    candidates = [line for line in lines if needle in line.lower()]
     read, bad = objects(candidates)
     skipped += bad
     rollouts += [rollout for rollout in read if find.lower() in _text_of(rollout)]
@@ -106,4 +108,8 @@ def _holding(files: list[pathlib.Path], find: str) -> Sample:
 
 
 def _text_of(rollout: dict) -> str:
-  return "\n".join(str(rollout.get(name) or "") for name in SEARCHED).lower()
+  texts = [rollout.get(name) for name in SEARCHED]
+  for turn in sequence(rollout.get("turns")):
+    texts += [mapping(turn).get(name) for name in OF_A_TURN]
+  parts = [part for text in texts for part in (text if isinstance(text, list) else [text])]
+  return "\n".join(str(part or "") for part in parts).lower()

@@ -13,13 +13,12 @@ Unreadable lines are skipped and counted.
 """
 
 import dataclasses
-import math
 import pathlib
 import re
 from typing import Any
 
 from sdpo_jax.report import rollouts
-from sdpo_jax.report.files import json_file, json_lines
+from sdpo_jax.report.files import is_number, json_file, json_lines
 
 # Settings in which runs may differ and still have learned in the same way
 NOT_OF_LEARNING = ("seed", "checkpoint.", "log.", "sandbox.")
@@ -118,11 +117,7 @@ def read_runs(workdirs, find: str = "") -> list[Run]:
 
 def _finite(line: dict) -> dict:
   """Returns the metrics of a line that are finite numbers: no other value can be drawn."""
-  return {
-    name: value
-    for name, value in line.items()
-    if isinstance(value, (int, float)) and math.isfinite(value)
-  }
+  return {name: value for name, value in line.items() if is_number(value)}
 
 
 def _kept_texts(folder: pathlib.Path) -> tuple[dict[str, dict[int, list[dict]]], int]:

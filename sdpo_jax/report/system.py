@@ -5,6 +5,7 @@ import statistics
 from typing import NamedTuple
 
 from sdpo_jax.report.comparison import NONE, duration
+from sdpo_jax.report.files import mapping, sequence
 from sdpo_jax.report.runs import Run, flattened
 
 # The two halves of a step, one after the other; what they leave of a run is "the rest"
@@ -55,12 +56,12 @@ def system(run: Run) -> dict:
 def settings(run: Run) -> dict:
   """Returns how a run was made: run.json as (name, text) pairs, and config.json as text."""
   about = run.about
-  rows = (about.get("rows") or {}).items()
+  rows = mapping(about.get("rows")).items()
   facts = {
     "command": about.get("command"),
     "commit": about.get("commit"),
-    "started": ", ".join(about.get("started") or []),
-    "rows": ", ".join(f"{split} {fingerprint['rows']}" for split, fingerprint in rows),
+    "started": ", ".join(map(str, sequence(about.get("started")))),
+    "rows": ", ".join(f"{split} {mapping(found).get('rows', '?')}" for split, found in rows),
     "work directory": run.workdir,
   }
   told = {*OF_MACHINE, *OF_RUN}
@@ -75,10 +76,10 @@ def settings(run: Run) -> dict:
 
 
 def _facts(about: dict) -> list[tuple[str, str]]:
-  versions = flattened(about.get("versions") or {}).items()
-  machine = about.get("machine") if isinstance(about.get("machine"), dict) else {}
+  versions = flattened(mapping(about.get("versions"))).items()
+  machine = mapping(about.get("machine"))
   facts = {
-    "devices": ", ".join(map(str, about.get("devices") or [])),
+    "devices": ", ".join(map(str, sequence(about.get("devices")))),
     **{name: str(value) for name, value in machine.items()},
     "processes": about.get("processes"),
     "mesh": about.get("mesh"),
