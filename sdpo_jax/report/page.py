@@ -27,9 +27,12 @@ def write_report(
 
   tuned: {work directory: how the settings of its run were chosen}, where that is known.
   find: a text; the page then carries the rollouts that hold it, not a sample of all.
+  Raises FileNotFoundError for a work directory that there is not, and where none is named.
   """
   out = pathlib.Path(out)
   runs = read_runs(workdirs, find)
+  if not runs:
+    raise FileNotFoundError("no work directory is named: there is nothing to report")
   for run in runs:
     run.tuned = (tuned or {}).get(run.workdir, "")
   out.mkdir(parents=True, exist_ok=True)
