@@ -26,8 +26,9 @@ A digit is an axis of that length. Log-probabilities and divergences are in nats
 
 import dataclasses
 import enum
+import itertools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Iterator, NamedTuple
 
 # numpy on the host, jax on the device. This file imports neither's arrays by name.
 Array = Any
@@ -106,6 +107,17 @@ class Rollout:
     """Tells whether there is a verdict, and so a reward that may be trained on."""
     judged = self.feedback.status is not Status.ENV_FAILED
     return judged and math.isfinite(self.feedback.reward)
+
+  def turn_by_turn(self) -> Iterator[tuple["Segment", Turn | None, float]]:
+    """Yields each part of an episode with the world's answer to it and the reward so far.
+
+    None: the world was not asked any more, or did not answer.
+    """
+    reward = 0.0
+    answers = itertools.chain(self.turns or (), itertools.repeat(None))
+    for segment, answer in zip(self.sampled or (), answers):
+      reward = reward if answer is None else answer.reward
+      yield segment, answer, reward
 
   @classmethod
   def of(

@@ -76,11 +76,8 @@ def _line(step: int, rollout: Rollout, context, chat: Chat) -> dict:
 def _turns(rollout: Rollout, context: Context | None, chat: Chat) -> Iterator[dict]:
   """Yields the turns of an episode; the world may not have answered the last one."""
   shown = () if context is None else context.turns
-  reward = 0.0
-  answers = itertools.chain(rollout.turns, itertools.repeat(None))
   texts = itertools.chain(shown, itertools.repeat(""))
-  for segment, answer, text in zip(rollout.sampled or (), answers, texts):
-    reward = reward if answer is None else answer.reward
+  for (segment, answer, reward), text in zip(rollout.turn_by_turn(), texts):
     turn = {
       "message": chat.response_text(segment.completion.tokens),
       "tokens": len(segment.completion.tokens),

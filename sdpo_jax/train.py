@@ -142,23 +142,20 @@ def finish_step(state, host: dict, steps, i: int, saved: int) -> int:
   """
   metrics = host["unwritten"]
   try:
-    steps.check_stop()
-    if steps.due("eval", i):
-      metrics = metrics | steps.evaluate(state, i)
-  except Preempted as stop:
-    save_and_stop(i, state, steps.position(host), steps, saved, stop)
-  except ServerLost:
+    try:
+      steps.check_stop()
+      if steps.due("eval", i):
+        metrics = metrics | steps.evaluate(state, i)
+    except Preempted as stop:
+      save_and_stop(i, state, steps.position(host), steps, saved, stop)
+    steps.write(i, metrics)
+    host["unwritten"] = None
+    if steps.due("checkpoint", i) and i > saved:
+      steps.save(i, state, steps.position(host))
+      saved = i
+  except ServerLost:  # in the evaluation, or by the batch ahead, which the checkpoint was to hold
     save_alone(i, state, steps.position(host), steps, saved)
     raise
-  steps.write(i, metrics)
-  host["unwritten"] = None
-  if steps.due("checkpoint", i) and i > saved:
-    try:
-      steps.save(i, state, steps.position(host))
-    except ServerLost:  # by the batch that is sampled ahead, which the checkpoint was to hold
-      save_alone(i, state, steps.position(host), steps, saved)
-      raise
-    saved = i
   return saved
 
 
@@ -446,11 +443,12 @@ class Steps:
       describe_run(self.workdir, self.c, facts)
       self._writer = Writer(self.workdir, total_steps=self.c.total_steps)
       is_written = self.host["unwritten"] is None
-      self._writer.truncate(0 if latest is None else latest + is_written)
-      cut_back(self.workdir / WARNINGS, 0 if latest is None else latest)
+      next_step = 0 if latest is None else latest + is_written
+      self._writer.truncate(next_step)
+      cut_back(self.workdir / WARNINGS, next_step)
     # Lines as they stand in the file, so that a resumed run sees the same ones.
     self._history = read(self.workdir)
-    self._signs = set(monitors.warnings(self._history)) if self._history else set()
+    self._signs = set(monitors.warnings(self._history))
 
   def take_up(self, groups: list | None) -> None:
     """Takes up the batch that a checkpoint holds, sampled ahead; None: it holds none."""

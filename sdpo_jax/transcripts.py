@@ -85,11 +85,9 @@ def play(c, *, split: str = "heldout", tasks: int = 1, episodes: int = 1) -> lis
 
 def transcript(rollout: Rollout, prompt: str, chat: Chat) -> Transcript:
   """Returns a played episode turn by turn. prompt: what was said before its first turn."""
-  turns, reward = [], 0.0
-  answers = [*rollout.turns, *[None] * len(rollout.sampled)]  # the last turns may lack one
-  for segment, answer in zip(rollout.sampled, answers):
+  turns = []
+  for segment, answer, reward in rollout.turn_by_turn():
     tokens = segment.completion.tokens
-    reward = reward if answer is None else answer.reward
     turn = SpokenTurn(
       chat.response_text(tokens),
       chat.token_strings(tokens),

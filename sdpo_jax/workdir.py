@@ -238,10 +238,10 @@ def append_line(path: pathlib.Path, value: dict) -> None:
     file.write(json.dumps(value) + "\n")
 
 
-def cut_back(path: pathlib.Path, last: int) -> None:
-  """Leaves of a file of lines with a "step" those of the steps up to `last`."""
+def cut_back(path: pathlib.Path, step: int) -> None:
+  """Leaves of a file of lines with a "step" those before `step`, which is written next."""
   lines = read_lines(path)
-  kept = [line for line in lines if line["step"] <= last]
+  kept = [line for line in lines if line["step"] < step]
   if len(kept) < len(lines):
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from sdpo_jax import report
-from sdpo_jax.report import answers, curves
+from sdpo_jax.report import answers, curves, templates
 from sdpo_jax.report.runs import groups_of, label
 
 NASTY = (
@@ -472,7 +472,9 @@ def test_the_package_ships_the_page():
   root = pathlib.Path(__file__).parent.parent
   setup = (root / "setup.py").read_text(encoding="utf-8")
   assert '"assets/*.html"' in setup and '"assets/*.js"' in setup
-  assert {"report.html", "parts.html", "rollouts.js"} <= {x.name for x in report.ASSETS.iterdir()}
+  assert {"report.html", "parts.html", "rollouts.js"} <= {
+    x.name for x in templates.ASSETS.iterdir()
+  }
 
 
 def test_needs_no_jax():

@@ -1,5 +1,6 @@
 """Rollouts in the report: which are read, what a card holds, and what the page carries of them."""
 
+import dataclasses
 import json
 import types
 
@@ -162,8 +163,7 @@ def test_a_rollout_file_holds_the_turns_of_an_episode(played):
 
 def test_a_turn_that_the_world_did_not_answer_has_no_observation(played):
   rollout, _ = played
-  cut = types.SimpleNamespace(**vars(rollout))
-  cut.turns = rollout.turns[:-1]
+  cut = dataclasses.replace(rollout, turns=rollout.turns[:-1])
   *_, before, last = rollout_log._turns(cut, None, CHAT)
   assert last["observation"] is None and not last["valid"] and last["reward"] == before["reward"]
 

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from sdpo_jax import checkpoint, config, hosts, main, pretrain, train
+from sdpo_jax import checkpoint, config, hosts, main, pretrain, train, workdir
 from sdpo_jax.data.corpus import Mixture
 from sdpo_jax.data.tasks import RowEnv
 from sdpo_jax.envs.math_qa import MathQA
@@ -297,3 +297,15 @@ def test_questions_of_discovery_may_not_change_either(maths, capsys):
   test.write_text(test.read_text().replace("What is 0", "what is 0"))
   assert "the rows of split 'test'" in refused(capsys, workdir, *arguments)
   assert json.loads((workdir / "run.json").read_text()) == rows
+
+
+def test_lines_are_cut_back_before_the_step_that_is_written_next(tmp_path):
+  path = tmp_path / "warnings.jsonl"
+  workdir.cut_back(path, 3)
+  assert not path.exists()
+  for step in (1, 3, 3, 4):
+    workdir.append_line(path, {"step": step})
+  workdir.cut_back(path, 4)
+  assert [line["step"] for line in workdir.read_lines(path)] == [1, 3, 3]
+  workdir.cut_back(path, 0)
+  assert path.read_text() == ""

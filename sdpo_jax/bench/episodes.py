@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 
+from sdpo_jax.bench.child import table
 from sdpo_jax.errors import SettingError, local_path
 
 COLUMNS = ("delay_ms", "overlap", "episodes_per_s", "cpu_s", "turns", "waiting", "hidden")
@@ -79,10 +80,7 @@ def main(argv) -> int:
   except SettingError as error:
     print(f"sdpo_jax.bench: {error}", file=sys.stderr)
     return 2
-  print("| " + " | ".join(COLUMNS) + " |")
-  print("|" + "---|" * len(COLUMNS))
-  for row in rows:
-    print("| " + " | ".join(f"{row[c]:.3g}" for c in COLUMNS) + " |")
+  print(table(COLUMNS, rows, error_in="delay_ms"))
   if args.json:
     with open(args.json, "w", encoding="utf-8") as file:
       json.dump(rows, file, indent=1)
@@ -93,7 +91,7 @@ def main(argv) -> int:
 def measure(path: str, batches: int, delay_s: float) -> list[dict]:
   """Returns a row without overlap and one with it. SettingError for what plays no episodes."""
   from sdpo_jax import config
-  from sdpo_jax.bench.sandbox import machine
+  from sdpo_jax.bench.timing import machine
   from sdpo_jax.envs.base import find_env, plays
   from sdpo_jax.errors import blame_settings
   from sdpo_jax.session import open_session

@@ -27,11 +27,12 @@ import argparse
 import concurrent.futures
 import json
 import os
-import platform
 import shlex
 import statistics
 import time
 
+from sdpo_jax.bench.child import table
+from sdpo_jax.bench.timing import machine
 from sdpo_jax.errors import local_path
 from sdpo_jax.sandbox import ISOLATIONS, Limits, Sandbox, TestCase, installed
 
@@ -74,7 +75,7 @@ def main(argv):
   if args.json:
     with open(args.json, "w") as f:
       json.dump(rows, f, indent=1)
-  print(_table(rows))
+  print(table(COLUMNS, rows, error_in="kind"))
   return 0
 
 
@@ -111,28 +112,6 @@ def _median(repeats: list[dict]) -> dict:
     if row[figure] != "":
       row[figure] = statistics.median(repeat[figure] for repeat in repeats)
   return row
-
-
-def _table(rows: list[dict]) -> str:
-  """Writes the rows as a table of Markdown."""
-  lines = [COLUMNS, ["---"] * len(COLUMNS)]
-  for row in rows:
-    values = [row[column] for column in COLUMNS]
-    lines.append([f"{x:.4g}" if isinstance(x, float) else str(x) for x in values])
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def machine() -> str:
-  """Describes the machine, and how this process is scheduled on it."""
-  with open("/proc/cpuinfo") as f:
-    names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
-  name = names[0] if names else platform.machine()
-  real_time = os.sched_getscheduler(0) in (os.SCHED_RR, os.SCHED_FIFO)
-  policy = "real-time" if real_time else "ordinary"
-  return (
-    f"{len(os.sched_getaffinity(0))} cores of {name}, Linux {platform.release()}, "
-    f"Python {platform.python_version()}, {policy} scheduling, uid {os.geteuid()}"
-  )
 
 
 def _measure(kind, workers, programs, isolation) -> dict:

@@ -114,9 +114,7 @@ class Method(NamedTuple):
 
   @property
   def before_updates(self) -> "Method":
-    """The method as the pass before the updates has it: a contrast is made of the teacher's gap."""
-    if self.contrast is None:
-      return self
+    """A method with a contrast, as the pass before several updates has it: it reads the gap."""
     return self._replace(reads=self.reads | {TEACHER_LOGP})
 
   @property

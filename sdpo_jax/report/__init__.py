@@ -24,13 +24,11 @@ from sdpo_jax.report.cards import card, embedded, legend
 from sdpo_jax.report.curves import COLOURS, draw_curves
 from sdpo_jax.report.page import write_report
 from sdpo_jax.report.rollouts import read_rollouts
-from sdpo_jax.report.runs import Run, flattened, read_run, read_runs
-from sdpo_jax.report.templates import ASSETS, template
+from sdpo_jax.report.runs import flattened, read_run, read_runs
+from sdpo_jax.report.templates import template
 
 __all__ = [
-  "ASSETS",
   "COLOURS",
-  "Run",
   "card",
   "draw_curves",
   "embedded",

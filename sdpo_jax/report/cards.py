@@ -10,7 +10,7 @@ no character that could end its element.
 import json
 from typing import Iterable
 
-from sdpo_jax.report.files import is_number, mapping, sequence, spread
+from sdpo_jax.report.files import is_number, sequence, spread
 from sdpo_jax.report.runs import Run
 from sdpo_jax.report.templates import printable, template
 
@@ -67,7 +67,7 @@ def record(rollout: dict) -> dict:
     "feedback": _text(rollout.get("feedback")) or NONE,
     "teacher_context": _text(rollout.get("teacher_context")),
     "alternatives": list(map(_text, contexts)) if isinstance(contexts, list) else [],
-    "answers": [answer for answer in sequence(rollout.get("answers")) if mapping(answer)],
+    "answers": [answer for answer in sequence(rollout.get("answers")) if isinstance(answer, dict)],
     "reflection": _text(rollout.get("reflection")),
     "response": _text(rollout.get("response")),
     "tokens": tokens,

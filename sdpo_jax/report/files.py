@@ -13,7 +13,7 @@ def json_file(path: pathlib.Path) -> dict:
     value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
   except (OSError, ValueError, RecursionError):
     return {}
-  return value if isinstance(value, dict) else {}
+  return mapping(value)
 
 
 def json_lines(path: pathlib.Path) -> tuple[list[dict], int]:
