@@ -124,7 +124,8 @@ class Broken(Household):
 
   def __init__(self, what):
     super().__init__()
-    self.what, self.started, self.open, self.most = what, [], 0, 0
+    self.what, self.started, self.open, self.most, self.steps = what, [], 0, 0, 0
+    self.awaited = 0  # steps of others that an episode "after" waits for
     self.lock = threading.Lock()
 
   def start(self, task):
@@ -152,6 +153,11 @@ class _Wrapped:
       raise OSError("the engine has died")
     if self.what in ("hang", "slow"):
       time.sleep(2 if self.what == "hang" else 0.5)
+    until = time.monotonic() + 60
+    while self.what == "after" and self.env.steps < self.env.awaited and time.monotonic() < until:
+      time.sleep(0.01)
+    with self.env.lock:
+      self.env.steps += 1
     garbage = {"reward": Turn("well", 1.5, False), "nan": Turn("well", float("nan"), True)}
     garbage |= {"text": Turn(None, 0.0, False), "nothing": None}
     return garbage[self.what] if self.what in garbage else self.world.step(message)
@@ -274,8 +280,9 @@ def test_turns_are_sampled_while_a_world_is_at_work_if_that_is_asked_for(play):
   sampling = dataclasses.replace(SAMPLING, max_new_tokens=5)
   tokens, orders = [], []
   for deterministic in (True, False):
-    env, order = Broken({0: "slow"}), []
-    env._limit = 3
+    # step by step the others wait for it; else it answers after the nine turns of the others
+    env, order = Broken({0: "slow" if deterministic else "after"}), []
+    env._limit, env.awaited = 3, 9
     engine = LocalEngine(config, rows=4, chunk=8, deterministic=deterministic)
     load, generate = engine.load, engine.generate
     engine.load = functools.partial(lambda load, _, version: load(params, version), load)

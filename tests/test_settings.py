@@ -16,6 +16,7 @@ from sdpo_jax.objectives import build, methods
 from sdpo_jax.objectives.loss import normalisers, token_loss
 from sdpo_jax.objectives.signals import Signals
 from tests import fakes
+from tests.my_env import ReverseWord
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINYCODE = f"--config={ROOT}/configs/tinycode.py"
@@ -132,7 +133,7 @@ def test_an_environment_of_ones_own_takes_its_own_settings():
     parse(f"{TINYCODE}:level=hard", own)
 
 
-class Demanding:
+class Demanding(ReverseWord):
   """An environment with a setting that has no default."""
 
   def __init__(self, *, depth: int):
