@@ -55,6 +55,8 @@ def test_a_grid_that_is_told_to_end_ends_its_runs(tmp_path):
     cwd=ROOT,
   )
   try:
+    # a library may start a process of its own while it is imported: the run has begun with its log
+    until(lambda: (tmp_path / "one" / "run.log").exists())
     (run,) = until(lambda: running(experiment.pid))
     experiment.send_signal(signal.SIGTERM)
     assert experiment.wait(60) == 143
