@@ -78,7 +78,9 @@ def _household(c) -> None:
   """Sets what the tiny model learns with in minutes."""
   c.model.path = "tiny_household"
   c.total_steps = 150
-  c.data.update(max_prompt_tokens=96, max_teacher_tokens=160, length_multiple=32)
+  c.data.update(max_prompt_tokens=96, max_teacher_tokens=160, length_multiple=64)
+  # a CPU compiles for 15 s and more what takes a second: padding is cheaper
+  c.data.update(response_multiple=16, room=0.5, compilation_steps=50.0)
   c.rollout.update(questions=8, group=8, max_new_tokens=8, max_episode_tokens=192, rows=64)
   c.optimizer.update(lr=5e-4, warmup_steps=5)
   if c.method.teacher_weights.name == "ema":

@@ -98,6 +98,11 @@ def base() -> ml_collections.ConfigDict:
     length_multiple=32,
     # likewise for the response columns, which the divergence is computed on
     response_multiple=8,
+    # the share that a new shape has above its batch, since lengths drift: padding against
+    # compilations
+    room=0.0625,
+    # what a compilation costs, in steps: so much padding is borne before a better shape is compiled
+    compilation_steps=10.0,
   )
   c.rollout = dict(
     questions=16,
@@ -258,6 +263,8 @@ def tiny(a: types.SimpleNamespace) -> ml_collections.ConfigDict:
   c.seed = a.seed
   c.model.path = a.model
   c.method = build.method_row(a.method)
+  # a step of 0.3 s on a CPU, which takes 15 s to compile: padding is cheaper
+  c.data.update(length_multiple=64, response_multiple=16, room=0.5, compilation_steps=50.0)
   c.optimizer.update(lr=1.5e-3, decay_steps=c.total_steps)
   if c.method.teacher_weights.name == "ema":
     # the paper's rate for rich feedback; at 0.05 accuracy falls again once most problems are solved

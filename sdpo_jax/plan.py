@@ -41,7 +41,7 @@ from sdpo_jax.config import (
   texts_per_response,
   turn_limit,
 )
-from sdpo_jax.data.shapes import Rounding, Shape, bucket, full_shape, most_tokens
+from sdpo_jax.data.shapes import Shape, ShapeRules, bucket, full_shape, most_tokens
 from sdpo_jax.engine import programs
 from sdpo_jax.engine.sampling import needs_sorting
 from sdpo_jax.hlo import OutOfMemory, Program, compile_for, kernels, logit_arrays
@@ -261,7 +261,7 @@ class Workload:
       rows,
       self.micro_batches * self.shards,  # one pack each
       most_tokens(data, response_tokens(self.c), sampled_tokens(self.c)),
-      Rounding(data.length_multiple, data.response_multiple),
+      ShapeRules.of(data),
       has_teacher=self.learn.method.needs_teacher,
       has_further=self.learn.further_count > 0,
       texts_per_pack=texts,

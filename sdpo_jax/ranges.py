@@ -86,6 +86,8 @@ RANGES = {
   "data.max_teacher_tokens": _COUNT,
   "data.length_multiple": _COUNT,
   "data.response_multiple": _COUNT,
+  "data.room": Range(0, 10),
+  "data.compilation_steps": _above(0, 1_000_000),
   "rollout.questions": _COUNT,
   "rollout.group": _COUNT,
   "rollout.max_new_tokens": _COUNT,

@@ -116,7 +116,7 @@ MEMORY_AND_TIME = (
     "",
     "perf/compiles grows at step after step, and steps take seconds longer than others",
     "each new shape of a batch is a compilation; lengths have not settled",
-    "raise config.data.length_multiple and config.data.response_multiple",
+    "raise config.data.room, config.data.length_multiple and config.data.response_multiple",
   ),
   Symptom(
     "first step after ... s",

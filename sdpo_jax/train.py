@@ -32,7 +32,7 @@ from sdpo_jax.config import (
   validate,
 )
 from sdpo_jax.data.batch import Packed, Packer, PackSettings
-from sdpo_jax.data.shapes import Rounding, Shape, Shapes, most_tokens
+from sdpo_jax.data.shapes import Shape, ShapeRules, Shapes, most_tokens
 from sdpo_jax.data.tasks import RowEnv, TaskStream
 from sdpo_jax.diagnose.probe import probe_teacher
 from sdpo_jax.envs.base import plays
@@ -504,7 +504,7 @@ class Steps:
     method, data, train = self.learner.method, self.c.data, self.c.train
     settings = PackSettings(
       data.max_teacher_tokens,
-      Rounding(data.length_multiple, data.response_multiple),
+      ShapeRules.of(data),
       updates=train.updates_per_batch,
       micro_batches=train.micro_batches,
       shards=self.shards,

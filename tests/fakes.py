@@ -21,7 +21,7 @@ from sdpo_jax.data.packing import (
   lay_out,
   sampled_tokens,
 )
-from sdpo_jax.data.shapes import Rounding
+from sdpo_jax.data.shapes import ShapeRules
 from sdpo_jax.model import decoder
 from sdpo_jax.model.config import ModelConfig
 from sdpo_jax.objectives.control import Control
@@ -220,14 +220,18 @@ def toy_rows(texts: Texts, first, families, length: int | None, longest: int, sp
   return lay_out(packs, placed, size, pad_token=0, share_prefixes=families is not None)
 
 
+def shape_rules(length=8, response=8) -> ShapeRules:
+  return ShapeRules(length, response, room=1 / 16, compilation=10.0)
+
+
 def make_packer(method, chat, messages, shapes, **settings) -> Packer:
   """The packer of a method, with lengths rounded up to multiples of 8.
 
   settings: of PackSettings; `further_readings` as for Packer.
   """
   further_readings = settings.pop("further_readings", None)
-  rounding = Rounding(settings.pop("length_multiple", 8), settings.pop("response_multiple", 8))
-  settings = PackSettings(settings.pop("max_teacher_tokens"), rounding, **settings)
+  rules = shape_rules(settings.pop("length_multiple", 8), settings.pop("response_multiple", 8))
+  settings = PackSettings(settings.pop("max_teacher_tokens"), rules, **settings)
   return Packer(
     chat,
     messages,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sdpo_jax.data.chat import Chat
-from sdpo_jax.data.shapes import Rounding, Shapes, full_shape
+from sdpo_jax.data.shapes import Shapes, full_shape
 from sdpo_jax.data.teacher_prompt import TeacherReader
 from sdpo_jax.objectives import build
 from sdpo_jax.records import Completion, Feedback, Rollout, Segment, Status, Task
@@ -285,7 +285,7 @@ def test_a_shape_is_used_again_and_a_length_never_seen_gets_room():
   assert len(shapes.known) == 3
   pack_many(heavy_tailed(8, 4, 3, longest=3000), shapes)
   assert len(shapes.known) == 4 and shapes.known[-1] == full_shape(
-    32, 1, shapes.longest, Rounding(32, 8), has_teacher=True, has_further=False
+    32, 1, shapes.longest, fakes.shape_rules(32), has_teacher=True, has_further=False
   )
   pack_many(heavy_tailed(8, 4, 4, longest=2900), shapes)
   assert len(shapes.known) == 4

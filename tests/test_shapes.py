@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sdpo_jax.data.packing import Extent
-from sdpo_jax.data.shapes import COMPILATION, Load, Rounding, Shape, Shapes, choose_shape
+from sdpo_jax.data.shapes import Load, Shape, Shapes, choose_shape
+from tests import fakes
 
 
 def fresh(known=(), owed=0.0, **kwargs):
@@ -22,7 +23,7 @@ def test_rows_are_longer_than_a_text_where_the_longest_texts_would_have_as_many_
 
   def chosen(longest):
     shapes = Shapes((longest, longest, 100))
-    return choose_shape(lambda packs: load, [1], shapes, Rounding(100, 8))
+    return choose_shape(lambda packs: load, [1], shapes, fakes.shape_rules(100))
 
   few, many = chosen(1500), chosen(3000)
   assert few.rows * few.length**2 <= 64 * 1500**2 < many.rows * many.length**2
@@ -34,7 +35,7 @@ def one_row(tokens, shapes, multiple=8):
     lambda packs: Load(1, ([[Extent(tokens)]], [[Extent(1)]], []), 8, 8),
     [1],
     shapes,
-    Rounding(multiple, 8),
+    fakes.shape_rules(multiple),
   )
 
 
@@ -55,8 +56,7 @@ def test_a_better_shape_is_compiled_once_its_lack_has_cost_as_much():
   # room to grow into
   assert len(shapes.known) == 2 and 400 < (better := shapes.known[1]).length < 450
   assert (
-    served.index(better) == -(-COMPILATION // (long.cost() / better.cost() - 1.0)) - 1
-    and not shapes.owed
+    served.index(better) == -(-10 // (long.cost() / better.cost() - 1.0)) - 1 and not shapes.owed
   )
 
 
@@ -84,7 +84,7 @@ def test_there_is_no_room_beyond_the_longest_text():
   def at(prompt, response):
     policy, teacher = [[Extent(prompt + response)]], [[Extent(10240 + response)]]
     load = Load(1, (policy, teacher, []), response, response)
-    return choose_shape(lambda packs: load, [1], shapes, Rounding(1024, 1024))
+    return choose_shape(lambda packs: load, [1], shapes, fakes.shape_rules(1024, 1024))
 
   at(1000, 1000)
   assert at(2048, 8192)[:6] == (1, 10240, 1, 18432, 8192, 8192)

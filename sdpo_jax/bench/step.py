@@ -189,9 +189,10 @@ def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32, f
   """
   import numpy as np
 
+  from sdpo_jax.config import base
   from sdpo_jax.data.batch import PackSettings, Responses, TeacherReading, pack_responses
   from sdpo_jax.data.packing import texts_after
-  from sdpo_jax.data.shapes import Rounding, Shapes
+  from sdpo_jax.data.shapes import ShapeRules, Shapes
   from sdpo_jax.objectives.teacher_context import Context
   from sdpo_jax.records import Feedback, Rollout, Task
 
@@ -215,8 +216,8 @@ def make_batch(lengths, vocab, packs, group=8, share=True, length_multiple=32, f
   longest = max(n for _, _, n in lengths)
   most = [max(lengths_B) + longest for lengths_B in (prompts_B, teacher_prompts_B)]
   shapes = Shapes((*most, longest))
-  rounding = Rounding(length_multiple, 8)
-  settings = PackSettings(0, rounding, shards=packs, share_prefixes=share)
+  rules = ShapeRules.of(base().data)._replace(length=length_multiple)  # as a run packs
+  settings = PackSettings(0, rules, shards=packs, share_prefixes=share)
   batch, _ = pack_responses(responses, group, settings, shapes, pad_token=0)
   return batch
 

@@ -38,7 +38,7 @@ from sdpo_jax.data.packing import (
   tokens_together,
 )
 from sdpo_jax.data.sampled import check_sampled
-from sdpo_jax.data.shapes import Load, Rounding, Shape, Shapes, choose_shape
+from sdpo_jax.data.shapes import Load, Shape, ShapeRules, Shapes, choose_shape
 from sdpo_jax.data.teacher_prompt import Shown, TeacherReader
 from sdpo_jax.objectives.build import Method
 from sdpo_jax.objectives.memory import Standing
@@ -74,7 +74,7 @@ class PackSettings:
   """
 
   max_teacher_tokens: int  # of a teacher's prompt
-  rounding: Rounding
+  shape_rules: ShapeRules
   updates: int = 1
   micro_batches: int = 1
   shards: int = 1
@@ -349,7 +349,7 @@ def pack_responses(
   batch, and the deal that it holds, with the responses in the order of its rows.
   """
   dealing = _Dealing(responses, group, settings)
-  shape = choose_shape(dealing.load, settings.pack_counts(), shapes, settings.rounding)
+  shape = choose_shape(dealing.load, settings.pack_counts(), shapes, settings.shape_rules)
   deal = dealing.deal(shape.packs)
   batch = _lay_out_batch(deal, shape, pad_token, share_prefixes=settings.share_prefixes)
   return batch, deal

@@ -15,8 +15,6 @@ from sdpo_jax.data.packing import Extent, first_fit, tokens_together
 # Compilations that a run whose lengths never settle may ask for. Beyond, only what fits nowhere
 # makes a shape, and that one holds whatever can come.
 MAX_SHAPES = 16
-# What a compilation costs, in steps: tiny models on CPU take 4 s for it against 0.4 s a step.
-COMPILATION = 10.0
 # The share of a step that is too small to compile for.
 WASTE = 0.08
 # Pairs of columns that attention may compare whatever the shape: a mask of so many takes little
@@ -91,11 +89,22 @@ class Load(NamedTuple):
     return max(least, policy), max(least, *teacher)
 
 
-class Rounding(NamedTuple):
-  """The multiples that lengths are rounded up to, which bounds the number of shapes."""
+class ShapeRules(NamedTuple):
+  """How much larger than a batch a shape may be: fewer compilations, more padding."""
 
-  length: int  # of rows
-  response: int  # of response tokens and positions
+  length: int  # a multiple, which lengths of rows are rounded up to
+  response: int  # a multiple, likewise for response tokens and positions
+  room: float  # the share that a new shape has above its batch, since lengths drift
+  compilation: float  # what it costs to compile a shape, in steps
+
+  @classmethod
+  def of(cls, data) -> "ShapeRules":
+    """Returns the rules that config.data sets."""
+    return cls(data.length_multiple, data.response_multiple, data.room, data.compilation_steps)
+
+  def with_room(self, size: int, most: int) -> int:
+    """Returns a size with room above it, but not beyond `most` unless the size is."""
+    return max(size, min(size + int(size * self.room), most))
 
 
 @dataclasses.dataclass
@@ -140,7 +149,7 @@ def full_shape(
   responses_per_pack: int,
   packs: int,
   longest: tuple[int, int, int],
-  rounding: Rounding,
+  rules: ShapeRules,
   *,
   has_teacher: bool,
   has_further: bool,
@@ -152,10 +161,10 @@ def full_shape(
 
   This is what a plan compiles for.
   """
-  policy_length, teacher_length = (bucket(n, rounding.length) for n in longest[:2])
-  response = bucket(longest[2], rounding.response)
+  policy_length, teacher_length = (bucket(n, rules.length) for n in longest[:2])
+  response = bucket(longest[2], rules.response)
   policy_texts, texts = texts_per_pack or (responses_per_pack, responses_per_pack)
-  plain_size = (texts, teacher_length) if has_teacher else (1, rounding.length)
+  plain_size = (texts, teacher_length) if has_teacher else (1, rules.length)
   further_size = (texts, teacher_length) if has_further else (0, 0)
   return Shape(
     policy_texts,
@@ -169,7 +178,7 @@ def full_shape(
 
 
 def choose_shape(
-  load_of: Callable[[int], Load], counts: list[int], shapes: Shapes, rounding: Rounding
+  load_of: Callable[[int], Load], counts: list[int], shapes: Shapes, rules: ShapeRules
 ) -> Shape:
   """Returns a shape that holds the batch: one of `shapes`, or a new one, which is added to them.
 
@@ -178,8 +187,8 @@ def choose_shape(
     may need, when texts are as long as can be. Long answers need many packs; short ones lie
     together.
   """
-  full = _full_shape_of(load_of(counts[-1]), counts[-1], shapes.longest, rounding)
-  best = _best_shape(load_of, counts, full, rounding, has_history=bool(shapes.known))
+  full = _full_shape_of(load_of(counts[-1]), counts[-1], shapes.longest, rules)
+  best = _best_shape(load_of, counts, full, rules, has_history=bool(shapes.known))
   # A run may go on with another number of devices.
   usable = [shape for shape in shapes.known if shape.packs in counts]
   no_more = len(usable) >= shapes.limit
@@ -190,7 +199,7 @@ def choose_shape(
     if waste <= WASTE:
       return cheapest
     shapes.owed += waste
-    if shapes.owed < COMPILATION or no_more:
+    if shapes.owed < rules.compilation or no_more:
       return cheapest
     shapes.owed = 0.0
   chosen = full if no_more else best
@@ -199,7 +208,7 @@ def choose_shape(
 
 
 def _full_shape_of(
-  load: Load, packs: int, longest: tuple[int, int, int], rounding: Rounding
+  load: Load, packs: int, longest: tuple[int, int, int], rules: ShapeRules
 ) -> Shape:
   """The shape that holds whatever can come of batches with these kinds of texts."""
   _, teacher, further = load.extents
@@ -209,7 +218,7 @@ def _full_shape_of(
     load.responses_per_pack,
     packs,
     (*longest[:2], most_sampled),
-    rounding,
+    rules,
     has_teacher=_longest(teacher) > 0,
     has_further=bool(further),
     texts_per_pack=load.texts_per_pack(),
@@ -220,20 +229,20 @@ def _best_shape(
   load_of: Callable[[int], Load],
   counts: list[int],
   full: Shape,
-  rounding: Rounding,
+  rules: ShapeRules,
   *,
   has_history: bool,
 ) -> Shape:
   """A shape made for this batch, with the fewest packs that take no more memory than `full` has."""
   for packs in counts:
-    shape = _fitting_shape(load_of(packs), packs, full, rounding, has_history)
+    shape = _fitting_shape(load_of(packs), packs, full, rules, has_history)
     if shape.within(full):
       return shape
   return shape  # of the largest count
 
 
 def _fitting_shape(
-  load: Load, packs: int, full: Shape, rounding: Rounding, has_history: bool
+  load: Load, packs: int, full: Shape, rules: ShapeRules, has_history: bool
 ) -> Shape:
   """The cheapest shape for a load, with room for the next batch, which may be a little larger.
 
@@ -241,17 +250,17 @@ def _fitting_shape(
   """
 
   def sizes(texts: list[list[Extent]], full_size: tuple[int, int]) -> tuple[int, int]:
-    rows, length = _cheapest_rows(texts, full_size, rounding)
-    # Lengths drift. The first shape of a run gets no room: they may all be equal.
-    if rows == 1 and has_history:
-      length = bucket(_with_room(length, math.prod(full_size)), rounding.length)
-    return _with_room(rows, max(load.responses_per_pack, full_size[0])), length
+    rows, length = _cheapest_rows(texts, full_size, rules)
+    # Lengths drift, unless all that the run has seen are equal.
+    if rows == 1 and (has_history or not _all_equal(texts)):
+      length = bucket(rules.with_room(length, math.prod(full_size)), rules.length)
+    return rules.with_room(rows, max(load.responses_per_pack, full_size[0])), length
 
   policy, plain, further = load.extents
   full_policy, full_plain, full_further = full.row_sizes()
   further_size = sizes(further, full_further) if further else full_further
-  tokens = bucket(_with_room(load.tokens, full.tokens), rounding.response)
-  responses = bucket(load.responses, rounding.response)
+  tokens = bucket(rules.with_room(load.tokens, full.tokens), rules.response)
+  responses = bucket(load.responses, rules.response)
   return Shape(
     *sizes(policy, full_policy),
     *sizes(plain, full_plain),
@@ -263,7 +272,7 @@ def _fitting_shape(
 
 
 def _cheapest_rows(
-  texts: list[list[Extent]], full_size: tuple[int, int], rounding: Rounding
+  texts: list[list[Extent]], full_size: tuple[int, int], rules: ShapeRules
 ) -> tuple[int, int]:
   """(rows, length) of the cheapest packing.
 
@@ -274,7 +283,7 @@ def _cheapest_rows(
   lengths = [int(longest * stretch) for stretch in (1.0, 1.5, 2.0, 3.0)]
   lengths += [max(longest, -(-whole // rows)) for rows in (1, 2, 3)]
   packings = []
-  for length in {bucket(length, rounding.length) for length in lengths}:
+  for length in {bucket(length, rules.length) for length in lengths}:
     rows = _rows_needed(texts, length)
     too_many_pairs = attention_pairs(rows, length) > attention_pairs(*full_size)
     packings.append((too_many_pairs, _row_cost(rows, length), rows, length))
@@ -296,13 +305,12 @@ def _row_cost(rows: int, length: int) -> float:
   return rows * length * (1.0 + length / ATTENTION_TOKENS)
 
 
-def _with_room(size: int, most: int) -> int:
-  """A sixteenth more, but not beyond `most` unless the size is."""
-  return max(size, min(size + size // 16, most))
-
-
 def _longest(packs: list[list[Extent]]) -> int:
   return max((text.length for texts in packs for text in texts), default=0)
+
+
+def _all_equal(packs: list[list[Extent]]) -> bool:
+  return len({text.length for texts in packs for text in texts}) <= 1
 
 
 def _rows_needed(packs: list[list[Extent]], length: int) -> int:

@@ -18,7 +18,7 @@ from sdpo_jax import sharding
 from sdpo_jax.alternatives import Explorer
 from sdpo_jax.data.batch import Packed, Packer, PackSettings
 from sdpo_jax.data.conversation import Continuation
-from sdpo_jax.data.shapes import Rounding, Shape, Shapes, bucket, most_tokens
+from sdpo_jax.data.shapes import Shape, ShapeRules, Shapes, bucket, most_tokens
 from sdpo_jax.discover.arms import (
   LEARNING,
   ArmRun,
@@ -330,7 +330,7 @@ class Solver:
     data = self.c.data
     settings = PackSettings(
       data.max_teacher_tokens,
-      Rounding(data.length_multiple, data.response_multiple),
+      ShapeRules.of(data),
       micro_batches=self.c.train.micro_batches,
       shards=self.shards,
     )
