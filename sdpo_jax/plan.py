@@ -26,6 +26,9 @@ import dataclasses
 import functools
 import math
 import os
+import signal
+import sys
+import threading
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import jax
@@ -306,6 +309,7 @@ def report_lines(c, topology: str) -> Iterator[str]:
   """
   _leave_devices_alone()
   mesh = sharding.make_mesh(topology_devices(topology), **c.mesh)
+  _end_at_once_when_told_to()
   model = dataclasses.replace(
     session.model_shape(c.model.path), dtype=c.model.dtype, param_dtype=c.model.param_dtype
   )
@@ -330,6 +334,18 @@ def _leave_devices_alone() -> None:
     os.environ.setdefault(name, value)
 
 
+def _end_at_once_when_told_to() -> None:
+  """Undoes what libtpu does as it is loaded: it would answer SIGTERM with a trace of its stack."""
+  is_ours_to_set = threading.current_thread() is threading.main_thread()
+  if is_ours_to_set and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def say(what: str) -> None:
+  """Says on stderr what is done next; some of it takes minutes."""
+  print(f"plan: {what}", file=sys.stderr, flush=True)
+
+
 def _lines(w: Workload) -> Iterator[str]:
   """Yields the lines of a plan, compiling between them."""
   limit = w.limit
@@ -343,6 +359,7 @@ def _lines(w: Workload) -> Iterator[str]:
   step = jax.jit(w.learn.step, donate_argnums=0, out_shardings=(places, None))
   # with a lag the weights that are being sampled from lie beside the step
   ahead = w.first_weights + (_bytes_per_chip(weights) if w.c.rollout.lag else 0.0)
+  say("compiles the train step, which may take minutes")
   training = attempt(ahead, w.mesh, step, state, w.batch(w.rows), frozen)
   size = f"{w.micro_batches} micro-batches of {w.rows * w.shards} responses"
   yield from outcome_lines(f"train step, {size}", training, w.chip)
@@ -351,12 +368,14 @@ def _lines(w: Workload) -> Iterator[str]:
 
   peaks = [training.peak]
   if w.c.rollout.engine == "local":
+    say("compiles the decode step")
     decoding = attempt_decoding(w, state, frozen)
     title = f"decode step, one token of {w.c.rollout.rows} responses"
     yield from outcome_lines(title, decoding, w.chip)
     peaks.append(decoding.peak)
 
   def peak_of(rows: int) -> float:
+    say(f"compiles the train step again, with {rows} rows a micro-batch on a shard")
     return compile_for(w.mesh, step, state, w.batch(rows), frozen).peak + ahead
 
   yield from suggestion(

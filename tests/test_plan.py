@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -347,6 +348,22 @@ def test_the_recipes_for_a_small_gpu_fit(topology, machine, model, monkeypatch):
 def test_a_mesh_that_shares_a_side_of_the_grid_between_two_axes():
   mesh = sharding.make_mesh(plan.topology_devices("v6e:4x4"), data=1, fsdp=8, tensor=2)
   assert len({d.id for d in mesh.devices.flat}) == 16 and mesh.devices.shape == (1, 8, 2)
+
+
+@needs_libtpu
+def test_a_plan_that_is_told_to_end_ends_without_a_trace_of_its_stack():
+  command = "--mode=plan --topology=v5p:2x2x2 --config=configs/plan_8b.py:local".split()
+  child = subprocess.Popen(
+    [sys.executable, "-m", "sdpo_jax.main", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True
+  )
+  said = ""
+  for line in child.stderr:
+    said += line
+    if line.startswith("plan: compiles"):
+      child.send_signal(signal.SIGTERM)
+  assert child.wait(60) == -signal.SIGTERM
+  assert "plan: compiles the train step" in said
+  assert "SIGTERM" not in said
 
 
 def test_the_suggestion_divides_the_responses():
