@@ -22,6 +22,7 @@ full disk it says so in a line. 143: stopped by SIGTERM and saved, 134: another 
 is lost; after these two the same command goes on.
 """
 
+import contextlib
 import datetime
 import os
 import pathlib
@@ -161,6 +162,8 @@ def run_command(argv: list[str], begun: float) -> None:
 
   Raises one of the errors of `errors.py`, or another that is our mistake.
   """
+  # transformers advises whoever lacks PyTorch to install it, and nothing here needs it
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   try:
     f, c = parse(argv)
     if f.help:
@@ -179,6 +182,7 @@ def run_command(argv: list[str], begun: float) -> None:
 
     keep_compiled(f.compilation_cache)
     workdir = f.workdir or fresh_workdir()
+    is_new = not pathlib.Path(workdir).exists()
     check_writable(workdir)
   except ValueError as error:
     raise UsageError(str(error)) from error
@@ -186,6 +190,10 @@ def run_command(argv: list[str], begun: float) -> None:
     run(f, c, workdir, begun)
   except FileNotFoundError as error:
     raise UsageError(str(error)) from error
+  finally:
+    if is_new:
+      with contextlib.suppress(OSError):  # where something is kept, it stays
+        os.rmdir(workdir)
 
 
 def end(error: Exception) -> int:

@@ -1,8 +1,11 @@
 """Makes the lines of a run's rollout files: one JSON object per response.
 
-The report (`report/rollouts.py`, `report/cards.py`) reads these names from the files:
+The report (`report/rollouts.py`, `report/cards.py`) reads these names from the files, all but
+prompt_read:
 
   step, task_id, prompt, response, reward, status, finish_reason, feedback, tokens
+  prompt_read              what the policy read before its response: the prompt's tokens as text, as
+                           the environment's messages and the model's template made them
   teacher_context          what the teacher read; null: nothing
   learns_from              "teacher" | "reward" | null: neither; where responses are routed to one
   teacher_gap              log q - log pi of each token in nats, where the response has a teacher
@@ -63,6 +66,7 @@ def _line(step: int, rollout: Rollout, context, chat: Chat) -> dict:
     "step": step,
     "task_id": rollout.task.id,
     "prompt": rollout.task.prompt,
+    "prompt_read": chat.plain_text(rollout.prompt_tokens),
     "response": rollout.text,
     "reward": rollout.feedback.reward,
     "status": rollout.feedback.status.value,

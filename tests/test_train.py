@@ -257,6 +257,7 @@ def test_rollout_files_hold_what_was_said_and_read():
     logp_teacher_BR=np.array([[-0.5, -2.0, -4.0, 9.0]] * 2),
   )
   other = rollout()
+  other.prompt_tokens = CHAT.prompt_tokens([{"role": "user", "content": "asked"}])
   other.alternatives = [Alternative(rollout(text="xy"), "samples", "perhaps")]
   packed = Packed(
     None,
@@ -271,6 +272,8 @@ def test_rollout_files_hold_what_was_said_and_read():
     and first["tokens"] == ["a", "b", "<|im_end|>"]
     and fakes.NASTY in first["teacher_context"]
   )
+  assert (second["prompt"], "asked" in second["prompt_read"]) == ("question", True)
+  assert second["prompt_read"].endswith(CHAT.tokenizer.decode(other.prompt_tokens[-3:]))
   assert (
     second["teacher_context"] is None
     and "teacher_gap" not in second
