@@ -17,6 +17,11 @@ questions and seeds of their own (see tuning.py). They run first, under DIR/tuni
 With `SUITES = "FILE"` in it, the last checkpoint of each run is evaluated on the suites of that
 file when the run has ended (--mode=eval), which goes on likewise where it was.
 
+With `REUSED = ("results/OTHER", ...)` in it, a run or a trial that ended there from the same
+arguments is taken over instead of being repeated; files of one REUSED have one SUITES. With
+`RUN_S = 150.0`, what a run takes on one core, the command says beforehand how many CPU hours it
+will take. At the end it says how many it took.
+
 What a run gave is kept under --results, else under DIR, as soon as it has ended (see kept.py):
   curves.json   every evaluation of every run, and how its arm was tuned
   scores.json   what the last checkpoints can do, question by question (see final_scores.py)
@@ -36,6 +41,7 @@ import argparse
 import json
 import os
 import pathlib
+import resource
 import runpy
 import signal
 import subprocess
@@ -75,6 +81,8 @@ class Experiment:
       hint = "; a single run is for python -m sdpo_jax.main" if is_run else ""
       raise ValueError(f"--config={path}: it has no {self._maker}(){hint}")
     self.suites = self._read_suites()
+    self.reused = self._read_reused()
+    self.run_s: float | None = self._names.get("RUN_S")
     self.tuning: tuning.Tuning = {}
     if "get_tuning" not in self._names or argument:
       self.grid({})
@@ -104,6 +112,14 @@ class Experiment:
     if suites is not None and not os.path.isfile(str(suites).partition(":")[0]):
       raise ValueError(f"--config={self.path}: SUITES={suites!r}: no such file")
     return suites
+
+  def _read_reused(self) -> list[pathlib.Path]:
+    """Returns the directories of results from which runs may be taken over."""
+    reused = [pathlib.Path(path) for path in self._names.get("REUSED", ())]
+    for path in reused:
+      if not path.is_dir():
+        raise ValueError(f"--config={self.path}: REUSED={str(path)!r}: no such directory")
+    return reused
 
   def _blaming_the_file(self, function, *arguments):
     """Calls a function of the file; ValueError with the file's line for whatever it raises."""
@@ -225,8 +241,27 @@ def run_grid(
   def keep(name: str) -> None:
     kept.add_run(name, grid[name], root / name, tuning.of_run(name, record), ended=True)
 
-  missing = [name for name in grid if not kept.has_run(name, grid[name], scored=scored)]
+  def is_there(name: str) -> bool:
+    if kept.has_run(name, grid[name], scored=scored):
+      return True
+    return kept.take_run(name, grid[name], tuning.of_run(name, record), scored=scored)
+
+  missing = [name for name in grid if not is_there(name)]
+  say_cost("runs", len(missing), experiment.run_s)
   return run_all({name: commands(name) for name in missing}, root, jobs, keep)
+
+
+def say_cost(what: str, count: int, run_s: float | None) -> None:
+  """Says how much is to be run, and what it will take where the experiment states it."""
+  if count:
+    hours = "" if run_s is None else f", about {count * run_s / 3600:.1f} CPU hours"
+    print(f"{count} {what} to go{hours}", flush=True)
+
+
+def _cpu_hours() -> float:
+  """Returns what all processes that this one started have taken, with theirs."""
+  spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return (spent.ru_utime + spent.ru_stime) / 3600
 
 
 def begun_runs(grid: Grid, root: pathlib.Path) -> list[pathlib.Path]:
@@ -244,7 +279,7 @@ def main(argv=None) -> int:
     if flags.jobs < 1:
       raise ValueError(f"--jobs={flags.jobs} must be at least 1")
     experiment, root = Experiment(flags.config), pathlib.Path(flags.workdir)
-    kept = Kept(pathlib.Path(flags.results or flags.workdir))
+    kept = Kept(pathlib.Path(flags.results or flags.workdir), experiment.reused)
     if flags.report:
       record = recorded(experiment, kept.directory)
       if not begun_runs(experiment.grid(chosen(record)), root):
@@ -257,6 +292,7 @@ def main(argv=None) -> int:
     if not flags.report:
       record = tune(experiment, root, flags.jobs, kept)
       failed = run_grid(experiment, root, flags.jobs, kept, record)
+      print(f"{_cpu_hours():.2f} CPU hours were spent")
     _report(experiment.grid(chosen(record)), root, record, kept)
   except (RunError, ValueError) as error:
     complain(error)
@@ -284,7 +320,12 @@ def tune(experiment: Experiment, root: pathlib.Path, jobs: int, kept: Kept) -> d
   def keep(name: str) -> None:
     kept.add_trial(name, runs[name], tuning.last_evaluation(root / name))
 
-  missing = {name: [run] for name, run in runs.items() if not kept.has_trial(name, run)}
+  missing = {
+    name: [run]
+    for name, run in runs.items()
+    if not kept.has_trial(name, run) and not kept.take_trial(name, run)
+  }
+  say_cost("trials", len(missing), experiment.run_s)
   failed = run_all(missing, root, jobs, keep)
   if failed:
     raise RunError(f"nothing is chosen, since trials failed: {', '.join(failed)}")

@@ -8,11 +8,13 @@ of earlier runs are gone. What counts of a run is small and stands in three file
   scores.json   what the last checkpoints can do, question by question (final_scores.py)
   trials.json   the last evaluation of every trial that has ended (tuning.py)
 
-A run or a trial that ended there from the same arguments is not begun again.
+A run or a trial that ended there from the same arguments is not begun again. Nor is one that ended
+in the directory of another grid: it is taken over, with the other directory under "from".
 """
 
 import json
 import pathlib
+from typing import Sequence
 
 from sdpo_jax import final_scores, metrics, monitors
 from sdpo_jax.workdir import write_atomically
@@ -35,8 +37,10 @@ class Kept:
   there is no lock.
   """
 
-  def __init__(self, directory: pathlib.Path):
+  def __init__(self, directory: pathlib.Path, others: Sequence[pathlib.Path] = ()):
+    """Reads the files of a directory, and of others from which runs may be taken over."""
     self.directory = directory
+    self._others = [Kept(other) for other in others]
     self.curves, self.scores, self.trials = map(self._read, (_CURVES, _SCORES, _TRIALS))
 
   def _read(self, name: str) -> dict:
@@ -73,6 +77,31 @@ class Kept:
 
   def has_trial(self, name: str, arguments: list[str]) -> bool:
     return self.trials.get(name, {}).get("arguments") == list(arguments)
+
+  def take_run(self, name: str, arguments: list[str], tuned, *, scored: bool) -> bool:
+    """Takes over a run of another directory that ended from these arguments; tells whether one did.
+
+    What was evaluated at its end has to be what this grid evaluates: the same SUITES.
+    """
+    for other in self._others:
+      for its_name in other.curves:
+        if not other.has_run(its_name, arguments, scored=scored):
+          continue
+        source = {"tuning": tuned, "from": str(other.directory)}
+        self.curves = self._add(_CURVES, name, other.curves[its_name] | source)
+        if scored:
+          self.scores = self._add(_SCORES, name, other.scores[its_name] | source)
+        return True
+    return False
+
+  def take_trial(self, name: str, arguments: list[str]) -> bool:
+    """Takes over a trial of another directory that ended from these arguments, likewise."""
+    for other in self._others:
+      for its_name, entry in other.trials.items():
+        if other.has_trial(its_name, arguments):
+          self.trials = self._add(_TRIALS, name, entry | {"from": str(other.directory)})
+          return True
+    return False
 
   def add_run(self, name: str, arguments, workdir: pathlib.Path, tuned, *, ended: bool) -> None:
     """Takes over the evaluations in a run's directory, which may have ended or not.

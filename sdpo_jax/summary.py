@@ -21,6 +21,7 @@ Errors: FileNotFoundError where there is no folder results/.
 """
 
 import ast
+from collections import Counter
 import itertools
 import json
 import pathlib
@@ -215,6 +216,8 @@ def _curves(entries: dict) -> list[str]:
     f"Recorded: {len(runs)} runs, {sum(times) / 3600:.1f} hours in all, "
     f"{min(times):,.0f} to {max(times):,.0f} s a run, evaluations included."
   ]
+  for source, count in sorted(Counter(x["from"] for x in entries.values() if "from" in x).items()):
+    parts.append(f"{count} of them are runs of `{source}`, begun from the same arguments.")
   for domain in sorted({run.domain for run in runs}):
     members = [run for run in runs if run.domain == domain]
     splits = [split for split in SPLITS if any(run.evaluations(split) for run in members)]

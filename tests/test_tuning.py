@@ -365,6 +365,35 @@ def test_a_grid_goes_on_from_its_results_alone(tmp_path, tuned):
   assert not (tmp_path / "runs" / "curves.json").exists()
 
 
+def test_a_grid_takes_over_what_another_has_run(tmp_path, tuned, capsys):
+  """Its trials and runs with the same arguments, under its own names; the rest is announced."""
+  assert tuned(FILE, Runs(), f"--results={tmp_path}/results/first") == 0
+  more = FILE.replace("in (0, 1)", "in (0, 1, 2)").replace("other", "another")
+  more = f"REUSED = ('{tmp_path}/results/first',)\nRUN_S = 120.0\n{more}"
+  capsys.readouterr()
+  again = Runs()
+  assert tuned(more, again, f"--results={tmp_path}/results/grid") == 0
+  assert again.grids == [[], ["a_seed2", "b_seed2"]]
+  said = capsys.readouterr().out
+  assert "2 runs to go, about 0.1 CPU hours" in said and "trials to go" not in said
+  assert "CPU hours were spent" in said
+  ends = json.loads((tmp_path / "results" / "grid" / "curves.json").read_text())
+  assert {name for name, run in ends.items() if "from" in run} == {
+    "a_seed0",
+    "a_seed1",
+    "b_seed0",
+    "b_seed1",
+    "another",
+  }
+  assert ends["a_seed0"]["tuning"]["chosen"] == "lr_0.002"
+  page = summary.text(tmp_path)
+  assert f"5 of them are runs of `{tmp_path}/results/first`" in page
+  assert "| heldout | `b` | 3 |" in page
+  nowhere = more.replace("results/first", "results/nowhere")
+  assert tuned(nowhere, again) == 2
+  assert "results/nowhere': no such directory" in capsys.readouterr().err
+
+
 def test_a_run_that_has_not_ended_is_kept_as_such_and_is_in_no_table(tmp_path, tuned):
   results = f"--results={tmp_path}/results/grid"
   assert tuned(FILE, Runs(failing=["a_seed0", "a_seed1"]), results) == 1
