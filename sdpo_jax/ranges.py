@@ -181,6 +181,7 @@ RANGES = {
   "method.token_weight.share": _above(0, 1),
   "method.advantage.epsilon": _above(0, 1),  # at 0 a group of equal rewards would divide by 0
   "method.advantage.clip": _CLIP,
+  "method.advantage.success_bonus": Range(0, 1000),
   "method.credit.share": Range(0, 1),
   "method.credit.share_end": Range(0, 1),
   "method.credit.share_steps": _whole(0, remark="; 0: share_end from the first step on"),

@@ -14,7 +14,7 @@ steps.
 What is no failure: a batch without a context, or one whose credits have no advantage to act on.
 Then the next batch is tested, and this one is trained. That a run has passed is in its checkpoint:
 a policy that has collapsed onto its teacher since then ends no resumed run. The gate does not tell
-whether what the teacher says is right.
+whether what the teacher says is right. A teacher that is meant as an anchor is not tested.
 
 Errors: RunError of one line that says what is missing, before the tested batch is trained.
 """
@@ -75,7 +75,8 @@ class TeacherGate:
 
   def __init__(self, method: Method, packer: Packer, *, passed: bool = False):
     self._method, self._packer = method, packer
-    self.passed = passed or not method.needs_teacher
+    is_anchor = getattr(method.teacher_context, "is_anchor", False)
+    self.passed = passed or is_anchor or not method.needs_teacher
     self._trials = 0
     self._untested = 0  # batches
     self._reason = ""  # why the last of them told nothing

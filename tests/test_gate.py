@@ -108,6 +108,17 @@ def test_a_teacher_with_a_context_passes(weights, capsys):
   assert "emptying its context changes the gradient's norm by" in line
 
 
+def test_an_anchor_reads_what_the_policy_reads_and_is_not_tested():
+  packed, packer = batch_of("frozen", dict(name="question_alone"))
+  contexts, *_ = packed.contexts
+  for rollout, context in zip(packed.rollouts, contexts, strict=True):
+    is_judged = rollout.feedback.status is not Status.ENV_FAILED
+    assert (context is not None) == is_judged
+  for own, emptied in zip(packed.batch.readings, packer.emptied(packed).batch.readings):
+    np.testing.assert_array_equal(own.rows.token_CPT, emptied.rows.token_CPT)
+  assert tried(packed, packer, "frozen") == []
+
+
 def test_the_emptied_batch_has_the_same_shapes_and_program():
   packed, packer = batch_of()
   with fakes.compilations("step") as programs:

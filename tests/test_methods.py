@@ -96,6 +96,11 @@ def test_what_a_row_needs_is_read_off_it(name, needs):
       "makes the teacher the policy itself",
     ),
     ("sdpo", dict(route=dict(name="outcome")), "not 'routed'"),
+    (
+      "sdpo",
+      dict(teacher_context=dict(name="question_alone"), teacher_weights=dict(name="live")),
+      "the teacher would be the policy itself",
+    ),
     ("sdpo", dict(memory=dict(name="questions")), "would not be read"),
     ("drift", dict(memory=dict(name="none")), "needs a memory of questions"),
   ],

@@ -493,6 +493,15 @@ def test_group_mean_leaves_out_what_was_not_judged():
   )
 
 
+def test_a_bonus_for_successes_is_supervised_training_on_them():
+  """It comes to a success whatever its group did, and to nothing that was not judged."""
+  reward = np.array([[1.0, 0.0, np.nan], [1.0, 1.0, 1.0]])
+  got = advantage.group_mean(reward, success_bonus=0.25)
+  np.testing.assert_array_equal(got, [[0.75, -0.5, 0.0], [0.25, 0.25, 0.25]])
+  only_best = advantage.group_mean(np.array([[0.6, 0.4]]), 0.7, success_bonus=0.25)
+  np.testing.assert_allclose(only_best, [[0.1, -0.1]])
+
+
 def test_group_mean_within_a_clip():
   np.testing.assert_allclose(
     advantage.group_mean(np.array([[1.0, 0.0, 0.0, 0.0]]), clip=0.5), [[0.5, -0.25, -0.25, -0.25]]

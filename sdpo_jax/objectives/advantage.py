@@ -31,15 +31,19 @@ def question_spread(reward_QG: np.ndarray, success_threshold: float = 0.5) -> np
 
 def group_mean(
   reward_QG: np.ndarray,
+  success_threshold: float = 0.5,
   *,
   normalize_std: bool = False,
   epsilon: float = 1e-6,
   clip: float | None = None,
+  success_bonus: float = 0.0,
 ) -> np.ndarray:
   """Computes A = r - mean(r) over the valid rewards of the group.
 
   normalize_std: divides by their sample standard deviation plus epsilon.
   clip: then holds the advantage within +-clip.
+  success_bonus: is added last, to successes alone. On the policy's own samples such a term has the
+    gradient of supervised training on the group's filtered successes, so often weighted.
   """
   valid_QG = np.isfinite(reward_QG)
   count_Q1 = np.maximum(valid_QG.sum(1, keepdims=True), 1)
@@ -49,7 +53,12 @@ def group_mean(
     sum_of_squares_Q1 = (advantage_QG**2).sum(1, keepdims=True)
     std_Q1 = np.sqrt(sum_of_squares_Q1 / np.maximum(count_Q1 - 1, 1))
     advantage_QG = advantage_QG / (std_Q1 + epsilon)
-  return advantage_QG if clip is None else np.clip(advantage_QG, -clip, clip)
+  if clip is not None:
+    advantage_QG = np.clip(advantage_QG, -clip, clip)
+  if success_bonus:
+    is_success_QG = valid_QG & (np.where(valid_QG, reward_QG, 0.0) >= success_threshold)
+    advantage_QG = advantage_QG + success_bonus * is_success_QG
+  return advantage_QG
 
 
 ADVANTAGES = {"zero": zero, "group_mean": group_mean, "question_spread": question_spread}

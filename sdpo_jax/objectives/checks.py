@@ -177,6 +177,11 @@ def _check_teacher(row: dict, reads: set[str]) -> None:
       f"policy_share='routed', route {row['route']['name']!r} and teacher_context {context!r} no "
       "response that learns from the reward has a reading"
     )
+  if context == "question_alone" and weights == "live":
+    raise ValueError(
+      "method.teacher_context.name='question_alone' with teacher_weights 'live': the teacher would "
+      "be the policy itself; choose ema, frozen or another of method.teacher_weights.name"
+    )
   reader = {row["token_signal"]["name"], row["credit"]["name"]} - {"none"}
   for axis, name in (("teacher_context", context), ("teacher_weights", weights)):
     if name != "none" and not reader:

@@ -9,12 +9,14 @@ from sdpo_jax.objectives.teacher_context import (
   FeedbackOrSolution,
   Instruction,
   NoTeacher,
+  QuestionAlone,
   ReferenceSolution,
   SolutionAndVerdict,
 )
 
 TEACHER_CONTEXTS = {
   "none": NoTeacher,
+  "question_alone": QuestionAlone,
   "feedback_or_solution": FeedbackOrSolution,
   "reference_solution": ReferenceSolution,
   "solution_and_verdict": SolutionAndVerdict,

@@ -152,6 +152,21 @@ class NoTeacher:
     return None
 
 
+class QuestionAlone:
+  """Shows what the policy reads, and nothing more: an anchor, and no distillation.
+
+  The teacher differs by its weights alone. With `ema` the policy is held near its own past, as with
+  an exponential-moving-average anchor beside GRPO; with `frozen` near where the run began.
+  """
+
+  is_anchor = True  # a run begins with a teacher that says what the policy says
+
+  def __call__(self, group: list[Rollout], i: int) -> Context | None:
+    if group[i].feedback.status is Status.ENV_FAILED:
+      return None
+    return Context(question="alone")
+
+
 class FeedbackOrSolution:
   """Shows another success of the group, or else the feedback on the attempt (SDPO).
 
