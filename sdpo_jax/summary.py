@@ -9,6 +9,7 @@ A folder results/NAME/ may hold
   discover.json    the summary of a session of --mode=discover
   diagnosis_*.json what --mode=diagnose said of a task; its runs are those of curves.json that are
                    called ARM_on_TASK, else those of results/TASK
+  oracle_*.json    what --mode=diagnose wrote (its index.json), for the right next tokens alone
   notes.md         facts that the committed data does not hold, in prose
   *.png            plots
 
@@ -68,6 +69,12 @@ RATIO_LEGEND = """\
 How much an arm generates until it is as good as another's last evaluation on held-out questions,
 over what the other itself had generated when it was first as good: median over seeds, with the sign
 test's interval (five seeds: 93.75 %, from the lowest to the highest)."""
+ORACLE_LEGEND = """\
+How often the likeliest next token is the right one, in per cent of the tokens, along attempts as
+far as it is known: a solved attempt to its end, a failed one to the token at which it departs from
+a right answer. The teacher reads what it reads in training. Differences are in points, with 95 %
+intervals over questions. "Style" is the share of the gap between teacher and policy that another
+question's context makes as well."""
 VERSUS = "against_best_of_k"  # ends the names of comparisons in discover.json
 
 
@@ -101,6 +108,8 @@ def _section(root: pathlib.Path, folder: pathlib.Path) -> str:
     parts += _discover(json.loads((folder / "discover.json").read_text(encoding="utf-8")))
   if any(folder.glob("diagnosis_*.json")):
     parts += _diagnoses(folder)
+  if any(folder.glob("oracle_*.json")):
+    parts += _oracle(folder)
   if name == "bench":
     parts += _benchmarks(root / "sdpo_jax" / "bench" / "results")
   parts += [f"![{path.stem}]({path.relative_to(root)})" for path in sorted(folder.glob("*.png"))]
@@ -541,6 +550,40 @@ def _scores_on(task: str, folder: pathlib.Path) -> dict[str, list[float]]:
     if scores:
       break
   return scores
+
+
+# Right next tokens: oracle_*.json
+
+
+def _oracle(folder: pathlib.Path) -> list[str]:
+  """Returns the tables of how often teacher and policy expect the right token."""
+  rows, places = [], []
+  for path in sorted(folder.glob("oracle_*.json")):
+    model, read = path.stem.removeprefix("oracle_"), json.loads(path.read_text())["tokens"]
+    style = NONE if read["alike"] is None else _percent(read["alike"])
+    for name, right in read["followed"].items():
+      rows.append([model, name, *_right_cells(right), style])
+      if "departure" in right:
+        rows.append([model, f"{name}, where it departs", *_right_cells(right["departure"]), style])
+      for reader in ("policy", "teacher"):
+        shares = [NONE if x is None else _percent(x) for x in right["by_part"][reader]]
+        places.append([model, name, reader, *shares])
+    gaps = [NONE if x is None else _number(x, ".2f") for x in read["gap_by_part"]]
+    places.append([model, "all", "gap, nats", *gaps])
+  head = ["model", "attempts", "number", "policy", "teacher", "difference", "style"]
+  by_place = _table(["model", "attempts", "tenth of them", *map(str, range(1, 11))], places)
+  return [ORACLE_LEGEND, _table(head, rows), _folded("The same by place in the attempt", by_place)]
+
+
+def _right_cells(right: dict) -> list[str]:
+  found = right["difference"]
+  difference = f"{_percent(found['mean'], '+')} {_interval(found['low'], found['high'], '+')}"
+  return [
+    str(right["answers"]),
+    _percent(right["policy"]),
+    _percent(right["teacher"]),
+    difference.strip(),
+  ]
 
 
 # Test-time self-distillation: discover.json

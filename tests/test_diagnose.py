@@ -1,6 +1,7 @@
 """Tests the check before a run: prompts, attempts made again, figures, rules, the whole mode."""
 
 import contextlib
+import dataclasses
 import json
 import types
 
@@ -263,13 +264,61 @@ def test_figures_of_tokens_by_hand(chat):
     reading(attempt, "abcd", [0.0, 0.0, 1.0, -3.0], [False, False, True, True]),
     reading(attempt, "a", [2.0], [True]),
   ]
-  answers = {"feedback": [tokens.Answer("a", 0.5, 1.0), tokens.Answer("b", 0.0, 0.5)]}
+  answers = {
+    "feedback": [
+      tokens.Answer("a", [True, False], [True, True]),
+      tokens.Answer("b", [False, False], [False, True]),
+    ]
+  }
   found = tokens.figures(readings, answers)
   assert found["gap"] == pytest.approx(6 / 5) and found["top_differs"] == pytest.approx(3 / 5)
   by_part = found["gap_by_part"]
   assert by_part[0] == pytest.approx((0 + 2) / 2) and by_part[5] == 1.0 and by_part[7] == 3.0
-  assert found["right"]["feedback"]["difference"]["mean"] == 0.5
+  right = found["right"]["feedback"]
+  assert right["difference"]["mean"] == 0.5
+  assert (right["by_part"]["policy"][0], right["by_part"]["policy"][5]) == (0.5, 0.0)
+  assert (right["by_part"]["teacher"][0], right["by_part"]["teacher"][5]) == (0.5, 1.0)
+  assert (found["followed"], found["alike"]) == ({}, None)
   assert tokens.figures([], {})["gap"] is None
+
+
+class StubScorer:
+  """Scores each token by its place; the likeliest next token is given, by the prompt's last id."""
+
+  def __init__(self, likeliest):
+    self.likeliest = likeliest
+
+  def score(self, ids, *, begin, temperature, top):
+    places = np.arange(len(ids) - begin)
+    logp, tokens_X = self.likeliest[ids[begin - 1]]
+    top_token_XM = np.array([tokens_X[i] for i in places])[:, None]
+    return types.SimpleNamespace(logp_X=np.array(logp)[places], top_token_XM=top_token_XM)
+
+
+def test_an_attempt_is_followed_to_where_it_departs_from_a_right_answer(chat):
+  """The policy repeats the attempt 5 6 7, the teacher is right at its departure, 5 8."""
+  scorer = StubScorer(
+    {
+      1: ([-1.0, -1.0, -1.0], [5, 6, 7]),  # the policy
+      2: ([-1.0, -4.0, -2.0], [5, 8, 7]),  # the teacher
+      3: ([-1.0, -2.0, 0.0], [5, 8, 7]),  # ... shown another question's context
+    }
+  )
+  reader = tokens.TokenReader(scorer, chat, 1.0)
+  attempt = dataclasses.replace(rollout(chat, 0.0), prompt_tokens=[1], tokens=[5, 6, 7])
+  failed = reader.read(attempt, Prompt([2], None), answer=[5, 8, 9, 9], elsewhere=[3])
+  assert failed.right == tokens.Right(False, True, [True, False], [True, True])
+  assert failed.gap == [0.0, -3.0, -1.0] and failed.gap_elsewhere == [0.0, -1.0, 1.0]
+  cut = reader.read(attempt, Prompt([2], None), answer=[5, 6, 7, 9])
+  assert cut.right == tokens.Right(False, False, [True, True, True], [True, False, True])
+  solved = reader.read(attempt, Prompt([2], None), answer=[5, 6, 7], solved=True)
+  found = tokens.figures([failed, cut, solved], {})
+  assert found["followed"]["failed"]["policy"] == pytest.approx((0.5 + 1.0) / 2)
+  departure = found["followed"]["failed"]["departure"]
+  assert (departure["answers"], departure["policy"], departure["teacher"]) == (1, 0.0, 1.0)
+  assert found["followed"]["solved"]["teacher"] == pytest.approx(2 / 3)
+  assert "departure" not in found["followed"]["solved"]
+  assert found["alike"] == pytest.approx(1.0 / 4.0)
 
 
 # ---- rules ---------------------------------------------------------------------------------------
@@ -299,7 +348,7 @@ def figures(low=0.1, mean=0.2, high=0.3, *, mixed=0.5, gap=0.5, questions=20, **
     },
     "prompts": {OWN: nothing | own, SDPO: nothing | own},
     "again": {"failed": {OWN: worth}, "solved": None, "all": {OWN: worth, SDPO: worth}},
-    "tokens": {"gap": gap, "right": {}},
+    "tokens": {"gap": gap, "right": {}, "followed": {}, "alike": None},
     "parameters": 135e6,
   }
 
@@ -461,7 +510,7 @@ def test_attempts_are_read_without_a_diagnosis(tmp_path, monkeypatch):
   readings = mode.token_readings(config)
   assert len(readings) == 3 and not list(tmp_path.iterdir())  # nothing is written
   for one in readings:
-    assert {len(field) for field in one[1:]} == {len(one.attempt.tokens)}
+    assert {len(field) for field in one[1:6]} == {len(one.attempt.tokens)}
     for i, differs in enumerate(one.top_differs):
       assert differs == (one.policy_top[i] != one.teacher_top[i])
   failed = [one.attempt.feedback.reward < 1 for one in readings]

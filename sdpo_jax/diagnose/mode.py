@@ -206,8 +206,7 @@ def read_tokens(c, session: Session, samples: Samples, maker: PromptMaker):
     tokens.TokenReader(scorer, session.chat, c.rollout.temperature),
     samples.groups,
     samples.prompts_QG,
-    maker.succeeded,
-    session.chat,
+    maker,
     c.diagnose.texts,
   )
 
@@ -286,6 +285,20 @@ def _token_lines(read: dict) -> list[str]:
     lines.append(
       f"  of a right answer, its likeliest token is the right one in {right['teacher']:.0%} (shown "
       f"{ABOUT[name]}), the policy's in {right['policy']:.0%}"
+    )
+  for name, right in read["followed"].items():
+    lines.append(
+      f"  along {name} attempts, the teacher's likeliest token is the right one in "
+      f"{right['teacher']:.0%}, the policy's in {right['policy']:.0%}"
+    )
+    if "departure" in right:
+      end = right["departure"]
+      lines.append(
+        f"  where they depart from a right answer, in {end['teacher']:.0%} and {end['policy']:.0%}"
+      )
+  if read["alike"] is not None:
+    lines.append(
+      f"  {read['alike']:.0%} of the gap is alike under another question's context: style"
     )
   return lines
 

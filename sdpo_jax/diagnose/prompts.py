@@ -21,10 +21,10 @@ from typing import Callable, NamedTuple
 
 from sdpo_jax.data.chat import Chat
 from sdpo_jax.data.conversation import Continuation, converse
-from sdpo_jax.data.teacher_prompt import Shown, TeacherReader
+from sdpo_jax.data.teacher_prompt import Shown, TeacherReader, teacher_prompt
 from sdpo_jax.objectives.build import Method
 from sdpo_jax.objectives.contexts import TEACHER_CONTEXTS
-from sdpo_jax.objectives.teacher_context import FeedbackOrSolution, ReferenceSolution
+from sdpo_jax.objectives.teacher_context import Context, FeedbackOrSolution, ReferenceSolution
 from sdpo_jax.records import Rollout, Task
 
 CONTROL, OWN, SDPO, TURN = "control", "own", "sdpo", "turn"
@@ -112,6 +112,10 @@ class PromptMaker:
       self._of_attempt(rollout, own[i], {name: shown[i] for name, shown in others.items()})
       for i, rollout in enumerate(group)
     ]
+
+  def shown(self, task: Task, context: Context) -> list[int]:
+    """Returns the teacher's prompt for a question with a context that may be another's."""
+    return teacher_prompt(self.chat, self.messages(task), context, self.max_tokens)[0]
 
   def _of_attempt(
     self, rollout: Rollout, own: Shown | None, others: dict[str, Shown | None]
