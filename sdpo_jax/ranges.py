@@ -278,6 +278,8 @@ RANGES = {
   "pretrain.eval.questions": _COUNT,
   "pretrain.eval.max_new_tokens": _COUNT,
   "env.tinycode.words_seed": _SEED,
+  "env.tinycode.stages": _COUNT,
+  "env.tinycode.stage_questions": _COUNT,
   "env.arithmetic.words_seed": _SEED,
   "env.coding.time_s": _TIMEOUT_S,
   "env.coding.memory_mb": _LIMIT_SIZE,

@@ -69,6 +69,10 @@ RATIO_LEGEND = """\
 How much an arm generates until it is as good as another's last evaluation on held-out questions,
 over what the other itself had generated when it was first as good: median over seeds, with the sign
 test's interval (five seeds: 93.75 %, from the lowest to the highest)."""
+FORGETTING_LEGEND = """\
+Novel words are taught group after group, in stages of equal length. Each row is what the policy
+knows of every group at the end of a stage, in per cent, means over seeds (lowest to highest).
+"Forgotten" is how far the groups taught before have fallen by then from their best evaluation."""
 ORACLE_LEGEND = """\
 How often the likeliest next token is the right one, in per cent of the tokens, along attempts as
 far as it is known: a solved attempt to its end, a failed one to the token at which it departs from
@@ -233,7 +237,8 @@ def _curves(entries: dict) -> list[str]:
     arms = _by_arm(members)
     if domain:
       parts.append(f"### {domain}")
-    parts += [_tuned(arms), CURVES_LEGEND, _scores(arms, splits), PACE_LEGEND, _pace(arms)]
+    parts += [_tuned(arms), CURVES_LEGEND, _scores(arms, splits), *_forgetting(arms)]
+    parts += [PACE_LEGEND, _pace(arms)]
     parts += _ratios(arms)
     parts.append(_folded("Every run, with 95 % intervals over questions", _runs(arms, splits)))
   return parts
@@ -318,6 +323,42 @@ def _difference(members: list[Run], others: list[Run], split: str) -> str:
   )
   each = ", ".join(_percent(own[seed] - other[seed], "+") for seed in seeds)
   return f"{_percent(difference, '+')} {_interval(low, high, '+')} ({each})"
+
+
+def _forgetting(arms: dict[str, list[Run]]) -> list[str]:
+  """Returns the matrix of what is known after each stage, where runs were taught in stages."""
+  keys = sorted(key for key in next(iter(arms.values()))[0].points[-1] if _is_of_a_stage(key))
+  rows = []
+  for arm, members in arms.items():
+    for stage in range(len(keys)):
+      ends = [_at_share(run, (stage + 1) / len(keys)) for run in members]
+      row = [f"`{arm}`", str(stage + 1)]
+      for key in keys:
+        scores = [end[key] for end in ends]
+        row.append(f"{_percent(sum(scores) / len(scores))} ({_range(scores)})")
+      lost = [_forgotten(run, end, keys[:stage]) for run, end in zip(members, ends, strict=True)]
+      row.append(f"{_percent(sum(lost) / len(lost))} ({_range(lost)})" if stage else NONE)
+      rows.append(row)
+  if not rows:
+    return []
+  head = ["arm", "after stage", *(f"words of stage {i + 1}" for i in range(len(keys))), "forgotten"]
+  return [FORGETTING_LEGEND, _table(head, rows)]
+
+
+def _is_of_a_stage(key: str) -> bool:
+  return key.startswith("eval/stage_") and key.endswith("/avg@k")
+
+
+def _at_share(run: Run, share: float) -> dict:
+  """Returns the last evaluation within this share of a run's steps."""
+  last_step = run.points[-1]["step"]
+  return [point for point in run.points if point["step"] <= round(share * last_step)][-1]
+
+
+def _forgotten(run: Run, end: dict, keys: list[str]) -> float:
+  """Returns the mean fall of these scores from their best by that evaluation."""
+  before = [point for point in run.points if point["step"] <= end["step"]]
+  return sum(max(p[key] for p in before) - end[key] for key in keys) / max(len(keys), 1)
 
 
 def _pace(arms: dict[str, list[Run]]) -> str:

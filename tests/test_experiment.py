@@ -153,3 +153,53 @@ def test_a_summary_of_nothing_is_one_line(tmp_path, monkeypatch, capsys):
   for arguments in (["--summary", "--config=x"], ["--workdir=x"], []):
     with pytest.raises(SystemExit, match="2"):
       experiment.main(arguments)
+
+
+def test_what_is_forgotten_by_hand(tmp_path):
+  """One of two seeds loses .4 of the first group's words while the second is taught."""
+  folder = tmp_path / "results" / "grid"
+  folder.mkdir(parents=True)
+
+  def point(step, first, second):
+    scores = {"heldout": 0.5, "stage_1": first, "stage_2": second}
+    named = {
+      f"eval/{split}/avg@k{end}": x for split, x in scores.items() for end in ("", "_low", "_high")
+    }
+    return {"step": step, "time_s": 1.0, "train/generations": step, **named} | {
+      "train/sampled_tokens": step
+    }
+
+  runs = {
+    f"one_seed{seed}": {
+      "arguments": [f"--config=configs/x.py:method=one,seed={seed}"],
+      "points": [point(0, 0.1, 0.1), point(60, 0.9, 0.2), point(120, last, 0.8)],
+    }
+    for seed, last in ((0, 0.9), (1, 0.5))
+  }
+  (folder / "curves.json").write_text(json.dumps(runs))
+  page = summary.text(tmp_path)
+  assert "| arm | after stage | words of stage 1 | words of stage 2 | forgotten |" in page
+  assert "| `one` | 1 | 90.0 (90.0 to 90.0) | 20.0 (20.0 to 20.0) | – |" in page
+  assert "| `one` | 2 | 70.0 (50.0 to 90.0) | 80.0 (80.0 to 80.0) | 20.0 (0.0 to 40.0) |" in page
+
+
+def test_right_tokens_by_hand(tmp_path):
+  folder = tmp_path / "results" / "oracle"
+  folder.mkdir(parents=True)
+  share = {
+    "policy": 0.5,
+    "teacher": 0.75,
+    "difference": {"mean": 0.25, "low": 0.1, "high": 0.4},
+    "answers": 7,
+    "by_part": {"policy": [0.5] * 9 + [None], "teacher": [1.0] * 10},
+  }
+  read = {
+    "followed": {"failed": share | {"departure": share | {"policy": 0.0}}},
+    "alike": 0.125,
+    "gap_by_part": [1.0] * 10,
+  }
+  (folder / "oracle_base.json").write_text(json.dumps({"tokens": read}))
+  page = summary.text(tmp_path)
+  assert "| base | failed | 7 | 50.0 | 75.0 | +25.0 [+10.0, +40.0] | 12.5 |" in page
+  assert "| base | failed, where it departs | 7 | 0.0 | 75.0 |" in page
+  assert f"| base | failed | policy | {'50.0 | ' * 9}– |" in page

@@ -226,7 +226,7 @@ def test_a_setting_without_a_default_must_be_given():
     (
       ["--config.env.levle=hard"],
       "config.env.levle is not a setting; did you mean config.env.level; "
-      "choose from ['level', 'name', 'words_seed']",
+      "choose from ['level', 'name', 'stage_questions', 'stages', 'words_seed']",
     ),
     (
       ["--config.env.name=tests.my_env:Nothing"],

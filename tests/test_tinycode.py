@@ -96,6 +96,27 @@ def test_training_can_teach_every_novel_word(words_seed):
   assert {composed.novel_phrase(w) for w in problems.words.values()} <= in_training
 
 
+def test_stages_teach_one_group_of_novel_words_after_another():
+  plain = composed.Problems(tinycode.DOMAIN, "default")
+  staged = composed.Problems(tinycode.DOMAIN, "default", stages=4, stage_questions=30)
+  named = []
+  for stage in range(4):
+    last = 300 if stage == 3 else 30  # the last stage does not end
+    tasks = [staged.task("train", 30 * stage + i) for i in range(last)]
+    tasks += [staged.task(f"stage_{stage + 1}", i) for i in range(200)]
+    words = [plain.words.keys() & set(task.data["ops"]) for task in tasks]
+    assert all(words)
+    named.append(set.union(*words))
+  assert set.union(*named) == set(plain.words) and sum(map(len, named)) == len(plain.words)
+  prompts = {staged.task("train", i).prompt for i in range(2000)}
+  for split in staged.stage_splits:
+    assert not prompts & {staged.task(split, i).prompt for i in range(100)}
+  for split in ("heldout", "unseen", "tune"):
+    assert [staged.task(split, i) for i in range(20)] == [plain.task(split, i) for i in range(20)]
+  with pytest.raises(ValueError, match=r"config.env.stages=99 must be at most \d+, the"):
+    composed.Problems(tinycode.DOMAIN, "default", stages=99)
+
+
 def test_an_unknown_level_or_split_names_the_choices():
   with pytest.raises(ValueError, match="very_hard"):
     composed.Problems(tinycode.DOMAIN, "harder")

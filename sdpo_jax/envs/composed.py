@@ -23,7 +23,12 @@ it has a handful of statements, with new tests each time; at the level easy Tiny
 Levels (`LEVELS`) say how many operations a problem has, and how many of the vocabulary are named
 by a novel word.
 
-Everything is a pure function of (domain, level, words_seed, split, index), so any problem can be
+With stages, the novel words are taught group after group: so many questions of train name words of
+the first group alone, as many then words of the second, and all further ones words of the last.
+What is forgotten shows on the splits stage_1, stage_2, ...: each is drawn like heldout, with words
+of one group. The other splits are what they are without stages.
+
+Everything is a pure function of the settings, the split and the index, so any problem can be
 rebuilt from its id.
 """
 
@@ -172,7 +177,18 @@ def _question(task: Task):
 class Problems:
   """Generates problems; each is a pure function of the settings, its split and its index."""
 
-  def __init__(self, domain: Domain, level: str = "default", words_seed: int = 0):
+  def __init__(
+    self,
+    domain: Domain,
+    level: str = "default",
+    words_seed: int = 0,
+    stages: int = 1,
+    stage_questions: int = 0,
+  ):
+    """Prepares to draw problems.
+
+    stages, stage_questions: groups of novel words, and the questions of train of each but the last.
+    """
     if level not in LEVELS:
       raise ValueError(unknown("config.env.level", level, sorted(LEVELS)))
     self.domain = domain
@@ -183,6 +199,15 @@ class Problems:
     novel_count = round(novel_share * len(domain.phrases))
     # Operation: its novel word, for those that the level names by one.
     self.words = dict(list(meanings.items())[:novel_count])
+    if stages > novel_count:
+      raise ValueError(
+        f"config.env.stages={stages} must be at most {novel_count}, the novel words of level "
+        f"{level!r}"
+      )
+    self.stage_questions = stage_questions
+    # Stage: the operations that it names by a novel word; nothing where there is one stage alone.
+    names = list(self.words)
+    self._stages = [set(names[i::stages]) for i in range(stages)] if stages > 1 else []
     # Number of operations: its weight.
     self.weights = {length: weight for length, weight in enumerate(weights, 1) if weight}
     # (Number of operations, whether unseen): compositions, as Domain.compositions has them.
@@ -197,6 +222,12 @@ class Problems:
     """Returns a problem of a split. ValueError if the level has none of that split."""
     name = f"{self.level}/{self.words_seed}/{split}/{index}"
     rng = random.Random(name)
+    if self._stages and split == "train":
+      stage = min(index // self.stage_questions, len(self._stages) - 1)
+      return self._draw(rng, split, f"{name}/stage_{stage + 1}", self._stages[stage])
+    if split in self.stage_splits:
+      task = self._draw(rng, "heldout", name, self._stages[self.stage_splits.index(split)])
+      return dataclasses.replace(task, split=split)
     if split != "tune":
       return self._draw(rng, split, name)
     for _ in range(_TUNE_DRAWS):
@@ -204,6 +235,11 @@ class Problems:
       if _question(task) not in self._asked:
         return dataclasses.replace(task, split=split)
     raise self._is_empty(split)
+
+  @property
+  def stage_splits(self) -> list[str]:
+    """The splits of single stages, in the order in which they are taught."""
+    return [f"stage_{i}" for i in range(1, len(self._stages) + 1)]
 
   @functools.cached_property
   def _asked(self) -> set:
@@ -213,11 +249,14 @@ class Problems:
   def _is_empty(self, split: str) -> ValueError:
     return ValueError(
       f"split {split!r} is empty at level {self.level!r}; "
-      f"choose from {[s for s in SPLITS if s != split]}"
+      f"choose from {[s for s in (*SPLITS, *self.stage_splits) if s != split]}"
     )
 
-  def _draw(self, rng: random.Random, split: str, name: str) -> Task:
-    """Draws a problem of a split and gives it the name. ValueError if the level has none."""
+  def _draw(self, rng: random.Random, split: str, name: str, novel: set | None = None) -> Task:
+    """Draws a problem of a split and gives it the name. ValueError if the level has none.
+
+    novel: at least one operation is of these, and no other one is named by a novel word.
+    """
     unseen = split == "unseen"
     lengths = [length for length in self.weights if self._compositions[length, unseen]]
     if split not in SPLITS or not lengths:
@@ -225,6 +264,10 @@ class Problems:
     while True:  # Rejects statements until one falls into the split.
       (length,) = rng.choices(lengths, [self.weights[n] for n in lengths])
       *ops, kind = rng.choice(self._compositions[length, unseen])
+      if novel is not None:
+        named = self.words.keys() & set(ops)
+        if not named or not named <= novel:
+          continue
       phrases = [self._phrase(rng, op) for op in ops]
       header = rng.randrange(HEADERS)
       if split in ("unseen", "adversarial"):

@@ -286,12 +286,24 @@ DOMAIN = composed.Domain(
 
 
 class TinyCode:
-  """Judges responses by running them. It is thread-safe."""
+  """Judges responses by running them. It is thread-safe.
+
+  stages, stage_questions: groups in which the novel words are taught, and the questions of train
+    for each of them but the last (composed.py).
+  """
 
   LIMITS = Limits(time_s=2.0, memory_mb=256, output_kb=64)
 
-  def __init__(self, *, level: str = "default", words_seed: int = 0, sandbox: Sandbox):
-    self.problems = composed.Problems(DOMAIN, level, words_seed)
+  def __init__(
+    self,
+    *,
+    level: str = "default",
+    words_seed: int = 0,
+    stages: int = 1,
+    stage_questions: int = 1000,
+    sandbox: Sandbox,
+  ):
+    self.problems = composed.Problems(DOMAIN, level, words_seed, stages, stage_questions)
     self.sandbox = sandbox
 
   def task(self, split: str, index: int) -> Task:

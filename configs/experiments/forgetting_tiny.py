@@ -1,0 +1,55 @@
+r"""Teaches TinyCode's novel words in four groups, one after another: what is forgotten?
+
+Run:    python -m sdpo_jax.experiment --config=configs/experiments/forgetting_tiny.py \
+          --workdir=runs/forgetting_tiny --results=results/forgetting_tiny --jobs=2
+Smoke:  python -m sdpo_jax.experiment --config=configs/experiments/forgetting_tiny.py:local \
+          --workdir=runs/forgetting_tiny_local
+Grid:   SDPO, SDPO with a frozen teacher, GRPO; three seeds, four stages of 60 steps with 64
+        responses each, a constant learning rate. All else is configs/tinycode.py; nothing is tuned.
+Look:   after each stage the policy is asked about every group (stage_1 to stage_4), and about all
+        words together (heldout).
+Cost:   180 s a run on one core by the runs of methods.py: half a CPU hour.
+Result: none yet.
+"""
+
+RUN_S = 180.0
+STAGES = 4
+STEPS = 60  # of a stage
+SEEDS = range(3)
+ARMS = {
+  "sdpo": ("sdpo", ()),
+  "frozen": ("sdpo", ("--config.label=frozen", "--config.method.teacher_weights.name=frozen")),
+  "grpo": ("grpo", ()),
+}
+QUESTIONS = {"sdpo": 16, "grpo": 8}  # of a step, as configs/tinycode.py has them
+SPLITS = ("heldout", *(f"stage_{i + 1}" for i in range(STAGES)))
+
+
+def _arguments(arm: str, more: str, steps: int) -> list[str]:
+  """Returns the arguments of a run whose stages have so many steps."""
+  row, changes = ARMS[arm]
+  return [
+    f"--config=configs/tinycode.py:method={row},{more}",
+    f"--config.env.stages={STAGES}",
+    f"--config.env.stage_questions={steps * QUESTIONS[row]}",
+    f"--config.eval.splits={SPLITS}",
+    f"--config.eval.final_splits={SPLITS}",
+    "--config.optimizer.decay_steps=0",
+    *changes,
+  ]
+
+
+def get_grid():
+  return {
+    f"{arm}_seed{seed}": [
+      *_arguments(arm, f"seed={seed}", STEPS),
+      f"--config.total_steps={STAGES * STEPS}",
+      f"--config.eval.every_steps={STEPS}",
+    ]
+    for seed in SEEDS
+    for arm in ARMS
+  }
+
+
+def get_local():
+  return {arm: _arguments(arm, "local", 1) for arm in ARMS}
