@@ -56,7 +56,7 @@ ARMS = {
   "blend_0.5": ("sdpo_blend", ("--config.method.policy_share=0.5",)),
   "sdpo_blend": ("sdpo_blend", ()),
   "rlsd": ("rlsd", ()),
-  "anti_sd": ("anti_sd", ()),
+  "rlrt": ("rlrt", ()),
   "grpo": ("grpo", ()),
   "four_updates": ("grpo", ("--config.train.updates_per_batch=4",)),
   "filtered_successes": ("grpo", ("--config.method.advantage.success_bonus=0.5",)),
