@@ -79,6 +79,7 @@ far as it is known: a solved attempt to its end, a failed one to the token at wh
 a right answer. The teacher reads what it reads in training. Differences are in points, with 95 %
 intervals over questions. "Style" is the share of the gap between teacher and policy that another
 question's context makes as well."""
+PLACES = "The same by tenths of the part that is followed; the gap by tenths of whole attempts"
 VERSUS = "against_best_of_k"  # ends the names of comparisons in discover.json
 
 
@@ -612,8 +613,8 @@ def _oracle(folder: pathlib.Path) -> list[str]:
     gaps = [NONE if x is None else _number(x, ".2f") for x in read["gap_by_part"]]
     places.append([model, "all", "gap, nats", *gaps])
   head = ["model", "attempts", "number", "policy", "teacher", "difference", "style"]
-  by_place = _table(["model", "attempts", "tenth of them", *map(str, range(1, 11))], places)
-  return [ORACLE_LEGEND, _table(head, rows), _folded("The same by place in the attempt", by_place)]
+  by_place = _table(["model", "attempts", "tenth", *map(str, range(1, 11))], places)
+  return [ORACLE_LEGEND, _table(head, rows), _folded(PLACES, by_place)]
 
 
 def _right_cells(right: dict) -> list[str]:
