@@ -10,8 +10,8 @@ Grid:   the rows at TinyCode's default level, 240 steps of 64 responses. Before 
         rows of the reward alone larger groups.
 End:    the last checkpoints answer 100 questions of each split 16 times at temperature 1, and once
         greedily.
-Cost:   not measured.
-Result: none yet.
+Cost:   120 to 310 s a run on one core beside another: about 6 CPU hours for 140 runs.
+Result: the trials and two of 84 runs so far.
 """
 
 from sdpo_jax.objectives import build
