@@ -10,11 +10,11 @@ Look:   after each stage the policy is asked about every group (stage_1 to stage
         words together (heldout).
 Cost:   0.47 CPU hours, where half an hour was foretold; 118 to 427 s a run on one core, the longest
         beside other work.
-Result: every arm forgets. At the end the first three groups have fallen by 55 points (48 to 62) with
-        SDPO, 68 (64 to 73) with a frozen teacher, 24 (14 to 32) with GRPO, which had learnt less of
-        them: 55 % of the first group against 93 %. What the paper finds for large models, that SDPO
-        loses less of other abilities than GRPO, does not hold here. Held-out accuracy tells no arms
-        apart.
+Result: every arm forgets. At the end the first three groups have fallen by 55 points (48 to 62)
+        with SDPO, 68 (64 to 73) with a frozen teacher, 24 (14 to 32) with GRPO, which had learnt
+        less of them: 55 % of the first group against 93 %. What the paper finds for large models,
+        that SDPO loses less of other abilities than GRPO, does not hold here. Held-out accuracy
+        tells no arms apart.
 """
 
 RUN_S = 180.0
