@@ -900,6 +900,11 @@ def check_questions(c: ml_collections.ConfigDict) -> None:
       f"config.data.questions={questions} would not be read: config.env.name={c.env.name!r} takes "
       "the rows of config.data.sources"
     )
+  if c.env.get("stages", 1) > 1 and questions:
+    raise ValueError(
+      f"config.env.stages={c.env.stages} with config.data.questions={questions}: questions that "
+      "come again are shuffled, and the stages with them; set config.data.questions=0"
+    )
   if memory != "none" and not has_rows and not questions:
     raise ValueError(
       f"config.method.memory.name={memory!r} remembers questions that come back, and "

@@ -19,8 +19,8 @@ file when the run has ended (--mode=eval), which goes on likewise where it was.
 
 With `REUSED = ("results/OTHER", ...)` in it, a run or a trial that ended there from the same
 arguments is taken over instead of being repeated; files of one REUSED have one SUITES. With
-`RUN_S = 150.0`, what a run takes on one core, the command says beforehand how many CPU hours it
-will take. At the end it says how many it took.
+`RUN_S = 150.0`, what a run takes on one core, the command says beforehand how many CPU hours are to
+go. At its end it says how many it has spent itself.
 
 What a run gave is kept under --results, else under DIR, as soon as it has ended (see kept.py):
   curves.json   every evaluation of every run, and how its arm was tuned
@@ -82,7 +82,7 @@ class Experiment:
       raise ValueError(f"--config={path}: it has no {self._maker}(){hint}")
     self.suites = self._read_suites()
     self.reused = self._read_reused()
-    self.run_s: float | None = self._names.get("RUN_S")
+    self.run_s: float | None = None if argument else self._names.get("RUN_S")
     self.tuning: tuning.Tuning = {}
     if "get_tuning" not in self._names or argument:
       self.grid({})
@@ -290,9 +290,11 @@ def main(argv=None) -> int:
   try:
     failed = []
     if not flags.report:
-      record = tune(experiment, root, flags.jobs, kept)
-      failed = run_grid(experiment, root, flags.jobs, kept, record)
-      print(f"{_cpu_hours():.2f} CPU hours were spent")
+      try:
+        record = tune(experiment, root, flags.jobs, kept)
+        failed = run_grid(experiment, root, flags.jobs, kept, record)
+      finally:
+        print(f"{_cpu_hours():.2f} CPU hours were spent by this command")
     _report(experiment.grid(chosen(record)), root, record, kept)
   except (RunError, ValueError) as error:
     complain(error)

@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 from sdpo_jax import final_scores, stats
 from sdpo_jax.diagnose import agreement
+from sdpo_jax.diagnose.prompts import ABOUT
 
 SPLITS = ("heldout", "unseen", "adversarial")
 # The arms that others are compared with, where an experiment has them
@@ -72,13 +73,16 @@ test's interval (five seeds: 93.75 %, from the lowest to the highest)."""
 FORGETTING_LEGEND = """\
 Novel words are taught group after group, in stages of equal length. Each row is what the policy
 knows of every group at the end of a stage, in per cent, means over seeds (lowest to highest).
-"Forgotten" is how far the groups taught before have fallen by then from their best evaluation."""
+"Forgotten" is the share that the groups taught before have lost by then of their best evaluations.
+"""
 ORACLE_LEGEND = """\
-How often the likeliest next token is the right one, in per cent of the tokens, along attempts as
-far as it is known: a solved attempt to its end, a failed one to the token at which it departs from
-a right answer. The teacher reads what it reads in training. Differences are in points, with 95 %
-intervals over questions. "Style" is the share of the gap between teacher and policy that another
-question's context makes as well."""
+How often the likeliest next token is the right one, in per cent, averaged over attempts and then
+questions; differences are in points, with 95 % intervals over questions. "right answers" are read
+whole by both. Attempts are followed as far as the right token is known: a solved one to its end, a
+failed one to the token at which it departs from a right answer that the teacher was not shown. It
+departs where the policy drew another token, so there, and less so before, the policy's share is low
+by selection. "Style" is the share of the gap between teacher and policy, over all attempts, that
+another question's context makes as well."""
 PLACES = "The same by tenths of the part that is followed; the gap by tenths of whole attempts"
 VERSUS = "against_best_of_k"  # ends the names of comparisons in discover.json
 
@@ -328,38 +332,46 @@ def _difference(members: list[Run], others: list[Run], split: str) -> str:
 
 def _forgetting(arms: dict[str, list[Run]]) -> list[str]:
   """Returns the matrix of what is known after each stage, where runs were taught in stages."""
-  keys = sorted(key for key in next(iter(arms.values()))[0].points[-1] if _is_of_a_stage(key))
+  stages = sorted({int(n) for run in sum(arms.values(), []) for n in _stages(run.points[-1])})
+  keys = [f"eval/stage_{n}/avg@k" for n in stages]
   rows = []
   for arm, members in arms.items():
-    for stage in range(len(keys)):
-      ends = [_at_share(run, (stage + 1) / len(keys)) for run in members]
-      row = [f"`{arm}`", str(stage + 1)]
+    for stage in range(1, len(keys) + 1):
+      ends = [(run, _end_of_stage(run, stage, keys)) for run in members]
+      ends = [(run, end) for run, end in ends if end is not None]
+      if not ends:
+        continue
+      row = [f"`{arm}`", str(stage)]
       for key in keys:
-        scores = [end[key] for end in ends]
+        scores = [end[key] for _, end in ends]
         row.append(f"{_percent(sum(scores) / len(scores))} ({_range(scores)})")
-      lost = [_forgotten(run, end, keys[:stage]) for run, end in zip(members, ends, strict=True)]
-      row.append(f"{_percent(sum(lost) / len(lost))} ({_range(lost)})" if stage else NONE)
+      lost = [_forgotten(run, end, keys[: stage - 1]) for run, end in ends]
+      row.append(f"{_percent(sum(lost) / len(lost))} ({_range(lost)})" if stage > 1 else NONE)
       rows.append(row)
   if not rows:
     return []
-  head = ["arm", "after stage", *(f"words of stage {i + 1}" for i in range(len(keys))), "forgotten"]
+  head = ["arm", "after stage", *(f"words of stage {n}" for n in stages), "forgotten"]
   return [FORGETTING_LEGEND, _table(head, rows)]
 
 
-def _is_of_a_stage(key: str) -> bool:
-  return key.startswith("eval/stage_") and key.endswith("/avg@k")
+def _stages(point: dict) -> list[str]:
+  """Returns the numbers of the stages whose words an evaluation asked for."""
+  return [x[1] for x in map(re.compile(r"eval/stage_(\d+)/avg@k").fullmatch, point) if x]
 
 
-def _at_share(run: Run, share: float) -> dict:
-  """Returns the last evaluation within this share of a run's steps."""
-  last_step = run.points[-1]["step"]
-  return [point for point in run.points if point["step"] <= round(share * last_step)][-1]
+def _end_of_stage(run: Run, stage: int, keys: list[str]) -> dict | None:
+  """Returns a run's evaluation at the end of a stage, on all stages; None if there is none."""
+  step = run.points[-1]["step"] * stage / len(keys)
+  found = [point for point in run.points if point["step"] == step and point.keys() >= set(keys)]
+  return found[0] if found else None
 
 
 def _forgotten(run: Run, end: dict, keys: list[str]) -> float:
-  """Returns the mean fall of these scores from their best by that evaluation."""
+  """Returns the share that these scores have lost of their best until this evaluation."""
   before = [point for point in run.points if point["step"] <= end["step"]]
-  return sum(max(p[key] for p in before) - end[key] for key in keys) / max(len(keys), 1)
+  best = {key: max(point.get(key, 0.0) for point in before) for key in keys}
+  reached = sum(best.values())
+  return sum(best[key] - end[key] for key in keys) / reached if reached else 0.0
 
 
 def _pace(arms: dict[str, list[Run]]) -> str:
@@ -599,22 +611,31 @@ def _scores_on(task: str, folder: pathlib.Path) -> dict[str, list[float]]:
 
 def _oracle(folder: pathlib.Path) -> list[str]:
   """Returns the tables of how often teacher and policy expect the right token."""
-  rows, places = [], []
+  rows, places, styles = [], [], []
   for path in sorted(folder.glob("oracle_*.json")):
-    model, read = path.stem.removeprefix("oracle_"), json.loads(path.read_text())["tokens"]
-    style = NONE if read["alike"] is None else _percent(read["alike"])
+    model = path.stem.removeprefix("oracle_")
+    read = json.loads(path.read_text(encoding="utf-8"))["tokens"]
+    styles.append([model, NONE if read["alike"] is None else _percent(read["alike"])])
+    for name, right in read["right"].items():
+      rows.append([model, f"right answers; shown: {ABOUT[name]}", *_right_cells(right)])
     for name, right in read["followed"].items():
-      rows.append([model, name, *_right_cells(right), style])
+      rows.append([model, f"{name} attempts", *_right_cells(right)])
       if "departure" in right:
-        rows.append([model, f"{name}, where it departs", *_right_cells(right["departure"]), style])
+        cells = _right_cells(right["departure"])
+        rows.append([model, f"{name} attempts, at the departure", *cells])
       for reader in ("policy", "teacher"):
         shares = [NONE if x is None else _percent(x) for x in right["by_part"][reader]]
         places.append([model, name, reader, *shares])
     gaps = [NONE if x is None else _number(x, ".2f") for x in read["gap_by_part"]]
     places.append([model, "all", "gap, nats", *gaps])
-  head = ["model", "attempts", "number", "policy", "teacher", "difference", "style"]
+  head = ["model", "what is read", "number", "policy", "teacher", "difference"]
   by_place = _table(["model", "attempts", "tenth", *map(str, range(1, 11))], places)
-  return [ORACLE_LEGEND, _table(head, rows), _folded(PLACES, by_place)]
+  return [
+    ORACLE_LEGEND,
+    _table(head, rows),
+    _table(["model", "style"], styles),
+    _folded(PLACES, by_place),
+  ]
 
 
 def _right_cells(right: dict) -> list[str]:

@@ -282,6 +282,18 @@ def test_figures_of_tokens_by_hand(chat):
   assert tokens.figures([], {})["gap"] is None
 
 
+def test_an_answer_that_the_prompt_shows_is_no_known_one(chat):
+  """It would only be recited; the question's own solution is known beside it."""
+  failed, right = rollout(chat, 0.0), rollout(chat, 1.0, "f = 1")
+  group, own = [failed, right], maker(chat)
+  hidden = Prompt(chat.text_tokens("no answer"), None)
+  shown = Prompt(chat.text_tokens("Correct solution: f = 1"), None)
+  assert tokens.unshown_answer(group, failed, hidden, own) == right.tokens
+  assert tokens.unshown_answer(group, failed, shown, own) == chat.text_tokens(TASK.solution)
+  assert tokens.unshown_answer(group, right, shown, own) is None
+  assert tokens.unshown_answer(group, right, hidden, own) == right.tokens
+
+
 class StubScorer:
   """Scores each token by its place; the likeliest next token is given, by the prompt's last id."""
 

@@ -180,7 +180,7 @@ def test_what_is_forgotten_by_hand(tmp_path):
   page = summary.text(tmp_path)
   assert "| arm | after stage | words of stage 1 | words of stage 2 | forgotten |" in page
   assert "| `one` | 1 | 90.0 (90.0 to 90.0) | 20.0 (20.0 to 20.0) | – |" in page
-  assert "| `one` | 2 | 70.0 (50.0 to 90.0) | 80.0 (80.0 to 80.0) | 20.0 (0.0 to 40.0) |" in page
+  assert "| `one` | 2 | 70.0 (50.0 to 90.0) | 80.0 (80.0 to 80.0) | 22.2 (0.0 to 44.4) |" in page
 
 
 def test_right_tokens_by_hand(tmp_path):
@@ -194,12 +194,15 @@ def test_right_tokens_by_hand(tmp_path):
     "by_part": {"policy": [0.5] * 9 + [None], "teacher": [1.0] * 10},
   }
   read = {
+    "right": {"feedback": share},
     "followed": {"failed": share | {"departure": share | {"policy": 0.0}}},
     "alike": 0.125,
     "gap_by_part": [1.0] * 10,
   }
   (folder / "oracle_base.json").write_text(json.dumps({"tokens": read}))
   page = summary.text(tmp_path)
-  assert "| base | failed | 7 | 50.0 | 75.0 | +25.0 [+10.0, +40.0] | 12.5 |" in page
-  assert "| base | failed, where it departs | 7 | 0.0 | 75.0 |" in page
+  assert "| base | failed attempts | 7 | 50.0 | 75.0 | +25.0 [+10.0, +40.0] |" in page
+  assert "| base | failed attempts, at the departure | 7 | 0.0 | 75.0 |" in page
+  assert "| base | right answers; shown: feedback | 7 | 50.0 | 75.0 |" in page
+  assert "| base | 12.5 |" in page
   assert f"| base | failed | policy | {'50.0 | ' * 9}– |" in page

@@ -109,7 +109,12 @@ def test_a_teacher_with_a_context_passes(weights, capsys):
 
 
 def test_an_anchor_reads_what_the_policy_reads_and_is_not_tested():
-  packed, packer = batch_of("frozen", dict(name="question_alone"))
+  row = build.method_row("sdpo_blend") | dict(
+    teacher_weights=dict(name="frozen"), teacher_context=dict(name="question_alone")
+  )
+  method = build.build_method(row)
+  packer = packer_of(method)
+  packed = fakes.controlled(packer.pack(groups()), method)
   contexts, *_ = packed.contexts
   for rollout, context in zip(packed.rollouts, contexts, strict=True):
     is_judged = rollout.feedback.status is not Status.ENV_FAILED

@@ -270,6 +270,7 @@ def test_only_packing_notes_a_group():
       ["--config=configs/math_qa.py:local", "--config.data.questions=3"],
       "config.data.questions=3 would not be read: config.env.name='math_qa' takes the rows",
     ),
+    (["--config.env.stages=2"], "are shuffled, and the stages with them"),
     (["--config.method.memory.name=none"], "'drift' needs a memory of questions"),
     (["--config.method.memory.replace=best"], "method.memory.replace='best' is unknown"),
     (

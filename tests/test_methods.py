@@ -101,6 +101,8 @@ def test_what_a_row_needs_is_read_off_it(name, needs):
       dict(teacher_context=dict(name="question_alone"), teacher_weights=dict(name="live")),
       "the teacher would be the policy itself",
     ),
+    ("sdpo", dict(teacher_context=dict(name="question_alone")), "teaches nothing: it needs a"),
+    ("srpo", dict(teacher_context=dict(name="question_alone")), "not policy_share='routed'"),
     ("sdpo", dict(memory=dict(name="questions")), "would not be read"),
     ("drift", dict(memory=dict(name="none")), "needs a memory of questions"),
   ],

@@ -1,12 +1,13 @@
 """Which shapes are compiled for: room, waste, limits, resume."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 
 from sdpo_jax.data.packing import Extent
-from sdpo_jax.data.shapes import Load, Shape, Shapes, choose_shape
+from sdpo_jax.data.shapes import Load, Shape, ShapeRules, Shapes, choose_shape
 from tests import fakes
 
 
@@ -44,6 +45,25 @@ def test_lengths_that_are_all_equal_get_no_room():
   assert {one_row(800, shapes) for _ in range(50)} == set(shapes.known) and shapes.known[
     0
   ].length == 800
+
+
+def test_room_and_the_price_of_a_compilation_are_settings():
+  data = types.SimpleNamespace(length_multiple=8, response_multiple=4, room=0.5)
+  data.compilation_steps = 3.0
+  rules = ShapeRules.of(data)
+  assert rules == ShapeRules(length=8, response=4, room=0.5, compilation=3.0)
+
+  def chosen(texts, shapes):
+    load = Load(len(texts), ([[Extent(n) for n in texts]], [[Extent(1)]], []), 8, 8)
+    return choose_shape(lambda packs: load, [1], shapes, rules)
+
+  assert chosen([100, 60], fresh()).length == 240  # one row of both, and half of that as room
+  assert chosen([100, 100], fresh()).length == 200  # equal lengths do not drift
+  shapes = fresh()
+  chosen([400], shapes)
+  served = [chosen([100], shapes).length for _ in range(6)]
+  # each of the first steps wastes nearly two steps' worth
+  assert (served[0], len(set(served)), len(shapes.known)) == (400, 2, 2)
 
 
 def test_a_better_shape_is_compiled_once_its_lack_has_cost_as_much():

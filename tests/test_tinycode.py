@@ -115,6 +115,12 @@ def test_stages_teach_one_group_of_novel_words_after_another():
     assert [staged.task(split, i) for i in range(20)] == [plain.task(split, i) for i in range(20)]
   with pytest.raises(ValueError, match=r"config.env.stages=99 must be at most \d+, the"):
     composed.Problems(tinycode.DOMAIN, "default", stages=99)
+  with pytest.raises(ValueError, match="leaves a group of words without a question of split"):
+    composed.Problems(tinycode.DOMAIN, "hard", stages=5, stage_questions=10)
+  with pytest.raises(ValueError, match="config.env.stage_questions=0 must be at least 1"):
+    composed.Problems(tinycode.DOMAIN, "default", stages=2)
+  two = composed.Problems(tinycode.DOMAIN, "default", stages=2, stage_questions=30)
+  assert two.task("stage_1", 3).id != staged.task("stage_1", 3).id
 
 
 def test_an_unknown_level_or_split_names_the_choices():

@@ -8,17 +8,19 @@ Grid:   the arms of ARMS, five seeds of 240 steps with 64 responses each. All el
         configs/tinycode.py. Two learning rates an arm on one seed of its own, judged on the split
         tune at their end. Rows of methods.py, and the seeds that it has run, are taken from its
         results.
-Arms:   granularity (logits, sampled tokens, whole responses), divergence (Jensen-Shannon, either
-        KL, the top 20 tokens), the teacher's weights (two moving averages, frozen, live), its
-        context (both, solutions alone, feedback alone, the own attempt beside them), the share of
-        the reward (none, .5, .9, all), rewards that a teacher spreads over tokens, and three
-        controls: GRPO with four updates a batch, GRPO with supervised training on its own filtered
-        successes (a bonus in the advantage, on policy the same gradient), and GRPO held near a
-        moving average of itself.
+Arms:   granularity (logits; sampled tokens, `opd_plus`; whole responses, which take reverse KL and
+        are to be held against `reverse_kl`), divergence (Jensen-Shannon, either KL, the top 20
+        tokens), the teacher's weights (two moving averages, frozen, live), its context (both,
+        solutions alone, feedback alone, the own attempt beside them), the share of the reward
+        (none, .5, .9, and all: `rewards_alone` has SDPO's groups of 4 and its falling rate), and
+        rewards that a teacher spreads over tokens. `grpo` has the settings that suit rewards
+        better: groups of 8, a constant rate. Three controls differ from it in one thing: four
+        updates a batch; supervised training on its own filtered successes (a bonus in the
+        advantage, on policy the same gradient); a moving average of itself that holds it.
 End:    the last checkpoints answer 100 questions of each split 16 times at temperature 1, and once
         greedily.
-Cost:   150 s a run on one core by those of methods.py, of which half an hour is spared: 5.5 CPU
-        hours with nothing taken over.
+Cost:   150 s a run on one core by the faster half of methods.py: 6.1 CPU hours with nothing taken
+        over.
 Result: none yet.
 """
 
@@ -39,10 +41,15 @@ _LIKE_GRPO = (
   "--config.rollout.group=8",
   "--config.optimizer.decay_steps=0",
 )
+_LIKE_SDPO = (
+  "--config.rollout.questions=16",
+  "--config.rollout.group=4",
+  "--config.optimizer.decay_steps=240",
+)
 # arm: its row, and what differs from it
 ARMS = {
   "sdpo": ("sdpo", ()),
-  "sampled_tokens": ("sdpo", (f"{_SIGNAL}name=sampled_token",)),
+  "opd_plus": ("opd_plus", ()),
   "whole_responses": ("sdpo", (f"{_SIGNAL}name=sequence",)),
   "sdpo_forward_kl": ("sdpo_forward_kl", ()),
   "reverse_kl": ("sdpo", (f"{_SIGNAL}alpha=1.0",)),
@@ -57,6 +64,7 @@ ARMS = {
   "sdpo_blend": ("sdpo_blend", ()),
   "rlsd": ("rlsd", ()),
   "rlrt": ("rlrt", ()),
+  "rewards_alone": ("grpo", _LIKE_SDPO),
   "grpo": ("grpo", ()),
   "four_updates": ("grpo", ("--config.train.updates_per_batch=4",)),
   "filtered_successes": ("grpo", ("--config.method.advantage.success_bonus=0.5",)),

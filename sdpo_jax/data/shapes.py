@@ -251,7 +251,7 @@ def _fitting_shape(
 
   def sizes(texts: list[list[Extent]], full_size: tuple[int, int]) -> tuple[int, int]:
     rows, length = _cheapest_rows(texts, full_size, rules)
-    # Lengths drift, unless all that the run has seen are equal.
+    # Lengths drift; only a first batch whose lengths are all equal gets no room.
     if rows == 1 and (has_history or not _all_equal(texts)):
       length = bucket(rules.with_room(length, math.prod(full_size)), rules.length)
     return rules.with_room(rows, max(load.responses_per_pack, full_size[0])), length

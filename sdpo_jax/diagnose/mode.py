@@ -294,7 +294,8 @@ def _token_lines(read: dict) -> list[str]:
     if "departure" in right:
       end = right["departure"]
       lines.append(
-        f"  where they depart from a right answer, in {end['teacher']:.0%} and {end['policy']:.0%}"
+        f"  where they depart from it, in {end['teacher']:.0%} and {end['policy']:.0%} (the "
+        "policy's is low by selection: it drew another token)"
       )
   if read["alike"] is not None:
     lines.append(

@@ -7,9 +7,14 @@ was never shown that answer.
 
 An attempt itself is followed as far as its right next token is known: a success to its end, a
 failure to the token at which it departs from a right answer (`Reading.right`). There the teacher
-reads what it reads in training. And it is read once more under what the teacher was shown of
-another question's attempt: what moves alike under either is the style of being shown something, and
-tells nothing of this question (`figures`, "alike").
+reads what it reads in training; an answer that stands in its prompt counts for nothing, as it would
+only be recited. The policy drew a failed attempt, so at the departure, and less so before, its own
+share is low by selection: two equally good readers differ there. What both expect of whole right
+answers is the fair comparison.
+
+An attempt is read once more under what the teacher was shown of another question's attempt. What
+moves alike under either is mostly the style of being shown something (`figures`, "alike");
+questions that have something in common may share more.
 
 Units: nats a token.
 """
@@ -129,6 +134,27 @@ def known_answer(group: list[Rollout], succeeded, chat: Chat) -> list[int] | Non
   return chat.text_tokens(solution) if solution else None
 
 
+def unshown_answer(
+  group: list[Rollout], attempt: Rollout, prompt: Prompt, maker: PromptMaker
+) -> list[int] | None:
+  """Returns the ids of a right answer that does not stand in a prompt; None where there is none.
+
+  A solved attempt is its own answer.
+  """
+  shown = maker.chat.plain_text(prompt.tokens)
+  if maker.succeeded(attempt):
+    candidates = [attempt.tokens]
+  else:
+    candidates = [r.tokens for r in group if maker.succeeded(r)]
+    solution = attempt.task.solution
+    candidates += [maker.chat.text_tokens(solution)] if solution else []
+  for answer in candidates:
+    text = maker.chat.response_text(answer).strip()
+    if text and text not in shown:
+      return answer
+  return None
+
+
 def read_attempts(
   reader: TokenReader,
   groups: list[list[Rollout]],
@@ -148,13 +174,12 @@ def read_attempts(
     attempt, prompts = groups[q][g], prompts_QG[q][g]
     answer = known_answer(groups[q], maker.succeeded, maker.chat)
     if OWN in prompts and len(readings) < most:
-      solved = maker.succeeded(attempt)
       reading = reader.read(
         attempt,
         prompts[OWN],
-        answer=attempt.tokens if solved else answer,
-        solved=solved,
-        elsewhere=_elsewhere(prompts_QG, q, attempt, maker),
+        answer=unshown_answer(groups[q], attempt, prompts[OWN], maker),
+        solved=maker.succeeded(attempt),
+        elsewhere=_elsewhere(groups, prompts_QG, q, attempt, maker),
       )
       readings += [reading] if reading is not None else []
     for name in BLIND:
@@ -164,12 +189,22 @@ def read_attempts(
 
 
 def _elsewhere(
-  prompts_QG: list[list[dict[str, Prompt]]], q: int, attempt: Rollout, maker: PromptMaker
+  groups: list[list[Rollout]],
+  prompts_QG: list[list[dict[str, Prompt]]],
+  q: int,
+  attempt: Rollout,
+  maker: PromptMaker,
 ) -> list[int] | None:
-  """Returns the attempt's prompt with what is shown of the next question's; None if of none."""
+  """Returns the attempt's prompt with what is shown of another question's, of the same outcome.
+
+  It is that of the next question which has one; None if none has.
+  """
+  solved = maker.succeeded(attempt)
   for step in range(1, len(prompts_QG)):
-    for prompts in prompts_QG[(q + step) % len(prompts_QG)]:
-      if OWN in prompts and prompts[OWN].shown is not None:
+    other = (q + step) % len(prompts_QG)
+    for rollout, prompts in zip(groups[other], prompts_QG[other], strict=True):
+      is_alike = OWN in prompts and maker.succeeded(rollout) == solved
+      if is_alike and prompts[OWN].shown is not None:
         return maker.shown(attempt.task, prompts[OWN].shown.context)
   return None
 
@@ -181,7 +216,8 @@ def figures(readings: list[Reading], answers: dict[str, list[Answer]]) -> dict:
   gap_by_part    the same in each tenth of the response
   top_differs    share of tokens
   right          {prompt: {"policy", "teacher", "difference" with its interval, "answers",
-                 "by_part"}}: of right answers, the share of tokens that are the likeliest ones
+                 "by_part"}}: of right answers, the share of tokens that are the likeliest ones,
+                 averaged over answers and then questions; by tenths, over tokens
   followed       {"solved" | "failed": the same of attempts}, as far as the right token is known;
                  of failed ones also "departure": the same at the token where they leave the answer
   alike          the share of the gap, by tokens, that another question's context makes too: the
@@ -237,6 +273,7 @@ def _followed(readings: list[Reading]) -> dict[str, dict]:
     ends = [Answer(q, x.policy[-1:], x.teacher[-1:]) for q, x in rights if x.departs]
     if ends and not solved:
       found[name]["departure"] = _right(ends)
+      del found[name]["departure"]["by_part"]  # they are single tokens
   return found
 
 

@@ -34,6 +34,7 @@ rebuilt from its id.
 
 import dataclasses
 import functools
+import itertools
 import random
 from typing import Callable, NamedTuple
 import zlib
@@ -84,6 +85,7 @@ HEADERS = 2  # wordings of the frame around a statement
 HELDOUT_SHARE = 0.2
 UNSEEN_SHARE = 0.15
 HELDOUT_ASKED = 100  # questions of heldout, from the first on, whose statements tune leaves out
+_STAGE_DRAWS = 10_000  # draws after which a stage is taken to have no statement in a split
 _TUNE_DRAWS = 1000  # draws after which a level is taken to have no statement left for tune
 
 
@@ -204,6 +206,8 @@ class Problems:
         f"config.env.stages={stages} must be at most {novel_count}, the novel words of level "
         f"{level!r}"
       )
+    if stages > 1 and stage_questions < 1:
+      raise ValueError(f"config.env.stage_questions={stage_questions} must be at least 1")
     self.stage_questions = stage_questions
     # Stage: the operations that it names by a novel word; nothing where there is one stage alone.
     names = list(self.words)
@@ -217,6 +221,10 @@ class Problems:
         self._compositions[length, unseen] = [
           key for key in domain.compositions(length) if is_unseen(key[:-1]) == unseen
         ]
+    for split in self.stage_splits:  # a group without a statement is refused at once
+      self.task(split, 0)
+    for stage in range(len(self._stages)):
+      self.task("train", stage * stage_questions)
 
   def task(self, split: str, index: int) -> Task:
     """Returns a problem of a split. ValueError if the level has none of that split."""
@@ -224,10 +232,11 @@ class Problems:
     rng = random.Random(name)
     if self._stages and split == "train":
       stage = min(index // self.stage_questions, len(self._stages) - 1)
-      return self._draw(rng, split, f"{name}/stage_{stage + 1}", self._stages[stage])
+      return self._draw(rng, split, f"{name}/{self._name(stage)}", self._stages[stage])
     if split in self.stage_splits:
-      task = self._draw(rng, "heldout", name, self._stages[self.stage_splits.index(split)])
-      return dataclasses.replace(task, split=split)
+      stage = self.stage_splits.index(split)
+      name = f"{self.level}/{self.words_seed}/{self._name(stage)}/{index}"
+      return dataclasses.replace(self._draw(rng, "heldout", name, self._stages[stage]), split=split)
     if split != "tune":
       return self._draw(rng, split, name)
     for _ in range(_TUNE_DRAWS):
@@ -235,6 +244,10 @@ class Problems:
       if _question(task) not in self._asked:
         return dataclasses.replace(task, split=split)
     raise self._is_empty(split)
+
+  def _name(self, stage: int) -> str:
+    """Names a stage in ids: which group it is, and of how many."""
+    return f"stage_{stage + 1}of{len(self._stages)}"
 
   @property
   def stage_splits(self) -> list[str]:
@@ -261,7 +274,12 @@ class Problems:
     lengths = [length for length in self.weights if self._compositions[length, unseen]]
     if split not in SPLITS or not lengths:
       raise self._is_empty(split)
-    while True:  # Rejects statements until one falls into the split.
+    for draws in itertools.count():  # Rejects statements until one falls into the split.
+      if novel is not None and draws == _STAGE_DRAWS:
+        raise ValueError(
+          f"config.env.stages={len(self._stages)} leaves a group of words without a question of "
+          f"split {split!r} at level {self.level!r}; take fewer stages"
+        )
       (length,) = rng.choices(lengths, [self.weights[n] for n in lengths])
       *ops, kind = rng.choice(self._compositions[length, unseen])
       if novel is not None:

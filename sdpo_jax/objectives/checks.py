@@ -177,11 +177,8 @@ def _check_teacher(row: dict, reads: set[str]) -> None:
       f"policy_share='routed', route {row['route']['name']!r} and teacher_context {context!r} no "
       "response that learns from the reward has a reading"
     )
-  if context == "question_alone" and weights == "live":
-    raise ValueError(
-      "method.teacher_context.name='question_alone' with teacher_weights 'live': the teacher would "
-      "be the policy itself; choose ema, frozen or another of method.teacher_weights.name"
-    )
+  if context == "question_alone":
+    _check_anchor(row)
   reader = {row["token_signal"]["name"], row["credit"]["name"]} - {"none"}
   for axis, name in (("teacher_context", context), ("teacher_weights", weights)):
     if name != "none" and not reader:
@@ -189,6 +186,24 @@ def _check_teacher(row: dict, reads: set[str]) -> None:
         f"method.{axis}.name={name!r} would not be read: "
         "method.token_signal.name and method.credit.name are 'none'"
       )
+
+
+def _check_anchor(row: dict) -> None:
+  """Refuses an anchor that holds nothing, and a teacher that is more than an anchor."""
+  weights, share = row["teacher_weights"]["name"], row["policy_share"]
+  if weights in ("live", "remote"):
+    whose = "the policy itself" if weights == "live" else "another model, and no anchor"
+    raise ValueError(
+      f"method.teacher_context.name='question_alone' with teacher_weights {weights!r}: the teacher "
+      f"would be {whose}; choose ema, frozen or another of method.teacher_weights.name"
+    )
+  has_both = row["token_signal"]["name"] != "none" and row["surrogate"]["name"] != "none"
+  if not has_both or share == "routed":
+    raise ValueError(
+      "method.teacher_context.name='question_alone' holds the policy near its teacher and teaches "
+      f"nothing: it needs a token_signal beside a surrogate, not policy_share={share!r} with "
+      f"token_signal {row['token_signal']['name']!r} and surrogate {row['surrogate']['name']!r}"
+    )
 
 
 def _check_further(row: dict, parts: Mapping[str, Any], notes: Notes | None) -> None:
