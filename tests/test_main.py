@@ -64,6 +64,8 @@ LONGER = [
   "--config.checkpoint.every_steps=2",
   "--config.eval.every_steps=3",
   "--config.data.length_multiple=4",
+  "--config.data.response_multiple=8",
+  "--config.data.room=0",  # so that several shapes are compiled
 ]
 
 
