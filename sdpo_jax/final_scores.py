@@ -76,6 +76,11 @@ class Arm(NamedTuple):
       raise ValueError(f"{self.name}: a question has no verdict, so {key} cannot be compared")
     return np.array(columns, dtype=float).T
 
+  def of_seeds(self, seeds: list[int]) -> "Arm":
+    """Returns the runs of these seeds alone."""
+    kept = [self.entries[self.seeds.index(seed)] for seed in seeds]
+    return self._replace(seeds=list(seeds), entries=kept)
+
   def pass_at(self, k: int) -> np.ndarray:
     """Returns the unbiased pass@k by question and seed, [Q, S]."""
     return stats.pass_at_k(self.table("judged"), self.table("solved"), k)

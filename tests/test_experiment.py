@@ -1,6 +1,5 @@
 """A grid of runs as processes, and the page that is written from what grids measured."""
 
-import json
 import pathlib
 import signal
 import subprocess
@@ -9,7 +8,7 @@ import time
 
 import pytest
 
-from sdpo_jax import experiment, summary
+from sdpo_jax import experiment
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -65,85 +64,6 @@ def test_a_grid_that_is_told_to_end_ends_its_runs(tmp_path):
     experiment.kill()
 
 
-def test_the_committed_results_page_is_what_the_command_writes():
-  committed = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
-  assert summary.text(ROOT) == committed, "run python -m sdpo_jax.experiment --summary"
-
-
-def test_every_plot_and_note_of_results_is_on_the_page():
-  page = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
-  for path in (ROOT / "results").glob("*/*"):
-    if path.suffix == ".png":
-      assert f"({path.relative_to(ROOT)})" in page
-    elif path.name == "notes.md":
-      assert path.read_text(encoding="utf-8").strip() in page
-
-
-def point(step, score, *, tokens=None):
-  generated = {} if tokens is None else {"train/generations": tokens // 10}
-  return {
-    "step": step,
-    "time_s": 10.0 * step,
-    "eval/heldout/avg@k": score,
-    "eval/heldout/avg@k_low": score - 0.1,
-    "eval/heldout/avg@k_high": score + 0.1,
-    **generated,
-    **({} if tokens is None else {"train/sampled_tokens": tokens}),
-  }
-
-
-def entry(arm, seed, *scores):
-  """An entry of curves.json whose run is evaluated every two steps of 1,000 tokens each."""
-  points = [point(2 * i, score, tokens=2000 * i or None) for i, score in enumerate(scores)]
-  return {"arguments": [f"--config=configs/x.py:method={arm},seed={seed}"], "points": points}
-
-
-def test_tables_of_a_grid_by_hand(tmp_path):
-  (tmp_path / "results" / "grid").mkdir(parents=True)
-  (tmp_path / "results" / "grid" / "notes.md").write_text("- A caveat.\n")
-  (tmp_path / "configs" / "experiments").mkdir(parents=True)
-  (tmp_path / "configs" / "experiments" / "grid.py").write_text(
-    'r"""Compares\ntwo methods.\n\n'
-    'Run:    one \\\n          two\nCost:   a minute\n        or two.\n"""\n'
-  )
-  runs = {
-    "a": entry("grpo", 0, 0.2, 0.3, 0.25),
-    "b": entry("sdpo", 0, 0.2, 0.2, 0.6),
-    "c": entry("sdpo", 1, 0.2, 0.4, 0.8),
-  }
-  (tmp_path / "results" / "grid" / "curves.json").write_text(json.dumps(runs))
-  assert summary.write(tmp_path) == tmp_path / "RESULTS.md"
-  page = (tmp_path / "RESULTS.md").read_text()
-  for words in (
-    "Compares two methods. (`configs/experiments/grid.py`)",
-    "```bash\none two\n```",
-    "Cost: a minute or two.",
-    "Recorded: 3 runs, 0.0 hours in all, 40 to 40 s a run",
-    "| heldout | base model |  | 20.0 |  |  |  |",
-    "| 60.0 to 80.0 | – |",
-    "| heldout | `grpo` | 1 | 25.0 |  | 25.0 to 25.0 | -35.0  (-35.0) |",
-    # sdpo reaches grpo's 25 % an eighth of the way from step 2 to step 4; seed 1 has no partner
-    "| `sdpo` | 4 | 400 | 4,000 | 20.0 (20.0 to 20.0) | 30.0 (20.0 to 40.0) |",
-    "4 (400), 4 (400) | 2 (400) |",
-    "never | 1 (200) |",
-    "| `sdpo` | 1 | 80.0 [70.0, 90.0] | 400 | 4,000 | 40 |",
-    "- A caveat.",
-  ):
-    assert words in page, words
-
-
-def test_cost_ratios_of_five_seeds_by_hand(tmp_path):
-  """SDPO is as good as GRPO's last 30 % after 1,000 tokens of 4,000; in one seed after 2,000."""
-  runs = {f"a{seed}": entry("grpo", seed, 0.2, 0.2, 0.3) for seed in range(5)}
-  runs |= {f"b{seed}": entry("sdpo", seed, 0.2, 0.4, 0.8) for seed in range(4)}
-  runs["b4"] = entry("sdpo", 4, 0.2, 0.3, 0.8)
-  (tmp_path / "results" / "grid").mkdir(parents=True)
-  (tmp_path / "results" / "grid" / "curves.json").write_text(json.dumps(runs))
-  page = summary.write(tmp_path).read_text()
-  assert "| `sdpo` | `grpo` | 5 | 0.25 [0.25, 0.50] | 0.25 [0.25, 0.50] |" in page
-  assert "| `grpo` | `sdpo` | 5 | unknown [1.00, ∞], 5 never |" in page
-
-
 def test_a_summary_of_nothing_is_one_line(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   assert experiment.main(["--summary"]) == 2
@@ -153,56 +73,3 @@ def test_a_summary_of_nothing_is_one_line(tmp_path, monkeypatch, capsys):
   for arguments in (["--summary", "--config=x"], ["--workdir=x"], []):
     with pytest.raises(SystemExit, match="2"):
       experiment.main(arguments)
-
-
-def test_what_is_forgotten_by_hand(tmp_path):
-  """One of two seeds loses .4 of the first group's words while the second is taught."""
-  folder = tmp_path / "results" / "grid"
-  folder.mkdir(parents=True)
-
-  def point(step, first, second):
-    scores = {"heldout": 0.5, "stage_1": first, "stage_2": second}
-    named = {
-      f"eval/{split}/avg@k{end}": x for split, x in scores.items() for end in ("", "_low", "_high")
-    }
-    return {"step": step, "time_s": 1.0, "train/generations": step, **named} | {
-      "train/sampled_tokens": step
-    }
-
-  runs = {
-    f"one_seed{seed}": {
-      "arguments": [f"--config=configs/x.py:method=one,seed={seed}"],
-      "points": [point(0, 0.1, 0.1), point(60, 0.9, 0.2), point(120, last, 0.8)],
-    }
-    for seed, last in ((0, 0.9), (1, 0.5))
-  }
-  (folder / "curves.json").write_text(json.dumps(runs))
-  page = summary.text(tmp_path)
-  assert "| arm | after stage | words of stage 1 | words of stage 2 | forgotten |" in page
-  assert "| `one` | 1 | 90.0 (90.0 to 90.0) | 20.0 (20.0 to 20.0) | – |" in page
-  assert "| `one` | 2 | 70.0 (50.0 to 90.0) | 80.0 (80.0 to 80.0) | 22.2 (0.0 to 44.4) |" in page
-
-
-def test_right_tokens_by_hand(tmp_path):
-  folder = tmp_path / "results" / "oracle"
-  folder.mkdir(parents=True)
-  share = {
-    "policy": 0.5,
-    "teacher": 0.75,
-    "difference": {"mean": 0.25, "low": 0.1, "high": 0.4},
-    "answers": 7,
-    "by_part": {"policy": [0.5] * 9 + [None], "teacher": [1.0] * 10},
-  }
-  read = {
-    "right": {"feedback": share},
-    "followed": {"failed": share | {"departure": share | {"policy": 0.0}}},
-    "alike": 0.125,
-    "gap_by_part": [1.0] * 10,
-  }
-  (folder / "oracle_base.json").write_text(json.dumps({"tokens": read}))
-  page = summary.text(tmp_path)
-  assert "| base | failed attempts | 7 | 50.0 | 75.0 | +25.0 [+10.0, +40.0] |" in page
-  assert "| base | failed attempts, at the departure | 7 | 0.0 | 75.0 |" in page
-  assert "| base | right answers; shown: feedback | 7 | 50.0 | 75.0 |" in page
-  assert "| base | 12.5 |" in page
-  assert f"| base | failed | policy | {'50.0 | ' * 9}– |" in page

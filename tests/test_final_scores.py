@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from sdpo_jax import final_scores, stats, summary
+from sdpo_jax import final_scores, stats
+from sdpo_jax.summary.finals import finals
 
 QUESTIONS, SAMPLES = 6, 4
 
@@ -69,7 +70,7 @@ def test_scores_are_those_of_the_lines(grid, tmp_path):
 
 def test_the_tables_equal_a_computation_from_the_raw_lines(grid):
   entries, raw = grid
-  _, table, compared = summary._finals(entries)
+  _, table, compared = finals(entries)
   rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")[2:]]
   assert [row[:2] for row in rows] == [
     [split, f"`{arm}`"] for split in ("heldout", "unseen") for arm in ("sdpo", "grpo")
@@ -97,12 +98,20 @@ def test_the_tables_equal_a_computation_from_the_raw_lines(grid):
   assert [float(line[6]) for line in lines] == pytest.approx(stats.holm(p_values), abs=5e-4)
 
 
-def test_what_cannot_be_compared_is_refused(grid):
-  entries, _ = grid
+def test_arms_are_compared_over_the_seeds_that_both_have(grid):
+  entries, raw = grid
   entries["sdpo_seed1"]["arguments"] = ["--config=configs/tinycode.py:method=sdpo,seed=7"]
-  with pytest.raises(ValueError, match=r"sdpo has the seeds \[0, 7\], grpo \[0, 1\]"):
-    summary._finals(entries)
+  _, _, compared = finals(entries)
+  alone = [raw[f"{arm}_seed0"]["heldout"].mean() for arm in ("sdpo", "grpo")]
+  line = next(x for x in compared.split("\n") if f"avg@{SAMPLES}" in x)
+  difference = float(line.split("|")[4])
+  assert difference == pytest.approx(100 * (alone[0] - alone[1]), abs=0.05)
+  entries["sdpo_seed0"]["arguments"] = ["--config=configs/tinycode.py:method=sdpo,seed=8"]
+  assert "avg@" not in finals(entries)[2]  # no seed is left that both have
+
+
+def test_a_question_without_a_verdict_is_refused(grid):
   entries, _ = grid
   entries["sdpo_seed1"]["splits"]["heldout"]["reward"][2] = None
   with pytest.raises(ValueError, match="sdpo: a question has no verdict"):
-    summary._finals(entries)
+    finals(entries)

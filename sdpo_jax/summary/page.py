@@ -1,0 +1,83 @@
+"""Puts RESULTS.md together, a section for each folder of results/."""
+
+import ast
+import json
+import pathlib
+import re
+
+from sdpo_jax.summary import markdown as md
+from sdpo_jax.summary.benchmarks import benchmarks
+from sdpo_jax.summary.diagnoses import diagnoses
+from sdpo_jax.summary.discovery import discover
+from sdpo_jax.summary.finals import finals
+from sdpo_jax.summary.grids import curves, trials
+from sdpo_jax.summary.oracle import oracle
+
+INTRODUCTION = """\
+# Results
+
+`python -m sdpo_jax.experiment --summary` writes this file from what is committed under `results/`
+and `sdpo_jax/bench/results/`. Numbers in tables are computed from the JSON files there. Numbers
+under "Notes" are not: they were taken from reports of runs whose data is not committed.
+"""
+
+
+def write(root: pathlib.Path) -> pathlib.Path:
+  """Writes RESULTS.md of the repository at `root`; returns its path."""
+  path = root / "RESULTS.md"
+  path.write_text(text(root), encoding="utf-8")
+  return path
+
+
+def text(root: pathlib.Path) -> str:
+  """Returns the contents of RESULTS.md."""
+  results = root / "results"
+  if not results.is_dir():
+    raise FileNotFoundError(f"no folder {results}: run this at the top of the repository")
+  folders = sorted(path for path in results.iterdir() if path.is_dir())
+  return "\n".join([INTRODUCTION, *(_section(root, folder) for folder in folders)])
+
+
+def _section(root: pathlib.Path, folder: pathlib.Path) -> str:
+  """Returns the section of one experiment, in Markdown."""
+  name = folder.name
+  parts = [f"## {name}", *_description(root, name)]
+  if (folder / "curves.json").exists():
+    parts += curves(json.loads((folder / "curves.json").read_text(encoding="utf-8")))
+  if (folder / "scores.json").exists():
+    parts += finals(json.loads((folder / "scores.json").read_text(encoding="utf-8")))
+  if (folder / "tuning.json").exists():
+    parts.append(trials(json.loads((folder / "tuning.json").read_text(encoding="utf-8"))))
+  if (folder / "discover.json").exists():
+    parts += discover(json.loads((folder / "discover.json").read_text(encoding="utf-8")))
+  if any(folder.glob("diagnosis_*.json")):
+    parts += diagnoses(folder)
+  if any(folder.glob("oracle_*.json")):
+    parts += oracle(folder)
+  if name == "bench":
+    parts += benchmarks(root / "sdpo_jax" / "bench" / "results")
+  parts += [f"![{path.stem}]({path.relative_to(root)})" for path in sorted(folder.glob("*.png"))]
+  if (folder / "notes.md").exists():
+    parts += ["### Notes", (folder / "notes.md").read_text(encoding="utf-8").strip()]
+  return "\n\n".join(parts) + "\n"
+
+
+def _description(root: pathlib.Path, name: str) -> list[str]:
+  """Returns what the docstring of the experiment's configuration states."""
+  places = [root / "configs" / "experiments" / f"{name}.py", root / "configs" / f"{name}.py"]
+  path = next((path for path in places if path.exists()), None)
+  if path is None:
+    return []
+  docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+  title = " ".join(docstring.partition("\n\n")[0].split())
+  return [
+    f"{title} (`{path.relative_to(root)}`)",
+    f"```bash\n{_field(docstring, 'Run')}\n```",
+    f"Cost: {_field(docstring, 'Cost')}",
+  ]
+
+
+def _field(docstring: str, name: str) -> str:
+  """Returns a docstring's "NAME: text", with its indented further lines."""
+  match = re.search(rf"^{name}:((?:.*\n?)(?:[ ]+.*\n?)*)", docstring, re.MULTILINE)
+  return " ".join(match[1].replace("\\\n", " ").split()) if match else md.NONE
