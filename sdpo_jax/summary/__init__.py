@@ -23,6 +23,7 @@ Errors: FileNotFoundError where there is no folder results/.
 The files here:
   page        puts it together, a section for each folder
   runs        reads runs; grids, pace, collapse, forgetting and finals make tables of them
+  claims      holds what papers claim against these, by the rules of evidence
   diagnoses, oracle, discovery, benchmarks
               make the tables of the other files
   markdown    formats numbers and tables

@@ -32,22 +32,22 @@ def _row(arm: str, runs: list[Run], names: list[str]) -> list[str]:
     md.mean([point[key] for point in best]),
     ", ".join(str(point["step"]) for point in best),
     md.mean([run.last(SPLITS[0]) for run in runs]),
-    _listed([_fall(run) for run in runs]),
+    _listed([fall(run) for run in runs]),
     *(_listed([_sign(run, name) for run in runs]) for name in names),
   ]
 
 
-def _fall(run: Run) -> int | None:
+def fall(run: Run) -> int | None:
   """Returns the step of the first evaluation that shows a fall; None if there is none."""
   return min((run.warned[name] for name in FALLS if name in run.warned), default=None)
 
 
 def _sign(run: Run, name: str) -> str | None:
   """Returns when a sign was first seen, and how long before the fall; None: never."""
-  step, fall = run.warned.get(name), _fall(run)
-  if step is None or fall is None:
+  step, end = run.warned.get(name), fall(run)
+  if step is None or end is None:
     return None if step is None else str(step)
-  return f"{step} ({fall - step:+d})"
+  return f"{step} ({end - step:+d})"
 
 
 def _listed(cells: list) -> str:

@@ -48,6 +48,12 @@ def _end_of_stage(run: Run, stage: int, keys: list[str]) -> dict | None:
   return found[0] if found else None
 
 
+def forgotten_at_end(run: Run) -> float:
+  """Returns the share that a run has lost at its end of what all stages but the last taught."""
+  keys = [f"eval/stage_{n}/avg@k" for n in sorted(map(int, _stages(run.points[-1])))]
+  return _forgotten(run, run.points[-1], keys[:-1])
+
+
 def _forgotten(run: Run, end: dict, keys: list[str]) -> float:
   """Returns the share that these scores have lost of their best until this evaluation."""
   before = [point for point in run.points if point["step"] <= end["step"]]

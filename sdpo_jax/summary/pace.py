@@ -40,7 +40,7 @@ def ratios(arms: dict[str, list[Run]]) -> list[str]:
   rows = []
   for other in (arm for arm in TARGETS if arm in arms):
     for arm, members in arms.items():
-      pairs = _by_seed(members, arms[other])
+      pairs = of_same_seeds(members, arms[other])
       if arm == other or len(pairs) < 5:  # fewer seeds give no interval
         continue
       row = [f"`{arm}`", f"`{other}`", str(len(pairs))]
@@ -50,14 +50,25 @@ def ratios(arms: dict[str, list[Run]]) -> list[str]:
   return [RATIO_LEGEND, md.table(["arm", "as good as", "seeds", "responses", "tokens"], rows)]
 
 
-def _by_seed(members: list[Run], others: list[Run]) -> list[tuple[Run, Run]]:
+def of_same_seeds(members: list[Run], others: list[Run]) -> list[tuple[Run, Run]]:
   """Returns the runs of the seeds that both have, paired."""
   other_of = {run.seed: run for run in others}
   return [(run, other_of[run.seed]) for run in members if run.seed in other_of]
 
 
 def _ratio(pairs: list[tuple[Run, Run]], cost: str) -> str:
-  """Returns the median of one cost ratio with its interval."""
+  ratio = cost_ratio(pairs, cost)
+  median = "unknown" if ratio.ratio is None else f"{ratio.ratio:.2f}"
+  high = "∞" if ratio.high is None else f"{ratio.high:.2f}"
+  never = f", {ratio.censored_a} never" if ratio.censored_a else ""
+  return f"{median} [{ratio.low:.2f}, {high}]{never}"
+
+
+def cost_ratio(pairs: list[tuple[Run, Run]], cost: str) -> stats.CostRatio:
+  """Returns what the first runs cost to be as good as the others' ends, over what those cost.
+
+  cost: "generations" (responses) or "sampled_tokens".
+  """
 
   def until(run: Run, target: float) -> float | None:
     points = run.evaluations(SPLITS[0])
@@ -68,16 +79,12 @@ def _ratio(pairs: list[tuple[Run, Run]], cost: str) -> str:
     return run.evaluations(SPLITS[0])[-1][f"train/{cost}"]
 
   targets = [other.last(SPLITS[0]) for _, other in pairs]
-  ratio = stats.cost_ratio(
+  return stats.cost_ratio(
     [until(run, target) for (run, _), target in zip(pairs, targets, strict=True)],
     [until(other, target) for (_, other), target in zip(pairs, targets, strict=True)],
     end_a_S=[end(run) for run, _ in pairs],
     end_b_S=[end(other) for _, other in pairs],
   )
-  median = "unknown" if ratio.ratio is None else f"{ratio.ratio:.2f}"
-  high = "∞" if ratio.high is None else f"{ratio.high:.2f}"
-  never = f", {ratio.censored_a} never" if ratio.censored_a else ""
-  return f"{median} [{ratio.low:.2f}, {high}]{never}"
 
 
 def _score_within(run: Run, divisor: int, split: str) -> float:

@@ -7,6 +7,7 @@ import re
 
 from sdpo_jax.summary import markdown as md
 from sdpo_jax.summary.benchmarks import benchmarks
+from sdpo_jax.summary.claims import claims
 from sdpo_jax.summary.diagnoses import diagnoses
 from sdpo_jax.summary.discovery import discover
 from sdpo_jax.summary.finals import finals
@@ -35,7 +36,8 @@ def text(root: pathlib.Path) -> str:
   if not results.is_dir():
     raise FileNotFoundError(f"no folder {results}: run this at the top of the repository")
   folders = sorted(path for path in results.iterdir() if path.is_dir())
-  return "\n".join([INTRODUCTION, *(_section(root, folder) for folder in folders)])
+  sections = [_section(root, folder) for folder in folders]
+  return "\n".join([INTRODUCTION, claims(results), *sections])
 
 
 def _section(root: pathlib.Path, folder: pathlib.Path) -> str:
