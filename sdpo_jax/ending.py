@@ -15,7 +15,7 @@ import json
 import pathlib
 
 from sdpo_jax.metrics import reduce
-from sdpo_jax.workdir import write_atomically
+from sdpo_jax.workdir import about_run, write_atomically
 
 
 def best_metric(c) -> str:
@@ -59,10 +59,9 @@ def why_stopped(c, step: int) -> str:
 
 def note_in_run_file(workdir: pathlib.Path, c, step: int, host: dict) -> None:
   """Writes into run.json, if there is one, how the run ended, unless it says so."""
-  path = workdir / "run.json"
-  if not path.exists():
+  about = about_run(workdir)
+  if not about:
     return
-  about = json.loads(path.read_text())
   best = host.get("best")
   ended = {
     "step": step,
@@ -70,13 +69,12 @@ def note_in_run_file(workdir: pathlib.Path, c, step: int, host: dict) -> None:
     "best": None if best is None else dict(zip(("step", "value", "metric"), best)),
   }
   if about.get("ended") != ended:
-    write_atomically(path, json.dumps(about | {"ended": ended}, indent=2) + "\n")
+    write_atomically(workdir / "run.json", json.dumps(about | {"ended": ended}, indent=2) + "\n")
 
 
 def of_run_file(workdir: pathlib.Path) -> dict:
   """Returns what run.json says about the end of a run; {} where it says nothing."""
-  path = workdir / "run.json"
-  return json.loads(path.read_text()).get("ended", {}) if path.exists() else {}
+  return about_run(workdir).get("ended", {})
 
 
 def closing_lines(workdir: pathlib.Path, c, history: list[dict]) -> list[str]:

@@ -2,11 +2,16 @@ r"""Runs a grid of experiments, resumably, and then writes one report of all run
 
   python -m sdpo_jax.experiment --config=configs/experiments/FILE.py[:local] --workdir=DIR \
       [--jobs=2] [--results=results/NAME]
+  python -m sdpo_jax.experiment --config=configs/experiments/FILE.py --workdir=DIR --commands
   python -m sdpo_jax.experiment --summary
 
 The file's `get_grid()` returns {run name: arguments of sdpo_jax.main}. Each run has its own process
 and its own directory under DIR. A grid that was killed therefore goes on where it was: finished
 runs are left alone, unfinished ones resume. With several jobs each gets its share of the cores.
+
+For a cluster, `--commands` runs nothing. It keeps what has ended under DIR and prints what has not,
+one run a line: the trials first, then the grid. Each line is for a machine of its own that sees
+DIR; the same command tells again what is left.
 
 `--config=FILE.py:local` runs the file's `get_local()` instead, a grid of seconds that shows that
 the runs work; nothing is tuned for it.
@@ -43,6 +48,7 @@ import os
 import pathlib
 import resource
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -50,10 +56,10 @@ import threading
 import time
 from typing import Callable, NamedTuple
 
-from sdpo_jax import report, summary, tuning
+from sdpo_jax import final_scores, report, summary, tuning
 from sdpo_jax.config import in_file
 from sdpo_jax.errors import RunError, local_path
-from sdpo_jax.kept import Kept
+from sdpo_jax.kept import Kept, has_ended_in
 from sdpo_jax.tuning import Grid
 from sdpo_jax.workdir import write_atomically
 
@@ -132,12 +138,17 @@ class Experiment:
 def launch(workdir: pathlib.Path, arguments: list[str], cores: list[int]) -> subprocess.Popen:
   """Starts one run in its own process, bound to its cores; its output goes to run.log."""
   workdir.mkdir(parents=True, exist_ok=True)
-  command = [sys.executable, "-m", "sdpo_jax.main", *arguments, f"--workdir={workdir}"]
+  command = [sys.executable, *module_arguments(workdir, arguments)]
   with open(workdir / "run.log", "a", encoding="utf-8") as log:
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
   if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(process.pid, cores)  # before jax counts its threads
   return process
+
+
+def module_arguments(workdir: pathlib.Path, arguments: list[str]) -> list[str]:
+  """Returns what follows the name of the interpreter."""
+  return ["-m", "sdpo_jax.main", *arguments, f"--workdir={workdir}"]
 
 
 class Job(NamedTuple):
@@ -225,7 +236,21 @@ def _is_kept(on_end: Callable[[str], None], name: str) -> bool:
 def run_grid(
   experiment: Experiment, root: pathlib.Path, jobs: int, kept: Kept, record: dict | None
 ) -> list[str]:
-  """Runs what the grid lacks, and keeps what it gives; returns the names of runs that failed.
+  """Runs what the grid lacks, and keeps what it gives; returns the names of runs that failed."""
+  grid = experiment.grid(chosen(record))
+
+  def keep(name: str) -> None:
+    kept.add_run(name, grid[name], root / name, tuning.of_run(name, record), ended=True)
+
+  missing = missing_runs(experiment, root, kept, record)
+  say_cost("runs", len(missing), experiment.run_s)
+  return run_all(missing, root, jobs, keep)
+
+
+def missing_runs(
+  experiment: Experiment, root: pathlib.Path, kept: Kept, record: dict | None
+) -> dict[str, Commands]:
+  """Returns the commands of each run that the grid lacks, after taking over what it may.
 
   record: the contents of tuning.json; None: no arm was tuned.
   """
@@ -238,17 +263,12 @@ def run_grid(
     place = [f"--checkpoint={root / name}", f"--suites={experiment.suites}"]
     return [grid[name], [*grid[name], "--mode=eval", *place]]
 
-  def keep(name: str) -> None:
-    kept.add_run(name, grid[name], root / name, tuning.of_run(name, record), ended=True)
-
   def is_there(name: str) -> bool:
     if kept.has_run(name, grid[name], scored=scored):
       return True
     return kept.take_run(name, grid[name], tuning.of_run(name, record), scored=scored)
 
-  missing = [name for name in grid if not is_there(name)]
-  say_cost("runs", len(missing), experiment.run_s)
-  return run_all({name: commands(name) for name in missing}, root, jobs, keep)
+  return {name: commands(name) for name in grid if not is_there(name)}
 
 
 def say_cost(what: str, count: int, run_s: float | None) -> None:
@@ -280,6 +300,9 @@ def main(argv=None) -> int:
       raise ValueError(f"--jobs={flags.jobs} must be at least 1")
     experiment, root = Experiment(flags.config), pathlib.Path(flags.workdir)
     kept = Kept(pathlib.Path(flags.results or flags.workdir), experiment.reused)
+    if flags.commands:
+      print_commands(experiment, root, kept)
+      return 0
     if flags.report:
       record = recorded(experiment, kept.directory)
       if not begun_runs(experiment.grid(chosen(record)), root):
@@ -322,21 +345,54 @@ def tune(experiment: Experiment, root: pathlib.Path, jobs: int, kept: Kept) -> d
   def keep(name: str) -> None:
     kept.add_trial(name, runs[name], tuning.last_evaluation(root / name))
 
-  missing = {
-    name: [run]
-    for name, run in runs.items()
-    if not kept.has_trial(name, run) and not kept.take_trial(name, run)
-  }
+  missing = missing_trials(experiment, kept)
   say_cost("trials", len(missing), experiment.run_s)
   failed = run_all(missing, root, jobs, keep)
   if failed:
     raise RunError(f"nothing is chosen, since trials failed: {', '.join(failed)}")
-  record = tuning.choose(experiment.tuning, {name: x["end"] for name, x in kept.trials.items()})
-  kept.directory.mkdir(parents=True, exist_ok=True)
-  write_atomically(kept.directory / TUNING_FILE, json.dumps(record, indent=1) + "\n")
+  record = choose(experiment, kept)
   for arm, name in chosen(record).items():
     print(f"{arm}: {name} is chosen of {len(experiment.tuning[arm])} trials", flush=True)
   return record
+
+
+def choose(experiment: Experiment, kept: Kept) -> dict:
+  """Chooses by the trials, which have all ended; writes tuning.json and returns its contents."""
+  record = tuning.choose(experiment.tuning, {name: x["end"] for name, x in kept.trials.items()})
+  kept.directory.mkdir(parents=True, exist_ok=True)
+  write_atomically(kept.directory / TUNING_FILE, json.dumps(record, indent=1) + "\n")
+  return record
+
+
+def missing_trials(experiment: Experiment, kept: Kept) -> dict[str, Commands]:
+  """Returns the commands of each trial that has not ended, after taking over what it may."""
+  return {
+    name: [run]
+    for name, run in tuning.runs(experiment.tuning).items()
+    if not kept.has_trial(name, run) and not kept.take_trial(name, run)
+  }
+
+
+def print_commands(experiment: Experiment, root: pathlib.Path, kept: Kept) -> None:
+  """Keeps what has ended under root, and prints the commands of what has not, a line for each run.
+
+  The grid's commands wait until all trials have ended, which choose its settings.
+  """
+  for name, (arguments,) in missing_trials(experiment, kept).items():
+    if has_ended_in(root / name, tuning.settings(name, arguments)):
+      kept.add_trial(name, arguments, tuning.last_evaluation(root / name))
+  missing = missing_trials(experiment, kept)
+  if not missing:
+    record = choose(experiment, kept) if experiment.tuning else None
+    for name, (arguments, *rest) in missing_runs(experiment, root, kept, record).items():
+      is_scored = not rest or final_scores.collect(root / name)
+      if is_scored and has_ended_in(root / name, tuning.settings(name, arguments)):
+        how = tuning.of_run(name, record)
+        kept.add_run(name, arguments, root / name, how, ended=True)
+    missing = missing_runs(experiment, root, kept, record)
+  for name, commands in missing.items():
+    lines = [["python", *module_arguments(root / name, command)] for command in commands]
+    print(" && ".join(map(shlex.join, lines)))
 
 
 def recorded(experiment: Experiment, directory: pathlib.Path) -> dict | None:
@@ -364,11 +420,12 @@ def _parse(argv) -> argparse.Namespace:
   parser.add_argument("--workdir", type=local_path)
   parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
   parser.add_argument("--results", type=local_path, help="where results are kept; default: workdir")
+  parser.add_argument("--commands", action="store_true", help="only print what is to be run")
   parser.add_argument("--report", action="store_true", help="only summarise what is there")
   parser.add_argument("--summary", action="store_true", help="write RESULTS.md from results/")
   flags = parser.parse_args(argv)
   missing = [f"--{name}" for name in ("config", "workdir") if getattr(flags, name) is None]
-  if flags.summary and (len(missing) < 2 or flags.report):
+  if flags.summary and (len(missing) < 2 or flags.report or flags.commands):
     parser.error("--summary goes alone: it reads results/")
   if missing and not flags.summary:
     parser.error(f"the following arguments are required: {', '.join(missing)}")

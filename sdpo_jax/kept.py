@@ -3,8 +3,8 @@
 A grid that takes hours may be run in parts: on another day, or on a machine where the directories
 of earlier runs are gone. What counts of a run is small and stands in three files:
 
-  curves.json   every evaluation of every run, whether it ended, how its arm was tuned, and the
-                step at which each sign of collapse (monitors.py) was first seen
+  curves.json   every evaluation of every run, whether it ended, how its arm was tuned, the step at
+                which each sign of collapse (monitors.py) was first seen, and the commit of the code
   scores.json   what the last checkpoints can do, question by question (final_scores.py)
   trials.json   the last evaluation of every trial that has ended (tuning.py)
 
@@ -16,8 +16,9 @@ import json
 import pathlib
 from typing import Sequence
 
-from sdpo_jax import final_scores, metrics, monitors
-from sdpo_jax.workdir import write_atomically
+from sdpo_jax import ending, final_scores, metrics, monitors
+from sdpo_jax.config import defaults_of
+from sdpo_jax.workdir import about_run, check_same_run, write_atomically
 
 _CURVES, _SCORES, _TRIALS = "curves.json", "scores.json", "trials.json"
 _KEPT_OF_A_POINT = (
@@ -111,6 +112,7 @@ class Kept:
     entry = {"arguments": list(arguments), "tuning": tuned}
     lines = metrics.read(workdir)
     seen = {"ended": ended, "warned": _warned(lines), "points": _points(lines)}
+    seen["commit"] = about_run(workdir).get("commit")
     self.curves = self._add(_CURVES, name, entry | seen)
     if ended and (splits := final_scores.collect(workdir)):
       self.scores = self._add(_SCORES, name, entry | {"splits": splits})
@@ -118,6 +120,16 @@ class Kept:
   def add_trial(self, name: str, arguments, end: dict) -> None:
     """Takes over the last evaluation of a trial's run."""
     self.trials = self._add(_TRIALS, name, {"arguments": list(arguments), "end": end})
+
+
+def has_ended_in(workdir: pathlib.Path, c) -> bool:
+  """Tells whether a run of these settings has ended in a work directory.
+
+  Raises ValueError, naming the first difference, if it was begun there with other settings.
+  """
+  ended = ending.of_run_file(workdir)
+  check_same_run(workdir, c, begun=bool(ended), defaults=defaults_of(c))
+  return bool(ended) and (ended["stopped"] or ended["step"] >= c.total_steps)
 
 
 def _warned(lines: list[dict]) -> dict[str, int]:

@@ -118,10 +118,15 @@ def finished(workdir, latest: int, total_steps: int, why_stopped: str = "") -> s
   )
 
 
+def about_run(workdir: pathlib.Path) -> dict:
+  """Returns the contents of run.json; {} where there is none."""
+  path = workdir / "run.json"
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
 def rows_of_run(workdir: pathlib.Path) -> dict[str, dict]:
   """Returns {split: fingerprint of its rows} as run.json tells; {} where it does not."""
-  path = workdir / "run.json"
-  return json.loads(path.read_text()).get("rows", {}) if path.exists() else {}
+  return about_run(workdir).get("rows", {})
 
 
 def change_of_rows(workdir: pathlib.Path, now: dict[str, dict]) -> str | None:
@@ -155,8 +160,7 @@ def describe_run(workdir: pathlib.Path, c, extra: dict) -> None:
 
   A resumed run adds its start to the list of starts. `extra` is added to run.json.
   """
-  path = workdir / "run.json"
-  starts = json.loads(path.read_text()).get("started", []) if path.exists() else []
+  starts = about_run(workdir).get("started", [])
   now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
   python = os.path.basename(sys.executable)
   about = {
@@ -170,7 +174,7 @@ def describe_run(workdir: pathlib.Path, c, extra: dict) -> None:
     "processes": jax.process_count(),
     "seed": c.seed,
   }
-  write_atomically(path, json.dumps(about | extra, indent=2) + "\n")
+  write_atomically(workdir / "run.json", json.dumps(about | extra, indent=2) + "\n")
   write_atomically(workdir / "config.json", json.dumps(c.to_dict(), indent=2) + "\n")
 
 
@@ -179,8 +183,7 @@ def change_of_devices(workdir: pathlib.Path, mesh: dict | None) -> str:
 
   mesh: that of this start, {axis: size}; None: one device.
   """
-  path = workdir / "run.json"
-  before = json.loads(path.read_text()) if path.exists() else {}
+  before = about_run(workdir)
   # as JSON has it, and as far as an older version has written it
   now = {"processes": jax.process_count(), "mesh": mesh}
   changes = [

@@ -4,11 +4,12 @@ import hashlib
 import json
 import pathlib
 import re
+import shlex
 import shutil
 
 import pytest
 
-from sdpo_jax import config, experiment, summary
+from sdpo_jax import config, experiment, summary, tuning
 from sdpo_jax.data.tasks import RowEnv, check_sources
 from sdpo_jax.envs import arithmetic, composed, tinycode
 from sdpo_jax.envs.mcq import MCQ
@@ -392,6 +393,46 @@ def test_a_grid_takes_over_what_another_has_run(tmp_path, tuned, capsys):
   nowhere = more.replace("results/first", "results/nowhere")
   assert tuned(nowhere, again) == 2
   assert "results/nowhere': no such directory" in capsys.readouterr().err
+
+
+def test_a_cluster_gets_commands_until_all_has_ended(tmp_path, tuned, capsys):
+  """The trials first; what others have run under the directory is kept, and the grid follows."""
+  root, results = tmp_path / "runs", f"--results={tmp_path}/results/grid"
+
+  def commands():
+    capsys.readouterr()
+    assert tuned(FILE, lambda *_: pytest.fail("something ran"), "--commands", results) == 0
+    return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+
+  def run_elsewhere(lines):
+    """What each command leaves, as far as the experiment reads it."""
+    for line in lines:
+      *arguments, workdir = line[3:]
+      name = str(pathlib.Path(workdir.removeprefix("--workdir=")).relative_to(root))
+      Runs()({name: [arguments]}, root, 1, lambda name: None)
+      settings = tuning.settings(name, arguments)
+      (root / name / "config.json").write_text(json.dumps(settings.to_dict(), default=repr))
+      ended = {"step": settings.total_steps, "stopped": False, "best": None}
+      (root / name / "run.json").write_text(json.dumps({"ended": ended, "commit": "0123456789"}))
+
+  trials = commands()
+  assert len(trials) == 6 and all(line[:3] == ["python", "-m", "sdpo_jax.main"] for line in trials)
+  assert trials[1][-1] == f"--workdir={root}/tuning/a/lr_0.002"
+  run_elsewhere(trials[:-1])
+  assert commands() == trials[-1:]
+  run_elsewhere(trials[-1:])
+  runs = commands()
+  assert [line[-1].rpartition("/")[2] for line in runs] == GRID
+  assert "--config.optimizer.lr=0.002" in runs[0]
+  run_elsewhere(runs)
+  run_file = root / "other" / "run.json"
+  run_file.write_text(run_file.read_text().replace("240", "239"))
+  assert commands() == runs[-1:]  # killed before its last step
+  run_elsewhere(runs[-1:])
+  assert commands() == []
+  again = Runs()
+  assert tuned(FILE, again, results) == 0 and again.grids == [[], []]
+  assert "evaluations included, by the code of 0123456." in summary.text(tmp_path)
 
 
 def test_a_run_that_has_not_ended_is_kept_as_such_and_is_in_no_table(tmp_path, tuned):

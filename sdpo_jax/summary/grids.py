@@ -25,7 +25,7 @@ def curves(entries: dict) -> list[str]:
   times = [run.points[-1]["time_s"] for run in runs]
   parts = [
     f"Recorded: {len(runs)} runs, {sum(times) / 3600:.1f} hours in all, "
-    f"{min(times):,.0f} to {max(times):,.0f} s a run, evaluations included."
+    f"{min(times):,.0f} to {max(times):,.0f} s a run, evaluations included{_commits(entries)}."
   ]
   for source, count in sorted(Counter(x["from"] for x in entries.values() if "from" in x).items()):
     parts.append(f"{count} of them are runs of `{source}`, begun from the same arguments.")
@@ -41,6 +41,12 @@ def curves(entries: dict) -> list[str]:
     parts += collapse(arms)
     parts.append(md.folded("Every run, with 95 % intervals over questions", _runs(arms, splits)))
   return parts
+
+
+def _commits(entries: dict) -> str:
+  """Returns by which code the runs were made, as far as curves.json says it."""
+  found = sorted({entry["commit"][:7] for entry in entries.values() if entry.get("commit")})
+  return f", by the code of {', '.join(found)}" if found else ""
 
 
 def tuning_words(tuning: dict | None) -> str:
