@@ -59,6 +59,19 @@ def latest_step(workdir) -> int | None:
   return max(all_steps(workdir), default=None)
 
 
+def best_step(workdir) -> int:
+  """Returns the step of the best checkpoint by config.checkpoint.best, as the newest tells.
+
+  FileNotFoundError where there is no checkpoint, or none that was evaluated.
+  """
+  best = read_host(workdir).get("best")
+  if best is None:
+    raise FileNotFoundError(
+      f"{workdir}: no checkpoint has a value of config.checkpoint.best, so none is the best one"
+    )
+  return _existing(workdir, best[0])
+
+
 def all_steps(workdir) -> list[int]:
   """Returns the steps of the complete checkpoints, ascending.
 

@@ -1,10 +1,11 @@
 r"""Writes a finished run's weights as a directory that transformers and vLLM load.
 
-  python -m sdpo_jax.export --workdir=RUN --out=DIR [--step=N] [--dtype=bfloat16] [--adapters]
+  python -m sdpo_jax.export --workdir=RUN --out=DIR [--step=N|best] [--dtype=bfloat16] [--adapters]
 
-Reads the policy's parameters of a checkpoint: without --step the newest, with --step=0 the model
-that the run began with. Writes config, weights, tokenizer with its chat template, and generation
-config. Without --dtype weights keep the run's type. DIR must be absent or empty.
+Reads the policy's parameters of a checkpoint: without --step the newest, with --step=best the one
+that config.checkpoint.best kept, with --step=0 the model that the run began with. Writes config,
+weights, tokenizer with its chat template, and generation config. Without --dtype weights keep the
+run's type. DIR must be absent or empty.
 
 Adapters of a LoRA run are merged into the weights they stand on. --adapters writes them alone
 instead, as a PEFT directory.
@@ -100,11 +101,24 @@ def _cast(params, dtype: str | None):
   return jax.tree.map(lambda x: x.astype(jax.numpy.dtype(dtype)), params)
 
 
+def _step(workdir: str, given: str | None) -> int | None:
+  """Returns the step that --step names; ValueError if it names none."""
+  if given == "best":
+    from sdpo_jax import checkpoint
+
+    return checkpoint.best_step(workdir)
+  if given is not None and not given.isdigit():
+    raise ValueError(f"--step={given!r}: give the number of a checkpoint, or best")
+  return None if given is None else int(given)
+
+
 def define_flags() -> flags.FlagValues:
   """Defines the flags in a registry of their own, so that importing this file does nothing."""
   f = flags.FlagValues()
   flags.DEFINE_string("workdir", None, "the run's work directory", flag_values=f)
-  flags.DEFINE_integer("step", None, "checkpoint to take; default: the newest", flag_values=f)
+  flags.DEFINE_string(
+    "step", None, "checkpoint to take, a number or best; default: the newest", flag_values=f
+  )
   flags.DEFINE_string("out", None, "directory to write; absent or empty", flag_values=f)
   flags.DEFINE_enum(
     "dtype",
@@ -135,7 +149,8 @@ def main(argv: list[str]) -> int:
     for name in ("workdir", "out"):
       if f[name].value is None:
         raise ValueError(f"--{name}=... is needed")
-    step = export(f.workdir, f.out, step=f.step, dtype=f.dtype, adapters=f.adapters)
+    step = _step(f.workdir, f.step)
+    step = export(f.workdir, f.out, step=step, dtype=f.dtype, adapters=f.adapters)
   except (flags.Error, UsageError, ValueError, OSError, KeyError) as error:
     message = str(error)
     if isinstance(error, OSError) and error.errno:

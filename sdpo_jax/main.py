@@ -4,8 +4,9 @@ r"""The command line of training, evaluation, diagnosis, discovery and planning.
       [--mode=train|eval|diagnose|discover|plan] [--config.section.key=value ...]
 
   train     (default) runs, resumes if the work directory holds a checkpoint, ends with a report
-  eval      scores a checkpoint: --checkpoint=WORKDIR[:step] or a Hugging Face directory, on the
-            final splits or on --suites=configs/eval/FILE.py[:key=value,...]
+  eval      scores a checkpoint: --checkpoint=WORKDIR[:step], where the step may be "best", or a
+            Hugging Face directory, on the final splits or on
+            --suites=configs/eval/FILE.py[:key=value,...]
   diagnose  says in minutes, without training, what can learn here and what would hurt
   discover  is test-time self-distillation on single hard questions
   plan      compiles the train and decode steps for --topology (v5p:2x2x2, v5e:8x8, v6e:4x4,

@@ -13,7 +13,9 @@ import transformers
 
 from sdpo_jax import checkpoint, export, train_step
 from sdpo_jax.config import MODELS
+from sdpo_jax.evaluation.evaluate import find_model
 from sdpo_jax.model import decoder, hf_weights
+from sdpo_jax.serve.weights import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,8 @@ def run(tmp_path_factory):
   config, params = hf_weights.load_pretrained(MODELS["tiny"], dtype=jnp.float32)
   for step, factor in ((2, 1.25), (4, 1.5)):
     scaled = jax.tree.map(lambda x, factor=factor: factor * x, params)
-    checkpoint.save(workdir, step, train_step.init_state(scaled, optax.sgd(0.1)), {"tokens": 0})
+    host = {"tokens": 0, "best": [2, 0.5, "eval/heldout/avg@k"]}
+    checkpoint.save(workdir, step, train_step.init_state(scaled, optax.sgd(0.1)), host)
   return workdir, config, params
 
 
@@ -61,6 +64,23 @@ def test_transformers_loads_the_exported_policy(run, tmp_path, step, factor):
   assert ours(prompts[0])["input_ids"] == original(prompts[0])["input_ids"]
 
 
+def test_evaluation_and_server_find_the_best_checkpoint(run, tmp_path):
+  workdir, _, params = run
+  assert find_model(f"{workdir}:best") == (str(workdir), 2, "step_000002")
+  assert find_model(f"{workdir}:4").step == find_model(str(workdir)).step == 4
+  settings = json.loads((workdir / "config.json").read_text())
+  settings["model"]["dtype"] = "float32"
+  (workdir / "config.json").write_text(json.dumps(settings))
+  served = load_checkpoint(f"{workdir}:best", None).params
+  assert all(
+    np.array_equal(w, 1.25 * p)
+    for w, p in zip(jax.tree.leaves(served), jax.tree.leaves(params), strict=True)
+  )
+  checkpoint.save(tmp_path, 1, train_step.init_state(params, optax.sgd(0.1)), {"best": None})
+  with pytest.raises(FileNotFoundError, match="none is the best one"):
+    find_model(f"{tmp_path}:best")
+
+
 def test_another_dtype(run, tmp_path):
   workdir, _, params = run
   export.export(workdir, tmp_path / "out", dtype="bfloat16")
@@ -84,6 +104,7 @@ def test_another_dtype(run, tmp_path):
       "is a work directory of sdpo_jax.pretrain: use what it wrote for transformers",
     ),
     (["--workdir={run}", "--out={out}", "--step=3"], "no checkpoint of step 3"),
+    (["--workdir={run}", "--out={out}", "--step=last"], "--step='last': give the number"),
     (["--workdir={run}", "--out={out}", "--dtype=int8"], "int8"),
     (["--workdir={run}", "--out={out}", "--setp=3"], "setp"),
     (["--workdir={run}", "--out={out}", "now"], "unknown argument 'now'"),
@@ -99,9 +120,9 @@ def test_a_wrong_argument_is_one_line(run, tmp_path, capsys, arguments, words):
   assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line_says_what_it_wrote(run, tmp_path, capsys):
+@pytest.mark.parametrize("step", ["2", "best"])
+def test_the_command_line_says_what_it_wrote(step, run, tmp_path, capsys):
   with flagsaver.flagsaver():
-    assert (
-      export.main(["export", f"--workdir={run[0]}", f"--out={tmp_path / 'out'}", "--step=2"]) == 0
-    )
+    arguments = [f"--workdir={run[0]}", f"--out={tmp_path / 'out'}", f"--step={step}"]
+    assert export.main(["export", *arguments]) == 0
   assert capsys.readouterr().out == f"step 2 of {run[0]} written to {tmp_path / 'out'}\n"

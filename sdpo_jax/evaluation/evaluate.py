@@ -194,13 +194,16 @@ class FoundModel(NamedTuple):
 def find_model(source: str) -> FoundModel:
   """Returns the checkpoint or directory that WORKDIR[:step] or a path names.
 
-  ValueError where neither is there.
+  The step is a number or "best". ValueError where neither is there.
   """
   head, _, tail = source.rpartition(":")
-  root, step = (head, int(tail)) if head and tail.isdigit() else (source, None)
+  has_step = bool(head) and (tail == "best" or tail.isdigit())
+  root = head if has_step else source
   latest = checkpoint.latest_step(root)
   if latest is not None:
-    step = latest if step is None else step
+    step = latest
+    if has_step:
+      step = checkpoint.best_step(root) if tail == "best" else int(tail)
     return FoundModel(root, step, f"step_{step:06d}")
   if not (pathlib.Path(source) / "config.json").exists():
     raise ValueError(

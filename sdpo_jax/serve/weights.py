@@ -18,14 +18,13 @@ def load_checkpoint(source: str, dtype: str | None) -> Loaded:
   dtype: of weights and products; None: the run's own, or float32. ValueError or OSError of one line
   for what cannot be read.
   """
-  step = None if source in MODELS else find_model(source).step
-  if step is None:
+  found = None if source in MODELS else find_model(source)
+  if found is None or found.step is None:
     path = model_location(source)
     model, params = load_pretrained(path, dtype=dtype or "float32")
   else:
-    root = source.removesuffix(f":{step}")
-    path, model, params = policy_of_run(root, step)
-    model = dataclasses.replace(model, dtype=model_of_run(root)["dtype"])
+    path, model, params = policy_of_run(found.root, found.step)
+    model = dataclasses.replace(model, dtype=model_of_run(found.root)["dtype"])
   if dtype is not None:
     model = dataclasses.replace(model, dtype=dtype, param_dtype=dtype)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
