@@ -9,7 +9,8 @@ from sdpo_jax.summary.runs import SPLITS, TARGETS, read_run
 FEW_ARMS = 6  # of which every pair is compared
 MANY_ROWS = 40  # a longer table is folded
 FINALS_LEGEND = """\
-The last checkpoints on the same questions, n samples a question at temperature 1, in per cent; the
+The last checkpoints (`--mode=eval --checkpoint=RUN --suites=FILE`, where FILE is SUITES of the
+experiment) on the same questions, n samples a question at temperature 1, in per cent; the
 column "seeds" has the lowest and the highest avg@n. Intervals of 95 % and p-values draw seeds and
 questions both. Holm's correction is over the whole second table. Entropy is in nats a token."""
 

@@ -1,6 +1,7 @@
 """Makes the tables of a grid from its curves.json and tuning.json."""
 
 from collections import Counter
+import shlex
 
 from sdpo_jax import stats
 from sdpo_jax.summary import markdown as md
@@ -39,7 +40,11 @@ def curves(entries: dict) -> list[str]:
     parts += [PACE_LEGEND, pace(arms)]
     parts += ratios(arms)
     parts += collapse(arms)
-    parts.append(md.folded("Every run, with 95 % intervals over questions", _runs(arms, splits)))
+    parts.append(
+      md.folded(
+        "Every run, with 95 % intervals over questions, and what repeats it", _runs(arms, splits)
+      )
+    )
   return parts
 
 
@@ -121,14 +126,17 @@ def _difference(members: list[Run], others: list[Run], split: str) -> str:
 
 
 def _runs(arms: dict[str, list[Run]], splits: list[str]) -> str:
+  """Returns the table of every run, with what repeats it."""
   rows = []
   for arm, members in arms.items():
     for run in members:
       end = run.points[-1]
       generated = [f"{end['train/generations']:,}", f"{end['train/sampled_tokens']:,}"]
       scores = [_run_score(run, split) for split in splits]
-      rows.append([f"`{arm}`", str(run.seed), *scores, *generated, f"{end['time_s']:,.0f}"])
-  return md.table(["arm", "seed", *splits, "responses", "generated tokens", "seconds"], rows)
+      seconds, command = f"{end['time_s']:,.0f}", f"`{shlex.join(run.arguments)}`"
+      rows.append([f"`{arm}`", str(run.seed), *scores, *generated, seconds, command])
+  head = ["arm", "seed", *splits, "responses", "generated tokens", "seconds"]
+  return md.table([*head, "arguments of `python -m sdpo_jax.main`"], rows)
 
 
 def _run_score(run: Run, split: str) -> str:

@@ -16,6 +16,7 @@ class Run(NamedTuple):
   tuning: dict | None  # how many trials its arm had, and which was chosen; None: none
   points: list[dict]  # one for each evaluation, the base model's first
   warned: dict[str, int]  # sign of collapse -> the step at which it was first seen
+  arguments: list[str]  # of sdpo_jax.main
 
   def evaluations(self, split: str) -> list[dict]:
     return [point for point in self.points if f"eval/{split}/avg@k" in point]
@@ -45,7 +46,7 @@ def read_run(name: str, entry: dict) -> Run:
   else:
     domain = ""
   points, warned = entry.get("points", []), entry.get("warned", {})
-  return Run(domain, arm, seed, entry.get("tuning"), points, warned)
+  return Run(domain, arm, seed, entry.get("tuning"), points, warned, entry["arguments"])
 
 
 def ended_runs(entries: dict) -> list[Run]:
