@@ -69,7 +69,8 @@ def test_tables_of_a_grid_by_hand(tmp_path):
     "| `sdpo` | 4 | 400 | 4,000 | 20.0 (20.0 to 20.0) | 30.0 (20.0 to 40.0) |",
     "4 (400), 4 (400) | 2 (400) |",
     "never | 1 (200) |",
-    "| `sdpo` | 1 | 80.0 [70.0, 90.0] | 400 | 4,000 | 40 | `--config=configs/x.py:method=sdpo,seed=1` |",
+    "| `sdpo` | 1 | 80.0 [70.0, 90.0] | 400 | 4,000 | 40 | ",
+    " 40 | `--config=configs/x.py:method=sdpo,seed=1` |",
     "- A caveat.",
   ):
     assert words in page, words
