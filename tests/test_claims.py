@@ -78,6 +78,21 @@ def test_one_seed_is_never_enough(tmp_path):
   assert found == ("holds", "+80.0 [+80.0, +80.0] points, 2 seeds")
 
 
+def test_a_baseline_of_several_forms_is_the_one_that_did_best(tmp_path):
+  ends = {"a": 0.5, "collapsed": 0.0, "well": 0.7}
+  runs = {
+    f"{arm}_seed{s}": run(arm, s, 0.1, x + s / 100) for arm, x in ends.items() for s in (0, 1)
+  }
+  folder = results(tmp_path, "grid", runs)
+  assert evidence.above("grid", "a", "collapsed")(folder).verdict == "holds"
+  found = evidence.above_best("grid", "a", ("collapsed", "well"))(folder)
+  assert found == ("does not hold", "-20.0 [-20.0, -20.0] points, 2 seeds, against `well`")
+  del runs["well_seed0"], runs["well_seed1"]
+  assert (
+    evidence.above_best("grid", "a", ("collapsed", "well"))(results(tmp_path, "grid", runs)) is None
+  )
+
+
 def test_falls_and_what_told_of_them(tmp_path):
   runs = {
     "a_seed0": run("a", 0, 0.5, 0.1, warned={"worse": 60, "length_tail": 20}),

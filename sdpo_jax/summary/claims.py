@@ -40,6 +40,11 @@ def _on_methods(says: str, source: str, arm: str, other: str) -> Claim:
   return Claim(says, source, "methods", evidence.above("methods", arm, other))
 
 
+def _beats_grpo(name: str, source: str, arm: str) -> Claim:
+  measure = evidence.above_best("methods", arm, ("grpo", "grpo_std"))
+  return Claim(f"{name} ends above GRPO", source, "methods", measure)
+
+
 def _on_paper(says: str, arm: str, other: str) -> Claim:
   return Claim(says, _SDPO, "paper_tiny", evidence.above("paper_tiny", arm, other))
 
@@ -151,17 +156,17 @@ CLAIMS = (
     "schedules",
     evidence.above("schedules", "restart_10", "frozen"),
   ),
-  _on_methods("RLSD ends above GRPO", "2604.03128", "rlsd", "grpo_std"),
-  _on_methods("RLRT ends above GRPO", "2605.10781", "rlrt", "grpo"),
-  _on_methods("Anti-SD ends above GRPO", "2605.11609", "anti_sd", "grpo"),
-  _on_methods("CSCR ends above GRPO", "2607.27888", "cscr", "grpo_std"),
+  _beats_grpo("RLSD", "2604.03128", "rlsd"),
+  _beats_grpo("RLRT", "2605.10781", "rlrt"),
+  _beats_grpo("Anti-SD", "2605.11609", "anti_sd"),
+  _beats_grpo("CSCR", "2607.27888", "cscr"),
   _on_methods("CSCR ends above SDPO", "2607.27888", "cscr", "sdpo"),
-  _on_methods("dGRPO ends above GRPO", "2605.12227", "dgrpo", "grpo_std"),
+  _beats_grpo("dGRPO", "2605.12227", "dgrpo"),
   _on_methods("two successes and a failure beat one success", "2605.12652", "mopd", "sdpo"),
   _on_methods("DRIFT ends above SDPO", "2606.30345", "drift", "sdpo"),
   _on_methods("DRIFT ends above SRPO", "2606.30345", "drift", "srpo"),
   _on_methods("H2SD ends above SDPO", "2607.18955", "h2sd", "sdpo"),
-  _on_methods("H2SD ends above GRPO", "2607.18955", "h2sd", "grpo_std"),
+  _beats_grpo("H2SD", "2607.18955", "h2sd"),
   _on_methods("β-OPSD ends above OPSD", "2607.28582", "beta_opsd", "opsd"),
   _on_methods("the PMI target ends above OPSD", "2607.02234", "pmi", "opsd"),
   _on_methods("weights that fall along the response help", "2606.22600", "position", "opd_plus"),

@@ -15,6 +15,8 @@ import math
 import pathlib
 from typing import Callable, NamedTuple
 
+import numpy as np
+
 from sdpo_jax import final_scores, stats
 from sdpo_jax.summary import markdown as md
 from sdpo_jax.summary.collapse import fall
@@ -66,18 +68,48 @@ def above(grid: str, arm: str, other: str, *, split: str = SPLITS[0], domain: st
 
   Intervals draw seeds and questions, or seeds alone where the grid has no scores.json.
   """
+  return above_best(grid, arm, (other,), split=split, domain=domain)
+
+
+def above_best(
+  grid: str, arm: str, others: tuple[str, ...], *, split: str = SPLITS[0], domain: str = ""
+) -> Measure:
+  """Claims that an arm scores higher than the best of several others, by their means.
+
+  So a baseline with several forms is held to the one that did best, not to one that collapsed.
+  """
 
   def measure(results: pathlib.Path) -> Found | None:
-    arms = {} if domain else _arms(results, grid, split)
-    if arm in arms and other in arms:
-      both = sorted({*arms[arm].seeds} & {*arms[other].seeds})
-      scores = [arms[name].of_seeds(both).table("reward") for name in (arm, other)]
-      return _difference(*scores, seeds=len(both)) if both else None
-    pairs = of_same_seeds(*(_runs(results, grid, domain).get(name, []) for name in (arm, other)))
-    own, others = [[run.last(split) for run in runs] for runs in zip(*pairs)] or ([], [])
-    return _difference(own, others, seeds=len(pairs)) if pairs else None
+    scores = {} if domain else _question_scores(results, grid, split, (arm, *others))
+    scores = scores or _last_scores(results, grid, split, domain, (arm, *others))
+    if not scores:
+      return None
+    best = max(others, key=lambda name: np.mean(scores[name]))
+    found = _difference(scores[arm], scores[best], seeds=scores[arm].shape[-1])
+    if found is None or len(others) == 1:
+      return found
+    return found._replace(figure=f"{found.figure}, against `{best}`")
 
   return measure
+
+
+def _question_scores(results, grid: str, split: str, names) -> dict[str, np.ndarray]:
+  """Returns {arm: scores by question and seed, [Q, S]} of the seeds that all these arms have."""
+  arms = _arms(results, grid, split)
+  if not {*names} <= arms.keys():
+    return {}
+  seeds = sorted(set.intersection(*({*arms[name].seeds} for name in names)))
+  return {name: arms[name].of_seeds(seeds).table("reward") for name in names} if seeds else {}
+
+
+def _last_scores(results, grid: str, split: str, domain: str, names) -> dict[str, np.ndarray]:
+  """Returns {arm: the last evaluation of each seed, [S]} of the seeds that all these arms have."""
+  runs = _runs(results, grid, domain)
+  by_seed = [{run.seed: run.last(split) for run in runs.get(name, [])} for name in names]
+  seeds = sorted(set.intersection(*map(set, by_seed)))
+  if not seeds:
+    return {}
+  return {name: np.array([x[s] for s in seeds]) for name, x in zip(names, by_seed, strict=True)}
 
 
 def _difference(own, others, *, seeds: int) -> Found | None:
