@@ -11,6 +11,11 @@ Arms:   sdpo, grpo
         counterfactual            two more samples a question with a failed attempt, judged
         counterfactual_imagined   the same samples; the policy imagines their feedback
         counterfactual_siblings   the group's own responses: nothing more is generated
+        counterfactual_branches   two continuations of each failed attempt from where the policy was
+                                  least sure
+        counterfactual_beams      likewise, the two likeliest of a beam search
+        counterfactual_opposite   a control: the same samples as counterfactual, with every verdict
+                                  turned round
         All arms generate about as many tokens. An arm pays for what it generates beside its
         rollouts with updates.
 Notes:  note=full is "If you had tried X instead of Y, you would have received Z"; note=feedback is
@@ -44,6 +49,12 @@ ARMS = {  # method, changes to its counterfactual part
     dict(alternatives=EXTRA, feedback="imagined", imagined_tokens=128),
   ),
   "counterfactual_siblings": ("counterfactual", dict(sources=("siblings",))),
+  "counterfactual_branches": ("counterfactual", dict(alternatives=EXTRA, sources=("branches",))),
+  "counterfactual_beams": ("counterfactual", dict(alternatives=EXTRA, sources=("beams",))),
+  "counterfactual_opposite": (
+    "counterfactual",
+    dict(alternatives=EXTRA, feedback="opposite", kappa=1.0),
+  ),
   "grpo": ("grpo", {}),
   "grpo_extra": ("grpo", {}),
 }
@@ -105,8 +116,11 @@ def _check_choice(name: str, value: str, choices: list[str]):
 def beside(a) -> float:
   """Returns the most samples that are drawn beside each of the rollouts.
 
-  They are EXTRA to an SDPO group of 4 (config.tiny) or 8 (config.paper).
+  They are EXTRA to each attempt that is gone on with, else to an SDPO group of 4 (config.tiny) or 8
+  (config.paper).
   """
+  if a.arm in ("counterfactual_branches", "counterfactual_beams"):
+    return EXTRA
   return EXTRA / (4 if a.domain in TINY else 8)
 
 

@@ -23,13 +23,22 @@ alternative. The alternative is judged all the same, to measure how often the im
 nothing that the judge says of it reaches a teacher. Where that prompt is too long the alternative
 is dropped, and counted.
 
+With feedback="opposite" the verdict on every alternative, siblings too, is turned round.
+
 Multi-host: every process sees the same groups and calls the engine alike.
 """
 
 import dataclasses
 from typing import Any
 
-from sdpo_jax.objectives.notes import Notes, distinct, failed, imagining, true_feedback
+from sdpo_jax.objectives.notes import (
+  Notes,
+  distinct,
+  failed,
+  imagining,
+  opposite_feedback,
+  true_feedback,
+)
 from sdpo_jax.objectives.teacher_context import without_thinking
 from sdpo_jax.records import Alternative, Ratio, Request, Rollout, Sampling, Status
 from sdpo_jax.rollout import Collector, prompt_seed, sample
@@ -82,6 +91,8 @@ class Explorer:
       for q, i in places:
         siblings = [r for j, r in enumerate(groups[q]) if j != i]
         candidates[q, i] += [Alternative(r, "siblings") for r in siblings]
+    if self.notes.feedback == "opposite":
+      self._turn_round(candidates)
     for q, i in places:
       groups[q][i].alternatives = distinct(
         candidates[q, i],
@@ -191,6 +202,14 @@ class Explorer:
         if (q, a.rollout.text) in feedback
       ]
     return len(prompts) - len(fitting)
+
+  def _turn_round(self, candidates: dict[Place, list[Alternative]]) -> None:
+    """Puts the opposite of the judge's verdict into the candidates."""
+    for place, alternatives in candidates.items():
+      candidates[place] = [
+        dataclasses.replace(a, imagined=opposite_feedback(a.rollout, self.success_threshold))
+        for a in alternatives
+      ]
 
   def _imagining_prompt(self, attempt: Rollout, alternative: Rollout) -> list[int]:
     *before, last = self.collector.env.prompt(attempt.task)

@@ -147,7 +147,7 @@ class Alternative:
 
   rollout: Rollout
   source: str  # samples | model | branches | beams | siblings
-  # The feedback that the policy imagined and the teacher reads; None: it reads the judge's.
+  # The feedback that the teacher reads instead of the judge's: the policy's own, or a control's.
   imagined: str | None = None
 
 

@@ -209,6 +209,7 @@ def test_weights_and_readings():
     dict(feedback="imagined", sources=("siblings",)),
     dict(kappa=0.25),
     dict(imagined_tokens=128),
+    dict(imagined_tokens=128, feedback="opposite"),
   ):
     with pytest.raises(ValueError, match=f"method.counterfactual.{next(iter(wrong))}"):
       build.build_method(
@@ -515,6 +516,24 @@ def test_imagined_feedback_is_asked_for_once_and_measured_against_the_judge():
   asked.clear()
   metrics, _ = explored(groups, script[0], {}, feedback="imagined")
   assert metrics["counterfactual/not_imagined"] == 2.0 and not groups[0][0].alternatives
+
+
+def test_a_control_is_told_the_opposite_of_every_verdict():
+  """Of siblings too; and a success that it is told of as a failure is no solution to show."""
+  groups = [[rollout("a"), rollout("b"), rollout("right", reward=1.0)]]
+  settings = dict(feedback="opposite", sources=("siblings",), kappa=1.0)
+  metrics, _ = explored(groups, [], {}, **settings)
+  assert [(a.rollout.text, a.imagined) for a in groups[0][0].alternatives] == [
+    ("b", "Correct"),
+    ("right", "Incorrect"),
+  ]
+  assert not groups[0][2].alternatives
+  assert metrics["counterfactual/imagined_wrong"].mean == 1.0
+  silent = FeedbackOrSolution(use_solution=False, feedback="always")
+  ((context, weight),) = further_readings(Notes(**settings), silent, groups[0], 0)
+  assert weight == 1.0 and not context.solution
+  assert "b\ninstead of\na\nyou would have received\nCorrect" in context.notes
+  assert "right\ninstead of\na\nyou would have received\nIncorrect" in context.notes
 
 
 def test_notes_tell_no_more_of_the_hidden_tests_than_feedback_does():

@@ -3,11 +3,11 @@ r"""Counterfactual notes: failed responses also learn from what other responses 
   L = L_SDPO(y; f) + eta * 1/M * sum over m of w_m * L_SDPO(y; f + note_m)
 
 Both losses are on the policy's own tokens y. f is what plain SDPO shows. note_m is about
-alternative
-m: "If you had tried X instead of Y, you would have received Z". X and Y are the lines in which
-alternative and attempt differ; Z is the alternative's feedback, word for word. w is 1 where the
-environment ran the alternative and kappa where the policy imagined the feedback. M is the number of
-alternatives that are left once duplicates and those like the attempt are dropped.
+alternative m: "If you had tried X instead of Y, you would have received Z". X and Y are the lines
+in which alternative and attempt differ; Z is the alternative's feedback, word for word. w is 1
+where the environment ran the alternative and kappa where its feedback is imagined or turned round.
+M is the number of alternatives that are left once duplicates and those like the attempt are
+dropped.
 
 There are three forms:
 
@@ -43,10 +43,11 @@ from sdpo_jax.objectives.teacher_context import (
 from sdpo_jax.records import Alternative, Rollout, Status
 
 SOURCES = ("samples", "model", "branches", "beams", "siblings")
+FEEDBACKS = ("imagined", "opposite", "verified")
 FORMS = ("each", "joint", "mixture")
 KAPPA, IMAGINED_TOKENS, BEAM_WIDTH = 0.5, 64, 4
 # The imagined feedback on an alternative without fault; the judge's own may be empty.
-CORRECT = "Correct"
+CORRECT, INCORRECT = "Correct", "Incorrect"
 IMAGINE = (
   "{prompt}\n\nThis answer\n\n{attempt}\n\nreceived the verdict\n\n{feedback}\n\n"
   "Which verdict would this answer receive?\n\n{alternative}\n\n"
@@ -63,9 +64,13 @@ class Notes:
     (likewise, from a second model), "branches" (M continuations from the position of the attempt
     where the policy's entropy was highest, for each attempt: samples), "beams" (likewise: the M
     likeliest that a beam search finds), "siblings" (the rest of the group, free).
-  feedback: "verified" | "imagined"; siblings are verified in any case.
-  kappa, imagined_tokens: the weight of imagined feedback and its greatest length; read with
-    "imagined" alone.
+  feedback: "verified" | "imagined" (by the policy; siblings are verified in any case) | "opposite":
+    a control, in which the teacher is told of each alternative that failed that it was correct, and
+    of each success that it was not. What the policy learns from this, and how often the reading
+    agrees with the plain one (`counterfactual/agreement`), is not owed to what notes say (arXiv
+    2607.27888).
+  kappa: the weight of feedback that is not the judge's; not read with "verified".
+  imagined_tokens: the greatest length of imagined feedback; read with "imagined" alone.
   beam_width: the unfinished continuations that a beam search keeps, at least M; read with "beams"
     alone.
   gate: counts only tokens on which the readings with and without notes agree in sign.
@@ -114,7 +119,7 @@ class Notes:
         f"method.counterfactual.sources={self.sources!r}: {source!r} is unknown"
         f"{did_you_mean(source, SOURCES)}; choose from {list(SOURCES)}"
       )
-    for name, choices in (("feedback", ("imagined", "verified")), ("form", FORMS)):
+    for name, choices in (("feedback", FEEDBACKS), ("form", FORMS)):
       value = getattr(self, name)
       if value not in choices:
         raise ValueError(unknown(f"method.counterfactual.{name}", value, choices))
@@ -144,11 +149,12 @@ class Notes:
         f"{where}.feedback='imagined' would not be read: "
         f"of sources={self.sources!r} the judge's is known"
       )
+    readers = {"kappa": ("imagined", "opposite"), "imagined_tokens": ("imagined",)}
     for name, default in (("kappa", KAPPA), ("imagined_tokens", IMAGINED_TOKENS)):
       value = getattr(self, name)
-      if self.feedback == "verified" and value != default:
+      if self.feedback not in readers[name] and value != default:
         raise ValueError(
-          f"{where}.{name}={value!r} would not be read: {where}.feedback is 'verified'"
+          f"{where}.{name}={value!r} would not be read: {where}.feedback is {self.feedback!r}"
         )
     self._check_beam_width(where)
 
@@ -186,7 +192,7 @@ def imagining(question: str, attempt: Rollout, alternative: Rollout) -> str:
   texts = {
     "prompt": question,
     "attempt": without_thinking(attempt.text),
-    "feedback": attempt.feedback.text or "Incorrect",
+    "feedback": attempt.feedback.text or INCORRECT,
     "alternative": without_thinking(alternative.text),
   }
   return fill(IMAGINE, texts)
@@ -195,6 +201,11 @@ def imagining(question: str, attempt: Rollout, alternative: Rollout) -> str:
 def true_feedback(alternative: Rollout, success_threshold: float) -> str:
   """Returns the reply to `imagining` that would be right."""
   return alternative.feedback.text.strip() if failed(alternative, success_threshold) else CORRECT
+
+
+def opposite_feedback(alternative: Rollout, success_threshold: float) -> str:
+  """Returns a verdict that is wrong, without a reason."""
+  return CORRECT if failed(alternative, success_threshold) else INCORRECT
 
 
 def distinct(
