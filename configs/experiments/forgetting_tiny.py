@@ -6,7 +6,8 @@ Smoke:  python -m sdpo_jax.experiment --config=configs/experiments/forgetting_ti
           --workdir=runs/forgetting_tiny_local
 Grid:   SDPO, SDPO with a frozen teacher, GRPO; three seeds, four stages of 60 steps with 64
         responses each, a constant learning rate. All else is configs/tinycode.py: GRPO has a third
-        of SDPO's learning rate (5e-4) and groups of 8. Nothing is tuned.
+        of SDPO's learning rate (5e-4) and groups of 8; the "slow" arms are SDPO at GRPO's rate.
+        Nothing is tuned.
 Look:   after each stage the policy is asked about every group (stage_1 to stage_4), and about all
         words together (heldout).
 Cost:   0.47 CPU hours, where half an hour was foretold; 118 to 427 s a run on one core, the longest
@@ -26,6 +27,15 @@ ARMS = {
   "sdpo": ("sdpo", ()),
   "frozen": ("sdpo", ("--config.label=frozen", "--config.method.teacher_weights.name=frozen")),
   "grpo": ("grpo", ()),
+  "sdpo_slow": ("sdpo", ("--config.label=sdpo_slow", "--config.optimizer.lr=5e-4")),
+  "frozen_slow": (
+    "sdpo",
+    (
+      "--config.label=frozen_slow",
+      "--config.optimizer.lr=5e-4",
+      "--config.method.teacher_weights.name=frozen",
+    ),
+  ),
 }
 QUESTIONS = {"sdpo": 16, "grpo": 8}  # of a step, as configs/tinycode.py has them
 SPLITS = ("heldout", *(f"stage_{i + 1}" for i in range(STAGES)))
