@@ -11,7 +11,8 @@ runs are left alone, unfinished ones resume. With several jobs each gets its sha
 
 For a cluster, `--commands` runs nothing. It keeps what has ended under DIR and prints what has not,
 one run a line: the trials first, then the grid. Each line is for a machine of its own that sees
-DIR; the same command tells again what is left.
+DIR; the same command tells again what is left. A run that is at work has not ended, so its line
+comes again: do not start it twice.
 
 `--config=FILE.py:local` runs the file's `get_local()` instead, a grid of seconds that shows that
 the runs work; nothing is tuned for it.
@@ -36,7 +37,7 @@ With --results=results/NAME a grid goes on even where DIR is gone: what stands t
 repeated. At the end, and by --report alone at any time after the trials, DIR also gets
   report/       the curves of all runs whose directories are there
 and runs that have not ended are kept too, as such. --summary, called at the top of the repository,
-writes RESULTS.md from all that stands in results/ (see summary.py).
+writes RESULTS.md from all that stands in results/ (see summary/).
 
 Exit status: 0 if all runs ended well; 1 if one failed, or if DIR cannot be written (one line);
 2 for a wrong command line; 143 if it was asked to stop (SIGTERM), after its runs have saved.
@@ -56,10 +57,10 @@ import threading
 import time
 from typing import Callable, NamedTuple
 
-from sdpo_jax import final_scores, report, summary, tuning
+from sdpo_jax import report, summary, tuning
 from sdpo_jax.config import in_file
 from sdpo_jax.errors import RunError, local_path
-from sdpo_jax.kept import Kept, has_ended_in
+from sdpo_jax.kept import Kept, has_ended_in, is_scored_in
 from sdpo_jax.tuning import Grid
 from sdpo_jax.workdir import write_atomically
 
@@ -300,9 +301,6 @@ def main(argv=None) -> int:
       raise ValueError(f"--jobs={flags.jobs} must be at least 1")
     experiment, root = Experiment(flags.config), pathlib.Path(flags.workdir)
     kept = Kept(pathlib.Path(flags.results or flags.workdir), experiment.reused)
-    if flags.commands:
-      print_commands(experiment, root, kept)
-      return 0
     if flags.report:
       record = recorded(experiment, kept.directory)
       if not begun_runs(experiment.grid(chosen(record)), root):
@@ -311,6 +309,9 @@ def main(argv=None) -> int:
     complain(error)
     return 2
   try:
+    if flags.commands:
+      print_commands(experiment, root, kept)
+      return 0
     failed = []
     if not flags.report:
       try:
@@ -385,7 +386,7 @@ def print_commands(experiment: Experiment, root: pathlib.Path, kept: Kept) -> No
   if not missing:
     record = choose(experiment, kept) if experiment.tuning else None
     for name, (arguments, *rest) in missing_runs(experiment, root, kept, record).items():
-      is_scored = not rest or final_scores.collect(root / name)
+      is_scored = not rest or is_scored_in(root / name)
       if is_scored and has_ended_in(root / name, tuning.settings(name, arguments)):
         how = tuning.of_run(name, record)
         kept.add_run(name, arguments, root / name, how, ended=True)

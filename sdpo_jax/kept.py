@@ -4,7 +4,8 @@ A grid that takes hours may be run in parts: on another day, or on a machine whe
 of earlier runs are gone. What counts of a run is small and stands in three files:
 
   curves.json   every evaluation of every run, whether it ended, how its arm was tuned, the step at
-                which each sign of collapse (monitors.py) was first seen, and the commit of the code
+                which each sign of collapse (monitors.py) was first seen, the commit of the code and
+                the machine
   scores.json   what the last checkpoints can do, question by question (final_scores.py)
   trials.json   the last evaluation of every trial that has ended (tuning.py)
 
@@ -112,8 +113,9 @@ class Kept:
     entry = {"arguments": list(arguments), "tuning": tuned}
     lines = metrics.read(workdir)
     seen = {"ended": ended, "warned": _warned(lines), "points": _points(lines)}
-    seen["commit"] = about_run(workdir).get("commit")
-    self.curves = self._add(_CURVES, name, entry | seen)
+    about = about_run(workdir)
+    made = {key: about.get(key) for key in ("commit", "machine")}
+    self.curves = self._add(_CURVES, name, entry | seen | made)
     if ended and (splits := final_scores.collect(workdir)):
       self.scores = self._add(_SCORES, name, entry | {"splits": splits})
 
@@ -122,10 +124,16 @@ class Kept:
     self.trials = self._add(_TRIALS, name, {"arguments": list(arguments), "end": end})
 
 
+def is_scored_in(workdir: pathlib.Path) -> bool:
+  """Tells whether the checkpoint with which a run ended has been evaluated on suites."""
+  step = ending.of_run_file(workdir).get("step")
+  return step is not None and (workdir / "eval" / f"step_{step:06d}.json").exists()
+
+
 def has_ended_in(workdir: pathlib.Path, c) -> bool:
   """Tells whether a run of these settings has ended in a work directory.
 
-  Raises ValueError, naming the first difference, if it was begun there with other settings.
+  Raises ValueError, naming the first difference, if a run with other settings ended there.
   """
   ended = ending.of_run_file(workdir)
   check_same_run(workdir, c, begun=bool(ended), defaults=defaults_of(c))

@@ -2,8 +2,8 @@ r"""Repeats the SDPO paper's experiments at their own size: two models, six task
 
 Run:    python -m sdpo_jax.experiment --config=configs/experiments/paper.py \
           --workdir=runs/paper --commands
-        prints a command for each run, each for eight chips of v5p-16 or eight H200 (fsdp=8), and
-        on later calls for each that is left.
+        prints a command for each run, on later calls for each that is left. Each is for a node of
+        eight GPUs (fsdp=8); launch/ starts it on the hosts of a pod, as a v5p-16, likewise.
 Smoke:  python -m sdpo_jax.experiment --config=configs/experiments/paper.py:local \
           --workdir=runs/paper_local
 Grid:   Qwen3-8B and Olmo-3-7B-Instruct on four sciences, tool calls and LiveCodeBench v6; SDPO,
@@ -45,7 +45,7 @@ _WEIGHTS = "--config.method.teacher_weights"
 TEACHERS = {
   "live": ("sdpo", (f"{_WEIGHTS}.name=live",)),
   "frozen": ("sdpo", (f"{_WEIGHTS}.name=frozen",)),
-  "trust_region": ("sdpo", (f"{_WEIGHTS}.name=trust_region",)),
+  "trust_region": ("sdpo", (f"{_WEIGHTS}.name=trust_region", f"{_WEIGHTS}.rate=0.01")),
 }
 
 
