@@ -61,8 +61,16 @@ ARMS = {  # method, changes to its counterfactual part
 # Tokens generated for one of a rollout, as measured with seed 0. The fewer attempts fail, the fewer
 # alternatives are drawn. A verdict may be longer than an answer.
 MEASURED = {
-  "tinycode": {"counterfactual": 1.30, "counterfactual_imagined": 2.45},
-  "arithmetic": {"counterfactual": 1.28, "counterfactual_imagined": 1.46},
+  "tinycode": {
+    "counterfactual": 1.30,
+    "counterfactual_opposite": 1.30,  # as its samples are drawn alike
+    "counterfactual_imagined": 2.45,
+  },
+  "arithmetic": {
+    "counterfactual": 1.28,
+    "counterfactual_opposite": 1.28,
+    "counterfactual_imagined": 1.46,
+  },
 }
 
 

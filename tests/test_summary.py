@@ -141,7 +141,7 @@ def test_right_tokens_by_hand(tmp_path):
   assert f"| base | failed | policy | {'50.0 | ' * 9}– |" in page
 
 
-def test_who_fell_and_what_told_of_it_by_hand(tmp_path):
+def test_what_collapsed_and_what_warned_of_it_by_hand(tmp_path):
   folder = tmp_path / "results" / "grid"
   folder.mkdir(parents=True)
   runs = {
@@ -151,11 +151,23 @@ def test_who_fell_and_what_told_of_it_by_hand(tmp_path):
   }
   (folder / "curves.json").write_text(json.dumps(runs))
   page = summary.text(tmp_path)
-  assert "| arm | best | at step | last | fell at step | `length_tail` | `gap` |" in page
-  assert "| `sdpo` | 80.0 (80.0 to 80.0) | 2, 4 | 45.0 (10.0 to 80.0) | 4, – | 3 (+1), 1 |" in page
-  assert "| 4 (+0), – |" in page
-  assert "| `grpo` | 40.0 (40.0 to 40.0) | 4 | 40.0 (40.0 to 40.0) | – | – | – |" in page
+  head = "| arm | best | at step | last | collapsed at | worse at | `length_tail` | `gap` |"
+  assert head in page
+  row = "| `sdpo` | 80.0 (80.0 to 80.0) | 2, 4 | 45.0 (10.0 to 80.0) | 4, – | 4, – | 3, 1 | 4, – |"
+  assert row in page
+  assert "| `grpo` | 40.0 (40.0 to 40.0) | 4 | 40.0 (40.0 to 40.0) | – | – | – | – |" in page
   for run in runs.values():  # of an earlier grid nothing is known
     run.pop("warned")
   (folder / "curves.json").write_text(json.dumps(runs))
-  assert "fell at step" not in summary.text(tmp_path)
+  assert "collapsed at" not in summary.text(tmp_path).partition("## grid")[2]
+
+
+def test_a_grid_on_other_splits_has_its_tables_by_hand(tmp_path):
+  """As runs on rows of one's own have, of which none is called heldout."""
+  folder = tmp_path / "results" / "grid"
+  folder.mkdir(parents=True)
+  runs = {"a": entry("sdpo", 0, 0.2, 0.3, 0.4), "b": entry("grpo", 0, 0.2, 0.2, 0.3)}
+  text = json.dumps(runs).replace("eval/heldout/", "eval/test/")
+  (folder / "curves.json").write_text(text)
+  page = summary.text(tmp_path)
+  assert "| test | `sdpo` | 1 | 40.0 |" in page and "| arm | seed | test | responses |" in page

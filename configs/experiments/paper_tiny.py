@@ -8,25 +8,28 @@ Grid:   the arms of ARMS, five seeds of 240 steps with 64 responses each. All el
         configs/tinycode.py. Two learning rates an arm on one seed of its own, judged on the split
         tune at their end. Rows of methods.py, and the seeds that it has run, are taken from its
         results.
-Arms:   granularity (logits; sampled tokens, `opd_plus`; whole responses, which take reverse KL and
-        are to be held against `reverse_kl`), divergence (Jensen-Shannon, either KL, the top 20
-        tokens), the teacher's weights (two moving averages, frozen, live), its context (both,
-        solutions alone, feedback alone, the own attempt beside them), the share of the reward
-        (none, .5, .9, and all: `rewards_alone` has SDPO's groups of 4 and its falling rate), and
-        rewards that a teacher spreads over tokens. `grpo` has the settings that suit rewards
-        better: groups of 8, a constant rate. Three controls differ from it in one thing: four
-        updates a batch; supervised training on its own filtered successes (a bonus in the
-        advantage, on policy the same gradient); a moving average of itself that holds it.
+Arms:   granularity (all tokens of the vocabulary; the sampled ones, by JSD in `opd_plus`, by
+        reverse KL in `sampled_token` and, weighed by their place, in `position`; whole responses,
+        which take reverse KL), divergence (Jensen-Shannon, either KL, the top 20 tokens), the
+        teacher's weights (two moving averages, frozen, live), its context (both, solutions alone,
+        feedback alone, the own attempt beside them), the share of the reward (none, .5, .9, and
+        all: `rewards_alone` has SDPO's groups of 4 and its falling rate), and rewards that a
+        teacher spreads over tokens. `mopd` and `drift` read solutions alone, `drift` over 512
+        questions again and again: `solutions_alone` and `solutions_repeated` are SDPO under the
+        same conditions, as `rewards_alone` is GRPO under those of `dgrpo` and `h2sd`. `grpo` has
+        the settings that suit rewards better: groups of 8, a constant rate. Three controls differ
+        from it in one thing: four updates a batch; supervised training on its own filtered
+        successes (a bonus in the advantage, on policy the same gradient); a moving average of
+        itself that holds it.
 End:    the last checkpoints answer 100 questions of each split 16 times at temperature 1, and once
         greedily.
-Cost:   150 s a run on one core by the faster half of methods.py: 6.1 CPU hours with nothing taken
-        over.
+Cost:   75 s a run on one core by the runs of methods.py: 3.5 CPU hours with nothing taken over.
 Result: none yet.
 """
 
 SUITES = "configs/eval/tinycode.py"
 REUSED = ("results/methods",)
-RUN_S = 150.0
+RUN_S = 75.0
 
 RATES = (5e-4, 1.5e-3)
 SEEDS = range(5)
@@ -50,6 +53,8 @@ _LIKE_SDPO = (
 ARMS = {
   "sdpo": ("sdpo", ()),
   "opd_plus": ("opd_plus", ()),
+  "sampled_token": ("opd_plus", (f"{_SIGNAL}alpha=1.0",)),
+  "position": ("position", ()),
   "whole_responses": ("sdpo", (f"{_SIGNAL}name=sequence",)),
   "sdpo_forward_kl": ("sdpo_forward_kl", ()),
   "reverse_kl": ("sdpo", (f"{_SIGNAL}alpha=1.0",)),
@@ -62,6 +67,14 @@ ARMS = {
   "attempt_shown": ("sdpo", (f"{_CONTEXT}show_attempt=True",)),
   "blend_0.5": ("sdpo_blend", ("--config.method.policy_share=0.5",)),
   "sdpo_blend": ("sdpo_blend", ()),
+  "mopd": ("mopd", ()),
+  "drift": ("drift", ()),
+  "solutions_repeated": (
+    "sdpo",
+    (f"{_CONTEXT}feedback=never", "--config.data.questions=512"),
+  ),
+  "dgrpo": ("dgrpo", ()),
+  "h2sd": ("h2sd", ()),
   "rlsd": ("rlsd", ()),
   "rlrt": ("rlrt", ()),
   "rewards_alone": ("grpo", _LIKE_SDPO),

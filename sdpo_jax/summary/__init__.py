@@ -26,6 +26,7 @@ The files here:
   claims      holds what papers claim against these, by the rules of evidence
   diagnoses, oracle, discovery, benchmarks
               make the tables of the other files
+  description reads the docstring of an experiment's file
   markdown    formats numbers and tables
 """
 

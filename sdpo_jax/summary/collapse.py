@@ -1,15 +1,16 @@
 """Makes the table of runs that lost what they had learnt, and of the signs that came before."""
 
 from sdpo_jax.summary import markdown as md
-from sdpo_jax.summary.runs import SPLITS, Run
+from sdpo_jax.summary.runs import Run, main_split
 
 COLLAPSE_LEGEND = """\
-Which runs lost what they had learnt, and what told of it (`warned` in curves.json; the signs are
+Which runs lost what they had learnt, and what warned of it (`warned` in curves.json; the signs are
 the README's). "Best" and "last" are of held-out evaluations, means over seeds, the best one of each
-run with its step. A run "fell" at the first evaluation of any split that is below the base model's
-on the same questions, or below the run's own best, beyond intervals. The last columns have the step
-at which each seed's sign was first seen, and in brackets how many steps before the fall."""
-FALLS = ("worse", "fallen")  # signs that are a fall themselves
+run with its step. A run has collapsed from the first evaluation on after which none reaches half of
+its best any more. It was "worse" at the first evaluation of any split that is below the base
+model's on the same questions, or below the run's own best, beyond intervals. The last columns have
+the step at which each seed's sign was first seen."""
+FALLS = ("worse", "fallen")  # the signs that an evaluation is worse
 
 
 def collapse(arms: dict[str, list[Run]]) -> list[str]:
@@ -20,38 +21,49 @@ def collapse(arms: dict[str, list[Run]]) -> list[str]:
     return []
   names.sort(key=lambda name: name != "length_tail")
   rows = [_row(arm, runs, names) for arm, runs in arms.items()]
-  head = ["arm", "best", "at step", "last", "fell at step", *(f"`{name}`" for name in names)]
-  return [COLLAPSE_LEGEND, md.table(head, rows)]
+  head = ["arm", "best", "at step", "last", "collapsed at", "worse at"]
+  return [COLLAPSE_LEGEND, md.table([*head, *(f"`{name}`" for name in names)], rows)]
 
 
 def _row(arm: str, runs: list[Run], names: list[str]) -> list[str]:
-  key = f"eval/{SPLITS[0]}/avg@k"
-  best = [max(run.evaluations(SPLITS[0]), key=lambda point: point[key]) for run in runs]
+  split = main_split(runs)
+  key = f"eval/{split}/avg@k"
+  best = [max(run.evaluations(split), key=lambda point: point[key]) for run in runs]
   return [
     f"`{arm}`",
     md.mean([point[key] for point in best]),
     ", ".join(str(point["step"]) for point in best),
-    md.mean([run.last(SPLITS[0]) for run in runs]),
-    _listed([fall(run) for run in runs]),
-    *(_listed([_sign(run, name) for run in runs]) for name in names),
+    md.mean([run.last(split) for run in runs]),
+    _listed([collapsed_at(run) for run in runs]),
+    _listed([_worse_at(run) for run in runs]),
+    *(_listed([run.warned.get(name) for run in runs]) for name in names),
   ]
 
 
-def fall(run: Run) -> int | None:
-  """Returns the step of the first evaluation that shows a fall; None if there is none."""
+def collapsed_at(run: Run) -> int | None:
+  """Returns the step of the first evaluation after which none reaches half of the run's best.
+
+  The base model's counts as one; None: the last evaluation does.
+  """
+  split = main_split([run])
+  key = f"eval/{split}/avg@k"
+  points = run.evaluations(split)
+  half = max(point[key] for point in points) / 2
+  step = None
+  for point in reversed(points):
+    if point[key] >= half:
+      break
+    step = point["step"]
+  return step
+
+
+def _worse_at(run: Run) -> int | None:
+  """Returns the step of the first evaluation that was worse; None if none was."""
   return min((run.warned[name] for name in FALLS if name in run.warned), default=None)
 
 
-def _sign(run: Run, name: str) -> str | None:
-  """Returns when a sign was first seen, and how long before the fall; None: never."""
-  step, end = run.warned.get(name), fall(run)
-  if step is None or end is None:
-    return None if step is None else str(step)
-  return f"{step} ({end - step:+d})"
-
-
-def _listed(cells: list) -> str:
-  """Returns what each seed has; a dash where none has anything."""
-  if all(cell is None for cell in cells):
+def _listed(steps: list[int | None]) -> str:
+  """Returns the step of each seed; a dash where none has one."""
+  if all(step is None for step in steps):
     return md.NONE
-  return ", ".join(md.NONE if cell is None else str(cell) for cell in cells)
+  return ", ".join(md.NONE if step is None else str(step) for step in steps)

@@ -8,7 +8,7 @@ from sdpo_jax.summary import markdown as md
 from sdpo_jax.summary.collapse import collapse
 from sdpo_jax.summary.forgetting import forgetting
 from sdpo_jax.summary.pace import PACE_LEGEND, pace, ratios
-from sdpo_jax.summary.runs import SPLITS, Run, by_arm, ended_runs
+from sdpo_jax.summary.runs import Run, by_arm, ended_runs, splits_of
 
 # The arms that others are compared with, where an experiment has them
 BASELINES = ("sdpo", "sdpo_extra")
@@ -32,13 +32,13 @@ def curves(entries: dict) -> list[str]:
     parts.append(f"{count} of them are runs of `{source}`, begun from the same arguments.")
   for domain in sorted({run.domain for run in runs}):
     members = [run for run in runs if run.domain == domain]
-    splits = [split for split in SPLITS if any(run.evaluations(split) for run in members)]
+    splits = splits_of(members)
     arms = by_arm(members)
     if domain:
       parts.append(f"### {domain}")
     parts += [_tuned(arms), CURVES_LEGEND, _scores(arms, splits), *forgetting(arms)]
-    parts += [PACE_LEGEND, pace(arms)]
-    parts += ratios(arms)
+    parts += [PACE_LEGEND, pace(arms, splits[0])]
+    parts += ratios(arms, splits[0])
     parts += collapse(arms)
     parts.append(
       md.folded(

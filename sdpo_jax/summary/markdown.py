@@ -1,5 +1,7 @@
 """Formats numbers and tables in Markdown."""
 
+import math
+
 NONE = "–"
 
 
@@ -45,6 +47,11 @@ def span(values: list[int]) -> str:
   """Returns "low to high" of counts, or the one count that all have."""
   low, high = min(values), max(values)
   return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def bound(value: float | None) -> str:
+  """Returns a ratio, or a bound of one; None has none."""
+  return "∞" if value is None or math.isinf(value) else f"{value:.2f}"
 
 
 def number(value, form: str = ",.0f") -> str:

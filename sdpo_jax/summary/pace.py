@@ -2,7 +2,7 @@
 
 from sdpo_jax import stats
 from sdpo_jax.summary import markdown as md
-from sdpo_jax.summary.runs import SPLITS, TARGETS, Run
+from sdpo_jax.summary.runs import TARGETS, Run
 
 PACE_LEGEND = """\
 Held-out questions, and how soon a run is good at them. "After a quarter" and "after half" hold
@@ -16,9 +16,8 @@ over what the other itself had generated when it was first as good: median over 
 test's interval (five seeds: 93.75 %, from the lowest to the highest)."""
 
 
-def pace(arms: dict[str, list[Run]]) -> str:
-  """Returns the table of what runs had generated, and of how soon they were good."""
-  split = SPLITS[0]
+def pace(arms: dict[str, list[Run]], split: str) -> str:
+  """Returns the table of what runs had generated, and of how soon they were good at a split."""
   targets = [arm for arm in TARGETS if arm in arms]
   rows = []
   for arm, members in arms.items():
@@ -35,7 +34,7 @@ def pace(arms: dict[str, list[Run]]) -> str:
   return md.table(head + [f"as good as `{other}`'s last" for other in targets], rows)
 
 
-def ratios(arms: dict[str, list[Run]]) -> list[str]:
+def ratios(arms: dict[str, list[Run]], split: str) -> list[str]:
   """Returns the table of cost ratios with its legend; nothing where no arms can be compared."""
   rows = []
   for other in (arm for arm in TARGETS if arm in arms):
@@ -44,7 +43,7 @@ def ratios(arms: dict[str, list[Run]]) -> list[str]:
       if arm == other or len(pairs) < 5:  # fewer seeds give no interval
         continue
       row = [f"`{arm}`", f"`{other}`", str(len(pairs))]
-      rows.append(row + [_ratio(pairs, cost) for cost in ("generations", "sampled_tokens")])
+      rows.append(row + [_ratio(pairs, cost, split) for cost in ("generations", "sampled_tokens")])
   if not rows:
     return []
   return [RATIO_LEGEND, md.table(["arm", "as good as", "seeds", "responses", "tokens"], rows)]
@@ -56,29 +55,28 @@ def of_same_seeds(members: list[Run], others: list[Run]) -> list[tuple[Run, Run]
   return [(run, other_of[run.seed]) for run in members if run.seed in other_of]
 
 
-def _ratio(pairs: list[tuple[Run, Run]], cost: str) -> str:
-  ratio = cost_ratio(pairs, cost)
+def _ratio(pairs: list[tuple[Run, Run]], cost: str, split: str) -> str:
+  ratio = cost_ratio(pairs, cost, split)
   median = "unknown" if ratio.ratio is None else f"{ratio.ratio:.2f}"
-  high = "∞" if ratio.high is None else f"{ratio.high:.2f}"
   never = f", {ratio.censored_a} never" if ratio.censored_a else ""
-  return f"{median} [{ratio.low:.2f}, {high}]{never}"
+  return f"{median} [{ratio.low:.2f}, {md.bound(ratio.high)}]{never}"
 
 
-def cost_ratio(pairs: list[tuple[Run, Run]], cost: str) -> stats.CostRatio:
+def cost_ratio(pairs: list[tuple[Run, Run]], cost: str, split: str) -> stats.CostRatio:
   """Returns what the first runs cost to be as good as the others' ends, over what those cost.
 
   cost: "generations" (responses) or "sampled_tokens".
   """
 
   def until(run: Run, target: float) -> float | None:
-    points = run.evaluations(SPLITS[0])
+    points = run.evaluations(split)
     costs = [point.get(f"train/{cost}", 0) for point in points]
-    return stats.cost_to_target(costs, [p[f"eval/{SPLITS[0]}/avg@k"] for p in points], target)
+    return stats.cost_to_target(costs, [p[f"eval/{split}/avg@k"] for p in points], target)
 
   def end(run: Run) -> int:
-    return run.evaluations(SPLITS[0])[-1][f"train/{cost}"]
+    return run.evaluations(split)[-1][f"train/{cost}"]
 
-  targets = [other.last(SPLITS[0]) for _, other in pairs]
+  targets = [other.last(split) for _, other in pairs]
   return stats.cost_ratio(
     [until(run, target) for (run, _), target in zip(pairs, targets, strict=True)],
     [until(other, target) for (_, other), target in zip(pairs, targets, strict=True)],

@@ -1,13 +1,11 @@
 """Puts RESULTS.md together, a section for each folder of results/."""
 
-import ast
 import json
 import pathlib
-import re
 
-from sdpo_jax.summary import markdown as md
 from sdpo_jax.summary.benchmarks import benchmarks
 from sdpo_jax.summary.claims import claims
+from sdpo_jax.summary.description import description
 from sdpo_jax.summary.diagnoses import diagnoses
 from sdpo_jax.summary.discovery import discover
 from sdpo_jax.summary.finals import finals
@@ -37,13 +35,13 @@ def text(root: pathlib.Path) -> str:
     raise FileNotFoundError(f"no folder {results}: run this at the top of the repository")
   folders = sorted(path for path in results.iterdir() if path.is_dir())
   sections = [_section(root, folder) for folder in folders]
-  return "\n".join([INTRODUCTION, claims(results), *sections])
+  return "\n".join([INTRODUCTION, claims(root), *sections])
 
 
 def _section(root: pathlib.Path, folder: pathlib.Path) -> str:
   """Returns the section of one experiment, in Markdown."""
   name = folder.name
-  parts = [f"## {name}", *_description(root, name)]
+  parts = [f"## {name}", *description(root, name)]
   if (folder / "curves.json").exists():
     parts += curves(json.loads((folder / "curves.json").read_text(encoding="utf-8")))
   if (folder / "scores.json").exists():
@@ -62,24 +60,3 @@ def _section(root: pathlib.Path, folder: pathlib.Path) -> str:
   if (folder / "notes.md").exists():
     parts += ["### Notes", (folder / "notes.md").read_text(encoding="utf-8").strip()]
   return "\n\n".join(parts) + "\n"
-
-
-def _description(root: pathlib.Path, name: str) -> list[str]:
-  """Returns what the docstring of the experiment's configuration states."""
-  places = [root / "configs" / "experiments" / f"{name}.py", root / "configs" / f"{name}.py"]
-  path = next((path for path in places if path.exists()), None)
-  if path is None:
-    return []
-  docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-  title = " ".join(docstring.partition("\n\n")[0].split())
-  return [
-    f"{title} (`{path.relative_to(root)}`)",
-    f"```bash\n{_field(docstring, 'Run')}\n```",
-    f"Cost: {_field(docstring, 'Cost')}",
-  ]
-
-
-def _field(docstring: str, name: str) -> str:
-  """Returns a docstring's "NAME: text", with its indented further lines."""
-  match = re.search(rf"^{name}:((?:.*\n?)(?:[ ]+.*\n?)*)", docstring, re.MULTILINE)
-  return " ".join(match[1].replace("\\\n", " ").split()) if match else md.NONE

@@ -1,8 +1,10 @@
 """Reads the runs of a grid from curves.json and scores.json."""
 
+import re
 from typing import NamedTuple
 
 SPLITS = ("heldout", "unseen", "adversarial")
+_AVERAGE = re.compile(r"eval/(.+)/avg@k")
 # The arms whose last evaluation others have to reach
 TARGETS = ("sdpo", "grpo")
 
@@ -16,6 +18,7 @@ class Run(NamedTuple):
   tuning: dict | None  # how many trials its arm had, and which was chosen; None: none
   points: list[dict]  # one for each evaluation, the base model's first
   warned: dict[str, int]  # sign of collapse -> the step at which it was first seen
+  is_watched: bool  # whether signs were looked for
   arguments: list[str]  # of sdpo_jax.main
 
   def evaluations(self, split: str) -> list[dict]:
@@ -45,8 +48,16 @@ def read_run(name: str, entry: dict) -> Run:
     arm = arm.removeprefix(f"{domain}_")
   else:
     domain = ""
-  points, warned = entry.get("points", []), entry.get("warned", {})
-  return Run(domain, arm, seed, entry.get("tuning"), points, warned, entry["arguments"])
+  return Run(
+    domain,
+    arm,
+    seed,
+    entry.get("tuning"),
+    entry.get("points", []),
+    entry.get("warned") or {},
+    is_watched=entry.get("warned") is not None,
+    arguments=entry["arguments"],
+  )
 
 
 def ended_runs(entries: dict) -> list[Run]:
@@ -61,13 +72,35 @@ def ended_runs(entries: dict) -> list[Run]:
   ]
 
 
+def splits_of(runs: list[Run]) -> list[str]:
+  """Returns the splits on which all these runs are evaluated, the first of SPLITS first.
+
+  Those of stages have a table of their own (forgetting.py).
+  """
+  found = [{x[1] for x in map(_AVERAGE.fullmatch, run.points[-1]) if x} for run in runs]
+  common = {name for name in set.intersection(*found) if not name.startswith("stage_")}
+  return [x for x in SPLITS if x in common] + sorted(common - set(SPLITS))
+
+
+def main_split(runs: list[Run]) -> str:
+  """Returns the split by which runs are compared; ValueError if they have none in common."""
+  splits = splits_of(runs)
+  if not splits:
+    raise ValueError(
+      f"no split is evaluated at the end of all of {[run.arguments for run in runs]}"
+    )
+  return splits[0]
+
+
 def by_arm(runs: list[Run]) -> dict[str, list[Run]]:
-  """Returns the runs by arm, seeds in order, the arm that is best at the first split first."""
-  arms = {}
+  """Returns the runs by arm, seeds in order, the arm that is best at the main split first."""
+  if not runs:
+    return {}
+  split, arms = main_split(runs), {}
   for run in sorted(runs, key=lambda run: run.seed):
     arms.setdefault(run.arm, []).append(run)
 
   def mean_score(arm):
-    return sum(run.last(SPLITS[0]) for run in arms[arm]) / len(arms[arm])
+    return sum(run.last(split) for run in arms[arm]) / len(arms[arm])
 
   return {arm: arms[arm] for arm in sorted(arms, key=mean_score, reverse=True)}
