@@ -81,8 +81,8 @@ def _headline() -> list[Claim]:
 def _ablations() -> list[Claim]:
   """Returns the claims about SDPO's own choices, and about controls beside it."""
 
-  def row(says: str, arm: str, *others: str, source: str = _SDPO, **more) -> Claim:
-    return Claim(says, source, Above("paper_tiny", arm, others), **more)
+  def row(says: str, arm: str, *others: str, source: str = _SDPO, **remarks) -> Claim:
+    return Claim(says, source, Above("paper_tiny", arm, others), **remarks)
 
   return [
     row(
@@ -125,8 +125,8 @@ def _ablations() -> list[Claim]:
 
 
 def _methods() -> list[Claim]:
-  def row(says: str, source: str, arm: str, *others: str, **more) -> Claim:
-    return Claim(says, source, Above("methods", arm, others), **more)
+  def row(says: str, source: str, arm: str, *others: str, **remarks) -> Claim:
+    return Claim(says, source, Above("methods", arm, others), **remarks)
 
   reference = "its teacher reads the reference solution"
   rewards = "groups of 8 and a constant rate, which suit rewards"

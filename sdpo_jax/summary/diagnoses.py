@@ -18,10 +18,10 @@ def diagnoses(folder: pathlib.Path) -> list[str]:
   rows, taus = [], []
   for path in sorted(folder.glob("diagnosis_*.json")):
     task = path.stem.removeprefix("diagnosis_")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    diagnosis = json.loads(path.read_text(encoding="utf-8"))
     scores = _scores_on(task, folder)
-    said = " > ".join(" = ".join(tied) for tied in found["verdict"]["ranking"])
-    row = [task, found["verdict"]["teacher"], found["verdict"]["rewards"], said]
+    likely = " > ".join(" = ".join(tied) for tied in diagnosis["verdict"]["ranking"])
+    row = [task, diagnosis["verdict"]["teacher"], diagnosis["verdict"]["rewards"], likely]
     if len(scores) < 2:
       rows.append([*row, md.NONE, md.NONE, md.NONE])
       continue
@@ -30,7 +30,7 @@ def diagnoses(folder: pathlib.Path) -> list[str]:
       f"{name} {md.percent(mean[name])} ({md.lowest_to_highest(scores[name])})"
       for name in agreement.by_score(mean)
     )
-    both = agreement.compare(found["verdict"]["ranking"], mean)
+    both = agreement.compare(diagnosis["verdict"]["ranking"], mean)
     taus.append([0.0 if tau is None else tau for tau in both])
     rows.append([*row, measured, *(md.number(tau, ".2f") for tau in both)])
   if taus:

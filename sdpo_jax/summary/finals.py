@@ -21,8 +21,8 @@ def finals(entries: dict) -> list[str]:
   for name, entry in entries.items():
     run = read_run(name, entry)
     runs.append((run.arm, run.seed, entry["splits"]))
-  found = {split for _, _, splits_of_run in runs for split in splits_of_run}
-  splits = [x for x in SPLITS if x in found] + sorted(found - set(SPLITS))
+  evaluated = {split for _, _, splits_of_run in runs for split in splits_of_run}
+  splits = [x for x in SPLITS if x in evaluated] + sorted(evaluated - set(SPLITS))
   rows, differences = [], []
   for split in splits:
     arms = final_scores.arms_of(runs, split)

@@ -44,8 +44,8 @@ def _stages(point: dict) -> list[str]:
 def _end_of_stage(run: Run, stage: int, keys: list[str]) -> dict | None:
   """Returns a run's evaluation at the end of a stage, on all stages; None if there is none."""
   step = run.points[-1]["step"] * stage / len(keys)
-  found = [point for point in run.points if point["step"] == step and point.keys() >= set(keys)]
-  return found[0] if found else None
+  ends = [point for point in run.points if point["step"] == step and point.keys() >= set(keys)]
+  return ends[0] if ends else None
 
 
 def forgotten_at_end(run: Run) -> float:

@@ -50,8 +50,8 @@ def curves(entries: dict) -> list[str]:
 
 def _commits(entries: dict) -> str:
   """Returns by which code the runs were made, as far as curves.json says it."""
-  found = sorted({entry["commit"][:7] for entry in entries.values() if entry.get("commit")})
-  return f", by the code of {', '.join(found)}" if found else ""
+  commits = sorted({entry["commit"][:7] for entry in entries.values() if entry.get("commit")})
+  return f", by the code of {', '.join(commits)}" if commits else ""
 
 
 def tuning_words(tuning: dict | None) -> str:

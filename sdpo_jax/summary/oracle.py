@@ -47,10 +47,10 @@ def oracle(folder: pathlib.Path) -> list[str]:
 
 
 def _right_cells(right: dict) -> list[str]:
-  found = right["difference"]
+  difference = right["difference"]
   return [
     str(right["answers"]),
     md.percent(right["policy"]),
     md.percent(right["teacher"]),
-    md.score(found["mean"], found["low"], found["high"], "+"),
+    md.score(difference["mean"], difference["low"], difference["high"], "+"),
   ]

@@ -77,8 +77,8 @@ def splits_of(runs: list[Run]) -> list[str]:
 
   Those of stages have a table of their own (forgetting.py).
   """
-  found = [{x[1] for x in map(_AVERAGE.fullmatch, run.points[-1]) if x} for run in runs]
-  common = {name for name in set.intersection(*found) if not name.startswith("stage_")}
+  evaluated = [{x[1] for x in map(_AVERAGE.fullmatch, run.points[-1]) if x} for run in runs]
+  common = {name for name in set.intersection(*evaluated) if not name.startswith("stage_")}
   return [x for x in SPLITS if x in common] + sorted(common - set(SPLITS))
 
 
