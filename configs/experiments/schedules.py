@@ -12,8 +12,8 @@ End:    the last checkpoints answer 100 questions of each split 16 times at temp
 Look:   which runs collapse and when (eval/heldout/avg@k, train/reward, train/warnings), and how
         many steps earlier rollout/length_tail rose. control/teacher_weights tells when the teacher
         moved, control/gate_* what held the gated one.
-Cost:   1.2 CPU hours for the first 16 runs, 137 to 444 s each on one core beside another: those that
-        collapse write long answers.
+Cost:   1.2 CPU hours for the first 16 runs, 137 to 444 s each on one core beside another: those
+        that collapse write long answers.
 Result: two seeds so far, held-out avg@4 at the end. The slower the teacher, the longer its policy
         lasts, and the one that never moves is best: frozen 100 and 96 %; gated 63; ema_0.01, the
         default of 240 steps, is at 99 and 91 % at its best and falls to 80 and 59; every_50 and
