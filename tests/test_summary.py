@@ -148,6 +148,7 @@ def test_what_collapsed_and_what_warned_of_it_by_hand(tmp_path):
     "a": entry("grpo", 0, 0.2, 0.3, 0.4) | {"warned": {}},
     "b": entry("sdpo", 0, 0.2, 0.8, 0.1) | {"warned": {"worse": 4, "length_tail": 3, "gap": 4}},
     "c": entry("sdpo", 1, 0.2, 0.4, 0.8) | {"warned": {"length_tail": 1}},
+    "d": entry("opsd", 0, 0.02, 0.01, 0.0) | {"warned": {}},  # never had anything to lose
   }
   (folder / "curves.json").write_text(json.dumps(runs))
   page = summary.text(tmp_path)
@@ -156,6 +157,7 @@ def test_what_collapsed_and_what_warned_of_it_by_hand(tmp_path):
   row = "| `sdpo` | 80.0 (80.0 to 80.0) | 2, 4 | 45.0 (10.0 to 80.0) | 4, – | 4, – | 3, 1 | 4, – |"
   assert row in page
   assert "| `grpo` | 40.0 (40.0 to 40.0) | 4 | 40.0 (40.0 to 40.0) | – | – | – | – |" in page
+  assert "| `opsd` | 2.0 (2.0 to 2.0) | 0 | 0.0 (0.0 to 0.0) | – | – | – | – |" in page
   for run in runs.values():  # of an earlier grid nothing is known
     run.pop("warned")
   (folder / "curves.json").write_text(json.dumps(runs))

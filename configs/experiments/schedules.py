@@ -12,15 +12,15 @@ End:    the last checkpoints answer 100 questions of each split 16 times at temp
 Look:   which runs collapse and when (eval/heldout/avg@k, train/reward, train/warnings), and how
         many steps earlier rollout/length_tail rose. control/teacher_weights tells when the teacher
         moved, control/gate_* what held the gated one.
-Cost:   1.2 CPU hours for the first 16 runs, 137 to 444 s each on one core beside another: those
-        that collapse write long answers.
-Result: two seeds so far, held-out avg@4 at the end. The slower the teacher, the longer its policy
-        lasts, and the one that never moves is best: frozen 100 and 96 %; gated 63; ema_0.01, the
-        default of 240 steps, is at 99 and 91 % at its best and falls to 80 and 59; every_50 and
-        lag_matched_ema_50 are at 16 and 0, ema_0.05 at 3 and 0, every_10 and every_1 at 0. A copy
-        of every step collapses by step 60, one of every 50 at 400 and 460. The length tail warned
-        before two of eleven collapses (by 74 and 11 steps): answers grow long when all is lost. An
-        evaluation that was worse came 20 to 240 steps before each, but for every_1.
+Cost:   1.9 CPU hours for the 27 runs, 132 to 650 s each on one core beside another: those that
+        collapse write long answers.
+Result: three seeds, held-out avg@4 at the end. The slower the teacher, the longer its policy lasts,
+        and the one that never moves is best: frozen 98 %; gated 72 and ema_0.01 70, both below
+        their best (82 and 95); every_50 13, ema_0.05 9, lag_matched_ema_50 8, restart_10 2,
+        every_10 and every_1 0: all these collapsed in every seed. A copy of every step is lost by
+        step 60 to 80, one of every 50 at 400 to 520. The length tail was seen 35 steps before 2 of
+        the 16 collapses that could have shown it, and in 1 of 9 runs that lasted: answers grow long
+        when all is lost. An evaluation that was worse came up to 240 steps before a collapse.
 """
 
 SUITES = "configs/eval/tinycode.py"

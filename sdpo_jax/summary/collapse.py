@@ -7,9 +7,10 @@ COLLAPSE_LEGEND = """\
 Which runs lost what they had learnt, and what warned of it (`warned` in curves.json; the signs are
 the README's). "Best" and "last" are of held-out evaluations, means over seeds, the best one of each
 run with its step. A run has collapsed from the first evaluation on after which none reaches half of
-its best any more. It was "worse" at the first evaluation of any split that is below the base
-model's on the same questions, or below the run's own best, beyond intervals. The last columns have
-the step at which each seed's sign was first seen."""
+its best any more, if that was 10 % or more. It was "worse" at the first evaluation of any split that
+is below the base model's on the same questions, or below the run's own best, beyond intervals. The
+last columns have the step at which each seed's sign was first seen."""
+LEAST = 0.1  # accuracy; half of less than that is a few questions
 FALLS = ("worse", "fallen")  # the signs that an evaluation is worse
 
 
@@ -43,12 +44,15 @@ def _row(arm: str, runs: list[Run], names: list[str]) -> list[str]:
 def collapsed_at(run: Run) -> int | None:
   """Returns the step of the first evaluation after which none reaches half of the run's best.
 
-  The base model's counts as one; None: the last evaluation does.
+  The base model's counts as one; None: the last evaluation does, or the best is below LEAST.
   """
   split = main_split([run])
   key = f"eval/{split}/avg@k"
   points = run.evaluations(split)
-  half = max(point[key] for point in points) / 2
+  best = max(point[key] for point in points)
+  if best < LEAST:
+    return None
+  half = best / 2
   step = None
   for point in reversed(points):
     if point[key] >= half:
