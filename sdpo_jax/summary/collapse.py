@@ -7,9 +7,9 @@ COLLAPSE_LEGEND = """\
 Which runs lost what they had learnt, and what warned of it (`warned` in curves.json; the signs are
 the README's). "Best" and "last" are of held-out evaluations, means over seeds, the best one of each
 run with its step. A run has collapsed from the first evaluation on after which none reaches half of
-its best any more, if that was 10 % or more. It was "worse" at the first evaluation of any split that
-is below the base model's on the same questions, or below the run's own best, beyond intervals. The
-last columns have the step at which each seed's sign was first seen."""
+its best any more, if that was 10 % or more. It was "worse" at the first evaluation of any split
+that is below the base model's on the same questions, or below the run's own best, beyond intervals.
+The last columns have the step at which each seed's sign was first seen."""
 LEAST = 0.1  # accuracy; half of less than that is a few questions
 FALLS = ("worse", "fallen")  # the signs that an evaluation is worse
 
