@@ -1,0 +1,84 @@
+r"""Asks what a small model learns from questions of mathematics and of code, on two CPU cores.
+
+Run:    python -m sdpo_jax.main --config=configs/small_model.py:task=gsm8k,method=grpo \
+          --workdir=runs/small_gsm8k
+Before: python -m sdpo_jax.main --mode=diagnose --config=configs/small_model.py:task=mbpp \
+          --workdir=runs/diagnosis_mbpp
+Base:   what the model solves as it is, of 100 questions in 8 attempts; DIR holds the model:
+        python -m sdpo_jax.main --mode=eval --config=configs/small_model.py:task=gsm8k \
+          --checkpoint=DIR --suites=configs/eval/small_model.py:task=gsm8k \
+          --workdir=runs/base_gsm8k
+Smoke:  python -m sdpo_jax.main --config=configs/small_model.py:local --workdir=runs/small_smoke
+Model:  SmolLM2-135M-Instruct by default, model=DIR or model=NAME any other.
+Data:   GSM8K and MBPP (sanitized) from the hub, or data= a source with the splits train and test,
+        such as data=data/gsm8k.{split}.jsonl (data/tasks.py says which forms it can have). Of a
+        file with all 427 of MBPP's rows every fourth, from the first, was for evaluation:
+        awk 'NR % 4 == 1' mbpp_sanitized.jsonl > data/mbpp.test.jsonl, the others for training.
+Cost:   not measured.
+Result: not measured.
+"""
+
+import os
+
+from sdpo_jax import config
+from sdpo_jax.objectives import build
+
+TASKS = {  # its environment, where its rows are, where rows to try it with are
+  "gsm8k": ("math_qa", "hub:openai/gsm8k:main", "math_qa.{split}.jsonl"),
+  "mbpp": ("coding", "hub:google-research-datasets/mbpp:sanitized", "coding.{split}.jsonl"),
+}
+
+
+def get_config(arg: str = ""):
+  a = config.parse_arg(
+    arg, task="gsm8k", data="", method="sdpo", model="smollm2-135m", seed=0, local=False
+  )
+  if a.task not in TASKS:
+    raise ValueError(f"task={a.task!r} is unknown; choose from {list(TASKS)}")
+  env, source, example = TASKS[a.task]
+  if a.local:
+    source = os.path.join(config.ROWS, example)
+  c = config.base()
+  c.seed = a.seed
+  c.model.path = a.model
+  c.method = build.method_row(a.method)
+  c.env = dict(name=env)
+  c.data.sources = (a.data or source,)
+  c.data.on_bad_row = "skip"
+  c.total_steps = 15
+  c.data.update(max_prompt_tokens=320, max_teacher_tokens=768)
+  # at temperature 1 a model this small writes incoherent text
+  c.rollout.update(questions=6, group=8, max_new_tokens=192, temperature=0.7, rows=48)
+  c.rollout.judge_threads = 2
+  c.sandbox.workers = 1
+  c.optimizer.update(lr=2e-5, warmup_steps=2)
+  c.eval.update(
+    every_steps=15, questions=50, samples=1, temperature=0.7, top_p=1.0,
+    splits=("test",), final_splits=("test",),
+  )  # fmt: skip
+  c.checkpoint.update(every_steps=15, keep=1)
+  c.discover.split = "test"
+  if c.method.reduction.name == "constant":
+    c.method.reduction.length = float(c.rollout.max_new_tokens)
+  if c.method.memory.name != "none":
+    c.data.questions = 32
+  if a.local:
+    _toy_sizes(c, a)
+  return c
+
+
+def _toy_sizes(c, a) -> None:
+  """Shrinks a run to seconds; the tiny model reads any text, byte by byte, and solves nothing."""
+  c.total_steps = 2
+  if "model" not in a.given:
+    c.model.path = "tiny"
+  c.mesh.fsdp = 1  # too few rows to share
+  c.data.update(max_prompt_tokens=700, max_teacher_tokens=1000, length_multiple=128)
+  c.rollout.update(questions=2, group=2, max_new_tokens=16, rows=4)
+  c.eval.update(every_steps=2, questions=2)
+  c.checkpoint.every_steps = 2
+  c.log.rollouts_every_steps = 1
+  if c.method.memory.name != "none":  # both questions come back in the second step
+    c.data.questions = 2
+  if c.method.route.name == "drift":  # ... which is of the second stage
+    c.method.route.warm_up_visits = 1
