@@ -141,6 +141,19 @@ def test_right_tokens_by_hand(tmp_path):
   assert f"| base | failed | policy | {'50.0 | ' * 9}– |" in page
 
 
+def test_what_a_model_solves_as_it_is_by_hand(tmp_path):
+  folder = tmp_path / "results" / "small"
+  folder.mkdir(parents=True)
+  name = "eval/rows.test"
+  figures = {"suites": {"rows": {"samples": 8}}, f"{name}/questions": 100.0}
+  figures |= {f"{name}/length_mean": 71.6, f"{name}/cut_off": 0.125}
+  for key, value in (("avg@k", 0.05), ("pass@8", 0.25)):
+    figures |= {f"{name}/{key}": value, f"{name}/{key}_low": 0.0, f"{name}/{key}_high": 0.5}
+  (folder / "base_rows.json").write_text(json.dumps(figures))
+  row = "| `rows.test` | 100 | 8 | 5.0 [0.0, 50.0] | 25.0 [0.0, 50.0] | 72 | 12.5 |"
+  assert row in summary.text(tmp_path)
+
+
 def test_what_collapsed_and_what_warned_of_it_by_hand(tmp_path):
   folder = tmp_path / "results" / "grid"
   folder.mkdir(parents=True)

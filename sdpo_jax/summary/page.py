@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+from sdpo_jax.summary.bases import bases
 from sdpo_jax.summary.benchmarks import benchmarks
 from sdpo_jax.summary.claims import claims
 from sdpo_jax.summary.description import description
@@ -50,6 +51,8 @@ def _section(root: pathlib.Path, folder: pathlib.Path) -> str:
     parts.append(trials(json.loads((folder / "tuning.json").read_text(encoding="utf-8"))))
   if (folder / "discover.json").exists():
     parts += discover(json.loads((folder / "discover.json").read_text(encoding="utf-8")))
+  if any(folder.glob("base_*.json")):
+    parts += bases(folder)
   if any(folder.glob("diagnosis_*.json")):
     parts += diagnoses(folder)
   if any(folder.glob("oracle_*.json")):
