@@ -29,6 +29,9 @@ _KEPT_OF_A_POINT = (
   "train/sampled_tokens",
   "train/reward",
   "rollout/length_tail",
+  "rollout/turns",
+  "rollout/invalid_turns",
+  "craft/aligned",
 )
 
 

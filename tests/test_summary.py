@@ -141,6 +141,24 @@ def test_right_tokens_by_hand(tmp_path):
   assert f"| base | failed | policy | {'50.0 | ' * 9}– |" in page
 
 
+def test_how_policies_act_by_hand(tmp_path):
+  folder = tmp_path / "results" / "grid"
+  folder.mkdir(parents=True)
+  runs = {"a": entry("craft", 0, 0.2, 0.3), "b": entry("craft", 1, 0.2, 0.3)}
+  (folder / "curves.json").write_text(json.dumps(runs))
+  page = summary.text(tmp_path)
+  assert "| `craft` |" in page and "invalid turns" not in page  # runs that do not act
+  for run, turns, invalid in (("a", 2.0, 0.0), ("b", 3.0, 0.5)):
+    end = runs[run]["points"][-1]
+    end |= {"rollout/turns": turns, "rollout/invalid_turns": invalid, "craft/aligned": 0.25}
+    end |= {"train/sampled_tokens": 60, "train/generations": 8}
+  (folder / "curves.json").write_text(json.dumps(runs))
+  row = (
+    "| `craft` | 2.5 (2.0 to 3.0) | 25.0 (0.0 to 50.0) | 7.5 (7.5 to 7.5) | 25.0 (25.0 to 25.0) |"
+  )
+  assert row in summary.text(tmp_path)
+
+
 def test_what_a_model_solves_as_it_is_by_hand(tmp_path):
   folder = tmp_path / "results" / "small"
   folder.mkdir(parents=True)

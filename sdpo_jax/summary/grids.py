@@ -5,6 +5,7 @@ import shlex
 
 from sdpo_jax import stats
 from sdpo_jax.summary import markdown as md
+from sdpo_jax.summary.acting import acting
 from sdpo_jax.summary.collapse import collapse
 from sdpo_jax.summary.forgetting import forgetting
 from sdpo_jax.summary.pace import PACE_LEGEND, pace, ratios
@@ -36,7 +37,7 @@ def curves(entries: dict) -> list[str]:
     arms = by_arm(members)
     if domain:
       parts.append(f"### {domain}")
-    parts += [_tuned(arms), CURVES_LEGEND, _scores(arms, splits), *forgetting(arms)]
+    parts += [_tuned(arms), CURVES_LEGEND, _scores(arms, splits), *forgetting(arms), *acting(arms)]
     parts += [PACE_LEGEND, pace(arms, splits[0])]
     parts += ratios(arms, splits[0])
     parts += collapse(arms)
