@@ -13,10 +13,12 @@ Grid:   SDPO, SDPO with a frozen teacher, GRPO and their blend, three seeds. All
         The fourth task, with a real model, is configs/experiments/instructions.py.
 Look:   whether the order of the diagnosis is that of held-out accuracy at the end. The rules of
         sdpo_jax/diagnose/verdict.py were written down before these runs.
-Cost:   4 to 20 minutes a run on one core beside other work. The programs that are judged cost as
-        much as the training: on tinycode the trainer itself takes 5 CPU minutes.
-Result: one seed so far. Where the teacher knows more, SDPO is far above GRPO, as foretold. The
-        blend, which the diagnosis puts second, is above GRPO on notes and below it on arithmetic.
+Cost:   one to two minutes a run on one core beside another.
+Result: where the teacher knows more, SDPO and SDPO with a frozen teacher are far above GRPO, as
+        foretold (three tasks, three seeds, differences of 20 to 47 points). The order of the
+        diagnosis agrees with the measured one by a tau of 0.56 on average, "GRPO first" by -0.71.
+        What it has wrong is the blend, which it puts second: in all tasks it is third, with a
+        tenth of its signal from rewards that GRPO cannot use either.
 """
 
 from sdpo_jax import config
