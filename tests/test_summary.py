@@ -168,8 +168,10 @@ def test_what_a_model_solves_as_it_is_by_hand(tmp_path):
   for key, value in (("avg@k", 0.05), ("pass@8", 0.25)):
     figures |= {f"{name}/{key}": value, f"{name}/{key}_low": 0.0, f"{name}/{key}_high": 0.5}
   (folder / "base_rows.json").write_text(json.dumps(figures))
-  row = "| `rows.test` | 100 | 8 | 5.0 [0.0, 50.0] | 25.0 [0.0, 50.0] | 72 | 12.5 |"
+  row = "| `rows.test` | 100 | 8 | 5.0 [0.0, 50.0] | 25.0 [0.0, 50.0] | 72 | 12.5 | – |"
   assert row in summary.text(tmp_path)
+  (folder / "base_rows.json").write_text(json.dumps(figures | {f"{name}/format_failed": 200.0}))
+  assert "| 72 | 12.5 | 25.0 |" in summary.text(tmp_path)
 
 
 def test_what_collapsed_and_what_warned_of_it_by_hand(tmp_path):

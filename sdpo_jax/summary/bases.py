@@ -7,7 +7,8 @@ from sdpo_jax.summary import markdown as md
 
 LEGEND = """\
 What the model solves as it is, by `--mode=eval`, in per cent with 95 % intervals over questions;
-tokens of a mean response, and the share of responses that were cut off."""
+tokens of a mean response, the share of responses that were cut off, and of those without a final
+answer in the form asked for, where there is one."""
 
 
 def bases(folder: pathlib.Path) -> list[str]:
@@ -20,7 +21,7 @@ def bases(folder: pathlib.Path) -> list[str]:
         split = key.removesuffix("/avg@k")
         rows.append(_row(split, figures, figures["suites"][_suite(split)]))
   head = ["split", "questions", "attempts at each", "avg@n", "pass@n", "tokens", "cut off"]
-  return [LEGEND, md.table(head, rows)]
+  return [LEGEND, md.table([*head, "without an answer"], rows)]
 
 
 def _suite(split: str) -> str:
@@ -29,14 +30,16 @@ def _suite(split: str) -> str:
 
 
 def _row(split: str, figures: dict, suite: dict) -> list[str]:
-  n = suite["samples"]
+  n, questions = suite["samples"], figures[f"{split}/questions"]
+  unformed = figures.get(f"{split}/format_failed")
   return [
     f"`{split.removeprefix('eval/')}`",
-    f"{figures[f'{split}/questions']:.0f}",
+    f"{questions:.0f}",
     str(n),
     *(md.score(*_interval(figures, f"{split}/{name}")) for name in ("avg@k", f"pass@{n}")),
     f"{figures[f'{split}/length_mean']:.0f}",
     md.percent(figures[f"{split}/cut_off"]),
+    md.NONE if unformed is None else md.percent(unformed / (questions * n)),
   ]
 
 
