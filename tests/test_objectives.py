@@ -351,7 +351,8 @@ def test_fast_path_agrees_with_the_specification(case):
   (got, got_grad), (want, want_grad) = (
     jax.jit(jax.value_and_grad(f))(params) for f in (fast, plain)
   )
-  assert float(got) == pytest.approx(float(want), rel=1e-5)
+  # a divergence is made of log-probabilities of some nats, which float32 holds to 2e-7
+  assert float(got) == pytest.approx(float(want), rel=1e-5, abs=3e-8)
   jax.tree.map(
     lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5 * float(jnp.abs(w).max() + 1e-3)),
     got_grad,
