@@ -39,7 +39,11 @@ claim, for a difference below {100 * MARGIN:.0f} points. "Holds": it is on the c
 in more than the claim is about. Differences have 95 % intervals, over seeds and questions; ratios
 those of their tables; lengths the span of their seeds. A collapse is claimed of every run. Nothing
 is corrected for the number of claims. How arms were tuned stands in the sections."""
-PLACES_LEGEND = "Where these are measured, with which command, and what the recorded runs cost."
+PLACES_LEGEND = """\
+Where these are measured, with which command, and what the recorded runs cost. To repeat one run,
+take its arguments from "Every run" in its section, and the code that the section names. With as
+many cores of the same kind (a core a run: `taskset -c 0`) its metrics are the same to the last
+digit. On others rounding differs, and after some dozens of steps single answers do."""
 
 
 class Claim(NamedTuple):
