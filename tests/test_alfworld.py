@@ -13,11 +13,13 @@ import sys
 
 import pytest
 
+from sdpo_jax import config
 from sdpo_jax.envs.agents import alfworld, alfworld_files, alfworld_games, household
 from sdpo_jax.envs.agents.alfworld import Alfworld, action_of, has_form
 from sdpo_jax.errors import SettingError
 from sdpo_jax.records import Turn
 
+ROOT = pathlib.Path(__file__).parents[1]
 GAMES = [alfworld_games.make_game(0, "train", index) for index in range(60)]
 
 # What the real engine says in the game ("train", 5) of seed 0.
@@ -224,6 +226,16 @@ def test_many_threads_play_at_once(env):
 
   with concurrent.futures.ThreadPoolExecutor(6) as threads:
     assert list(threads.map(play, range(6))) == [1.0] * 6
+
+
+def test_the_tiny_model_can_read_the_houses_of_a_smoke_run(env):
+  c = config.load(f"{ROOT}/configs/agentic.py:world=alfworld,local")
+  for split, count in (("train", 4), ("heldout", 2), ("unseen", 2)):
+    for index in range(count):
+      episode = env.start(env.task(split, index))
+      (message,) = episode.prompt()
+      episode.close()
+      assert len(message["content"].encode()) <= c.data.max_prompt_tokens  # it reads by byte
 
 
 def test_games_are_functions_of_seed_split_and_index():
