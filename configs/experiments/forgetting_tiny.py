@@ -14,10 +14,10 @@ Cost:   0.8 CPU hours for the 15 runs; 118 to 427 s a run on one core, the longe
         work.
 Result: every arm forgets, and the rate is not what makes the difference. At the end SDPO has lost
         89 % of the best that it knew of the earlier groups, with a frozen teacher 99 %, GRPO 60 %;
-        SDPO at GRPO's rate 87 %, with a frozen teacher 92 %: GRPO forgets less than the latter
-        (33 points [8, 81]), which against SDPO cannot be told. GRPO also had learnt less to lose.
-        A group has 9 to 15 different statements, so single runs move in steps of about 10 points.
-        Held-out accuracy tells no arms apart.
+        SDPO at GRPO's rate 87 %, with a frozen teacher 92 %: GRPO forgets less than the latter (33
+        points [8, 81]), which against SDPO cannot be told. GRPO also had learnt less to lose, and
+        has groups of 8 and half the questions. A group has 9 to 15 different statements, so single
+        runs move in steps of about 10 points. Held-out accuracy tells no arms apart.
 """
 
 RUN_S = 180.0

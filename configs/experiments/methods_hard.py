@@ -11,7 +11,7 @@ Grid:   SDPO, SDPO weighed by its question's spread, one routed by the outcome, 
 End:    the last checkpoints answer 100 questions of each split 16 times at temperature 1, and once
         greedily.
 Cost:   0.6 CPU hours with its trials, 44 to 84 s a run on one core beside another.
-Result: held-out avg@16 at the end, from 3 % of the base model: srpo 55, sdpo 29, the others, which
+Result: held-out avg@4 at the end, from 3 % of the base model: srpo 55, sdpo 29, the others, which
         learn from rewards or weigh questions by their spread, 1 and less. A reward that comes in
         one of forty attempts teaches nothing here. SRPO above SDPO: +26 points [-11, 71] held out,
         +34 [7, 67] on unseen compositions, in each of three seeds.

@@ -19,8 +19,9 @@ Result: three seeds, held-out avg@4 at the end. The slower the teacher, the long
         their best (82 and 95); every_50 13, ema_0.05 9, lag_matched_ema_50 8, restart_10 2,
         every_10 and every_1 0: all these collapsed in every seed. A copy of every step is lost by
         step 60 to 80, one of every 50 at 400 to 520. The length tail was seen 35 steps before 2 of
-        the 16 collapses that could have shown it, and in 1 of 9 runs that lasted: answers grow long
-        when all is lost. An evaluation that was worse came up to 240 steps before a collapse.
+        the 16 collapses that could have shown it, and in 1 of 9 runs that lasted: in some runs
+        answers grow long when all is lost. An evaluation that was worse came up to 240 steps before
+        a collapse, but also in 7 of the 9 runs that lasted.
 """
 
 SUITES = "configs/eval/tinycode.py"

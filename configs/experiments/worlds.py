@@ -7,8 +7,8 @@ Smoke:  python -m sdpo_jax.experiment --config=configs/experiments/worlds.py:loc
 Needs:  the extras `search`, `webshop` and `textworld`, and SmolLM2-135M-Instruct from the hub.
 Grid:   GRPO, and `sdpo_turns`, whose teacher knows before each turn what the world will answer to
         it, in each world; one seed, 12 steps of 8 or 16 episodes of a few turns. What a model of
-        this size cannot do yet is to write an action that the world knows, so that its rewards are
-        nearly all 0; look at the invalid turns.
+        this size is expected not to do yet is to write an action that the world knows, so that its
+        rewards are nearly all 0; look at the invalid turns.
 Cost:   not measured.
 Result: none yet.
 """

@@ -169,8 +169,14 @@ def _schedules() -> list[Claim]:
       _CGTR,
       WarnsBefore(grid, "length_tail", 35, after=60),
     ),
-    Claim("a gated teacher ends above an average", _CGTR, Above(grid, "gated", ("ema_0.05",))),
-    Claim("a frozen teacher ends above an average", _STABLE, Above(grid, "frozen", ("ema_0.05",))),
+    Claim(
+      "a gated teacher ends above an average", _CGTR, Above(grid, "gated", ("ema_0.01", "ema_0.05"))
+    ),
+    Claim(
+      "a frozen teacher ends above an average",
+      _STABLE,
+      Above(grid, "frozen", ("ema_0.01", "ema_0.05")),
+    ),
     Claim(
       "a teacher copied every 10 steps and frozen between ends above a frozen one",
       _STABLE,
@@ -196,15 +202,19 @@ def _of_small_models() -> list[Claim]:
 
 
 def _of_later_tasks() -> list[Claim]:
-  grid = "forgetting_tiny"
+  grid, groups = "forgetting_tiny", "groups of 8 and half the questions"
   return [
     Claim(
-      "SDPO forgets less than GRPO, at one rate", _SDPO, ForgetsLess(grid, "sdpo_slow", "grpo")
+      "SDPO forgets less than GRPO, at one rate",
+      _SDPO,
+      ForgetsLess(grid, "sdpo_slow", "grpo"),
+      confounded_by=groups,
     ),
     Claim(
       "GRPO forgets less than SDPO with a frozen teacher, at one rate",
       _STABLE,
       ForgetsLess(grid, "grpo", "frozen_slow"),
+      confounded_by=groups,
     ),
   ]
 
