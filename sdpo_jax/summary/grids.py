@@ -51,8 +51,11 @@ def curves(entries: dict) -> list[str]:
 
 def _commits(entries: dict) -> str:
   """Returns by which code the runs were made, as far as curves.json says it."""
-  commits = sorted({entry["commit"][:7] for entry in entries.values() if entry.get("commit")})
-  return f", by the code of {', '.join(commits)}" if commits else ""
+  named = [entry["commit"][:7] for entry in entries.values() if entry.get("commit")]
+  if not named:
+    return ""
+  some = "" if len(named) == len(entries) else f" ({len(named)} of them, the rest by earlier code)"
+  return f", by the code of {', '.join(sorted(set(named)))}{some}"
 
 
 def tuning_words(tuning: dict | None) -> str:
