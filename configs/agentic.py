@@ -147,7 +147,4 @@ def _toy_sizes(c) -> None:
   c.eval.update(every_steps=2, questions=2, samples=1, final_splits=c.eval.splits)
   c.checkpoint.every_steps = 2
   c.log.rollouts_every_steps = 1
-  if c.method.memory.name != "none":
-    c.data.questions = 2
-  if c.method.route.name == "drift":
-    c.method.route.warm_up_visits = 1
+  config.remember_two_questions(c)

@@ -45,22 +45,6 @@ def get_config(arg: str = ""):
   if c.method.memory.name != "none":  # five passes
     c.data.questions = 64
   if a.local:
-    _toy_sizes(c, a)
+    config.toy_sizes(c, a)
+    c.eval.final_splits = ("heldout",)
   return c
-
-
-def _toy_sizes(c, a) -> None:
-  """Shrinks a run to seconds; the tiny model reads any text, byte by byte, and solves little."""
-  c.total_steps = 2
-  if "model" not in a.given:
-    c.model.path = "tiny"
-  c.data.update(max_prompt_tokens=700, max_teacher_tokens=1000, length_multiple=128)
-  c.mesh.fsdp = 1  # too few rows to share
-  c.rollout.update(questions=2, group=2, max_new_tokens=16, rows=4)
-  c.eval.update(every_steps=2, questions=2, final_splits=("heldout",))
-  c.checkpoint.every_steps = 2
-  c.log.rollouts_every_steps = 1
-  if c.method.memory.name != "none":  # both questions come back in the second step
-    c.data.questions = 2
-  if c.method.route.name == "drift":  # ... which is of the second stage
-    c.method.route.warm_up_visits = 1

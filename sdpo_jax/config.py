@@ -285,11 +285,33 @@ def tiny(a: types.SimpleNamespace) -> ml_collections.ConfigDict:
     c.eval.update(every_steps=2, questions=4, samples=2, final_splits=("heldout",))
     c.checkpoint.every_steps = 2
     c.log.rollouts_every_steps = 1
-    if c.method.memory.name != "none":  # both questions come back in the second step
-      c.data.questions = 2
-    if c.method.route.name == "drift":  # ... which is of the second stage
-      c.method.route.warm_up_visits = 1
+    remember_two_questions(c)
   return c
+
+
+def toy_sizes(c: ml_collections.ConfigDict, a: types.SimpleNamespace) -> None:
+  """Shrinks a real model's run to seconds, on the same path.
+
+  The tiny model reads any text, byte by byte, and solves little. A model that `a` names is kept.
+  """
+  c.total_steps = 2
+  if "model" not in a.given:
+    c.model.path = "tiny"
+  c.mesh.fsdp = 1  # too few rows to share
+  c.data.update(max_prompt_tokens=700, max_teacher_tokens=1000, length_multiple=128)
+  c.rollout.update(questions=2, group=2, max_new_tokens=16, rows=4)
+  c.eval.update(every_steps=2, questions=2)
+  c.checkpoint.every_steps = 2
+  c.log.rollouts_every_steps = 1
+  remember_two_questions(c)
+
+
+def remember_two_questions(c: ml_collections.ConfigDict) -> None:
+  """Lets a method that remembers questions meet both in two steps, the second stage included."""
+  if c.method.memory.name != "none":  # both questions come back in the second step
+    c.data.questions = 2
+  if c.method.route.name == "drift":  # ... which is of the second stage
+    c.method.route.warm_up_visits = 1
 
 
 def paper(a: types.SimpleNamespace, *, rich_feedback: bool) -> ml_collections.ConfigDict:

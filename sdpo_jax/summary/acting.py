@@ -6,8 +6,8 @@ from sdpo_jax.summary.runs import Run
 LEGEND = """\
 The episodes of the last step of training, mean over seeds (lowest to highest): turns; the share of
 turns in which nothing was done that the world knows, in per cent; tokens that the policy wrote,
-over the whole run. The last column has the share of tokens, in per cent, whose turn and place a
-sibling of the group reached too: where there is none, CRAFT has nothing to contrast."""
+over the whole run. The last column has the share of tokens, in per cent, whose turn and place in it
+another episode of the same group reached too: where none did, CRAFT has nothing to compare with."""
 
 
 def acting(arms: dict[str, list[Run]]) -> list[str]:

@@ -40,6 +40,8 @@ def finals(entries: dict) -> list[str]:
     [split, arms, what, *_difference_cells(difference), md.number(p, ".4f")]
     for (split, arms, what, difference), p in zip(differences, corrected, strict=True)
   ]
+  if not compared_rows:  # many arms, and no baseline among them
+    return [FINALS_LEGEND, md.table(head, rows)]
   head_of_compared = ["split", "arms", "of", "difference", "interval", "p", "p, Holm"]
   compared = md.table(head_of_compared, compared_rows)
   if len(compared_rows) > MANY_ROWS:
